@@ -1,0 +1,2872 @@
+#!/usr/bin/env python3
+"""Key-authenticated, encrypted TCP and UDP tunnels in one file: ssh -L where there is no SSH.
+
+Usage:
+  ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--legacy] [--udp-timeout SECS]
+         [--handshake-timeout SECS] [--] BIND
+  ratrod [-k KEY_PATH] [-v] connect [-a] [-e] [--legacy] [--udp-timeout SECS]
+         [--handshake-timeout SECS] [--] SERVER [TUNNEL]...
+  ratrod [-k KEY_PATH] [-v] keygen
+  ratrod [-v] demo
+  ratrod help [COMMAND]
+  ratrod -h | --help
+  ratrod -V | --version
+
+Commands:
+  serve    start a server here: it takes clients' connections and forwards them to the remotes they name
+  connect  connect to a server and forward local ports through it to remotes; without TUNNEL only test the connection
+  keygen   write the security files without asking, and print the public key
+  demo     show the whole thing on this machine in a few seconds, with keys that are thrown away
+  help     explain a command
+
+Arguments:
+  BIND     the address to listen on, `host:port`, as 0.0.0.0:19000 or [::]:19000
+  SERVER   the server's address, `host:port`
+  TUNNEL   [local_host:[local_port:[remote_host:]]]remote_port, for TCP and UDP alike: 2000:db:5432, 2000:80, 80;
+           IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one
+
+Options:
+  -k, --key-path KEY_PATH   the folder of `key`, `key.pub`, `authorized_keys` and `known_hosts`,
+                            or the key file itself (default: ~/.ratrod)
+  -v, --verbose             say more: every connection with its addresses, bytes and time
+  -r, --remote-regex REGEX  allow only remotes whose whole `host` or whole `host:port` matches (default: .*)
+  -a, --accept-all-hosts    accept any server's key: no protection from a server that only pretends
+  -e, --encrypt             encrypt the traffic (legacy only)
+  --legacy                  speak the wire of the original, Rust ratrod 0.6.3
+  --udp-timeout SECS        forget a UDP session that has been idle for so long (default: 120)
+  --handshake-timeout SECS  time for a connection to authenticate itself (default: 10)
+  -h, --help                show this help, or a command's after the command
+  -V, --version             show the version
+"""
+
+import base64
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import heapq
+import hmac
+import logging
+import os
+import queue
+import random
+import re
+import selectors
+import signal
+import socket
+import stat
+import string
+import struct
+import sys
+import threading
+import time
+from typing import Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple, Type, Union
+
+__version__ = "0.7.0"
+__all__ = ["AuthenticationError", "ConfigError", "Limits", "LocalProtocolError", "PeerError", "ProtocolError", "RatrodError",
+           "RemoteProtocolError", "UsageError", "main"]
+
+# ======================================================================================================================
+# 1. Limits and errors
+# ======================================================================================================================
+
+
+class Limits(NamedTuple):
+    """Every limit and time of an endpoint in one place, so that a test can scale them. Times are in seconds, sizes in bytes."""
+
+    handshake_timeout: float = 10.0  # from accept to the peer authenticated; the peer has the same
+    connect_timeout: float = 10.0  # look-up and connect of a remote
+    handshakes: int = 64  # unauthenticated connections in all; also the threads that serve them
+    handshakes_per_source: int = 8  # ... and from one address: the oldest makes room
+    lookup_threads: int = 16  # a name server that hangs holds up these, never a handshake
+    drain_timeout: float = 5.0  # after our Error: discard what the peer still sends for so long
+    udp_timeout: float = 120.0  # a UDP session without a datagram in either direction
+    udp_sessions: int = 256  # of one client; at the cap the least recently used makes room
+    udp_sessions_of_server: int = 4096
+    udp_backlog: int = 256 * 1024  # bytes that wait for a link; what comes on top is dropped: UDP may lose, it must not lag
+    accept_pause: float = 1.0  # after EMFILE: accepting again at once would spin
+    sweep_interval: float = 1.0  # how often idle UDP sessions are looked for
+
+
+DEFAULT_LIMITS = Limits()
+LEGACY_MAX_FRAME = 128 * 1024 - 256  # the original's BUFFER_SIZE, tag included
+MAX_DATA = LEGACY_MAX_FRAME - 64  # variant, length and tag must fit into the same frame
+MAX_HANDSHAKE_FRAME = 16 * 1024  # the longest honest one is an Error that quotes a regex
+MAX_DATAGRAM = 65507
+HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and message head (6) are written there
+TAILROOM = 64  # behind it: the tag
+SCRATCH_IN = 256 * 1024  # one read of a link: two whole legacy frames
+BATCH = 64  # datagrams or accepts that one event may take before others get their turn
+NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class RatrodError(Exception):
+    """Anything that ratrod reports to its user: the thing, the reason and the next step in one line."""
+
+    exit_code = 1
+
+
+class ConfigError(RatrodError):
+    """A wrong argument, key file or setting: nothing was started."""
+
+    exit_code = 2
+
+
+class UsageError(ConfigError):
+    """A command line that cannot be understood."""
+
+
+class ConnectError(RatrodError):
+    """A TCP connection or a name look-up that failed."""
+
+
+class PolicyError(RatrodError):
+    """A target that this server does not open. The peer is told `REFUSED` and nothing else; this text is for the own log."""
+
+
+class ProtocolError(RatrodError):
+    """The wire protocol was broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """... by a wrong call of ours."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """... by what the peer sent."""
+
+
+class AuthenticationError(RemoteProtocolError):
+    """A key or signature that is not accepted, ours or the peer's."""
+
+    exit_code = 3
+
+
+class PeerError(RemoteProtocolError):
+    """The peer ended it with an Error message."""
+
+    def __init__(self, code: int, text: str):
+        super().__init__(text)
+        self.code = code
+        if code == INVALID_KEY:
+            self.exit_code = AuthenticationError.exit_code
+
+
+INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)  # codes of Error
+REFUSED = "not allowed by this server"  # one text for every refusal by policy: it teaches a prober nothing
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """What may be shown of a text that came from a peer: no control or escape characters, `limit` characters at most."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit]) + ("..." if len(text) > limit else "")
+
+
+def reason(error: BaseException) -> str:
+    """An exception as a user reads it: `Connection refused`, not `[Errno 111] Connection refused`."""
+    if isinstance(error, socket.timeout):  # before OSError, which it is too, with no strerror
+        return "timed out"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text or type(error).__name__
+
+
+# ======================================================================================================================
+# 2. Messages: one tuple a message, one encoder and decoder for all
+# ======================================================================================================================
+# bincode 2, standard() but big-endian: PROTOCOL.md, part 1. A layout is one letter a field: b bytes, s str, ? bool, v varint.
+
+
+class ClientPreamble(NamedTuple):
+    exchange_public_key: bytes
+    remote: str
+    challenge: bytes
+    should_encrypt: bool
+    is_udp: bool
+
+
+class ServerPreamble(NamedTuple):
+    identity_public_key: str
+    exchange_public_key: bytes
+    signature: bytes
+    challenge: bytes
+
+
+class ClientAuthentication(NamedTuple):
+    identity_public_key: str
+    signature: bytes
+
+
+class HandshakeCompletion(NamedTuple):
+    pass
+
+
+class Data(NamedTuple):
+    data: bytes
+
+
+class UdpData(NamedTuple):
+    data: bytes
+
+
+class Error(NamedTuple):
+    code: int
+    text: str
+
+
+class Shutdown(NamedTuple):
+    pass
+
+
+LEGACY_MESSAGES: Tuple[Tuple[Type[Any], str], ...] = (  # the position is the variant
+    (ClientPreamble, "bsb??"), (ServerPreamble, "sbbb"), (ClientAuthentication, "sb"), (HandshakeCompletion, ""),
+    (Data, "b"), (UdpData, "b"), (Error, "vs"), (Shutdown, ""),
+)
+_VARIANTS = {kind: (variant, layout) for variant, (kind, layout) in enumerate(LEGACY_MESSAGES)}
+DATA_VARIANT, UDP_DATA_VARIANT = _VARIANTS[Data][0], _VARIANTS[UdpData][0]
+_WIDE = {251: 2, 252: 4, 253: 8}  # marker -> bytes of the integer that follows
+
+
+def encode_varint(n: int) -> bytes:
+    """An unsigned integer: 0-250 in one byte, else a marker and 2, 4 or 8 bytes."""
+    if n < 251:
+        return bytes((n,))
+    marker = 251 if n < 1 << 16 else 252 if n < 1 << 32 else 253
+    return bytes((marker,)) + n.to_bytes(_WIDE[marker], "big")
+
+
+class Decoder:
+    """Reads the fields of one message from `data`, which must hold it whole: whatever does not fit is RemoteProtocolError."""
+
+    def __init__(self, data: Union[bytes, memoryview]):
+        self._data = data
+        self._at = 0
+
+    def take(self, n: int) -> bytes:
+        if n > len(self._data) - self._at:
+            raise RemoteProtocolError("a message ends %d bytes too early" % (n - len(self._data) + self._at))
+        self._at += n
+        return bytes(self._data[self._at - n:self._at])
+
+    def varint(self) -> int:
+        first = self.take(1)[0]
+        if first < 251:
+            return first
+        width = _WIDE.get(first)
+        if width is None:
+            raise RemoteProtocolError("an integer with the unknown marker %d" % first)
+        n = int.from_bytes(self.take(width), "big")
+        # bincode never writes a longer form than needed; one encoding for each value leaves nothing to tell apart.
+        if len(encode_varint(n)) != width + 1:
+            raise RemoteProtocolError("an integer in a longer form than it needs")
+        return n
+
+    def bytes(self) -> bytes:
+        return self.take(self.varint())
+
+    def str(self) -> str:
+        try:
+            return self.bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            raise RemoteProtocolError("a text that is not UTF-8") from None
+
+    def bool(self) -> bool:
+        value = self.take(1)[0]
+        if value > 1:
+            raise RemoteProtocolError("a truth value of %d" % value)
+        return bool(value)
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise RemoteProtocolError("%d bytes left over after a message" % (len(self._data) - self._at))
+
+
+_READ: Dict[str, Callable[[Decoder], Any]] = {"b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint}
+_WRITE: Dict[str, Callable[[Any], bytes]] = {
+    "b": lambda data: encode_varint(len(data)) + data,
+    "s": lambda text: _WRITE["b"](text.encode("utf-8")),
+    "?": lambda value: bytes((value,)),
+    "v": encode_varint,
+}
+
+
+def encode_message(message: Any) -> bytes:
+    variant, layout = _VARIANTS[type(message)]
+    return encode_varint(variant) + b"".join(_WRITE[kind](field) for kind, field in zip(layout, message))
+
+
+def decode_message(data: Union[bytes, memoryview]) -> Any:
+    """One of LEGACY_MESSAGES from its whole encoding; RemoteProtocolError for anything else."""
+    decoder = Decoder(data)
+    variant = decoder.varint()
+    if variant >= len(LEGACY_MESSAGES):
+        raise RemoteProtocolError("a message of the unknown kind %d" % variant)
+    kind, layout = LEGACY_MESSAGES[variant]
+    message = kind(*[_READ[letter](decoder) for letter in layout])
+    decoder.end()
+    return message
+
+
+# ======================================================================================================================
+# 3. Keys, key files and policy
+# ======================================================================================================================
+
+_PKCS8_HEAD = bytes.fromhex("3051020101300506032b657004220420")  # RFC 8410, as the original writes it: then the seed,
+_PKCS8_MIDDLE = bytes.fromhex("812100")  # then this, then the public key
+KEY_FILES = ("key", "key.pub", "known_hosts", "authorized_keys")
+
+
+@functools.lru_cache(maxsize=None)
+def sodium() -> Any:
+    """nacl.bindings, imported on first use: help and usage errors need no PyNaCl."""
+    try:
+        import nacl.bindings
+    except ImportError as error:
+        raise ConfigError("PyNaCl is missing (%s): install it with `pip install pynacl`, on Debian with `apt install python3-nacl`"
+                          % printable(str(error))) from None
+    return nacl.bindings
+
+
+def encode_key(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+
+
+def decode_key(text: str, size: int = 32) -> bytes:
+    """`size` raw bytes from unpadded base64url; ValueError unless it encodes back to exactly `text`.
+
+    Python's decoder skips characters it does not know and ignores spare bits: two texts for one key would make "the same key" mean two things.
+    """
+    if len(text) != (size * 4 + 2) // 3:
+        raise ValueError("it has %d characters instead of %d" % (len(text), (size * 4 + 2) // 3))
+    try:
+        raw = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
+    except ValueError:  # binascii.Error and UnicodeEncodeError are ValueErrors
+        raw = b""
+    if encode_key(raw) != text:
+        raise ValueError("it is not unpadded base64url")
+    return raw
+
+
+def verify(public: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether `signature` (64 bytes) is the Ed25519 signature of `message` under `public` (32 bytes)."""
+    import nacl.exceptions
+
+    if len(public) != 32 or len(signature) != 64:
+        return False
+    try:
+        sodium().crypto_sign_open(signature + message, public)
+    except (nacl.exceptions.BadSignatureError, ValueError):
+        return False
+    return True
+
+
+class KeyPair(NamedTuple):
+    """An Ed25519 identity: 32 bytes of seed, and the public key that follows from it."""
+
+    seed: bytes
+    public: bytes
+
+    @classmethod
+    def from_seed(cls, seed: bytes) -> "KeyPair":
+        return cls(seed, sodium().crypto_sign_seed_keypair(seed)[0])
+
+    @classmethod
+    def decode(cls, text: str) -> "KeyPair":
+        """From the text of a `key` file: base64url of 83 bytes (PKCS#8 version 2). ValueError says what is wrong."""
+        raw = decode_key(text, 83)
+        seed, public = raw[16:48], raw[51:]
+        if raw != _PKCS8_HEAD + seed + _PKCS8_MIDDLE + public:
+            raise ValueError("it is not an Ed25519 key in PKCS#8")
+        pair = cls.from_seed(seed)
+        if pair.public != public:
+            raise ValueError("its public half does not belong to its private half")
+        return pair
+
+    def encode(self) -> str:
+        return encode_key(_PKCS8_HEAD + self.seed + _PKCS8_MIDDLE + self.public)
+
+    def sign(self, message: bytes) -> bytes:
+        return sodium().crypto_sign(message, self.seed + self.public)[:64]
+
+    def __repr__(self) -> str:  # never the seed: a repr ends in logs
+        return "KeyPair(%s)" % encode_key(self.public)
+
+
+class KeyLines:
+    """The lines `KEY [word]...` of authorized_keys or known_hosts, read again whenever the file has changed. Safe from any thread."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._cache: Tuple[Any, Dict[bytes, List[List[str]]]] = (None, {})
+
+    def read(self) -> Dict[bytes, List[List[str]]]:
+        """For each key the further words of its lines. A file that cannot be read, or a line that cannot, lists nobody."""
+        try:
+            status = os.stat(self.path)
+            signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+            # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
+            if signature == self._cache[0] and time.time() - status.st_mtime > 2:
+                return self._cache[1]
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                lines = self._parse(file)
+        except OSError:
+            return {}
+        self._cache = (signature, lines)
+        return lines
+
+    @staticmethod
+    def _parse(lines: Iterable[str]) -> Dict[bytes, List[List[str]]]:
+        keys: Dict[bytes, List[List[str]]] = {}
+        for line in lines:
+            words = line.split()
+            with contextlib.suppress(ValueError, IndexError):
+                keys.setdefault(decode_key(words[0]), []).append(words[1:])
+        return keys
+
+    def knows(self, key: bytes, address: str) -> bool:
+        """As known_hosts: whether `key` is the server at `address`. Lines bound to that address count alone; a bare KEY for any other."""
+        lines = [(listed, words[0] if words else None) for listed, all_words in self.read().items() for words in all_words]
+        bound = {listed for listed, where in lines if where == address}
+        return key in (bound or {listed for listed, where in lines if where is None})
+
+
+class KeyFolder:
+    """The four security files. `warnings` holds what a user should be told once."""
+
+    def __init__(self, key_path: Optional[str] = None):
+        path = os.path.expanduser(key_path or os.path.join("~", ".ratrod"))
+        self.key_file = path if os.path.isfile(path) else os.path.join(path, "key")
+        self.path = os.path.dirname(self.key_file) or "."
+        self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"))
+        self.known_hosts = KeyLines(os.path.join(self.path, "known_hosts"))
+        self.warnings: List[str] = []
+
+    def exists(self) -> bool:
+        return os.path.lexists(self.key_file)
+
+    def load(self) -> KeyPair:
+        """The identity in the key file. ConfigError names the file, what is wrong with it and what to do."""
+        pair = self._read(self.key_file, KeyPair.decode)
+        mode = os.stat(self.key_file).st_mode
+        if os.name == "posix" and mode & 0o077:
+            self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone: chmod 600 %s"
+                                 % (self.key_file, stat.S_IMODE(mode), self.key_file))
+        public_file = self.key_file + ".pub"
+        try:
+            if self._read(public_file, decode_key) != pair.public:
+                raise ConfigError("it belongs to another key")
+        except ConfigError as error:
+            # Only people read key.pub; ratrod derives the public key from the private one.
+            self.warnings.append("`%s` does not show this key (%s); the right line is: %s" % (public_file, error, encode_key(pair.public)))
+        return pair
+
+    @staticmethod
+    def _read(path: str, decode: Callable[[str], Any]) -> Any:
+        try:
+            with open(path, encoding="utf-8") as file:
+                return decode(file.read(1000).strip())
+        except OSError as error:
+            raise ConfigError("cannot read the key file `%s`: %s" % (path, reason(error))) from None
+        except ValueError as error:
+            raise ConfigError("the key file `%s` is damaged: %s. Move it away and make another with `ratrod keygen`" % (path, error)) from None
+
+    def generate(self) -> KeyPair:
+        """Writes a new identity and empty lists into the folder; never over a file that is there. ConfigError says what failed."""
+        pair = KeyPair.from_seed(os.urandom(32))
+        contents = (pair.encode(), encode_key(pair.public), "", "")
+        try:
+            if not os.path.isdir(self.path):
+                os.makedirs(self.path, mode=0o700)
+            # The private key last: only its presence says that the folder is complete.
+            for name, text in reversed(tuple(zip(KEY_FILES, contents))):
+                path = os.path.join(self.path, name)
+                if name.startswith("key") or not os.path.lexists(path):
+                    self._write(path, text, fresh=name == "key")
+        except OSError as error:
+            raise ConfigError("cannot write the security files to `%s`: %s" % (self.path, reason(error))) from None
+        return pair
+
+    @staticmethod
+    def _write(path: str, text: str, fresh: bool) -> None:
+        """Under a temporary name first: whoever looks sees the whole file or none. `fresh`: fail where the file is there already."""
+        temporary = "%s.%d.tmp" % (path, os.getpid())
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(text)
+            if fresh and os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "a key is there already")
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+class Address(NamedTuple):
+    """A host (a name, an IPv4 or an IPv6 address without brackets) and a port; shown with brackets where it needs them."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
+
+
+def unmapped(host: str) -> str:
+    """An address as people know it: ::ffff:10.0.0.1 is 10.0.0.1."""
+    return host[7:] if host.startswith("::ffff:") and "." in host else host
+
+
+_PIECE = r"(?:\[([^\[\]]*:[^\[\]]*)\]|([^:\[\]]*))"
+
+
+def split_host_port(text: str) -> List[str]:
+    """`a:b:c` at its colons, brackets around IPv6 addresses taken off: `[::1]:80` is ::1 and 80. ValueError where brackets do not fit."""
+    if not re.fullmatch("%s(?::%s)*" % (_PIECE, _PIECE), text):
+        raise ValueError("its brackets do not fit; an IPv6 address is written [::1]")
+    return [bracketed or plain for bracketed, plain in re.findall("(?:^|:)" + _PIECE, text)]
+
+
+def parse_port(text: str, lowest: int = 1) -> int:
+    if not re.fullmatch("0|[1-9][0-9]{0,4}", text, re.ASCII) or not lowest <= int(text) <= 65535:
+        raise ValueError("`%s` is not a port (%d-65535)" % (printable(text), lowest))
+    return int(text)
+
+
+def parse_host(text: str) -> str:
+    """A strict host in canonical form: a lower-case name, a dotted quad or an IPv6 address, a mapped IPv4 address unwrapped.
+
+    What only some resolvers take for an address (127.1, 0x7f000001, 017700000001, full-width digits) is refused: it would reach
+    loopback past a rule that compares text. So is an empty host, which connect() takes for loopback too. ValueError says why.
+    """
+    import ipaddress
+
+    if ":" in text:
+        if "%" in text:
+            raise ValueError("an IPv6 address with a zone")
+        v6 = ipaddress.IPv6Address(text)
+        return str(v6.ipv4_mapped or v6)
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text, re.ASCII):
+        raise ValueError("`%s` is not a host name or address" % printable(text))
+    host = text.lower()
+    host = host[:-1] if host.endswith(".") else host
+    last = host.rsplit(".", 1)[-1]
+    if not last or ".." in host:
+        raise ValueError("`%s` has an empty label" % printable(text))
+    if last.isdigit() or last.startswith("0x"):
+        octet = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+        if not re.fullmatch(r"%s(?:\.%s){3}" % (octet, octet), host):
+            raise ValueError("`%s` is not a dotted quad (as 127.0.0.1)" % printable(text))
+    return host
+
+
+def parse_target(text: str) -> Address:
+    """`host:port` or `[v6]:port` as a strict Address; ValueError says what is wrong."""
+    pieces = split_host_port(text)
+    if len(pieces) != 2:
+        raise ValueError("`%s` is not host:port" % printable(text))
+    return Address(parse_host(pieces[0]), parse_port(pieces[1]))
+
+
+class Policy:
+    """What a server opens for its clients: targets whose whole `host` or whole `host:port` matches a regular expression."""
+
+    def __init__(self, regex: str = ".*"):
+        import warnings
+
+        self._restricted = regex != ".*"
+        try:
+            with warnings.catch_warnings():
+                # `[[:alpha:]]` compiles with a FutureWarning and then means something else: a rule that is misread lets strangers in.
+                warnings.simplefilter("error")
+                self._regex = re.compile(regex, re.IGNORECASE)
+        except (re.error, Warning, RecursionError, OverflowError) as error:
+            raise ConfigError("cannot use the remote regex `%s`: %s" % (regex, error)) from None
+
+    def _matches(self, target: Address) -> bool:
+        return any(self._regex.fullmatch(text) for text in (target.host, str(target)))
+
+    def check(self, text: str) -> Address:
+        """The target that a client named, before anything is looked up. PolicyError where it may not be opened."""
+        try:
+            target = parse_target(text)
+        except ValueError as error:
+            raise PolicyError("not a target: %s" % error) from None
+        if not self._matches(target):
+            raise PolicyError("`%s` does not match the remote regex" % str(target))
+        return target
+
+    def check_addresses(self, target: Address, found: Iterable[str]) -> List[str]:
+        """Those of the addresses that a look-up of target.host `found` which may be connected to; PolicyError where none is left.
+
+        A name under somebody else's control can resolve to loopback or link-local: where targets are restricted at all, such an
+        address has to be allowed by itself, unless the name is localhost.
+        """
+        import ipaddress
+
+        allowed = []
+        for text in found:
+            address = ipaddress.ip_address(unmapped(text.split("%")[0]))
+            inside = address.is_loopback or address.is_link_local
+            named = target.host in ("localhost", str(address))
+            if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
+                continue
+            if inside and self._restricted and not named and not self._matches(Address(str(address), target.port)):
+                continue
+            allowed.append(str(address))
+        if not allowed:
+            raise PolicyError("`%s` resolves to addresses that may not be opened" % str(target))
+        return allowed
+
+
+class TunnelSpec(NamedTuple):
+    """One TUNNEL of the command line: listen on `local` (port 0: a free one), for `remote` as the server sees it."""
+
+    local: Address
+    remote: Address
+
+
+def parse_tunnel(text: str) -> TunnelSpec:
+    """[local_host:[local_port:[remote_host:]]]remote_port; ConfigError says what is wrong and shows the forms."""
+    try:
+        pieces = split_host_port(text)
+        if not 1 <= len(pieces) <= 4:
+            raise ValueError("it has %d parts" % len(pieces))
+        remote_port = parse_port(pieces[-1])
+        local_port = parse_port(pieces[-3 if len(pieces) > 2 else 0], lowest=0 if len(pieces) > 1 else 1)
+        remote_host = parse_host(pieces[-2]) if len(pieces) > 2 else "127.0.0.1"
+        local_host = pieces[0] if len(pieces) == 4 else "127.0.0.1"
+        if not local_host:
+            raise ValueError("its local host is empty")
+        return TunnelSpec(Address(local_host, local_port), Address(remote_host, remote_port))
+    except ValueError as error:
+        raise ConfigError("cannot understand the tunnel `%s`: %s. The forms are [local_host:[local_port:[remote_host:]]]remote_port,"
+                          " as 2000:db:5432" % (printable(text), error)) from None
+
+
+def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
+    """BIND or SERVER: `host:port`, the host as the system's resolver understands it. ConfigError says what is wrong."""
+    try:
+        host, port = split_host_port(text)
+        if not host:
+            raise ValueError("its host is empty")
+        return Address(host, parse_port(port, lowest))
+    except ValueError as error:
+        why = "it is not host:port" if "unpack" in str(error) else str(error)
+        raise ConfigError("cannot understand the %s `%s`: %s. It is written host:port, as 0.0.0.0:19000 or [::1]:19000"
+                          % (what, printable(text), why)) from None
+
+
+# ======================================================================================================================
+# 4. Ciphers
+# ======================================================================================================================
+
+
+class Aead:
+    """One cipher of libsodium, sealing and opening in place: no copy, no allocation.
+
+    `nacl._sodium` is a private name of PyNaCl and several times as fast as its public functions, which copy; where it is missing
+    or shaped otherwise, those do the same work.
+    """
+
+    __slots__ = ("name", "tag", "fast", "_seal", "_open")
+
+    def __init__(self, name: str, tag: int, fast: bool = True):
+        self.name, self.tag = name, tag
+        pair = self._private() if fast else None
+        self.fast = pair is not None
+        self._seal, self._open = pair or self._public()
+
+    def _public(self) -> Tuple[Callable[..., None], Callable[..., None]]:
+        encrypt = getattr(sodium(), "crypto_aead_%s_encrypt" % self.name)
+        decrypt = getattr(sodium(), "crypto_aead_%s_decrypt" % self.name)
+        tag = self.tag
+        import nacl.exceptions
+
+        def seal(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+            view[:] = encrypt(bytes(view[:-tag]), aad, nonce, key)
+
+        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+            try:
+                view[:-tag] = decrypt(bytes(view), aad, nonce, key)
+            except (nacl.exceptions.CryptoError, ValueError):
+                raise RemoteProtocolError("a record failed its authentication: it was damaged or forged on the way") from None
+        return seal, open_
+
+    def _private(self) -> Optional[Tuple[Callable[..., None], Callable[..., None]]]:
+        sodium()  # sodium_init(): without it libsodium uses its slow portable code
+        try:
+            from nacl._sodium import ffi, lib
+            encrypt = getattr(lib, "crypto_aead_%s_encrypt" % self.name)
+            decrypt = getattr(lib, "crypto_aead_%s_decrypt" % self.name)
+        except (ImportError, AttributeError):
+            return None
+        null, tag, from_buffer = ffi.NULL, self.tag, ffi.from_buffer
+
+        def seal(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+            at = from_buffer(view)
+            encrypt(at, null, at, len(view) - tag, aad, len(aad), null, nonce, key)
+
+        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+            at = from_buffer(view)
+            if decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key):
+                raise RemoteProtocolError("a record failed its authentication: it was damaged or forged on the way")
+        return seal, open_
+
+    def seal(self, view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
+        """Encrypts view[:-tag] in place and writes the tag behind it."""
+        self._seal(view, nonce, key, aad)
+
+    def open(self, view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
+        """Decrypts `view`, tag included, in place: the plaintext. RemoteProtocolError where it was not sealed with these."""
+        if len(view) < self.tag:
+            raise RemoteProtocolError("a record shorter than its tag")
+        self._open(view, nonce, key, aad)
+        return view[:-self.tag]
+
+
+@functools.lru_cache(maxsize=None)
+def chacha20_poly1305() -> Aead:
+    return Aead("chacha20poly1305_ietf", 16)
+
+
+def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
+    """32 bytes of RFC 5869's HKDF: one block, so extract and the first round of expand."""
+    return hmac.new(hmac.new(salt, secret, hashlib.sha256).digest(), info + b"\x01", hashlib.sha256).digest()
+
+
+# ======================================================================================================================
+# 5. Framing: bytes of a link to records and back
+# ======================================================================================================================
+# A reader gives records one at a time out of a buffer that the link owns, a writer gives the bytes to send. What a record means is the
+# same on every wire; these are ratrod2's numbers, and the legacy messages are mapped to them.
+
+OPENED, DATA, END, ERROR, UDP_DATA = 0x11, 0x12, 0x13, 0x01, 0x20
+_HEADER_CLEAR, _HEADER_SEALED = struct.Struct(">BQ"), struct.Struct(">B12sQ")
+Record = Tuple[int, Any, int]
+
+
+class LegacyReader:
+    """Frames of the legacy wire. `key`: encryption is on, and a frame in the clear ends the link, but for HandshakeCompletion or an
+    Error in its place where that is still `awaited`."""
+
+    __slots__ = ("_key", "_awaited", "wanted")
+    eof_is_end = True  # FIN is how a stream ends here
+
+    def __init__(self, key: Optional[bytes] = None, awaited: bool = False):
+        self._key = key
+        self._awaited = awaited
+        self.wanted = 0
+
+    def next(self, view: memoryview, start: int, end: int) -> Optional[Record]:
+        """The record that begins at view[start]: (type, content, where it ends). Content of Data is a piece of `view`.
+
+        None where it is not whole yet: then `wanted` is how many bytes it has, as far as its header is here. RemoteProtocolError as
+        soon as it cannot become a legal frame.
+        """
+        sealed = view[start]
+        if sealed > 1:
+            raise RemoteProtocolError("a frame with the flag %d" % sealed)
+        if bool(sealed) != (self._key is not None and not self._awaited):
+            raise RemoteProtocolError("a frame that is not encrypted on an encrypted link" if not sealed else "an encrypted frame too early")
+        body = start + (_HEADER_SEALED.size if sealed else _HEADER_CLEAR.size)
+        if end < body:
+            self.wanted = body - start
+            return None
+        size = int.from_bytes(view[body - 8:body], "big")
+        if size > LEGACY_MAX_FRAME:
+            raise RemoteProtocolError("a frame of %d bytes, over the limit of %d" % (size, LEGACY_MAX_FRAME))
+        if end < body + size:
+            self.wanted = body + size - start
+            return None
+        content = view[body:body + size]
+        if sealed:
+            assert self._key is not None
+            content = chacha20_poly1305().open(content, bytes(view[start + 1:start + 13]), self._key)
+        kind, what = self._decode(content)
+        return kind, what, body + size
+
+    def _decode(self, content: memoryview) -> Tuple[int, Any]:
+        # Data first and by hand: it is what nearly every frame is, and its bytes need no copy.
+        if content and content[0] in (DATA_VARIANT, UDP_DATA_VARIANT) and not self._awaited:
+            data = self._payload(content)
+            if content[0] == UDP_DATA_VARIANT:
+                return UDP_DATA, data
+            if data:
+                return DATA, data
+            return self._end("an empty Data")
+        message = decode_message(content) if content else Shutdown()
+        if isinstance(message, Error):
+            return ERROR, message
+        if isinstance(message, HandshakeCompletion) and self._awaited:
+            self._awaited = False
+            return OPENED, ""
+        if isinstance(message, Shutdown) and not self._awaited:
+            return self._end("a Shutdown")
+        raise RemoteProtocolError("a %s where none belongs" % type(message).__name__)
+
+    @staticmethod
+    def _payload(content: memoryview) -> memoryview:
+        marker = content[1] if len(content) > 1 else 255
+        width = 0 if marker < 251 else _WIDE.get(marker, 0)
+        size = marker if marker < 251 else int.from_bytes(content[2:2 + width], "big")
+        if marker > 253 or len(content) != 2 + width + size or (width and len(encode_varint(size)) != width + 1):
+            raise RemoteProtocolError("a Data whose length does not fit its frame")
+        return content[2 + width:]
+
+    def _end(self, what: str) -> Tuple[int, Any]:
+        # Frames of an encrypted link can be replayed, and Rust sends none of these on purpose: with encryption on only FIN is an end.
+        if self._key is not None:
+            raise RemoteProtocolError("%s on an encrypted link" % what)
+        return END, None
+
+
+class LegacyWriter:
+    """Frames of the legacy wire. With a `key` all are sealed, but for those that `clear_message` makes."""
+
+    __slots__ = ("_key",)
+    max_data = MAX_DATA
+
+    def __init__(self, key: Optional[bytes] = None):
+        self._key = key
+
+    @staticmethod
+    def clear_message(message: Any) -> bytes:
+        """A whole frame in the clear, as the handshake uses."""
+        body = encode_message(message)
+        return _HEADER_CLEAR.pack(0, len(body)) + body
+
+    def opened(self) -> bytes:
+        return self.clear_message(HandshakeCompletion())
+
+    def refusal(self, error: Error) -> bytes:
+        """An Error in place of HandshakeCompletion, the only place where a Rust client shows one."""
+        return self.clear_message(error)
+
+    def data(self, scratch: memoryview, n: int, variant: int = DATA_VARIANT) -> memoryview:
+        """The frame around the n bytes at scratch[HEADROOM:], made in place."""
+        head = bytes((variant,)) + encode_varint(n)
+        start, end = HEADROOM - len(head), HEADROOM + n
+        scratch[start:HEADROOM] = head
+        if self._key is None:
+            header = _HEADER_CLEAR.pack(0, end - start)
+        else:
+            cipher, nonce = chacha20_poly1305(), os.urandom(12)
+            end += cipher.tag
+            cipher.seal(scratch[start:end], nonce, self._key)
+            header = _HEADER_SEALED.pack(1, nonce, end - start)
+        scratch[start - len(header):start] = header
+        return scratch[start - len(header):end]
+
+    def udp_data(self, scratch: memoryview, n: int) -> memoryview:
+        return self.data(scratch, n, UDP_DATA_VARIANT)
+
+    def end(self) -> Optional[bytes]:
+        """None: on this wire the end of a stream is the link's FIN."""
+        return None
+
+
+# ======================================================================================================================
+# 6. Handshake: bytes in, bytes out
+# ======================================================================================================================
+
+Script = Generator[int, bytes, None]
+Report = Callable[..., None]
+
+
+class Handshake:
+    """One side of a handshake, without a socket: feed what arrives to receive_data(), send what data_to_send() gives.
+
+    `wanted` is how many more bytes it can use now, 0 once it is done: whoever reads no more than that leaves what follows the
+    handshake where it is. After it: `peer_key`, `reader` and `writer`. Any error it raises is final; data_to_send() may hold a last word.
+    """
+
+    def __init__(self) -> None:
+        self._received = bytearray()
+        self._to_send = bytearray()
+        self._script = self._run()
+        self.peer_key = b""
+        self.reader: LegacyReader
+        self.writer: LegacyWriter
+        self._needed = next(self._script)
+
+    @property
+    def wanted(self) -> int:
+        return max(0, self._needed - len(self._received))
+
+    @property
+    def done(self) -> bool:
+        return self._needed == 0
+
+    def data_to_send(self) -> bytes:
+        data = bytes(self._to_send)
+        self._to_send.clear()
+        return data
+
+    def receive_data(self, data: bytes) -> None:
+        """Takes the next bytes of the peer, in pieces of any size but no more than `wanted`. RemoteProtocolError where they are wrong."""
+        if len(data) > self.wanted:
+            raise LocalProtocolError("%d bytes for a handshake that wants %d" % (len(data), self.wanted))
+        self._received += data
+        if not self.done and len(self._received) == self._needed:
+            chunk = bytes(self._received)
+            self._received.clear()
+            try:
+                self._needed = self._script.send(chunk)
+            except StopIteration:
+                self._needed = 0
+
+    def receive_eof(self) -> NoReturn:
+        raise RemoteProtocolError("the other side closed the connection during the handshake")
+
+    def _run(self) -> Script:
+        """Yields the number of bytes it needs next and gets exactly those."""
+        raise NotImplementedError
+
+
+class LegacyHandshake(Handshake):
+    """What both sides of the legacy handshake share."""
+
+    def __init__(self, keys: KeyPair, ephemeral: Optional[bytes] = None, challenge: Optional[bytes] = None):
+        self._keys = keys
+        self._ephemeral = ephemeral or os.urandom(32)
+        self._challenge = challenge or os.urandom(32)
+        super().__init__()
+
+    def _send(self, message: Any) -> None:
+        self._to_send += LegacyWriter.clear_message(message)
+
+    def _receive(self, expected: Type[Any]) -> Generator[int, bytes, Any]:
+        """One message in the clear; RemoteProtocolError unless it is an `expected` one, PeerError for an Error."""
+        if (yield 1) != b"\0":
+            raise RemoteProtocolError("the other side does not speak ratrod's legacy protocol")
+        size = int.from_bytes((yield 8), "big")
+        if not 0 < size <= MAX_HANDSHAKE_FRAME:
+            raise RemoteProtocolError("a handshake message of %d bytes" % size)
+        message = decode_message((yield size))
+        if isinstance(message, Error):
+            raise PeerError(message.code, printable(message.text))
+        if not isinstance(message, expected):
+            raise RemoteProtocolError("a %s in place of %s" % (type(message).__name__, expected.__name__))
+        return message
+
+    def _public_ephemeral(self) -> bytes:
+        return sodium().crypto_scalarmult_base(self._ephemeral)
+
+    def _authenticate(self, identity: str, signature: bytes, whose: str) -> None:
+        """Takes the peer's identity where it signed our challenge."""
+        try:
+            key = decode_key(identity)
+        except ValueError:
+            raise RemoteProtocolError("the %s's public key is not a key" % whose) from None
+        if not verify(key, self._challenge, signature):
+            raise AuthenticationError("the %s's signature is wrong: it does not own the key `%s`" % (whose, identity))
+        self.peer_key = key
+
+    def _shared_key(self, peer_ephemeral: bytes, salt: bytes) -> bytes:
+        """The key of both directions; `salt` is the server's challenge, then the client's."""
+        if len(peer_ephemeral) != 32:  # crypto_scalarmult() itself does not look
+            raise RemoteProtocolError("an exchange key of %d bytes" % len(peer_ephemeral))
+        try:
+            secret = sodium().crypto_scalarmult(self._ephemeral, peer_ephemeral)
+        except Exception:  # PyNaCl's RuntimeError for a point of small order; its type is no promise
+            raise RemoteProtocolError("an exchange key of small order") from None
+        return hkdf_sha256(secret, salt, salt)
+
+    @staticmethod
+    def _challenge_of(message: Any) -> bytes:
+        if len(message.challenge) != 32:
+            raise RemoteProtocolError("a challenge of %d bytes" % len(message.challenge))
+        return message.challenge
+
+
+class LegacyClientHandshake(LegacyHandshake):
+    """The client's side up to ClientAuthentication. HandshakeCompletion is left to the link, as Opened: data may follow at once.
+
+    `check_server(key)` raises AuthenticationError for a key that is not known; `report(text, ...)` is told of each step.
+    """
+
+    def __init__(self, keys: KeyPair, remote: str, *, is_udp: bool = False, should_encrypt: bool = False,
+                 check_server: Callable[[bytes], None], report: Report, **fixed: bytes):
+        self._preamble = (remote, is_udp, should_encrypt)
+        self._check_server, self._report = check_server, report
+        super().__init__(keys, **fixed)
+
+    def _run(self) -> Script:
+        remote, is_udp, should_encrypt = self._preamble
+        self._send(ClientPreamble(self._public_ephemeral(), remote, self._challenge, should_encrypt, is_udp))
+        self._report("✅ Sent preamble to server ...")
+        server = yield from self._receive(ServerPreamble)
+        self._authenticate(server.identity_public_key, server.signature, "server")
+        self._report("✅ Server's signature validated with public key `%s` ...", server.identity_public_key)
+        if self.peer_key == self._keys.public:
+            raise AuthenticationError("server and client use the same key; give one of them another -k")
+        self._check_server(self.peer_key)
+        self._report("🚧 Signing server challenge ...")
+        challenge = self._challenge_of(server)
+        self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(challenge)))
+        self._report("⏳ Awaiting challenge validation ...")
+        key = self._shared_key(server.exchange_public_key, challenge + self._challenge) if should_encrypt else None
+        self.reader, self.writer = LegacyReader(key, awaited=True), LegacyWriter(key)
+
+
+class LegacyServerHandshake(LegacyHandshake):
+    """The server's side up to ClientAuthentication; the link says HandshakeCompletion, or Error in its place, once it knows which.
+
+    `authorize(key)` raises AuthenticationError for a client that may not come in. After it: `remote` and `is_udp`.
+    """
+
+    def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], **fixed: bytes):
+        self._authorize = authorize
+        self.remote, self.is_udp = "", False
+        super().__init__(keys, **fixed)
+
+    def _run(self) -> Script:
+        client = yield from self._receive(ClientPreamble)
+        theirs = self._challenge_of(client)
+        self._send(ServerPreamble(encode_key(self._keys.public), self._public_ephemeral(), self._keys.sign(theirs), self._challenge))
+        answer = yield from self._receive(ClientAuthentication)
+        try:
+            self._authenticate(answer.identity_public_key, answer.signature, "client")
+            # Whoever reaches a legacy server can have it sign anything: its own key proves nothing, wherever it is listed.
+            if self.peer_key == self._keys.public:
+                raise AuthenticationError("server and client use the same key; give one of them another -k")
+            self._authorize(self.peer_key)
+        except AuthenticationError as error:
+            self._send(Error(INVALID_KEY, str(error)))
+            raise
+        key = self._shared_key(client.exchange_public_key, self._challenge + theirs) if client.should_encrypt else None
+        self.remote, self.is_udp = client.remote, client.is_udp
+        self.reader, self.writer = LegacyReader(key), LegacyWriter(key)
+
+
+# ======================================================================================================================
+# 6b. Stream states: the table of PROTOCOL.md
+# ======================================================================================================================
+
+(CONNECTING, ASKED, ASKED_END, BOTH, SENT, GOT, DONE, BYE, CLOSED) = STATES = (
+    "Connecting", "Asked", "AskedEnd", "Both", "Sent", "Got", "Done", "Bye", "Closed")
+LOCAL_EOF, LOCAL_FAILS, LOST = "local EOF", "local fails", "lost"
+
+# Each cell: what is done, and where it leads. `!` is illegal: it ends the link like an Error. Local bytes are read in Asked, Both and Got.
+_TABLE = """
+ state      | local EOF       | local fails | Opened        | Data  | End          | Error | lost
+ Connecting |                 | fail        | !             | !     | !            | die   | die
+ Asked      | end -> AskedEnd | fail        | open -> Both  | !     | !            | die   | die
+ AskedEnd   |                 | fail        | open -> Sent  | !     | !            | die   | die
+ Both       | end -> Sent     | fail        | !             | write | shut -> Got  | die   | die
+ Sent       |                 | fail        | !             | write | shut -> Done | die   | die
+ Got        | end -> Done     | fail        | !             | !     | !            | die   | die
+ Done       |                 | fail        | !             | !     | !            | die   | die
+ Bye        |                 |             |               |       |              |       | close
+ Closed     |                 |             |               |       |              |       |
+"""
+_EVENTS: Dict[str, Any] = {"Opened": OPENED, "Data": DATA, "End": END, "Error": ERROR}
+
+
+def _read_table(text: str) -> Dict[str, Dict[Any, Tuple[str, str]]]:
+    header, *rows = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
+    table: Dict[str, Dict[Any, Tuple[str, str]]] = {}
+    for state, *cells in rows:
+        row = table[state] = {}
+        for event, cell in zip(header[1:], cells):
+            action, _, following = cell.partition(" -> ")
+            row[_EVENTS.get(event, event)] = (action, following or state)
+    return table
+
+
+STREAM_TABLE = _read_table(_TABLE)
+READS_LOCAL = frozenset((ASKED, BOTH, GOT))
+
+
+# ======================================================================================================================
+# 7. Event loop
+# ======================================================================================================================
+
+log = logging.getLogger("ratrod")
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Timer:
+    """A pending call; cancel() forgets it."""
+
+    __slots__ = ("when", "call")
+
+    def __init__(self, when: float, call: Optional[Callable[[], None]]):
+        self.when, self.call = when, call
+
+    def cancel(self) -> None:
+        self.call = None
+
+    def __lt__(self, other: "Timer") -> bool:
+        return self.when < other.when
+
+
+class EventLoop:
+    """The one thread that owns every socket after its handshake. Only call_soon_threadsafe() may be called from another."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._timers: List[Timer] = []
+        self._calls: Deque[Callable[[], None]] = collections.deque()
+        self._wake_receiver, self._waker = socket.socketpair()
+        for end in (self._wake_receiver, self._waker):
+            end.setblocking(False)
+        self._selector.register(self._wake_receiver, READ, self._on_wake)
+        self._stopped = False
+        # Shared by all: what one callback reads or seals here it has sent or kept elsewhere when it returns. A buffer of its own for
+        # every connection would cost 256 KB each.
+        self.scratch_out = memoryview(bytearray(HEADROOM + MAX_DATA + TAILROOM))
+        self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_DATA]
+        self.scratch_in = memoryview(bytearray(SCRATCH_IN))
+
+    def fileno(self) -> int:
+        """The descriptor that signals write to, so that they wake select() on every system."""
+        return self._waker.fileno()
+
+    def watch(self, sock: socket.socket, before: int, events: int, callback: Callable[[int], None]) -> None:
+        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before` is what was watched until now."""
+        if not events:
+            self._selector.unregister(sock)
+        elif before:
+            self._selector.modify(sock, events, callback)
+        else:
+            self._selector.register(sock, events, callback)
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        timer = Timer(time.monotonic() + seconds, call)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            self._waker.send(b"\0")
+
+    def _on_wake(self, _mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_receiver.recv(4096)
+
+    def run(self) -> None:
+        """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
+        while not self._stopped:
+            for key, mask in self._selector.select(self._time_to_next_timer()):
+                self._run(key.data, mask)
+            now = time.monotonic()
+            while self._timers and self._timers[0].when <= now:
+                call = heapq.heappop(self._timers).call
+                if call:
+                    self._run(call)
+            for _ in range(len(self._calls)):
+                self._run(self._calls.popleft())
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def close(self) -> None:
+        self._selector.close()
+        self._wake_receiver.close()
+        self._waker.close()
+
+    def _time_to_next_timer(self) -> Optional[float]:
+        if self._calls:
+            return 0
+        return max(0.0, self._timers[0].when - time.monotonic()) if self._timers else None
+
+    @staticmethod
+    def _run(call: Callable[..., None], *args: int) -> None:
+        try:
+            call(*args)
+        except Exception as error:
+            trace = error.__traceback__
+            while trace and trace.tb_next:
+                trace = trace.tb_next
+            log.error("❌ internal error in line %d, please report it: %r", trace.tb_lineno if trace else 0, error)
+            end = getattr(getattr(call, "__self__", None), "die", None)
+            if end:
+                end(error)
+
+
+class WorkerPool:
+    """At most `size` daemon threads, made as they are needed and let go after ten idle seconds.
+
+    Not a ThreadPoolExecutor: that one joins its threads at exit, and a look-up that hangs would hold the process up.
+    """
+
+    def __init__(self, loop: EventLoop, size: int):
+        self._loop, self._size = loop, size
+        self._tasks: "queue.Queue[Tuple[Callable[[], Any], Callable[[Any, Optional[Exception]], None]]]" = queue.Queue()
+        self._lock = threading.Lock()
+        self._threads = self._unfinished = 0
+
+    def submit(self, task: Callable[[], Any], done: Callable[[Any, Optional[Exception]], None]) -> None:
+        """task() on a thread, then done(result, None) or done(None, error) on the loop."""
+        with self._lock:
+            self._tasks.put((task, done))
+            self._unfinished += 1
+            if self._threads < min(self._unfinished, self._size):
+                self._threads += 1
+                threading.Thread(target=self._work, daemon=True, name="ratrod worker").start()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                task, done = self._tasks.get(timeout=10)
+            except queue.Empty:
+                with self._lock:
+                    # Between the time-out and this lock a task may have come that counted on this thread.
+                    if self._tasks.empty():
+                        self._threads -= 1
+                        return
+                continue
+            result, error = None, None
+            try:
+                result = task()
+            except Exception as raised:
+                error = raised
+            with self._lock:
+                self._unfinished -= 1
+            self._loop.call_soon_threadsafe(functools.partial(done, result, error))
+            del task, done, result, error  # an idle thread must not keep a socket alive
+
+
+# ======================================================================================================================
+# 8. Links and streams
+# ======================================================================================================================
+
+
+class Transport:
+    """A connected socket on the loop; what a link and the local end of a stream both run on."""
+
+    __slots__ = ("sock", "_loop", "_callback", "_events")
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, callback: Callable[[int], None]):
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # not TCP, or already reset
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is sent is complete: Nagle only adds delay
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock, self._loop, self._callback, self._events = sock, loop, callback, 0
+
+    def want(self, events: int) -> None:
+        """From now on callback(mask) for these events; the only place that changes them."""
+        if events != self._events:
+            self._loop.watch(self.sock, self._events, events, self._callback)
+            self._events = events
+
+    def wanted(self, mask: int) -> int:
+        """Those of the events in `mask` that are still wanted: an earlier callback of the same round may have closed this, and epoll
+        reports errors as both."""
+        return mask & self._events
+
+    def recv_into(self, view: memoryview) -> Optional[int]:
+        """Bytes read; 0 is the end, None where nothing is there yet. OSError where the connection is broken."""
+        try:
+            return self.sock.recv_into(view)
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def send(self, data: Union[bytes, bytearray, memoryview]) -> int:
+        """Bytes taken, possibly none. OSError where the connection is broken."""
+        try:
+            return self.sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def half_close(self) -> None:
+        """No more bytes from this side; OSError where the connection is broken."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        self.want(0)
+        self.sock.close()
+
+    def abort(self) -> None:
+        """Closes with a reset, so that the other side cannot take it for an end."""
+        reset(self.sock, before=lambda: self.want(0))
+
+
+def reset(sock: socket.socket, before: Callable[[], None] = lambda: None) -> None:
+    """Closes a TCP socket with a reset in place of a FIN."""
+    before()
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("HH" if os.name == "nt" else "ii", 1, 0))
+    sock.close()
+
+
+class LocalFailed(RatrodError):
+    """The local socket of a stream broke: everyday life, only shown with -v."""
+
+
+class LinkUser:
+    """What a link carries: a Stream, a UDP session, or the test at the start. These are called by its Link."""
+
+    __slots__ = ()
+
+    def opened(self) -> None:
+        """The other side is connected to its remote."""
+
+    def write(self, data: memoryview) -> None:
+        """Data came; the view is valid during this call only."""
+        raise RemoteProtocolError("Data on a link that carries no TCP stream")
+
+    def datagram(self, data: memoryview) -> None:
+        raise RemoteProtocolError("UdpData on a link that carries no UDP session")
+
+    def shut(self) -> None:
+        """The other side has ended its direction."""
+
+    def update(self) -> None:
+        """The link's state changed, or all that waited for it was sent."""
+
+    def lost(self, error: Exception) -> None:
+        """The link has ended, with everything on it."""
+
+
+class Link:
+    """One authenticated connection between client and server, and the state of the stream on it.
+
+    Memory stays bounded from both sides: while bytes wait in `_out` the local socket is not read, and while bytes wait for the local
+    socket (`held`) no record is processed and the link is not read.
+    """
+
+    __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "state", "user", "held",
+                 "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_timer")
+
+    def __init__(self, owner: "Endpoint", sock: socket.socket, handshake: Handshake, state: str):
+        self.owner, self.loop = owner, owner.loop
+        self.transport = Transport(owner.loop, sock, self._on_event)
+        self.reader, self.writer, self.peer_key = handshake.reader, handshake.writer, handshake.peer_key
+        self.state = state
+        self.user = LinkUser()
+        self.held = state == CONNECTING  # the acceptor reads nothing more before its remote is connected
+        self._out = bytearray()
+        self._fin = self._eof = False  # we end after `_out`; the peer has ended
+        self._in: Optional[memoryview] = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
+        self._in_start = self._in_end = 0
+        self._timer: Optional[Timer] = None
+        owner.links.add(self)
+
+    # ---- events
+
+    def event(self, event: Any, content: Any = None) -> None:
+        """What the table of stream states says happens now."""
+        action, self.state = STREAM_TABLE[self.state][event]
+        if action == "!":
+            raise RemoteProtocolError("a record that does not belong here (type 0x%02x)" % event)
+        if action:
+            getattr(self, "_" + action)(content)
+
+    def _write(self, data: memoryview) -> None:
+        self.user.write(data)
+
+    def _open(self, _content: Any) -> None:
+        self.set_deadline(None)
+        self.user.opened()
+        self.update()
+
+    def _end(self, _content: Any) -> None:
+        record = self.writer.end()
+        if record is None:
+            self._finish_sending()
+        else:
+            self.send(record)
+        self.update()
+
+    def _shut(self, _content: Any) -> None:
+        self.user.shut()
+        self.update()
+
+    def _fail(self, error: Exception) -> None:
+        """The local socket broke. Legacy has no sign for it but the link's own reset."""
+        self.die(error)
+
+    def _die(self, error: Any) -> None:
+        self.die(PeerError(error.code, printable(error.text)) if isinstance(error, Error) else error)
+
+    def _close(self, _content: Any) -> None:
+        self.close()
+
+    # ---- in
+
+    def _on_event(self, mask: int) -> None:
+        if self.transport.wanted(mask) & WRITE:
+            self._flush()
+        if self.transport.wanted(mask) & READ:
+            self._read()
+
+    def _read(self) -> None:
+        # An incomplete record has a buffer of its own, and only its rest is read next: then a read begins at a record again.
+        view, end = (self.loop.scratch_in, 0) if self._in is None else (self._in, self._in_end)
+        try:
+            n = self.transport.recv_into(view[end:])
+        except OSError as error:
+            return self.die(error)
+        if n:
+            if self.state != BYE:  # what comes then is discarded
+                self._process(view, 0, end + n)
+        elif n == 0:
+            self._on_eof()
+
+    def _process(self, view: memoryview, start: int, end: int) -> None:
+        try:
+            while start < end and not self.held:
+                record = self.reader.next(view, start, end)
+                if record is None:
+                    break
+                kind, content, start = record
+                if kind == UDP_DATA:
+                    self.user.datagram(content)
+                else:
+                    self.event(kind, content)
+                if self.state in (BYE, CLOSED):
+                    return
+        except RemoteProtocolError as error:
+            return self.die(error)
+        self._keep(view, start, end)
+        self.update()
+
+    def _keep(self, view: memoryview, start: int, end: int) -> None:
+        """Keeps view[start:end], what could not be processed yet, in a buffer of its own that has room for the rest of its record."""
+        have = end - start
+        if not have:
+            self._in = None
+        elif self.held:
+            if view is not self._in:
+                view, start, end = memoryview(bytearray(view[start:end])), 0, have
+            self._in, self._in_start, self._in_end = view, start, end
+        else:
+            # Grows with what arrives, not with what a header promises.
+            room = min(self.reader.wanted, max(2 * have, 64 * 1024))
+            if view is not self._in or start or len(view) != room:
+                fresh = memoryview(bytearray(room))
+                fresh[:have] = view[start:end]
+                self._in = fresh
+            self._in_start, self._in_end = 0, have
+
+    def release(self) -> None:
+        """The local socket took everything: goes on with what waits here, then with reading."""
+        self.held = False
+        if self._in is not None:
+            self._process(self._in, self._in_start, self._in_end)
+        else:
+            self.update()
+
+    def _on_eof(self) -> None:
+        self._eof = True
+        if self._in is not None:
+            return self.die(RemoteProtocolError("the connection ended inside a record"))
+        if self.reader.eof_is_end and self.state in (BOTH, SENT):
+            self.event(END)
+        else:
+            self.event(LOST, RemoteProtocolError("the other side closed the connection"))
+
+    # ---- out
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be sent."""
+        return len(self._out)
+
+    def send(self, data: Union[bytes, memoryview]) -> None:
+        """Sends now what the connection takes and keeps the rest."""
+        if self._out:
+            self._out += data
+            return
+        try:
+            sent = self.transport.send(data)
+        except OSError as error:
+            return self.die(error)
+        if sent < len(data):
+            self._out += data[sent:]
+            self.update()
+
+    def _flush(self) -> None:
+        try:
+            del self._out[:self.transport.send(self._out)]
+        except OSError as error:
+            return self.die(error)
+        if not self._out:
+            if self._fin:
+                self._finish_sending()
+            self.update()
+
+    def _finish_sending(self) -> None:
+        """FIN, after all that waits."""
+        self._fin = True
+        if not self._out:
+            try:
+                self.transport.half_close()
+            except OSError as error:
+                self.die(error)
+
+    # ---- life
+
+    def begin(self, user: LinkUser, deadline: Optional[float] = None) -> None:
+        """`user` is what this link carries from now on; it dies unless the other side says Opened within `deadline` seconds."""
+        self.user = user
+        if deadline is not None:
+            self.set_deadline(deadline, lambda: self.die(RemoteProtocolError("no answer within %g s" % deadline)))
+        self.update()
+
+    def accept(self, user: LinkUser) -> None:
+        """Acceptor: the remote is connected."""
+        self.state, self.user = BOTH, user
+        self.send(self.writer.opened())
+        self.release()
+
+    def refuse(self, error: Error) -> None:
+        """Acceptor: says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
+        self._leave(self.writer.refusal(error))
+
+    def accept_nothing(self) -> None:
+        """Acceptor: the client only wanted to know whether it may come in."""
+        self._leave(self.writer.opened())
+
+    def _leave(self, last_word: bytes) -> None:
+        self.state, self.held = BYE, False
+        self.set_deadline(self.owner.limits.drain_timeout, lambda: self.die(RemoteProtocolError("it did not close its side")))
+        self.send(last_word)
+        if self.state == BYE:
+            self._finish_sending()
+            self.update()
+
+    def set_deadline(self, seconds: Optional[float], call: Optional[Callable[[], None]] = None) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, call) if seconds is not None and call else None
+
+    def update(self) -> None:
+        """The one place that works out what to wait for."""
+        if self.state == CLOSED:
+            return
+        self.transport.want((WRITE if self._out else 0) | (0 if self.held or self._eof else READ))
+        self.user.update()
+
+    def die(self, error: Exception) -> None:
+        """Ends the link and what it carries, visibly: resets on both sides. May be called twice."""
+        self._stop(self.transport.abort, error)
+
+    def close(self) -> None:
+        """Ends the link where nothing is left to be said."""
+        self._stop(self.transport.close, None)
+
+    def _stop(self, how: Callable[[], None], error: Optional[Exception]) -> None:
+        if self.state == CLOSED:
+            return
+        self.state = CLOSED
+        self.set_deadline(None)
+        how()
+        self.owner.links.discard(self)
+        user, self.user = self.user, LinkUser()
+        if error is not None:
+            user.lost(error)
+
+
+class Label(NamedTuple):
+    """What a connection is called in the log."""
+
+    id: str
+    origin: str
+    target: str
+
+    def __str__(self) -> str:
+        return "[%s] `%s` -> `%s`" % (self.id, self.origin, self.target)
+
+
+def new_label(origin: str, target: str) -> Label:
+    return Label("".join(random.choices(string.ascii_letters + string.digits, k=6)), origin, printable(target))
+
+
+def report_end(label: Label, sent: int, received: int, started: float, error: Optional[Exception] = None) -> None:
+    """The line that every connection ends with: shown with -v, or always where somebody should know."""
+    lived = "%d bytes sent to the link, %d received, lived %.1f s" % (sent, received, time.monotonic() - started)
+    if error is None:
+        log.debug("✅ %s closed: %s", label, lived)
+    elif isinstance(error, RatrodError) and not isinstance(error, LocalFailed):
+        log.error("❌ %s: %s", label, error)
+        log.debug("%s: %s", label, lived)
+    else:
+        log.debug("✅ %s reset (%s): %s", label, reason(error), lived)
+
+
+class Stream(LinkUser):
+    """One local TCP socket joined to one link."""
+
+    __slots__ = ("link", "local", "label", "_pending", "sent", "received", "_started")
+
+    def __init__(self, link: Link, sock: socket.socket, label: Label):
+        self.link, self.label = link, label
+        self.local = Transport(link.loop, sock, self._on_event)
+        self._pending = b""
+        self.sent = self.received = 0
+        self._started = time.monotonic()
+        log.debug("⛽ %s", label)
+
+    def _on_event(self, mask: int) -> None:
+        if self.local.wanted(mask) & WRITE:
+            self._flush()
+        if self.local.wanted(mask) & READ:
+            self._read()
+
+    def _read(self) -> None:
+        link = self.link
+        try:
+            n = self.local.recv_into(link.loop.payload[:link.writer.max_data])
+        except OSError as error:
+            return self._failed(error)
+        if n:
+            self.sent += n
+            link.send(link.writer.data(link.loop.scratch_out, n))
+        elif n == 0:
+            link.event(LOCAL_EOF)
+
+    def write(self, data: memoryview) -> None:
+        self.received += len(data)
+        try:
+            sent = self.local.send(data)
+        except OSError as error:
+            return self._failed(error)
+        if sent < len(data):
+            self._pending = bytes(data[sent:])
+            self.link.held = True
+
+    def _flush(self) -> None:
+        try:
+            self._pending = self._pending[self.local.send(self._pending):]
+        except OSError as error:
+            return self._failed(error)
+        if not self._pending:
+            self.link.release()
+
+    def shut(self) -> None:
+        # Everything before the End has been written: no record is processed while bytes wait for the local socket.
+        try:
+            self.local.half_close()
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.link.event(LOCAL_FAILS, LocalFailed("its local connection broke: %s" % reason(error)))
+
+    def update(self) -> None:
+        link = self.link
+        if link.state == DONE and not link.backlog:
+            return self._finish()
+        reads = link.state in READS_LOCAL and not link.backlog
+        self.local.want((WRITE if self._pending else 0) | (READ if reads else 0))
+
+    def _finish(self) -> None:
+        self.local.close()
+        self.link.close()
+        report_end(self.label, self.sent, self.received, self._started)
+
+    def lost(self, error: Exception) -> None:
+        self.local.abort()
+        report_end(self.label, self.sent, self.received, self._started, error)
+
+    def die(self, error: Exception) -> None:
+        self.link.die(error)
+
+
+class Connector:
+    """Connects to the first of `addresses` that answers, without blocking: done(socket, None) or done(None, error) on the loop."""
+
+    def __init__(self, loop: EventLoop, addresses: List[str], port: int, timeout: float,
+                 done: Callable[[Optional[socket.socket], Optional[Exception]], None]):
+        self._loop, self._addresses, self._port, self._done = loop, list(addresses), port, done
+        self._until = time.monotonic() + timeout
+        self._sock: Optional[socket.socket] = None
+        self._timer: Optional[Timer] = None
+        self._error: Exception = ConnectError("it has no address")
+        self._try_next()
+
+    def _try_next(self) -> None:
+        while self._addresses:
+            host = self._addresses.pop(0)
+            left = self._until - time.monotonic()
+            self._sock = sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            code = sock.connect_ex((host, self._port))
+            if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK) and left > 0:
+                # Each address gets its share of the time: one that swallows packets must not use up the others'.
+                self._timer = self._loop.call_later(left / (len(self._addresses) + 1), lambda: self._failed(socket.timeout("timed out")))
+                return self._loop.watch(sock, 0, WRITE, self._on_event)
+            self._error = OSError(code, os.strerror(code)) if left > 0 else socket.timeout("timed out")
+            sock.close()
+        self._done(None, self._error)
+
+    def _on_event(self, _mask: int) -> None:
+        assert self._sock is not None
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            return self._failed(OSError(code, os.strerror(code)))
+        self._stop_waiting()
+        self._done(self._sock, None)
+
+    def _failed(self, error: Exception) -> None:
+        self._error = error
+        self._stop_waiting()
+        assert self._sock is not None
+        self._sock.close()
+        self._try_next()
+
+    def _stop_waiting(self) -> None:
+        assert self._sock is not None and self._timer is not None
+        self._timer.cancel()
+        self._loop.watch(self._sock, WRITE, 0, self._on_event)
+
+
+# ======================================================================================================================
+# 9. UDP
+# ======================================================================================================================
+# One session for each originator address. On the legacy wire each has a link of its own.
+
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
+Originator = Tuple[Any, Any]  # its address, and the control message that makes an answer leave from the address it asked
+
+
+class UdpSession(LinkUser):
+    """One originator's datagrams on their way through a link; the two ends differ in deliver() and closed()."""
+
+    __slots__ = ("table", "key", "link", "label", "last_used", "sent", "received", "dropped", "_started")
+
+    def __init__(self, table: "UdpSessionTable", key: Any, label: Label):
+        self.table, self.key, self.label = table, key, label
+        self.link: Optional[Link] = None
+        self.last_used = self._started = time.monotonic()
+        self.sent = self.received = self.dropped = 0
+        table.add(self)
+
+    def carry(self, loop: EventLoop, n: int) -> None:
+        """Sends the datagram at loop.payload[:n] over the link; drops it where too much waits already: UDP may lose, it must not lag."""
+        assert self.link is not None
+        self.table.touch(self)
+        if self.link.backlog > self.table.limits.udp_backlog:
+            self.dropped += 1
+            return
+        self.sent += n
+        self.link.send(self.link.writer.udp_data(loop.scratch_out, n))
+
+    def datagram(self, data: memoryview) -> None:
+        self.table.touch(self)
+        self.received += len(data)
+        # A datagram that its socket does not take is lost; an ICMP error that shows here belongs to an earlier one and ends nothing.
+        with contextlib.suppress(OSError):
+            self.deliver(data)
+
+    def deliver(self, data: memoryview) -> None:
+        raise NotImplementedError
+
+    def closed(self) -> None:
+        """Lets go of what this end holds."""
+
+    def shut(self) -> None:
+        self.end()
+
+    def lost(self, error: Exception) -> None:
+        self.link = None
+        self.end(error)
+
+    def end(self, error: Optional[Exception] = None) -> None:
+        """Forgets the session. May be called twice."""
+        if not self.table.remove(self):
+            return
+        self.closed()
+        if self.link:
+            self.link.close()
+        report_end(self.label, self.sent, self.received, self._started, error)
+        if self.dropped:
+            log.debug("%s: %d datagrams were dropped because the link was slower than they came", self.label, self.dropped)
+
+
+class UdpSessionTable:
+    """The sessions of one end, the least recently used first: that order serves both the cap and the idle expiry."""
+
+    def __init__(self, limits: Limits, cap: int):
+        self.limits, self._cap = limits, cap
+        self._sessions: "collections.OrderedDict[Any, UdpSession]" = collections.OrderedDict()
+
+    def get(self, key: Any) -> Optional[UdpSession]:
+        return self._sessions.get(key)
+
+    def add(self, session: UdpSession) -> None:
+        while len(self._sessions) >= self._cap:
+            next(iter(self._sessions.values())).end()
+        self._sessions[session.key] = session
+
+    def touch(self, session: UdpSession) -> None:
+        session.last_used = time.monotonic()
+        if self._sessions.get(session.key) is session:
+            self._sessions.move_to_end(session.key)
+
+    def remove(self, session: UdpSession) -> bool:
+        if self._sessions.get(session.key) is not session:
+            return False
+        del self._sessions[session.key]
+        return True
+
+    def expire(self) -> None:
+        """Ends the sessions that have been idle for udp_timeout."""
+        oldest = time.monotonic() - self.limits.udp_timeout
+        while self._sessions:
+            session = next(iter(self._sessions.values()))
+            if session.last_used > oldest:
+                return
+            session.end()
+
+    def clear(self) -> None:
+        for session in list(self._sessions.values()):
+            session.end()
+
+
+class RemoteUdpSession(UdpSession):
+    """The server's end: a socket connected to the remote."""
+
+    __slots__ = ("_sock",)
+
+    def __init__(self, table: UdpSessionTable, link: Link, sock: socket.socket, label: Label):
+        super().__init__(table, sock, label)
+        self.link, self._sock = link, sock
+        link.loop.watch(sock, 0, READ, self._on_event)
+
+    def _on_event(self, _mask: int) -> None:
+        for _ in range(BATCH):
+            if self.link is None or self._sock.fileno() < 0:
+                return
+            try:
+                n = self._sock.recv_into(self.link.loop.payload)
+            except OSError:  # nothing more is there, or an ICMP error of an earlier datagram
+                return
+            self.carry(self.link.loop, n)
+
+    def deliver(self, data: memoryview) -> None:
+        self._sock.send(data)
+
+    def closed(self) -> None:
+        self.key.close()
+
+
+class LocalUdpSession(UdpSession):
+    """The client's end: an originator that a UdpPort hears. Until its link is there it keeps what comes, up to the backlog."""
+
+    __slots__ = ("_port", "_originator", "_waiting", "_waiting_size")
+
+    def __init__(self, table: UdpSessionTable, port: "UdpPort", originator: Originator, label: Label):
+        self._port, self._originator = port, originator
+        self._waiting: List[bytes] = []
+        self._waiting_size = 0
+        super().__init__(table, (port, originator), label)
+
+    def from_originator(self, loop: EventLoop, n: int) -> None:
+        if self.link is not None:
+            self.carry(loop, n)
+        elif self._waiting_size + n > self.table.limits.udp_backlog or len(self._waiting) > 1000:
+            self.dropped += 1
+        else:
+            self._waiting.append(bytes(loop.payload[:n]))
+            self._waiting_size += n
+
+    def linked(self, link: Link) -> None:
+        self.link = link
+        waiting, self._waiting = self._waiting, []
+        for data in waiting:
+            if link.state != CLOSED:
+                link.loop.payload[:len(data)] = data
+                self.carry(link.loop, len(data))
+
+    def deliver(self, data: memoryview) -> None:
+        self._port.send(data, self._originator)
+
+
+class UdpPort:
+    """One UDP socket that a tunnel listens on: receive(port, originator, n) for each datagram, which lies at loop.payload[:n]."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[["UdpPort", Originator, int], None]):
+        self.loop, self.sock, self._receive = loop, sock, receive
+        sock.setblocking(False)
+        self._pktinfo = self._ask_for_destinations()
+
+    def _ask_for_destinations(self) -> bool:
+        """A socket on a wildcard address answers from the address that was asked; otherwise the kernel picks, and the originator
+        does not know the answer for its own."""
+        if self.sock.getsockname()[0] not in ("0.0.0.0", "::") or not hasattr(self.sock, "recvmsg_into"):
+            return False
+        v6 = self.sock.family == socket.AF_INET6
+        level, option = (socket.IPPROTO_IPV6, getattr(socket, "IPV6_RECVPKTINFO", None)) if v6 else (socket.IPPROTO_IP, IP_PKTINFO)
+        if option is None:
+            return False
+        self.sock.setsockopt(level, option, 1)
+        return True
+
+    def start(self) -> None:
+        self.loop.watch(self.sock, 0, READ, self._on_event)
+
+    def _on_event(self, _mask: int) -> None:
+        for _ in range(BATCH):
+            try:
+                if self._pktinfo:
+                    n, control, _flags, address = self.sock.recvmsg_into([self.loop.payload], 256)
+                    originator = address, self._answer_from(control)
+                else:
+                    n, address = self.sock.recvfrom_into(self.loop.payload)
+                    originator = address, None
+            except OSError:  # nothing more is there, or an ICMP error of an earlier answer
+                return
+            self._receive(self, originator, n)
+
+    @staticmethod
+    def _answer_from(control: List[Tuple[int, int, bytes]]) -> Any:
+        for level, kind, data in control:
+            if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
+                _interface, asked, _destination = struct.unpack("=I4s4s", data[:12])
+                return level, kind, struct.pack("=I4s4s", 0, asked, bytes(4))
+            if level == socket.IPPROTO_IPV6 and kind == getattr(socket, "IPV6_PKTINFO", None):
+                return level, kind, data
+        return None
+
+    def send(self, data: memoryview, originator: Originator) -> None:
+        address, control = originator
+        if control:
+            self.sock.sendmsg([data], [control], 0, address)
+        else:
+            self.sock.sendto(data, address)
+
+    def close(self) -> None:
+        with contextlib.suppress(KeyError, ValueError):  # never started
+            self.loop.watch(self.sock, READ, 0, self._on_event)
+        self.sock.close()
+
+
+# ======================================================================================================================
+# 10. Endpoints
+# ======================================================================================================================
+
+
+def show_address(address: Tuple[Any, ...]) -> str:
+    """A socket address as people write it."""
+    return str(Address(unmapped(address[0]), address[1]))
+
+
+def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> List[Tuple[int, Any]]:
+    """(family, socket address) of each address of a host, blocking. ConnectError says why there is none."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, 0, kind, 0, flags)
+    except (OSError, UnicodeError) as error:
+        raise ConnectError("cannot resolve `%s`: %s" % (printable(address.host), reason(error))) from None
+    return list(dict.fromkeys((int(family), sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def bind_socket(family: int, kind: int, sockaddr: Any) -> socket.socket:
+    sock = socket.socket(family, kind)
+    try:
+        if kind == socket.SOCK_STREAM and os.name == "posix":  # elsewhere it would take over a port in use
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # [::] takes IPv4 too
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, sockaddr[0] != "::")
+        sock.bind(sockaddr)
+        if kind == socket.SOCK_STREAM:
+            sock.listen(1024)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def bind_all(address: Address, port: int, kinds: Tuple[int, ...]) -> List[socket.socket]:
+    """One socket for each of `kinds` on every address of the host, all on `port`, or for 0 on the one that the first is given."""
+    with contextlib.ExitStack() as stack:
+        sockets: List[socket.socket] = []
+        for kind in kinds:
+            for family, sockaddr in look_up(address, kind, socket.AI_PASSIVE):
+                try:
+                    sock = bind_socket(family, kind, (sockaddr[0], port) + tuple(sockaddr[2:]))
+                except OSError as error:
+                    # localhost names ::1 even where IPv6 is switched off.
+                    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and address.host == "localhost":
+                        continue
+                    raise
+                stack.callback(sock.close)
+                sockets.append(sock)
+                port = sock.getsockname()[1]
+        stack.pop_all()
+        return sockets
+
+
+def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> List[socket.socket]:
+    """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any that is free in all.
+
+    ConfigError names the address and the reason.
+    """
+    tries = 20 if address.port == 0 else 1  # TCP may be given a free number that UDP, or the other family, does not have
+    while True:
+        tries -= 1
+        try:
+            return bind_all(address, address.port, kinds)
+        except (OSError, ConnectError) as error:
+            busy = getattr(error, "errno", None) == errno.EADDRINUSE
+            if busy and tries:
+                continue
+            hint = ". Is another program, or another ratrod, on that port?" if busy else ""
+            raise ConfigError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
+
+
+class Listener:
+    """A listening TCP socket: accepted(socket, address) for each connection. Pauses when descriptors run out."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
+        self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
+        sock.setblocking(False)
+        self._watched = False
+
+    def start(self) -> None:
+        if self.sock.fileno() >= 0 and not self._watched:
+            self._loop.watch(self.sock, 0, READ, self._on_event)
+            self._watched = True
+
+    def _on_event(self, _mask: int) -> None:
+        for _ in range(BATCH):
+            try:
+                sock, address = self.sock.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno not in NO_SUCH_DESCRIPTORS:
+                    continue  # this one was gone before it was accepted
+                log.warning("cannot accept connections for now: %s", reason(error))
+                self._unwatch()
+                self._loop.call_later(self._pause, self.start)
+                return
+            self._accepted(sock, address)
+
+    def _unwatch(self) -> None:
+        if self._watched:
+            self._loop.watch(self.sock, READ, 0, self._on_event)
+            self._watched = False
+
+    def close(self) -> None:
+        self._unwatch()
+        self.sock.close()
+
+
+def drive(sock: socket.socket, handshake: Handshake, timeout: float) -> None:
+    """Runs a handshake over a blocking socket, on a thread. RatrodError says what went wrong; the last word has been sent then."""
+    until = time.monotonic() + timeout
+    try:
+        while True:
+            sock.settimeout(max(0.001, until - time.monotonic()))
+            sock.sendall(handshake.data_to_send())
+            if handshake.done:
+                return
+            data = sock.recv(handshake.wanted)
+            if time.monotonic() > until:  # each byte of a drip would start the socket's own time anew
+                raise socket.timeout()
+            if data:
+                handshake.receive_data(data)
+            else:
+                handshake.receive_eof()
+    except socket.timeout:
+        raise RemoteProtocolError("the handshake was not done within %g s" % timeout) from None
+    except OSError as error:
+        raise RemoteProtocolError("the connection broke during the handshake: %s" % reason(error)) from None
+    except RatrodError:
+        last_word(sock, handshake.data_to_send())
+        raise
+
+
+def last_word(sock: socket.socket, data: bytes) -> None:
+    """Sends `data` and waits up to 2 s for the peer to read it: closing at once on unread bytes is a reset, which destroys it."""
+    until = time.monotonic() + 2
+    with contextlib.suppress(OSError):
+        sock.settimeout(2)
+        if data:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            while time.monotonic() < until and sock.recv(4096):
+                pass
+
+
+class Endpoint:
+    """What server and client share: the loop, the identity, the limits, the links and the threads."""
+
+    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, udp_sessions: int):
+        self.loop, self.folder, self.limits = loop, folder, limits
+        self.keys = folder.load()
+        for warning in folder.warnings:
+            log.warning(warning)
+        self.links: Set[Link] = set()
+        self.listeners: List[Union[Listener, UdpPort]] = []
+        self.workers = WorkerPool(loop, limits.handshakes)
+        self.udp = UdpSessionTable(limits, udp_sessions)
+        self._sweep()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def _sweep(self) -> None:
+        """One timer for all that ages, not one for each."""
+        self.udp.expire()
+        self._sweeper = self.loop.call_later(self.limits.sweep_interval, self._sweep)
+
+    def close(self) -> None:
+        """Ends everything at once."""
+        self._sweeper.cancel()
+        for listener in self.listeners:
+            listener.close()
+        self.udp.clear()
+        for link in list(self.links):
+            link.die(LocalFailed("ratrod is ending"))
+
+
+class Server(Endpoint):
+    """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
+
+    def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS):
+        super().__init__(loop, folder, limits, limits.udp_sessions_of_server)
+        self.policy = policy
+        self.lookups = WorkerPool(loop, limits.lookup_threads)
+        # Unauthenticated connections, the oldest first: with the address each came from.
+        self._strangers: "collections.OrderedDict[socket.socket, str]" = collections.OrderedDict()
+        for sock in listen(bind):
+            self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
+        self.address = bind._replace(port=sock.getsockname()[1])
+
+    def start(self) -> None:
+        for listener in self.listeners:
+            listener.start()
+        log.info("🚀 Starting server on `%s` ...", self.address)
+
+    def _accepted(self, sock: socket.socket, address: Any) -> None:
+        source = unmapped(address[0])
+        self._make_room(source)
+        self._strangers[sock] = source
+        self.workers.submit(functools.partial(self._handshake, sock), functools.partial(self._authenticated, sock, show_address(address)))
+
+    def _make_room(self, source: str) -> None:
+        """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
+        ours = [sock for sock, other in self._strangers.items() if other == source]
+        if len(ours) >= self.limits.handshakes_per_source:
+            oldest = ours[0]
+        elif len(self._strangers) >= self.limits.handshakes:
+            oldest = next(iter(self._strangers))
+        else:
+            return
+        del self._strangers[oldest]
+        with contextlib.suppress(OSError):
+            oldest.shutdown(socket.SHUT_RDWR)
+
+    def _handshake(self, sock: socket.socket) -> LegacyServerHandshake:
+        handshake = LegacyServerHandshake(self.keys, authorize=self._authorize)
+        drive(sock, handshake, self.limits.handshake_timeout)
+        return handshake
+
+    def _authorize(self, key: bytes) -> None:
+        if key not in self.folder.authorized_keys.read():
+            raise AuthenticationError("the server does not know this client's key. Add this line to authorized_keys on the server: %s"
+                                      % encode_key(key))
+
+    def _authenticated(self, sock: socket.socket, source: str, handshake: Optional[LegacyServerHandshake], error: Optional[Exception]) -> None:
+        self._strangers.pop(sock, None)
+        if error or handshake is None:
+            sock.close()
+            log.error("❌ Refused `%s`: %s", source, error)
+            return
+        link = Link(self, sock, handshake, CONNECTING)
+        label = new_label(source, handshake.remote)
+        log.debug("✅ %s: handshake completed with key `%s`", label, encode_key(handshake.peer_key))
+        if handshake.remote:
+            self._open(link, label, handshake.remote, handshake.is_udp)
+        else:
+            link.accept_nothing()
+
+    # ---- opening a remote: policy, look-up, policy for the addresses, connect
+
+    def _open(self, link: Link, label: Label, remote: str, is_udp: bool) -> None:
+        try:
+            target = self.policy.check(remote)
+        except PolicyError as error:
+            return self._refuse(link, label, error)
+        self.lookups.submit(functools.partial(look_up, target, socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM),
+                            functools.partial(self._resolved, link, label, target, is_udp))
+
+    def _resolved(self, link: Link, label: Label, target: Address, is_udp: bool, found: Any, error: Optional[Exception]) -> None:
+        if link.state == CLOSED:
+            return
+        try:
+            if error:
+                raise error
+            addresses = self.policy.check_addresses(target, [sockaddr[0] for _, sockaddr in found])
+            if is_udp:
+                sock = self._udp_socket(addresses, target.port)
+                return link.accept(RemoteUdpSession(self.udp, link, sock, label))
+        except (RatrodError, OSError) as failure:
+            return self._refuse(link, label, failure)
+        Connector(self.loop, addresses, target.port, self.limits.connect_timeout, functools.partial(self._connected, link, label))
+
+    @staticmethod
+    def _udp_socket(addresses: List[str], port: int) -> socket.socket:
+        """A socket connected to the first address that there is a route to, so that the kernel drops what others send to it."""
+        failure: Exception = ConnectError("it has no address")
+        for host in addresses:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+            try:
+                sock.setblocking(False)
+                sock.connect((host, port))
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+    def _connected(self, link: Link, label: Label, sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+        if sock is None:
+            return self._refuse(link, label, error or ConnectError("unknown reason"))
+        if link.state == CLOSED:
+            return sock.close()
+        link.accept(Stream(link, sock, label))
+
+    def _refuse(self, link: Link, label: Label, error: Exception) -> None:
+        if link.state == CLOSED:
+            return
+        if isinstance(error, PolicyError):
+            log.error("❌ %s: refused: %s", label, error)
+            link.refuse(Error(INVALID_HOST, REFUSED))
+        else:
+            log.error("❌ %s: cannot connect to the remote: %s", label, reason(error))
+            link.refuse(Error(REMOTE_FAILED, "cannot connect to the remote `%s`: %s" % (label.target, reason(error))))
+
+
+class Probe(LinkUser):
+    """The connection test: done(None) once the server has accepted this client, done(error) where it has not."""
+
+    __slots__ = ("_link", "_done")
+
+    def __init__(self, link: Link, done: Callable[[Optional[Exception]], None]):
+        self._link, self._done = link, done
+
+    def opened(self) -> None:
+        self._link.close()
+        self._done(None)
+
+    def lost(self, error: Exception) -> None:
+        self._done(error)
+
+
+class Client(Endpoint):
+    """Tunnels through one server. `finished(error)` is called once, with None where all it had to do was the connection test."""
+
+    def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: List[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
+                 accept_all_hosts: bool = False, should_encrypt: bool = False, started: Callable[[], None] = lambda: None,
+                 finished: Callable[[Optional[Exception]], None]):
+        super().__init__(loop, folder, limits, limits.udp_sessions)
+        self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
+        self._started, self._finished = started, finished
+        self.tunnels: List[TunnelSpec] = []
+        self._remotes: Dict[UdpPort, Address] = {}
+        for spec in tunnels:
+            self._listen(spec)
+
+    def _listen(self, spec: TunnelSpec) -> None:
+        sockets = listen(spec.local, (socket.SOCK_STREAM, socket.SOCK_DGRAM))
+        spec = TunnelSpec(spec.local._replace(port=sockets[0].getsockname()[1]), spec.remote)
+        self.tunnels.append(spec)
+        for sock in sockets:
+            if sock.type == socket.SOCK_STREAM:
+                self.listeners.append(Listener(self.loop, sock, functools.partial(self._accepted, spec.remote), self.limits.accept_pause))
+            else:
+                port = UdpPort(self.loop, sock, self._received)
+                self._remotes[port] = spec.remote
+                self.listeners.append(port)
+
+    # ---- start
+
+    def start(self) -> None:
+        """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the system's queue."""
+        log.info("⏳ Testing server connection ...")
+        for spec in self.tunnels:
+            for protocol in ("TCP", "UDP"):
+                log.info("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
+        if not self.should_encrypt:
+            log.warning("The traffic between client and server is in the clear; -e encrypts it")
+        self._test("")
+
+    def _test(self, remote: str) -> None:
+        self.make_link(remote, False, functools.partial(self._test_linked, remote), log.info)
+
+    def _test_linked(self, remote: str, link: Optional[Link], error: Optional[Exception]) -> None:
+        if link:
+            return link.begin(Probe(link, self._tested), self._patience)
+        # A Rust server with a regex refuses the empty remote that asks for nothing; it may allow what the tunnel is for.
+        if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and self.tunnels:
+            return self._test(str(self.tunnels[0].remote))
+        self._tested(error)
+
+    def _tested(self, error: Optional[Exception]) -> None:
+        if error:
+            log.error("❌ Test connection failed: %s", error if isinstance(error, RatrodError) else reason(error))
+            return self._finished(error)
+        log.info("✅ Challenge accepted!")
+        log.info("✅ Test connection successful!")
+        for listener in self.listeners:
+            listener.start()
+        self._started()
+        if not self.listeners:
+            self._finished(None)
+
+    # ---- links
+
+    @property
+    def _patience(self) -> float:
+        """How long a server may take to say Opened: its look-up and connect, and the rest of the handshake."""
+        return self.limits.connect_timeout + self.limits.handshake_timeout
+
+    def make_link(self, remote: str, is_udp: bool, done: Callable[[Optional[Link], Optional[Exception]], None], report: Report = log.debug) -> None:
+        """A new link, made on a thread: done(link, None) with the link in state Asked, or done(None, error)."""
+        def linked(result: Optional[Tuple[socket.socket, Handshake]], error: Optional[Exception]) -> None:
+            if result:
+                done(Link(self, *result, state=ASKED), None)
+            else:
+                done(None, error)
+        self.workers.submit(functools.partial(self._dial, remote, is_udp, report), linked)
+
+    def _dial(self, remote: str, is_udp: bool, report: Report) -> Tuple[socket.socket, Handshake]:
+        sock = self._connect()
+        try:
+            report("✅ Connected to server `%s` ...", self.server)
+            handshake = LegacyClientHandshake(self.keys, remote, is_udp=is_udp, should_encrypt=self.should_encrypt,
+                                              check_server=self._check_server, report=report)
+            drive(sock, handshake, self.limits.handshake_timeout)
+            return sock, handshake
+        except Exception:
+            sock.close()
+            raise
+
+    def _connect(self) -> socket.socket:
+        until = time.monotonic() + self.limits.connect_timeout
+        failure = "it has no address"
+        for family, sockaddr in look_up(self.server):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(max(0.001, until - time.monotonic()))
+                sock.connect(sockaddr)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = reason(error)
+        raise ConnectError("cannot connect to the server `%s`: %s. Is `ratrod serve` running there, and the port open?" % (self.server, failure))
+
+    def _check_server(self, key: bytes) -> None:
+        if not self.accept_all_hosts and not self.folder.known_hosts.knows(key, str(self.server)):
+            raise AuthenticationError("Server's public key `%s` is not in the known hosts file" % encode_key(key))
+
+    # ---- what the tunnels carry
+
+    def _accepted(self, remote: Address, sock: socket.socket, address: Any) -> None:
+        self.make_link(str(remote), False, functools.partial(self._linked, sock, new_label(show_address(address), str(remote))))
+
+    def _linked(self, sock: socket.socket, label: Label, link: Optional[Link], error: Optional[Exception]) -> None:
+        if link is None:
+            reset(sock)
+            log.error("❌ %s: %s", label, error)
+            return
+        link.begin(Stream(link, sock, label), self._patience)
+
+    def _received(self, port: UdpPort, originator: Originator, n: int) -> None:
+        session = self.udp.get((port, originator))
+        if session is None:
+            remote = str(self._remotes[port])
+            session = LocalUdpSession(self.udp, port, originator, new_label(show_address(originator[0]), "udp " + remote))
+            self.make_link(remote, True, functools.partial(self._udp_linked, session))
+        assert isinstance(session, LocalUdpSession)
+        session.from_originator(self.loop, n)
+
+    def _udp_linked(self, session: LocalUdpSession, link: Optional[Link], error: Optional[Exception]) -> None:
+        if link is None:
+            return session.end(error)
+        if self.udp.get(session.key) is not session:  # evicted meanwhile
+            return link.close()
+        link.begin(session, self._patience)
+        session.linked(link)
+
+
+# ======================================================================================================================
+# 11. Command line
+# ======================================================================================================================
+
+
+class Options(NamedTuple):
+    """A command line that was understood."""
+
+    command: str = "help"
+    key_path: Optional[str] = None
+    verbose: bool = False
+    bind: str = ""
+    remote_regex: str = ".*"
+    server: str = ""
+    tunnels: Tuple[str, ...] = ()
+    accept_all_hosts: bool = False
+    encrypt: bool = False
+    legacy: bool = False
+    udp_timeout: float = DEFAULT_LIMITS.udp_timeout
+    handshake_timeout: float = DEFAULT_LIMITS.handshake_timeout
+    topic: Optional[str] = None
+
+    @property
+    def limits(self) -> Limits:
+        return DEFAULT_LIMITS._replace(udp_timeout=self.udp_timeout, handshake_timeout=self.handshake_timeout)
+
+
+USAGE = re.search(r"Usage:\n(?:  .*\n)+", __doc__).group()  # type: ignore[union-attr,arg-type]
+COMMANDS = dict(re.findall(r"^  (\w+)  +(\S.*)$", __doc__.split("Commands:\n")[1].split("\n\n")[0], re.M))
+
+
+class _Pattern(NamedTuple):
+    """One command of the usage text: its options by long name, and its arguments: (name, optional, repeated)."""
+
+    options: Set[str]
+    arguments: List[Tuple[str, bool, bool]]
+
+
+class UsageReader:
+    """Reads a command line by the usage text alone: in place of docopt where that is missing, and to say what is wrong with a line."""
+
+    def __init__(self, text: str):
+        options = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z_]+))?  ", text.split("Options:\n")[1], re.M)
+        self.takes_value = {long: bool(value) for _, long, value in options}
+        self._long = {short: long for short, long, _ in options if short}
+        self.patterns: Dict[str, _Pattern] = {}
+        for usage in re.split(r"^  ratrod ", USAGE, flags=re.M)[1:]:
+            command = re.search(r"(?<![\w-])([a-z]+)(?![\w-])", usage)
+            if command and not usage.startswith("-"):
+                named = {self._long.get(name, name) for name in re.findall(r"\[(-[-\w]+)[ \]]", usage)} - {"--"}
+                arguments = re.findall(r"(\[)?(?<![-\w] )(?<![\w-])([A-Z]+)\]?(\.\.\.)?", usage)
+                self.patterns[command.group(1)] = _Pattern(named, [(name, bool(optional), bool(more)) for optional, name, more in arguments])
+
+    def read(self, argv: List[str]) -> Dict[str, Any]:
+        """What docopt would give: {"serve": True, "--key-path": [...], "BIND": ...}. UsageError says what is wrong."""
+        given, words = self._split(argv)
+        if not words:
+            raise UsageError("no command")
+        command, arguments = words[0], words[1:]
+        if command not in self.patterns:
+            raise UsageError("there is no command `%s`" % printable(command))
+        pattern = self.patterns[command]
+        for option in given:
+            if option not in pattern.options:
+                raise UsageError("`%s` does not belong to `%s`" % (option, command))
+        result: Dict[str, Any] = {command: True, **given}
+        for name, optional, repeated in pattern.arguments:
+            if not arguments and not optional:
+                raise UsageError("`%s` needs %s" % (command, name))
+            result[name] = arguments if repeated else arguments[0] if arguments else None
+            arguments = [] if repeated else arguments[1:]
+        if arguments:
+            raise UsageError("`%s` takes no further argument: `%s`" % (command, printable(arguments[0])))
+        return result
+
+    def _split(self, argv: List[str]) -> Tuple[Dict[str, List[Any]], List[str]]:
+        given: Dict[str, List[Any]] = {}
+        words: List[str] = []
+        rest = list(argv)
+        while rest:
+            word = rest.pop(0)
+            if word == "--":
+                return given, words + rest
+            if word.startswith("--"):
+                name, equals, value = word.partition("=")
+                self._take(given, self._complete(name), [value] if equals else None, rest)
+            elif word.startswith("-") and word != "-":
+                self._take_short(given, word[1:], rest)
+            else:
+                words.append(word)
+        return given, words
+
+    def _complete(self, name: str) -> str:
+        found = [name] if name in self.takes_value else [long for long in self.takes_value if long.startswith(name)]
+        if len(found) != 1:
+            raise UsageError("there is no option `%s`" % printable(name) if not found else "`%s` may be %s" % (name, " or ".join(found)))
+        return found[0]
+
+    def _take_short(self, given: Dict[str, List[Any]], letters: str, rest: List[str]) -> None:
+        while letters:
+            long, letters = self._long.get("-" + letters[0]), letters[1:] if "-" + letters[0] in self._long else letters
+            if long is None:
+                raise UsageError("there is no option `-%s`" % printable(letters[0]))
+            if self.takes_value[long] and letters:
+                return self._take(given, long, [letters], rest)
+            self._take(given, long, None, rest)
+
+    def _take(self, given: Dict[str, List[Any]], name: str, value: Optional[List[str]], rest: List[str]) -> None:
+        if not self.takes_value[name]:
+            if value:
+                raise UsageError("`%s` takes no value" % name)
+            value = [True]  # type: ignore[list-item]
+        elif value is None:
+            if not rest or rest[0] == "--":
+                raise UsageError("`%s` needs a value" % name)
+            value = [rest.pop(0)]
+        given.setdefault(name, []).extend(value)
+
+
+def parse_command_line(argv: List[str]) -> Options:
+    """The Options in `argv` (without the program's name); UsageError says in one line what is wrong with it."""
+    reader = UsageReader(__doc__)
+    flags = argv[:argv.index("--")] if "--" in argv else argv
+    for wanted, command in (("h", "help"), ("V", "version")):
+        if any(re.fullmatch("-[aev]*%s[aevhV]*" % wanted, word) or word in ("--help", "--version")[command == "version":][:1] for word in flags):
+            return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
+    return _to_options(_docopt(reader, argv))
+
+
+def _docopt(reader: UsageReader, argv: List[str]) -> Dict[str, Any]:
+    try:
+        from docopt import DocoptExit, docopt
+    except ImportError:
+        return reader.read(argv)
+    # Every option may be repeated, the last one counts; a reader of the usage text does not need to see that at each.
+    text = __doc__.replace(USAGE, re.sub(r"(\[-(?!-\])[^\]]*\])", r"\1...", USAGE))
+    try:
+        # By position: docopt-ng and docopt 0.6.2 name these differently. Help and version are not docopt's to print.
+        return docopt(text, argv, False, None, False)
+    except DocoptExit:
+        reader.read(argv)  # knows better what to say
+        raise UsageError("these words do not go together") from None
+
+
+def _to_options(given: Dict[str, Any]) -> Options:
+    """From docopt's dictionary: the last of each repeated option, defaults where nothing was given."""
+    def last(name: str) -> Any:
+        value = given.get(name)
+        return value[-1] if isinstance(value, list) and value else None if value == [] else value
+
+    def seconds(name: str, default: float) -> float:
+        text = last(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]+)?", text, re.ASCII) or float(text) <= 0:
+            raise UsageError("`%s` takes seconds, a number above 0, not `%s`" % (name, printable(text)))
+        return float(text)
+
+    return Options(
+        command=next(command for command in COMMANDS.keys() | {"help"} if given.get(command)),
+        key_path=last("--key-path"), verbose=bool(last("--verbose")), bind=last("BIND") or "",
+        remote_regex=".*" if last("--remote-regex") is None else last("--remote-regex"), server=last("SERVER") or "",
+        tunnels=tuple(given.get("TUNNEL") or ()), accept_all_hosts=bool(last("--accept-all-hosts")), encrypt=bool(last("--encrypt")),
+        legacy=bool(last("--legacy")), udp_timeout=seconds("--udp-timeout", DEFAULT_LIMITS.udp_timeout),
+        handshake_timeout=seconds("--handshake-timeout", DEFAULT_LIMITS.handshake_timeout), topic=last("COMMAND"))
+
+
+def help_text(topic: Optional[str] = None) -> str:
+    """The whole help, or what concerns one command: its usage, its arguments and its options."""
+    if topic is None:
+        return __doc__
+    if topic not in COMMANDS:
+        raise UsageError("there is no command `%s` to explain" % printable(topic))
+    pattern = UsageReader(__doc__).patterns.get(topic, _Pattern(set(), []))
+    usage = next((text for text in re.findall(r"^  ratrod .*\n(?:   .*\n)*", USAGE, re.M) if re.search(r"\b%s\b" % topic, text)), "")
+    names = {name for name, _, _ in pattern.arguments}
+    sections = [COMMANDS[topic][0].upper() + COMMANDS[topic][1:] + ".\n", "Usage:\n" + usage]
+    for title, wanted in (("Arguments", names), ("Options", pattern.options | {"--help"})):
+        block = __doc__.split(title + ":\n")[1].split("\n\n")[0]
+        entries = [entry for entry in re.findall(r"^  \S.*(?:\n    .*)*", block, re.M) if wanted & set(re.findall(r"--[\w-]+|[A-Z]+\b", entry[:26]))]
+        if entries:
+            sections.append(title + ":\n" + "\n".join(entries) + "\n")
+    return "\n".join(sections)
+
+
+class LogFormatter(logging.Formatter):
+    """`2025-03-12T22:56:13.939034Z  INFO text`, as the original; coloured only on a terminal."""
+
+    _COLOURS = {"ERROR": "31", "WARN": "33", "INFO": "32", "DEBUG": "34"}
+
+    def __init__(self, colour: bool):
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%06dZ" % (record.created % 1 * 1e6)
+        level = {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname)
+        shown = "%5s" % level
+        if self._colour:
+            moment, shown = "\x1b[2m%s\x1b[0m" % moment, "\x1b[%sm%s\x1b[0m" % (self._COLOURS.get(level, "0"), shown)
+        return "%s %s %s" % (moment, shown, record.getMessage())
+
+
+def set_up_logging(verbose: bool) -> None:
+    if hasattr(sys.stderr, "reconfigure"):  # an ASCII locale must not lose a line for its emoji
+        sys.stderr.reconfigure(errors="replace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+QUESTION = "Would you like to have the security files (public / private key pair, known hosts, and authorized keys) generated (y/n)? "
+
+
+def ensure_keys(folder: KeyFolder) -> None:
+    """The first run: asks as the original does. ConfigError where the answer is no, or there is nobody to answer."""
+    if folder.exists():
+        return
+    log.info("No security files present in `%s` ...", folder.path)
+    sys.stdout.write(QUESTION)
+    sys.stdout.flush()
+    answer = sys.stdin.readline() if sys.stdin else ""
+    if not answer.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    if answer.strip().lower() not in ("y", "yes"):
+        raise ConfigError("no security files in `%s`, and nothing was written. Answer y next time, or run `ratrod keygen`" % folder.path)
+    generate_keys(folder)
+
+
+def generate_keys(folder: KeyFolder) -> KeyPair:
+    log.info("Generating security files ...")
+    keys = folder.generate()
+    log.info("📦 Security files written to `%s`", folder.key_file)
+    return keys
+
+
+def run_endpoint(make: Callable[[EventLoop, Callable[[Optional[Exception]], None]], Endpoint]) -> int:
+    """Runs what make(loop, finished) gives until it has finished or a signal comes: the exit code.
+
+    The acts on the whole process are here: signals, the limit of descriptors, the garbage collector.
+    """
+    import gc
+
+    raise_descriptor_limit()
+    loop = EventLoop()
+    outcome: List[Union[int, Exception, None]] = []
+
+    def finished(error: Union[int, Exception, None]) -> None:
+        outcome.append(error)
+        loop.stop()
+
+    def on_signal(number: int, _frame: Any) -> None:
+        if outcome:  # the second one: at once
+            os._exit(130 if number == signal.SIGINT else 128 + number)
+        outcome.append(130 if number == signal.SIGINT else 0)
+        loop.call_soon_threadsafe(loop.stop)
+
+    endpoint = make(loop, finished)
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), on_signal)
+    signal.set_wakeup_fd(loop.fileno(), warn_on_full_buffer=False)
+    endpoint.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays: later collections need not look at it
+    loop.run()
+    endpoint.close()
+    signal.set_wakeup_fd(-1)
+    loop.close()
+    result = outcome[0]
+    if isinstance(result, Exception):
+        return getattr(result, "exit_code", 1)
+    return result or 0
+
+
+def raise_descriptor_limit() -> None:
+    """As many descriptors as this user may have: each tunnel connection needs two."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def serve_command(options: Options) -> int:
+    bind = parse_endpoint(options.bind, "address to bind", lowest=0)
+    policy = Policy(options.remote_regex)
+    folder = KeyFolder(options.key_path)
+    ensure_keys(folder)
+    return run_endpoint(lambda loop, _finished: Server(loop, folder, bind, policy, options.limits))
+
+
+def connect_command(options: Options) -> int:
+    server = parse_endpoint(options.server, "server")
+    tunnels = [parse_tunnel(text) for text in options.tunnels]
+    folder = KeyFolder(options.key_path)
+    ensure_keys(folder)
+    return run_endpoint(lambda loop, finished: Client(
+        loop, folder, server, tunnels, options.limits, accept_all_hosts=options.accept_all_hosts,
+        should_encrypt=options.encrypt, finished=finished))
+
+
+def keygen_command(options: Options) -> int:
+    folder = KeyFolder(options.key_path)
+    if folder.exists():
+        raise ConfigError("there is a key in `%s` already, and it stays: whoever knows it would no longer let you in."
+                          " Its public half: %s" % (folder.path, encode_key(folder.load().public)))
+    print(encode_key(generate_keys(folder).public))
+    return 0
+
+
+def help_command(options: Options) -> int:
+    print(help_text(options.topic), end="")
+    return 0
+
+
+def version_command(_options: Options) -> int:
+    print("ratrod %s" % __version__)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------- demo
+
+DEMO_BYTES = 256 << 20
+_DEMO_BLOCK = 1 << 20
+
+
+def demo_payload() -> Iterator[bytes]:
+    """DEMO_BYTES of reproducible bytes in blocks that all differ."""
+    block = hashlib.sha512(b"ratrod demo").digest() * (_DEMO_BLOCK // 64)
+    for number in range(DEMO_BYTES // _DEMO_BLOCK):
+        yield number.to_bytes(8, "big") + block[8:]
+
+
+@contextlib.contextmanager
+def demo_targets() -> Iterator[Tuple[int, int]]:
+    """A small HTTP server that serves the payload, and a UDP echo; gives the ports of both."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(DEMO_BYTES))
+            self.end_headers()
+            for block in demo_payload():
+                self.wfile.write(block)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    echo.bind(("127.0.0.1", 0))
+
+    def echo_all() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data, origin = echo.recvfrom(65536)
+                if not data:
+                    return
+                echo.sendto(data, origin)
+
+    for run in (web.serve_forever, echo_all):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        yield web.server_address[1], echo.getsockname()[1]
+    finally:
+        web.shutdown()
+        web.server_close()
+        echo.sendto(b"", echo.getsockname())
+        echo.close()
+
+
+def demo_download(port: int) -> float:
+    """Fetches the payload through the tunnel, shows progress, checks every byte: seconds it took."""
+    import http.client
+
+    expected = hashlib.sha256()
+    for block in demo_payload():
+        expected.update(block)
+    received, done, started = hashlib.sha256(), 0, time.monotonic()
+    response = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    response.request("GET", "/")
+    body = response.getresponse()
+    shown = -1
+    while True:
+        block = body.read(_DEMO_BLOCK)
+        if not block:
+            break
+        received.update(block)
+        done += len(block)
+        percent = done * 100 // DEMO_BYTES
+        if sys.stdout.isatty() and percent != shown or percent // 25 != shown // 25:
+            print("\r" * sys.stdout.isatty() + "  %3d%%  %d of %d MB" % (percent, done >> 20, DEMO_BYTES >> 20),
+                  end="" if sys.stdout.isatty() else "\n", flush=True)
+            shown = percent
+    seconds = time.monotonic() - started
+    if sys.stdout.isatty():
+        print()
+    response.close()
+    if received.digest() != expected.digest():
+        raise RatrodError("the bytes that came are not those that were sent; please report this")
+    return seconds
+
+
+def demo_udp(port: int) -> None:
+    """A datagram there and back through the tunnel."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(10)
+        sock.sendto(b"ratrod", ("127.0.0.1", port))
+        if sock.recv(100) != b"ratrod":
+            raise RatrodError("the datagram that came back is not the one that was sent; please report this")
+
+
+def demo_command(options: Options) -> int:
+    """A target, a server and a client in this process, with keys that are thrown away."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="ratrod-demo-") as path, demo_targets() as (web_port, echo_port):
+        folders = [KeyFolder(os.path.join(path, name)) for name in ("server", "client")]
+        server_key, client_key = (encode_key(folder.generate().public) for folder in folders)
+        for folder, name, key in ((folders[0], "authorized_keys", client_key), (folders[1], "known_hosts", server_key)):
+            with open(os.path.join(folder.path, name), "w") as file:
+                file.write(key + "\n")
+        loop = EventLoop()
+        ready: "queue.Queue[Optional[Exception]]" = queue.Queue()
+        server = Server(loop, folders[0], Address("127.0.0.1", 0), Policy())
+        tunnels = [parse_tunnel("0:127.0.0.1:%d" % port) for port in (web_port, echo_port)]
+        client = Client(loop, folders[1], server.address, tunnels, should_encrypt=True, finished=ready.put, started=lambda: ready.put(None))
+        server.start()
+        client.start()
+        thread = threading.Thread(target=loop.run, daemon=True)
+        thread.start()
+        try:
+            error = ready.get(timeout=30)
+            if error:
+                raise error
+            print("A tunnel from %s through %s to a web server on port %d, encrypted:" % (client.tunnels[0].local, server.address, web_port))
+            seconds = demo_download(client.tunnels[0].local.port)
+            demo_udp(client.tunnels[1].local.port)
+        except (OSError, queue.Empty) as failure:
+            raise RatrodError("the demo failed: %s" % reason(failure)) from None
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(10)
+            client.close()
+            server.close()
+            loop.close()
+    print("Every byte arrived: %d MB in %.1f s, %.2f GB/s, and a UDP datagram there and back.\n" % (DEMO_BYTES >> 20, seconds, DEMO_BYTES / seconds / 1e9))
+    print("For real, on the machine that reaches your database:\n\n    ratrod serve 0.0.0.0:19000\n\n"
+          "and at home, once each side has the other's public key (`ratrod keygen`, then authorized_keys there, known_hosts here):\n\n"
+          "    ratrod connect server:19000 2000:db:5432\n")
+    return 0
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The program: its exit code (0 done, 1 failed, 2 usage or configuration, 3 authentication, 130 interrupted)."""
+    if argv is None:
+        argv = sys.argv[1:]
+    try:
+        options = parse_command_line(argv)
+        set_up_logging(options.verbose)
+        commands: Dict[str, Callable[[Options], int]] = {
+            "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
+            "help": help_command, "version": version_command}
+        return commands[options.command](options)
+    except UsageError as error:
+        print("ratrod: %s\n\n%s\n`ratrod help` says more." % (error, USAGE), file=sys.stderr)
+        return error.exit_code
+    except RatrodError as error:
+        log.error("❌ %s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `ratrod help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
