@@ -1,0 +1,379 @@
+"""The legacy wire a second time: blocking, on `cryptography` and sockets only, every step callable by itself and open to being done wrongly.
+
+It was written from the protocol's description and is proved against the original (test_rust.py): so it can judge ratrod.py, and must never import it.
+"""
+
+import base64
+import os
+import socket
+from typing import NamedTuple
+
+from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+# The largest size that a frame may name, tag included.
+LIMIT = 128 * 1024 - 256
+INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)
+RAW = serialization.Encoding.Raw, serialization.PublicFormat.Raw
+
+
+class WireError(ConnectionError):
+    """The other end broke the protocol, or ended where it may not."""
+
+
+class Refused(WireError):
+    """The other end said Error where something else was awaited."""
+
+    def __init__(self, error):
+        super().__init__("%s: %s" % error)
+        self.error = error
+
+
+# ---------------------------------------------------------------------------------------------------- messages
+
+
+class ClientPreamble(NamedTuple):
+    exchange_public_key: bytes
+    remote: str
+    challenge: bytes
+    should_encrypt: bool
+    is_udp: bool
+
+
+class ServerPreamble(NamedTuple):
+    identity_public_key: str
+    exchange_public_key: bytes
+    signature: bytes
+    challenge: bytes
+
+
+class ClientAuthentication(NamedTuple):
+    identity_public_key: str
+    signature: bytes
+
+
+class HandshakeCompletion(NamedTuple):
+    pass
+
+
+class Data(NamedTuple):
+    data: bytes
+
+
+class UdpData(NamedTuple):
+    data: bytes
+
+
+class Error(NamedTuple):
+    code: int
+    text: str
+
+
+class Shutdown(NamedTuple):
+    pass
+
+
+# The place in this table is the variant's number on the wire.
+MESSAGES = (
+    (ClientPreamble, (bytes, str, bytes, bool, bool)),
+    (ServerPreamble, (str, bytes, bytes, bytes)),
+    (ClientAuthentication, (str, bytes)),
+    (HandshakeCompletion, ()),
+    (Data, (bytes,)),
+    (UdpData, (bytes,)),
+    (Error, (int, str)),
+    (Shutdown, ()),
+)
+
+
+def varint(n):
+    if n <= 250:
+        return bytes([n])
+    marker, size = (251, 2) if n < 1 << 16 else (252, 4) if n < 1 << 32 else (253, 8)
+    return bytes([marker]) + n.to_bytes(size, "big")
+
+
+def field(kind, value):
+    if kind is int:
+        return varint(value)
+    if kind is bool:
+        return bytes([value])
+    # A str field takes bytes too, so that a test can send what is not UTF-8.
+    data = value.encode() if isinstance(value, str) else value
+    return varint(len(data)) + data
+
+
+def encode(message):
+    for variant, (cls, kinds) in enumerate(MESSAGES):
+        if type(message) is cls:
+            return varint(variant) + b"".join(map(field, kinds, message))
+    raise TypeError(message)
+
+
+class Decoder:
+    def __init__(self, payload):
+        self.payload = payload
+        self.at = 0
+
+    def take(self, n):
+        if n > len(self.payload) - self.at:
+            raise WireError("a field of %d bytes in a message that has %d more" % (n, len(self.payload) - self.at))
+        self.at += n
+        return self.payload[self.at - n:self.at]
+
+    def varint(self):
+        marker = self.take(1)[0]
+        if marker <= 250:
+            return marker
+        if marker > 253:
+            raise WireError("a varint that begins with %d" % marker)
+        return int.from_bytes(self.take({251: 2, 252: 4, 253: 8}[marker]), "big")
+
+    def field(self, kind):
+        if kind is int:
+            return self.varint()
+        if kind is bool:
+            value = self.take(1)[0]
+            if value > 1:
+                raise WireError("a bool of %d" % value)
+            return bool(value)
+        data = self.take(self.varint())
+        return data.decode() if kind is str else data
+
+
+def decode(payload):
+    decoder = Decoder(payload)
+    variant = decoder.varint()
+    if variant >= len(MESSAGES):
+        raise WireError("a message of variant %d" % variant)
+    cls, kinds = MESSAGES[variant]
+    message = cls(*map(decoder.field, kinds))
+    if decoder.at != len(payload):
+        raise WireError("%d bytes left over after %s" % (len(payload) - decoder.at, cls.__name__))
+    return message
+
+
+def frame(payload, key=None, flag=None, size=None):
+    """A frame as bytes. Rightly, flag and size follow from the key and the payload; a test may claim others."""
+    if flag is None:
+        flag = int(key is not None)
+    nonce = os.urandom(12) if flag else b""
+    if flag and key:
+        payload = ChaCha20Poly1305(key).encrypt(nonce, payload, None)
+    return bytes([flag]) + nonce + (len(payload) if size is None else size).to_bytes(8, "big") + payload
+
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+
+class Identity:
+    """An Ed25519 key pair, made or read from a key folder."""
+
+    def __init__(self, private=None):
+        self.private = private or Ed25519PrivateKey.generate()
+        self.public = base64.urlsafe_b64encode(self.private.public_key().public_bytes(*RAW)).rstrip(b"=").decode()
+
+    @classmethod
+    def load(cls, folder):
+        document = base64.urlsafe_b64decode((folder / "key").read_text() + "=")
+        return cls(Ed25519PrivateKey.from_private_bytes(document[16:48]))
+
+
+def check_signature(public, signature, challenge):
+    try:
+        Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(public + "=")).verify(signature, challenge)
+    except (ValueError, InvalidSignature) as error:
+        raise WireError("the signature of %r is wrong: %r" % (public, error)) from error
+
+
+# ---------------------------------------------------------------------------------------------------- one end of a link
+
+
+class Peer:
+    """What both ends share. `received` keeps every byte that came, for tests that look for what must not be there."""
+
+    def __init__(self, sock, identity, timeout=30.0):
+        sock.settimeout(timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = sock
+        self.identity = identity
+        self.received = bytearray()
+        self.key = None
+        self.challenge = os.urandom(32)
+        self._exchange = X25519PrivateKey.generate()
+        self.exchange_public_key = self._exchange.public_key().public_bytes(*RAW)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def send_raw(self, data):
+        self.socket.sendall(data)
+
+    def send(self, message, **claims):
+        """A message, or a payload as bytes, in a frame; `claims` may set another flag or size, or key=None."""
+        payload = message if isinstance(message, bytes) else encode(message)
+        self.send_raw(frame(payload, **{"key": self.key, **claims}))
+
+    def end(self):
+        """The end of this direction."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def _receive_exactly(self, n, may_end=False):
+        data = b""
+        while len(data) < n:
+            chunk = self.socket.recv(n - len(data))
+            if not chunk:
+                if may_end and not data:
+                    return b""
+                raise WireError("the end inside a frame, %d of %d bytes" % (len(data), n))
+            self.received += chunk
+            data += chunk
+        return data
+
+    def receive_frame(self):
+        """(flag, payload), decrypted where it has to be; None at the end of the stream."""
+        flag = self._receive_exactly(1, may_end=True)
+        if not flag:
+            return None
+        if flag[0] > 1:
+            raise WireError("a flag of %d" % flag[0])
+        nonce = self._receive_exactly(12 * flag[0])
+        size = int.from_bytes(self._receive_exactly(8), "big")
+        if size > LIMIT:
+            raise WireError("a frame of %d bytes" % size)
+        payload = self._receive_exactly(size)
+        if flag[0]:
+            if self.key is None:
+                raise WireError("an encrypted frame before there is a key")
+            try:
+                payload = ChaCha20Poly1305(self.key).decrypt(nonce, payload, None)
+            except InvalidTag:
+                raise WireError("a frame with a wrong tag") from None
+        return flag[0], payload
+
+    def receive(self):
+        """The next message; None at the end of the stream."""
+        got = self.receive_frame()
+        if got is None:
+            return None
+        flag, payload = got
+        if self.key and not flag:
+            raise WireError("a frame in the clear once encryption is on")
+        return decode(payload) if payload else Shutdown()
+
+    def expect(self, cls):
+        message = self.receive()
+        if isinstance(message, Error):
+            raise Refused(message)
+        if not isinstance(message, cls):
+            raise WireError("%s in place of %s" % (message, cls.__name__))
+        return message
+
+    def expect_data(self, n, cls=Data):
+        """n bytes of data, however many frames they take."""
+        data = b""
+        while len(data) < n:
+            data += self.expect(cls).data
+        return data
+
+    def drain(self):
+        """Reads until the other end closes or resets; returns what came."""
+        before = len(self.received)
+        try:
+            while True:
+                chunk = self.socket.recv(65536)
+                if not chunk:
+                    break
+                self.received += chunk
+        except ConnectionError:
+            pass
+        return bytes(self.received[before:])
+
+    def sign(self, challenge):
+        return self.identity.private.sign(challenge)
+
+    def _derive(self, peer_exchange_key, server_challenge, client_challenge):
+        salt = server_challenge + client_challenge
+        shared = self._exchange.exchange(X25519PublicKey.from_public_bytes(peer_exchange_key))
+        self.key = HKDF(algorithm=hashes.SHA256(), length=32, salt=salt, info=salt).derive(shared)
+
+
+class Client(Peer):
+    """The client's steps, in their order; `handshake()` does them all. Any field can be given another value."""
+
+    def __init__(self, sock, identity, remote="", encrypt=False, udp=False, timeout=30.0):
+        super().__init__(sock, identity, timeout)
+        self.remote, self.encrypt, self.udp = remote, encrypt, udp
+
+    def preamble(self, **fields):
+        return ClientPreamble(self.exchange_public_key, self.remote, self.challenge, self.encrypt, self.udp)._replace(**fields)
+
+    def send_preamble(self, **fields):
+        self.send(self.preamble(**fields))
+
+    def receive_preamble(self):
+        self.server = self.expect(ServerPreamble)
+        check_signature(self.server.identity_public_key, self.server.signature, self.challenge)
+        return self.server
+
+    def authentication(self, **fields):
+        return ClientAuthentication(self.identity.public, self.sign(self.server.challenge))._replace(**fields)
+
+    def send_authentication(self, **fields):
+        self.send(self.authentication(**fields))
+
+    def start_encryption(self):
+        if self.encrypt:
+            self._derive(self.server.exchange_public_key, self.server.challenge, self.challenge)
+
+    def receive_completion(self):
+        self.expect(HandshakeCompletion)
+        self.start_encryption()
+
+    def handshake(self):
+        self.send_preamble()
+        self.receive_preamble()
+        self.send_authentication()
+        self.receive_completion()
+        return self
+
+
+class Server(Peer):
+    """The server's steps, in their order; `handshake()` does them all. Any field can be given another value."""
+
+    def receive_preamble(self):
+        self.client = self.expect(ClientPreamble)
+        return self.client
+
+    def preamble(self, **fields):
+        return ServerPreamble(self.identity.public, self.exchange_public_key, self.sign(self.client.challenge), self.challenge)._replace(**fields)
+
+    def send_preamble(self, **fields):
+        self.send(self.preamble(**fields))
+
+    def receive_authentication(self):
+        self.authentication = self.expect(ClientAuthentication)
+        check_signature(self.authentication.identity_public_key, self.authentication.signature, self.challenge)
+        return self.authentication
+
+    def start_encryption(self):
+        if self.client.should_encrypt:
+            self._derive(self.client.exchange_public_key, self.challenge, self.client.challenge)
+
+    def send_completion(self):
+        self.send(HandshakeCompletion())
+        self.start_encryption()
+
+    def handshake(self):
+        self.receive_preamble()
+        self.send_preamble()
+        self.receive_authentication()
+        self.send_completion()
+        return self
