@@ -5,7 +5,7 @@ Usage:
   ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--legacy] [--udp-timeout SECS]
          [--handshake-timeout SECS] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [-e] [--legacy] [--udp-timeout SECS]
-         [--handshake-timeout SECS] [--] SERVER [TUNNEL]...
+         [--handshake-timeout SECS] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
   ratrod [-v] demo
   ratrod help [COMMAND]
@@ -40,6 +40,7 @@ Options:
 """
 
 import base64
+import builtins
 import collections
 import contextlib
 import errno
@@ -78,26 +79,44 @@ class Limits(NamedTuple):
     handshake_timeout: float = 10.0  # from accept to the peer authenticated; the peer has the same
     connect_timeout: float = 10.0  # look-up and connect of a remote
     handshakes: int = 64  # unauthenticated connections in all; also the threads that serve them
-    handshakes_per_source: int = 8  # ... and from one address: the oldest makes room
+    handshakes_per_source: int = 8  # ... and from one address (IPv6: one /64): the oldest makes room
+    handshake_rate: float = 20.0  # new ones a second from one source that has no authorized link ...
+    handshake_burst: int = 40  # ... and so many at once
+    links: int = 0  # authenticated links in all; 0: half of what the descriptor limit leaves after 64 and the UDP sessions
+    links_per_key: int = 0  # ... of one client's key; 0: as many as in all
     lookup_threads: int = 16  # a name server that hangs holds up these, never a handshake
+    connects_per_key: int = 32  # remotes of one client being looked up or connected to
+    idle_links: int = 8  # that a client keeps, or as many as it lately needed at once
+    idle_time: float = 60.0  # after which surplus ones are let go
+    link_age: float = 3600.0  # forward secrecy is per link: an older one takes no new stream
+    keepalive: float = 20.0  # whoever has sent nothing for so long says that it lives
+    silence: float = 45.0  # whoever reads and hears nothing for so long gives the link up
+    trusted: float = 30.0  # a link that was not heard from for so long is not handed out
     drain_timeout: float = 5.0  # after our Error: discard what the peer still sends for so long
-    udp_timeout: float = 120.0  # a UDP session without a datagram in either direction
-    udp_sessions: int = 256  # of one client; at the cap the least recently used makes room
-    udp_sessions_of_server: int = 4096
-    udp_backlog: int = 256 * 1024  # bytes that wait for a link; what comes on top is dropped: UDP may lose, it must not lag
+    udp_timeout: float = 120.0  # a UDP session without a datagram in either direction; the server waits a quarter longer
+    udp_sessions: int = 256  # of one link; at the cap the least recently used makes room
+    udp_sessions_in_all: int = 4096  # ... of a server; the key that has most gives way
+    udp_backlog: int = 256 * 1024  # bytes that wait for a link; the oldest on top of it are dropped: UDP may lose, it must not lag
+    udp_lag: float = 0.2  # ... and those that waited so long for an open link
     accept_pause: float = 1.0  # after EMFILE: accepting again at once would spin
-    sweep_interval: float = 1.0  # how often idle UDP sessions are looked for
+    sweep_interval: float = 1.0  # how often ages are looked at
 
 
 DEFAULT_LIMITS = Limits()
+MAX_CONTENT = 512 * 1024  # of a Data or Datagrams record
+MAX_SMALL_CONTENT = 1024  # of any other
+KEPT_DATA = 64 * 1024  # what an opener may send before Opened, and keeps until then
+MAX_NOISE_MESSAGE = 1024
 LEGACY_MAX_FRAME = 128 * 1024 - 256  # the original's BUFFER_SIZE, tag included
-MAX_DATA = LEGACY_MAX_FRAME - 64  # variant, length and tag must fit into the same frame
-MAX_HANDSHAKE_FRAME = 16 * 1024  # the longest honest one is an Error that quotes a regex
+MAX_HANDSHAKE_FRAME = 16 * 1024  # legacy: the longest honest one is an Error that quotes a regex
 MAX_DATAGRAM = 65507
+DATAGRAMS_AT_ONCE = 64 * 1024  # in one record
 HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and message head (6) are written there
 TAILROOM = 64  # behind it: the tag
-SCRATCH_IN = 256 * 1024  # one read of a link: two whole legacy frames
+SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and what came with it
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
+TRIES = 3  # of one Open
+CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -119,6 +138,10 @@ class UsageError(ConfigError):
 
 class ConnectError(RatrodError):
     """A TCP connection or a name look-up that failed."""
+
+
+class Overloaded(RatrodError):
+    """A client that is known, and one too many for now."""
 
 
 class PolicyError(RatrodError):
@@ -154,6 +177,7 @@ class PeerError(RemoteProtocolError):
 
 
 INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)  # codes of Error
+SAME_KEY = "server and client use the same key; give one of them another -k"
 REFUSED = "not allowed by this server"  # one text for every refusal by policy: it teaches a prober nothing
 
 
@@ -217,6 +241,23 @@ class Shutdown(NamedTuple):
     pass
 
 
+class Open(NamedTuple):
+    kind: int
+    target: str
+    instance: bytes = b""
+
+
+class Session(NamedTuple):
+    number: int
+    target: str
+
+
+class SessionOver(NamedTuple):
+    number: int
+    code: int
+    text: str
+
+
 LEGACY_MESSAGES: Tuple[Tuple[Type[Any], str], ...] = (  # the position is the variant
     (ClientPreamble, "bsb??"), (ServerPreamble, "sbbb"), (ClientAuthentication, "sb"), (HandshakeCompletion, ""),
     (Data, "b"), (UdpData, "b"), (Error, "vs"), (Shutdown, ""),
@@ -269,24 +310,66 @@ class Decoder:
         except UnicodeDecodeError:
             raise RemoteProtocolError("a text that is not UTF-8") from None
 
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "big")
+
+    def instance(self) -> builtins.bytes:
+        return self.take(8) if self._at < len(self._data) else b""
+
     def bool(self) -> bool:
         value = self.take(1)[0]
         if value > 1:
             raise RemoteProtocolError("a truth value of %d" % value)
         return bool(value)
 
+    def rest(self) -> builtins.bytes:
+        return self.take(len(self._data) - self._at)
+
     def end(self) -> None:
         if self._at != len(self._data):
             raise RemoteProtocolError("%d bytes left over after a message" % (len(self._data) - self._at))
 
 
-_READ: Dict[str, Callable[[Decoder], Any]] = {"b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint}
+_READ: Dict[str, Callable[[Decoder], Any]] = {"b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint,
+                                              "1": Decoder.u8, "4": Decoder.u32, "i": Decoder.instance}
 _WRITE: Dict[str, Callable[[Any], bytes]] = {
     "b": lambda data: encode_varint(len(data)) + data,
     "s": lambda text: _WRITE["b"](text.encode("utf-8")),
     "?": lambda value: bytes((value,)),
     "v": encode_varint,
+    "1": lambda n: bytes((n,)),
+    "4": lambda n: n.to_bytes(4, "big"),
+    "i": lambda data: data,
 }
+
+# ratrod2's record types; the legacy messages are mapped to them, so that a link need not know its wire.
+(COMPLETED, ERROR, OPEN, OPENED, DATA, END, OVER, DATAGRAMS, SESSION, SESSION_OVER, KEEPALIVE, CLOSE) = (
+    0x00, 0x01, 0x10, 0x11, 0x12, 0x13, 0x14, 0x20, 0x21, 0x22, 0x30, 0x3f)
+UDP_DATA = 0x120  # legacy only: one bare datagram
+TCP, UDP, LISTEN = 1, 2, 3  # kinds of Open
+_RECORDS: Dict[int, Tuple[Optional[Type[Any]], str]] = {  # what the content of each type is; None: the only field itself
+    COMPLETED: (None, "s"), ERROR: (Error, "vs"), OPEN: (Open, "1si"), OPENED: (None, "s"), END: (None, ""), OVER: (None, ""),
+    SESSION: (Session, "4s"), SESSION_OVER: (SessionOver, "4vs"), KEEPALIVE: (None, ""), CLOSE: (None, ""),
+}
+
+
+def encode_content(kind: int, *fields: Any) -> bytes:
+    """The content of a record of any type but Data and Datagrams."""
+    return b"".join(_WRITE[letter](field) for letter, field in zip(_RECORDS[kind][1], fields))
+
+
+def decode_content(kind: int, content: Union[bytes, memoryview]) -> Any:
+    """The message in it; RemoteProtocolError for an unknown type, or for content that is not exactly one."""
+    if kind not in _RECORDS:
+        raise RemoteProtocolError("a record of the unknown type 0x%02x" % kind)
+    make, layout = _RECORDS[kind]
+    decoder = Decoder(content)
+    fields = [_READ[letter](decoder) for letter in layout]
+    decoder.end()
+    return make(*fields) if make else fields[0] if fields else None
 
 
 def encode_message(message: Any) -> bytes:
@@ -387,6 +470,10 @@ class KeyPair(NamedTuple):
     def sign(self, message: bytes) -> bytes:
         return sodium().crypto_sign(message, self.seed + self.public)[:64]
 
+    def exchange_key(self) -> bytes:
+        """The private X25519 form of this identity."""
+        return sodium().crypto_sign_ed25519_sk_to_curve25519(self.seed + self.public)
+
     def __repr__(self) -> str:  # never the seed: a repr ends in logs
         return "KeyPair(%s)" % encode_key(self.public)
 
@@ -441,7 +528,13 @@ class KeyFolder:
         self.warnings: List[str] = []
 
     def exists(self) -> bool:
-        return os.path.lexists(self.key_file)
+        try:
+            os.lstat(self.key_file)
+        except FileNotFoundError:
+            return False
+        except OSError:  # there or not, it cannot be told: load() says why, and nothing is generated over it
+            pass
+        return True
 
     def load(self) -> KeyPair:
         """The identity in the key file. ConfigError names the file, what is wrong with it and what to do."""
@@ -474,6 +567,9 @@ class KeyFolder:
         pair = KeyPair.from_seed(os.urandom(32))
         contents = (pair.encode(), encode_key(pair.public), "", "")
         try:
+            for name in KEY_FILES[:2]:
+                if os.path.lexists(os.path.join(self.path, name)):
+                    raise FileExistsError(errno.EEXIST, "there is a `%s` already" % name)
             if not os.path.isdir(self.path):
                 os.makedirs(self.path, mode=0o700)
             # The private key last: only its presence says that the folder is complete.
@@ -508,6 +604,10 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
+
+
+def is_address(host: str) -> bool:
+    return ":" in host or host.rsplit(".", 1)[-1].isdigit()  # parse_host() has made sure of the rest
 
 
 def unmapped(host: str) -> str:
@@ -723,9 +823,82 @@ class Aead:
         return view[:-self.tag]
 
 
+class Suite(NamedTuple):
+    """A cipher suite of ratrod2. Sizes in bytes; `nonce` makes one of a record's number."""
+
+    id: int
+    name: str
+    key_size: int
+    aead: Aead
+    nonce: Callable[[int], bytes]
+
+
 @functools.lru_cache(maxsize=None)
-def chacha20_poly1305() -> Aead:
-    return Aead("chacha20poly1305_ietf", 16)
+def chacha20_poly1305() -> Suite:
+    return Suite(2, "ChaCha20-Poly1305", 32, Aead("chacha20poly1305_ietf", 16), struct.Struct("<4xQ").pack)
+
+
+@functools.lru_cache(maxsize=None)
+def aegis_128l() -> Optional[Suite]:
+    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software (25 MB/s: measured)."""
+    if getattr(sodium(), "crypto_aead_aegis128l_ABYTES", None) != 32:
+        return None
+    suite = Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
+    return suite if _aes_in_hardware(suite) else None
+
+
+def _aes_in_hardware(suite: Suite) -> bool:
+    try:
+        from nacl._sodium import lib
+        return bool(lib.crypto_aead_aes256gcm_is_available())
+    except (ImportError, AttributeError):
+        pass
+    # The public functions do not say: 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five, so that a busy
+    # machine does not look like a slow one.
+    view, times = memoryview(bytearray(64 * 1024 + suite.aead.tag)), []
+    for number in range(5):
+        started = time.perf_counter()
+        suite.aead.seal(view, suite.nonce(number), bytes(suite.key_size))
+        times.append(time.perf_counter() - started)
+    return min(times) < 0.0008
+
+
+def offered_suites() -> List[Suite]:
+    """Best first; ChaCha20-Poly1305 always."""
+    return [suite for suite in (aegis_128l(), chacha20_poly1305()) if suite]
+
+
+class CipherState:
+    """One direction of a link: a key and the number of its next record (the Noise specification's k and n)."""
+
+    __slots__ = ("_suite", "_key", "_n", "tag")
+
+    def __init__(self, suite: Suite, key: bytes):
+        if len(key) != suite.key_size:
+            raise LocalProtocolError("a key of %d bytes for %s" % (len(key), suite.name))
+        self._suite, self._key, self._n, self.tag = suite, key, 0, suite.aead.tag
+
+    def _next_nonce(self) -> bytes:
+        n, self._n = self._n, self._n + 1
+        if n >= 1 << 63:
+            raise LocalProtocolError("the link has used up its record numbers")
+        return self._suite.nonce(n)
+
+    def seal(self, view: memoryview, aad: bytes) -> None:
+        """Encrypts view[:-tag] in place and writes the tag behind it."""
+        self._suite.aead.seal(view, self._next_nonce(), self._key, aad)
+
+    def open(self, view: memoryview, aad: bytes) -> memoryview:
+        """Decrypts `view` in place; RemoteProtocolError where it is not the record that must come next."""
+        return self._suite.aead.open(view, self._next_nonce(), self._key, aad)
+
+    def encrypt_with_ad(self, ad: bytes, plaintext: bytes) -> bytes:
+        view = memoryview(bytearray(plaintext + bytes(self.tag)))
+        self.seal(view, ad)
+        return bytes(view)
+
+    def decrypt_with_ad(self, ad: bytes, ciphertext: bytes) -> bytes:
+        return bytes(self.open(memoryview(bytearray(ciphertext)), ad))
 
 
 def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
@@ -737,9 +910,8 @@ def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
 # 5. Framing: bytes of a link to records and back
 # ======================================================================================================================
 # A reader gives records one at a time out of a buffer that the link owns, a writer gives the bytes to send. What a record means is the
-# same on every wire; these are ratrod2's numbers, and the legacy messages are mapped to them.
+# same on every wire.
 
-OPENED, DATA, END, ERROR, UDP_DATA = 0x11, 0x12, 0x13, 0x01, 0x20
 _HEADER_CLEAR, _HEADER_SEALED = struct.Struct(">BQ"), struct.Struct(">B12sQ")
 Record = Tuple[int, Any, int]
 
@@ -780,7 +952,7 @@ class LegacyReader:
         content = view[body:body + size]
         if sealed:
             assert self._key is not None
-            content = chacha20_poly1305().open(content, bytes(view[start + 1:start + 13]), self._key)
+            content = chacha20_poly1305().aead.open(content, bytes(view[start + 1:start + 13]), self._key)
         kind, what = self._decode(content)
         return kind, what, body + size
 
@@ -823,7 +995,8 @@ class LegacyWriter:
     """Frames of the legacy wire. With a `key` all are sealed, but for those that `clear_message` makes."""
 
     __slots__ = ("_key",)
-    max_data = MAX_DATA
+    max_data = LEGACY_MAX_FRAME - 64  # variant, length and tag must fit into the same frame
+    pools = False
 
     def __init__(self, key: Optional[bytes] = None):
         self._key = key
@@ -834,39 +1007,149 @@ class LegacyWriter:
         body = encode_message(message)
         return _HEADER_CLEAR.pack(0, len(body)) + body
 
-    def opened(self) -> bytes:
-        return self.clear_message(HandshakeCompletion())
+    def record(self, kind: int, *fields: Any) -> bytes:
+        """Opened, or an Error in its place, the only place where a Rust client shows one; this wire has none of the others."""
+        return self.clear_message(Error(*fields)) if kind == ERROR else self.clear_message(HandshakeCompletion()) if kind == OPENED else b""
 
-    def refusal(self, error: Error) -> bytes:
-        """An Error in place of HandshakeCompletion, the only place where a Rust client shows one."""
-        return self.clear_message(error)
-
-    def data(self, scratch: memoryview, n: int, variant: int = DATA_VARIANT) -> memoryview:
-        """The frame around the n bytes at scratch[HEADROOM:], made in place."""
+    def data(self, scratch: memoryview, n: int, at: int = HEADROOM, variant: int = DATA_VARIANT) -> memoryview:
+        """The frame around the n bytes at scratch[at:], made in place."""
         head = bytes((variant,)) + encode_varint(n)
-        start, end = HEADROOM - len(head), HEADROOM + n
-        scratch[start:HEADROOM] = head
+        start, end = at - len(head), at + n
+        scratch[start:at] = head
         if self._key is None:
             header = _HEADER_CLEAR.pack(0, end - start)
         else:
-            cipher, nonce = chacha20_poly1305(), os.urandom(12)
+            cipher, nonce = chacha20_poly1305().aead, os.urandom(12)
             end += cipher.tag
             cipher.seal(scratch[start:end], nonce, self._key)
             header = _HEADER_SEALED.pack(1, nonce, end - start)
         scratch[start - len(header):start] = header
         return scratch[start - len(header):end]
 
-    def udp_data(self, scratch: memoryview, n: int) -> memoryview:
-        return self.data(scratch, n, UDP_DATA_VARIANT)
+    def datagrams(self, scratch: memoryview, end: int) -> bytes:
+        """A frame for each datagram of the run (session u32, length u16, bytes) at scratch[HEADROOM:end]."""
+        return b"".join(self._datagram(data) for _, data in split_datagrams(scratch[HEADROOM:end]))
 
-    def end(self) -> Optional[bytes]:
-        """None: on this wire the end of a stream is the link's FIN."""
-        return None
+    def _datagram(self, data: memoryview) -> memoryview:
+        room = memoryview(bytearray(HEADROOM + len(data) + TAILROOM))
+        room[HEADROOM:HEADROOM + len(data)] = data
+        return self.data(room, len(data), variant=UDP_DATA_VARIANT)
+
+
+DATAGRAM_HEADER = struct.Struct(">IH")
+_LENGTH = struct.Struct(">I")
+
+
+def split_datagrams(run: memoryview) -> Iterator[Tuple[int, memoryview]]:
+    """(session, bytes) of each datagram in the content of a Datagrams record; RemoteProtocolError where a length passes its end."""
+    at, size, header = 0, len(run), DATAGRAM_HEADER.size
+    while at < size:
+        if size - at < header:
+            raise RemoteProtocolError("a datagram's header passes the end of its record")
+        number, length = DATAGRAM_HEADER.unpack_from(run, at)
+        at += header + length
+        if at > size:
+            raise RemoteProtocolError("a datagram passes the end of its record")
+        yield number, run[at - length:at]
+
+
+class RecordReader:
+    """Records of ratrod2, sealed under `cipher`. `awaited`: the first must be HandshakeCompletion, or Error in its place."""
+
+    __slots__ = ("_cipher", "_awaited", "wanted")
+    eof_is_end = False  # a stream ends with End; FIN before it is an abort
+
+    def __init__(self, cipher: CipherState, awaited: bool = False):
+        self._cipher, self._awaited = cipher, awaited
+        self.wanted = 0
+
+    def next(self, view: memoryview, start: int, end: int) -> Optional[Record]:
+        """As LegacyReader's: (type, content, where it ends), or None and `wanted`."""
+        body = start + 4
+        if end < body:
+            self.wanted = 4
+            return None
+        tag = self._cipher.tag
+        size = int.from_bytes(view[start:body], "big")
+        # Which type it is, and so its own limit, is known only after the tag has been verified.
+        if not tag < size <= tag + 1 + MAX_CONTENT:
+            raise RemoteProtocolError("a record of %d bytes" % size)
+        if end < body + size:
+            self.wanted = 4 + size
+            return None
+        plain = self._cipher.open(view[body:body + size], bytes(view[start:body]))
+        kind, content = plain[0], plain[1:]
+        if self._awaited:
+            if kind not in (COMPLETED, ERROR):
+                raise RemoteProtocolError("a record before HandshakeCompletion")
+            self._awaited = False
+        elif kind == COMPLETED:
+            raise RemoteProtocolError("a second HandshakeCompletion")
+        return kind, self._decode(kind, content), body + size
+
+    @staticmethod
+    def _decode(kind: int, content: memoryview) -> Any:
+        if kind == DATA and content or kind == DATAGRAMS:
+            return content
+        if kind == DATA or len(content) > MAX_SMALL_CONTENT:
+            raise RemoteProtocolError("a record with %d bytes of content" % len(content))
+        return decode_content(kind, content)
+
+
+class RecordWriter:
+    """Records of ratrod2, sealed under `cipher`."""
+
+    __slots__ = ("_cipher",)
+    max_data = MAX_CONTENT
+    pools = True
+
+    def __init__(self, cipher: CipherState):
+        self._cipher = cipher
+
+    def record(self, kind: int, *fields: Any) -> bytes:
+        """A whole record of any type but Data and Datagrams."""
+        content = encode_content(kind, *fields)
+        room = memoryview(bytearray(HEADROOM + len(content) + TAILROOM))
+        room[HEADROOM:HEADROOM + len(content)] = content
+        return bytes(self.data(room, len(content), kind=kind))
+
+    def data(self, scratch: memoryview, n: int, kind: int = DATA) -> memoryview:
+        """The record around the n bytes at scratch[HEADROOM:], made in place: header and body leave in one send."""
+        cipher = self._cipher
+        scratch[HEADROOM - 1] = kind
+        length = _LENGTH.pack(n + 1 + cipher.tag)
+        scratch[HEADROOM - 5:HEADROOM - 1] = length
+        end = HEADROOM + n + cipher.tag
+        cipher.seal(scratch[HEADROOM - 1:end], length)
+        return scratch[HEADROOM - 5:end]
+
+    def datagrams(self, scratch: memoryview, end: int) -> memoryview:
+        """One record of the run at scratch[HEADROOM:end]."""
+        return self.data(scratch, end - HEADROOM, DATAGRAMS)
+
+
+Reader = Union[LegacyReader, RecordReader]
+Writer = Union[LegacyWriter, RecordWriter]
 
 
 # ======================================================================================================================
 # 6. Handshake: bytes in, bytes out
 # ======================================================================================================================
+
+def diffie_hellman(private: bytes, public: bytes) -> bytes:
+    """X25519 of two times 32 bytes; RemoteProtocolError where the peer's is no point that leads to a secret."""
+    if len(public) != 32:  # crypto_scalarmult() itself does not look
+        raise RemoteProtocolError("an exchange key of %d bytes" % len(public))
+    try:
+        return sodium().crypto_scalarmult(private, public)
+    except Exception:  # PyNaCl's RuntimeError for a zero secret; its type is no promise
+        raise RemoteProtocolError("an exchange key of small order") from None
+
+
+def refusal(error: RatrodError) -> Error:
+    """What a client that has authenticated itself is told when it may not come in."""
+    return Error(INVALID_KEY if isinstance(error, AuthenticationError) else UNKNOWN, str(error))
+
 
 Script = Generator[int, bytes, None]
 Report = Callable[..., None]
@@ -884,8 +1167,9 @@ class Handshake:
         self._to_send = bytearray()
         self._script = self._run()
         self.peer_key = b""
-        self.reader: LegacyReader
-        self.writer: LegacyWriter
+        self.suite = "none, in the clear"
+        self.reader: Reader
+        self.writer: Writer
         self._needed = next(self._script)
 
     @property
@@ -963,13 +1247,7 @@ class LegacyHandshake(Handshake):
 
     def _shared_key(self, peer_ephemeral: bytes, salt: bytes) -> bytes:
         """The key of both directions; `salt` is the server's challenge, then the client's."""
-        if len(peer_ephemeral) != 32:  # crypto_scalarmult() itself does not look
-            raise RemoteProtocolError("an exchange key of %d bytes" % len(peer_ephemeral))
-        try:
-            secret = sodium().crypto_scalarmult(self._ephemeral, peer_ephemeral)
-        except Exception:  # PyNaCl's RuntimeError for a point of small order; its type is no promise
-            raise RemoteProtocolError("an exchange key of small order") from None
-        return hkdf_sha256(secret, salt, salt)
+        return hkdf_sha256(diffie_hellman(self._ephemeral, peer_ephemeral), salt, salt)
 
     @staticmethod
     def _challenge_of(message: Any) -> bytes:
@@ -998,7 +1276,7 @@ class LegacyClientHandshake(LegacyHandshake):
         self._authenticate(server.identity_public_key, server.signature, "server")
         self._report("✅ Server's signature validated with public key `%s` ...", server.identity_public_key)
         if self.peer_key == self._keys.public:
-            raise AuthenticationError("server and client use the same key; give one of them another -k")
+            raise AuthenticationError(SAME_KEY)
         self._check_server(self.peer_key)
         self._report("🚧 Signing server challenge ...")
         challenge = self._challenge_of(server)
@@ -1028,52 +1306,275 @@ class LegacyServerHandshake(LegacyHandshake):
             self._authenticate(answer.identity_public_key, answer.signature, "client")
             # Whoever reaches a legacy server can have it sign anything: its own key proves nothing, wherever it is listed.
             if self.peer_key == self._keys.public:
-                raise AuthenticationError("server and client use the same key; give one of them another -k")
+                raise AuthenticationError(SAME_KEY)
             self._authorize(self.peer_key)
-        except AuthenticationError as error:
-            self._send(Error(INVALID_KEY, str(error)))
+        except (AuthenticationError, Overloaded) as error:
+            self._send(refusal(error))
             raise
         key = self._shared_key(client.exchange_public_key, self._challenge + theirs) if client.should_encrypt else None
         self.remote, self.is_udp = client.remote, client.is_udp
         self.reader, self.writer = LegacyReader(key), LegacyWriter(key)
 
 
+# ---------------------------------------------------------------------------------------------------- ratrod2: Noise XX
+
+OPENING = b"ratrod2\n"  # the first bytes of a link, and the prologue
+NOISE_NAME = b"Noise_XX_25519_ChaChaPoly_SHA256"  # revision 34 of the specification, whose names these classes use
+NAME_LEGACY = "this may be an original ratrod, or one that serves its wire: if you trust it, connect with --legacy"
+
+
+class SymmetricState:
+    """ck, h and the CipherState of a handshake under way: section 5.2."""
+
+    def __init__(self) -> None:
+        self.h = self.ck = NOISE_NAME  # exactly 32 bytes: no hash needed
+        self._cipher: Optional[CipherState] = None
+
+    def mix_key(self, input_key_material: bytes) -> None:
+        self.ck, k = self._hkdf(input_key_material)
+        self._cipher = CipherState(chacha20_poly1305(), k)
+
+    def mix_hash(self, data: bytes) -> None:
+        self.h = hashlib.sha256(self.h + data).digest()
+
+    def encrypt_and_hash(self, plaintext: bytes) -> bytes:
+        ciphertext = self._cipher.encrypt_with_ad(self.h, plaintext) if self._cipher else plaintext
+        self.mix_hash(ciphertext)
+        return ciphertext
+
+    def decrypt_and_hash(self, ciphertext: bytes) -> bytes:
+        plaintext = self._cipher.decrypt_with_ad(self.h, ciphertext) if self._cipher else ciphertext
+        self.mix_hash(ciphertext)
+        return plaintext
+
+    def split(self) -> Tuple[bytes, bytes]:
+        """k1, of the initiator's records, and k2, of the responder's."""
+        return self._hkdf(b"")
+
+    def _hkdf(self, input_key_material: bytes) -> Tuple[bytes, bytes]:
+        first = hkdf_sha256(input_key_material, self.ck, b"")
+        temporary = hmac.new(self.ck, input_key_material, hashlib.sha256).digest()
+        return first, hmac.new(temporary, first + b"\x02", hashlib.sha256).digest()
+
+
+class HandshakeState:
+    """The XX pattern: section 5.3. `s` and `e` are private X25519 keys; `rs` and `re` the peer's public ones."""
+
+    _PATTERN = (("e",), ("e", "ee", "s", "es"), ("s", "se"))
+
+    def __init__(self, initiator: bool, prologue: bytes, s: bytes, e: bytes):
+        self._initiator, self._s, self._e = initiator, s, e
+        self.rs = self.re = b""
+        self._symmetric = SymmetricState()
+        self._symmetric.mix_hash(prologue)
+        self._messages = iter(self._PATTERN)
+
+    def write_message(self, payload: bytes) -> bytes:
+        buffer = b""
+        for token in next(self._messages):
+            if token == "e":
+                public = sodium().crypto_scalarmult_base(self._e)
+                self._symmetric.mix_hash(public)
+                buffer += public
+            elif token == "s":
+                buffer += self._symmetric.encrypt_and_hash(sodium().crypto_scalarmult_base(self._s))
+            else:
+                self._mix_dh(token)
+        return buffer + self._symmetric.encrypt_and_hash(payload)
+
+    def read_message(self, message: bytes) -> bytes:
+        """Its payload. RemoteProtocolError where it was not made for this handshake."""
+        decoder = Decoder(message)
+        for token in next(self._messages):
+            if token == "e":
+                self.re = decoder.take(32)
+                self._symmetric.mix_hash(self.re)
+            elif token == "s":
+                self.rs = self._symmetric.decrypt_and_hash(decoder.take(48))
+            else:
+                self._mix_dh(token)
+        return self._symmetric.decrypt_and_hash(decoder.rest())
+
+    def _mix_dh(self, token: str) -> None:
+        """The first letter names the initiator's key of the two, the second the responder's."""
+        mine, theirs = (token[0], token[1]) if self._initiator else (token[1], token[0])
+        self._symmetric.mix_key(diffie_hellman({"e": self._e, "s": self._s}[mine], {"e": self.re, "s": self.rs}[theirs]))
+
+    def split(self) -> Tuple[bytes, bytes, bytes]:
+        """k1, k2 and the handshake hash."""
+        return (*self._symmetric.split(), self._symmetric.h)
+
+
+def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
+    """The CipherState of one direction's records, from one of Split()'s keys and the handshake hash."""
+    label = b"ratrod2 " + bytes((suite.id,)) + h + b"\x01"
+    return CipherState(suite, hmac.new(k, label, hashlib.sha256).digest()[:suite.key_size])
+
+
+class NoiseHandshake(Handshake):
+    """What both sides of ratrod2's handshake share."""
+
+    def __init__(self, keys: KeyPair, ephemeral: Optional[bytes], initiator: bool):
+        self._keys = keys
+        self._noise = HandshakeState(initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
+        super().__init__()
+
+    def _send(self, payload: bytes) -> None:
+        message = self._noise.write_message(payload)
+        self._to_send += len(message).to_bytes(2, "big") + message
+
+    def _receive(self) -> Generator[int, bytes, bytes]:
+        size = int.from_bytes((yield 2), "big")
+        if not 0 < size <= MAX_NOISE_MESSAGE:
+            raise RemoteProtocolError("a handshake message of %d bytes" % size)
+        return self._noise.read_message((yield size))
+
+    def _identify(self, identity: bytes) -> None:
+        """Takes the peer's Ed25519 identity where it is the one whose X25519 form this handshake has authenticated."""
+        try:
+            converted = sodium().crypto_sign_ed25519_pk_to_curve25519(identity) if len(identity) == 32 else b""
+        except Exception:  # not a point; the type that PyNaCl raises is no promise
+            converted = b""
+        if not hmac.compare_digest(converted, self._noise.rs):
+            raise AuthenticationError("the other side's key does not belong to its handshake")
+        self.peer_key = identity
+        if identity == self._keys.public:
+            raise AuthenticationError(SAME_KEY)
+
+    def _finish(self, suite: Suite, initiator: bool) -> None:
+        k1, k2, h = self._noise.split()
+        mine, theirs = (k1, k2) if initiator else (k2, k1)
+        self.suite = suite.name + (" through nacl._sodium" if suite.aead.fast else " through nacl.bindings")
+        self.reader = RecordReader(record_cipher(suite, theirs, h), awaited=initiator)
+        self.writer = RecordWriter(record_cipher(suite, mine, h))
+
+
+class NoiseClientHandshake(NoiseHandshake):
+    """The client's side up to ClientAuthentication; records may follow it at once. Arguments as LegacyClientHandshake's."""
+
+    def __init__(self, keys: KeyPair, *, check_server: Callable[[bytes], None], report: Report, ephemeral: Optional[bytes] = None,
+                 suites: Optional[List[Suite]] = None):
+        self._check_server, self._report, self._suites = check_server, report, suites or offered_suites()
+        super().__init__(keys, ephemeral, initiator=True)
+
+    def _run(self) -> Script:
+        self._to_send += OPENING
+        self._send(bytes((len(self._suites), *(suite.id for suite in self._suites))))
+        self._report("✅ Sent preamble to server ...")
+        payload = yield from self._receive()
+        if len(payload) < 33:
+            raise RemoteProtocolError("a ServerPreamble of %d bytes" % len(payload))
+        self._identify(payload[:32])
+        self._report("✅ Server's signature validated with public key `%s` ...", encode_key(self.peer_key))
+        suite = next((suite for suite in self._suites if suite.id == payload[32]), None)
+        if suite is None:
+            raise RemoteProtocolError("the server chose the cipher suite %d, which was not offered" % payload[32])
+        self._check_server(self.peer_key)
+        self._report("🚧 Signing server challenge ...")
+        self._send(self._keys.public)
+        self._report("⏳ Awaiting challenge validation ...")
+        self._finish(suite, initiator=True)
+
+    def receive_eof(self) -> NoReturn:
+        if self._noise.re:
+            super().receive_eof()
+        raise RemoteProtocolError("the server closed the connection before it said anything; " + NAME_LEGACY)
+
+    def _receive(self) -> Generator[int, bytes, bytes]:
+        try:
+            return (yield from super()._receive())
+        except RemoteProtocolError as error:
+            if "0 bytes" not in str(error):
+                raise
+            raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY) from None
+
+
+class NoiseServerHandshake(NoiseHandshake):
+    """The server's side, up to and with HandshakeCompletion, or an Error in its place. Arguments as LegacyServerHandshake's."""
+
+    def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], ephemeral: Optional[bytes] = None,
+                 suites: Optional[List[Suite]] = None):
+        self._authorize, self._suites = authorize, suites or offered_suites()
+        super().__init__(keys, ephemeral, initiator=False)
+
+    def _run(self) -> Script:
+        if (yield len(OPENING)) != OPENING:
+            raise RemoteProtocolError("it does not speak ratrod2")
+        payload = yield from self._receive()
+        decoder = Decoder(payload)
+        theirs = decoder.take(decoder.u8())
+        if chacha20_poly1305().id not in theirs:
+            raise RemoteProtocolError("a client that does not offer ChaCha20-Poly1305")
+        suite = next(suite for number in theirs for suite in self._suites if suite.id == number)
+        self._send(self._keys.public + bytes((suite.id,)))
+        payload = yield from self._receive()
+        if len(payload) < 32:
+            raise RemoteProtocolError("a ClientAuthentication of %d bytes" % len(payload))
+        try:
+            identity = payload[:32]
+            self._identify(identity)
+            self._authorize(identity)
+        except (AuthenticationError, Overloaded) as error:
+            if self.peer_key:
+                self._finish(suite, initiator=False)
+                self._to_send += self.writer.record(ERROR, *refusal(error))
+            raise
+        self._finish(suite, initiator=False)
+        self._to_send += self.writer.record(COMPLETED, __version__)
+
+
 # ======================================================================================================================
 # 6b. Stream states: the table of PROTOCOL.md
 # ======================================================================================================================
 
-(CONNECTING, ASKED, ASKED_END, BOTH, SENT, GOT, DONE, BYE, CLOSED) = STATES = (
-    "Connecting", "Asked", "AskedEnd", "Both", "Sent", "Got", "Done", "Bye", "Closed")
+IDLE, CONNECTING, ASKED, ASKED_END, BOTH, SENT, GOT, DONE, UDP_ASKED, UDP_OPEN, BYE, CLOSED = (
+    "Idle", "Connecting", "Asked", "AskedEnd", "Both", "Sent", "Got", "Done", "UdpAsked", "UdpOpen", "Bye", "Closed")
+OPENER, ACCEPTOR = "opener", "acceptor"
 LOCAL_EOF, LOCAL_FAILS, LOST = "local EOF", "local fails", "lost"
 
-# Each cell: what is done, and where it leads. `!` is illegal: it ends the link like an Error. Local bytes are read in Asked, Both and Got.
+# A row for each state, for the role behind its name or for both; in each cell what is done, and `>` where it leads. `!` is illegal and
+# ends the link like an Error; an empty cell does nothing. Local bytes are read in Asked (64 KiB of them), Both and Got. A legacy link
+# begins in Asked or Connecting and is never Idle again: FIN is its End, and it has none of Over and Close.
 _TABLE = """
- state      | local EOF       | local fails | Opened        | Data  | End          | Error | lost
- Connecting |                 | fail        | !             | !     | !            | die   | die
- Asked      | end -> AskedEnd | fail        | open -> Both  | !     | !            | die   | die
- AskedEnd   |                 | fail        | open -> Sent  | !     | !            | die   | die
- Both       | end -> Sent     | fail        | !             | write | shut -> Got  | die   | die
- Sent       |                 | fail        | !             | write | shut -> Done | die   | die
- Got        | end -> Done     | fail        | !             | !     | !            | die   | die
- Done       |                 | fail        | !             | !     | !            | die   | die
- Bye        |                 |             |               |       |              |       | close
- Closed     |                 |             |               |       |              |       |
+ state         | local EOF     | local fails | Open             | Opened        | Data  | End         | Over         | Close | Error | lost
+ Idle opener   |               |             | !                | !             | !     | !           | !            | close | close | close
+ Idle acceptor |               |             | open >Connecting | !             | !     | !           | !            | !     | close | close
+ Connecting    |               | fail        | !                | !             | !     | !           | !            | !     | die   | die
+ Asked         | end >AskedEnd | fail        | !                | opened >Both  | !     | !           | !            | retry | die   | retry
+ AskedEnd      |               | fail        | !                | opened >Sent  | !     | !           | !            | retry | die   | retry
+ Both          | end >Sent     | fail        | !                | !             | write | shut >Got   | !            | !     | die   | die
+ Sent          |               | fail        | !                | !             | write | shut >Done  | !            | !     | die   | die
+ Got           | end >Done     | fail        | !                | !             | !     | !           | !            | !     | die   | die
+ Done opener   |               | fail        | !                | !             | !     | !           | reuse >Idle  | leave | die   | die
+ Done acceptor |               | fail        | !                | !             | !     | !           | !            | !     | die   | die
+ Bye           |               |             |                  |               |       |             |              |       |       | close
+ Closed        |               |             |                  |               |       |             |              |       |       |
 """
-_EVENTS: Dict[str, Any] = {"Opened": OPENED, "Data": DATA, "End": END, "Error": ERROR}
+_UDP_TABLE = """
+ state            | Opened          | Datagrams | UdpData  | Session | SessionOver | Close | Error | lost
+ UdpAsked         | opened >UdpOpen | !         | !        | !       | !           | die   | die   | die
+ UdpOpen opener   | !               | datagrams | datagram | !       | forget      | die   | die   | die
+ UdpOpen acceptor | !               | datagrams | datagram | session | forget      | !     | die   | die
+"""
+_EVENTS: Dict[str, Any] = {"Open": OPEN, "Opened": OPENED, "Data": DATA, "End": END, "Over": OVER, "Close": CLOSE, "Error": ERROR,
+                           "Datagrams": DATAGRAMS, "UdpData": UDP_DATA, "Session": SESSION, "SessionOver": SESSION_OVER}
+Table = Dict[str, Dict[Any, Tuple[str, str]]]
 
 
-def _read_table(text: str) -> Dict[str, Dict[Any, Tuple[str, str]]]:
+def _read_table(text: str, role: str) -> Table:
+    """For each state the legal events: (what is done, the following state)."""
     header, *rows = [[cell.strip() for cell in line.split("|")] for line in text.strip().splitlines()]
-    table: Dict[str, Dict[Any, Tuple[str, str]]] = {}
-    for state, *cells in rows:
-        row = table[state] = {}
-        for event, cell in zip(header[1:], cells):
-            action, _, following = cell.partition(" -> ")
-            row[_EVENTS.get(event, event)] = (action, following or state)
+    table: Table = {}
+    for name, *cells in rows:
+        state, _, whose = name.partition(" ")
+        if whose in ("", role):
+            parts = [cell.partition(" >") for cell in cells]
+            table[state] = {_EVENTS.get(event, event): (action, following or state)
+                            for event, (action, _, following) in zip(header[1:], parts) if action != "!"}
     return table
 
 
-STREAM_TABLE = _read_table(_TABLE)
+STREAM_TABLES = {role: {**_read_table(_TABLE, role), **_read_table(_UDP_TABLE, role)} for role in (OPENER, ACCEPTOR)}
 READS_LOCAL = frozenset((ASKED, BOTH, GOT))
 
 
@@ -1112,11 +1613,13 @@ class EventLoop:
             end.setblocking(False)
         self._selector.register(self._wake_receiver, READ, self._on_wake)
         self._stopped = False
+        self.now = time.monotonic()  # as of this round: good enough for everything that counts in seconds
         # Shared by all: what one callback reads or seals here it has sent or kept elsewhere when it returns. A buffer of its own for
         # every connection would cost 256 KB each.
-        self.scratch_out = memoryview(bytearray(HEADROOM + MAX_DATA + TAILROOM))
-        self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_DATA]
+        self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
+        self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = memoryview(bytearray(SCRATCH_IN))
+        self.batch = DatagramBatch(self)
 
     def fileno(self) -> int:
         """The descriptor that signals write to, so that they wake select() on every system."""
@@ -1148,10 +1651,11 @@ class EventLoop:
     def run(self) -> None:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
         while not self._stopped:
-            for key, mask in self._selector.select(self._time_to_next_timer()):
+            ready = self._selector.select(self._time_to_next_timer())
+            self.now = time.monotonic()
+            for key, mask in ready:
                 self._run(key.data, mask)
-            now = time.monotonic()
-            while self._timers and self._timers[0].when <= now:
+            while self._timers and self._timers[0].when <= self.now:
                 call = heapq.heappop(self._timers).call
                 if call:
                     self._run(call)
@@ -1296,7 +1800,7 @@ class LocalFailed(RatrodError):
 
 
 class LinkUser:
-    """What a link carries: a Stream, a UDP session, or the test at the start. These are called by its Link."""
+    """What a link carries: a Stream, the UDP sessions, or the test at the start. These are called by its Link."""
 
     __slots__ = ()
 
@@ -1305,19 +1809,41 @@ class LinkUser:
 
     def write(self, data: memoryview) -> None:
         """Data came; the view is valid during this call only."""
-        raise RemoteProtocolError("Data on a link that carries no TCP stream")
-
-    def datagram(self, data: memoryview) -> None:
-        raise RemoteProtocolError("UdpData on a link that carries no UDP session")
 
     def shut(self) -> None:
         """The other side has ended its direction."""
 
+    def finished(self) -> None:
+        """Both directions have ended, and everything is delivered."""
+
     def update(self) -> None:
         """The link's state changed, or all that waited for it was sent."""
 
+    def retry(self, error: Exception, untouched: bool) -> bool:
+        """The link ended before Opened; `untouched`: the other side says that it looked at nothing. True where another link will do."""
+        return False
+
     def lost(self, error: Exception) -> None:
         """The link has ended, with everything on it."""
+
+    def datagrams(self, run: memoryview) -> None:
+        """The content of a Datagrams record came."""
+
+    def datagram(self, data: memoryview) -> None:
+        """Legacy: one datagram came."""
+
+    def session(self, message: Session) -> None:
+        """The other side names the target of a new session."""
+
+    def forget(self, message: SessionOver) -> None:
+        """The other side has ended a session."""
+
+
+NOBODY = LinkUser()
+
+
+class LinkClosed(RemoteProtocolError):
+    """The other side ended a connection that was still in use."""
 
 
 class Link:
@@ -1327,16 +1853,19 @@ class Link:
     socket (`held`) no record is processed and the link is not read.
     """
 
-    __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "state", "user", "held",
-                 "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_timer")
+    __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "role", "state", "user", "held", "completed", "born",
+                 "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_timer")
 
-    def __init__(self, owner: "Endpoint", sock: socket.socket, handshake: Handshake, state: str):
-        self.owner, self.loop = owner, owner.loop
+    def __init__(self, owner: "Endpoint", sock: socket.socket, handshake: Handshake, role: str, state: str, name: str = ""):
+        self.owner, self.loop, self.role, self.state, self.name = owner, owner.loop, role, state, name
+        self._table = STREAM_TABLES[role]
         self.transport = Transport(owner.loop, sock, self._on_event)
         self.reader, self.writer, self.peer_key = handshake.reader, handshake.writer, handshake.peer_key
-        self.state = state
-        self.user = LinkUser()
+        self.user = NOBODY
         self.held = state == CONNECTING  # the acceptor reads nothing more before its remote is connected
+        self.completed = role == ACCEPTOR
+        self.born = self.sent_at = owner.loop.now
+        self.heard_at = boot_time()
         self._out = bytearray()
         self._fin = self._eof = False  # we end after `_out`; the peer has ended
         self._in: Optional[memoryview] = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
@@ -1348,41 +1877,76 @@ class Link:
 
     def event(self, event: Any, content: Any = None) -> None:
         """What the table of stream states says happens now."""
-        action, self.state = STREAM_TABLE[self.state][event]
-        if action == "!":
-            raise RemoteProtocolError("a record that does not belong here (type 0x%02x)" % event)
+        cell = self._table[self.state].get(event)
+        if cell is None:
+            raise RemoteProtocolError("a record that does not belong there (type 0x%02x while %s)" % (event, self.state))
+        action, self.state = cell
         if action:
-            getattr(self, "_" + action)(content)
+            self._ACTIONS[action](self, content)
 
-    def _write(self, data: memoryview) -> None:
-        self.user.write(data)
+    def _on_open(self, message: Open) -> None:
+        self.held = True
+        self.owner.open_asked(self, message)
 
-    def _open(self, _content: Any) -> None:
+    def _on_opened(self, _bound: str) -> None:
         self.set_deadline(None)
+        self.completed = True  # legacy: HandshakeCompletion is what came
         self.user.opened()
         self.update()
 
-    def _end(self, _content: Any) -> None:
-        record = self.writer.end()
-        if record is None:
+    def _on_end(self, _content: None) -> None:
+        if self.reader.eof_is_end:
             self._finish_sending()
         else:
-            self.send(record)
+            self.send(self.writer.record(END))
         self.update()
 
-    def _shut(self, _content: Any) -> None:
+    def _on_shut(self, _content: None) -> None:
         self.user.shut()
         self.update()
 
-    def _fail(self, error: Exception) -> None:
-        """The local socket broke. Legacy has no sign for it but the link's own reset."""
-        self.die(error)
+    def _on_reuse(self, _content: None) -> None:
+        self._finish_user()
+        self.update()
+        self.owner.link_idle(self)
 
-    def _die(self, error: Any) -> None:
-        self.die(PeerError(error.code, printable(error.text)) if isinstance(error, Error) else error)
-
-    def _close(self, _content: Any) -> None:
+    def _on_leave(self, _content: None) -> None:
+        self._finish_user()
         self.close()
+
+    def _on_retry(self, error: Optional[Exception]) -> None:
+        user, self.user = self.user, NOBODY
+        untouched = error is None  # Close says so
+        error = error or LinkClosed("the server takes no more streams on this connection")
+        if not user.retry(error, untouched):
+            self.user = user
+            return self.die(error)
+        self.close()
+
+    def _finish_user(self) -> None:
+        user, self.user = self.user, NOBODY
+        user.finished()
+
+    def fail(self, error: Exception) -> None:
+        """What the link carried broke on this side: its end there is a reset, and Error tells the other side, as our last record."""
+        user, self.user = self.user, NOBODY
+        user.lost(error)
+        if not self.writer.pools:  # legacy: a reset of the link is the only sign
+            return self.die(error)
+        self.refuse(Error(REMOTE_FAILED, reason(error)))
+
+    _ACTIONS: Dict[str, Callable[..., None]] = {
+        "open": _on_open, "opened": _on_opened, "end": _on_end, "shut": _on_shut, "reuse": _on_reuse, "leave": _on_leave,
+        "retry": _on_retry, "fail": fail,
+        "write": lambda self, data: self.user.write(data),
+        "die": lambda self, error: self.die(PeerError(error.code, printable(error.text)) if isinstance(error, Error) else
+                                            error or LinkClosed("the other side takes no more")),
+        "close": lambda self, _content: self.close(),
+        "datagrams": lambda self, run: self.user.datagrams(run),
+        "datagram": lambda self, data: self.user.datagram(data),
+        "session": lambda self, message: self.user.session(message),
+        "forget": lambda self, message: self.user.forget(message),
+    }
 
     # ---- in
 
@@ -1398,12 +1962,18 @@ class Link:
         try:
             n = self.transport.recv_into(view[end:])
         except OSError as error:
-            return self.die(error)
+            return self._lost(error)
         if n:
+            self.heard_at = boot_time()
             if self.state != BYE:  # what comes then is discarded
                 self._process(view, 0, end + n)
         elif n == 0:
             self._on_eof()
+
+    def poll(self) -> None:
+        """Processes what has come meanwhile."""
+        if self.state == IDLE:
+            self._read()
 
     def _process(self, view: memoryview, start: int, end: int) -> None:
         try:
@@ -1412,16 +1982,30 @@ class Link:
                 if record is None:
                     break
                 kind, content, start = record
-                if kind == UDP_DATA:
-                    self.user.datagram(content)
-                else:
+                if kind == DATA or self.completed and kind not in (KEEPALIVE, COMPLETED):
                     self.event(kind, content)
+                else:
+                    self._process_other(kind, content)
                 if self.state in (BYE, CLOSED):
                     return
         except RemoteProtocolError as error:
             return self.die(error)
         self._keep(view, start, end)
         self.update()
+
+    def _process_other(self, kind: int, content: Any) -> None:
+        """Keepalive, and what answers the client's authentication: HandshakeCompletion, or an Error that refuses the client."""
+        if kind == COMPLETED:
+            self.completed = True
+            if self.state == IDLE:  # otherwise the deadline is that of Opened
+                self.set_deadline(None)
+            self.owner.link_completed(self)
+        elif kind == ERROR:
+            error = PeerError(content.code, printable(content.text))
+            self.die(error)
+            self.owner.client_refused(error)
+        elif kind != KEEPALIVE:
+            self.event(kind, content)
 
     def _keep(self, view: memoryview, start: int, end: int) -> None:
         """Keeps view[start:end], what could not be processed yet, in a buffer of its own that has room for the rest of its record."""
@@ -1444,6 +2028,7 @@ class Link:
     def release(self) -> None:
         """The local socket took everything: goes on with what waits here, then with reading."""
         self.held = False
+        self.heard_at = boot_time()  # the other side's silence counts from now
         if self._in is not None:
             self._process(self._in, self._in_start, self._in_end)
         else:
@@ -1452,11 +2037,15 @@ class Link:
     def _on_eof(self) -> None:
         self._eof = True
         if self._in is not None:
-            return self.die(RemoteProtocolError("the connection ended inside a record"))
-        if self.reader.eof_is_end and self.state in (BOTH, SENT):
+            self._lost(RemoteProtocolError("the connection ended inside a record"))
+        elif self.reader.eof_is_end and self.state in (BOTH, SENT):
             self.event(END)
         else:
-            self.event(LOST, RemoteProtocolError("the other side closed the connection"))
+            self._lost(LinkClosed("the other side closed the connection"))
+
+    def _lost(self, error: Exception) -> None:
+        """The connection is no more: what that means depends on the state."""
+        self.event(LOST, error)
 
     # ---- out
 
@@ -1467,13 +2056,16 @@ class Link:
 
     def send(self, data: Union[bytes, memoryview]) -> None:
         """Sends now what the connection takes and keeps the rest."""
+        if self.state == CLOSED:
+            return None
+        self.sent_at = self.loop.now
         if self._out:
             self._out += data
             return
         try:
             sent = self.transport.send(data)
         except OSError as error:
-            return self.die(error)
+            return self._lost(error)
         if sent < len(data):
             self._out += data[sent:]
             self.update()
@@ -1482,7 +2074,7 @@ class Link:
         try:
             del self._out[:self.transport.send(self._out)]
         except OSError as error:
-            return self.die(error)
+            return self._lost(error)
         if not self._out:
             if self._fin:
                 self._finish_sending()
@@ -1495,34 +2087,35 @@ class Link:
             try:
                 self.transport.half_close()
             except OSError as error:
-                self.die(error)
+                self._lost(error)
 
     # ---- life
 
-    def begin(self, user: LinkUser, deadline: Optional[float] = None) -> None:
-        """`user` is what this link carries from now on; it dies unless the other side says Opened within `deadline` seconds."""
+    def ask(self, user: LinkUser, kind: int, target: str, deadline: float) -> None:
+        """Opener: `user` is what this link carries from now on. The other side has `deadline` seconds to say Opened. Where the wire
+        named the target in its handshake already, nothing is sent."""
         self.user = user
-        if deadline is not None:
-            self.set_deadline(deadline, lambda: self.die(RemoteProtocolError("no answer within %g s" % deadline)))
+        if self.state == IDLE:
+            self.state = UDP_ASKED if kind == UDP else ASKED
+            self.send(self.writer.record(OPEN, kind, target, b""))
+        if self.state != CLOSED:
+            self.set_deadline(deadline, lambda: self._lost(RemoteProtocolError("no answer within %g s" % deadline)))
         self.update()
 
-    def accept(self, user: LinkUser) -> None:
+    def accept(self, user: LinkUser, state: str = BOTH) -> None:
         """Acceptor: the remote is connected."""
-        self.state, self.user = BOTH, user
-        self.send(self.writer.opened())
+        self.state, self.user = state, user
+        self.send(self.writer.record(OPENED, ""))
         self.release()
 
     def refuse(self, error: Error) -> None:
-        """Acceptor: says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
-        self._leave(self.writer.refusal(error))
+        """Says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
+        self.leave(self.writer.record(ERROR, *error), self.owner.limits.drain_timeout)
 
-    def accept_nothing(self) -> None:
-        """Acceptor: the client only wanted to know whether it may come in."""
-        self._leave(self.writer.opened())
-
-    def _leave(self, last_word: bytes) -> None:
-        self.state, self.held = BYE, False
-        self.set_deadline(self.owner.limits.drain_timeout, lambda: self.die(RemoteProtocolError("it did not close its side")))
+    def leave(self, last_word: bytes, drain: Optional[float] = None) -> None:
+        """Sends `last_word` and FIN, then discards until the peer's FIN, for at most `drain` seconds where given."""
+        self.state, self.held, self._in = BYE, False, None
+        self.set_deadline(drain, lambda: self.die(RemoteProtocolError("it did not close its side")))
         self.send(last_word)
         if self.state == BYE:
             self._finish_sending()
@@ -1534,11 +2127,18 @@ class Link:
         self._timer = self.loop.call_later(seconds, call) if seconds is not None and call else None
 
     def update(self) -> None:
-        """The one place that works out what to wait for."""
-        if self.state == CLOSED:
-            return
-        self.transport.want((WRITE if self._out else 0) | (0 if self.held or self._eof else READ))
-        self.user.update()
+        """The one place that works out what to wait for, and whether a stream is over."""
+        if self.state == DONE and not self.held:
+            if self.reader.eof_is_end:
+                if not self._out:
+                    return self._on_leave(None)
+            elif self.role == ACCEPTOR:
+                self._finish_user()
+                self.state = IDLE
+                self.owner.link_idle(self)
+        if self.state != CLOSED:
+            self.transport.want((WRITE if self._out else 0) | (0 if self.held or self._eof else READ))
+            self.user.update()
 
     def die(self, error: Exception) -> None:
         """Ends the link and what it carries, visibly: resets on both sides. May be called twice."""
@@ -1554,10 +2154,15 @@ class Link:
         self.state = CLOSED
         self.set_deadline(None)
         how()
-        self.owner.links.discard(self)
-        user, self.user = self.user, LinkUser()
+        user, self.user = self.user, NOBODY
         if error is not None:
             user.lost(error)
+        self.owner.link_ended(self, error)
+
+
+def boot_time() -> float:
+    """Seconds on a clock that counts sleep, where there is one: a machine that slept has not been listening."""
+    return time.clock_gettime(CLOCK) if CLOCK is not None else time.monotonic()
 
 
 class Label(NamedTuple):
@@ -1588,17 +2193,31 @@ def report_end(label: Label, sent: int, received: int, started: float, error: Op
 
 
 class Stream(LinkUser):
-    """One local TCP socket joined to one link."""
+    """One local TCP socket joined to one link; `again(stream, error)` asks for another link where the first one failed untouched."""
 
-    __slots__ = ("link", "local", "label", "_pending", "sent", "received", "_started")
+    __slots__ = ("loop", "link", "local", "label", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_started")
 
-    def __init__(self, link: Link, sock: socket.socket, label: Label):
-        self.link, self.label = link, label
-        self.local = Transport(link.loop, sock, self._on_event)
-        self._pending = b""
-        self.sent = self.received = 0
-        self._started = time.monotonic()
+    def __init__(self, loop: EventLoop, sock: socket.socket, label: Label, again: Optional[Callable[["Stream"], None]] = None):
+        self.loop, self.label, self._again = loop, label, again
+        self.link: Optional[Link] = None
+        self.local = Transport(loop, sock, self._on_event)
+        self._pending = b""  # what the local socket did not take yet
+        self._kept: Optional[bytearray] = bytearray() if again else None  # sent before Opened: another link may need it again
+        self._ended = False
+        self.tries = self.sent = self.received = 0
+        self._started = loop.now
         log.debug("⛽ %s", label)
+
+    def begin(self, link: Link, deadline: float) -> None:
+        """Opener: carried by `link` from now on. Open and what is kept leave together."""
+        self.link = link
+        self.tries += 1
+        link.ask(self, TCP, self.label.target, deadline)
+        if self._kept:
+            self.loop.payload[:len(self._kept)] = self._kept
+            link.send(link.writer.data(self.loop.scratch_out, len(self._kept)))
+        if self._ended:
+            link.event(LOCAL_EOF)
 
     def _on_event(self, mask: int) -> None:
         if self.local.wanted(mask) & WRITE:
@@ -1608,15 +2227,28 @@ class Stream(LinkUser):
 
     def _read(self) -> None:
         link = self.link
+        assert link is not None
         try:
-            n = self.local.recv_into(link.loop.payload[:link.writer.max_data])
+            n = self.local.recv_into(self.loop.payload[:self._room(link)])
         except OSError as error:
             return self._failed(error)
         if n:
             self.sent += n
-            link.send(link.writer.data(link.loop.scratch_out, n))
+            if self._kept is not None:
+                self._kept += self.loop.payload[:n]
+            link.send(link.writer.data(self.loop.scratch_out, n))
+            if self._kept is not None:
+                self.update()
         elif n == 0:
+            self._ended = True
             link.event(LOCAL_EOF)
+
+    def _room(self, link: Link) -> int:
+        """How many bytes may be read now."""
+        return link.writer.max_data if self._kept is None else KEPT_DATA - len(self._kept)
+
+    def opened(self) -> None:
+        self._kept = None
 
     def write(self, data: memoryview) -> None:
         self.received += len(data)
@@ -1624,7 +2256,7 @@ class Stream(LinkUser):
             sent = self.local.send(data)
         except OSError as error:
             return self._failed(error)
-        if sent < len(data):
+        if sent < len(data) and self.link:
             self._pending = bytes(data[sent:])
             self.link.held = True
 
@@ -1633,7 +2265,7 @@ class Stream(LinkUser):
             self._pending = self._pending[self.local.send(self._pending):]
         except OSError as error:
             return self._failed(error)
-        if not self._pending:
+        if not self._pending and self.link:
             self.link.release()
 
     def shut(self) -> None:
@@ -1644,26 +2276,38 @@ class Stream(LinkUser):
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        self.link.event(LOCAL_FAILS, LocalFailed("its local connection broke: %s" % reason(error)))
+        if self.link:
+            self.link.event(LOCAL_FAILS, LocalFailed("its local connection broke: %s" % reason(error)))
 
     def update(self) -> None:
         link = self.link
-        if link.state == DONE and not link.backlog:
-            return self._finish()
-        reads = link.state in READS_LOCAL and not link.backlog
+        assert link is not None
+        reads = link.state in READS_LOCAL and not link.backlog and self._room(link)
         self.local.want((WRITE if self._pending else 0) | (READ if reads else 0))
 
-    def _finish(self) -> None:
+    def retry(self, error: Exception, untouched: bool) -> bool:
+        if self._again is None or self.tries >= TRIES or not untouched and self._kept:
+            return False
+        log.debug("%s: %s; trying another link", self.label, error)
+        self.link = None
+        self.local.want(0)
+        self._again(self)
+        return True
+
+    def finished(self) -> None:
         self.local.close()
-        self.link.close()
         report_end(self.label, self.sent, self.received, self._started)
 
     def lost(self, error: Exception) -> None:
+        self.link = None
         self.local.abort()
         report_end(self.label, self.sent, self.received, self._started, error)
 
     def die(self, error: Exception) -> None:
-        self.link.die(error)
+        if self.link:
+            self.link.die(error)
+        else:
+            self.lost(error)
 
 
 class Connector:
@@ -1717,38 +2361,31 @@ class Connector:
 # ======================================================================================================================
 # 9. UDP
 # ======================================================================================================================
-# One session for each originator address. On the legacy wire each has a link of its own.
+# One session for each originator address. ratrod2: the sessions of all tunnels of a client share one link. Legacy: each has its own,
+# where its number is 0 and goes without saying.
 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
 Originator = Tuple[Any, Any]  # its address, and the control message that makes an answer leave from the address it asked
 
 
-class UdpSession(LinkUser):
-    """One originator's datagrams on their way through a link; the two ends differ in deliver() and closed()."""
+class UdpSession:
+    """One originator's datagrams; the two ends differ in deliver() and in what they hold. `carrier` is the link they travel on."""
 
-    __slots__ = ("table", "key", "link", "label", "last_used", "sent", "received", "dropped", "_started")
+    __slots__ = ("table", "key", "carrier", "number", "label", "last_used", "sent", "received", "_started")
 
-    def __init__(self, table: "UdpSessionTable", key: Any, label: Label):
+    def __init__(self, table: "UdpSessionTable", key: Any, label: Label, now: float):
         self.table, self.key, self.label = table, key, label
-        self.link: Optional[Link] = None
-        self.last_used = self._started = time.monotonic()
-        self.sent = self.received = self.dropped = 0
+        self.carrier: Optional["UdpLink"] = None
+        self.number = 0
+        self.last_used = self._started = now
+        self.sent = self.received = 0
         table.add(self)
 
-    def carry(self, loop: EventLoop, n: int) -> None:
-        """Sends the datagram at loop.payload[:n] over the link; drops it where too much waits already: UDP may lose, it must not lag."""
-        assert self.link is not None
-        self.table.touch(self)
-        if self.link.backlog > self.table.limits.udp_backlog:
-            self.dropped += 1
-            return
-        self.sent += n
-        self.link.send(self.link.writer.udp_data(loop.scratch_out, n))
-
-    def datagram(self, data: memoryview) -> None:
-        self.table.touch(self)
+    def arrived(self, data: memoryview, now: float) -> None:
+        """A datagram came over the link."""
+        self.table.touch(self, now)
         self.received += len(data)
-        # A datagram that its socket does not take is lost; an ICMP error that shows here belongs to an earlier one and ends nothing.
+        # What its socket does not take is lost; an ICMP error that shows here belongs to an earlier datagram and ends nothing.
         with contextlib.suppress(OSError):
             self.deliver(data)
 
@@ -1758,44 +2395,42 @@ class UdpSession(LinkUser):
     def closed(self) -> None:
         """Lets go of what this end holds."""
 
-    def shut(self) -> None:
-        self.end()
-
-    def lost(self, error: Exception) -> None:
-        self.link = None
-        self.end(error)
-
-    def end(self, error: Optional[Exception] = None) -> None:
-        """Forgets the session. May be called twice."""
+    def end(self, error: Optional[Exception] = None, tell: Optional[Tuple[int, str]] = (UNKNOWN, "")) -> None:
+        """Forgets the session, and tells the other side why unless that was what told us. May be called twice."""
         if not self.table.remove(self):
             return
         self.closed()
-        if self.link:
-            self.link.close()
+        if self.carrier:
+            self.carrier.drop(self, tell)
         report_end(self.label, self.sent, self.received, self._started, error)
-        if self.dropped:
-            log.debug("%s: %d datagrams were dropped because the link was slower than they came", self.label, self.dropped)
 
 
 class UdpSessionTable:
-    """The sessions of one end, the least recently used first: that order serves both the cap and the idle expiry."""
+    """Sessions by key, the least recently used first: that order serves both the cap and the idle expiry."""
 
-    def __init__(self, limits: Limits, cap: int):
-        self.limits, self._cap = limits, cap
+    __slots__ = ("_cap", "_timeout", "_sessions")
+
+    def __init__(self, cap: int, timeout: float):
+        self._cap, self._timeout = cap, timeout
         self._sessions: "collections.OrderedDict[Any, UdpSession]" = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
 
     def get(self, key: Any) -> Optional[UdpSession]:
         return self._sessions.get(key)
 
+    def oldest(self) -> UdpSession:
+        return next(iter(self._sessions.values()))
+
     def add(self, session: UdpSession) -> None:
         while len(self._sessions) >= self._cap:
-            next(iter(self._sessions.values())).end()
+            self.oldest().end()
         self._sessions[session.key] = session
 
-    def touch(self, session: UdpSession) -> None:
-        session.last_used = time.monotonic()
-        if self._sessions.get(session.key) is session:
-            self._sessions.move_to_end(session.key)
+    def touch(self, session: UdpSession, now: float) -> None:
+        session.last_used = now
+        self._sessions.move_to_end(session.key)
 
     def remove(self, session: UdpSession) -> bool:
         if self._sessions.get(session.key) is not session:
@@ -1803,83 +2438,259 @@ class UdpSessionTable:
         del self._sessions[session.key]
         return True
 
-    def expire(self) -> None:
-        """Ends the sessions that have been idle for udp_timeout."""
-        oldest = time.monotonic() - self.limits.udp_timeout
-        while self._sessions:
-            session = next(iter(self._sessions.values()))
-            if session.last_used > oldest:
-                return
-            session.end()
+    def expire(self, now: float) -> None:
+        """Ends the sessions that have been idle too long."""
+        while self._sessions and self.oldest().last_used <= now - self._timeout:
+            self.oldest().end()
 
-    def clear(self) -> None:
+    def clear(self, error: Optional[Exception] = None) -> None:
         for session in list(self._sessions.values()):
-            session.end()
+            session.end(error, tell=None)
+
+
+class UdpLink(LinkUser):
+    """What a link with UDP sessions carries, and the runs of datagrams that wait for it: bounded in bytes and in time."""
+
+    __slots__ = ("loop", "limits", "link", "sessions", "dropped", "_queue", "_queued")
+
+    def __init__(self, loop: EventLoop, limits: Limits):
+        self.loop, self.limits = loop, limits
+        self.link: Optional[Link] = None
+        self.sessions: Dict[int, UdpSession] = {}
+        self.dropped = 0
+        self._queue: Deque[Tuple[float, bytes]] = collections.deque()
+        self._queued = 0
+
+    def send_run(self, end: int) -> None:
+        """Sends the run of datagrams at scratch_out[HEADROOM:end], or keeps it where the link is not there or has a backlog."""
+        if self.link is not None and not self.link.backlog and not self._queue:
+            return self.link.send(self.link.writer.datagrams(self.loop.scratch_out, end))
+        run = bytes(self.loop.scratch_out[HEADROOM:end])
+        self._queue.append((self.loop.now, run))
+        self._queued += len(run)
+        while self._queued > self.limits.udp_backlog:
+            self._pop(dropped=True)
+        return None
+
+    def _pop(self, dropped: bool) -> bytes:
+        _, run = self._queue.popleft()
+        self._queued -= len(run)
+        self.dropped += dropped
+        return run
+
+    def _send_queue(self) -> None:
+        while self._queue and self.link and not self.link.backlog:
+            run = self._pop(dropped=False)
+            self.loop.payload[:len(run)] = run
+            self.link.send(self.link.writer.datagrams(self.loop.scratch_out, HEADROOM + len(run)))
+
+    def update(self) -> None:
+        # While the link was open these waited for nothing but it; what it made wait too long is stale.
+        while self._queue and self._queue[0][0] < self.loop.now - self.limits.udp_lag:
+            self._pop(dropped=True)
+        self._send_queue()
+
+    def datagrams(self, run: memoryview) -> None:
+        for number, data in split_datagrams(run):
+            session = self.sessions.get(number)
+            if session:  # else it is one that this side has forgotten
+                session.arrived(data, self.loop.now)
+
+    def datagram(self, data: memoryview) -> None:
+        for session in self.sessions.values():
+            session.arrived(data, self.loop.now)
+
+    def forget(self, message: SessionOver) -> None:
+        session = self.sessions.get(message.number)
+        if session:
+            session.end(tell=None)
+
+    def drop(self, session: UdpSession, tell: Optional[Tuple[int, str]]) -> None:
+        """A session has ended on this side. On the legacy wire its link ends with it."""
+        self.sessions.pop(session.number, None)
+        if self.link and not self.link.writer.pools:
+            self.link.close()
+        elif self.link and tell:
+            self.link.send(self.link.writer.record(SESSION_OVER, session.number, *tell))
+
+    def die(self, error: Exception) -> None:
+        if self.link:
+            self.link.die(error)
+
+
+class DatagramBatch:
+    """Gathers the datagrams of one callback into as few records as possible, in the loop's scratch buffer: each is received right where
+    it is sealed."""
+
+    def __init__(self, loop: EventLoop):
+        self._scratch = loop.scratch_out
+        self._at = HEADROOM
+        self._carrier: Optional[UdpLink] = None
+
+    def room(self) -> memoryview:
+        """Where the next datagram is to be received."""
+        start = self._at + DATAGRAM_HEADER.size
+        return self._scratch[start:start + MAX_DATAGRAM + 1]
+
+    def add(self, session: UdpSession, n: int, now: float) -> None:
+        """The n bytes in room() belong to `session`."""
+        carrier = session.carrier
+        assert carrier is not None
+        session.table.touch(session, now)
+        session.sent += n
+        if carrier is not self._carrier or self._at + DATAGRAM_HEADER.size + n > HEADROOM + DATAGRAMS_AT_ONCE:
+            data = bytes(self.room()[:n]) if self._carrier else None  # sealing the run writes its tag over what follows it
+            self.flush()
+            if data is not None:
+                self.room()[:n] = data
+            self._carrier = carrier
+        DATAGRAM_HEADER.pack_into(self._scratch, self._at, session.number, n)
+        self._at += DATAGRAM_HEADER.size + n
+
+    def flush(self) -> None:
+        carrier, end = self._carrier, self._at
+        self._carrier, self._at = None, HEADROOM
+        if carrier is not None:
+            carrier.send_run(end)
 
 
 class RemoteUdpSession(UdpSession):
-    """The server's end: a socket connected to the remote."""
+    """The server's end: a socket connected to the target once that has been looked up; a few datagrams wait for it."""
 
-    __slots__ = ("_sock",)
+    __slots__ = ("_sock", "_waiting")
 
-    def __init__(self, table: UdpSessionTable, link: Link, sock: socket.socket, label: Label):
-        super().__init__(table, sock, label)
-        self.link, self._sock = link, sock
-        link.loop.watch(sock, 0, READ, self._on_event)
+    def __init__(self, relay: "UdpRelay", number: int, label: Label):
+        super().__init__(relay.table, number, label, relay.loop.now)
+        self.carrier, self.number = relay, number
+        relay.sessions[number] = self
+        self._sock: Optional[socket.socket] = None
+        self._waiting: List[bytes] = []
+
+    def connected(self, sock: socket.socket) -> None:
+        if self.table.get(self.key) is not self:
+            return sock.close()
+        assert self.carrier is not None
+        self._sock = sock
+        self.carrier.loop.watch(sock, 0, READ, self._on_event)
+        for data in self._waiting:
+            with contextlib.suppress(OSError):
+                sock.send(data)
+        self._waiting.clear()
+        return None
 
     def _on_event(self, _mask: int) -> None:
+        carrier = self.carrier
+        assert carrier is not None and self._sock is not None
+        batch = carrier.loop.batch
         for _ in range(BATCH):
-            if self.link is None or self._sock.fileno() < 0:
-                return
             try:
-                n = self._sock.recv_into(self.link.loop.payload)
+                n = self._sock.recv_into(batch.room())
             except OSError:  # nothing more is there, or an ICMP error of an earlier datagram
-                return
-            self.carry(self.link.loop, n)
+                break
+            batch.add(self, n, carrier.loop.now)
+        batch.flush()
 
     def deliver(self, data: memoryview) -> None:
-        self._sock.send(data)
+        if self._sock:
+            self._sock.send(data)
+        elif len(self._waiting) < BATCH:
+            self._waiting.append(bytes(data))
 
     def closed(self) -> None:
-        self.key.close()
+        if self._sock and self.carrier:
+            self.carrier.loop.watch(self._sock, READ, 0, self._on_event)
+            self._sock.close()
+
+
+class UdpRelay(UdpLink):
+    """The server's end of a link with UDP sessions; `open_session(session, target)` connects a new one or ends it."""
+
+    __slots__ = ("table", "_origin", "_open_session", "_lost", "_highest")
+
+    def __init__(self, loop: EventLoop, limits: Limits, link: Link, origin: str,
+                 open_session: Callable[["UdpRelay", RemoteUdpSession, str], None], lost: Callable[["UdpRelay"], None]):
+        super().__init__(loop, limits)
+        # A little more patient than the client, which then is the one to say SessionOver; the legacy one has no timer.
+        self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1))
+        self.link, self._origin, self._open_session, self._lost = link, origin, open_session, lost
+        self._highest = -1
+
+    def session(self, message: Session) -> None:
+        if message.number <= self._highest:
+            raise RemoteProtocolError("a UDP session with the number %d, which is not a new one" % message.number)
+        self._highest = message.number
+        session = RemoteUdpSession(self, message.number, new_label(self._origin, "udp " + message.target))
+        self._open_session(self, session, message.target)
+
+    def lost(self, error: Exception) -> None:
+        self.link = None
+        self.table.clear()
+        self._lost(self)
 
 
 class LocalUdpSession(UdpSession):
-    """The client's end: an originator that a UdpPort hears. Until its link is there it keeps what comes, up to the backlog."""
+    """The client's end: an originator that a UdpPort hears."""
 
-    __slots__ = ("_port", "_originator", "_waiting", "_waiting_size")
+    __slots__ = ("port", "originator", "target", "refused")
 
-    def __init__(self, table: UdpSessionTable, port: "UdpPort", originator: Originator, label: Label):
-        self._port, self._originator = port, originator
-        self._waiting: List[bytes] = []
-        self._waiting_size = 0
-        super().__init__(table, (port, originator), label)
-
-    def from_originator(self, loop: EventLoop, n: int) -> None:
-        if self.link is not None:
-            self.carry(loop, n)
-        elif self._waiting_size + n > self.table.limits.udp_backlog or len(self._waiting) > 1000:
-            self.dropped += 1
-        else:
-            self._waiting.append(bytes(loop.payload[:n]))
-            self._waiting_size += n
-
-    def linked(self, link: Link) -> None:
-        self.link = link
-        waiting, self._waiting = self._waiting, []
-        for data in waiting:
-            if link.state != CLOSED:
-                link.loop.payload[:len(data)] = data
-                self.carry(link.loop, len(data))
+    def __init__(self, table: UdpSessionTable, port: "UdpPort", originator: Originator, target: str, now: float):
+        self.port, self.originator, self.target = port, originator, target
+        self.refused = False  # the server said no: what comes is dropped until the originator has been quiet for a while
+        super().__init__(table, (port, originator), new_label(show_address(originator[0]), "udp " + target), now)
 
     def deliver(self, data: memoryview) -> None:
-        self._port.send(data, self._originator)
+        self.port.send(data, self.originator)
+
+
+class UdpCarrier(UdpLink):
+    """The client's end of a link with UDP sessions. Until it is there, and from Opened on, datagrams wait as UdpLink has it."""
+
+    __slots__ = ("began_at", "_lost", "_next")
+
+    def __init__(self, loop: EventLoop, limits: Limits, lost: Callable[["UdpCarrier", Exception], None]):
+        super().__init__(loop, limits)
+        self._lost = lost
+        self._next = 0
+        self.began_at: Optional[float] = None
+
+    def take(self, session: LocalUdpSession) -> None:
+        """Carries `session` from now on, under a number of its own."""
+        session.carrier, session.number = self, self._next
+        self._next += 1
+        self.sessions[session.number] = session
+        if self.link:
+            self._announce(session)
+
+    def _announce(self, session: UdpSession) -> None:
+        assert isinstance(session, LocalUdpSession)
+        if self.link and self.link.writer.pools:
+            self.link.send(self.link.writer.record(SESSION, session.number, session.target))
+
+    def begin(self, link: Link, deadline: float) -> None:
+        self.began_at = self.loop.now
+        link.ask(self, UDP, "", deadline)
+        self.link = link  # only now: a datagram must not pass the Open and the Session it belongs to
+        for session in list(self.sessions.values()):
+            self._announce(session)
+        self._send_queue()
+
+    def forget(self, message: SessionOver) -> None:
+        session = self.sessions.get(message.number)
+        if message.code == UNKNOWN or not isinstance(session, LocalUdpSession):
+            return super().forget(message)  # forgotten there: the next datagram makes a new session
+        session.refused = True
+        log.error("❌ %s: %s", session.label, printable(message.text))
+        return None
+
+    def lost(self, error: Exception) -> None:
+        self.link = None
+        self._lost(self, error)
 
 
 class UdpPort:
-    """One UDP socket that a tunnel listens on: receive(port, originator, n) for each datagram, which lies at loop.payload[:n]."""
+    """One UDP socket that a tunnel listens on: receive(port, originator) gives the session that a datagram belongs to, or None."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[["UdpPort", Originator, int], None]):
+    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[["UdpPort", Originator], Optional[UdpSession]]):
         self.loop, self.sock, self._receive = loop, sock, receive
         sock.setblocking(False)
         self._pktinfo = self._ask_for_destinations()
@@ -1900,17 +2711,21 @@ class UdpPort:
         self.loop.watch(self.sock, 0, READ, self._on_event)
 
     def _on_event(self, _mask: int) -> None:
+        batch = self.loop.batch
         for _ in range(BATCH):
             try:
                 if self._pktinfo:
-                    n, control, _flags, address = self.sock.recvmsg_into([self.loop.payload], 256)
+                    n, control, _flags, address = self.sock.recvmsg_into([batch.room()], 256)
                     originator = address, self._answer_from(control)
                 else:
-                    n, address = self.sock.recvfrom_into(self.loop.payload)
+                    n, address = self.sock.recvfrom_into(batch.room())
                     originator = address, None
             except OSError:  # nothing more is there, or an ICMP error of an earlier answer
-                return
-            self._receive(self, originator, n)
+                break
+            session = self._receive(self, originator)
+            if session:
+                batch.add(session, n, self.loop.now)
+        batch.flush()
 
     @staticmethod
     def _answer_from(control: List[Tuple[int, int, bytes]]) -> Any:
@@ -1945,6 +2760,16 @@ def show_address(address: Tuple[Any, ...]) -> str:
     return str(Address(unmapped(address[0]), address[1]))
 
 
+def descriptor_limit() -> int:
+    """How many descriptors this process may have open."""
+    try:
+        import resource
+
+        return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
+    except (ImportError, ValueError, OSError):
+        return 512  # what select() takes on Windows
+
+
 def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> List[Tuple[int, Any]]:
     """(family, socket address) of each address of a host, blocking. ConnectError says why there is none."""
     try:
@@ -1975,11 +2800,13 @@ def bind_all(address: Address, port: int, kinds: Tuple[int, ...]) -> List[socket
     with contextlib.ExitStack() as stack:
         sockets: List[socket.socket] = []
         for kind in kinds:
-            for family, sockaddr in look_up(address, kind, socket.AI_PASSIVE):
+            # Not every hosts file gives localhost both its addresses.
+            hosts = ("127.0.0.1", "::1") if address.host == "localhost" else (address.host,)
+            for family, sockaddr in [found for host in hosts for found in look_up(address._replace(host=host), kind, socket.AI_PASSIVE)]:
                 try:
                     sock = bind_socket(family, kind, (sockaddr[0], port) + tuple(sockaddr[2:]))
                 except OSError as error:
-                    # localhost names ::1 even where IPv6 is switched off.
+                    # IPv6 may be switched off.
                     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and address.host == "localhost":
                         continue
                     raise
@@ -1993,7 +2820,7 @@ def bind_all(address: Address, port: int, kinds: Tuple[int, ...]) -> List[socket
 def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> List[socket.socket]:
     """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any that is free in all.
 
-    ConfigError names the address and the reason.
+    RatrodError names the address and the reason.
     """
     tries = 20 if address.port == 0 else 1  # TCP may be given a free number that UDP, or the other family, does not have
     while True:
@@ -2005,7 +2832,7 @@ def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> 
             if busy and tries:
                 continue
             hint = ". Is another program, or another ratrod, on that port?" if busy else ""
-            raise ConfigError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
+            raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
 
 
 class Listener:
@@ -2084,157 +2911,392 @@ def last_word(sock: socket.socket, data: bytes) -> None:
 
 
 class Endpoint:
-    """What server and client share: the loop, the identity, the limits, the links and the threads."""
+    """What server and client share: the loop, the identity, the limits, the links, what ages and the threads."""
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, udp_sessions: int):
-        self.loop, self.folder, self.limits = loop, folder, limits
+    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, legacy: bool):
+        self.loop, self.folder, self.limits, self.legacy = loop, folder, limits, legacy
         self.keys = folder.load()
         for warning in folder.warnings:
             log.warning(warning)
         self.links: Set[Link] = set()
         self.listeners: List[Union[Listener, UdpPort]] = []
         self.workers = WorkerPool(loop, limits.handshakes)
-        self.udp = UdpSessionTable(limits, udp_sessions)
-        self._sweep()
+        self._swept_at = boot_time()
+        self._sweeper = loop.call_later(limits.sweep_interval, self._sweep)
 
     def start(self) -> None:
         raise NotImplementedError
 
+    # ---- what a link tells its owner
+
+    def open_asked(self, link: Link, message: Open) -> None:
+        """Acceptor: the other side wants a stream, or the UDP sessions, on this link."""
+
+    def link_idle(self, link: Link) -> None:
+        """The stream on it is over on both sides."""
+
+    def link_completed(self, link: Link) -> None:
+        """Opener: HandshakeCompletion came."""
+
+    def client_refused(self, error: PeerError) -> None:
+        """Opener: the server does not let this client in."""
+
+    def link_ended(self, link: Link, error: Optional[Exception]) -> None:
+        self.links.discard(link)
+
+    # ---- what ages: one timer for all, not one for each
+
     def _sweep(self) -> None:
-        """One timer for all that ages, not one for each."""
-        self.udp.expire()
         self._sweeper = self.loop.call_later(self.limits.sweep_interval, self._sweep)
+        now = boot_time()
+        # A machine that slept, or a process that was stopped, has not been listening: the others get time to be heard.
+        late = now - self._swept_at - self.limits.sweep_interval > 10
+        self._swept_at = now
+        for link in list(self.links):
+            self._keep_alive(link, now, late)
+        self.sweep(self.loop.now)
+
+    def _keep_alive(self, link: Link, now: float, late: bool) -> None:
+        if not link.writer.pools or link.state in (BYE, CLOSED):
+            return
+        if late:
+            link.heard_at = max(link.heard_at, now - self.limits.silence + 15) if link.state != IDLE else link.heard_at
+        if (late or self.loop.now - link.sent_at >= self.limits.keepalive) and not link.backlog:
+            link.send(link.writer.record(KEEPALIVE))
+        if now - link.heard_at >= self.limits.silence and not link.held and link.state != CLOSED:
+            link.die(LinkClosed("nothing was heard from the other side for %g s: the path or the machine is dead" % self.limits.silence))
+
+    def sweep(self, now: float) -> None:
+        """Whatever else ages."""
 
     def close(self) -> None:
         """Ends everything at once."""
         self._sweeper.cancel()
         for listener in self.listeners:
             listener.close()
-        self.udp.clear()
         for link in list(self.links):
             link.die(LocalFailed("ratrod is ending"))
+
+
+class Source:
+    """One address (IPv6: one /64) that connections come from: how fast, how many, and how much it may write to the log."""
+
+    __slots__ = ("strangers", "links", "tokens", "filled_at", "logged_at", "muted")
+
+    def __init__(self, now: float, burst: int):
+        self.strangers = self.links = self.muted = 0
+        self.tokens, self.filled_at, self.logged_at = float(burst), now, 0.0
+
+    def may_try(self, now: float, limits: Limits) -> bool:
+        """Whether one more handshake is within its rate: a token bucket. Whoever has an authorized link has no such bound."""
+        self.tokens = min(limits.handshake_burst, self.tokens + (now - self.filled_at) * limits.handshake_rate)
+        self.filled_at = now
+        if self.tokens < 1 and not self.links:
+            return False
+        self.tokens = max(0.0, self.tokens - 1)
+        return True
+
+    def complain(self, now: float, address: str, what: Any) -> None:
+        """One line a second; the rest is counted."""
+        if now - self.logged_at < 1:
+            self.muted += 1
+            return
+        log.error("❌ Refused `%s`: %s%s", address, what, " (and %d more before)" % self.muted if self.muted else "")
+        self.logged_at, self.muted = now, 0
+
+    @staticmethod
+    def name(host: str) -> str:
+        import ipaddress
+
+        host = unmapped(host.split("%")[0])
+        return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+
+
+class Stranger(NamedTuple):
+    """A connection that is not authenticated yet."""
+
+    sock: socket.socket
+    address: str
+    source: str
 
 
 class Server(Endpoint):
     """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS):
-        super().__init__(loop, folder, limits, limits.udp_sessions_of_server)
+    def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *, legacy: bool = False):
+        super().__init__(loop, folder, limits, legacy)
         self.policy = policy
         self.lookups = WorkerPool(loop, limits.lookup_threads)
-        # Unauthenticated connections, the oldest first: with the address each came from.
-        self._strangers: "collections.OrderedDict[socket.socket, str]" = collections.OrderedDict()
+        self._sources: Dict[str, Source] = {}
+        self._strangers: "collections.OrderedDict[socket.socket, Stranger]" = collections.OrderedDict()  # the oldest first
+        self._links_of: "collections.Counter[bytes]" = collections.Counter()
+        self._connecting: "collections.Counter[bytes]" = collections.Counter()
+        self._relays: Dict[bytes, Set[UdpRelay]] = {}
+        self._listed: Any = None  # authorized_keys as the links were last held against it
+        self._set_caps()
         for sock in listen(bind):
             self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
         self.address = bind._replace(port=sock.getsockname()[1])
+
+    def _set_caps(self) -> None:
+        """Each stream needs a descriptor for its link and one for its remote, each UDP session one."""
+        descriptors = descriptor_limit()
+        self._udp_cap = min(self.limits.udp_sessions_in_all, descriptors // 4)
+        self._link_cap = self.limits.links or max(16, (descriptors - 64 - self._udp_cap) // 2)
+        self._link_cap_of_key = self.limits.links_per_key or self._link_cap
 
     def start(self) -> None:
         for listener in self.listeners:
             listener.start()
         log.info("🚀 Starting server on `%s` ...", self.address)
 
-    def _accepted(self, sock: socket.socket, address: Any) -> None:
-        source = unmapped(address[0])
-        self._make_room(source)
-        self._strangers[sock] = source
-        self.workers.submit(functools.partial(self._handshake, sock), functools.partial(self._authenticated, sock, show_address(address)))
+    # ---- strangers
 
-    def _make_room(self, source: str) -> None:
+    def _accepted(self, sock: socket.socket, address: Any) -> None:
+        name, shown = Source.name(address[0]), show_address(address)
+        source = self._sources.setdefault(name, Source(self.loop.now, self.limits.handshake_burst))
+        if not source.may_try(self.loop.now, self.limits):
+            sock.close()
+            return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
+        self._make_room(name, source)
+        stranger = self._strangers[sock] = Stranger(sock, shown, name)
+        source.strangers += 1
+        self.workers.submit(functools.partial(self._handshake, sock), functools.partial(self._authenticated, stranger))
+        return None
+
+    def _make_room(self, name: str, source: Source) -> None:
         """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
-        ours = [sock for sock, other in self._strangers.items() if other == source]
-        if len(ours) >= self.limits.handshakes_per_source:
-            oldest = ours[0]
+        if source.strangers >= self.limits.handshakes_per_source and not source.links:
+            oldest = next(stranger for stranger in self._strangers.values() if stranger.source == name)
         elif len(self._strangers) >= self.limits.handshakes:
-            oldest = next(iter(self._strangers))
+            oldest = next(iter(self._strangers.values()))
         else:
             return
-        del self._strangers[oldest]
+        self._forget(oldest)
         with contextlib.suppress(OSError):
-            oldest.shutdown(socket.SHUT_RDWR)
+            oldest.sock.shutdown(socket.SHUT_RDWR)
 
-    def _handshake(self, sock: socket.socket) -> LegacyServerHandshake:
-        handshake = LegacyServerHandshake(self.keys, authorize=self._authorize)
-        drive(sock, handshake, self.limits.handshake_timeout)
+    def _forget(self, stranger: Stranger) -> None:
+        if self._strangers.pop(stranger.sock, None):
+            self._sources[stranger.source].strangers -= 1
+
+    def _handshake(self, sock: socket.socket) -> Handshake:
+        """On a thread. The first byte tells the wire."""
+        sock.settimeout(self.limits.handshake_timeout)
+        started = time.monotonic()
+        try:
+            first = sock.recv(1)
+        except OSError as error:
+            raise RemoteProtocolError("it said nothing: %s" % reason(error)) from None
+        if not first:
+            raise RemoteProtocolError("it closed the connection without a word")
+        handshake = self._handshake_for(sock, first)
+        handshake.receive_data(first)
+        drive(sock, handshake, self.limits.handshake_timeout - (time.monotonic() - started))
         return handshake
+
+    def _handshake_for(self, sock: socket.socket, first: bytes) -> Handshake:
+        if first == OPENING[:1]:
+            return NoiseServerHandshake(self.keys, authorize=self._admit)
+        if first in b"\0\1" and self.legacy:
+            return LegacyServerHandshake(self.keys, authorize=self._admit)
+        if first in b"\0\1":
+            last_word(sock, LegacyWriter.clear_message(Error(UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the"
+                                                             " original's protocol, or connect with a client that speaks ratrod2")))
+            raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that gives up")
+        raise RemoteProtocolError("it does not speak ratrod")
+
+    def _admit(self, key: bytes) -> None:
+        """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
+        self._authorize(key)
+        if len(self.links) >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
+            raise Overloaded("the server has as many connections %s as it takes (%d); try again later"
+                             % (("of this client", self._link_cap_of_key) if len(self.links) < self._link_cap else ("", self._link_cap)))
 
     def _authorize(self, key: bytes) -> None:
         if key not in self.folder.authorized_keys.read():
             raise AuthenticationError("the server does not know this client's key. Add this line to authorized_keys on the server: %s"
                                       % encode_key(key))
 
-    def _authenticated(self, sock: socket.socket, source: str, handshake: Optional[LegacyServerHandshake], error: Optional[Exception]) -> None:
-        self._strangers.pop(sock, None)
-        if error or handshake is None:
-            sock.close()
-            log.error("❌ Refused `%s`: %s", source, error)
-            return
-        link = Link(self, sock, handshake, CONNECTING)
-        label = new_label(source, handshake.remote)
-        log.debug("✅ %s: handshake completed with key `%s`", label, encode_key(handshake.peer_key))
-        if handshake.remote:
-            self._open(link, label, handshake.remote, handshake.is_udp)
+    def _authenticated(self, stranger: Stranger, handshake: Optional[Handshake], error: Optional[Exception]) -> None:
+        self._forget(stranger)
+        source = self._sources[stranger.source]
+        if handshake is None:
+            stranger.sock.close()
+            return source.complain(self.loop.now, stranger.address, error)
+        log.debug("✅ Accepted `%s` with key `%s`, cipher: %s", stranger.address, encode_key(handshake.peer_key), handshake.suite)
+        source.links += 1
+        self._links_of[handshake.peer_key] += 1
+        legacy = isinstance(handshake, LegacyServerHandshake)
+        link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
+        if isinstance(handshake, LegacyServerHandshake):
+            self._open_legacy(link, handshake.remote, handshake.is_udp)
         else:
-            link.accept_nothing()
+            link.update()
+        return None
+
+    # ---- links
+
+    def link_ended(self, link: Link, error: Optional[Exception]) -> None:
+        super().link_ended(link, error)
+        self._links_of[link.peer_key] -= 1
+        if not self._links_of[link.peer_key]:
+            del self._links_of[link.peer_key]
+        source = self._sources.get(Source.name(split_host_port(link.name)[0]))
+        if source:
+            source.links -= 1
+        if error is not None:
+            log.debug("link of `%s` ended: %s", link.name, reason(error))
+
+    def link_idle(self, link: Link) -> None:
+        link.send(link.writer.record(OVER))
+
+    def sweep(self, now: float) -> None:
+        listed = self.folder.authorized_keys.read()
+        if listed is not self._listed:
+            self._listed = listed
+            for link in [link for link in self.links if link.peer_key not in listed]:
+                link.die(AuthenticationError("its key is not in authorized_keys any more"))
+        for relays in list(self._relays.values()):
+            for relay in list(relays):
+                relay.table.expire(now)
+        for name in [name for name, source in self._sources.items() if not source.links and not source.strangers and now - source.filled_at > 60]:
+            del self._sources[name]
 
     # ---- opening a remote: policy, look-up, policy for the addresses, connect
 
-    def _open(self, link: Link, label: Label, remote: str, is_udp: bool) -> None:
+    def open_asked(self, link: Link, message: Open) -> None:
+        if message.kind not in (TCP, UDP, LISTEN) or bool(message.instance) != (message.kind == LISTEN) or message.kind == UDP and message.target:
+            raise RemoteProtocolError("an Open that cannot be (kind %d)" % message.kind)
+        try:
+            self._authorize(link.peer_key)
+        except AuthenticationError as error:
+            return link.refuse(Error(INVALID_KEY, str(error)))
+        if self.loop.now - link.born > self.limits.link_age:
+            return link.leave(link.writer.record(CLOSE))
+        if message.kind == UDP:
+            return link.accept(self._relay(link), UDP_OPEN)
+        label = new_label(link.name, message.target)
+        if message.kind == LISTEN:
+            return self._refuse(link, label, PolicyError("this server does not listen for clients"))
+        return self._open(link, label, message.target)
+
+    def _open_legacy(self, link: Link, remote: str, is_udp: bool) -> None:
+        if not remote:  # the client only wanted to know whether it may come in
+            return link.leave(link.writer.record(OPENED, ""), self.limits.drain_timeout)
+        label = new_label(link.name, remote)
+        if not is_udp:
+            return self._open(link, label, remote)
+
+        def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+            if sock is None or link.state == CLOSED:
+                return self._refuse(link, label, error or ConnectError("the client is gone"))
+            relay = self._relay(link)
+            link.accept(relay, UDP_OPEN)
+            return RemoteUdpSession(relay, 0, label).connected(sock)
+        return self._connect_udp(remote, connected)
+
+    def _open(self, link: Link, label: Label, remote: str) -> None:
+        key = link.peer_key
+        if self._connecting[key] >= self.limits.connects_per_key:
+            return self._refuse(link, label, Overloaded("too many connects of this client are under way"))
+        self._connecting[key] += 1
+
+        def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+            self._connecting[key] -= 1
+            if sock is None:
+                self._refuse(link, label, error or ConnectError("unknown reason"))
+            elif link.state == CLOSED:
+                sock.close()
+            else:
+                stream = Stream(self.loop, sock, label)
+                stream.link = link
+                link.accept(stream)
+
+        def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
+            if error or link.state == CLOSED:
+                return connected(None, error)
+            Connector(self.loop, addresses, port, self.limits.connect_timeout, connected)
+            return None
+        return self._resolve(remote, socket.SOCK_STREAM, resolved)
+
+    def _resolve(self, remote: str, kind: int, done: Callable[[List[str], int, Optional[Exception]], None]) -> None:
+        """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
         try:
             target = self.policy.check(remote)
+            if is_address(target.host):
+                return done(self.policy.check_addresses(target, [target.host]), target.port, None)
         except PolicyError as error:
-            return self._refuse(link, label, error)
-        self.lookups.submit(functools.partial(look_up, target, socket.SOCK_DGRAM if is_udp else socket.SOCK_STREAM),
-                            functools.partial(self._resolved, link, label, target, is_udp))
+            return done([], 0, error)
 
-    def _resolved(self, link: Link, label: Label, target: Address, is_udp: bool, found: Any, error: Optional[Exception]) -> None:
-        if link.state == CLOSED:
-            return
-        try:
-            if error:
-                raise error
-            addresses = self.policy.check_addresses(target, [sockaddr[0] for _, sockaddr in found])
-            if is_udp:
-                sock = self._udp_socket(addresses, target.port)
-                return link.accept(RemoteUdpSession(self.udp, link, sock, label))
-        except (RatrodError, OSError) as failure:
-            return self._refuse(link, label, failure)
-        Connector(self.loop, addresses, target.port, self.limits.connect_timeout, functools.partial(self._connected, link, label))
-
-    @staticmethod
-    def _udp_socket(addresses: List[str], port: int) -> socket.socket:
-        """A socket connected to the first address that there is a route to, so that the kernel drops what others send to it."""
-        failure: Exception = ConnectError("it has no address")
-        for host in addresses:
-            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        def looked_up(found: Optional[List[Tuple[int, Any]]], error: Optional[Exception]) -> None:
             try:
-                sock.setblocking(False)
-                sock.connect((host, port))
-                return sock
-            except OSError as error:
-                sock.close()
-                failure = error
-        raise failure
-
-    def _connected(self, link: Link, label: Label, sock: Optional[socket.socket], error: Optional[Exception]) -> None:
-        if sock is None:
-            return self._refuse(link, label, error or ConnectError("unknown reason"))
-        if link.state == CLOSED:
-            return sock.close()
-        link.accept(Stream(link, sock, label))
+                addresses = self.policy.check_addresses(target, [sockaddr[0] for _, sockaddr in found]) if found else []
+            except PolicyError as refusal:
+                addresses, error = [], refusal
+            done(addresses, target.port, error)
+        return self.lookups.submit(functools.partial(look_up, target, kind), looked_up)
 
     def _refuse(self, link: Link, label: Label, error: Exception) -> None:
         if link.state == CLOSED:
             return
+        answer = self._answer(label.target, error)
+        log.error("❌ %s: %s", label, "refused: %s" % error if answer.code == INVALID_HOST else answer.text)
+        link.refuse(answer)
+
+    @staticmethod
+    def _answer(target: str, error: Exception) -> Error:
+        """What the client is told: of a refusal by policy nothing but that it is one."""
         if isinstance(error, PolicyError):
-            log.error("❌ %s: refused: %s", label, error)
-            link.refuse(Error(INVALID_HOST, REFUSED))
-        else:
-            log.error("❌ %s: cannot connect to the remote: %s", label, reason(error))
-            link.refuse(Error(REMOTE_FAILED, "cannot connect to the remote `%s`: %s" % (label.target, reason(error))))
+            return Error(INVALID_HOST, REFUSED)
+        return Error(REMOTE_FAILED, "cannot connect to the remote `%s`: %s" % (target, reason(error)))
+
+    # ---- UDP
+
+    def _relay(self, link: Link) -> UdpRelay:
+        def lost(relay: UdpRelay) -> None:
+            relays = self._relays.get(link.peer_key, set())
+            relays.discard(relay)
+            if not relays:
+                self._relays.pop(link.peer_key, None)
+        relay = UdpRelay(self.loop, self.limits, link, link.name, self._open_session, lost)
+        self._relays.setdefault(link.peer_key, set()).add(relay)
+        return relay
+
+    def _open_session(self, relay: UdpRelay, session: RemoteUdpSession, target: str) -> None:
+        self._make_room_for_sessions()
+
+        def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+            if sock:
+                return session.connected(sock)
+            answer = self._answer(target, error or ConnectError("unknown reason"))
+            return session.end(error, tell=(answer.code, answer.text))
+        self._connect_udp(target, connected)
+
+    def _make_room_for_sessions(self) -> None:
+        """At the cap the key that has most sessions loses its least recently used one: nobody else's."""
+        if sum(len(relay.table) for relays in self._relays.values() for relay in relays) > self._udp_cap:
+            greedy = max(self._relays.values(), key=lambda relays: sum(len(relay.table) for relay in relays))
+            min((relay.table.oldest() for relay in greedy if len(relay.table)), key=lambda session: session.last_used).end()
+
+    def _connect_udp(self, remote: str, done: Callable[[Optional[socket.socket], Optional[Exception]], None]) -> None:
+        """done(a socket connected to the remote, so that the kernel drops what others send to it, None) or done(None, error)."""
+        def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
+            for host in addresses:
+                sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+                try:
+                    sock.setblocking(False)
+                    sock.connect((host, port))
+                    return done(sock, None)
+                except OSError as failure:
+                    sock.close()
+                    error = failure
+            return done(None, error)
+        self._resolve(remote, socket.SOCK_DGRAM, resolved)
 
 
 class Probe(LinkUser):
-    """The connection test: done(None) once the server has accepted this client, done(error) where it has not."""
+    """Legacy's connection test: done(None) once the server has accepted this client, done(error) where it has not."""
 
     __slots__ = ("_link", "_done")
 
@@ -2249,17 +3311,99 @@ class Probe(LinkUser):
         self._done(error)
 
 
+class LinkPool:
+    """A client's idle links: taken for a stream, put back after it, made ahead in the background, let go when nobody needs them.
+
+    On the legacy wire, where a link carries one stream, only `waiting` is used: each request has a link made for it.
+    """
+
+    READY = 2  # so many wait at any time: the next connection needs no handshake, and a burst of two neither
+
+    def __init__(self, loop: EventLoop, limits: Limits, make: Callable[[Callable[[Optional[Link], Optional[Exception]], None]], None]):
+        self._loop, self._limits, self._make = loop, limits, make
+        self._idle: List[Tuple[float, Link]] = []  # since when; the last one used is the first one taken
+        self._waiting: Deque[Tuple[Callable[[Link], None], Callable[[Exception], None]]] = collections.deque()
+        self._taken: Set[Link] = set()
+        self._making = 0
+        self._peaks = [0, 0]  # most links in use at once, in this minute and in the one before
+        self._minute = loop.now
+
+    def take(self, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
+        """use(link) with an idle link, at once or when there is one; failed(error) where none can be made."""
+        link = self._pop()
+        if link:
+            self._hand_out(link, use)
+        else:
+            self._waiting.append((use, failed))
+        self._make_more()
+
+    def _hand_out(self, link: Link, use: Callable[[Link], None]) -> None:
+        self._taken.add(link)
+        self._peaks[0] = max(self._peaks[0], len(self._taken))
+        use(link)
+
+    def _pop(self) -> Optional[Link]:
+        while self._idle:
+            _, link = self._idle.pop()
+            link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
+            if link.state == IDLE and boot_time() - link.heard_at < self._limits.trusted and self._loop.now - link.born < self._limits.link_age:
+                return link
+            link.close()
+        return None
+
+    def put(self, link: Link) -> None:
+        """A link that is idle now."""
+        self._taken.discard(link)
+        if self._waiting:
+            self._hand_out(link, self._waiting.popleft()[0])
+        elif len(self._idle) < max(self._limits.idle_links, *self._peaks):
+            self._idle.append((self._loop.now, link))
+        else:
+            link.close()
+
+    def discard(self, link: Link) -> None:
+        """A link that has ended."""
+        self._taken.discard(link)
+        self._idle = [entry for entry in self._idle if entry[1] is not link]
+
+    def _make_more(self) -> None:
+        for _ in range(len(self._waiting) + self.READY - len(self._idle) - self._making):
+            self._making += 1
+            self._make(self._made)
+
+    def _made(self, link: Optional[Link], error: Optional[Exception]) -> None:
+        self._making -= 1
+        if link:
+            return self.put(link)
+        # What failed for one would fail for all: nobody waits for the same answer twice.
+        while self._waiting and self._making < len(self._waiting):
+            self._waiting.popleft()[1](error or ConnectError("unknown reason"))
+        return None
+
+    def sweep(self, now: float) -> None:
+        if now - self._minute >= 60:
+            self._minute, self._peaks = now, [len(self._taken), self._peaks[0]]
+        # The least recently used stand first.
+        while len(self._idle) > self.READY and now - self._idle[0][0] > self._limits.idle_time:
+            self._idle.pop(0)[1].close()
+
+
 class Client(Endpoint):
     """Tunnels through one server. `finished(error)` is called once, with None where all it had to do was the connection test."""
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: List[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
-                 accept_all_hosts: bool = False, should_encrypt: bool = False, started: Callable[[], None] = lambda: None,
-                 finished: Callable[[Optional[Exception]], None]):
-        super().__init__(loop, folder, limits, limits.udp_sessions)
+                 legacy: bool = False, accept_all_hosts: bool = False, should_encrypt: bool = False,
+                 started: Callable[[], None] = lambda: None, finished: Callable[[Optional[Exception]], None]):
+        super().__init__(loop, folder, limits, legacy)
         self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
         self._started, self._finished = started, finished
+        self._test_link: Optional[Link] = None
+        self._started_already = False
+        self._pool = LinkPool(loop, limits, lambda done: self.make_link("", TCP, done))
+        self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout)
+        self._carrier: Optional[UdpCarrier] = None
         self.tunnels: List[TunnelSpec] = []
-        self._remotes: Dict[UdpPort, Address] = {}
+        self._remotes: Dict[UdpPort, str] = {}
         for spec in tunnels:
             self._listen(spec)
 
@@ -2269,10 +3413,10 @@ class Client(Endpoint):
         self.tunnels.append(spec)
         for sock in sockets:
             if sock.type == socket.SOCK_STREAM:
-                self.listeners.append(Listener(self.loop, sock, functools.partial(self._accepted, spec.remote), self.limits.accept_pause))
+                self.listeners.append(Listener(self.loop, sock, functools.partial(self._accepted, str(spec.remote)), self.limits.accept_pause))
             else:
-                port = UdpPort(self.loop, sock, self._received)
-                self._remotes[port] = spec.remote
+                port = UdpPort(self.loop, sock, self._session)
+                self._remotes[port] = str(spec.remote)
                 self.listeners.append(port)
 
     # ---- start
@@ -2283,32 +3427,37 @@ class Client(Endpoint):
         for spec in self.tunnels:
             for protocol in ("TCP", "UDP"):
                 log.info("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
-        if not self.should_encrypt:
-            log.warning("The traffic between client and server is in the clear; -e encrypts it")
+        if self.legacy and not self.should_encrypt:
+            log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2, without --legacy")
         self._test("")
 
     def _test(self, remote: str) -> None:
-        self.make_link(remote, False, functools.partial(self._test_linked, remote), log.info)
+        self.make_link(remote, TCP, functools.partial(self._test_linked, remote), log.info)
 
     def _test_linked(self, remote: str, link: Optional[Link], error: Optional[Exception]) -> None:
+        if link and self.legacy:
+            return link.ask(Probe(link, self._tested), TCP, "", self._patience)
         if link:
-            return link.begin(Probe(link, self._tested), self._patience)
+            self._test_link = link  # link_completed() or link_ended() will tell
+            return None
         # A Rust server with a regex refuses the empty remote that asks for nothing; it may allow what the tunnel is for.
         if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and self.tunnels:
             return self._test(str(self.tunnels[0].remote))
-        self._tested(error)
+        return self._tested(error)
 
     def _tested(self, error: Optional[Exception]) -> None:
         if error:
-            log.error("❌ Test connection failed: %s", error if isinstance(error, RatrodError) else reason(error))
+            log.error("❌ Test connection failed: %s", reason(error))
             return self._finished(error)
         log.info("✅ Challenge accepted!")
         log.info("✅ Test connection successful!")
         for listener in self.listeners:
             listener.start()
+        self._started_already = True
         self._started()
         if not self.listeners:
             self._finished(None)
+        return None
 
     # ---- links
 
@@ -2317,26 +3466,37 @@ class Client(Endpoint):
         """How long a server may take to say Opened: its look-up and connect, and the rest of the handshake."""
         return self.limits.connect_timeout + self.limits.handshake_timeout
 
-    def make_link(self, remote: str, is_udp: bool, done: Callable[[Optional[Link], Optional[Exception]], None], report: Report = log.debug) -> None:
-        """A new link, made on a thread: done(link, None) with the link in state Asked, or done(None, error)."""
+    def make_link(self, remote: str, kind: int, done: Callable[[Optional[Link], Optional[Exception]], None], report: Report = log.debug) -> None:
+        """A new link, made on a thread: done(link, None) or done(None, error). Legacy names in its handshake what the link is for, and
+        the link waits for Opened; on ratrod2 it is idle, and usable at once, though HandshakeCompletion is still to come."""
         def linked(result: Optional[Tuple[socket.socket, Handshake]], error: Optional[Exception]) -> None:
-            if result:
-                done(Link(self, *result, state=ASKED), None)
-            else:
-                done(None, error)
-        self.workers.submit(functools.partial(self._dial, remote, is_udp, report), linked)
+            if result is None:
+                return done(None, error)
+            state = IDLE if not self.legacy else UDP_ASKED if kind == UDP else ASKED
+            link = Link(self, *result, role=OPENER, state=state, name=str(self.server))
+            if not self.legacy:
+                link.set_deadline(self.limits.handshake_timeout, lambda: link.die(LinkClosed("the server did not complete the handshake")))
+                link.update()
+            return done(link, None)
+        self.workers.submit(functools.partial(self._dial, remote, kind, report), linked)
 
-    def _dial(self, remote: str, is_udp: bool, report: Report) -> Tuple[socket.socket, Handshake]:
+    def _dial(self, remote: str, kind: int, report: Report) -> Tuple[socket.socket, Handshake]:
         sock = self._connect()
         try:
             report("✅ Connected to server `%s` ...", self.server)
-            handshake = LegacyClientHandshake(self.keys, remote, is_udp=is_udp, should_encrypt=self.should_encrypt,
-                                              check_server=self._check_server, report=report)
+            handshake = self._handshake(remote, kind, report)
             drive(sock, handshake, self.limits.handshake_timeout)
+            log.debug("link to `%s`, cipher: %s", self.server, handshake.suite)
             return sock, handshake
-        except Exception:
+        except BaseException:
             sock.close()
             raise
+
+    def _handshake(self, remote: str, kind: int, report: Report) -> Handshake:
+        if self.legacy:
+            return LegacyClientHandshake(self.keys, remote, is_udp=kind == UDP, should_encrypt=self.should_encrypt,
+                                         check_server=self._check_server, report=report)
+        return NoiseClientHandshake(self.keys, check_server=self._check_server, report=report)
 
     def _connect(self) -> socket.socket:
         until = time.monotonic() + self.limits.connect_timeout
@@ -2357,34 +3517,95 @@ class Client(Endpoint):
         if not self.accept_all_hosts and not self.folder.known_hosts.knows(key, str(self.server)):
             raise AuthenticationError("Server's public key `%s` is not in the known hosts file" % encode_key(key))
 
+    def link_completed(self, link: Link) -> None:
+        if link is self._test_link:
+            self._test_link = None
+            self._tested(None)
+            self._pool.put(link)
+
+    def link_idle(self, link: Link) -> None:
+        self._pool.put(link)
+
+    def link_ended(self, link: Link, error: Optional[Exception]) -> None:
+        super().link_ended(link, error)
+        self._pool.discard(link)
+        if link is self._test_link:
+            self._test_link = None
+            self._tested(error or LinkClosed("the server closed the connection"))
+
+    def client_refused(self, error: PeerError) -> None:
+        """The server does not let this client in (any more): nothing that it does will change that."""
+        if error.code == INVALID_KEY and self._started_already:
+            log.error("❌ %s", error)
+            self._finished(error)
+
     # ---- what the tunnels carry
 
-    def _accepted(self, remote: Address, sock: socket.socket, address: Any) -> None:
-        self.make_link(str(remote), False, functools.partial(self._linked, sock, new_label(show_address(address), str(remote))))
+    def _accepted(self, remote: str, sock: socket.socket, address: Any) -> None:
+        label = new_label(show_address(address), remote)
+        self._carry(Stream(self.loop, sock, label, None if self.legacy else self._carry))
 
-    def _linked(self, sock: socket.socket, label: Label, link: Optional[Link], error: Optional[Exception]) -> None:
-        if link is None:
-            reset(sock)
-            log.error("❌ %s: %s", label, error)
-            return
-        link.begin(Stream(link, sock, label), self._patience)
+    def _carry(self, stream: Stream) -> None:
+        """Gets a link for it: an idle one at once, or one that is made for it."""
+        self._get_link(stream.label.target, TCP, lambda link: stream.begin(link, self._patience), stream.lost)
 
-    def _received(self, port: UdpPort, originator: Originator, n: int) -> None:
-        session = self.udp.get((port, originator))
+    def _get_link(self, target: str, kind: int, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
+        if not self.legacy:
+            return self._pool.take(use, failed)
+
+        def made(link: Optional[Link], error: Optional[Exception]) -> None:
+            if link:
+                use(link)
+            else:
+                failed(error or ConnectError("unknown reason"))
+        return self.make_link(target, kind, made)
+
+    def _session(self, port: UdpPort, originator: Originator) -> Optional[UdpSession]:
+        session = self._sessions.get((port, originator))
         if session is None:
-            remote = str(self._remotes[port])
-            session = LocalUdpSession(self.udp, port, originator, new_label(show_address(originator[0]), "udp " + remote))
-            self.make_link(remote, True, functools.partial(self._udp_linked, session))
+            session = LocalUdpSession(self._sessions, port, originator, self._remotes[port], self.loop.now)
+            self._carry_session(session)
         assert isinstance(session, LocalUdpSession)
-        session.from_originator(self.loop, n)
+        if session.refused:
+            self._sessions.touch(session, self.loop.now)
+        return None if session.refused else session
 
-    def _udp_linked(self, session: LocalUdpSession, link: Optional[Link], error: Optional[Exception]) -> None:
-        if link is None:
-            return session.end(error)
-        if self.udp.get(session.key) is not session:  # evicted meanwhile
-            return link.close()
-        link.begin(session, self._patience)
-        session.linked(link)
+    def _carry_session(self, session: LocalUdpSession) -> None:
+        """On the link of all UDP sessions; legacy: on one of its own."""
+        if self._carrier and not self.legacy:
+            return self._carrier.take(session)
+        carrier = self._carrier = UdpCarrier(self.loop, self.limits, self._carrier_lost)
+        carrier.take(session)
+
+        def use(link: Link) -> None:
+            if carrier.sessions:
+                carrier.begin(link, self._patience)
+            else:  # they ended meanwhile
+                link.close()
+        return self._get_link(session.target, UDP, use, carrier.lost)
+
+    def _carrier_lost(self, carrier: UdpCarrier, error: Exception) -> None:
+        """Its sessions go on at once over another link, unless that failed too soon to be worth another try."""
+        if carrier is self._carrier:
+            self._carrier = None
+        sessions = list(carrier.sessions.values())
+        again = not self.legacy and carrier.began_at is not None and self.loop.now - carrier.began_at > 1
+        for session in sessions:
+            if again and isinstance(session, LocalUdpSession):
+                self._carry_session(session)
+            else:
+                session.end(None if self.legacy and isinstance(error, LinkClosed) else error, tell=None)
+
+    def sweep(self, now: float) -> None:
+        self._sessions.expire(now)
+        self._pool.sweep(now)
+        carrier = self._carrier
+        if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age):
+            carrier.link.die(LinkClosed("it is too old, or carries nothing"))
+
+    def close(self) -> None:
+        self._sessions.clear()
+        super().close()
 
 
 # ======================================================================================================================
@@ -2479,6 +3700,9 @@ class UsageReader:
                 words.append(word)
         return given, words
 
+    def means(self, word: str, option: str) -> bool:
+        return word.startswith("--") and [long for long in self.takes_value if long.startswith(word)] == [option]
+
     def _complete(self, name: str) -> str:
         found = [name] if name in self.takes_value else [long for long in self.takes_value if long.startswith(name)]
         if len(found) != 1:
@@ -2511,7 +3735,7 @@ def parse_command_line(argv: List[str]) -> Options:
     reader = UsageReader(__doc__)
     flags = argv[:argv.index("--")] if "--" in argv else argv
     for wanted, command in (("h", "help"), ("V", "version")):
-        if any(re.fullmatch("-[aev]*%s[aevhV]*" % wanted, word) or word in ("--help", "--version")[command == "version":][:1] for word in flags):
+        if any(re.fullmatch("-[aev]*%s[aevhV]*" % wanted, word) or reader.means(word, "--" + command) for word in flags):
             return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
     return _to_options(_docopt(reader, argv))
 
@@ -2593,8 +3817,11 @@ class LogFormatter(logging.Formatter):
 def set_up_logging(verbose: bool) -> None:
     if hasattr(sys.stderr, "reconfigure"):  # an ASCII locale must not lose a line for its emoji
         sys.stderr.reconfigure(errors="replace")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+    if sys.stderr:
+        handler: logging.Handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LogFormatter(sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+    else:  # closed by whoever started this
+        handler = logging.NullHandler()
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -2607,19 +3834,19 @@ def ensure_keys(folder: KeyFolder) -> None:
     """The first run: asks as the original does. ConfigError where the answer is no, or there is nobody to answer."""
     if folder.exists():
         return
+    sodium()  # without it nothing could be generated: say so before asking
     log.info("No security files present in `%s` ...", folder.path)
-    sys.stdout.write(QUESTION)
-    sys.stdout.flush()
+    print(QUESTION, end="", flush=True)
     answer = sys.stdin.readline() if sys.stdin else ""
     if not answer.endswith("\n"):
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        print(flush=True)
     if answer.strip().lower() not in ("y", "yes"):
         raise ConfigError("no security files in `%s`, and nothing was written. Answer y next time, or run `ratrod keygen`" % folder.path)
     generate_keys(folder)
 
 
 def generate_keys(folder: KeyFolder) -> KeyPair:
+    sodium()
     log.info("Generating security files ...")
     keys = folder.generate()
     log.info("📦 Security files written to `%s`", folder.key_file)
@@ -2678,7 +3905,7 @@ def serve_command(options: Options) -> int:
     policy = Policy(options.remote_regex)
     folder = KeyFolder(options.key_path)
     ensure_keys(folder)
-    return run_endpoint(lambda loop, _finished: Server(loop, folder, bind, policy, options.limits))
+    return run_endpoint(lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy))
 
 
 def connect_command(options: Options) -> int:
@@ -2687,7 +3914,7 @@ def connect_command(options: Options) -> int:
     folder = KeyFolder(options.key_path)
     ensure_keys(folder)
     return run_endpoint(lambda loop, finished: Client(
-        loop, folder, server, tunnels, options.limits, accept_all_hosts=options.accept_all_hosts,
+        loop, folder, server, tunnels, options.limits, legacy=options.legacy, accept_all_hosts=options.accept_all_hosts,
         should_encrypt=options.encrypt, finished=finished))
 
 
@@ -2807,6 +4034,10 @@ def demo_command(options: Options) -> int:
     """A target, a server and a client in this process, with keys that are thrown away."""
     import tempfile
 
+    def interrupt(_number: int, _frame: Any) -> NoReturn:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, interrupt)  # so that the folder goes too
     with tempfile.TemporaryDirectory(prefix="ratrod-demo-") as path, demo_targets() as (web_port, echo_port):
         folders = [KeyFolder(os.path.join(path, name)) for name in ("server", "client")]
         server_key, client_key = (encode_key(folder.generate().public) for folder in folders)
@@ -2854,17 +4085,24 @@ def main(argv: Optional[List[str]] = None) -> int:
         commands: Dict[str, Callable[[Options], int]] = {
             "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
             "help": help_command, "version": version_command}
-        return commands[options.command](options)
+        code = commands[options.command](options)
+        if sys.stdout:
+            sys.stdout.flush()  # here, where a failure is still ours to report
+        return code
     except UsageError as error:
-        print("ratrod: %s\n\n%s\n`ratrod help` says more." % (error, USAGE), file=sys.stderr)
+        if sys.stderr:
+            print("ratrod: %s\n\n%s\n`ratrod help` says more." % (error, USAGE), file=sys.stderr)
         return error.exit_code
     except RatrodError as error:
         log.error("❌ %s", error)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `ratrod help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:  # no descriptors left, a full disk; a reader that went away, as in `ratrod help | head`, needs no word
+        if not isinstance(error, BrokenPipeError):
+            log.error("❌ %s", reason(error))
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
 
 
