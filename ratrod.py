@@ -114,6 +114,7 @@ DATAGRAMS_AT_ONCE = 64 * 1024  # in one record
 HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and message head (6) are written there
 TAILROOM = 64  # behind it: the tag
 SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and what came with it
+LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open
 CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
@@ -177,7 +178,7 @@ class PeerError(RemoteProtocolError):
 
 
 INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)  # codes of Error
-SAME_KEY = "server and client use the same key; give one of them another -k"
+SAME_KEY = "server and client use the same key; give one of them another -k (it is `%s`)"
 REFUSED = "not allowed by this server"  # one text for every refusal by policy: it teaches a prober nothing
 
 
@@ -487,16 +488,20 @@ class KeyLines:
 
     def read(self) -> Dict[bytes, List[List[str]]]:
         """For each key the further words of its lines. A file that cannot be read, or a line that cannot, lists nobody."""
+        signature: Any = None
         try:
             status = os.stat(self.path)
-            signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+            signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
             if signature == self._cache[0] and time.time() - status.st_mtime > 2:
                 return self._cache[1]
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 lines = self._parse(file)
-        except OSError:
-            return {}
+        except OSError as error:
+            # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
+            return self._cache[1] if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0] else {}
+        if lines == self._cache[1]:
+            lines = self._cache[1]  # the same object: whoever looks for changes sees none
         self._cache = (signature, lines)
         return lines
 
@@ -1198,8 +1203,9 @@ class Handshake:
             except StopIteration:
                 self._needed = 0
 
-    def receive_eof(self) -> NoReturn:
-        raise RemoteProtocolError("the other side closed the connection during the handshake")
+    def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
+        """There is no more: `why` says how it ended."""
+        raise RemoteProtocolError("%s during the handshake" % why)
 
     def _run(self) -> Script:
         """Yields the number of bytes it needs next and gets exactly those."""
@@ -1251,8 +1257,10 @@ class LegacyHandshake(Handshake):
 
     @staticmethod
     def _challenge_of(message: Any) -> bytes:
-        if len(message.challenge) != 32:
-            raise RemoteProtocolError("a challenge of %d bytes" % len(message.challenge))
+        """The challenge of a preamble whose sizes are right, seen to before anything is answered."""
+        for name in ("challenge", "exchange_public_key"):
+            if len(getattr(message, name)) != 32:
+                raise RemoteProtocolError("a preamble with a %s of %d bytes" % (name, len(getattr(message, name))))
         return message.challenge
 
 
@@ -1273,13 +1281,13 @@ class LegacyClientHandshake(LegacyHandshake):
         self._send(ClientPreamble(self._public_ephemeral(), remote, self._challenge, should_encrypt, is_udp))
         self._report("✅ Sent preamble to server ...")
         server = yield from self._receive(ServerPreamble)
+        challenge = self._challenge_of(server)
         self._authenticate(server.identity_public_key, server.signature, "server")
         self._report("✅ Server's signature validated with public key `%s` ...", server.identity_public_key)
         if self.peer_key == self._keys.public:
-            raise AuthenticationError(SAME_KEY)
+            raise AuthenticationError(SAME_KEY % encode_key(self._keys.public))
         self._check_server(self.peer_key)
         self._report("🚧 Signing server challenge ...")
-        challenge = self._challenge_of(server)
         self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(challenge)))
         self._report("⏳ Awaiting challenge validation ...")
         key = self._shared_key(server.exchange_public_key, challenge + self._challenge) if should_encrypt else None
@@ -1306,7 +1314,7 @@ class LegacyServerHandshake(LegacyHandshake):
             self._authenticate(answer.identity_public_key, answer.signature, "client")
             # Whoever reaches a legacy server can have it sign anything: its own key proves nothing, wherever it is listed.
             if self.peer_key == self._keys.public:
-                raise AuthenticationError(SAME_KEY)
+                raise AuthenticationError(SAME_KEY % encode_key(self._keys.public))
             self._authorize(self.peer_key)
         except (AuthenticationError, Overloaded) as error:
             self._send(refusal(error))
@@ -1439,7 +1447,7 @@ class NoiseHandshake(Handshake):
             raise AuthenticationError("the other side's key does not belong to its handshake")
         self.peer_key = identity
         if identity == self._keys.public:
-            raise AuthenticationError(SAME_KEY)
+            raise AuthenticationError(SAME_KEY % encode_key(self._keys.public))
 
     def _finish(self, suite: Suite, initiator: bool) -> None:
         k1, k2, h = self._noise.split()
@@ -1475,10 +1483,10 @@ class NoiseClientHandshake(NoiseHandshake):
         self._report("⏳ Awaiting challenge validation ...")
         self._finish(suite, initiator=True)
 
-    def receive_eof(self) -> NoReturn:
+    def receive_eof(self, why: str = "the server closed the connection") -> NoReturn:
         if self._noise.re:
-            super().receive_eof()
-        raise RemoteProtocolError("the server closed the connection before it said anything; " + NAME_LEGACY)
+            super().receive_eof(why)
+        raise RemoteProtocolError("%s before it said anything; %s" % (why, NAME_LEGACY))
 
     def _receive(self) -> Generator[int, bytes, bytes]:
         try:
@@ -2155,9 +2163,17 @@ class Link:
         self.set_deadline(None)
         how()
         user, self.user = self.user, NOBODY
-        if error is not None:
+        if user is NOBODY and error is not None:
+            log_link_loss("idle link with `%s`" % self.name, error)
+        elif error is not None:
             user.lost(error)
         self.owner.link_ended(self, error)
+
+
+def log_link_loss(what: str, error: Exception) -> None:
+    """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
+    everyday = isinstance(error, LinkClosed) or not isinstance(error, RemoteProtocolError)
+    log.log(logging.DEBUG if everyday else logging.ERROR, "%s ended: %s", what, reason(error))
 
 
 def boot_time() -> float:
@@ -2605,14 +2621,14 @@ class RemoteUdpSession(UdpSession):
 class UdpRelay(UdpLink):
     """The server's end of a link with UDP sessions; `open_session(session, target)` connects a new one or ends it."""
 
-    __slots__ = ("table", "_origin", "_open_session", "_lost", "_highest")
+    __slots__ = ("table", "key", "_origin", "_open_session", "_lost", "_highest")
 
     def __init__(self, loop: EventLoop, limits: Limits, link: Link, origin: str,
                  open_session: Callable[["UdpRelay", RemoteUdpSession, str], None], lost: Callable[["UdpRelay"], None]):
         super().__init__(loop, limits)
         # A little more patient than the client, which then is the one to say SessionOver; the legacy one has no timer.
         self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1))
-        self.link, self._origin, self._open_session, self._lost = link, origin, open_session, lost
+        self.link, self.key, self._origin, self._open_session, self._lost = link, link.peer_key, origin, open_session, lost
         self._highest = -1
 
     def session(self, message: Session) -> None:
@@ -2626,6 +2642,7 @@ class UdpRelay(UdpLink):
         self.link = None
         self.table.clear()
         self._lost(self)
+        log_link_loss("UDP link of `%s`" % self._origin, error)
 
 
 class LocalUdpSession(UdpSession):
@@ -2650,7 +2667,7 @@ class UdpCarrier(UdpLink):
     def __init__(self, loop: EventLoop, limits: Limits, lost: Callable[["UdpCarrier", Exception], None]):
         super().__init__(loop, limits)
         self._lost = lost
-        self._next = 0
+        self._next = 1
         self.began_at: Optional[float] = None
 
     def take(self, session: LocalUdpSession) -> None:
@@ -2841,7 +2858,7 @@ class Listener:
     def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
         self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
         sock.setblocking(False)
-        self._watched = False
+        self._watched = self._starved = False
 
     def start(self) -> None:
         if self.sock.fileno() >= 0 and not self._watched:
@@ -2857,11 +2874,17 @@ class Listener:
             except OSError as error:
                 if error.errno not in NO_SUCH_DESCRIPTORS:
                     continue  # this one was gone before it was accepted
-                log.warning("cannot accept connections for now: %s", reason(error))
-                self._unwatch()
-                self._loop.call_later(self._pause, self.start)
-                return
+                return self._starve(error)
+            self._starved = False
             self._accepted(sock, address)
+
+    def _starve(self, error: OSError) -> None:
+        """Lets the connections wait in the system's queue for a moment, and says so once."""
+        if not self._starved:
+            log.warning("cannot accept connections for now: %s", reason(error))
+        self._starved = True
+        self._unwatch()
+        self._loop.call_later(self._pause, self.start)
 
     def _unwatch(self) -> None:
         if self._watched:
@@ -2892,7 +2915,7 @@ def drive(sock: socket.socket, handshake: Handshake, timeout: float) -> None:
     except socket.timeout:
         raise RemoteProtocolError("the handshake was not done within %g s" % timeout) from None
     except OSError as error:
-        raise RemoteProtocolError("the connection broke during the handshake: %s" % reason(error)) from None
+        handshake.receive_eof("the connection broke (%s)" % reason(error))
     except RatrodError:
         last_word(sock, handshake.data_to_send())
         raise
@@ -2978,31 +3001,59 @@ class Endpoint:
             link.die(LocalFailed("ratrod is ending"))
 
 
+class TokenBucket:
+    """`rate` a second, and up to `burst` at once."""
+
+    __slots__ = ("_rate", "_burst", "_tokens", "_filled_at")
+
+    def __init__(self, rate: float, burst: int, now: float):
+        self._rate, self._burst, self._tokens, self._filled_at = rate, burst, float(burst), now
+
+    def take(self, now: float) -> bool:
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
 class Source:
     """One address (IPv6: one /64) that connections come from: how fast, how many, and how much it may write to the log."""
 
-    __slots__ = ("strangers", "links", "tokens", "filled_at", "logged_at", "muted")
+    __slots__ = ("strangers", "links", "muted", "seen_at", "_tries", "_lines", "_authorized_at")
 
-    def __init__(self, now: float, burst: int):
+    def __init__(self, now: float, limits: Limits):
         self.strangers = self.links = self.muted = 0
-        self.tokens, self.filled_at, self.logged_at = float(burst), now, 0.0
+        self.seen_at = now
+        self._authorized_at = now - 3600
+        self._tries = TokenBucket(limits.handshake_rate, limits.handshake_burst, now)
+        self._lines = TokenBucket(1, LOG_BURST, now)
 
-    def may_try(self, now: float, limits: Limits) -> bool:
-        """Whether one more handshake is within its rate: a token bucket. Whoever has an authorized link has no such bound."""
-        self.tokens = min(limits.handshake_burst, self.tokens + (now - self.filled_at) * limits.handshake_rate)
-        self.filled_at = now
-        if self.tokens < 1 and not self.links:
-            return False
-        self.tokens = max(0.0, self.tokens - 1)
-        return True
+    def authorized(self, now: float) -> None:
+        self._authorized_at = now
+
+    def trusted(self, now: float) -> bool:
+        """It has an authorized link, or had one a minute ago: legacy links come and go with each connection."""
+        return self.links > 0 or now - self._authorized_at < 60
+
+    def may_try(self, now: float) -> bool:
+        """Whether one more handshake is within its rate; whoever is authorized has no such bound."""
+        self.seen_at = now
+        return self._tries.take(now) or self.trusted(now)
 
     def complain(self, now: float, address: str, what: Any) -> None:
-        """One line a second; the rest is counted."""
-        if now - self.logged_at < 1:
+        """A line in the log, or one more that is only counted."""
+        if self._lines.take(now):
+            log.error("❌ Refused `%s`: %s", address, what)
+        else:
             self.muted += 1
-            return
-        log.error("❌ Refused `%s`: %s%s", address, what, " (and %d more before)" % self.muted if self.muted else "")
-        self.logged_at, self.muted = now, 0
+
+    def confess(self, name: str, now: float) -> None:
+        """How many were only counted, when a line is due again."""
+        if self.muted and self._lines.take(now):
+            log.error("❌ Refused %d more connections from `%s`", self.muted, name)
+            self.muted = 0
 
     @staticmethod
     def name(host: str) -> str:
@@ -3020,13 +3071,53 @@ class Stranger(NamedTuple):
     source: str
 
 
+class LookUps:
+    """Name look-ups on threads of their own, so that a name server that hangs holds up no handshake; one client's hold up no other's."""
+
+    def __init__(self, loop: EventLoop, limits: Limits):
+        self._loop, self._limits = loop, limits
+        self._pool = WorkerPool(loop, limits.lookup_threads)
+        self._running: "collections.Counter[bytes]" = collections.Counter()
+        self._waiting: Dict[bytes, Deque[Callable[[], None]]] = {}
+
+    def submit(self, key: bytes, task: Callable[[], Any], done: Callable[[Any, Optional[Exception]], None]) -> None:
+        """task() on a thread, at most half of them for one `key`; done(result, None) or done(None, error) within connect_timeout."""
+        answered: List[bool] = []
+
+        def answer(result: Any, error: Optional[Exception]) -> None:
+            if not answered:
+                answered.append(True)
+                timer.cancel()
+                done(result, error)
+
+        def finished(result: Any, error: Optional[Exception]) -> None:
+            self._running[key] -= 1
+            waiting = self._waiting.get(key)
+            if waiting:
+                waiting.popleft()()
+            if not waiting:
+                self._waiting.pop(key, None)
+            if not self._running[key]:
+                del self._running[key]
+            answer(result, error)
+
+        def begin() -> None:
+            self._running[key] += 1
+            self._pool.submit((lambda: None) if answered else task, finished)
+        timer = self._loop.call_later(self._limits.connect_timeout, lambda: answer(None, ConnectError("the name look-up took too long")))
+        if self._running[key] < self._limits.lookup_threads // 2:
+            begin()
+        else:
+            self._waiting.setdefault(key, collections.deque()).append(begin)
+
+
 class Server(Endpoint):
     """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *, legacy: bool = False):
         super().__init__(loop, folder, limits, legacy)
         self.policy = policy
-        self.lookups = WorkerPool(loop, limits.lookup_threads)
+        self.lookups = LookUps(loop, limits)
         self._sources: Dict[str, Source] = {}
         self._strangers: "collections.OrderedDict[socket.socket, Stranger]" = collections.OrderedDict()  # the oldest first
         self._links_of: "collections.Counter[bytes]" = collections.Counter()
@@ -3054,8 +3145,8 @@ class Server(Endpoint):
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
         name, shown = Source.name(address[0]), show_address(address)
-        source = self._sources.setdefault(name, Source(self.loop.now, self.limits.handshake_burst))
-        if not source.may_try(self.loop.now, self.limits):
+        source = self._sources.setdefault(name, Source(self.loop.now, self.limits))
+        if not source.may_try(self.loop.now):
             sock.close()
             return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
         self._make_room(name, source)
@@ -3066,7 +3157,7 @@ class Server(Endpoint):
 
     def _make_room(self, name: str, source: Source) -> None:
         """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
-        if source.strangers >= self.limits.handshakes_per_source and not source.links:
+        if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
             oldest = next(stranger for stranger in self._strangers.values() if stranger.source == name)
         elif len(self._strangers) >= self.limits.handshakes:
             oldest = next(iter(self._strangers.values()))
@@ -3126,6 +3217,7 @@ class Server(Endpoint):
             return source.complain(self.loop.now, stranger.address, error)
         log.debug("✅ Accepted `%s` with key `%s`, cipher: %s", stranger.address, encode_key(handshake.peer_key), handshake.suite)
         source.links += 1
+        source.authorized(self.loop.now)
         self._links_of[handshake.peer_key] += 1
         legacy = isinstance(handshake, LegacyServerHandshake)
         link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
@@ -3145,8 +3237,7 @@ class Server(Endpoint):
         source = self._sources.get(Source.name(split_host_port(link.name)[0]))
         if source:
             source.links -= 1
-        if error is not None:
-            log.debug("link of `%s` ended: %s", link.name, reason(error))
+            source.authorized(self.loop.now)
 
     def link_idle(self, link: Link) -> None:
         link.send(link.writer.record(OVER))
@@ -3160,8 +3251,10 @@ class Server(Endpoint):
         for relays in list(self._relays.values()):
             for relay in list(relays):
                 relay.table.expire(now)
-        for name in [name for name, source in self._sources.items() if not source.links and not source.strangers and now - source.filled_at > 60]:
-            del self._sources[name]
+        for name, source in list(self._sources.items()):
+            source.confess(name, now)
+            if not (source.links or source.strangers or source.muted or source.trusted(now)) and now - source.seen_at > 60:
+                del self._sources[name]
 
     # ---- opening a remote: policy, look-up, policy for the addresses, connect
 
@@ -3194,7 +3287,7 @@ class Server(Endpoint):
             relay = self._relay(link)
             link.accept(relay, UDP_OPEN)
             return RemoteUdpSession(relay, 0, label).connected(sock)
-        return self._connect_udp(remote, connected)
+        return self._connect_udp(link.peer_key, remote, connected)
 
     def _open(self, link: Link, label: Label, remote: str) -> None:
         key = link.peer_key
@@ -3218,9 +3311,9 @@ class Server(Endpoint):
                 return connected(None, error)
             Connector(self.loop, addresses, port, self.limits.connect_timeout, connected)
             return None
-        return self._resolve(remote, socket.SOCK_STREAM, resolved)
+        return self._resolve(key, remote, socket.SOCK_STREAM, resolved)
 
-    def _resolve(self, remote: str, kind: int, done: Callable[[List[str], int, Optional[Exception]], None]) -> None:
+    def _resolve(self, key: bytes, remote: str, kind: int, done: Callable[[List[str], int, Optional[Exception]], None]) -> None:
         """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
         try:
             target = self.policy.check(remote)
@@ -3235,7 +3328,7 @@ class Server(Endpoint):
             except PolicyError as refusal:
                 addresses, error = [], refusal
             done(addresses, target.port, error)
-        return self.lookups.submit(functools.partial(look_up, target, kind), looked_up)
+        return self.lookups.submit(key, functools.partial(look_up, target, kind), looked_up)
 
     def _refuse(self, link: Link, label: Label, error: Exception) -> None:
         if link.state == CLOSED:
@@ -3271,7 +3364,7 @@ class Server(Endpoint):
                 return session.connected(sock)
             answer = self._answer(target, error or ConnectError("unknown reason"))
             return session.end(error, tell=(answer.code, answer.text))
-        self._connect_udp(target, connected)
+        self._connect_udp(relay.key, target, connected)
 
     def _make_room_for_sessions(self) -> None:
         """At the cap the key that has most sessions loses its least recently used one: nobody else's."""
@@ -3279,7 +3372,7 @@ class Server(Endpoint):
             greedy = max(self._relays.values(), key=lambda relays: sum(len(relay.table) for relay in relays))
             min((relay.table.oldest() for relay in greedy if len(relay.table)), key=lambda session: session.last_used).end()
 
-    def _connect_udp(self, remote: str, done: Callable[[Optional[socket.socket], Optional[Exception]], None]) -> None:
+    def _connect_udp(self, key: bytes, remote: str, done: Callable[[Optional[socket.socket], Optional[Exception]], None]) -> None:
         """done(a socket connected to the remote, so that the kernel drops what others send to it, None) or done(None, error)."""
         def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
             for host in addresses:
@@ -3292,7 +3385,7 @@ class Server(Endpoint):
                     sock.close()
                     error = failure
             return done(None, error)
-        self._resolve(remote, socket.SOCK_DGRAM, resolved)
+        self._resolve(key, remote, socket.SOCK_DGRAM, resolved)
 
 
 class Probe(LinkUser):

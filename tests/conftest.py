@@ -41,7 +41,8 @@ class Mode(NamedTuple):
 
 LEGACY = Mode("legacy", ("--legacy",), ("--legacy",))
 LEGACY_E = Mode("legacy-e", ("--legacy",), ("--legacy", "-e"))
-MODES = (LEGACY, LEGACY_E)
+RATROD2 = Mode("ratrod2")
+MODES = (RATROD2, LEGACY, LEGACY_E)
 every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 
 

@@ -1,9 +1,11 @@
 """An independent `ratrod2` peer, client and server: blocking, on plain sockets, for tests.
 
-Written from PROTOCOL.md, Part 2, alone, on the PyPI packages `noiseprotocol`, `cryptography` and PyNaCl. It never imports ratrod, so that a mistake that both of
-ratrod's own ends make alike shows here. Its second use is to misbehave: every step is a call of its own, and what a step sends can be replaced by something wrong.
+Written from PROTOCOL.md, Part 2, alone, on the PyPI packages `noiseprotocol`, `cryptography` and PyNaCl. It never imports ratrod, so that a mistake
+that both of ratrod's own ends make alike shows here. Its second use is to misbehave: every step is a call of its own, and what a step sends can be
+replaced by something wrong.
 
-From the bottom up: encoding, identities, Handshake (bytes in, bytes out), suites and records, Peer (one end of a link; Client and Server), Stream, handlers.
+From the bottom up: encoding, identities, Handshake (bytes in, bytes out), suites and records, Peer (one end of a link; Client and Server), Stream,
+handlers.
 """
 
 import contextlib
@@ -232,7 +234,7 @@ def keypair(private):
 
 
 def odd_keypair(public_bytes, private=None):
-    """A key pair whose public bytes are not what the private key gives. Without a private key: a point of small order, with which every shared secret is zero."""
+    """A key pair whose public bytes are not what the private key gives. Without one they are a point of small order: all secrets are zero."""
     honest = keypair(private) if private else KeyPair25519()
     return KeyPair25519(honest.private, honest.public, public_bytes)
 
@@ -272,7 +274,8 @@ class Handshake:
         self._connection = NoiseConnection.from_name(NOISE_NAME)
         self._connection.set_prologue(prologue)
         (self._connection.set_as_initiator if initiator else self._connection.set_as_responder)()
-        # Any static key satisfies start_handshake(); the real ones are put in afterwards, because noiseprotocol warns of a given ephemeral key, and derives public keys.
+        # Any static key satisfies start_handshake(). The real ones are put in after it: noiseprotocol warns of a given ephemeral key, and would
+        # derive the public keys itself.
         self._connection.set_keypair_from_private_bytes(Keypair.STATIC, b"\x01" * 32)
         self._connection.start_handshake()
         # noiseprotocol drops its reference when the handshake is done; the remote static key is read from this one.
@@ -462,7 +465,7 @@ class Recorder:
 
 # ---------------------------------------------------------------------------------------------------- one end of a link
 
-# The table of PROTOCOL.md, as (state, record) -> the next state. Whether a side is opener or acceptor shows in the states it can reach, but for Idle and Done.
+# The table of PROTOCOL.md, as (state, record) -> the next state. Opener and acceptor differ in the states they can reach, and in Idle and Done.
 _RECEIVED = {
     ("Asked", OPENED): "Both", ("AskedEnd", OPENED): "Sent",
     ("Both", DATA): "Both", ("Sent", DATA): "Sent",
@@ -484,8 +487,9 @@ _SENT = {
 class Peer:
     """One end of a link. `opener` says who begins streams: the client, but for a Listen link.
 
-    Misbehaviour, for both ends: `static` and `ephemeral` (32 private bytes or a key pair) and `claimed` (the identity in message 2 or 3) replace what the seed
-    gives; `attacker` goes on with zero shared secrets; `suites` is the offer, best first. send_record() and send() check nothing and change no state.
+    Misbehaviour, for both ends: `static` and `ephemeral` (32 private bytes or a key pair) and `claimed` (the identity in message 2 or 3) replace what
+    the seed gives; `attacker` goes on with zero shared secrets; `suites` is the offer, best first. send() and send_record() check nothing and change
+    no state.
     """
 
     initiator = False
@@ -697,7 +701,7 @@ class Peer:
         self.write(SESSION_OVER, encode_session_over(number, code, text))
 
     def read_udp(self):
-        """What came next on a UDP link: (DATAGRAMS, pairs), (SESSION, (number, target)) or (SESSION_OVER, (number, code, text)). Opened is passed over."""
+        """What came next on a UDP link: (DATAGRAMS, pairs), (SESSION, (number, target)) or (SESSION_OVER, (number, code, text)). Not Opened."""
         while True:
             record = self.read_record()
             if record.type == DATAGRAMS:
@@ -715,7 +719,7 @@ class ServerPreamble(NamedTuple):
 
 
 class Client(Peer):
-    """The client of a link. `server` (32 bytes), where given, is the only identity it takes. handshake() is all of it; each of its lines can be called alone."""
+    """The client of a link. `server` (32 bytes), where given, is the only identity it takes. handshake() is made of steps to be called alone."""
 
     initiator = True
 
@@ -778,7 +782,7 @@ class Client(Peer):
 
 
 class Server(Peer):
-    """The server of a link. `authorized`: the clients' 32-byte identities, or None for anybody. handshake() is all of it; each of its lines can be called alone."""
+    """The server of a link. `authorized`: the clients' identities, or None for anybody. handshake() is made of steps that can be called alone."""
 
     def __init__(self, sock, seed, authorized=None, version="peer", **options):
         super().__init__(sock, seed, **options)
@@ -834,7 +838,7 @@ class Server(Peer):
         return self.send_record(HANDSHAKE_COMPLETION, encode_str(self.version if version is None else version))
 
     def serve_streams(self, handler):
-        """Each stream to handler(stream), one after the other, until the client's FIN. Of a TCP stream that the handler left open, the rest is passed over."""
+        """Each stream to handler(stream), one after the other, until the client's FIN. What a handler left of a TCP stream is passed over."""
         while True:
             stream = self.accept()
             if stream is None:

@@ -114,6 +114,7 @@ class Served:
         return self._stack.enter_context(peer)
 
     def honest(self, encrypt=True):
+        """A tunnel that works. While one is open, its source is no stranger: a server may hold back strangers that come by the dozen."""
         peer = self.client("127.0.0.1:%d" % self.echo_port, encrypt=encrypt).handshake()
         self.ping(peer)
         return peer
@@ -309,7 +310,6 @@ def test_the_servers_own_key_is_no_clients(served, keys):
     oracle.challenge = peer.server.challenge
     oracle.send_preamble()
     signature = oracle.receive_preamble().signature
-    oracle.socket.close()
     peer.send_authentication(identity_public_key=keys.server.public, signature=signature)
     with pytest.raises(Refused):
         peer.receive_completion()
@@ -365,12 +365,14 @@ def test_targets_are_taken_strictly(served, target):
     # What a resolver takes for loopback although it does not look like it passes a rule that compares text; an empty host is loopback too.
     server = served("-v", *NO_DEADLINE, regex=".*")
     forbidden = target(receive_all)
+    tunnel = server.honest()
     remotes = [text.replace("{}", str(forbidden.port)) for text in TARGETS] + ["127.0.0.1:" + full_width(str(forbidden.port))]
     for remote in remotes:
         for udp in (False, True):
             error = refusal(server, remote, udp=udp)
             assert error.code in (INVALID_HOST, REMOTE_FAILED), (remote, error)
     assert forbidden.accepted == 0
+    server.ping(tunnel)
     server.honest()
     server.program.stop()
     assert_harmless(server.program)
@@ -999,9 +1001,11 @@ def drip(sock, data):
 
 def test_a_silent_stranger_is_cut_at_the_deadline(served):
     server = served(*SHORT_DEADLINE)
+    tunnel = server.honest()
     with server.dial() as stranger:
         # Meanwhile everybody else is served.
         while is_silent(stranger):
+            server.ping(tunnel)
             server.honest().socket.close()
         assert ending(stranger)[0] == b""
         peer = of(stranger)
@@ -1010,10 +1014,12 @@ def test_a_silent_stranger_is_cut_at_the_deadline(served):
 
 def test_silence_instead_of_authentication_is_cut_at_the_deadline(served):
     server = served(*SHORT_DEADLINE)
+    tunnel = server.honest()
     peer = server.client()
     peer.send_preamble()
     peer.receive_preamble()
     while is_silent(peer.socket):
+        server.ping(tunnel)
         server.honest().socket.close()
     peer.drain()
     server.check(of(peer.socket))
@@ -1126,6 +1132,7 @@ def test_clients_that_send_anything(served, target, encrypt):
         connection.sendall(data)
 
     server = served(*SHORT_DEADLINE)
+    tunnel = server.honest()
     remote_address = "127.0.0.1:%d" % target(remote).port
     for seed in range(150):
         with legacy_peer.Client(server.dial(), server.identity, remote_address, encrypt, timeout=PATIENCE) as peer:
@@ -1136,6 +1143,7 @@ def test_clients_that_send_anything(served, target, encrypt):
             peer.drain()
     while encrypt and not got.empty():
         assert b"question".startswith(got.get())
+    server.ping(tunnel)
     server.honest()
     server.program.stop()
     assert_harmless(server.program)

@@ -1,17 +1,18 @@
-"""The negative tests of PROTOCOL.md that concern ratrod2, by their numbers there, over real sockets: the real `serve` or `connect` against the independent peer.
+"""The negative tests of PROTOCOL.md that concern ratrod2, by their numbers there, over real sockets: the real `serve` or `connect` against the
+independent peer.
 
 Missing numbers: 3 is legacy's. 20 and 21 (and what a permitted Listen does) need `--allow-listen`.
 """
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import queue
 import re
 import select
-import shutil
 import socket
 import struct
 import sys
@@ -19,11 +20,38 @@ import threading
 import time
 
 import pytest
-
 import ratrod2_peer as peer
-from conftest import PATIENCE, READY, base64url, echo, make_keys, receive_all, receive_exactly
-from ratrod2_peer import (AEGIS, BULK_LIMIT, CHACHA, CLOSE, DATA, DATAGRAMS, END, ERROR, HANDSHAKE_COMPLETION, KEEPALIVE, LISTEN, OPEN, OPENED, OPENING, OVER, SESSION,
-                          SESSION_OVER, TCP, UDP, Client, Identity, PeerError, ProtocolError, Recorder, Server, encode_open, encode_session, receive_to_end)
+from conftest import PATIENCE, READY, base64url, make_keys, receive_all, receive_exactly
+from ratrod2_peer import (
+    AEGIS,
+    BULK_LIMIT,
+    CHACHA,
+    CLOSE,
+    DATA,
+    DATAGRAMS,
+    END,
+    ERROR,
+    HANDSHAKE_COMPLETION,
+    KEEPALIVE,
+    LISTEN,
+    OPEN,
+    OPENED,
+    OPENING,
+    OVER,
+    SESSION,
+    SESSION_OVER,
+    TCP,
+    UDP,
+    Client,
+    Identity,
+    PeerError,
+    ProtocolError,
+    Recorder,
+    Server,
+    encode_open,
+    encode_session,
+    receive_to_end,
+)
 
 AUTHENTICATION_FAILED = 3
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
@@ -51,12 +79,21 @@ def framed(message):
     return struct.pack(">H", len(message)) + message
 
 
-def was_reset(connection):
-    """Waits until both directions are over; True where a reset did that. (After a FIN that was received no recv() would tell.)"""
+def how_it_ended(connection):
+    """Waits until both directions are over; the error that a reset has left, or 0."""
     poller = select.poll()
     poller.register(connection, 0)
     events = poller.poll(PATIENCE * 1000)
-    return bool(events and events[0][1] & select.POLLERR)
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events and events[0][1] & select.POLLERR else 0
+
+
+def is_reset(error, after_end=False):
+    """True for a reset and nothing but a reset. Linux leaves EPIPE where a FIN came before it: only after an End may it have."""
+    return error == errno.ECONNRESET or bool(error) and (after_end or not sys.platform.startswith("linux"))
+
+
+def was_reset(connection, after_end=False):
+    return is_reset(how_it_ended(connection), after_end)
 
 
 def peak_memory(program):
@@ -134,19 +171,20 @@ def served(serve, keys, tcp_echo):
 
 
 class Watched:
-    """A target that reads nothing and tells of each of its connections whether it ended by a reset."""
+    """A target that reads nothing and tells of each of its connections how it ended."""
 
     def __init__(self, target):
-        self._fates = queue.Queue()
-        self._target = target(lambda connection: self._fates.put(was_reset(connection)))
+        self._ends = queue.Queue()
+        self._target = target(lambda connection: self._ends.put(how_it_ended(connection)))
         self.address = "127.0.0.1:%d" % self._target.port
 
     @property
     def accepted(self):
         return self._target.accepted
 
-    def assert_reset(self):
-        assert self._fates.get(timeout=2 * PATIENCE), "the target's connection was not reset"
+    def assert_reset(self, after_end=False):
+        error = self._ends.get(timeout=2 * PATIENCE)
+        assert is_reset(error, after_end), "the target's connection was not reset, or ended cleanly before: %s" % errno.errorcode.get(error)
 
 
 @pytest.fixture
@@ -181,7 +219,8 @@ WELL = object()
 class EvilServer:
     """What the peer does for each link of a real client: all well, but for streams to `evil:1`, and for UDP where evil_udp is given.
 
-    After evil(stream) nothing more is sent, unless it returns WELL: then the link goes on. `ends` gets the records that the client still sent up to its end of the link; `problems` what it did against the protocol.
+    After evil(stream) nothing more is sent, and `ends` gets the records that the client still sends up to its end of the link; but where it returns
+    WELL, the link goes on. `problems` gets what the client did against the protocol.
     """
 
     def __init__(self, keys, evil, evil_udp, suites):
@@ -325,7 +364,8 @@ def read_error(link):
 # ---------------------------------------------------------------------------------------------------- name look-ups of a real server
 
 
-# Runs in the program's process before the program. Names, and what they resolve to, cannot be had from a real resolver here without being root; only this is replaced.
+# Runs in the program's process before the program. Names that resolve as a test wants them cannot be had from a real resolver without being root:
+# this alone is replaced.
 SITECUSTOMIZE = '''
 import json, os, socket, sys
 folder = os.environ["TEST_RESOLVER"]
@@ -420,18 +460,26 @@ def legacy_error(text):
     return b"\x00" + struct.pack(">Q", len(message)) + message
 
 
-@pytest.mark.parametrize("answer", [b"", None, legacy_error("what is this"), legacy_error("x" * 2000), b"\x00" + struct.pack(">Q", 500) + b"\x01" * 500],
-                         ids=["closes", "resets", "legacy Error", "long legacy Error", "legacy ServerPreamble"])
-def test_02_a_legacy_server_is_named_and_there_is_no_fallback(connect, target, answer):
+LEGACY_ANSWERS = {
+    "closes": b"",
+    "resets": None,
+    "Error": legacy_error("what is this"),
+    "long Error": legacy_error("x" * 2000),
+    "ServerPreamble": b"\x00" + struct.pack(">Q", 500) + b"\x01" * 500,
+}
+
+
+@pytest.mark.parametrize("how", LEGACY_ANSWERS)
+def test_02_a_legacy_server_is_named_and_there_is_no_fallback(connect, target, how):
     openings = queue.Queue()
 
     def handle(connection):
         # As Rust's: it takes a flag and a size from the opening bytes, and understands nothing.
         openings.put(receive_exactly(connection, 9))
-        if answer is None:
+        if LEGACY_ANSWERS[how] is None:
             peer.reset(connection)
         else:
-            connection.sendall(answer)
+            connection.sendall(LEGACY_ANSWERS[how])
     program = connect(target(handle).port)
     assert_client_gives_up(program)
     assert "--legacy" in program.output
@@ -459,7 +507,8 @@ def test_02_a_legacy_client_is_told(served, first):
     still_serves(end)
 
 
-@pytest.mark.parametrize("first", [b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x02\x00\x01", b"\x02" * 8, b"ratrod3\n", b"\xff" * 100], ids=repr)
+@pytest.mark.parametrize("first", [
+    b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"\x02" * 8, b"ratrod3\n", b"\xff" * 100], ids=repr)
 def test_02_anything_else_is_closed_without_an_answer(served, first):
     end = served()
     sock = end.socket()
@@ -564,7 +613,8 @@ def test_05_a_suite_that_was_not_offered(connect, impostor, suite_id):
     fake.assert_client_said_nothing_more()
 
 
-@pytest.mark.parametrize("payload", [b"\x01\x01", b"\x01\x03", b"\x00", b"", b"\x02\x01", b"\x03\x01\x02", b"\x02\x01\x03\x02", b"\xff\x02"], ids=lambda payload: payload.hex() or "empty")
+@pytest.mark.parametrize("payload", [b"\x01\x01", b"\x01\x03", b"\x00", b"", b"\x02\x01", b"\x03\x01\x02", b"\x02\x01\x03\x02", b"\xff\x02"],
+                         ids=lambda payload: payload.hex() or "empty")
 def test_06_a_list_without_suite_2(served, payload):
     """Or one shorter than its count; in b"\\x02\\x01\\x03\\x02" suite 2 stands behind the list's end."""
     end = served()
@@ -608,7 +658,7 @@ def test_07_small_order_s_of_a_client(served, point):
     still_serves(end)
 
 
-@pytest.mark.parametrize("point", [peer.SMALL_ORDER_POINTS[0], peer.SMALL_ORDER_POINTS[3], peer.SMALL_ORDER_POINTS[6]], ids=lambda point: point.hex()[:8])
+@pytest.mark.parametrize("point", peer.SMALL_ORDER_POINTS[::3], ids=lambda point: point.hex()[:8])
 @pytest.mark.parametrize("which", ["e", "s"])
 def test_07_small_order_key_of_a_server(connect, impostor, which, point):
     options = {"ephemeral": peer.odd_keypair(point)} if which == "e" else {"static": peer.odd_keypair(point), "claimed": peer.SMALL_ORDER_IDENTITY}
@@ -634,7 +684,8 @@ def test_08_static_key_that_is_not_the_clients_identity(served, wrong):
     still_serves(end)
 
 
-@pytest.mark.parametrize("claimed", [b"\xff" * 32, peer.SMALL_ORDER_IDENTITY, b"", bytes(31)], ids=["not a point", "neutral element", "empty", "31 bytes"])
+@pytest.mark.parametrize("claimed", [b"\xff" * 32, peer.SMALL_ORDER_IDENTITY, b"", bytes(31)],
+                         ids=["not a point", "neutral element", "empty", "31 bytes"])
 def test_08_what_is_no_identity_of_a_client(served, claimed):
     end = served()
     client = end.client(claimed=claimed).begin_handshake()
@@ -740,7 +791,7 @@ def test_11_handshake_length_of_a_server(connect, impostor, length):
 
 
 def dribble(sock, data):
-    """Sends a byte now and then until the other end answers or ends; how many went out. Each pause is far below the deadline, all of them are far above."""
+    """Sends a byte now and then until the other end answers or ends; how many went out. A pause is far below the deadline, all of them far above."""
     for count in range(len(data)):
         try:
             sock.sendall(data[count:count + 1])
@@ -861,20 +912,28 @@ def seal(link, *record, **wrong):
     return link.writer.seal(*record, **wrong)
 
 
+def seal_with_the_others_key(link):
+    to_server, to_client = link.handshaker.record_keys(link.suite)
+    return peer.RecordWriter(link.suite, to_client if link.initiator else to_server).seal(DATA, b"x", number=link.writer.number)
+
+
+def flip_length(link, bit):
+    """The filler completes the record that a greater length promises, so that what ends the link is the tag and not a FIN."""
+    return flip(seal(link, DATA, b"x" * 100), 3 - bit // 8, 1 << bit % 8) + FILLER
+
+
 # Each: (the link, its first Data as it went out, a record of the other end as it came) -> what is sent next.
 TAMPERED = {
     "replayed": lambda link, ours, theirs: ours,
     "reordered": lambda link, ours, theirs: seal(link, DATA, b"b", number=link.writer.number + 1) + seal(link, DATA, b"a", number=link.writer.number),
     "one left out": lambda link, ours, theirs: seal(link, DATA, b"b", number=link.writer.number + 1),
     "reflected": lambda link, ours, theirs: theirs,
-    "reflected with our number": lambda link, ours, theirs: peer.RecordWriter(link.suite, link.handshaker.record_keys(link.suite)[link.initiator]).seal(
-        DATA, b"x", number=link.writer.number),
+    "reflected with our number": lambda link, ours, theirs: seal_with_the_others_key(link),
     "first byte of the text": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4),
     "last byte of the text": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4 + 100),
-    "last byte of the tag": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), -1 % (5 + 100 + link.suite.tag_length)),
+    "last byte of the tag": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4 + 100 + link.suite.tag_length),
     "all zeros": lambda link, ours, theirs: struct.pack(">I", 100) + bytes(100),
-    # The filler completes the record that a greater length promises, so that what ends the link is the tag and not a FIN.
-    **{"length bit %d" % bit: lambda link, ours, theirs, bit=bit: flip(seal(link, DATA, b"x" * 100), 3 - bit // 8, 1 << bit % 8) + FILLER for bit in (0, 1, 6, 7, 8, 15, 16, 18)},
+    **{"length bit %d" % bit: lambda link, ours, theirs, bit=bit: flip_length(link, bit) for bit in (0, 1, 6, 7, 8, 15, 16, 18)},
 }
 # Each: (the suite) -> the first four bytes of a record that cannot be.
 IMPOSSIBLE_LENGTHS = {
@@ -889,9 +948,9 @@ IMPOSSIBLE_LENGTHS = {
 }
 
 
-def every_suite(test):
-    """Both suites, where this box has both; a program that does not offer AEGIS ends up with ChaCha."""
-    return pytest.mark.parametrize("suites", [(AEGIS.id, CHACHA.id), (CHACHA.id,)] if peer.HAS_AEGIS else [(CHACHA.id,)], ids=lambda suites: "suite %d" % suites[0])(test)
+# Both suites, where this box has both; a program that does not offer AEGIS ends up with ChaCha.
+OFFERS = [(AEGIS.id, CHACHA.id), (CHACHA.id,)] if peer.HAS_AEGIS else [(CHACHA.id,)]
+every_suite = pytest.mark.parametrize("suites", OFFERS, ids=lambda suites: "suite %d" % suites[0])
 
 
 def tampered(link, ours, theirs, how):
@@ -920,7 +979,7 @@ def test_15_a_record_to_the_server(served, watched, suites, how):
 
 
 def first_data(stream):
-    """The client's first Data, read before Opened: an acceptor would not, but so the client has something to lose, and the Open is no case for another try."""
+    """The client's first Data, read before Opened (which an acceptor does not do): with it the Open is no case for another try."""
     record = stream.link.read_any_record()
     while record.type == KEEPALIVE:
         record = stream.link.read_any_record()
@@ -993,18 +1052,20 @@ BAD_CONTENTS = {
     "Error of 2 KiB": (ERROR, peer.encode_error(peer.UNKNOWN, "x" * 2048)),
     "Error with text that is not UTF-8": (ERROR, b"\x03\x02\xff\xfe"),
 }
+# Each: (a target that could be reached) -> an Open's content.
 BAD_OPENS = {
-    "empty": b"",
-    "kind 0": encode_open(0, "127.0.0.1:1"),
-    "kind 4": encode_open(4, "127.0.0.1:1"),
-    "no target": b"\x01",
-    "target cut short": b"\x01\x0a127",
-    "target not UTF-8": b"\x01\x02\xff\xfe",
-    "bytes left over": encode_open(TCP, "127.0.0.1:1") + b"x",
-    "2 KiB": encode_open(TCP, "a" * 2048),
-    "an endless varint": b"\x01\xfd" + b"\xff" * 8,
-    "a varint mark that is none": b"\x01\xff",
-    "Listen with a short instance": encode_open(LISTEN, "127.0.0.1:0", b"7 bytes"),
+    "empty": lambda target: b"",
+    "kind 0": lambda target: encode_open(0, target),
+    "kind 4": lambda target: encode_open(4, target),
+    "no target": lambda target: b"\x01",
+    "target cut short": lambda target: encode_open(TCP, target)[:-1],
+    "target not UTF-8": lambda target: b"\x01\x02\xff\xfe",
+    "bytes left over": lambda target: encode_open(TCP, target) + b"x",
+    "2 KiB": lambda target: encode_open(TCP, "a" * 2048),
+    "an endless varint": lambda target: b"\x01\xfd" + b"\xff" * 8,
+    "a varint mark that is none": lambda target: b"\x01\xff",
+    "UDP with bytes left over": lambda target: encode_open(UDP, "") + b"x",
+    "Listen with a short instance": lambda target: encode_open(LISTEN, "127.0.0.1:0", b"7 bytes"),
 }
 
 
@@ -1033,12 +1094,13 @@ def test_16_a_content_to_the_client_that_cannot_be(connected, how):
 
 
 @pytest.mark.parametrize("how", BAD_OPENS)
-def test_16_an_open_that_cannot_be(served, how):
+def test_16_an_open_that_cannot_be(served, watched, how):
     end = served()
     link = end.link()
-    link.send_record(OPEN, BAD_OPENS[how])
+    link.send_record(OPEN, BAD_OPENS[how](watched.address))
     assert_ended(link)
     still_serves(end)
+    assert watched.accepted == 0
 
 
 def test_16_the_largest_data_is_taken(served):
@@ -1078,7 +1140,7 @@ def test_17_fin_of_a_client_during_a_stream(served, watched, how):
     link.open(watched.address).wait_opened()
     link.send_record(DATA, b"hello")
     BREAKS[how](link)
-    watched.assert_reset()
+    watched.assert_reset(after_end=how == "FIN after our End")
     still_serves(end)
 
 
@@ -1101,8 +1163,8 @@ def test_17_fin_of_a_server_during_a_stream(connected, how):
         BREAKS[how](stream.link)
         if how == "reset":
             raise peer.LinkEnded("there is nothing more to read")
-    end, evil = connected(misbehave)
-    assert was_reset(end.originate())
+    end, _ = connected(misbehave)
+    assert was_reset(end.originate(), after_end=how == "FIN after our End")
     still_serves(end)
 
 
@@ -1170,7 +1232,7 @@ def test_18_open_during_a_stream(served, watched, before):
     for record in (*before, ANOTHER_OPEN):
         link.send_record(*record)
     assert_ended(link)
-    watched.assert_reset()
+    watched.assert_reset(after_end=AN_END in before)
     still_serves(end)
 
 
@@ -1229,7 +1291,7 @@ def test_19_what_an_opener_may_not_send(served, watched, how):
         for record in WRONG_FROM_OPENER[how]:
             link.send_record(*record)
     assert_ended(link)
-    watched.assert_reset()
+    watched.assert_reset(after_end=AN_END in WRONG_FROM_OPENER[how])
     still_serves(end)
 
 
@@ -1245,7 +1307,8 @@ def test_19_what_a_client_may_not_send_on_an_idle_link(served, how, used):
     still_serves(end)
 
 
-@pytest.mark.parametrize("record", [SOME_DATA, AN_END, AN_OVER, AN_OPENED, A_COMPLETION, A_CLOSE, UNKNOWN_TYPE], ids=lambda record: "%02x" % record[0])
+@pytest.mark.parametrize("record", [SOME_DATA, AN_END, AN_OVER, AN_OPENED, A_COMPLETION, A_CLOSE, UNKNOWN_TYPE],
+                         ids=lambda record: "%02x" % record[0])
 def test_19_what_does_not_belong_on_a_udp_link(served, udp_echo, record):
     end = served()
     link = end.link().open_udp()
@@ -1287,7 +1350,7 @@ def test_19_what_an_acceptor_may_not_send(connected, how):
             for record in WRONG_FROM_ACCEPTOR[how]:
                 stream.link.send_record(*record)
     end, evil = connected(misbehave)
-    assert was_reset(end.originate())
+    assert was_reset(end.originate(), after_end=AN_END in WRONG_FROM_ACCEPTOR[how][:-1])
     evil.end()
     still_serves(end)
 
@@ -1327,14 +1390,25 @@ def test_22_listen_without_permission(served):
 
 
 MALFORMED_TARGETS = [
-    "a:80\n", "127.0.0.1:{port}\n", "\n127.0.0.1:{port}", "127.0.0.1:{port} ", " 127.0.0.1:{port}", "127.0.0.1 :{port}", "127.0.0.1:{port}\x00", "127.0.0.1\x00:{port}",
-    "127.1:{port}", "127.0.1:{port}", "2130706433:{port}", "0x7f000001:{port}", "0x7f.0.0.1:{port}", "0177.0.0.1:{port}", "127.0.0.01:{port}", "127.0.0.256:{port}", "a.0x7f:{port}",
-    "\uff11\uff12\uff17.0.0.1:{port}", "\u0661\u0662\u0667.0.0.1:{port}", "127\u30020.0.1:{port}", "loc\u212alhost:{port}", "ex\u00e4mple.example:{port}",
-    "127.0.0.1:\uff18\uff10", "127.0.0.1:\u0668\u0660", "127.0.0.1:8\u0660", "127.0.0.1:0{port}", "127.0.0.1:+{port}", "127.0.0.1:-1", "127.0.0.1:0", "127.0.0.1:65536",
-    "127.0.0.1:99999999999999999999", "127.0.0.1:", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:0x50", "127.0.0.1:1_0", "127.0.0.1:{port}:1",
-    "", ":", ":{port}", "[]:{port}", "*:{port}", "::1:{port}", "[::1]{port}", "[::1:{port}", "::1]:{port}", "[127.0.0.1]:{port}", "[localhost]:{port}",
-    "[fe80::1%lo]:{port}", "[::1%1]:{port}", "[::1]]:{port}", "[[::1]]:{port}", "[::ffff:127.1]:{port}", "a b:{port}", "a/b:{port}", "user@127.0.0.1:{port}", "a,b:{port}",
-    "a" * 254 + ":{port}", "unix:/nowhere", "unix:", "unix:relative", "unix:/nowhere:{port}",
+    # what surrounds
+    "a:80\n", "127.0.0.1:{port}\n", "\n127.0.0.1:{port}", "127.0.0.1:{port} ", " 127.0.0.1:{port}", "127.0.0.1 :{port}", "127.0.0.1:{port}\x00",
+    "127.0.0.1\x00:{port}",
+    # numbers that inet_aton() takes for an address
+    "127.1:{port}", "127.0.1:{port}", "2130706433:{port}", "0x7f000001:{port}", "0x7f.0.0.1:{port}", "0177.0.0.1:{port}", "127.0.0.01:{port}",
+    "127.0.0.256:{port}", "a.0x7f:{port}",
+    # digits and letters that are not ASCII
+    "\uff11\uff12\uff17.0.0.1:{port}", "\u0661\u0662\u0667.0.0.1:{port}", "127\u30020.0.1:{port}", "loc\u24d0lhost:{port}",
+    "ex\u00e4mple.example:{port}", "127.0.0.1:\uff18\uff10", "127.0.0.1:\u0668\u0660", "127.0.0.1:8\u0660",
+    # ports
+    "127.0.0.1:0{port}", "127.0.0.1:+{port}", "127.0.0.1:-1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:99999999999999999999", "127.0.0.1:",
+    "127.0.0.1", "127.0.0.1:http", "127.0.0.1:0x50", "127.0.0.1:1_0", "127.0.0.1:{port}:1",
+    # no host, and brackets
+    "", ":", ":{port}", "[]:{port}", "*:{port}", "::1:{port}", "[::1]{port}", "[::1:{port}", "::1]:{port}", "[127.0.0.1]:{port}",
+    "[localhost]:{port}", "[fe80::1%lo]:{port}", "[::1%1]:{port}", "[::1]]:{port}", "[[::1]]:{port}", "[::ffff:127.1]:{port}",
+    # characters and lengths
+    "a b:{port}", "a/b:{port}", "user@127.0.0.1:{port}", "a,b:{port}", "a" * 254 + ":{port}",
+    # what nobody has permitted
+    "unix:/nowhere", "unix:", "unix:relative", "unix:/nowhere:{port}",
 ]
 
 
@@ -1394,8 +1468,9 @@ def refusal(end, target):
 
 
 def test_24_an_allowed_name_that_resolves_to_loopback_or_link_local(served, watched, resolver):
-    names = resolver(loopback_example=["127.0.0.1"], other_loopback_example=["127.8.8.8"], six_example=["::1"], mapped_example=["::ffff:127.0.0.1"],
-                     local_example=["169.254.169.254"], localsix_example=["fe80::1"], mappedlocal_example=["::ffff:169.254.169.254"], localhost=["127.0.0.1"])
+    names = resolver(
+        loopback_example=["127.0.0.1"], other_loopback_example=["127.8.8.8"], six_example=["::1"], mapped_example=["::ffff:127.0.0.1"],
+        local_example=["169.254.169.254"], localsix_example=["fe80::1"], mappedlocal_example=["::ffff:169.254.169.254"], localhost=["127.0.0.1"])
     end = served("-r", r"[a-z.]*\.example|localhost", env=names.environment, host="localhost")
     port = watched.address.rpartition(":")[2]
     common = refusal(end, "forbidden.test:%s" % port)
@@ -1621,8 +1696,9 @@ def test_29_a_datagram_past_its_record_to_the_client(connected, how):
     still_serves(end)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00\x00", struct.pack(">I", 5), struct.pack(">I", 5) + b"\x05a:1", encode_session(5, "127.0.0.1:1") + b"x", encode_session(5, b"\xff\xfe")],
-                         ids=bytes.hex)
+@pytest.mark.parametrize("content", [
+    b"", b"\x00\x00", encode_session(5, "a:1")[:4], encode_session(5, "a:1")[:-1], encode_session(5, "a:1") + b"x", encode_session(5, b"\xff\xfe"),
+], ids=bytes.hex)
 def test_29_a_session_that_cannot_be(served, content):
     end = served()
     link = end.link().open_udp()
@@ -1848,10 +1924,10 @@ def test_33_descriptors_exhausted(served):
     waiting[0].send(OPENING)
     stream.send(b"hello")
     assert stream.receive() == b"hello"
-    # A spin can only be seen over time.
+    # A spin can only be seen over time. It takes what the machine gives it; a pause takes nothing.
     start, used = time.monotonic(), cpu_seconds(pid)
     time.sleep(1)
-    assert cpu_seconds(pid) - used < (time.monotonic() - start) / 2
+    assert cpu_seconds(pid) - used < (time.monotonic() - start) / 10
     stream.send(b"hello")
     assert stream.receive() == b"hello"
     assert len([line for line in end.program.lines if re.search("descriptor|too many open files", line, re.I)]) <= 1

@@ -10,7 +10,6 @@ import sys
 import threading
 
 import pytest
-
 import ratrod2_peer as peer
 from conftest import PATIENCE, echo, receive_all
 from ratrod2_peer import CHACHA, SUITES, Client, Handshake, Identity, LinkBroken, LinkClosed, LinkEnded, PeerError, ProtocolError, Server
@@ -59,7 +58,10 @@ def framed(message):
 @pytest.mark.parametrize("vector", NOISE, ids=lambda vector: vector["protocol_name"])
 def test_noise_vector(vector):
     assert vector["protocol_name"].encode() == peer.NOISE_NAME
-    sides = [Handshake(*unhex(vector, "%s_static" % side), side == "init", *unhex(vector, "%s_ephemeral" % side, "%s_prologue" % side)) for side in ("init", "resp")]
+    sides = []
+    for side in ("init", "resp"):
+        static, ephemeral, prologue = unhex(vector, side + "_static", side + "_ephemeral", side + "_prologue")
+        sides.append(Handshake(static, side == "init", ephemeral, prologue))
     for message in vector["messages"][:3]:
         payload, ciphertext = unhex(message, "payload", "ciphertext")
         assert sides[0].write_message(payload) == ciphertext
@@ -85,7 +87,7 @@ def test_identities_of_the_vector(vector):
 
 @every_vector
 def test_handshake_vector(vector):
-    assert peer.OPENING == bytes.fromhex(vector["prologue"])
+    assert bytes.fromhex(vector["prologue"]) == peer.OPENING
     messages, payloads = ([bytes.fromhex(text) for text in vector[name]] for name in ("messages", "payloads"))
     client_seed, server_seed, client_ephemeral, server_ephemeral = unhex(vector, "client_seed", "server_seed", "client_ephemeral", "server_ephemeral")
     client = Handshake(Identity.from_seed(client_seed).static_private, True, client_ephemeral)
@@ -163,15 +165,18 @@ def test_varint(n, size):
     assert (decoder.left, decoder.varint(), decoder.left) == (size, n, 0)
 
 
-@pytest.mark.parametrize("decode, content", [
-    (peer.decode_str, b"\x02a"), (peer.decode_str, b"\x01ab"), (peer.decode_str, b"\x01\xff"), (peer.decode_str, b"\xff"), (peer.decode_str, b"\xfb\x00"), (peer.decode_str, b""),
-    (peer.decode_open, b"\x00\x00"), (peer.decode_open, b"\x04\x00"), (peer.decode_open, b"\x01\x00x"), (peer.decode_open, b"\x03\x00instan"), (peer.decode_error, b"\x04\x00"),
-    (peer.decode_datagrams, b"\x00\x00\x00\x01\x00\x02x"), (peer.decode_datagrams, b"\x00\x00\x00"), (peer.decode_session, b"\x00\x00\x00\x01\x00x"),
-    (peer.decode_session_over, b"\x00\x00\x00\x01\x03\x00x"),
+@pytest.mark.parametrize("decode, contents", [
+    (peer.decode_str, [b"", b"\x02a", b"\x01ab", b"\x01\xff", b"\xff", b"\xfb\x00"]),
+    (peer.decode_error, [b"\x04\x00", b"\x03\x00x", b"\x03"]),
+    (peer.decode_open, [b"", b"\x00\x00", b"\x04\x00", b"\x01\x00x", b"\x03\x00instan"]),
+    (peer.decode_datagrams, [b"\x00\x00\x00", b"\x00\x00\x00\x01\x00\x02x"]),
+    (peer.decode_session, [b"\x00\x00\x00\x01", b"\x00\x00\x00\x01\x00x"]),
+    (peer.decode_session_over, [b"\x00\x00\x00\x01\x03\x00x"]),
 ])
-def test_contents_that_are_refused(decode, content):
-    with pytest.raises(ProtocolError):
-        decode(content)
+def test_contents_that_are_refused(decode, contents):
+    for content in contents:
+        with pytest.raises(ProtocolError):
+            decode(content)
 
 
 def test_contents_that_are_taken():
@@ -302,7 +307,9 @@ def test_keepalive_passes_between_records():
 
 
 def test_udp_sessions():
-    joined = Joined(serving(lambda stream: peer.serve_udp(stream, lambda target, data: None if data == b"silence" else target.encode() + b"/" + data)))
+    def answer(target, data):
+        return None if data == b"silence" else target.encode() + b"/" + data
+    joined = Joined(serving(lambda stream: peer.serve_udp(stream, answer)))
     client = joined.client.handshake().open_udp()
     client.session(1, "a:53")
     client.session(2, "b:53")
@@ -450,10 +457,10 @@ def test_a_suite_that_was_not_offered(suite_id):
 def test_bad_records_are_refused(suite):
     """And so the explicit counters and lengths of the writer really make something wrong."""
     key = bytes(suite.key_length)
-    for wrong in (lambda writer: writer.seal(peer.KEEPALIVE, number=1), lambda writer: writer.seal(peer.KEEPALIVE, length=suite.tag_length),
-                  lambda writer: writer.seal(peer.KEEPALIVE, length=suite.tag_length + 2 + peer.BULK_LIMIT), lambda writer: writer.seal(peer.END, b"x" * 1025)):
+    too_long = suite.tag_length + 2 + peer.BULK_LIMIT
+    for content, wrong in ((b"", {"number": 1}), (b"", {"length": suite.tag_length}), (b"", {"length": too_long}), (b"x" * 1025, {})):
         with pytest.raises(ProtocolError):
-            peer.RecordReader(suite, key).read(Wire(wrong(peer.RecordWriter(suite, key))))
+            peer.RecordReader(suite, key).read(Wire(peer.RecordWriter(suite, key).seal(peer.END, content, **wrong)))
     writer, reader = peer.RecordWriter(suite, key), peer.RecordReader(suite, key)
     first, second = writer.seal(peer.DATA, b"1"), writer.seal(peer.DATA, b"2")
     for wire in (second, first[:-1] + bytes([first[-1] ^ 1]), bytes([first[0] ^ 1]) + first[1:]):
@@ -465,21 +472,24 @@ def test_bad_records_are_refused(suite):
     assert reader.open(second).content == b"2"
 
 
+AN_OPENED, SOME_DATA, AN_END = (peer.OPENED, b"\x00"), (peer.DATA, b"x"), (peer.END, b"")
+
+
 @pytest.mark.parametrize("steps", [
-    [(peer.DATA, b"x")], [(peer.END, b"")], [(peer.OVER, b"")], [(peer.OPENED, b"\x00")], [(peer.OPENED, b"\x00"), (peer.OPENED, b"\x00")],
-    [(peer.OPENED, b"\x00"), (peer.OVER, b"")], [(peer.OPENED, b"\x00"), (peer.DATA, b"")], [(peer.OPENED, b"\x00"), (peer.END, b"x")], [(peer.OPENED, b"\x00"), (peer.CLOSE, b"")],
-    [(peer.OPENED, b"\x00"), (peer.END, b""), (peer.DATA, b"x")], [(peer.OPENED, b"\x00"), (peer.END, b""), (peer.END, b"")], [(peer.OPEN, peer.encode_open(peer.TCP, "a:1"))],
-    [(peer.HANDSHAKE_COMPLETION, b"\x00")], [(peer.SESSION, peer.encode_session(1, "a:1"))], [(0x7f, b"")],
+    [SOME_DATA], [AN_END], [(peer.OVER, b"")], [(peer.OPEN, peer.encode_open(peer.TCP, "a:1"))], [(peer.HANDSHAKE_COMPLETION, b"\x00")],
+    [(peer.SESSION, peer.encode_session(1, "a:1"))], [(0x7f, b"")], [AN_OPENED], [AN_OPENED, AN_OPENED], [AN_OPENED, (peer.OVER, b"")],
+    [AN_OPENED, (peer.DATA, b"")], [AN_OPENED, (peer.END, b"x")], [AN_OPENED, (peer.CLOSE, b"")],
+    [AN_OPENED, AN_END, SOME_DATA], [AN_OPENED, AN_END, AN_END],
 ], ids=lambda steps: "-".join("%02x" % record for record, _ in steps))
 def test_what_the_table_forbids_an_acceptor(steps):
-    """Only the last step may be wrong; (Opened alone is allowed, and then nothing follows but the end of the link)."""
+    """Only the last step is wrong. (Opened alone is allowed: nothing but the end of the link follows.)"""
     def serve(server):
         server.handshake().accept()
         for step in steps:
             server.send_record(*step)
     joined = Joined(serve)
     stream = joined.client.handshake().open("a:1")
-    error = LinkEnded if steps == [(peer.OPENED, b"\x00")] else ProtocolError
+    error = LinkEnded if steps == [AN_OPENED] else ProtocolError
     with pytest.raises(error):
         while True:
             stream.receive()
