@@ -3,7 +3,8 @@
 
 Usage:
   ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--legacy] [--udp-timeout SECS]
-         [--handshake-timeout SECS] [--] BIND
+         [--handshake-timeout SECS] [--max-links N] [--max-links-per-key N]
+         [--max-udp-sessions N] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [-e] [--legacy] [--udp-timeout SECS]
          [--handshake-timeout SECS] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
@@ -31,10 +32,13 @@ Options:
   -v, --verbose             say more: every connection with its addresses, bytes and time
   -r, --remote-regex REGEX  allow only remotes whose whole `host` or whole `host:port` matches (default: .*)
   -a, --accept-all-hosts    accept any server's key: no protection from a server that only pretends
-  -e, --encrypt             encrypt the traffic (legacy only)
-  --legacy                  speak the wire of the original, Rust ratrod 0.6.3
+  -e, --encrypt             with --legacy: encrypt the traffic; otherwise it is always encrypted
+  --legacy                  connect: speak the wire of the original, Rust ratrod 0.6.3; serve: take it too
   --udp-timeout SECS        forget a UDP session that has been idle for so long (default: 120)
   --handshake-timeout SECS  time for a connection to authenticate itself (default: 10)
+  --max-links N             connections of clients in all (default: as many as the descriptor limit bears)
+  --max-links-per-key N     ... and of one client's key (default: the same)
+  --max-udp-sessions N      UDP sessions in all (default: 4096)
   -h, --help                show this help, or a command's after the command
   -V, --version             show the version
 """
@@ -110,7 +114,8 @@ MAX_NOISE_MESSAGE = 1024
 LEGACY_MAX_FRAME = 128 * 1024 - 256  # the original's BUFFER_SIZE, tag included
 MAX_HANDSHAKE_FRAME = 16 * 1024  # legacy: the longest honest one is an Error that quotes a regex
 MAX_DATAGRAM = 65507
-DATAGRAMS_AT_ONCE = 64 * 1024  # in one record
+DATAGRAMS_AT_ONCE = 64 * 1024  # bytes of them in one record
+UNSENT_DATAGRAMS = 64 * 1024  # bytes of them that the kernel may hold back
 HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and message head (6) are written there
 TAILROOM = 64  # behind it: the tag
 SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and what came with it
@@ -1745,6 +1750,9 @@ class WorkerPool:
 # ======================================================================================================================
 
 
+TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
+
+
 class Transport:
     """A connected socket on the loop; what a link and the local end of a stream both run on."""
 
@@ -1781,6 +1789,13 @@ class Transport:
             return self.sock.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
+
+    def limit_unsent(self, n: int) -> None:
+        """Where the system can: no more than n bytes wait in its buffer before they are sent, so that what is to leave late can be
+        dropped before."""
+        if TCP_NOTSENT_LOWAT is not None:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, n)
 
     def half_close(self) -> None:
         """No more bytes from this side; OSError where the connection is broken."""
@@ -2630,6 +2645,7 @@ class UdpRelay(UdpLink):
         self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1))
         self.link, self.key, self._origin, self._open_session, self._lost = link, link.peer_key, origin, open_session, lost
         self._highest = -1
+        link.transport.limit_unsent(UNSENT_DATAGRAMS)
 
     def session(self, message: Session) -> None:
         if message.number <= self._highest:
@@ -2685,6 +2701,7 @@ class UdpCarrier(UdpLink):
 
     def begin(self, link: Link, deadline: float) -> None:
         self.began_at = self.loop.now
+        link.transport.limit_unsent(UNSENT_DATAGRAMS)
         link.ask(self, UDP, "", deadline)
         self.link = link  # only now: a datagram must not pass the Open and the Session it belongs to
         for session in list(self.sessions.values()):
@@ -3721,11 +3738,15 @@ class Options(NamedTuple):
     legacy: bool = False
     udp_timeout: float = DEFAULT_LIMITS.udp_timeout
     handshake_timeout: float = DEFAULT_LIMITS.handshake_timeout
+    max_links: int = DEFAULT_LIMITS.links
+    max_links_per_key: int = DEFAULT_LIMITS.links_per_key
+    max_udp_sessions: int = DEFAULT_LIMITS.udp_sessions_in_all
     topic: Optional[str] = None
 
     @property
     def limits(self) -> Limits:
-        return DEFAULT_LIMITS._replace(udp_timeout=self.udp_timeout, handshake_timeout=self.handshake_timeout)
+        return DEFAULT_LIMITS._replace(udp_timeout=self.udp_timeout, handshake_timeout=self.handshake_timeout, links=self.max_links,
+                                       links_per_key=self.max_links_per_key, udp_sessions_in_all=self.max_udp_sessions)
 
 
 USAGE = re.search(r"Usage:\n(?:  .*\n)+", __doc__).group()  # type: ignore[union-attr,arg-type]
@@ -3849,26 +3870,26 @@ def _docopt(reader: UsageReader, argv: List[str]) -> Dict[str, Any]:
 
 
 def _to_options(given: Dict[str, Any]) -> Options:
-    """From docopt's dictionary: the last of each repeated option, defaults where nothing was given."""
-    def last(name: str) -> Any:
-        value = given.get(name)
-        return value[-1] if isinstance(value, list) and value else None if value == [] else value
+    """From docopt's dictionary: the last of each repeated option, converted to the type of the field's default."""
+    fields: Dict[str, Any] = {"command": next(command for command in COMMANDS if given.get(command))}
+    for name, value in given.items():
+        field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
+        if field in Options._fields and value not in (None, [], False, 0):
+            default = Options._field_defaults[field]
+            word = tuple(value) if isinstance(default, tuple) else value[-1] if isinstance(value, list) else value
+            fields[field] = _convert(name, word, default)
+    return Options(**fields)
 
-    def seconds(name: str, default: float) -> float:
-        text = last(name)
-        if text is None:
-            return default
-        if not re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]+)?", text, re.ASCII) or float(text) <= 0:
-            raise UsageError("`%s` takes seconds, a number above 0, not `%s`" % (name, printable(text)))
-        return float(text)
 
-    return Options(
-        command=next(command for command in COMMANDS.keys() | {"help"} if given.get(command)),
-        key_path=last("--key-path"), verbose=bool(last("--verbose")), bind=last("BIND") or "",
-        remote_regex=".*" if last("--remote-regex") is None else last("--remote-regex"), server=last("SERVER") or "",
-        tunnels=tuple(given.get("TUNNEL") or ()), accept_all_hosts=bool(last("--accept-all-hosts")), encrypt=bool(last("--encrypt")),
-        legacy=bool(last("--legacy")), udp_timeout=seconds("--udp-timeout", DEFAULT_LIMITS.udp_timeout),
-        handshake_timeout=seconds("--handshake-timeout", DEFAULT_LIMITS.handshake_timeout), topic=last("COMMAND"))
+def _convert(name: str, word: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        return True
+    if not isinstance(default, (int, float)):
+        return word
+    what, form = ("seconds, a number", r"[0-9]{1,9}(?:\.[0-9]+)?") if isinstance(default, float) else ("a whole number", "[0-9]{1,9}")
+    if not re.fullmatch(form, word, re.ASCII) or float(word) <= 0:
+        raise UsageError("`%s` takes %s above 0, not `%s`" % (name, what, printable(word)))
+    return type(default)(word)
 
 
 def help_text(topic: Optional[str] = None) -> str:
