@@ -90,6 +90,7 @@ class Limits(NamedTuple):
     links_per_key: int = 0  # ... of one client's key; 0: as many as in all
     lookup_threads: int = 16  # a name server that hangs holds up these, never a handshake
     connects_per_key: int = 32  # remotes of one client being looked up or connected to
+    links_at_once: int = 16  # that a client makes; further ones wait for these, so that a burst does not look like an attack
     idle_links: int = 8  # that a client keeps, or as many as it lately needed at once
     idle_time: float = 60.0  # after which surplus ones are let go
     link_age: float = 3600.0  # forward secrecy is per link: an older one takes no new stream
@@ -2872,8 +2873,9 @@ def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> 
 class Listener:
     """A listening TCP socket: accepted(socket, address) for each connection. Pauses when descriptors run out."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
-        self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
+    def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float,
+                 ready: Callable[[], bool] = lambda: True):
+        self._loop, self.sock, self._accepted, self._pause, self._ready = loop, sock, accepted, pause, ready
         sock.setblocking(False)
         self._watched = self._starved = False
 
@@ -2884,6 +2886,8 @@ class Listener:
 
     def _on_event(self, _mask: int) -> None:
         for _ in range(BATCH):
+            if not self._ready():
+                return self._wait(0.01)
             try:
                 sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
@@ -2900,8 +2904,11 @@ class Listener:
         if not self._starved:
             log.warning("cannot accept connections for now: %s", reason(error))
         self._starved = True
+        self._wait(self._pause)
+
+    def _wait(self, seconds: float) -> None:
         self._unwatch()
-        self._loop.call_later(self._pause, self.start)
+        self._loop.call_later(seconds, self.start)
 
     def _unwatch(self) -> None:
         if self._watched:
@@ -2953,14 +2960,14 @@ def last_word(sock: socket.socket, data: bytes) -> None:
 class Endpoint:
     """What server and client share: the loop, the identity, the limits, the links, what ages and the threads."""
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, legacy: bool):
+    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, legacy: bool, threads: int):
         self.loop, self.folder, self.limits, self.legacy = loop, folder, limits, legacy
         self.keys = folder.load()
         for warning in folder.warnings:
             log.warning(warning)
         self.links: Set[Link] = set()
         self.listeners: List[Union[Listener, UdpPort]] = []
-        self.workers = WorkerPool(loop, limits.handshakes)
+        self.workers = WorkerPool(loop, threads)
         self._swept_at = boot_time()
         self._sweeper = loop.call_later(limits.sweep_interval, self._sweep)
 
@@ -3086,6 +3093,36 @@ class Stranger(NamedTuple):
     sock: socket.socket
     address: str
     source: str
+    since: float
+
+
+class FairQueue:
+    """Begins at most `most` things for one key at a time; the others of that key wait for their turn, and hold up no other key's."""
+
+    def __init__(self, most: int):
+        self._most = most
+        self._running: "collections.Counter[bytes]" = collections.Counter()
+        self._waiting: Dict[bytes, Deque[Callable[[], None]]] = {}
+
+    def begin(self, key: bytes, call: Callable[[], None]) -> None:
+        """call() now or later; whatever it begins says done() once."""
+        if self._running[key] < self._most:
+            self._running[key] += 1
+            call()
+        else:
+            self._waiting.setdefault(key, collections.deque()).append(call)
+
+    def done(self, key: bytes) -> None:
+        waiting = self._waiting.get(key)
+        if waiting:
+            call = waiting.popleft()
+            if not waiting:
+                del self._waiting[key]
+            return call()
+        self._running[key] -= 1
+        if not self._running[key]:
+            del self._running[key]
+        return None
 
 
 class LookUps:
@@ -3094,8 +3131,7 @@ class LookUps:
     def __init__(self, loop: EventLoop, limits: Limits):
         self._loop, self._limits = loop, limits
         self._pool = WorkerPool(loop, limits.lookup_threads)
-        self._running: "collections.Counter[bytes]" = collections.Counter()
-        self._waiting: Dict[bytes, Deque[Callable[[], None]]] = {}
+        self._queue = FairQueue(limits.lookup_threads // 2)
 
     def submit(self, key: bytes, task: Callable[[], Any], done: Callable[[Any, Optional[Exception]], None]) -> None:
         """task() on a thread, at most half of them for one `key`; done(result, None) or done(None, error) within connect_timeout."""
@@ -3108,42 +3144,28 @@ class LookUps:
                 done(result, error)
 
         def finished(result: Any, error: Optional[Exception]) -> None:
-            self._running[key] -= 1
-            waiting = self._waiting.get(key)
-            if waiting:
-                waiting.popleft()()
-            if not waiting:
-                self._waiting.pop(key, None)
-            if not self._running[key]:
-                del self._running[key]
+            self._queue.done(key)
             answer(result, error)
-
-        def begin() -> None:
-            self._running[key] += 1
-            self._pool.submit((lambda: None) if answered else task, finished)
         timer = self._loop.call_later(self._limits.connect_timeout, lambda: answer(None, ConnectError("the name look-up took too long")))
-        if self._running[key] < self._limits.lookup_threads // 2:
-            begin()
-        else:
-            self._waiting.setdefault(key, collections.deque()).append(begin)
+        self._queue.begin(key, lambda: self._pool.submit((lambda: None) if answered else task, finished))
 
 
 class Server(Endpoint):
     """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *, legacy: bool = False):
-        super().__init__(loop, folder, limits, legacy)
+        super().__init__(loop, folder, limits, legacy, limits.handshakes)
         self.policy = policy
         self.lookups = LookUps(loop, limits)
         self._sources: Dict[str, Source] = {}
         self._strangers: "collections.OrderedDict[socket.socket, Stranger]" = collections.OrderedDict()  # the oldest first
         self._links_of: "collections.Counter[bytes]" = collections.Counter()
-        self._connecting: "collections.Counter[bytes]" = collections.Counter()
+        self._connecting = FairQueue(limits.connects_per_key)
         self._relays: Dict[bytes, Set[UdpRelay]] = {}
         self._listed: Any = None  # authorized_keys as the links were last held against it
         self._set_caps()
         for sock in listen(bind):
-            self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
+            self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause, self._may_accept))
         self.address = bind._replace(port=sock.getsockname()[1])
 
     def _set_caps(self) -> None:
@@ -3167,26 +3189,40 @@ class Server(Endpoint):
             sock.close()
             return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
         self._make_room(name, source)
-        stranger = self._strangers[sock] = Stranger(sock, shown, name)
+        stranger = self._strangers[sock] = Stranger(sock, shown, name, self.loop.now)
         source.strangers += 1
         self.workers.submit(functools.partial(self._handshake, sock), functools.partial(self._authenticated, stranger))
         return None
 
+    def _may_accept(self) -> bool:
+        """Whether one more stranger fits; otherwise the next ones wait in the system's queue, for the few milliseconds that honest
+        handshakes take."""
+        return len(self._strangers) < self.limits.handshakes or self._evictable() is not None
+
+    def _evictable(self) -> Optional[Stranger]:
+        """The oldest unauthenticated connection that is not from a client's machine, or has been silent for a second all the same: a
+        client that opens a hundred connections at once, as a browser does, must not push out its own."""
+        now = self.loop.now
+        return next((stranger for stranger in self._strangers.values()
+                     if now - stranger.since > 1 or not self._sources[stranger.source].trusted(now)), None)
+
     def _make_room(self, name: str, source: Source) -> None:
         """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
+        oldest = None
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
             oldest = next(stranger for stranger in self._strangers.values() if stranger.source == name)
         elif len(self._strangers) >= self.limits.handshakes:
-            oldest = next(iter(self._strangers.values()))
-        else:
-            return
-        self._forget(oldest)
-        with contextlib.suppress(OSError):
-            oldest.sock.shutdown(socket.SHUT_RDWR)
+            oldest = self._evictable()
+        if oldest and self._forget(oldest):
+            with contextlib.suppress(OSError):
+                oldest.sock.shutdown(socket.SHUT_RDWR)
 
-    def _forget(self, stranger: Stranger) -> None:
-        if self._strangers.pop(stranger.sock, None):
-            self._sources[stranger.source].strangers -= 1
+    def _forget(self, stranger: Stranger) -> bool:
+        """False where it had to make room before."""
+        if not self._strangers.pop(stranger.sock, None):
+            return False
+        self._sources[stranger.source].strangers -= 1
+        return True
 
     def _handshake(self, sock: socket.socket) -> Handshake:
         """On a thread. The first byte tells the wire."""
@@ -3227,11 +3263,12 @@ class Server(Endpoint):
                                       % encode_key(key))
 
     def _authenticated(self, stranger: Stranger, handshake: Optional[Handshake], error: Optional[Exception]) -> None:
-        self._forget(stranger)
+        stayed = self._forget(stranger)
         source = self._sources[stranger.source]
         if handshake is None:
             stranger.sock.close()
-            return source.complain(self.loop.now, stranger.address, error)
+            return source.complain(self.loop.now, stranger.address, error if stayed else
+                                   "it had not authenticated itself when others needed its place")
         log.debug("✅ Accepted `%s` with key `%s`, cipher: %s", stranger.address, encode_key(handshake.peer_key), handshake.suite)
         source.links += 1
         source.authorized(self.loop.now)
@@ -3308,12 +3345,9 @@ class Server(Endpoint):
 
     def _open(self, link: Link, label: Label, remote: str) -> None:
         key = link.peer_key
-        if self._connecting[key] >= self.limits.connects_per_key:
-            return self._refuse(link, label, Overloaded("too many connects of this client are under way"))
-        self._connecting[key] += 1
 
         def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
-            self._connecting[key] -= 1
+            self._connecting.done(key)
             if sock is None:
                 self._refuse(link, label, error or ConnectError("unknown reason"))
             elif link.state == CLOSED:
@@ -3328,7 +3362,7 @@ class Server(Endpoint):
                 return connected(None, error)
             Connector(self.loop, addresses, port, self.limits.connect_timeout, connected)
             return None
-        return self._resolve(key, remote, socket.SOCK_STREAM, resolved)
+        self._connecting.begin(key, lambda: self._resolve(key, remote, socket.SOCK_STREAM, resolved))
 
     def _resolve(self, key: bytes, remote: str, kind: int, done: Callable[[List[str], int, Optional[Exception]], None]) -> None:
         """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
@@ -3504,7 +3538,7 @@ class Client(Endpoint):
     def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: List[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  legacy: bool = False, accept_all_hosts: bool = False, should_encrypt: bool = False,
                  started: Callable[[], None] = lambda: None, finished: Callable[[Optional[Exception]], None]):
-        super().__init__(loop, folder, limits, legacy)
+        super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
         self._started, self._finished = started, finished
         self._test_link: Optional[Link] = None
@@ -4217,6 +4251,9 @@ def main(argv: Optional[List[str]] = None) -> int:
             log.error("❌ %s", reason(error))
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:  # a bug; a traceback would tell a user less
+        log.error("❌ internal error, please report it: %r", error)
         return 1
 
 

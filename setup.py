@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.8",
     install_requires=["docopt-ng", "PyNaCl>=1.4"],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "noiseprotocol", "cryptography"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "noiseprotocol", "cryptography"],
         "lint": ["ruff", "mypy", "vermin"],
     },
     entry_points={"console_scripts": ["ratrod = ratrod:main"]},
