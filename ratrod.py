@@ -1655,7 +1655,7 @@ class EventLoop:
 
     def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
         self._calls.append(call)
-        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: a thread has outlived the loop
             self._waker.send(b"\0")
 
     def _on_wake(self, _mask: int) -> None:
@@ -2166,7 +2166,8 @@ class Link:
 
     def die(self, error: Exception) -> None:
         """Ends the link and what it carries, visibly: resets on both sides. May be called twice."""
-        self._stop(self.transport.abort, error)
+        # After the other side's Error it only waits for our FIN.
+        self._stop(self.transport.close if isinstance(error, PeerError) else self.transport.abort, error)
 
     def close(self) -> None:
         """Ends the link where nothing is left to be said."""
@@ -2358,7 +2359,11 @@ class Connector:
         while self._addresses:
             host = self._addresses.pop(0)
             left = self._until - time.monotonic()
-            self._sock = sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            try:
+                self._sock = sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            except OSError as error:  # no descriptor left
+                self._error = error
+                break
             sock.setblocking(False)
             code = sock.connect_ex((host, self._port))
             if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK) and left > 0:
@@ -3200,11 +3205,11 @@ class Server(Endpoint):
         return len(self._strangers) < self.limits.handshakes or self._evictable() is not None
 
     def _evictable(self) -> Optional[Stranger]:
-        """The oldest unauthenticated connection that is not from a client's machine, or has been silent for a second all the same: a
+        """The oldest unauthenticated connection that is not from a client's machine, or has used up half its time all the same: a
         client that opens a hundred connections at once, as a browser does, must not push out its own."""
-        now = self.loop.now
+        now, patience = self.loop.now, self.limits.handshake_timeout / 2
         return next((stranger for stranger in self._strangers.values()
-                     if now - stranger.since > 1 or not self._sources[stranger.source].trusted(now)), None)
+                     if now - stranger.since > patience or not self._sources[stranger.source].trusted(now)), None)
 
     def _make_room(self, name: str, source: Source) -> None:
         """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
@@ -3254,8 +3259,8 @@ class Server(Endpoint):
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
         self._authorize(key)
         if len(self.links) >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
-            raise Overloaded("the server has as many connections %s as it takes (%d); try again later"
-                             % (("of this client", self._link_cap_of_key) if len(self.links) < self._link_cap else ("", self._link_cap)))
+            whose, most = ("of this client", self._link_cap_of_key) if len(self.links) < self._link_cap else ("in all", self._link_cap)
+            raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
 
     def _authorize(self, key: bytes) -> None:
         if key not in self.folder.authorized_keys.read():
@@ -3427,14 +3432,16 @@ class Server(Endpoint):
         """done(a socket connected to the remote, so that the kernel drops what others send to it, None) or done(None, error)."""
         def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
             for host in addresses:
-                sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-                try:
-                    sock.setblocking(False)
-                    sock.connect((host, port))
+                with contextlib.ExitStack() as stack:
+                    try:
+                        sock = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM))
+                        sock.setblocking(False)
+                        sock.connect((host, port))
+                    except OSError as failure:
+                        error = failure
+                        continue
+                    stack.pop_all()
                     return done(sock, None)
-                except OSError as failure:
-                    sock.close()
-                    error = failure
             return done(None, error)
         self._resolve(key, remote, socket.SOCK_DGRAM, resolved)
 
