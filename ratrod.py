@@ -4,9 +4,9 @@
 Usage:
   ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--legacy] [--udp-timeout SECS]
          [--handshake-timeout SECS] [--max-links N] [--max-links-per-key N]
-         [--max-udp-sessions N] [--] BIND
+         [--max-udp-sessions N] [--workers N] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [-e] [--legacy] [--udp-timeout SECS]
-         [--handshake-timeout SECS] [--] SERVER [--] [TUNNEL]...
+         [--handshake-timeout SECS] [--workers N] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
   ratrod [-v] demo
   ratrod help [COMMAND]
@@ -39,6 +39,7 @@ Options:
   --max-links N             connections of clients in all (default: as many as the descriptor limit bears)
   --max-links-per-key N     ... and of one client's key (default: the same)
   --max-udp-sessions N      UDP sessions in all (default: 4096)
+  --workers N               share the work among so many processes, each with these limits (default: 1)
   -h, --help                show this help, or a command's after the command
   -V, --version             show the version
 """
@@ -726,6 +727,9 @@ class Policy:
         if not allowed:
             raise PolicyError("`%s` resolves to addresses that may not be opened" % str(target))
         return allowed
+
+
+TUNNEL_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
 
 
 class TunnelSpec(NamedTuple):
@@ -2819,11 +2823,14 @@ def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) ->
     return list(dict.fromkeys((int(family), sockaddr) for family, _, _, _, sockaddr in found))
 
 
-def bind_socket(family: int, kind: int, sockaddr: Any) -> socket.socket:
+def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.socket:
+    """A bound socket, listening where it is TCP; `share`: the processes of this user may bind the port once more."""
     sock = socket.socket(family, kind)
     try:
         if kind == socket.SOCK_STREAM and os.name == "posix":  # elsewhere it would take over a port in use
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:  # [::] takes IPv4 too
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, sockaddr[0] != "::")
         sock.bind(sockaddr)
@@ -2835,8 +2842,9 @@ def bind_socket(family: int, kind: int, sockaddr: Any) -> socket.socket:
     return sock
 
 
-def bind_all(address: Address, port: int, kinds: Tuple[int, ...]) -> List[socket.socket]:
-    """One socket for each of `kinds` on every address of the host, all on `port`, or for 0 on the one that the first is given."""
+def bind_all(address: Address, kinds: Tuple[int, ...], share: bool = False) -> List[socket.socket]:
+    """One socket for each of `kinds` on every address of the host, all on its port, or for 0 on the one that the first is given."""
+    port = address.port
     with contextlib.ExitStack() as stack:
         sockets: List[socket.socket] = []
         for kind in kinds:
@@ -2844,7 +2852,7 @@ def bind_all(address: Address, port: int, kinds: Tuple[int, ...]) -> List[socket
             hosts = ("127.0.0.1", "::1") if address.host == "localhost" else (address.host,)
             for family, sockaddr in [found for host in hosts for found in look_up(address._replace(host=host), kind, socket.AI_PASSIVE)]:
                 try:
-                    sock = bind_socket(family, kind, (sockaddr[0], port) + tuple(sockaddr[2:]))
+                    sock = bind_socket(family, kind, (sockaddr[0], port) + tuple(sockaddr[2:]), share)
                 except OSError as error:
                     # IPv6 may be switched off.
                     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and address.host == "localhost":
@@ -2866,13 +2874,28 @@ def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> 
     while True:
         tries -= 1
         try:
-            return bind_all(address, address.port, kinds)
+            return bind_all(address, kinds)
         except (OSError, ConnectError) as error:
             busy = getattr(error, "errno", None) == errno.EADDRINUSE
             if busy and tries:
                 continue
             hint = ". Is another program, or another ratrod, on that port?" if busy else ""
             raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
+
+
+def listen_for(workers: int, address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> List[List[socket.socket]]:
+    """listen() for each of several processes that are still to be forked, on the same port: with SO_REUSEPORT sockets of its own, among
+    which the kernel spreads the connections; where there is none, the same ones."""
+    sockets = listen(address, kinds)
+    if workers == 1 or not hasattr(socket, "SO_REUSEPORT"):
+        return [sockets] * workers
+    # Bound without sharing first: a port that another program has, though willing to share it, is a port that is taken.
+    address = address._replace(port=sockets[0].getsockname()[1])
+    close_all(sockets)
+    try:
+        return [bind_all(address, kinds, share=True) for _ in range(workers)]
+    except OSError as error:
+        raise RatrodError("cannot listen on `%s`: %s" % (address, reason(error))) from None
 
 
 class Listener:
@@ -3158,8 +3181,10 @@ class LookUps:
 class Server(Endpoint):
     """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *, legacy: bool = False):
+    def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *,
+                 legacy: bool = False, sockets: Optional[List[socket.socket]] = None, report: Report = log.info):
         super().__init__(loop, folder, limits, legacy, limits.handshakes)
+        self._report = report
         self.policy = policy
         self.lookups = LookUps(loop, limits)
         self._sources: Dict[str, Source] = {}
@@ -3169,7 +3194,7 @@ class Server(Endpoint):
         self._relays: Dict[bytes, Set[UdpRelay]] = {}
         self._listed: Any = None  # authorized_keys as the links were last held against it
         self._set_caps()
-        for sock in listen(bind):
+        for sock in sockets or listen(bind):
             self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause, self._may_accept))
         self.address = bind._replace(port=sock.getsockname()[1])
 
@@ -3183,7 +3208,7 @@ class Server(Endpoint):
     def start(self) -> None:
         for listener in self.listeners:
             listener.start()
-        log.info("🚀 Starting server on `%s` ...", self.address)
+        self._report("🚀 Starting server on `%s` ...", self.address)
 
     # ---- strangers
 
@@ -3543,11 +3568,12 @@ class Client(Endpoint):
     """Tunnels through one server. `finished(error)` is called once, with None where all it had to do was the connection test."""
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: List[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
+                 sockets: Optional[List[List[socket.socket]]] = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, should_encrypt: bool = False,
                  started: Callable[[], None] = lambda: None, finished: Callable[[Optional[Exception]], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
-        self._started, self._finished = started, finished
+        self._started, self._finished, self._report = started, finished, report
         self._test_link: Optional[Link] = None
         self._started_already = False
         self._pool = LinkPool(loop, limits, lambda done: self.make_link("", TCP, done))
@@ -3555,11 +3581,10 @@ class Client(Endpoint):
         self._carrier: Optional[UdpCarrier] = None
         self.tunnels: List[TunnelSpec] = []
         self._remotes: Dict[UdpPort, str] = {}
-        for spec in tunnels:
-            self._listen(spec)
+        for number, spec in enumerate(tunnels):
+            self._listen(spec, sockets[number] if sockets else listen(spec.local, TUNNEL_KINDS))
 
-    def _listen(self, spec: TunnelSpec) -> None:
-        sockets = listen(spec.local, (socket.SOCK_STREAM, socket.SOCK_DGRAM))
+    def _listen(self, spec: TunnelSpec, sockets: List[socket.socket]) -> None:
         spec = TunnelSpec(spec.local._replace(port=sockets[0].getsockname()[1]), spec.remote)
         self.tunnels.append(spec)
         for sock in sockets:
@@ -3574,16 +3599,16 @@ class Client(Endpoint):
 
     def start(self) -> None:
         """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the system's queue."""
-        log.info("⏳ Testing server connection ...")
+        self._report("⏳ Testing server connection ...")
         for spec in self.tunnels:
             for protocol in ("TCP", "UDP"):
-                log.info("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
+                self._report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
         if self.legacy and not self.should_encrypt:
             log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2, without --legacy")
         self._test("")
 
     def _test(self, remote: str) -> None:
-        self.make_link(remote, TCP, functools.partial(self._test_linked, remote), log.info)
+        self.make_link(remote, TCP, functools.partial(self._test_linked, remote), self._report)
 
     def _test_linked(self, remote: str, link: Optional[Link], error: Optional[Exception]) -> None:
         if link and self.legacy:
@@ -3600,8 +3625,8 @@ class Client(Endpoint):
         if error:
             log.error("❌ Test connection failed: %s", reason(error))
             return self._finished(error)
-        log.info("✅ Challenge accepted!")
-        log.info("✅ Test connection successful!")
+        self._report("✅ Challenge accepted!")
+        self._report("✅ Test connection successful!")
         for listener in self.listeners:
             listener.start()
         self._started_already = True
@@ -3782,6 +3807,7 @@ class Options(NamedTuple):
     max_links: int = DEFAULT_LIMITS.links
     max_links_per_key: int = DEFAULT_LIMITS.links_per_key
     max_udp_sessions: int = DEFAULT_LIMITS.udp_sessions_in_all
+    workers: int = 1
     topic: Optional[str] = None
 
     @property
@@ -4046,6 +4072,53 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Optional[Exception]], None
     return result or 0
 
 
+def run_workers(sockets: List[List[socket.socket]], run: Callable[[int], int]) -> int:
+    """run(number) in a process for each group of listening sockets, or here where it is one: the exit code. What ends one ends all."""
+    if len(sockets) == 1:
+        return run(0)
+    children: Set[int] = set()
+    parent_lives, parent_dies = os.pipe()
+    for number, own in enumerate(sockets):
+        pid = os.fork()
+        if pid == 0:
+            os.close(parent_dies)
+            close_all(sock for others in sockets for sock in others if sock not in own)
+            os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
+            threading.Thread(target=_die_with_parent, args=(parent_lives,), daemon=True).start()
+            code = 1
+            with contextlib.suppress(KeyboardInterrupt):
+                code = _guarded(lambda: run(number))  # noqa: B023 - called before the loop goes on
+            os._exit(code)
+        children.add(pid)
+
+    # A socket that somebody holds open is served by nobody once its own process is gone: connections to it would hang.
+    close_all(sock for group in sockets for sock in group)
+
+    def pass_on(number: int, _frame: Any) -> None:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), pass_on)
+    codes = []
+    while children:
+        pid, status = os.wait()
+        children.discard(pid)
+        codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
+        pass_on(signal.SIGTERM, None)
+    return next((code for code in codes if code), 0)
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+def _die_with_parent(parent_lives: int) -> None:
+    os.read(parent_lives, 1)  # the parent never writes: this is its end
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def raise_descriptor_limit() -> None:
     """As many descriptors as this user may have: each tunnel connection needs two."""
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -4060,7 +4133,11 @@ def serve_command(options: Options) -> int:
     policy = Policy(options.remote_regex)
     folder = KeyFolder(options.key_path)
     ensure_keys(folder)
-    return run_endpoint(lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy))
+    check_workers(options.workers)
+    sockets = listen_for(options.workers, bind)
+    return run_workers(sockets, lambda number: run_endpoint(
+        lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy, sockets=sockets[number],
+                                       report=log.debug if number else log.info)))
 
 
 def connect_command(options: Options) -> int:
@@ -4068,9 +4145,17 @@ def connect_command(options: Options) -> int:
     tunnels = [parse_tunnel(text) for text in options.tunnels]
     folder = KeyFolder(options.key_path)
     ensure_keys(folder)
-    return run_endpoint(lambda loop, finished: Client(
-        loop, folder, server, tunnels, options.limits, legacy=options.legacy, accept_all_hosts=options.accept_all_hosts,
-        should_encrypt=options.encrypt, finished=finished))
+    check_workers(options.workers)
+    sockets = [listen_for(options.workers, spec.local, TUNNEL_KINDS) for spec in tunnels]
+    groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
+    return run_workers([sum(group, []) for group in groups], lambda number: run_endpoint(lambda loop, finished: Client(
+        loop, folder, server, tunnels, options.limits, sockets=groups[number], report=log.debug if number else log.info,
+        legacy=options.legacy, accept_all_hosts=options.accept_all_hosts, should_encrypt=options.encrypt, finished=finished)))
+
+
+def check_workers(workers: int) -> None:
+    if workers > 1 and not hasattr(os, "fork"):
+        raise ConfigError("--workers needs a system that can fork processes, and this one cannot; leave it out")
 
 
 def keygen_command(options: Options) -> int:
@@ -4223,7 +4308,8 @@ def demo_command(options: Options) -> int:
             client.close()
             server.close()
             loop.close()
-    print("Every byte arrived: %d MB in %.1f s, %.2f GB/s, and a UDP datagram there and back.\n" % (DEMO_BYTES >> 20, seconds, DEMO_BYTES / seconds / 1e9))
+    print("Every byte arrived: %d MB in %.1f s, %.2f GB/s, and a UDP datagram there and back.\n"
+          % (DEMO_BYTES >> 20, seconds, DEMO_BYTES / seconds / 1e9))
     print("For real, on the machine that reaches your database:\n\n    ratrod serve 0.0.0.0:19000\n\n"
           "and at home, once each side has the other's public key (`ratrod keygen`, then authorized_keys there, known_hosts here):\n\n"
           "    ratrod connect server:19000 2000:db:5432\n")
@@ -4232,18 +4318,25 @@ def demo_command(options: Options) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The program: its exit code (0 done, 1 failed, 2 usage or configuration, 3 authentication, 130 interrupted)."""
-    if argv is None:
-        argv = sys.argv[1:]
+    return _guarded(lambda: _run_command(sys.argv[1:] if argv is None else argv))
+
+
+def _run_command(argv: List[str]) -> int:
+    options = parse_command_line(argv)
+    set_up_logging(options.verbose)
+    commands: Dict[str, Callable[[Options], int]] = {
+        "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
+        "help": help_command, "version": version_command}
+    code = commands[options.command](options)
+    if sys.stdout:
+        sys.stdout.flush()  # here, where a failure is still ours to report
+    return code
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    """run(), and what each kind of failure is to its user: a line and an exit code, never a traceback."""
     try:
-        options = parse_command_line(argv)
-        set_up_logging(options.verbose)
-        commands: Dict[str, Callable[[Options], int]] = {
-            "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
-            "help": help_command, "version": version_command}
-        code = commands[options.command](options)
-        if sys.stdout:
-            sys.stdout.flush()  # here, where a failure is still ours to report
-        return code
+        return run()
     except UsageError as error:
         if sys.stderr:
             print("ratrod: %s\n\n%s\n`ratrod help` says more." % (error, USAGE), file=sys.stderr)
