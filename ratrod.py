@@ -50,19 +50,15 @@ import collections
 import contextlib
 import errno
 import functools
-import hashlib
 import heapq
-import hmac
 import logging
 import os
 import queue
-import random
 import re
 import selectors
 import signal
 import socket
 import stat
-import string
 import struct
 import sys
 import threading
@@ -916,9 +912,24 @@ class CipherState:
         return bytes(self.open(memoryview(bytearray(ciphertext)), ad))
 
 
+# Imported where they are used: OpenSSL's half of these takes as long to load as everything else that --help needs.
+
+
+def sha256(data: bytes) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(data).digest()
+
+
+def hmac_sha256(key: bytes, data: bytes) -> bytes:
+    import hmac
+
+    return hmac.new(key, data, "sha256").digest()
+
+
 def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
     """32 bytes of RFC 5869's HKDF: one block, so extract and the first round of expand."""
-    return hmac.new(hmac.new(salt, secret, hashlib.sha256).digest(), info + b"\x01", hashlib.sha256).digest()
+    return hmac_sha256(hmac_sha256(salt, secret), info + b"\x01")
 
 
 # ======================================================================================================================
@@ -1353,7 +1364,7 @@ class SymmetricState:
         self._cipher = CipherState(chacha20_poly1305(), k)
 
     def mix_hash(self, data: bytes) -> None:
-        self.h = hashlib.sha256(self.h + data).digest()
+        self.h = sha256(self.h + data)
 
     def encrypt_and_hash(self, plaintext: bytes) -> bytes:
         ciphertext = self._cipher.encrypt_with_ad(self.h, plaintext) if self._cipher else plaintext
@@ -1370,9 +1381,9 @@ class SymmetricState:
         return self._hkdf(b"")
 
     def _hkdf(self, input_key_material: bytes) -> Tuple[bytes, bytes]:
-        first = hkdf_sha256(input_key_material, self.ck, b"")
-        temporary = hmac.new(self.ck, input_key_material, hashlib.sha256).digest()
-        return first, hmac.new(temporary, first + b"\x02", hashlib.sha256).digest()
+        temporary = hmac_sha256(self.ck, input_key_material)
+        first = hmac_sha256(temporary, b"\x01")
+        return first, hmac_sha256(temporary, first + b"\x02")
 
 
 class HandshakeState:
@@ -1426,7 +1437,7 @@ class HandshakeState:
 def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
     """The CipherState of one direction's records, from one of Split()'s keys and the handshake hash."""
     label = b"ratrod2 " + bytes((suite.id,)) + h + b"\x01"
-    return CipherState(suite, hmac.new(k, label, hashlib.sha256).digest()[:suite.key_size])
+    return CipherState(suite, hmac_sha256(k, label)[:suite.key_size])
 
 
 class NoiseHandshake(Handshake):
@@ -1453,7 +1464,7 @@ class NoiseHandshake(Handshake):
             converted = sodium().crypto_sign_ed25519_pk_to_curve25519(identity) if len(identity) == 32 else b""
         except Exception:  # not a point; the type that PyNaCl raises is no promise
             converted = b""
-        if not hmac.compare_digest(converted, self._noise.rs):
+        if converted != self._noise.rs:  # both are public
             raise AuthenticationError("the other side's key does not belong to its handshake")
         self.peer_key = identity
         if identity == self._keys.public:
@@ -2214,7 +2225,7 @@ class Label(NamedTuple):
 
 
 def new_label(origin: str, target: str) -> Label:
-    return Label("".join(random.choices(string.ascii_letters + string.digits, k=6)), origin, printable(target))
+    return Label(base64.b32encode(os.urandom(4)).decode("ascii")[:6], origin, printable(target))
 
 
 def report_end(label: Label, sent: int, received: int, started: float, error: Optional[Exception] = None) -> None:
@@ -4185,6 +4196,8 @@ _DEMO_BLOCK = 1 << 20
 
 def demo_payload() -> Iterator[bytes]:
     """DEMO_BYTES of reproducible bytes in blocks that all differ."""
+    import hashlib
+
     block = hashlib.sha512(b"ratrod demo").digest() * (_DEMO_BLOCK // 64)
     for number in range(DEMO_BYTES // _DEMO_BLOCK):
         yield number.to_bytes(8, "big") + block[8:]
@@ -4231,6 +4244,7 @@ def demo_targets() -> Iterator[Tuple[int, int]]:
 
 def demo_download(port: int) -> float:
     """Fetches the payload through the tunnel, shows progress, checks every byte: seconds it took."""
+    import hashlib
     import http.client
 
     expected = hashlib.sha256()
