@@ -187,6 +187,8 @@ REFUSED = "not allowed by this server"  # one text for every refusal by policy: 
 
 def printable(text: str, limit: int = 200) -> str:
     """What may be shown of a text that came from a peer: no control or escape characters, `limit` characters at most."""
+    if text.isprintable() and len(text) <= limit:
+        return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit]) + ("..." if len(text) > limit else "")
 
 
@@ -692,6 +694,7 @@ class Policy:
     def _matches(self, target: Address) -> bool:
         return any(self._regex.fullmatch(text) for text in (target.host, str(target)))
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - a policy lives as long as its server; 10 µs for each connection otherwise
     def check(self, text: str) -> Address:
         """The target that a client named, before anything is looked up. PolicyError where it may not be opened."""
         try:
@@ -702,7 +705,8 @@ class Policy:
             raise PolicyError("`%s` does not match the remote regex" % str(target))
         return target
 
-    def check_addresses(self, target: Address, found: Iterable[str]) -> List[str]:
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - the same
+    def check_addresses(self, target: Address, found: Tuple[str, ...]) -> List[str]:
         """Those of the addresses that a look-up of target.host `found` which may be connected to; PolicyError where none is left.
 
         A name under somebody else's control can resolve to loopback or link-local: where targets are restricted at all, such an
@@ -1709,10 +1713,11 @@ class EventLoop:
         try:
             call(*args)
         except Exception as error:
-            trace = error.__traceback__
-            while trace and trace.tb_next:
+            trace, line = error.__traceback__, 0
+            while trace:
+                line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == __file__ else line
                 trace = trace.tb_next
-            log.error("❌ internal error in line %d, please report it: %r", trace.tb_lineno if trace else 0, error)
+            log.error("❌ internal error in line %d, please report it: %r", line, error)
             end = getattr(getattr(call, "__self__", None), "die", None)
             if end:
                 end(error)
@@ -1843,6 +1848,10 @@ class LinkUser:
 
     __slots__ = ()
 
+    def first_data(self, writer: Writer) -> bytes:
+        """Records that are to leave together with Open."""
+        return b""
+
     def opened(self) -> None:
         """The other side is connected to its remote."""
 
@@ -1851,6 +1860,9 @@ class LinkUser:
 
     def shut(self) -> None:
         """The other side has ended its direction."""
+
+    def check(self) -> None:
+        """Called every second or so."""
 
     def finished(self) -> None:
         """Both directions have ended, and everything is delivered."""
@@ -2004,6 +2016,7 @@ class Link:
             return self._lost(error)
         if n:
             self.heard_at = boot_time()
+            self._in = None
             if self.state != BYE:  # what comes then is discarded
                 self._process(view, 0, end + n)
         elif n == 0:
@@ -2048,29 +2061,29 @@ class Link:
 
     def _keep(self, view: memoryview, start: int, end: int) -> None:
         """Keeps view[start:end], what could not be processed yet, in a buffer of its own that has room for the rest of its record."""
-        have = end - start
+        have, own = end - start, view is not self.loop.scratch_in
         if not have:
-            self._in = None
-        elif self.held:
-            if view is not self._in:
+            return
+        if self.held:
+            if not own:
                 view, start, end = memoryview(bytearray(view[start:end])), 0, have
-            self._in, self._in_start, self._in_end = view, start, end
         else:
             # Grows with what arrives, not with what a header promises.
             room = min(self.reader.wanted, max(2 * have, 64 * 1024))
-            if view is not self._in or start or len(view) != room:
+            if not own or start or len(view) != room:
                 fresh = memoryview(bytearray(room))
                 fresh[:have] = view[start:end]
-                self._in = fresh
-            self._in_start, self._in_end = 0, have
+                view, start, end = fresh, 0, have
+        self._in, self._in_start, self._in_end = view, start, end
 
     def release(self) -> None:
         """The local socket took everything: goes on with what waits here, then with reading."""
         self.held = False
         self.heard_at = boot_time()  # the other side's silence counts from now
         if self._in is not None:
-            self._process(self._in, self._in_start, self._in_end)
-        else:
+            view, self._in = self._in, None
+            self._process(view, self._in_start, self._in_end)
+        else:  # also where the very record that is being processed asked for it: its loop goes on
             self.update()
 
     def _on_eof(self) -> None:
@@ -2136,7 +2149,7 @@ class Link:
         self.user = user
         if self.state == IDLE:
             self.state = UDP_ASKED if kind == UDP else ASKED
-            self.send(self.writer.record(OPEN, kind, target, b""))
+            self.send(self.writer.record(OPEN, kind, target, b"") + user.first_data(self.writer))
         if self.state != CLOSED:
             self.set_deadline(deadline, lambda: self._lost(RemoteProtocolError("no answer within %g s" % deadline)))
         self.update()
@@ -2257,15 +2270,28 @@ class Stream(LinkUser):
         log.debug("⛽ %s", label)
 
     def begin(self, link: Link, deadline: float) -> None:
-        """Opener: carried by `link` from now on. Open and what is kept leave together."""
+        """Opener: carried by `link` from now on."""
         self.link = link
         self.tries += 1
         link.ask(self, TCP, self.label.target, deadline)
-        if self._kept:
-            self.loop.payload[:len(self._kept)] = self._kept
-            link.send(link.writer.data(self.loop.scratch_out, len(self._kept)))
         if self._ended:
             link.event(LOCAL_EOF)
+
+    def first_data(self, writer: Writer) -> bytes:
+        """What another link had of it, or else what has come meanwhile: one packet in place of two for whoever speaks first."""
+        if self._kept is None:
+            return b""
+        n = len(self._kept)
+        if n:
+            self.loop.payload[:n] = self._kept
+        elif not self._ended:
+            try:
+                n = self.local.recv_into(self.loop.payload[:KEPT_DATA]) or 0
+            except OSError:  # the next read finds it too
+                pass
+            self._kept += self.loop.payload[:n]
+            self.sent += n
+        return bytes(writer.data(self.loop.scratch_out, n)) if n else b""
 
     def _on_event(self, mask: int) -> None:
         if self.local.wanted(mask) & WRITE:
@@ -2285,7 +2311,7 @@ class Stream(LinkUser):
             if self._kept is not None:
                 self._kept += self.loop.payload[:n]
             link.send(link.writer.data(self.loop.scratch_out, n))
-            if self._kept is not None:
+            if self._kept is not None and self.link:
                 self.update()
         elif n == 0:
             self._ended = True
@@ -2342,6 +2368,13 @@ class Stream(LinkUser):
         self._again(self)
         return True
 
+    def check(self) -> None:
+        # After its end of file nobody reads this socket: a reset that follows would wait for the next write, perhaps for ever.
+        if self._ended and self.link:
+            code = self.local.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                self._failed(OSError(code, os.strerror(code)))
+
     def finished(self) -> None:
         self.local.close()
         report_end(self.label, self.sent, self.received, self._started)
@@ -2356,6 +2389,9 @@ class Stream(LinkUser):
             self.link.die(error)
         else:
             self.lost(error)
+
+
+CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
 class Connector:
@@ -2381,7 +2417,11 @@ class Connector:
                 break
             sock.setblocking(False)
             code = sock.connect_ex((host, self._port))
-            if code in (0, errno.EINPROGRESS, errno.EWOULDBLOCK) and left > 0:
+            if code == errno.EINPROGRESS:  # near by it is through by now: asking saves waiting for the selector to say so
+                code = sock.connect_ex((host, self._port))
+            if code in (0, errno.EISCONN) and left > 0:
+                return self._done(sock, None)
+            if code in CONNECTING_CODES and left > 0:
                 # Each address gets its share of the time: one that swallows packets must not use up the others'.
                 self._timer = self._loop.call_later(left / (len(self._addresses) + 1), lambda: self._failed(socket.timeout("timed out")))
                 return self._loop.watch(sock, 0, WRITE, self._on_event)
@@ -2685,15 +2725,21 @@ class UdpRelay(UdpLink):
 class LocalUdpSession(UdpSession):
     """The client's end: an originator that a UdpPort hears."""
 
-    __slots__ = ("port", "originator", "target", "refused")
+    __slots__ = ("port", "originator", "target", "deaf_until")
 
     def __init__(self, table: UdpSessionTable, port: "UdpPort", originator: Originator, target: str, now: float):
         self.port, self.originator, self.target = port, originator, target
-        self.refused = False  # the server said no: what comes is dropped until the originator has been quiet for a while
+        self.deaf_until = 0.0  # after a failure what comes is dropped for a second; after a refusal until the originator has been quiet
         super().__init__(table, (port, originator), new_label(show_address(originator[0]), "udp " + target), now)
 
     def deliver(self, data: memoryview) -> None:
         self.port.send(data, self.originator)
+
+    def failed(self, error: Exception, now: float) -> None:
+        """Its link failed, or the server refused it: said once, not for every datagram."""
+        log.log(logging.DEBUG if self.deaf_until else logging.ERROR, "❌ %s: %s", self.label, reason(error))
+        self.deaf_until = float("inf") if isinstance(error, PeerError) else now + 1
+        self.carrier = None
 
 
 class UdpCarrier(UdpLink):
@@ -2733,9 +2779,8 @@ class UdpCarrier(UdpLink):
         session = self.sessions.get(message.number)
         if message.code == UNKNOWN or not isinstance(session, LocalUdpSession):
             return super().forget(message)  # forgotten there: the next datagram makes a new session
-        session.refused = True
-        log.error("❌ %s: %s", session.label, printable(message.text))
-        return None
+        del self.sessions[message.number]
+        return session.failed(PeerError(message.code, printable(message.text)), self.loop.now)
 
     def lost(self, error: Exception) -> None:
         self.link = None
@@ -3039,6 +3084,7 @@ class Endpoint:
         late = now - self._swept_at - self.limits.sweep_interval > 10
         self._swept_at = now
         for link in list(self.links):
+            link.user.check()
             self._keep_alive(link, now, late)
         self.sweep(self.loop.now)
 
@@ -3126,13 +3172,13 @@ class Source:
         return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
 
 
-class Stranger(NamedTuple):
-    """A connection that is not authenticated yet."""
+class Stranger:
+    """A connection that is not authenticated yet; `admitted` once its thread has found that it is."""
 
-    sock: socket.socket
-    address: str
-    source: str
-    since: float
+    __slots__ = ("sock", "address", "source", "since", "admitted")
+
+    def __init__(self, sock: socket.socket, address: str, source: str, since: float):
+        self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, False
 
 
 class FairQueue:
@@ -3232,7 +3278,7 @@ class Server(Endpoint):
         self._make_room(name, source)
         stranger = self._strangers[sock] = Stranger(sock, shown, name, self.loop.now)
         source.strangers += 1
-        self.workers.submit(functools.partial(self._handshake, sock), functools.partial(self._authenticated, stranger))
+        self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
         return None
 
     def _may_accept(self) -> bool:
@@ -3244,14 +3290,14 @@ class Server(Endpoint):
         """The oldest unauthenticated connection that is not from a client's machine, or has used up half its time all the same: a
         client that opens a hundred connections at once, as a browser does, must not push out its own."""
         now, patience = self.loop.now, self.limits.handshake_timeout / 2
-        return next((stranger for stranger in self._strangers.values()
-                     if now - stranger.since > patience or not self._sources[stranger.source].trusted(now)), None)
+        return next((stranger for stranger in self._strangers.values() if not stranger.admitted and
+                     (now - stranger.since > patience or not self._sources[stranger.source].trusted(now))), None)
 
     def _make_room(self, name: str, source: Source) -> None:
         """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
         oldest = None
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
-            oldest = next(stranger for stranger in self._strangers.values() if stranger.source == name)
+            oldest = next((stranger for stranger in self._strangers.values() if stranger.source == name and not stranger.admitted), None)
         elif len(self._strangers) >= self.limits.handshakes:
             oldest = self._evictable()
         if oldest and self._forget(oldest):
@@ -3265,8 +3311,9 @@ class Server(Endpoint):
         self._sources[stranger.source].strangers -= 1
         return True
 
-    def _handshake(self, sock: socket.socket) -> Handshake:
+    def _handshake(self, stranger: Stranger) -> Handshake:
         """On a thread. The first byte tells the wire."""
+        sock = stranger.sock
         sock.settimeout(self.limits.handshake_timeout)
         started = time.monotonic()
         try:
@@ -3275,25 +3322,29 @@ class Server(Endpoint):
             raise RemoteProtocolError("it said nothing: %s" % reason(error)) from None
         if not first:
             raise RemoteProtocolError("it closed the connection without a word")
-        handshake = self._handshake_for(sock, first)
+        handshake = self._handshake_for(stranger, first)
         handshake.receive_data(first)
         drive(sock, handshake, self.limits.handshake_timeout - (time.monotonic() - started))
         return handshake
 
-    def _handshake_for(self, sock: socket.socket, first: bytes) -> Handshake:
+    def _handshake_for(self, stranger: Stranger, first: bytes) -> Handshake:
+        authorize = functools.partial(self._admit, stranger)
         if first == OPENING[:1]:
-            return NoiseServerHandshake(self.keys, authorize=self._admit)
+            return NoiseServerHandshake(self.keys, authorize=authorize)
         if first in b"\0\1" and self.legacy:
-            return LegacyServerHandshake(self.keys, authorize=self._admit)
+            return LegacyServerHandshake(self.keys, authorize=authorize)
         if first in b"\0\1":
-            last_word(sock, LegacyWriter.clear_message(Error(UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the"
+            last_word(stranger.sock, LegacyWriter.clear_message(Error(UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the"
                                                              " original's protocol, or connect with a client that speaks ratrod2")))
             raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that gives up")
         raise RemoteProtocolError("it does not speak ratrod")
 
-    def _admit(self, key: bytes) -> None:
+    def _admit(self, stranger: Stranger, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
         self._authorize(key)
+        # Here, not when the loop hears of it: the client's next connections may come before that.
+        self._sources[stranger.source].authorized(self.loop.now)
+        stranger.admitted = True
         if len(self.links) >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
             whose, most = ("of this client", self._link_cap_of_key) if len(self.links) < self._link_cap else ("in all", self._link_cap)
             raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
@@ -3312,7 +3363,6 @@ class Server(Endpoint):
                                    "it had not authenticated itself when others needed its place")
         log.debug("✅ Accepted `%s` with key `%s`, cipher: %s", stranger.address, encode_key(handshake.peer_key), handshake.suite)
         source.links += 1
-        source.authorized(self.loop.now)
         self._links_of[handshake.peer_key] += 1
         legacy = isinstance(handshake, LegacyServerHandshake)
         link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
@@ -3342,7 +3392,7 @@ class Server(Endpoint):
         if listed is not self._listed:
             self._listed = listed
             for link in [link for link in self.links if link.peer_key not in listed]:
-                link.die(AuthenticationError("its key is not in authorized_keys any more"))
+                link.die(AuthenticationError("the client's key `%s` is not in authorized_keys any more" % encode_key(link.peer_key)))
         for relays in list(self._relays.values()):
             for relay in list(relays):
                 relay.table.expire(now)
@@ -3409,14 +3459,15 @@ class Server(Endpoint):
         """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
         try:
             target = self.policy.check(remote)
-            if is_address(target.host):
-                return done(self.policy.check_addresses(target, [target.host]), target.port, None)
+            literal = self.policy.check_addresses(target, (target.host,)) if is_address(target.host) else None
         except PolicyError as error:
             return done([], 0, error)
+        if literal:
+            return done(literal, target.port, None)
 
         def looked_up(found: Optional[List[Tuple[int, Any]]], error: Optional[Exception]) -> None:
             try:
-                addresses = self.policy.check_addresses(target, [sockaddr[0] for _, sockaddr in found]) if found else []
+                addresses = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found)) if found else []
             except PolicyError as refusal:
                 addresses, error = [], refusal
             done(addresses, target.port, error)
@@ -3751,11 +3802,13 @@ class Client(Endpoint):
         session = self._sessions.get((port, originator))
         if session is None:
             session = LocalUdpSession(self._sessions, port, originator, self._remotes[port], self.loop.now)
-            self._carry_session(session)
         assert isinstance(session, LocalUdpSession)
-        if session.refused:
+        if self.loop.now < session.deaf_until:
             self._sessions.touch(session, self.loop.now)
-        return None if session.refused else session
+            return None
+        if session.carrier is None:
+            self._carry_session(session)
+        return session if session.carrier else None
 
     def _carry_session(self, session: LocalUdpSession) -> None:
         """On the link of all UDP sessions; legacy: on one of its own."""
@@ -3778,10 +3831,13 @@ class Client(Endpoint):
         sessions = list(carrier.sessions.values())
         again = not self.legacy and carrier.began_at is not None and self.loop.now - carrier.began_at > 1
         for session in sessions:
-            if again and isinstance(session, LocalUdpSession):
+            assert isinstance(session, LocalUdpSession)
+            if again:
                 self._carry_session(session)
+            elif self.legacy and isinstance(error, LinkClosed):
+                session.end(tell=None)
             else:
-                session.end(None if self.legacy and isinstance(error, LinkClosed) else error, tell=None)
+                session.failed(error, self.loop.now)
 
     def sweep(self, now: float) -> None:
         self._sessions.expire(now)
