@@ -716,7 +716,8 @@ class Policy:
 
         allowed = []
         for text in found:
-            address = ipaddress.ip_address(unmapped(text.split("%")[0]))
+            found_address = ipaddress.ip_address(text.split("%")[0])
+            address = getattr(found_address, "ipv4_mapped", None) or found_address
             inside = address.is_loopback or address.is_link_local
             named = target.host in ("localhost", str(address))
             if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
@@ -1227,6 +1228,9 @@ class Handshake:
                 self._needed = self._script.send(chunk)
             except StopIteration:
                 self._needed = 0
+            except BaseException:
+                self._needed = -1  # neither done nor wanting more
+                raise
 
     def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
         """There is no more: `why` says how it ended."""
@@ -1447,6 +1451,8 @@ def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
 class NoiseHandshake(Handshake):
     """What both sides of ratrod2's handshake share."""
 
+    _EMPTY = "a handshake message of 0 bytes"
+
     def __init__(self, keys: KeyPair, ephemeral: Optional[bytes], initiator: bool):
         self._keys = keys
         self._noise = HandshakeState(initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
@@ -1458,7 +1464,9 @@ class NoiseHandshake(Handshake):
 
     def _receive(self) -> Generator[int, bytes, bytes]:
         size = int.from_bytes((yield 2), "big")
-        if not 0 < size <= MAX_NOISE_MESSAGE:
+        if not size:
+            raise RemoteProtocolError(self._EMPTY)
+        if size > MAX_NOISE_MESSAGE:
             raise RemoteProtocolError("a handshake message of %d bytes" % size)
         return self._noise.read_message((yield size))
 
@@ -1484,6 +1492,8 @@ class NoiseHandshake(Handshake):
 
 class NoiseClientHandshake(NoiseHandshake):
     """The client's side up to ClientAuthentication; records may follow it at once. Arguments as LegacyClientHandshake's."""
+
+    _EMPTY = "the server does not answer in ratrod2; " + NAME_LEGACY  # a legacy frame begins with zeros
 
     def __init__(self, keys: KeyPair, *, check_server: Callable[[bytes], None], report: Report, ephemeral: Optional[bytes] = None,
                  suites: Optional[List[Suite]] = None):
@@ -1512,14 +1522,6 @@ class NoiseClientHandshake(NoiseHandshake):
         if self._noise.re:
             super().receive_eof(why)
         raise RemoteProtocolError("%s before it said anything; %s" % (why, NAME_LEGACY))
-
-    def _receive(self) -> Generator[int, bytes, bytes]:
-        try:
-            return (yield from super()._receive())
-        except RemoteProtocolError as error:
-            if "0 bytes" not in str(error):
-                raise
-            raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY) from None
 
 
 class NoiseServerHandshake(NoiseHandshake):
