@@ -526,6 +526,18 @@ class KeyLines:
         return key in (bound or {listed for listed, where in lines if where is None})
 
 
+def link_file(existing: str, path: str) -> None:
+    """The file under a second name; FileExistsError where there is one: of two that generate keys at once, one wins."""
+    try:
+        os.link(existing, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "a file is there already") from None
+        os.rename(existing, path)
+
+
 class KeyFolder:
     """The four security files. `warnings` holds what a user should be told once."""
 
@@ -598,9 +610,10 @@ class KeyFolder:
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
-            if fresh and os.path.lexists(path):
-                raise FileExistsError(errno.EEXIST, "a key is there already")
-            os.replace(temporary, path)
+            if fresh:
+                link_file(temporary, path)
+            else:
+                os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
@@ -625,7 +638,7 @@ def unmapped(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-_PIECE = r"(?:\[([^\[\]]*:[^\[\]]*)\]|([^:\[\]]*))"
+_PIECE = r"(?:\[([^\[\]:]*:[^\[\]]*)\]|([^:\[\]]*))"
 
 
 def split_host_port(text: str) -> List[str]:
@@ -700,7 +713,7 @@ class Policy:
         try:
             target = parse_target(text)
         except ValueError as error:
-            raise PolicyError("not a target: %s" % error) from None
+            raise PolicyError("not a target: %s" % printable(str(error))) from None
         if not self._matches(target):
             raise PolicyError("`%s` does not match the remote regex" % str(target))
         return target
@@ -2015,7 +2028,7 @@ class Link:
         try:
             n = self.transport.recv_into(view[end:])
         except OSError as error:
-            return self._lost(error)
+            return self._lost(broken(error))
         if n:
             self.heard_at = boot_time()
             self._in = None
@@ -2119,7 +2132,7 @@ class Link:
         try:
             sent = self.transport.send(data)
         except OSError as error:
-            return self._lost(error)
+            return self._lost(broken(error))
         if sent < len(data):
             self._out += data[sent:]
             self.update()
@@ -2128,7 +2141,7 @@ class Link:
         try:
             del self._out[:self.transport.send(self._out)]
         except OSError as error:
-            return self._lost(error)
+            return self._lost(broken(error))
         if not self._out:
             if self._fin:
                 self._finish_sending()
@@ -2141,7 +2154,7 @@ class Link:
             try:
                 self.transport.half_close()
             except OSError as error:
-                self._lost(error)
+                self._lost(broken(error))
 
     # ---- life
 
@@ -2219,8 +2232,12 @@ class Link:
 
 def log_link_loss(what: str, error: Exception) -> None:
     """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
-    everyday = isinstance(error, LinkClosed) or not isinstance(error, RemoteProtocolError)
+    everyday = isinstance(error, (LinkClosed, PeerError)) or not isinstance(error, RemoteProtocolError)
     log.log(logging.DEBUG if everyday else logging.ERROR, "%s ended: %s", what, reason(error))
+
+
+def broken(error: OSError) -> LinkClosed:
+    return LinkClosed("the connection between client and server broke: %s" % reason(error))
 
 
 def boot_time() -> float:
@@ -2236,11 +2253,11 @@ class Label(NamedTuple):
     target: str
 
     def __str__(self) -> str:
-        return "[%s] `%s` -> `%s`" % (self.id, self.origin, self.target)
+        return "[%s] `%s` -> `%s`" % (self.id, self.origin, printable(self.target))
 
 
 def new_label(origin: str, target: str) -> Label:
-    return Label(base64.b32encode(os.urandom(4)).decode("ascii")[:6], origin, printable(target))
+    return Label(base64.b32encode(os.urandom(4)).decode("ascii")[:6], origin, target)
 
 
 def report_end(label: Label, sent: int, received: int, started: float, error: Optional[Exception] = None) -> None:
@@ -2415,8 +2432,8 @@ class Connector:
             try:
                 self._sock = sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
             except OSError as error:  # no descriptor left
-                self._error = error
-                break
+                self._error = error  # no IPv6 here, or no descriptor left
+                continue
             sock.setblocking(False)
             code = sock.connect_ex((host, self._port))
             if code == errno.EINPROGRESS:  # near by it is through by now: asking saves waiting for the selector to say so
@@ -2580,8 +2597,9 @@ class UdpLink(LinkUser):
 
     def update(self) -> None:
         # While the link was open these waited for nothing but it; what it made wait too long is stale.
-        while self._queue and self._queue[0][0] < self.loop.now - self.limits.udp_lag:
-            self._pop(dropped=True)
+        if self.link is not None and self.link.state == UDP_OPEN:
+            while self._queue and self._queue[0][0] < self.loop.now - self.limits.udp_lag:
+                self._pop(dropped=True)
         self._send_queue()
 
     def datagrams(self, run: memoryview) -> None:
@@ -2630,6 +2648,8 @@ class DatagramBatch:
         """The n bytes in room() belong to `session`."""
         carrier = session.carrier
         assert carrier is not None
+        if n > MAX_DATAGRAM:  # IPv6 allows a little more; room() has cut it off
+            return
         session.table.touch(session, now)
         session.sent += n
         if carrier is not self._carrier or self._at + DATAGRAM_HEADER.size + n > HEADROOM + DATAGRAMS_AT_ONCE:
@@ -2687,7 +2707,7 @@ class RemoteUdpSession(UdpSession):
     def deliver(self, data: memoryview) -> None:
         if self._sock:
             self._sock.send(data)
-        elif len(self._waiting) < BATCH:
+        elif len(self._waiting) < BATCH and sum(map(len, self._waiting)) + len(data) <= MAX_DATAGRAM:
             self._waiting.append(bytes(data))
 
     def closed(self) -> None:
@@ -2699,7 +2719,7 @@ class RemoteUdpSession(UdpSession):
 class UdpRelay(UdpLink):
     """The server's end of a link with UDP sessions; `open_session(session, target)` connects a new one or ends it."""
 
-    __slots__ = ("table", "key", "_origin", "_open_session", "_lost", "_highest")
+    __slots__ = ("table", "key", "_origin", "_open_session", "_lost", "_highest", "_new")
 
     def __init__(self, loop: EventLoop, limits: Limits, link: Link, origin: str,
                  open_session: Callable[["UdpRelay", RemoteUdpSession, str], None], lost: Callable[["UdpRelay"], None]):
@@ -2707,7 +2727,7 @@ class UdpRelay(UdpLink):
         # A little more patient than the client, which then is the one to say SessionOver; the legacy one has no timer.
         self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1))
         self.link, self.key, self._origin, self._open_session, self._lost = link, link.peer_key, origin, open_session, lost
-        self._highest = -1
+        self._highest, self._new = -1, 0
         link.transport.limit_unsent(UNSENT_DATAGRAMS)
 
     def session(self, message: Session) -> None:
@@ -2715,7 +2735,27 @@ class UdpRelay(UdpLink):
             raise RemoteProtocolError("a UDP session with the number %d, which is not a new one" % message.number)
         self._highest = message.number
         session = RemoteUdpSession(self, message.number, new_label(self._origin, "udp " + message.target))
+        if self.link is None:  # it ended while the new session pushed out an old one
+            return session.end(tell=None)
         self._open_session(self, session, message.target)
+        self._new += 1
+        if self.link and (self._new >= BATCH or self.link.backlog > self.limits.udp_backlog):
+            self._new, self.link.held = 0, True
+            self.loop.call_later(0.01, self._go_on)
+        return None
+
+    def _go_on(self) -> None:
+        """After a pause for the others; and as long as the client does not read what it is told, nothing more is done for it."""
+        if self.link and self.link.backlog > self.limits.udp_backlog:
+            self.loop.call_later(0.1, self._go_on)
+        elif self.link:
+            self.link.release()
+
+    def drop(self, session: UdpSession, tell: Optional[Tuple[int, str]]) -> None:
+        super().drop(session, tell)
+        if self.link and self.link.state == CLOSED:  # legacy: it ended with its only session, without lost()
+            self.link = None
+            self._lost(self)
 
     def lost(self, error: Exception) -> None:
         self.link = None
@@ -2959,9 +2999,8 @@ def listen_for(workers: int, address: Address, kinds: Tuple[int, ...] = (socket.
 class Listener:
     """A listening TCP socket: accepted(socket, address) for each connection. Pauses when descriptors run out."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float,
-                 ready: Callable[[], bool] = lambda: True):
-        self._loop, self.sock, self._accepted, self._pause, self._ready = loop, sock, accepted, pause, ready
+    def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
+        self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
         sock.setblocking(False)
         self._watched = self._starved = False
 
@@ -2972,8 +3011,6 @@ class Listener:
 
     def _on_event(self, _mask: int) -> None:
         for _ in range(BATCH):
-            if not self._ready():
-                return self._wait(0.01)
             try:
                 sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
@@ -2990,11 +3027,8 @@ class Listener:
         if not self._starved:
             log.warning("cannot accept connections for now: %s", reason(error))
         self._starved = True
-        self._wait(self._pause)
-
-    def _wait(self, seconds: float) -> None:
         self._unwatch()
-        self._loop.call_later(seconds, self.start)
+        self._loop.call_later(self._pause, self.start)
 
     def _unwatch(self) -> None:
         if self._watched:
@@ -3091,11 +3125,11 @@ class Endpoint:
         self.sweep(self.loop.now)
 
     def _keep_alive(self, link: Link, now: float, late: bool) -> None:
-        if not link.writer.pools or link.state in (BYE, CLOSED):
+        if not link.writer.pools or link.state == CLOSED:
             return
         if late:
             link.heard_at = max(link.heard_at, now - self.limits.silence + 15) if link.state != IDLE else link.heard_at
-        if (late or self.loop.now - link.sent_at >= self.limits.keepalive) and not link.backlog:
+        if (late or self.loop.now - link.sent_at >= self.limits.keepalive) and not link.backlog and link.state != BYE:
             link.send(link.writer.record(KEEPALIVE))
         if now - link.heard_at >= self.limits.silence and not link.held and link.state != CLOSED:
             link.die(LinkClosed("nothing was heard from the other side for %g s: the path or the machine is dead" % self.limits.silence))
@@ -3132,10 +3166,11 @@ class TokenBucket:
 class Source:
     """One address (IPv6: one /64) that connections come from: how fast, how many, and how much it may write to the log."""
 
-    __slots__ = ("strangers", "links", "muted", "seen_at", "_tries", "_lines", "_authorized_at")
+    __slots__ = ("strangers", "links", "muted", "waiting", "seen_at", "_tries", "_lines", "_authorized_at")
 
     def __init__(self, now: float, limits: Limits):
         self.strangers = self.links = self.muted = 0
+        self.waiting: Deque[Tuple[socket.socket, str]] = collections.deque()  # a burst's connections, not begun yet
         self.seen_at = now
         self._authorized_at = now - 3600
         self._tries = TokenBucket(limits.handshake_rate, limits.handshake_burst, now)
@@ -3177,10 +3212,10 @@ class Source:
 class Stranger:
     """A connection that is not authenticated yet; `admitted` once its thread has found that it is."""
 
-    __slots__ = ("sock", "address", "source", "since", "admitted")
+    __slots__ = ("sock", "address", "source", "admitted")
 
-    def __init__(self, sock: socket.socket, address: str, source: str, since: float):
-        self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, False
+    def __init__(self, sock: socket.socket, address: str, source: str):
+        self.sock, self.address, self.source, self.admitted = sock, address, source, False
 
 
 class FairQueue:
@@ -3190,26 +3225,34 @@ class FairQueue:
         self._most = most
         self._running: "collections.Counter[bytes]" = collections.Counter()
         self._waiting: Dict[bytes, Deque[Callable[[], None]]] = {}
+        self._beginning: Set[bytes] = set()
 
     def begin(self, key: bytes, call: Callable[[], None]) -> None:
         """call() now or later; whatever it begins says done() once."""
-        if self._running[key] < self._most:
-            self._running[key] += 1
-            call()
-        else:
-            self._waiting.setdefault(key, collections.deque()).append(call)
+        self._waiting.setdefault(key, collections.deque()).append(call)
+        self._go_on(key)
+
+    def waiting(self, key: bytes) -> int:
+        return len(self._waiting.get(key, ()))
 
     def done(self, key: bytes) -> None:
-        waiting = self._waiting.get(key)
-        if waiting:
-            call = waiting.popleft()
-            if not waiting:
-                del self._waiting[key]
-            return call()
         self._running[key] -= 1
-        if not self._running[key]:
-            del self._running[key]
-        return None
+        self._go_on(key)
+
+    def _go_on(self, key: bytes) -> None:
+        if key in self._beginning:  # what is done as soon as it is begun: the loop below goes on with the next, not one call deeper
+            return
+        self._beginning.add(key)
+        try:
+            while self._running[key] < self._most and self._waiting.get(key):
+                self._running[key] += 1
+                self._waiting[key].popleft()()
+        finally:
+            self._beginning.discard(key)
+            if not self._waiting.get(key):
+                self._waiting.pop(key, None)
+            if not self._running[key]:
+                del self._running[key]
 
 
 class LookUps:
@@ -3234,6 +3277,8 @@ class LookUps:
             self._queue.done(key)
             answer(result, error)
         timer = self._loop.call_later(self._limits.connect_timeout, lambda: answer(None, ConnectError("the name look-up took too long")))
+        if self._queue.waiting(key) >= 256:
+            return answer(None, ConnectError("too many name look-ups of this client wait already"))
         self._queue.begin(key, lambda: self._pool.submit((lambda: None) if answered else task, finished))
 
 
@@ -3254,7 +3299,7 @@ class Server(Endpoint):
         self._listed: Any = None  # authorized_keys as the links were last held against it
         self._set_caps()
         for sock in sockets or listen(bind):
-            self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause, self._may_accept))
+            self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
         self.address = bind._replace(port=sock.getsockname()[1])
 
     def _set_caps(self) -> None:
@@ -3277,31 +3322,30 @@ class Server(Endpoint):
         if not source.may_try(self.loop.now):
             sock.close()
             return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
+        if source.trusted(self.loop.now) and source.strangers >= self.limits.handshakes - self.limits.handshakes_per_source:
+            # A burst from a client's machine, as a browser makes, waits for its turn; it never takes the last places of everybody else.
+            if len(source.waiting) >= 4 * self.limits.handshakes:
+                sock.close()
+                return source.complain(self.loop.now, shown, "too many connections from there wait to authenticate themselves")
+            return source.waiting.append((sock, shown))
+        return self._begin(name, source, sock, shown)
+
+    def _begin(self, name: str, source: Source, sock: socket.socket, shown: str) -> None:
         self._make_room(name, source)
-        stranger = self._strangers[sock] = Stranger(sock, shown, name, self.loop.now)
+        stranger = self._strangers[sock] = Stranger(sock, shown, name)
         source.strangers += 1
         self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
-        return None
-
-    def _may_accept(self) -> bool:
-        """Whether one more stranger fits; otherwise the next ones wait in the system's queue, for the few milliseconds that honest
-        handshakes take."""
-        return len(self._strangers) < self.limits.handshakes or self._evictable() is not None
-
-    def _evictable(self) -> Optional[Stranger]:
-        """The oldest unauthenticated connection that is not from a client's machine, or has used up half its time all the same: a
-        client that opens a hundred connections at once, as a browser does, must not push out its own."""
-        now, patience = self.loop.now, self.limits.handshake_timeout / 2
-        return next((stranger for stranger in self._strangers.values() if not stranger.admitted and
-                     (now - stranger.since > patience or not self._sources[stranger.source].trusted(now))), None)
 
     def _make_room(self, name: str, source: Source) -> None:
-        """At a limit the oldest unauthenticated connection goes: shutting it down wakes its thread."""
-        oldest = None
+        """At a limit the oldest unauthenticated connection goes, of the source that has most: shutting it down wakes its thread."""
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
-            oldest = next((stranger for stranger in self._strangers.values() if stranger.source == name and not stranger.admitted), None)
+            whose = source
         elif len(self._strangers) >= self.limits.handshakes:
-            oldest = self._evictable()
+            whose = max(self._sources.values(), key=lambda other: other.strangers)
+        else:
+            return
+        oldest = next((stranger for stranger in self._strangers.values()
+                       if self._sources[stranger.source] is whose and not stranger.admitted), None)
         if oldest and self._forget(oldest):
             with contextlib.suppress(OSError):
                 oldest.sock.shutdown(socket.SHUT_RDWR)
@@ -3330,7 +3374,7 @@ class Server(Endpoint):
         return handshake
 
     def _handshake_for(self, stranger: Stranger, first: bytes) -> Handshake:
-        authorize = functools.partial(self._admit, stranger)
+        authorize = functools.partial(self._admit, stranger, first != OPENING[:1])
         if first == OPENING[:1]:
             return NoiseServerHandshake(self.keys, authorize=authorize)
         if first in b"\0\1" and self.legacy:
@@ -3341,28 +3385,38 @@ class Server(Endpoint):
             raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that gives up")
         raise RemoteProtocolError("it does not speak ratrod")
 
-    def _admit(self, stranger: Stranger, key: bytes) -> None:
+    def _admit(self, stranger: Stranger, legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
-        self._authorize(key)
+        self._authorize(key, legacy)
         # Here, not when the loop hears of it: the client's next connections may come before that.
         self._sources[stranger.source].authorized(self.loop.now)
         stranger.admitted = True
-        if len(self.links) >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
-            whose, most = ("of this client", self._link_cap_of_key) if len(self.links) < self._link_cap else ("in all", self._link_cap)
+        links = len(self.links) + sum(other.admitted for other in list(self._strangers.values())) - 1
+        if links >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
+            whose, most = ("of this client", self._link_cap_of_key) if links < self._link_cap else ("in all", self._link_cap)
             raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
 
-    def _authorize(self, key: bytes) -> None:
-        if key not in self.folder.authorized_keys.read():
+    def _authorize(self, key: bytes, legacy: bool = False) -> None:
+        lines = self.folder.authorized_keys.read().get(key)
+        if not lines:
             raise AuthenticationError("the server does not know this client's key. Add this line to authorized_keys on the server: %s"
+                                      % encode_key(key))
+        if legacy and all("no-legacy" in words for words in lines):
+            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy); connect without --legacy"
                                       % encode_key(key))
 
     def _authenticated(self, stranger: Stranger, handshake: Optional[Handshake], error: Optional[Exception]) -> None:
         stayed = self._forget(stranger)
         source = self._sources[stranger.source]
+        if source.waiting and source.strangers < self.limits.handshakes - self.limits.handshakes_per_source:
+            self._begin(stranger.source, source, *source.waiting.popleft())
+        if not stayed:
+            error = RemoteProtocolError("it had not authenticated itself when others needed its place")
+        elif handshake and handshake.peer_key not in self.folder.authorized_keys.read():
+            error, handshake = AuthenticationError("its key was removed from authorized_keys"), None
         if handshake is None:
             stranger.sock.close()
-            return source.complain(self.loop.now, stranger.address, error if stayed else
-                                   "it had not authenticated itself when others needed its place")
+            return source.complain(self.loop.now, stranger.address, error)
         log.debug("✅ Accepted `%s` with key `%s`, cipher: %s", stranger.address, encode_key(handshake.peer_key), handshake.suite)
         source.links += 1
         self._links_of[handshake.peer_key] += 1
@@ -3433,29 +3487,40 @@ class Server(Endpoint):
                 return self._refuse(link, label, error or ConnectError("the client is gone"))
             relay = self._relay(link)
             link.accept(relay, UDP_OPEN)
+            if relay.link is None:  # the client was gone already
+                return sock.close()
             return RemoteUdpSession(relay, 0, label).connected(sock)
         return self._connect_udp(link.peer_key, remote, connected)
 
     def _open(self, link: Link, label: Label, remote: str) -> None:
-        key = link.peer_key
+        key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
+        timer = self.loop.call_later(self.limits.connect_timeout, lambda: self._refuse(
+            link, label, socket.timeout("timed out")) if link.state == CONNECTING and link.user is NOBODY else None)
 
         def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+            timer.cancel()
             self._connecting.done(key)
-            if sock is None:
+            if link.state != CONNECTING:  # it was told already, or is gone
+                if sock:
+                    sock.close()
+            elif sock is None:
                 self._refuse(link, label, error or ConnectError("unknown reason"))
-            elif link.state == CLOSED:
-                sock.close()
             else:
                 stream = Stream(self.loop, sock, label)
                 stream.link = link
                 link.accept(stream)
 
         def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
-            if error or link.state == CLOSED:
+            if error or link.state != CONNECTING:
                 return connected(None, error)
-            Connector(self.loop, addresses, port, self.limits.connect_timeout, connected)
+            Connector(self.loop, addresses, port, until - time.monotonic(), connected)
             return None
-        self._connecting.begin(key, lambda: self._resolve(key, remote, socket.SOCK_STREAM, resolved))
+
+        def begin() -> None:
+            if link.state != CONNECTING:  # it waited too long, or left
+                return connected(None, None)
+            return self._resolve(key, remote, socket.SOCK_STREAM, resolved)
+        self._connecting.begin(key, begin)
 
     def _resolve(self, key: bytes, remote: str, kind: int, done: Callable[[List[str], int, Optional[Exception]], None]) -> None:
         """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
@@ -3476,7 +3541,7 @@ class Server(Endpoint):
         return self.lookups.submit(key, functools.partial(look_up, target, kind), looked_up)
 
     def _refuse(self, link: Link, label: Label, error: Exception) -> None:
-        if link.state == CLOSED:
+        if link.state != CONNECTING:
             return
         answer = self._answer(label.target, error)
         log.error("❌ %s: %s", label, "refused: %s" % error if answer.code == INVALID_HOST else answer.text)
@@ -3643,6 +3708,7 @@ class Client(Endpoint):
         self._pool = LinkPool(loop, limits, lambda done: self.make_link("", TCP, done))
         self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout)
         self._carrier: Optional[UdpCarrier] = None
+        self._udp_tries, self._udp_not_before = 0, 0.0
         self.tunnels: List[TunnelSpec] = []
         self._remotes: Dict[UdpPort, str] = {}
         for number, spec in enumerate(tunnels):
@@ -3741,10 +3807,16 @@ class Client(Endpoint):
     def _connect(self) -> socket.socket:
         until = time.monotonic() + self.limits.connect_timeout
         failure = "it has no address"
-        for family, sockaddr in look_up(self.server):
-            sock = socket.socket(family, socket.SOCK_STREAM)
+        found = look_up(self.server)
+        for n, (family, sockaddr) in enumerate(found):
             try:
-                sock.settimeout(max(0.001, until - time.monotonic()))
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:  # no IPv6 here, or no descriptor left
+                failure = reason(error)
+                continue
+            try:
+                # Each address gets its share of the time, as in Connector.
+                sock.settimeout(max(0.001, (until - time.monotonic()) / (len(found) - n)))
                 sock.connect(sockaddr)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return sock
@@ -3803,6 +3875,8 @@ class Client(Endpoint):
     def _session(self, port: UdpPort, originator: Originator) -> Optional[UdpSession]:
         session = self._sessions.get((port, originator))
         if session is None:
+            if self.loop.now < self._udp_not_before:
+                return None
             session = LocalUdpSession(self._sessions, port, originator, self._remotes[port], self.loop.now)
         assert isinstance(session, LocalUdpSession)
         if self.loop.now < session.deaf_until:
@@ -3810,7 +3884,8 @@ class Client(Endpoint):
             return None
         if session.carrier is None:
             self._carry_session(session)
-        return session if session.carrier else None
+        # Its link may have been lost as it was announced on it.
+        return session if session.carrier and self._sessions.get(session.key) is session else None
 
     def _carry_session(self, session: LocalUdpSession) -> None:
         """On the link of all UDP sessions; legacy: on one of its own."""
@@ -3830,16 +3905,19 @@ class Client(Endpoint):
         """Its sessions go on at once over another link, unless that failed too soon to be worth another try."""
         if carrier is self._carrier:
             self._carrier = None
-        sessions = list(carrier.sessions.values())
-        again = not self.legacy and carrier.began_at is not None and self.loop.now - carrier.began_at > 1
+        sessions = [session for session in carrier.sessions.values() if isinstance(session, LocalUdpSession)]
+        self._udp_tries = 0 if carrier.began_at and self.loop.now - carrier.began_at > 1 else self._udp_tries + 1
+        again = not self.legacy and carrier.began_at is not None and self._udp_tries < TRIES
+        if not (again or self.legacy):  # one line for all of them, and a moment's rest
+            self._udp_not_before = self.loop.now + 1
+            log.error("❌ UDP through `%s`: %s", self.server, reason(error))
         for session in sessions:
-            assert isinstance(session, LocalUdpSession)
             if again:
                 self._carry_session(session)
-            elif self.legacy and isinstance(error, LinkClosed):
-                session.end(tell=None)
-            else:
+            elif self.legacy and not isinstance(error, LinkClosed):
                 session.failed(error, self.loop.now)
+            else:
+                session.end(tell=None)
 
     def sweep(self, now: float) -> None:
         self._sessions.expire(now)
@@ -4022,7 +4100,7 @@ def _convert(name: str, word: Any, default: Any) -> Any:
         return True
     if not isinstance(default, (int, float)):
         return word
-    what, form = ("seconds, a number", r"[0-9]{1,9}(?:\.[0-9]+)?") if isinstance(default, float) else ("a whole number", "[0-9]{1,9}")
+    what, form = ("seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if isinstance(default, float) else ("a whole number", "[0-9]{1,9}")
     if not re.fullmatch(form, word, re.ASCII) or float(word) <= 0:
         raise UsageError("`%s` takes %s above 0, not `%s`" % (name, what, printable(word)))
     return type(default)(word)
@@ -4163,7 +4241,10 @@ def run_workers(sockets: List[List[socket.socket]], run: Callable[[int], int]) -
     # A socket that somebody holds open is served by nobody once its own process is gone: connections to it would hang.
     close_all(sock for group in sockets for sock in group)
 
+    passed: List[int] = []
+
     def pass_on(number: int, _frame: Any) -> None:
+        passed.append(number)
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -4174,7 +4255,8 @@ def run_workers(sockets: List[List[socket.socket]], run: Callable[[int], int]) -
         pid, status = os.wait()
         children.discard(pid)
         codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
-        pass_on(signal.SIGTERM, None)
+        if not passed:
+            pass_on(signal.SIGTERM, None)
     return next((code for code in codes if code), 0)
 
 
