@@ -498,7 +498,7 @@ class KeyLines:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
-            if signature == self._cache[0] and time.time() - status.st_mtime > 2:
+            if signature == self._cache[0] and time.time() - max(status.st_mtime, status.st_ctime) > 2:
                 return self._cache[1]
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 lines = self._parse(file)
@@ -672,7 +672,7 @@ def parse_host(text: str) -> str:
     host = text.lower()
     host = host[:-1] if host.endswith(".") else host
     last = host.rsplit(".", 1)[-1]
-    if not last or ".." in host:
+    if not last or host.startswith(".") or ".." in host:
         raise ValueError("`%s` has an empty label" % printable(text))
     if last.isdigit() or last.startswith("0x"):
         octet = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
@@ -741,9 +741,6 @@ class Policy:
         if not allowed:
             raise PolicyError("`%s` resolves to addresses that may not be opened" % str(target))
         return allowed
-
-
-TUNNEL_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
 
 
 class TunnelSpec(NamedTuple):
@@ -990,6 +987,8 @@ class LegacyReader:
         size = int.from_bytes(view[body - 8:body], "big")
         if size > LEGACY_MAX_FRAME:
             raise RemoteProtocolError("a frame of %d bytes, over the limit of %d" % (size, LEGACY_MAX_FRAME))
+        if sealed and size < chacha20_poly1305().aead.tag:
+            raise RemoteProtocolError("a frame of %d bytes, shorter than its tag" % size)
         if end < body + size:
             self.wanted = body + size - start
             return None
@@ -2912,6 +2911,9 @@ def descriptor_limit() -> int:
         return 512  # what select() takes on Windows
 
 
+TUNNEL_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)  # what each tunnel listens on
+
+
 def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> List[Tuple[int, Any]]:
     """(family, socket address) of each address of a host, blocking. ConnectError says why there is none."""
     try:
@@ -3212,10 +3214,10 @@ class Source:
 class Stranger:
     """A connection that is not authenticated yet; `admitted` once its thread has found that it is."""
 
-    __slots__ = ("sock", "address", "source", "admitted")
+    __slots__ = ("sock", "address", "source", "since", "admitted")
 
-    def __init__(self, sock: socket.socket, address: str, source: str):
-        self.sock, self.address, self.source, self.admitted = sock, address, source, False
+    def __init__(self, sock: socket.socket, address: str, source: str, since: float):
+        self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, False
 
 
 class FairQueue:
@@ -3332,7 +3334,7 @@ class Server(Endpoint):
 
     def _begin(self, name: str, source: Source, sock: socket.socket, shown: str) -> None:
         self._make_room(name, source)
-        stranger = self._strangers[sock] = Stranger(sock, shown, name)
+        stranger = self._strangers[sock] = Stranger(sock, shown, name, self.loop.now)
         source.strangers += 1
         self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
 
@@ -3344,11 +3346,22 @@ class Server(Endpoint):
             whose = max(self._sources.values(), key=lambda other: other.strangers)
         else:
             return
+        self._evict(whose, self.loop.now)
+
+    def _evict(self, source: Source, before: float) -> bool:
+        """Ends the oldest of a source's unauthenticated connections where it is older than that."""
         oldest = next((stranger for stranger in self._strangers.values()
-                       if self._sources[stranger.source] is whose and not stranger.admitted), None)
-        if oldest and self._forget(oldest):
-            with contextlib.suppress(OSError):
-                oldest.sock.shutdown(socket.SHUT_RDWR)
+                       if self._sources[stranger.source] is source and not stranger.admitted), None)
+        if oldest is None or oldest.since > before or not self._forget(oldest):
+            return False
+        with contextlib.suppress(OSError):
+            oldest.sock.shutdown(socket.SHUT_RDWR)
+        return True
+
+    def _serve_waiting(self, name: str, source: Source) -> None:
+        """Whoever waits takes the place of those who have said nothing for a second."""
+        while source.waiting and self._evict(source, self.loop.now - 1):
+            self._begin(name, source, *source.waiting.popleft())
 
     def _forget(self, stranger: Stranger) -> bool:
         """False where it had to make room before."""
@@ -3454,6 +3467,7 @@ class Server(Endpoint):
                 relay.table.expire(now)
         for name, source in list(self._sources.items()):
             source.confess(name, now)
+            self._serve_waiting(name, source)
             if not (source.links or source.strangers or source.muted or source.trusted(now)) and now - source.seen_at > 60:
                 del self._sources[name]
 

@@ -146,9 +146,10 @@ class Processes:
         return process
 
     def end(self, *processes):
-        """Ends them and what they have forked."""
+        """Ends them and what they have forked: that first, while there is a parent to collect it."""
         table = process_table()
         offspring = {pid: table[pid].started for process in processes for pid in family(process.pid, table)[1:]}
+        self._end_offspring(offspring, signal.SIGTERM)
         for process in processes:
             if process.poll() is None:
                 process.terminate()
@@ -165,12 +166,21 @@ class Processes:
                         pipe.close()
             if process in self._running:
                 self._running.remove(process)
-        table = process_table() if offspring else {}
-        for pid, started in offspring.items():
-            # The time of its start says that the id still means the same process.
-            if pid in table and table[pid].started == started:
+        self._end_offspring(offspring, signal.SIGKILL)
+
+    @staticmethod
+    def _end_offspring(offspring, sign):
+        """{id: time of its start, which says that the id still means the same process}; waits a moment for their end."""
+        deadline = time.monotonic() + 0.7
+        alive = offspring
+        while alive and time.monotonic() < deadline:
+            table = process_table()
+            alive = {pid: started for pid, started in alive.items() if pid in table and table[pid].started == started}
+            for pid in alive if sign else ():
                 with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, sign)
+            sign = None
+            time.sleep(0.02)
 
     def end_all(self):
         self.end(*self._running[:])
