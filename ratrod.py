@@ -638,6 +638,11 @@ def unmapped(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
+def show_address(address: Tuple[Any, ...]) -> str:
+    """A socket address as people write it."""
+    return str(Address(unmapped(address[0]), address[1]))
+
+
 _PIECE = r"(?:\[([^\[\]:]*:[^\[\]]*)\]|([^:\[\]]*))"
 
 
@@ -1666,7 +1671,7 @@ class EventLoop:
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = memoryview(bytearray(SCRATCH_IN))
-        self.batch = DatagramBatch(self)
+        self.batch: Any = None  # the DatagramBatch of what has been received in scratch_out
 
     def fileno(self) -> int:
         """The descriptor that signals write to, so that they wake select() on every system."""
@@ -2274,7 +2279,7 @@ def report_end(label: Label, sent: int, received: int, started: float, error: Op
 class Stream(LinkUser):
     """One local TCP socket joined to one link; `again(stream, error)` asks for another link where the first one failed untouched."""
 
-    __slots__ = ("loop", "link", "local", "label", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_started")
+    __slots__ = ("loop", "link", "local", "label", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_broken", "_started")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, label: Label, again: Optional[Callable[["Stream"], None]] = None):
         self.loop, self.label, self._again = loop, label, again
@@ -2283,6 +2288,7 @@ class Stream(LinkUser):
         self._pending = b""  # what the local socket did not take yet
         self._kept: Optional[bytearray] = bytearray() if again else None  # sent before Opened: another link may need it again
         self._ended = False
+        self._broken: Optional[OSError] = None
         self.tries = self.sent = self.received = 0
         self._started = loop.now
         log.debug("⛽ %s", label)
@@ -2292,7 +2298,9 @@ class Stream(LinkUser):
         self.link = link
         self.tries += 1
         link.ask(self, TCP, self.label.target, deadline)
-        if self._ended:
+        if self._broken:
+            self._failed(self._broken)
+        elif self._ended:
             link.event(LOCAL_EOF)
 
     def first_data(self, writer: Writer) -> bytes:
@@ -2305,8 +2313,8 @@ class Stream(LinkUser):
         elif not self._ended:
             try:
                 n = self.local.recv_into(self.loop.payload[:KEPT_DATA]) or 0
-            except OSError:  # the next read finds it too
-                pass
+            except OSError as error:  # said once: the next read would find a clean end
+                self._broken = error
             self._kept += self.loop.payload[:n]
             self.sent += n
         return bytes(writer.data(self.loop.scratch_out, n)) if n else b""
@@ -2896,11 +2904,6 @@ class UdpPort:
 # ======================================================================================================================
 
 
-def show_address(address: Tuple[Any, ...]) -> str:
-    """A socket address as people write it."""
-    return str(Address(unmapped(address[0]), address[1]))
-
-
 def descriptor_limit() -> int:
     """How many descriptors this process may have open."""
     try:
@@ -3089,6 +3092,7 @@ class Endpoint:
             log.warning(warning)
         self.links: Set[Link] = set()
         self.listeners: List[Union[Listener, UdpPort]] = []
+        loop.batch = loop.batch or DatagramBatch(loop)
         self.workers = WorkerPool(loop, threads)
         self._swept_at = boot_time()
         self._sweeper = loop.call_later(limits.sweep_interval, self._sweep)

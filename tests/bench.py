@@ -713,14 +713,22 @@ def percentile(ordered, percent):
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100.0))]
 
 
+def sleep_until_more(load, seconds, counter, place, first):
+    """A window of so many seconds; up to 3 s longer where nothing was counted in it, for nothing says little about a speed."""
+    load.sleep(seconds)
+    deadline = time.monotonic() + 3
+    while counter.count(place) == first and time.monotonic() < deadline:
+        load.sleep(0.05)
+
+
 def bulk_window(tunnel, load, counter, scale):
     """(GB/s, CPU seconds for each GB) over a window in the middle of a transfer, counted where the bytes arrive."""
     load.sleep(scale.warm_up)
     began, first, cpu = time.perf_counter(), counter.count(Load.BYTES), tunnel.cpu()
-    load.sleep(scale.seconds)
+    sleep_until_more(load, scale.seconds, counter, Load.BYTES, first)
     seconds, gigabytes, cpu = time.perf_counter() - began, (counter.count(Load.BYTES) - first) / 1e9, tunnel.cpu() - cpu
     if not gigabytes:
-        raise Failed("not a byte arrived in %.1f s after %d bytes" % (seconds, first))
+        raise Failed("not a byte arrived for %.1f s after %d bytes" % (seconds, first))
     return gigabytes / seconds, cpu / gigabytes
 
 
@@ -736,8 +744,8 @@ def measure_streams(tunnel, scale, place):
     with tunnel.load("bulk", "push", count) as load:
         load.await_streams(count)
         # So many streams take time to fill their buffers, and some peers serve them in long turns.
-        load.sleep(2 * place * scale.warm_up)
-        speed, _ = bulk_window(tunnel, load, tunnel.target, scale._replace(seconds=(1 + place) * scale.seconds))
+        longer = 2 if place else 1
+        speed, _ = bulk_window(tunnel, load, tunnel.target, scale._replace(seconds=longer * scale.seconds, warm_up=longer * scale.warm_up))
     return {"streams_%d" % place: speed}
 
 
@@ -745,10 +753,11 @@ def measure_connections(tunnel, scale, at_once):
     with tunnel.load("connect", at_once) as load:
         load.sleep(scale.warm_up)
         began, first = time.perf_counter(), load.count(Load.DONE)
-        load.sleep(scale.seconds)
-        rate = (load.count(Load.DONE) - first) / (time.perf_counter() - began)
+        sleep_until_more(load, scale.seconds, load, Load.DONE, first)
+        seconds = time.perf_counter() - began
+        rate = (load.count(Load.DONE) - first) / seconds
     if not rate:
-        raise Failed("not one connection in %.1f s" % scale.seconds)
+        raise Failed("not one connection in %.1f s" % seconds)
     return {"connections_%d" % at_once: rate}
 
 
@@ -962,7 +971,7 @@ STEPS = [
         Field("first_byte", "a new connection's first byte, path of 100 ms", "ms", 0, chart=True, short="first byte ms"),), tunnel={"delayed": True}),
     Step("idle", measure_idle, (
         Field("idle", "memory of both ends for each of {idle:,} idle connections", "KB", 1, chart=True, short="KB idle"),),
-         takes=lambda peer: peer.commands is not None, tunnel={}),
+         takes=lambda peer: peer.commands is not None, tunnel={}, rounds=2),  # it hardly varies
     # Once: it is a minute, and a mean over it.
     Step("many-idle", measure_many_idle, (
         Field("many_idle", "memory of both ends for each of {many:,}", "KB", 1),

@@ -11,7 +11,7 @@ from conftest import ROOT
 def run(tmp_path, *words):
     """What it wrote with --json, and what it printed."""
     file = tmp_path / "results.json"
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "--quick", "--seconds", "0.1", "--json", str(file), *words],
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "--quick", "--seconds", "0.2", "--json", str(file), *words],
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
     return json.loads(file.read_text("utf-8")), done.stdout.decode("utf-8")
