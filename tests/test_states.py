@@ -519,7 +519,7 @@ class ServerEnd(Owner):
     def link_idle(self, link):
         pair = self.world.pair_of(link)
         pair.attempt.connection.check_delivered(pair.attempt, REMOTE)
-        assert pair.opener.state in (ratrod.ASKED_END, ratrod.SENT, ratrod.DONE, ratrod.CLOSED)
+        assert pair.opener.state in (ratrod.ASKED_END, ratrod.SENT, ratrod.DONE, ratrod.BYE, ratrod.CLOSED)
         if self.leaving:
             self.leave(link)
         else:
