@@ -3703,6 +3703,11 @@ class LinkPool:
             self._waiting.popleft()[1](error or ConnectError("unknown reason"))
         return None
 
+    def clear(self) -> None:
+        """Lets go of all idle links."""
+        while self._idle:
+            self._idle.pop()[1].close()
+
     def sweep(self, now: float) -> None:
         if now - self._minute >= 60:
             self._minute, self._peaks = now, [len(self._taken), self._peaks[0]]
@@ -3876,7 +3881,10 @@ class Client(Endpoint):
         self._carry(Stream(self.loop, sock, label, None if self.legacy else self._carry))
 
     def _carry(self, stream: Stream) -> None:
-        """Gets a link for it: an idle one at once, or one that is made for it."""
+        """Gets a link for it: an idle one at once, or one that is made for it. After a link that was dead the other idle ones are not
+        trusted either: what took one of them, a NAT that forgot or a server that was started anew, took all."""
+        if stream.tries:
+            self._pool.clear()
         self._get_link(stream.label.target, TCP, lambda link: stream.begin(link, self._patience), stream.lost)
 
     def _get_link(self, target: str, kind: int, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import pathlib
 import re
+import selectors
 import shutil
 import signal
 import socket
@@ -376,6 +377,13 @@ def forward(serve, ratrod, keys):
 def tcp_port(client, n=1):
     """The port of the client's n-th TCP listener."""
     return int(client.wait_for(LISTENING, n).group(1))
+
+
+def is_ready(sock, event, timeout):
+    """Whether `event` (selectors.EVENT_READ or EVENT_WRITE) comes on `sock` within so many seconds. select() takes descriptors up to 1023."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, event)
+        return bool(selector.select(timeout))
 
 
 def eventually(condition, what):

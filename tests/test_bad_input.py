@@ -8,14 +8,14 @@ import os
 import queue
 import random
 import re
-import select
+import selectors
 import socket
 import sys
 from typing import Any, Callable, NamedTuple
 
 import legacy_peer
 import pytest
-from conftest import LISTENING, PATIENCE, READY, eventually, make_keys, receive_all, receive_exactly
+from conftest import LISTENING, PATIENCE, READY, eventually, is_ready, make_keys, receive_all, receive_exactly
 from legacy_peer import (
     INVALID_HOST,
     INVALID_KEY,
@@ -639,7 +639,7 @@ def test_bad_data_from_the_client(served, target, bad, encrypt):
 
 
 def is_silent(sock):
-    return not select.select([sock], [], [], 0)[0]
+    return not is_ready(sock, selectors.EVENT_READ, 0)
 
 
 @pytest.fixture
@@ -992,7 +992,7 @@ def drip(sock, data):
     for i in range(len(data)):
         try:
             sock.sendall(data[i:i + 1])
-            if select.select([sock], [], [], 0.1)[0]:
+            if is_ready(sock, selectors.EVENT_READ, 0.1):
                 return sock.recv(1) == b""
         except ConnectionError:
             return True

@@ -13,6 +13,7 @@ import pathlib
 import queue
 import re
 import select
+import selectors
 import socket
 import struct
 import sys
@@ -21,7 +22,7 @@ import time
 
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, READY, base64url, make_keys, receive_all, receive_exactly
+from conftest import PATIENCE, READY, base64url, is_ready, make_keys, receive_all, receive_exactly
 from ratrod2_peer import (
     AEGIS,
     BULK_LIMIT,
@@ -797,7 +798,7 @@ def dribble(sock, data):
             sock.sendall(data[count:count + 1])
         except ConnectionError:
             return count
-        if select.select([sock], [], [], 0.2)[0]:
+        if is_ready(sock, selectors.EVENT_READ, 0.2):
             return count + 1
     return len(data)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 
 STREAMS = 20_000 if os.environ.get("RATROD_TEST_WHOLE") else 2_000
 CONNECTIONS = 5_000
-SMALL = 4096
+SMALL = 16_384  # smaller ones make TCP wait for its timers
 CLIENT, SERVER = "client", "server"
 AUTHENTICATION_FAILED = 3
 SERVER_PREAMBLE = 2 + 129
@@ -196,11 +196,11 @@ sys.exit(ratrod.main(sys.argv[1:]))
 
 @pytest.fixture
 def path(serve, start, target, keys):
-    """path(target ports..., size=None, program=RATROD) -> Path: `serve -v`, a relay, and a client with a tunnel to each port."""
+    """path(target ports..., size=None, program=RATROD) -> Path: `serve -v`, a relay, and `connect -v` with a tunnel to each port."""
     def launch(*remotes, size=None, program=RATROD, flags=()):
         server, port = serve("-v")
         relay = Relay(port, target, size)
-        client = start(*program, "-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % relay.port,
+        client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port,
                        *("0:127.0.0.1:%d" % remote for remote in remotes), env={**os.environ, "PYTHONPATH": str(ROOT)})
         client.wait_for(READY)
         return Path(server, client, relay, [tcp_port(client, n) for n in range(1, len(remotes) + 1)])
@@ -465,7 +465,7 @@ def test_a_ready_link_takes_one_round_trip(gated):
 def test_a_fresh_link_takes_two_round_trips(gated):
     """Open and the first byte leave behind ClientAuthentication: the client does not wait for HandshakeCompletion."""
     made, gates = gated()
-    cut_all(made.relay, socket.socket.close)
+    cut_all(made, 0, socket.socket.close)
     gates.append(Gate(made.relay, before=2))
     first_byte(made.port)
     used, = (passage for passage in made.relay.passages[1:] if len(passage.said(CLIENT)) > 8 + 2 + 35 + CLIENT_AUTHENTICATION)
@@ -476,9 +476,16 @@ def test_a_fresh_link_takes_two_round_trips(gated):
 # ---------------------------------------------------------------------------------------------------- links that die
 
 
-def cut_all(relay, how):
-    eventually(lambda: all(len(passage.turns()) >= 4 for passage in relay.passages), "every handshake is done")
-    for passage in relay.passages:
+def all_idle(made, streams):
+    """Waits until no link does anything: each handshake is done, and `streams` streams are over, as the client sees it."""
+    eventually(lambda: made.client.output.count(" closed: ") == streams, "every stream is over")
+    eventually(lambda: all(len(passage.turns()) >= 4 for passage in made.relay.passages if not passage.is_cut), "every handshake is done")
+
+
+def cut_all(made, streams, how):
+    """Ends every link by how(socket), once all are idle."""
+    all_idle(made, streams)
+    for passage in made.relay.passages:
         passage.cut(how)
 
 
@@ -496,37 +503,33 @@ def assert_greeted(port):
 def test_idle_links_that_ended_are_not_used(path, tcp_echo, how):
     """The client knows, and data that goes with the Open is safe too."""
     made = path(tcp_echo.port)
-    ask(made.port)
-    for _ in range(3):
-        cut_all(made.relay, how)
+    for streams in range(4):
+        cut_all(made, streams, how)
         ask(made.port)
+    made.client.wait_for(" closed: ", 4)
     assert "❌" not in made.client.output
 
 
-def make_idle_links(made, count):
-    """Uses `count` links at once, and waits until they are idle."""
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(dial(made.port)) for _ in range(count)]
-        for connection in connections:
-            assert receive_all(connection) == b"hello"
-    for _ in range(20):
-        assert_greeted(made.port)
-
-
-@pytest.mark.parametrize("count", [1, 8])
-def test_links_that_the_path_forgot_are_replaced(path, target, count):
+@pytest.mark.parametrize("streams", [0, 1, 8])
+def test_links_that_the_path_forgot_are_replaced(path, target, streams):
     """As a NAT that lost its table: nobody hears of it before the next byte, which is answered with a reset. The Open went out alone."""
     made = path(target(speaks_first).port)
-    make_idle_links(made, count)
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(dial(made.port)) for _ in range(streams)]
+        for connection in connections:
+            assert receive_all(connection) == b"hello"
+    all_idle(made, streams)
     for passage in made.relay.passages:
         passage.forgotten = True
     assert_greeted(made.port)
+    made.client.wait_for(" closed: ", streams + 1)
     assert "❌" not in made.client.output
 
 
 def test_a_link_that_fell_silent_is_replaced(path, target):
     """Nobody ever hears of it: no answer comes."""
     made = path(target(speaks_first).port, program=(sys.executable, "-c", IMPATIENT), flags=("--handshake-timeout", "2"))
+    all_idle(made, 0)
     for passage in made.relay.passages:
         passage.silent = True
     assert_greeted(made.port)

@@ -8,7 +8,7 @@ import http.server
 import itertools
 import os
 import re
-import select
+import selectors
 import signal
 import socket
 import struct
@@ -31,6 +31,7 @@ from conftest import (
     echo,
     eventually,
     every_mode,
+    is_ready,
     missing,
     need,
     receive_all,
@@ -258,7 +259,7 @@ def push_until_stuck(connection):
     connection.setblocking(False)
     digest, sent = hashlib.sha256(), 0
     # Nothing announces that no room will come any more. A second without is taken for it; where that is too short, the test is weaker, not wrong.
-    while select.select([], [connection], [], 1.0)[1]:
+    while is_ready(connection, selectors.EVENT_WRITE, 1.0):
         piece = memoryview(BLOCK)[sent % len(BLOCK):]
         n = connection.send(piece)
         digest.update(piece[:n])
