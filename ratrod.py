@@ -2026,13 +2026,15 @@ class Link:
         if self.transport.wanted(mask) & READ:
             self._read()
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Whether anything came."""
         # An incomplete record has a buffer of its own, and only its rest is read next: then a read begins at a record again.
         view, end = (self.loop.scratch_in, 0) if self._in is None else (self._in, self._in_end)
         try:
             n = self.transport.recv_into(view[end:])
         except OSError as error:
-            return self._lost(broken(error))
+            self._lost(broken(error))
+            return False
         if n:
             self.heard_at = boot_time()
             self._in = None
@@ -2040,11 +2042,13 @@ class Link:
                 self._process(view, 0, end + n)
         elif n == 0:
             self._on_eof()
+        return bool(n)
 
     def poll(self) -> None:
-        """Processes what has come meanwhile."""
-        if self.state == IDLE:
-            self._read()
+        """Processes what has come meanwhile, and sees the FIN that may stand behind it."""
+        for _ in range(BATCH):
+            if self.state != IDLE or not self._read():
+                return
 
     def _process(self, view: memoryview, start: int, end: int) -> None:
         try:

@@ -795,7 +795,7 @@ def test_close_moves_open_and_kept_data_and_end(world, first, later, ends):
     world.finish()
 
 
-@pytest.mark.parametrize("how", [END, RESET, "Close"])
+@pytest.mark.parametrize("how", [END, RESET, "Close", "Keepalive and end"])
 def test_an_idle_link_that_has_ended_takes_no_stream(world, how):
     """Data is ready and would leave with the Open: a second try could not follow."""
     converse(join(world))
@@ -805,6 +805,10 @@ def test_an_idle_link_that_has_ended_takes_no_stream(world, how):
     if how == "Close":
         world.server.leave(pair.acceptor)
         pair.pipes[TO_OPENER].pump()
+    elif how == "Keepalive and end":
+        pair.acceptor.send(pair.acceptor.writer.record(ratrod.KEEPALIVE))
+        pair.pipes[TO_OPENER].pump()
+        pair.cut(END, BOTH_WAYS)
     else:
         pair.cut(how, BOTH_WAYS)
     connection = world.originate(first=100)
