@@ -44,6 +44,8 @@ Options:
   -V, --version             show the version
 """
 
+from __future__ import annotations  # unread at run time: they cost the start 10 ms, and each connection 4 µs
+
 import base64
 import builtins
 import collections
@@ -107,6 +109,7 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 MAX_CONTENT = 512 * 1024  # of a Data or Datagrams record
 MAX_SMALL_CONTENT = 1024  # of any other
+LAST_NONCE = 1 << 63  # records of one direction of a link; nobody gets there by counting
 KEPT_DATA = 64 * 1024  # what an opener may send before Opened, and keeps until then
 MAX_NOISE_MESSAGE = 1024
 LEGACY_MAX_FRAME = 128 * 1024 - 256  # the original's BUFFER_SIZE, tag included
@@ -362,12 +365,17 @@ _RECORDS: Dict[int, Tuple[Optional[Type[Any]], str]] = {  # what the content of 
 }
 
 
+# Both remember: nearly all of these records are the same few, as the Open of one target, and cost 3 µs each otherwise.
+
+
+@functools.lru_cache(maxsize=256)
 def encode_content(kind: int, *fields: Any) -> bytes:
     """The content of a record of any type but Data and Datagrams."""
     return b"".join(_WRITE[letter](field) for letter, field in zip(_RECORDS[kind][1], fields))
 
 
-def decode_content(kind: int, content: Union[bytes, memoryview]) -> Any:
+@functools.lru_cache(maxsize=256)
+def decode_content(kind: int, content: bytes) -> Any:
     """The message in it; RemoteProtocolError for an unknown type, or for content that is not exactly one."""
     if kind not in _RECORDS:
         raise RemoteProtocolError("a record of the unknown type 0x%02x" % kind)
@@ -791,38 +799,46 @@ def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
 # ======================================================================================================================
 
 
+FORGED = "a record failed its authentication: it was damaged or forged on the way"
+
+
 class Aead:
     """One cipher of libsodium, sealing and opening in place: no copy, no allocation.
 
     `nacl._sodium` is a private name of PyNaCl and several times as fast as its public functions, which copy; where it is missing
-    or shaped otherwise, those do the same work.
+    or shaped otherwise, those do the same work. Both are closures: a record of a few bytes costs more calls than cipher.
+
+    seal(view, nonce, key, aad=b"") encrypts view[:-tag] in place and writes the tag behind it.
+    open(view, nonce, key, aad=b"") decrypts `view`, tag included, in place: the plaintext. RemoteProtocolError where it was not
+    sealed with these.
     """
 
-    __slots__ = ("name", "tag", "fast", "_seal", "_open")
+    __slots__ = ("name", "tag", "fast", "seal", "open")
 
     def __init__(self, name: str, tag: int, fast: bool = True):
         self.name, self.tag = name, tag
         pair = self._private() if fast else None
         self.fast = pair is not None
-        self._seal, self._open = pair or self._public()
+        self.seal, self.open = pair or self._public()
 
-    def _public(self) -> Tuple[Callable[..., None], Callable[..., None]]:
+    def _public(self) -> Tuple[Callable[..., None], Callable[..., memoryview]]:
         encrypt = getattr(sodium(), "crypto_aead_%s_encrypt" % self.name)
         decrypt = getattr(sodium(), "crypto_aead_%s_decrypt" % self.name)
         tag = self.tag
         import nacl.exceptions
 
-        def seal(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+        def seal(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
             view[:] = encrypt(bytes(view[:-tag]), aad, nonce, key)
 
-        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
             try:
                 view[:-tag] = decrypt(bytes(view), aad, nonce, key)
             except (nacl.exceptions.CryptoError, ValueError):
-                raise RemoteProtocolError("a record failed its authentication: it was damaged or forged on the way") from None
+                raise RemoteProtocolError(FORGED) from None
+            return view[:-tag]
         return seal, open_
 
-    def _private(self) -> Optional[Tuple[Callable[..., None], Callable[..., None]]]:
+    def _private(self) -> Optional[Tuple[Callable[..., None], Callable[..., memoryview]]]:
         sodium()  # sodium_init(): without it libsodium uses its slow portable code
         try:
             from nacl._sodium import ffi, lib
@@ -832,26 +848,17 @@ class Aead:
             return None
         null, tag, from_buffer = ffi.NULL, self.tag, ffi.from_buffer
 
-        def seal(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+        def seal(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
             at = from_buffer(view)
             encrypt(at, null, at, len(view) - tag, aad, len(aad), null, nonce, key)
 
-        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes) -> None:
+        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
             at = from_buffer(view)
-            if decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key):
-                raise RemoteProtocolError("a record failed its authentication: it was damaged or forged on the way")
+            # Its own check of the length: libsodium's says nothing of where a shorter one would be written.
+            if len(view) < tag or decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key):
+                raise RemoteProtocolError(FORGED)
+            return view[:-tag]
         return seal, open_
-
-    def seal(self, view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
-        """Encrypts view[:-tag] in place and writes the tag behind it."""
-        self._seal(view, nonce, key, aad)
-
-    def open(self, view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
-        """Decrypts `view`, tag included, in place: the plaintext. RemoteProtocolError where it was not sealed with these."""
-        if len(view) < self.tag:
-            raise RemoteProtocolError("a record shorter than its tag")
-        self._open(view, nonce, key, aad)
-        return view[:-self.tag]
 
 
 class Suite(NamedTuple):
@@ -902,26 +909,29 @@ def offered_suites() -> List[Suite]:
 class CipherState:
     """One direction of a link: a key and the number of its next record (the Noise specification's k and n)."""
 
-    __slots__ = ("_suite", "_key", "_n", "tag")
+    __slots__ = ("_seal", "_open", "_nonce", "_key", "_n", "tag")
 
     def __init__(self, suite: Suite, key: bytes):
         if len(key) != suite.key_size:
             raise LocalProtocolError("a key of %d bytes for %s" % (len(key), suite.name))
-        self._suite, self._key, self._n, self.tag = suite, key, 0, suite.aead.tag
-
-    def _next_nonce(self) -> bytes:
-        n, self._n = self._n, self._n + 1
-        if n >= 1 << 63:
-            raise LocalProtocolError("the link has used up its record numbers")
-        return self._suite.nonce(n)
+        self._seal, self._open, self._nonce = suite.aead.seal, suite.aead.open, suite.nonce
+        self._key, self._n, self.tag = key, 0, suite.aead.tag
 
     def seal(self, view: memoryview, aad: bytes) -> None:
         """Encrypts view[:-tag] in place and writes the tag behind it."""
-        self._suite.aead.seal(view, self._next_nonce(), self._key, aad)
+        n = self._n
+        self._n = n + 1
+        if n >= LAST_NONCE:
+            raise LocalProtocolError("the link has used up its record numbers")
+        self._seal(view, self._nonce(n), self._key, aad)
 
     def open(self, view: memoryview, aad: bytes) -> memoryview:
         """Decrypts `view` in place; RemoteProtocolError where it is not the record that must come next."""
-        return self._suite.aead.open(view, self._next_nonce(), self._key, aad)
+        n = self._n
+        self._n = n + 1
+        if n >= LAST_NONCE:
+            raise LocalProtocolError("the link has used up its record numbers")
+        return self._open(view, self._nonce(n), self._key, aad)
 
     def encrypt_with_ad(self, ad: bytes, plaintext: bytes) -> bytes:
         view = memoryview(bytearray(plaintext + bytes(self.tag)))
@@ -1126,22 +1136,18 @@ class RecordReader:
             self.wanted = 4 + size
             return None
         plain = self._cipher.open(view[body:body + size], bytes(view[start:body]))
-        kind, content = plain[0], plain[1:]
+        kind = plain[0]
         if self._awaited:
             if kind not in (COMPLETED, ERROR):
                 raise RemoteProtocolError("a record before HandshakeCompletion")
             self._awaited = False
         elif kind == COMPLETED:
             raise RemoteProtocolError("a second HandshakeCompletion")
-        return kind, self._decode(kind, content), body + size
-
-    @staticmethod
-    def _decode(kind: int, content: memoryview) -> Any:
-        if kind == DATA and content or kind == DATAGRAMS:
-            return content
-        if kind == DATA or len(content) > MAX_SMALL_CONTENT:
-            raise RemoteProtocolError("a record with %d bytes of content" % len(content))
-        return decode_content(kind, content)
+        if kind == DATA and size > tag + 1 or kind == DATAGRAMS:
+            return kind, plain[1:], body + size
+        if kind == DATA or len(plain) > 1 + MAX_SMALL_CONTENT:
+            raise RemoteProtocolError("a record with %d bytes of content" % (len(plain) - 1))
+        return kind, decode_content(kind, bytes(plain[1:])), body + size
 
 
 class RecordWriter:
@@ -1156,10 +1162,11 @@ class RecordWriter:
 
     def record(self, kind: int, *fields: Any) -> bytes:
         """A whole record of any type but Data and Datagrams."""
-        content = encode_content(kind, *fields)
-        room = memoryview(bytearray(HEADROOM + len(content) + TAILROOM))
-        room[HEADROOM:HEADROOM + len(content)] = content
-        return bytes(self.data(room, len(content), kind=kind))
+        content, cipher = encode_content(kind, *fields), self._cipher
+        length = _LENGTH.pack(1 + len(content) + cipher.tag)
+        whole = bytearray(b"%b%c%b%b" % (length, kind, content, bytes(cipher.tag)))
+        cipher.seal(memoryview(whole)[4:], length)
+        return bytes(whole)
 
     def data(self, scratch: memoryview, n: int, kind: int = DATA) -> memoryview:
         """The record around the n bytes at scratch[HEADROOM:], made in place: header and body leave in one send."""
@@ -1638,6 +1645,11 @@ log = logging.getLogger("ratrod")
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+def boot_time() -> float:
+    """Seconds on a clock that counts sleep, where there is one: a machine that slept has not been listening."""
+    return time.clock_gettime(CLOCK) if CLOCK is not None else time.monotonic()
+
+
 class Timer:
     """A pending call; cancel() forgets it."""
 
@@ -1665,7 +1677,7 @@ class EventLoop:
             end.setblocking(False)
         self._selector.register(self._wake_receiver, READ, self._on_wake)
         self._stopped = False
-        self.now = time.monotonic()  # as of this round: good enough for everything that counts in seconds
+        self.now, self.awake = time.monotonic(), boot_time()  # as of this round: good enough for everything that counts in seconds
         # Shared by all: what one callback reads or seals here it has sent or kept elsewhere when it returns. A buffer of its own for
         # every connection would cost 256 KB each.
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
@@ -1687,7 +1699,10 @@ class EventLoop:
             self._selector.register(sock, events, callback)
 
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        timer = Timer(time.monotonic() + seconds, call)
+        return self.call_at(time.monotonic() + seconds, call)
+
+    def call_at(self, when: float, call: Callable[[], None]) -> Timer:
+        timer = Timer(when, call)
         heapq.heappush(self._timers, timer)
         return timer
 
@@ -1704,7 +1719,7 @@ class EventLoop:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
         while not self._stopped:
             ready = self._selector.select(self._time_to_next_timer())
-            self.now = time.monotonic()
+            self.now, self.awake = time.monotonic(), boot_time()
             for key, mask in ready:
                 self._run(key.data, mask)
             while self._timers and self._timers[0].when <= self.now:
@@ -1790,6 +1805,15 @@ class WorkerPool:
 # ======================================================================================================================
 
 
+def tune(sock: socket.socket) -> None:
+    """What every TCP socket gets that is connected or listens: accepted ones inherit it from that."""
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is sent is complete: Nagle only adds delay
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    except OSError:  # already reset: the first read tells
+        pass
+
+
 TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
 
 
@@ -1800,9 +1824,6 @@ class Transport:
 
     def __init__(self, loop: EventLoop, sock: socket.socket, callback: Callable[[int], None]):
         sock.setblocking(False)
-        with contextlib.suppress(OSError):  # not TCP, or already reset
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is sent is complete: Nagle only adds delay
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self.sock, self._loop, self._callback, self._events = sock, loop, callback, 0
 
     def want(self, events: int) -> None:
@@ -1843,19 +1864,18 @@ class Transport:
 
     def close(self) -> None:
         self.want(0)
+        self._callback = _closed  # its owner and it point to each other: let go at once, not by the garbage collector
         self.sock.close()
 
     def abort(self) -> None:
         """Closes with a reset, so that the other side cannot take it for an end."""
-        reset(self.sock, before=lambda: self.want(0))
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("HH" if os.name == "nt" else "ii", 1, 0))
+        self.close()
 
 
-def reset(sock: socket.socket, before: Callable[[], None] = lambda: None) -> None:
-    """Closes a TCP socket with a reset in place of a FIN."""
-    before()
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("HH" if os.name == "nt" else "ii", 1, 0))
-    sock.close()
+def _closed(_mask: int) -> None:
+    """The callback of what is closed."""
 
 
 class LocalFailed(RatrodError):
@@ -1924,7 +1944,7 @@ class Link:
     """
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "role", "state", "user", "held", "completed", "born",
-                 "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_timer")
+                 "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_timer", "_deadline", "_overdue")
 
     def __init__(self, owner: "Endpoint", sock: socket.socket, handshake: Handshake, role: str, state: str, name: str = ""):
         self.owner, self.loop, self.role, self.state, self.name = owner, owner.loop, role, state, name
@@ -1935,12 +1955,14 @@ class Link:
         self.held = state == CONNECTING  # the acceptor reads nothing more before its remote is connected
         self.completed = role == ACCEPTOR
         self.born = self.sent_at = owner.loop.now
-        self.heard_at = boot_time()
+        self.heard_at = owner.loop.awake
         self._out = bytearray()
         self._fin = self._eof = False  # we end after `_out`; the peer has ended
         self._in: Optional[memoryview] = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
         self._in_start = self._in_end = 0
         self._timer: Optional[Timer] = None
+        self._deadline: Optional[float] = None
+        self._overdue: Optional[Callable[[], None]] = None
         owner.links.add(self)
 
     # ---- events
@@ -1950,9 +1972,12 @@ class Link:
         cell = self._table[self.state].get(event)
         if cell is None:
             raise RemoteProtocolError("a record that does not belong there (type 0x%02x while %s)" % (event, self.state))
+        before = self.state
         action, self.state = cell
         if action:
             self._ACTIONS[action](self, content)
+        if self.state is not before:
+            self.update()
 
     def _on_open(self, message: Open) -> None:
         self.held = True
@@ -1962,22 +1987,26 @@ class Link:
         self.set_deadline(None)
         self.completed = True  # legacy: HandshakeCompletion is what came
         self.user.opened()
-        self.update()
 
     def _on_end(self, _content: None) -> None:
         if self.reader.eof_is_end:
             self._finish_sending()
+        elif self.state == DONE and self.role == ACCEPTOR and not self.held:
+            self._recycle(self.writer.record(END))
         else:
             self.send(self.writer.record(END))
-        self.update()
+
+    def _recycle(self, end: bytes = b"") -> None:
+        """Acceptor: the stream is over on both sides, and the next may come; one packet with the End before it saves each side 10 µs."""
+        self._finish_user()
+        self.state = IDLE
+        self.owner.link_idle(self, end)
 
     def _on_shut(self, _content: None) -> None:
         self.user.shut()
-        self.update()
 
     def _on_reuse(self, _content: None) -> None:
         self._finish_user()
-        self.update()
         self.owner.link_idle(self)
 
     def _on_leave(self, _content: None) -> None:
@@ -2036,7 +2065,7 @@ class Link:
             self._lost(broken(error))
             return False
         if n:
-            self.heard_at = boot_time()
+            self.heard_at = self.loop.awake
             self._in = None
             if self.state != BYE:  # what comes then is discarded
                 self._process(view, 0, end + n)
@@ -2065,8 +2094,10 @@ class Link:
                     return
         except RemoteProtocolError as error:
             return self.die(error)
-        self._keep(view, start, end)
-        self.update()
+        if start < end:
+            self._keep(view, start, end)
+        if self.held:
+            self.update()
 
     def _process_other(self, kind: int, content: Any) -> None:
         """Keepalive, and what answers the client's authentication: HandshakeCompletion, or an Error that refuses the client."""
@@ -2085,8 +2116,6 @@ class Link:
     def _keep(self, view: memoryview, start: int, end: int) -> None:
         """Keeps view[start:end], what could not be processed yet, in a buffer of its own that has room for the rest of its record."""
         have, own = end - start, view is not self.loop.scratch_in
-        if not have:
-            return
         if self.held:
             if not own:
                 view, start, end = memoryview(bytearray(view[start:end])), 0, have
@@ -2102,12 +2131,11 @@ class Link:
     def release(self) -> None:
         """The local socket took everything: goes on with what waits here, then with reading."""
         self.held = False
-        self.heard_at = boot_time()  # the other side's silence counts from now
-        if self._in is not None:
+        self.heard_at = self.loop.awake  # the other side's silence counts from now
+        if self._in is not None:  # not where the very record that is being processed asked for it: its loop goes on
             view, self._in = self._in, None
             self._process(view, self._in_start, self._in_end)
-        else:  # also where the very record that is being processed asked for it: its loop goes on
-            self.update()
+        self.update()
 
     def _on_eof(self) -> None:
         self._eof = True
@@ -2179,6 +2207,7 @@ class Link:
 
     def accept(self, user: LinkUser, state: str = BOTH) -> None:
         """Acceptor: the remote is connected."""
+        self.set_deadline(None)
         self.state, self.user = state, user
         self.send(self.writer.record(OPENED, ""))
         self.release()
@@ -2197,9 +2226,31 @@ class Link:
             self.update()
 
     def set_deadline(self, seconds: Optional[float], call: Optional[Callable[[], None]] = None) -> None:
+        """call() after so many seconds; None takes the last one back.
+
+        A timer that is no longer needed stays where it is and looks at the deadline when it is due: a link that carries 1,000 streams
+        a second would otherwise leave 1,000 cancelled timers a second on the loop's heap.
+        """
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        if call:
+            self._overdue = call
+        if self._deadline is not None and not (self._timer and self._timer.when <= self._deadline):
+            self._arm(self._deadline)
+
+    def _arm(self, when: float) -> None:
         if self._timer:
             self._timer.cancel()
-        self._timer = self.loop.call_later(seconds, call) if seconds is not None and call else None
+        self._timer = self.loop.call_at(when, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if self.loop.now < self._deadline:
+            return self._arm(self._deadline)
+        call, self._deadline, self._overdue = self._overdue, None, None
+        if call:
+            call()
 
     def update(self) -> None:
         """The one place that works out what to wait for, and whether a stream is over."""
@@ -2208,9 +2259,7 @@ class Link:
                 if not self._out:
                     return self._on_leave(None)
             elif self.role == ACCEPTOR:
-                self._finish_user()
-                self.state = IDLE
-                self.owner.link_idle(self)
+                self._recycle()
         if self.state != CLOSED:
             self.transport.want((WRITE if self._out else 0) | (0 if self.held or self._eof else READ))
             self.user.update()
@@ -2228,7 +2277,9 @@ class Link:
         if self.state == CLOSED:
             return
         self.state = CLOSED
-        self.set_deadline(None)
+        self._deadline = self._overdue = None  # it may point back to this link
+        if self._timer:
+            self._timer.cancel()
         how()
         user, self.user = self.user, NOBODY
         if user is NOBODY and error is not None:
@@ -2248,10 +2299,6 @@ def broken(error: OSError) -> LinkClosed:
     return LinkClosed("the connection between client and server broke: %s" % reason(error))
 
 
-def boot_time() -> float:
-    """Seconds on a clock that counts sleep, where there is one: a machine that slept has not been listening."""
-    return time.clock_gettime(CLOCK) if CLOCK is not None else time.monotonic()
-
 
 class Label(NamedTuple):
     """What a connection is called in the log."""
@@ -2265,19 +2312,18 @@ class Label(NamedTuple):
 
 
 def new_label(origin: str, target: str) -> Label:
-    return Label(base64.b32encode(os.urandom(4)).decode("ascii")[:6], origin, target)
+    return Label(os.urandom(3).hex(), origin, target)
 
 
 def report_end(label: Label, sent: int, received: int, started: float, error: Optional[Exception] = None) -> None:
     """The line that every connection ends with: shown with -v, or always where somebody should know."""
-    lived = "%d bytes sent to the link, %d received, lived %.1f s" % (sent, received, time.monotonic() - started)
-    if error is None:
-        log.debug("✅ %s closed: %s", label, lived)
-    elif isinstance(error, RatrodError) and not isinstance(error, LocalFailed):
+    failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
+    if failed:
         log.error("❌ %s: %s", label, error)
-        log.debug("%s: %s", label, lived)
-    else:
-        log.debug("✅ %s reset (%s): %s", label, reason(error), lived)
+    if log.isEnabledFor(logging.DEBUG):
+        how = "" if failed else " closed" if error is None else " reset (%s)" % reason(error)
+        log.debug("%s%s%s: %d bytes sent to the link, %d received, lived %.1f s", "" if failed else "✅ ", label, how, sent, received,
+                  time.monotonic() - started)
 
 
 class Stream(LinkUser):
@@ -2373,7 +2419,10 @@ class Stream(LinkUser):
             self.link.release()
 
     def shut(self) -> None:
-        # Everything before the End has been written: no record is processed while bytes wait for the local socket.
+        # Everything before the End has been written: no record is processed while bytes wait for the local socket. Where its own end
+        # was read, closing says the same in one call less (15 µs): nothing unread is there that would make it a reset.
+        if self._ended:
+            return self.local.close()
         try:
             self.local.half_close()
         except OSError as error:
@@ -2400,7 +2449,7 @@ class Stream(LinkUser):
 
     def check(self) -> None:
         # After its end of file nobody reads this socket: a reset that follows would wait for the next write, perhaps for ever.
-        if self._ended and self.link:
+        if self._ended and self.link and self.link.state != DONE:
             code = self.local.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 self._failed(OSError(code, os.strerror(code)))
@@ -2446,6 +2495,7 @@ class Connector:
                 self._error = error  # no IPv6 here, or no descriptor left
                 continue
             sock.setblocking(False)
+            tune(sock)
             code = sock.connect_ex((host, self._port))
             if code == errno.EINPROGRESS:  # near by it is through by now: asking saves waiting for the selector to say so
                 code = sock.connect_ex((host, self._port))
@@ -2942,6 +2992,7 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, sockaddr[0] != "::")
         sock.bind(sockaddr)
         if kind == socket.SOCK_STREAM:
+            tune(sock)
             sock.listen(1024)
     except OSError:
         sock.close()
@@ -3109,8 +3160,8 @@ class Endpoint:
     def open_asked(self, link: Link, message: Open) -> None:
         """Acceptor: the other side wants a stream, or the UDP sessions, on this link."""
 
-    def link_idle(self, link: Link) -> None:
-        """The stream on it is over on both sides."""
+    def link_idle(self, link: Link, end: bytes = b"") -> None:
+        """The stream on it is over on both sides; acceptor: `end` is to leave before whatever it says to that."""
 
     def link_completed(self, link: Link) -> None:
         """Opener: HandshakeCompletion came."""
@@ -3125,7 +3176,7 @@ class Endpoint:
 
     def _sweep(self) -> None:
         self._sweeper = self.loop.call_later(self.limits.sweep_interval, self._sweep)
-        now = boot_time()
+        now = self.loop.awake
         # A machine that slept, or a process that was stopped, has not been listening: the others get time to be heard.
         late = now - self._swept_at - self.limits.sweep_interval > 10
         self._swept_at = now
@@ -3233,36 +3284,40 @@ class FairQueue:
 
     def __init__(self, most: int):
         self._most = most
-        self._running: "collections.Counter[bytes]" = collections.Counter()
+        self._running: Dict[bytes, int] = {}  # none is 0
         self._waiting: Dict[bytes, Deque[Callable[[], None]]] = {}
         self._beginning: Set[bytes] = set()
 
     def begin(self, key: bytes, call: Callable[[], None]) -> None:
         """call() now or later; whatever it begins says done() once."""
-        self._waiting.setdefault(key, collections.deque()).append(call)
-        self._go_on(key)
+        if key in self._waiting or self._running.get(key, 0) >= self._most:
+            self._waiting.setdefault(key, collections.deque()).append(call)
+            return self._go_on(key)
+        self._running[key] = self._running.get(key, 0) + 1
+        return call()
 
     def waiting(self, key: bytes) -> int:
         return len(self._waiting.get(key, ()))
 
     def done(self, key: bytes) -> None:
-        self._running[key] -= 1
-        self._go_on(key)
+        left = self._running.pop(key) - 1
+        if left:
+            self._running[key] = left
+        if key in self._waiting:
+            self._go_on(key)
 
     def _go_on(self, key: bytes) -> None:
         if key in self._beginning:  # what is done as soon as it is begun: the loop below goes on with the next, not one call deeper
             return
         self._beginning.add(key)
         try:
-            while self._running[key] < self._most and self._waiting.get(key):
-                self._running[key] += 1
+            while self._running.get(key, 0) < self._most and self._waiting.get(key):
+                self._running[key] = self._running.get(key, 0) + 1
                 self._waiting[key].popleft()()
         finally:
             self._beginning.discard(key)
             if not self._waiting.get(key):
                 self._waiting.pop(key, None)
-            if not self._running[key]:
-                del self._running[key]
 
 
 class LookUps:
@@ -3461,8 +3516,8 @@ class Server(Endpoint):
             source.links -= 1
             source.authorized(self.loop.now)
 
-    def link_idle(self, link: Link) -> None:
-        link.send(link.writer.record(OVER))
+    def link_idle(self, link: Link, end: bytes = b"") -> None:
+        link.send(end + link.writer.record(OVER))
 
     def sweep(self, now: float) -> None:
         listed = self.folder.authorized_keys.read()
@@ -3516,11 +3571,9 @@ class Server(Endpoint):
 
     def _open(self, link: Link, label: Label, remote: str) -> None:
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
-        timer = self.loop.call_later(self.limits.connect_timeout, lambda: self._refuse(
-            link, label, socket.timeout("timed out")) if link.state == CONNECTING and link.user is NOBODY else None)
+        link.set_deadline(self.limits.connect_timeout, lambda: self._refuse(link, label, socket.timeout("timed out")))
 
         def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
-            timer.cancel()
             self._connecting.done(key)
             if link.state != CONNECTING:  # it was told already, or is gone
                 if sock:
@@ -3672,8 +3725,9 @@ class LinkPool:
     def _pop(self) -> Optional[Link]:
         while self._idle:
             _, link = self._idle.pop()
-            link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
-            if link.state == IDLE and boot_time() - link.heard_at < self._limits.trusted and self._loop.now - link.born < self._limits.link_age:
+            if self._loop.awake - link.heard_at > 0.05:  # else what has come since is as unlikely as what comes right after
+                link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
+            if link.state == IDLE and self._loop.awake - link.heard_at < self._limits.trusted and self._loop.now - link.born < self._limits.link_age:
                 return link
             link.close()
         return None
@@ -3845,7 +3899,7 @@ class Client(Endpoint):
                 # Each address gets its share of the time, as in Connector.
                 sock.settimeout(max(0.001, (until - time.monotonic()) / (len(found) - n)))
                 sock.connect(sockaddr)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                tune(sock)
                 return sock
             except OSError as error:
                 sock.close()
@@ -3862,7 +3916,7 @@ class Client(Endpoint):
             self._tested(None)
             self._pool.put(link)
 
-    def link_idle(self, link: Link) -> None:
+    def link_idle(self, link: Link, end: bytes = b"") -> None:
         self._pool.put(link)
 
     def link_ended(self, link: Link, error: Optional[Exception]) -> None:

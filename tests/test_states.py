@@ -449,7 +449,7 @@ class ClientEnd(Owner):
         assert link not in self.completed
         self.completed.append(link)
 
-    def link_idle(self, link):
+    def link_idle(self, link, end=b""):
         pair = self.world.pair_of(link)
         assert pair.attempt is pair.connection.attempts[-1]
         for side in SIDES:
@@ -488,9 +488,9 @@ class ServerEnd(Owner):
         connection.attempts.append(pair.attempt)
         self.asked.append(pair.attempt)
 
-    def leave(self, link):
+    def leave(self, link, end=b""):
         self.leaving = False
-        link.leave(link.writer.record(ratrod.CLOSE))
+        link.leave(end + link.writer.record(ratrod.CLOSE))
 
     def connect_all(self):
         for attempt in list(self.asked):
@@ -516,14 +516,14 @@ class ServerEnd(Owner):
         if attempt.pair.acceptor.state != ratrod.CLOSED:
             attempt.pair.acceptor.refuse(ratrod.Error(ratrod.REMOTE_FAILED, "Connection refused"))
 
-    def link_idle(self, link):
+    def link_idle(self, link, end=b""):
         pair = self.world.pair_of(link)
         pair.attempt.connection.check_delivered(pair.attempt, REMOTE)
         assert pair.opener.state in (ratrod.ASKED_END, ratrod.SENT, ratrod.DONE, ratrod.BYE, ratrod.CLOSED)
         if self.leaving:
-            self.leave(link)
+            self.leave(link, end)
         else:
-            link.send(link.writer.record(ratrod.OVER))
+            link.send(end + link.writer.record(ratrod.OVER))
 
 
 class World:
