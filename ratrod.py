@@ -120,6 +120,7 @@ UNSENT_DATAGRAMS = 64 * 1024  # bytes of them that the kernel may hold back
 HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and message head (6) are written there
 TAILROOM = 64  # behind it: the tag
 SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and what came with it
+SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so many seconds after a read of less than so many
 LENT_AT_ONCE = 8  # such buffers that links may hold while the rest of a long record is on its way
 LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
@@ -1666,11 +1667,54 @@ class Timer:
         return self.when < other.when
 
 
+class Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+    """select() gives (callback, mask): what was registered as data, without the key around it."""
+
+    def select(self, timeout: Optional[float] = None) -> Any:
+        return [(key.data, mask) for key, mask in super().select(timeout)]
+
+
+class EpollSelector:
+    """The same over epoll itself: 0.6 µs less for an event and 2 µs for a socket, a twelfth of what a short connection takes."""
+
+    _TO_EPOLL = {READ: 1, WRITE: 4, READ | WRITE: 5}
+    _FROM_EPOLL = {events: mask for mask, events in _TO_EPOLL.items()}
+
+    def __init__(self) -> None:
+        import select
+
+        self._epoll = select.epoll()
+        self._callbacks: Dict[int, Callable[[int], None]] = {}
+
+    def register(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        fd = sock.fileno()
+        self._epoll.register(fd, self._TO_EPOLL[events])
+        self._callbacks[fd] = callback
+
+    def modify(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        fd = sock.fileno()
+        self._epoll.modify(fd, self._TO_EPOLL[events])
+        self._callbacks[fd] = callback
+
+    def unregister(self, sock: socket.socket) -> None:
+        fd = sock.fileno()
+        del self._callbacks[fd]
+        self._epoll.unregister(fd)
+
+    def select(self, timeout: Optional[float] = None) -> Any:
+        # What is none of these is an error or a hang-up: reading tells which.
+        callbacks, mask_of = self._callbacks, self._FROM_EPOLL.get
+        return [(callbacks[fd], mask_of(events, READ | WRITE)) for fd, events in self._epoll.poll(timeout)]
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
 class EventLoop:
     """The one thread that owns every socket after its handshake. Only call_soon_threadsafe() may be called from another."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._selector = EpollSelector() if hasattr(selectors, "EpollSelector") else Selector()
         self._timers: List[Timer] = []
         self._calls: Deque[Callable[[], None]] = collections.deque()
         self._wake_receiver, self._waker = socket.socketpair()
@@ -1684,9 +1728,15 @@ class EventLoop:
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = memoryview(bytearray(SCRATCH_IN))
+        self.portion, self._hurry_until = MAX_CONTENT, self.now  # bytes that one callback takes at most
         self._spare: List[memoryview] = []
         self._lent = 0
         self.batch: Any = None  # the DatagramBatch of what has been received in scratch_out
+
+    def hurry(self) -> None:
+        """Somebody waits for short answers: for a moment bulk takes short turns. Otherwise each of its callbacks, 0.4 ms for 512 KiB,
+        stands in the way four times of a round trip, and the p99 of 64 bytes beside it is 25 times what it is alone."""
+        self.portion, self._hurry_until = SHORT_TURN, self.now + HURRY
 
     def lend_scratch(self) -> Optional[memoryview]:
         """scratch_in, whose bytes the caller keeps until give_back(), while another takes its place; None where too many are lent."""
@@ -1735,8 +1785,13 @@ class EventLoop:
         while not self._stopped:
             ready = self._selector.select(self._time_to_next_timer())
             self.now, self.awake = time.monotonic(), boot_time()
-            for key, mask in ready:
-                self._run(key.data, mask)
+            if self.now > self._hurry_until:
+                self.portion = MAX_CONTENT
+            for callback, mask in ready:
+                try:  # here, not in a function: 0.2 µs an event
+                    callback(mask)
+                except Exception as error:
+                    self._bug(callback, error)
             while self._timers and self._timers[0].when <= self.now:
                 call = heapq.heappop(self._timers).call
                 if call:
@@ -1757,19 +1812,22 @@ class EventLoop:
             return 0
         return max(0.0, self._timers[0].when - time.monotonic()) if self._timers else None
 
-    @staticmethod
-    def _run(call: Callable[..., None], *args: int) -> None:
+    def _run(self, call: Callable[[], None]) -> None:
         try:
-            call(*args)
+            call()
         except Exception as error:
-            trace, line = error.__traceback__, 0
-            while trace:
-                line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == __file__ else line
-                trace = trace.tb_next
-            log.error("❌ internal error in line %d, please report it: %r", line, error)
-            end = getattr(getattr(call, "__self__", None), "die", None)
-            if end:
-                end(error)
+            self._bug(call, error)
+
+    @staticmethod
+    def _bug(call: Callable[..., None], error: Exception) -> None:
+        trace, line = error.__traceback__, 0
+        while trace:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == __file__ else line
+            trace = trace.tb_next
+        log.error("❌ internal error in line %d, please report it: %r", line, error)
+        end = getattr(getattr(call, "__self__", None), "die", None)
+        if end:
+            end(error)
 
 
 class WorkerPool:
@@ -1835,22 +1893,20 @@ TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.star
 class Transport:
     """A connected socket on the loop; what a link and the local end of a stream both run on."""
 
-    __slots__ = ("sock", "_loop", "_callback", "_events")
+    __slots__ = ("sock", "events", "_loop", "_callback")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, callback: Callable[[int], None]):
         sock.setblocking(False)
-        self.sock, self._loop, self._callback, self._events = sock, loop, callback, 0
+        self.sock, self._loop, self._callback = sock, loop, callback
+        # What is waited for. An earlier callback of the same round may have closed this or changed its mind, and epoll reports errors
+        # as everything: a callback holds its mask against these.
+        self.events = 0
 
     def want(self, events: int) -> None:
         """From now on callback(mask) for these events; the only place that changes them."""
-        if events != self._events:
-            self._loop.watch(self.sock, self._events, events, self._callback)
-            self._events = events
-
-    def wanted(self, mask: int) -> int:
-        """Those of the events in `mask` that are still wanted: an earlier callback of the same round may have closed this, and epoll
-        reports errors as both."""
-        return mask & self._events
+        if events != self.events:
+            self._loop.watch(self.sock, self.events, events, self._callback)
+            self.events = events
 
     def recv_into(self, view: memoryview) -> Optional[int]:
         """Bytes read; 0 is the end, None where nothing is there yet. OSError where the connection is broken."""
@@ -2074,9 +2130,9 @@ class Link:
     # ---- in
 
     def _on_event(self, mask: int) -> None:
-        if self.transport.wanted(mask) & WRITE:
+        if mask & self.transport.events & WRITE:
             self._flush()
-        if self.transport.wanted(mask) & READ:
+        if mask & self.transport.events & READ:
             self._read()
 
     def _read(self) -> bool:
@@ -2084,7 +2140,7 @@ class Link:
         # An incomplete record has a buffer of its own, and only its rest is read next: then a read begins at a record again.
         view, end = (self.loop.scratch_in, 0) if self._in is None else (self._in, self._in_end)
         try:
-            n = self.transport.recv_into(view[end:])
+            n = self.transport.recv_into(view[end:end + self.loop.portion + HEADROOM + TAILROOM])
         except OSError as error:
             self._lost(broken(error))
             return False
@@ -2422,9 +2478,9 @@ class Stream(LinkUser):
         return bytes(writer.data(self.loop.scratch_out, n)) if n else b""
 
     def _on_event(self, mask: int) -> None:
-        if self.local.wanted(mask) & WRITE:
+        if mask & self.local.events & WRITE:
             self._flush()
-        if self.local.wanted(mask) & READ:
+        if mask & self.local.events & READ:
             self._read()
 
     def _read(self) -> None:
@@ -2436,6 +2492,8 @@ class Stream(LinkUser):
             return self._failed(error)
         if n:
             self.sent += n
+            if n < SHORT_READ:
+                self.loop.hurry()
             if self._kept is not None:
                 self._kept += self.loop.payload[:n]
             link.send(link.writer.data(self.loop.scratch_out, n))
@@ -2447,7 +2505,7 @@ class Stream(LinkUser):
 
     def _room(self, link: Link) -> int:
         """How many bytes may be read now."""
-        return link.writer.max_data if self._kept is None else KEPT_DATA - len(self._kept)
+        return min(link.writer.max_data, self.loop.portion) if self._kept is None else KEPT_DATA - len(self._kept)
 
     def opened(self) -> None:
         self._kept = None
@@ -3232,9 +3290,13 @@ class Endpoint:
         # A machine that slept, or a process that was stopped, has not been listening: the others get time to be heard.
         late = now - self._swept_at - self.limits.sweep_interval > 10
         self._swept_at = now
+        # 9,000 idle links: what needs nothing is passed by without a call, 3 ms each second in place of 20.
+        quiet, silent = self.loop.now - self.limits.keepalive, now - self.limits.silence
         for link in list(self.links):
-            link.user.check()
-            self._keep_alive(link, now, late)
+            if link.user is not NOBODY:
+                link.user.check()
+            if link.sent_at <= quiet or link.heard_at <= silent or late:
+                self._keep_alive(link, now, late)
         self.sweep(self.loop.now)
 
     def _keep_alive(self, link: Link, now: float, late: bool) -> None:

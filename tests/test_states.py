@@ -63,8 +63,8 @@ class Loop(ratrod.EventLoop):
         self.run()
 
     @staticmethod
-    def _run(call, *args):
-        call(*args)
+    def _bug(call, error):
+        raise error
 
 
 class Wire(socket.socket):
