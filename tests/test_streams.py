@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from typing import NamedTuple
 
 import legacy_peer
@@ -605,6 +606,39 @@ def test_close_moves_open_and_kept_data_to_another_link(connect, keys, target, s
     ask(tcp_port(client), os.urandom(size))
     assert [where for _, where in opens] == ["good:1"] * 2
     assert opens[0][0] != opens[1][0]
+    assert not server.problems
+
+
+HARD_OF_HEARING = """
+import sys, ratrod
+ratrod.DEFAULT_LIMITS = ratrod.DEFAULT_LIMITS._replace(keepalive=0.4, silence=1.0, sweep_interval=0.1)
+sys.exit(ratrod.main(sys.argv[1:]))
+"""
+
+
+def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
+    """The client is not woken for each piece of a long record, but what trickles in is a sign of life: here for three times `silence`."""
+    text = noise()[:400_000]
+
+    def behave(link, number):
+        stream = link.accept()
+        if stream:
+            stream.opened()
+            wire = link.writer.seal(peer.DATA, text)
+            for at in range(0, 200_000, 5_000):
+                link.sock.sendall(wire[at:at + 5_000])
+                time.sleep(0.075)
+            link.sock.sendall(wire[200_000:])
+            stream.finish()
+            link.accept()  # as long as the client is there: its Keepalives unread, closing would be a reset
+    server = Scripted(keys, target, behave)
+    client = start(sys.executable, "-c", HARD_OF_HEARING, "-k", keys.client.path, "-v", "connect", "127.0.0.1:%d" % server.port, "0:good:1",
+                   env={**os.environ, "PYTHONPATH": str(ROOT)})
+    client.wait_for(READY)
+    with dial(tcp_port(client)) as connection:
+        connection.sendall(b"!")
+        connection.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == text
     assert not server.problems
 
 
