@@ -65,7 +65,7 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, NamedTuple, NoReturn, Tuple, Union
 
 __version__ = "0.7.0"
 __all__ = ["AuthenticationError", "ConfigError", "Limits", "LocalProtocolError", "PeerError", "ProtocolError", "RatrodError",
@@ -269,7 +269,7 @@ class SessionOver(NamedTuple):
     text: str
 
 
-LEGACY_MESSAGES: Tuple[Tuple[Type[Any], str], ...] = (  # the position is the variant
+LEGACY_MESSAGES: tuple[tuple[type[Any], str], ...] = (  # the position is the variant
     (ClientPreamble, "bsb??"), (ServerPreamble, "sbbb"), (ClientAuthentication, "sb"), (HandshakeCompletion, ""),
     (Data, "b"), (UdpData, "b"), (Error, "vs"), (Shutdown, ""),
 )
@@ -289,7 +289,7 @@ def encode_varint(n: int) -> bytes:
 class Decoder:
     """Reads the fields of one message from `data`, which must hold it whole: whatever does not fit is RemoteProtocolError."""
 
-    def __init__(self, data: Union[bytes, memoryview]):
+    def __init__(self, data: bytes | memoryview):
         self._data = data
         self._at = 0
 
@@ -344,9 +344,9 @@ class Decoder:
             raise RemoteProtocolError("%d bytes left over after a message" % (len(self._data) - self._at))
 
 
-_READ: Dict[str, Callable[[Decoder], Any]] = {"b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint,
+_READ: dict[str, Callable[[Decoder], Any]] = {"b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint,
                                               "1": Decoder.u8, "4": Decoder.u32, "i": Decoder.instance}
-_WRITE: Dict[str, Callable[[Any], bytes]] = {
+_WRITE: dict[str, Callable[[Any], bytes]] = {
     "b": lambda data: encode_varint(len(data)) + data,
     "s": lambda text: _WRITE["b"](text.encode("utf-8")),
     "?": lambda value: bytes((value,)),
@@ -361,7 +361,7 @@ _WRITE: Dict[str, Callable[[Any], bytes]] = {
     0x00, 0x01, 0x10, 0x11, 0x12, 0x13, 0x14, 0x20, 0x21, 0x22, 0x30, 0x3f)
 UDP_DATA = 0x120  # legacy only: one bare datagram
 TCP, UDP, LISTEN = 1, 2, 3  # kinds of Open
-_RECORDS: Dict[int, Tuple[Optional[Type[Any]], str]] = {  # what the content of each type is; None: the only field itself
+_RECORDS: dict[int, tuple[type[Any] | None, str]] = {  # what the content of each type is; None: the only field itself
     COMPLETED: (None, "s"), ERROR: (Error, "vs"), OPEN: (Open, "1si"), OPENED: (None, "s"), END: (None, ""), OVER: (None, ""),
     SESSION: (Session, "4s"), SESSION_OVER: (SessionOver, "4vs"), KEEPALIVE: (None, ""), CLOSE: (None, ""),
 }
@@ -393,7 +393,7 @@ def encode_message(message: Any) -> bytes:
     return encode_varint(variant) + b"".join(_WRITE[kind](field) for kind, field in zip(layout, message))
 
 
-def decode_message(data: Union[bytes, memoryview]) -> Any:
+def decode_message(data: bytes | memoryview) -> Any:
     """One of LEGACY_MESSAGES from its whole encoding; RemoteProtocolError for anything else."""
     decoder = Decoder(data)
     variant = decoder.varint()
@@ -465,11 +465,11 @@ class KeyPair(NamedTuple):
     public: bytes
 
     @classmethod
-    def from_seed(cls, seed: bytes) -> "KeyPair":
+    def from_seed(cls, seed: bytes) -> KeyPair:
         return cls(seed, sodium().crypto_sign_seed_keypair(seed)[0])
 
     @classmethod
-    def decode(cls, text: str) -> "KeyPair":
+    def decode(cls, text: str) -> KeyPair:
         """From the text of a `key` file: base64url of 83 bytes (PKCS#8 version 2). ValueError says what is wrong."""
         raw = decode_key(text, 83)
         seed, public = raw[16:48], raw[51:]
@@ -499,9 +499,9 @@ class KeyLines:
 
     def __init__(self, path: str):
         self.path = path
-        self._cache: Tuple[Any, Dict[bytes, List[List[str]]]] = (None, {})
+        self._cache: tuple[Any, dict[bytes, list[list[str]]]] = (None, {})
 
-    def read(self) -> Dict[bytes, List[List[str]]]:
+    def read(self) -> dict[bytes, list[list[str]]]:
         """For each key the further words of its lines. A file that cannot be read, or a line that cannot, lists nobody."""
         signature: Any = None
         try:
@@ -521,8 +521,8 @@ class KeyLines:
         return lines
 
     @staticmethod
-    def _parse(lines: Iterable[str]) -> Dict[bytes, List[List[str]]]:
-        keys: Dict[bytes, List[List[str]]] = {}
+    def _parse(lines: Iterable[str]) -> dict[bytes, list[list[str]]]:
+        keys: dict[bytes, list[list[str]]] = {}
         for line in lines:
             words = line.split()
             with contextlib.suppress(ValueError, IndexError):
@@ -551,13 +551,13 @@ def link_file(existing: str, path: str) -> None:
 class KeyFolder:
     """The four security files. `warnings` holds what a user should be told once."""
 
-    def __init__(self, key_path: Optional[str] = None):
+    def __init__(self, key_path: str | None = None):
         path = os.path.expanduser(key_path or os.path.join("~", ".ratrod"))
         self.key_file = path if os.path.isfile(path) else os.path.join(path, "key")
         self.path = os.path.dirname(self.key_file) or "."
         self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"))
         self.known_hosts = KeyLines(os.path.join(self.path, "known_hosts"))
-        self.warnings: List[str] = []
+        self.warnings: list[str] = []
 
     def exists(self) -> bool:
         try:
@@ -648,7 +648,7 @@ def unmapped(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-def show_address(address: Tuple[Any, ...]) -> str:
+def show_address(address: tuple[Any, ...]) -> str:
     """A socket address as people write it."""
     return str(Address(unmapped(address[0]), address[1]))
 
@@ -656,7 +656,7 @@ def show_address(address: Tuple[Any, ...]) -> str:
 _PIECE = r"(?:\[([^\[\]:]*:[^\[\]]*)\]|([^:\[\]]*))"
 
 
-def split_host_port(text: str) -> List[str]:
+def split_host_port(text: str) -> list[str]:
     """`a:b:c` at its colons, brackets around IPv6 addresses taken off: `[::1]:80` is ::1 and 80. ValueError where brackets do not fit."""
     if not re.fullmatch("%s(?::%s)*" % (_PIECE, _PIECE), text):
         raise ValueError("its brackets do not fit; an IPv6 address is written [::1]")
@@ -734,7 +734,7 @@ class Policy:
         return target
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - the same
-    def check_addresses(self, target: Address, found: Tuple[str, ...]) -> List[str]:
+    def check_addresses(self, target: Address, found: tuple[str, ...]) -> list[str]:
         """Those of the addresses that a look-up of target.host `found` which may be connected to; PolicyError where none is left.
 
         A name under somebody else's control can resolve to loopback or link-local: where targets are restricted at all, such an
@@ -823,7 +823,7 @@ class Aead:
         self.fast = pair is not None
         self.seal, self.open = pair or self._public()
 
-    def _public(self) -> Tuple[Callable[..., None], Callable[..., memoryview]]:
+    def _public(self) -> tuple[Callable[..., None], Callable[..., memoryview]]:
         encrypt = getattr(sodium(), "crypto_aead_%s_encrypt" % self.name)
         decrypt = getattr(sodium(), "crypto_aead_%s_decrypt" % self.name)
         tag = self.tag
@@ -840,7 +840,7 @@ class Aead:
             return view[:-tag]
         return seal, open_
 
-    def _private(self) -> Optional[Tuple[Callable[..., None], Callable[..., memoryview]]]:
+    def _private(self) -> tuple[Callable[..., None], Callable[..., memoryview]] | None:
         sodium()  # sodium_init(): without it libsodium uses its slow portable code
         try:
             from nacl._sodium import ffi, lib
@@ -879,7 +879,7 @@ def chacha20_poly1305() -> Suite:
 
 
 @functools.lru_cache(maxsize=None)
-def aegis_128l() -> Optional[Suite]:
+def aegis_128l() -> Suite | None:
     """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software (25 MB/s: measured)."""
     if getattr(sodium(), "crypto_aead_aegis128l_ABYTES", None) != 32:
         return None
@@ -903,7 +903,7 @@ def _aes_in_hardware(suite: Suite) -> bool:
     return min(times) < 0.0008
 
 
-def offered_suites() -> List[Suite]:
+def offered_suites() -> list[Suite]:
     """Best first; ChaCha20-Poly1305 always."""
     return [suite for suite in (aegis_128l(), chacha20_poly1305()) if suite]
 
@@ -981,12 +981,12 @@ class LegacyReader:
     __slots__ = ("_key", "_awaited", "wanted")
     eof_is_end = True  # FIN is how a stream ends here
 
-    def __init__(self, key: Optional[bytes] = None, awaited: bool = False):
+    def __init__(self, key: bytes | None = None, awaited: bool = False):
         self._key = key
         self._awaited = awaited
         self.wanted = 0
 
-    def next(self, view: memoryview, start: int, end: int) -> Optional[Record]:
+    def next(self, view: memoryview, start: int, end: int) -> Record | None:
         """The record that begins at view[start]: (type, content, where it ends). Content of Data is a piece of `view`.
 
         None where it is not whole yet: then `wanted` is how many bytes it has, as far as its header is here. RemoteProtocolError as
@@ -1016,7 +1016,7 @@ class LegacyReader:
         kind, what = self._decode(content)
         return kind, what, body + size
 
-    def _decode(self, content: memoryview) -> Tuple[int, Any]:
+    def _decode(self, content: memoryview) -> tuple[int, Any]:
         # Data first and by hand: it is what nearly every frame is, and its bytes need no copy.
         if content and content[0] in (DATA_VARIANT, UDP_DATA_VARIANT) and not self._awaited:
             data = self._payload(content)
@@ -1044,7 +1044,7 @@ class LegacyReader:
             raise RemoteProtocolError("a Data whose length does not fit its frame")
         return content[2 + width:]
 
-    def _end(self, what: str) -> Tuple[int, Any]:
+    def _end(self, what: str) -> tuple[int, Any]:
         # Frames of an encrypted link can be replayed, and Rust sends none of these on purpose: with encryption on only FIN is an end.
         if self._key is not None:
             raise RemoteProtocolError("%s on an encrypted link" % what)
@@ -1058,7 +1058,7 @@ class LegacyWriter:
     max_data = LEGACY_MAX_FRAME - 64  # variant, length and tag must fit into the same frame
     pools = False
 
-    def __init__(self, key: Optional[bytes] = None):
+    def __init__(self, key: bytes | None = None):
         self._key = key
 
     @staticmethod
@@ -1100,7 +1100,7 @@ DATAGRAM_HEADER = struct.Struct(">IH")
 _LENGTH = struct.Struct(">I")
 
 
-def split_datagrams(run: memoryview) -> Iterator[Tuple[int, memoryview]]:
+def split_datagrams(run: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(session, bytes) of each datagram in the content of a Datagrams record; RemoteProtocolError where a length passes its end."""
     at, size, header = 0, len(run), DATAGRAM_HEADER.size
     while at < size:
@@ -1123,7 +1123,7 @@ class RecordReader:
         self._cipher, self._awaited = cipher, awaited
         self.wanted = 0
 
-    def next(self, view: memoryview, start: int, end: int) -> Optional[Record]:
+    def next(self, view: memoryview, start: int, end: int) -> Record | None:
         """As LegacyReader's: (type, content, where it ends), or None and `wanted`."""
         body = start + 4
         if end < body:
@@ -1270,7 +1270,7 @@ class Handshake:
 class LegacyHandshake(Handshake):
     """What both sides of the legacy handshake share."""
 
-    def __init__(self, keys: KeyPair, ephemeral: Optional[bytes] = None, challenge: Optional[bytes] = None):
+    def __init__(self, keys: KeyPair, ephemeral: bytes | None = None, challenge: bytes | None = None):
         self._keys = keys
         self._ephemeral = ephemeral or os.urandom(32)
         self._challenge = challenge or os.urandom(32)
@@ -1279,7 +1279,7 @@ class LegacyHandshake(Handshake):
     def _send(self, message: Any) -> None:
         self._to_send += LegacyWriter.clear_message(message)
 
-    def _receive(self, expected: Type[Any]) -> Generator[int, bytes, Any]:
+    def _receive(self, expected: type[Any]) -> Generator[int, bytes, Any]:
         """One message in the clear; RemoteProtocolError unless it is an `expected` one, PeerError for an Error."""
         if (yield 1) != b"\0":
             raise RemoteProtocolError("the other side does not speak ratrod's legacy protocol")
@@ -1391,7 +1391,7 @@ class SymmetricState:
 
     def __init__(self) -> None:
         self.h = self.ck = NOISE_NAME  # exactly 32 bytes: no hash needed
-        self._cipher: Optional[CipherState] = None
+        self._cipher: CipherState | None = None
 
     def mix_key(self, input_key_material: bytes) -> None:
         self.ck, k = self._hkdf(input_key_material)
@@ -1410,11 +1410,11 @@ class SymmetricState:
         self.mix_hash(ciphertext)
         return plaintext
 
-    def split(self) -> Tuple[bytes, bytes]:
+    def split(self) -> tuple[bytes, bytes]:
         """k1, of the initiator's records, and k2, of the responder's."""
         return self._hkdf(b"")
 
-    def _hkdf(self, input_key_material: bytes) -> Tuple[bytes, bytes]:
+    def _hkdf(self, input_key_material: bytes) -> tuple[bytes, bytes]:
         temporary = hmac_sha256(self.ck, input_key_material)
         first = hmac_sha256(temporary, b"\x01")
         return first, hmac_sha256(temporary, first + b"\x02")
@@ -1463,7 +1463,7 @@ class HandshakeState:
         mine, theirs = (token[0], token[1]) if self._initiator else (token[1], token[0])
         self._symmetric.mix_key(diffie_hellman({"e": self._e, "s": self._s}[mine], {"e": self.re, "s": self.rs}[theirs]))
 
-    def split(self) -> Tuple[bytes, bytes, bytes]:
+    def split(self) -> tuple[bytes, bytes, bytes]:
         """k1, k2 and the handshake hash."""
         return (*self._symmetric.split(), self._symmetric.h)
 
@@ -1479,7 +1479,7 @@ class NoiseHandshake(Handshake):
 
     _EMPTY = "a handshake message of 0 bytes"
 
-    def __init__(self, keys: KeyPair, ephemeral: Optional[bytes], initiator: bool):
+    def __init__(self, keys: KeyPair, ephemeral: bytes | None, initiator: bool):
         self._keys = keys
         self._noise = HandshakeState(initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
         super().__init__()
@@ -1521,8 +1521,8 @@ class NoiseClientHandshake(NoiseHandshake):
 
     _EMPTY = "the server does not answer in ratrod2; " + NAME_LEGACY  # a legacy frame begins with zeros
 
-    def __init__(self, keys: KeyPair, *, check_server: Callable[[bytes], None], report: Report, ephemeral: Optional[bytes] = None,
-                 suites: Optional[List[Suite]] = None):
+    def __init__(self, keys: KeyPair, *, check_server: Callable[[bytes], None], report: Report, ephemeral: bytes | None = None,
+                 suites: list[Suite] | None = None):
         self._check_server, self._report, self._suites = check_server, report, suites or offered_suites()
         super().__init__(keys, ephemeral, initiator=True)
 
@@ -1553,8 +1553,8 @@ class NoiseClientHandshake(NoiseHandshake):
 class NoiseServerHandshake(NoiseHandshake):
     """The server's side, up to and with HandshakeCompletion, or an Error in its place. Arguments as LegacyServerHandshake's."""
 
-    def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], ephemeral: Optional[bytes] = None,
-                 suites: Optional[List[Suite]] = None):
+    def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], ephemeral: bytes | None = None,
+                 suites: list[Suite] | None = None):
         self._authorize, self._suites = authorize, suites or offered_suites()
         super().__init__(keys, ephemeral, initiator=False)
 
@@ -1617,7 +1617,7 @@ _UDP_TABLE = """
  UdpOpen opener   | !               | datagrams | datagram | !       | forget      | die   | die   | die
  UdpOpen acceptor | !               | datagrams | datagram | session | forget      | !     | die   | die
 """
-_EVENTS: Dict[str, Any] = {"Open": OPEN, "Opened": OPENED, "Data": DATA, "End": END, "Over": OVER, "Close": CLOSE, "Error": ERROR,
+_EVENTS: dict[str, Any] = {"Open": OPEN, "Opened": OPENED, "Data": DATA, "End": END, "Over": OVER, "Close": CLOSE, "Error": ERROR,
                            "Datagrams": DATAGRAMS, "UdpData": UDP_DATA, "Session": SESSION, "SessionOver": SESSION_OVER}
 Table = Dict[str, Dict[Any, Tuple[str, str]]]
 
@@ -1657,20 +1657,20 @@ class Timer:
 
     __slots__ = ("when", "call")
 
-    def __init__(self, when: float, call: Optional[Callable[[], None]]):
+    def __init__(self, when: float, call: Callable[[], None] | None):
         self.when, self.call = when, call
 
     def cancel(self) -> None:
         self.call = None
 
-    def __lt__(self, other: "Timer") -> bool:
+    def __lt__(self, other: Timer) -> bool:
         return self.when < other.when
 
 
 class Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
     """select() gives (callback, mask): what was registered as data, without the key around it."""
 
-    def select(self, timeout: Optional[float] = None) -> Any:
+    def select(self, timeout: float | None = None) -> Any:
         return [(key.data, mask) for key, mask in super().select(timeout)]
 
 
@@ -1684,7 +1684,7 @@ class EpollSelector:
         import select
 
         self._epoll = select.epoll()
-        self._callbacks: Dict[int, Callable[[int], None]] = {}
+        self._callbacks: dict[int, Callable[[int], None]] = {}
 
     def register(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
         fd = sock.fileno()
@@ -1701,7 +1701,7 @@ class EpollSelector:
         del self._callbacks[fd]
         self._epoll.unregister(fd)
 
-    def select(self, timeout: Optional[float] = None) -> Any:
+    def select(self, timeout: float | None = None) -> Any:
         # What is none of these is an error or a hang-up: reading tells which.
         callbacks, mask_of = self._callbacks, self._FROM_EPOLL.get
         return [(callbacks[fd], mask_of(events, READ | WRITE)) for fd, events in self._epoll.poll(timeout)]
@@ -1715,8 +1715,8 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._selector = EpollSelector() if hasattr(selectors, "EpollSelector") else Selector()
-        self._timers: List[Timer] = []
-        self._calls: Deque[Callable[[], None]] = collections.deque()
+        self._timers: list[Timer] = []
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_receiver, self._waker = socket.socketpair()
         for end in (self._wake_receiver, self._waker):
             end.setblocking(False)
@@ -1729,7 +1729,7 @@ class EventLoop:
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = memoryview(bytearray(SCRATCH_IN))
         self.portion, self._hurry_until = MAX_CONTENT, self.now  # bytes that one callback takes at most
-        self._spare: List[memoryview] = []
+        self._spare: list[memoryview] = []
         self._lent = 0
         self.batch: Any = None  # the DatagramBatch of what has been received in scratch_out
 
@@ -1738,7 +1738,7 @@ class EventLoop:
         stands in the way four times of a round trip, and the p99 of 64 bytes beside it is 25 times what it is alone."""
         self.portion, self._hurry_until = SHORT_TURN, self.now + HURRY
 
-    def lend_scratch(self) -> Optional[memoryview]:
+    def lend_scratch(self) -> memoryview | None:
         """scratch_in, whose bytes the caller keeps until give_back(), while another takes its place; None where too many are lent."""
         if self._lent >= LENT_AT_ONCE:
             return None
@@ -1807,7 +1807,7 @@ class EventLoop:
         self._wake_receiver.close()
         self._waker.close()
 
-    def _time_to_next_timer(self) -> Optional[float]:
+    def _time_to_next_timer(self) -> float | None:
         if self._calls:
             return 0
         return max(0.0, self._timers[0].when - time.monotonic()) if self._timers else None
@@ -1838,11 +1838,11 @@ class WorkerPool:
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
-        self._tasks: "queue.Queue[Tuple[Callable[[], Any], Callable[[Any, Optional[Exception]], None]]]" = queue.Queue()
+        self._tasks: queue.Queue[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = queue.Queue()
         self._lock = threading.Lock()
         self._threads = self._unfinished = 0
 
-    def submit(self, task: Callable[[], Any], done: Callable[[Any, Optional[Exception]], None]) -> None:
+    def submit(self, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
         """task() on a thread, then done(result, None) or done(None, error) on the loop."""
         with self._lock:
             self._tasks.put((task, done))
@@ -1908,14 +1908,14 @@ class Transport:
             self._loop.watch(self.sock, self.events, events, self._callback)
             self.events = events
 
-    def recv_into(self, view: memoryview) -> Optional[int]:
+    def recv_into(self, view: memoryview) -> int | None:
         """Bytes read; 0 is the end, None where nothing is there yet. OSError where the connection is broken."""
         try:
             return self.sock.recv_into(view)
         except (BlockingIOError, InterruptedError):
             return None
 
-    def send(self, data: Union[bytes, bytearray, memoryview]) -> int:
+    def send(self, data: bytes | bytearray | memoryview) -> int:
         """Bytes taken, possibly none. OSError where the connection is broken."""
         try:
             return self.sock.send(data)
@@ -2025,7 +2025,7 @@ class Link:
                  "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
                  "_timer", "_deadline", "_overdue")
 
-    def __init__(self, owner: "Endpoint", sock: socket.socket, handshake: Handshake, role: str, state: str, name: str = ""):
+    def __init__(self, owner: Endpoint, sock: socket.socket, handshake: Handshake, role: str, state: str, name: str = ""):
         self.owner, self.loop, self.role, self.state, self.name = owner, owner.loop, role, state, name
         self._table = STREAM_TABLES[role]
         self.transport = Transport(owner.loop, sock, self._on_event)
@@ -2037,12 +2037,12 @@ class Link:
         self.heard_at = owner.loop.awake
         self._out = bytearray()
         self._fin = self._eof = False  # we end after `_out`; the peer has ended
-        self._in: Optional[memoryview] = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
+        self._in: memoryview | None = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
         self._in_start = self._in_end = 0
-        self._lent: Optional[memoryview] = None  # the loop's buffer, where `_in` is a piece of one
-        self._timer: Optional[Timer] = None
-        self._deadline: Optional[float] = None
-        self._overdue: Optional[Callable[[], None]] = None
+        self._lent: memoryview | None = None  # the loop's buffer, where `_in` is a piece of one
+        self._timer: Timer | None = None
+        self._deadline: float | None = None
+        self._overdue: Callable[[], None] | None = None
         owner.links.add(self)
 
     # ---- events
@@ -2093,7 +2093,7 @@ class Link:
         self._finish_user()
         self.close()
 
-    def _on_retry(self, error: Optional[Exception]) -> None:
+    def _on_retry(self, error: Exception | None) -> None:
         user, self.user = self.user, NOBODY
         untouched = error is None  # Close says so
         error = error or LinkClosed("the server takes no more streams on this connection")
@@ -2114,7 +2114,7 @@ class Link:
             return self.die(error)
         self.refuse(Error(REMOTE_FAILED, reason(error)))
 
-    _ACTIONS: Dict[str, Callable[..., None]] = {
+    _ACTIONS: dict[str, Callable[..., None]] = {
         "open": _on_open, "opened": _on_opened, "end": _on_end, "shut": _on_shut, "reuse": _on_reuse, "leave": _on_leave,
         "retry": _on_retry, "fail": fail,
         "write": lambda self, data: self.user.write(data),
@@ -2263,7 +2263,7 @@ class Link:
         """Bytes that wait to be sent."""
         return len(self._out)
 
-    def send(self, data: Union[bytes, memoryview]) -> None:
+    def send(self, data: bytes | memoryview) -> None:
         """Sends now what the connection takes and keeps the rest."""
         if self.state == CLOSED:
             return None
@@ -2322,7 +2322,7 @@ class Link:
         """Says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
         self.leave(self.writer.record(ERROR, *error), self.owner.limits.drain_timeout)
 
-    def leave(self, last_word: bytes, drain: Optional[float] = None) -> None:
+    def leave(self, last_word: bytes, drain: float | None = None) -> None:
         """Sends `last_word` and FIN, then discards until the peer's FIN, for at most `drain` seconds where given."""
         self.state, self.held = BYE, False
         self._forget_input()
@@ -2332,7 +2332,7 @@ class Link:
             self._finish_sending()
             self.update()
 
-    def set_deadline(self, seconds: Optional[float], call: Optional[Callable[[], None]] = None) -> None:
+    def set_deadline(self, seconds: float | None, call: Callable[[], None] | None = None) -> None:
         """call() after so many seconds; None takes the last one back.
 
         A timer that is no longer needed stays where it is and looks at the deadline when it is due: a link that carries 1,000 streams
@@ -2380,7 +2380,7 @@ class Link:
         """Ends the link where nothing is left to be said."""
         self._stop(self.transport.close, None)
 
-    def _stop(self, how: Callable[[], None], error: Optional[Exception]) -> None:
+    def _stop(self, how: Callable[[], None], error: Exception | None) -> None:
         if self.state == CLOSED:
             return
         self.state = CLOSED
@@ -2423,7 +2423,7 @@ def new_label(origin: str, target: str) -> Label:
     return Label(os.urandom(3).hex(), origin, target)
 
 
-def report_end(label: Label, sent: int, received: int, started: float, error: Optional[Exception] = None) -> None:
+def report_end(label: Label, sent: int, received: int, started: float, error: Exception | None = None) -> None:
     """The line that every connection ends with: shown with -v, or always where somebody should know."""
     failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
     if failed:
@@ -2439,14 +2439,14 @@ class Stream(LinkUser):
 
     __slots__ = ("loop", "link", "local", "label", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_broken", "_started")
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, label: Label, again: Optional[Callable[["Stream"], None]] = None):
+    def __init__(self, loop: EventLoop, sock: socket.socket, label: Label, again: Callable[[Stream], None] | None = None):
         self.loop, self.label, self._again = loop, label, again
-        self.link: Optional[Link] = None
+        self.link: Link | None = None
         self.local = Transport(loop, sock, self._on_event)
         self._pending = b""  # what the local socket did not take yet
-        self._kept: Optional[bytearray] = bytearray() if again else None  # sent before Opened: another link may need it again
+        self._kept: bytearray | None = bytearray() if again else None  # sent before Opened: another link may need it again
         self._ended = False
-        self._broken: Optional[OSError] = None
+        self._broken: OSError | None = None
         self.tries = self.sent = self.received = 0
         self._started = loop.now
         log.debug("⛽ %s", label)
@@ -2586,12 +2586,12 @@ CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 class Connector:
     """Connects to the first of `addresses` that answers, without blocking: done(socket, None) or done(None, error) on the loop."""
 
-    def __init__(self, loop: EventLoop, addresses: List[str], port: int, timeout: float,
-                 done: Callable[[Optional[socket.socket], Optional[Exception]], None]):
+    def __init__(self, loop: EventLoop, addresses: list[str], port: int, timeout: float,
+                 done: Callable[[socket.socket | None, Exception | None], None]):
         self._loop, self._addresses, self._port, self._done = loop, list(addresses), port, done
         self._until = time.monotonic() + timeout
-        self._sock: Optional[socket.socket] = None
-        self._timer: Optional[Timer] = None
+        self._sock: socket.socket | None = None
+        self._timer: Timer | None = None
         self._error: Exception = ConnectError("it has no address")
         self._try_next()
 
@@ -2655,9 +2655,9 @@ class UdpSession:
 
     __slots__ = ("table", "key", "carrier", "number", "label", "last_used", "sent", "received", "_started")
 
-    def __init__(self, table: "UdpSessionTable", key: Any, label: Label, now: float):
+    def __init__(self, table: UdpSessionTable, key: Any, label: Label, now: float):
         self.table, self.key, self.label = table, key, label
-        self.carrier: Optional["UdpLink"] = None
+        self.carrier: UdpLink | None = None
         self.number = 0
         self.last_used = self._started = now
         self.sent = self.received = 0
@@ -2677,7 +2677,7 @@ class UdpSession:
     def closed(self) -> None:
         """Lets go of what this end holds."""
 
-    def end(self, error: Optional[Exception] = None, tell: Optional[Tuple[int, str]] = (UNKNOWN, "")) -> None:
+    def end(self, error: Exception | None = None, tell: tuple[int, str] | None = (UNKNOWN, "")) -> None:
         """Forgets the session, and tells the other side why unless that was what told us. May be called twice."""
         if not self.table.remove(self):
             return
@@ -2694,12 +2694,12 @@ class UdpSessionTable:
 
     def __init__(self, cap: int, timeout: float):
         self._cap, self._timeout = cap, timeout
-        self._sessions: "collections.OrderedDict[Any, UdpSession]" = collections.OrderedDict()
+        self._sessions: collections.OrderedDict[Any, UdpSession] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def get(self, key: Any) -> Optional[UdpSession]:
+    def get(self, key: Any) -> UdpSession | None:
         return self._sessions.get(key)
 
     def oldest(self) -> UdpSession:
@@ -2725,7 +2725,7 @@ class UdpSessionTable:
         while self._sessions and self.oldest().last_used <= now - self._timeout:
             self.oldest().end()
 
-    def clear(self, error: Optional[Exception] = None) -> None:
+    def clear(self, error: Exception | None = None) -> None:
         for session in list(self._sessions.values()):
             session.end(error, tell=None)
 
@@ -2737,10 +2737,10 @@ class UdpLink(LinkUser):
 
     def __init__(self, loop: EventLoop, limits: Limits):
         self.loop, self.limits = loop, limits
-        self.link: Optional[Link] = None
-        self.sessions: Dict[int, UdpSession] = {}
+        self.link: Link | None = None
+        self.sessions: dict[int, UdpSession] = {}
         self.dropped = 0
-        self._queue: Deque[Tuple[float, bytes]] = collections.deque()
+        self._queue: collections.deque[tuple[float, bytes]] = collections.deque()
         self._queued = 0
 
     def send_run(self, end: int) -> None:
@@ -2788,7 +2788,7 @@ class UdpLink(LinkUser):
         if session:
             session.end(tell=None)
 
-    def drop(self, session: UdpSession, tell: Optional[Tuple[int, str]]) -> None:
+    def drop(self, session: UdpSession, tell: tuple[int, str] | None) -> None:
         """A session has ended on this side. On the legacy wire its link ends with it."""
         self.sessions.pop(session.number, None)
         if self.link and not self.link.writer.pools:
@@ -2808,7 +2808,7 @@ class DatagramBatch:
     def __init__(self, loop: EventLoop):
         self._scratch = loop.scratch_out
         self._at = HEADROOM
-        self._carrier: Optional[UdpLink] = None
+        self._carrier: UdpLink | None = None
 
     def room(self) -> memoryview:
         """Where the next datagram is to be received."""
@@ -2844,12 +2844,12 @@ class RemoteUdpSession(UdpSession):
 
     __slots__ = ("_sock", "_waiting")
 
-    def __init__(self, relay: "UdpRelay", number: int, label: Label):
+    def __init__(self, relay: UdpRelay, number: int, label: Label):
         super().__init__(relay.table, number, label, relay.loop.now)
         self.carrier, self.number = relay, number
         relay.sessions[number] = self
-        self._sock: Optional[socket.socket] = None
-        self._waiting: List[bytes] = []
+        self._sock: socket.socket | None = None
+        self._waiting: list[bytes] = []
 
     def connected(self, sock: socket.socket) -> None:
         if self.table.get(self.key) is not self:
@@ -2893,7 +2893,7 @@ class UdpRelay(UdpLink):
     __slots__ = ("table", "key", "_origin", "_open_session", "_lost", "_highest", "_new")
 
     def __init__(self, loop: EventLoop, limits: Limits, link: Link, origin: str,
-                 open_session: Callable[["UdpRelay", RemoteUdpSession, str], None], lost: Callable[["UdpRelay"], None]):
+                 open_session: Callable[[UdpRelay, RemoteUdpSession, str], None], lost: Callable[[UdpRelay], None]):
         super().__init__(loop, limits)
         # A little more patient than the client, which then is the one to say SessionOver; the legacy one has no timer.
         self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1))
@@ -2922,7 +2922,7 @@ class UdpRelay(UdpLink):
         elif self.link:
             self.link.release()
 
-    def drop(self, session: UdpSession, tell: Optional[Tuple[int, str]]) -> None:
+    def drop(self, session: UdpSession, tell: tuple[int, str] | None) -> None:
         super().drop(session, tell)
         if self.link and self.link.state == CLOSED:  # legacy: it ended with its only session, without lost()
             self.link = None
@@ -2940,7 +2940,7 @@ class LocalUdpSession(UdpSession):
 
     __slots__ = ("port", "originator", "target", "deaf_until")
 
-    def __init__(self, table: UdpSessionTable, port: "UdpPort", originator: Originator, target: str, now: float):
+    def __init__(self, table: UdpSessionTable, port: UdpPort, originator: Originator, target: str, now: float):
         self.port, self.originator, self.target = port, originator, target
         self.deaf_until = 0.0  # after a failure what comes is dropped for a second; after a refusal until the originator has been quiet
         super().__init__(table, (port, originator), new_label(show_address(originator[0]), "udp " + target), now)
@@ -2960,11 +2960,11 @@ class UdpCarrier(UdpLink):
 
     __slots__ = ("began_at", "_lost", "_next")
 
-    def __init__(self, loop: EventLoop, limits: Limits, lost: Callable[["UdpCarrier", Exception], None]):
+    def __init__(self, loop: EventLoop, limits: Limits, lost: Callable[[UdpCarrier, Exception], None]):
         super().__init__(loop, limits)
         self._lost = lost
         self._next = 1
-        self.began_at: Optional[float] = None
+        self.began_at: float | None = None
 
     def take(self, session: LocalUdpSession) -> None:
         """Carries `session` from now on, under a number of its own."""
@@ -3003,7 +3003,7 @@ class UdpCarrier(UdpLink):
 class UdpPort:
     """One UDP socket that a tunnel listens on: receive(port, originator) gives the session that a datagram belongs to, or None."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[["UdpPort", Originator], Optional[UdpSession]]):
+    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[[UdpPort, Originator], UdpSession | None]):
         self.loop, self.sock, self._receive = loop, sock, receive
         sock.setblocking(False)
         self._pktinfo = self._ask_for_destinations()
@@ -3041,7 +3041,7 @@ class UdpPort:
         batch.flush()
 
     @staticmethod
-    def _answer_from(control: List[Tuple[int, int, bytes]]) -> Any:
+    def _answer_from(control: list[tuple[int, int, bytes]]) -> Any:
         for level, kind, data in control:
             if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
                 _interface, asked, _destination = struct.unpack("=I4s4s", data[:12])
@@ -3081,7 +3081,7 @@ def descriptor_limit() -> int:
 TUNNEL_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)  # what each tunnel listens on
 
 
-def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> List[Tuple[int, Any]]:
+def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> list[tuple[int, Any]]:
     """(family, socket address) of each address of a host, blocking. ConnectError says why there is none."""
     try:
         found = socket.getaddrinfo(address.host, address.port, 0, kind, 0, flags)
@@ -3110,11 +3110,11 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
     return sock
 
 
-def bind_all(address: Address, kinds: Tuple[int, ...], share: bool = False) -> List[socket.socket]:
+def bind_all(address: Address, kinds: tuple[int, ...], share: bool = False) -> list[socket.socket]:
     """One socket for each of `kinds` on every address of the host, all on its port, or for 0 on the one that the first is given."""
     port = address.port
     with contextlib.ExitStack() as stack:
-        sockets: List[socket.socket] = []
+        sockets: list[socket.socket] = []
         for kind in kinds:
             # Not every hosts file gives localhost both its addresses.
             hosts = ("127.0.0.1", "::1") if address.host == "localhost" else (address.host,)
@@ -3133,7 +3133,7 @@ def bind_all(address: Address, kinds: Tuple[int, ...], share: bool = False) -> L
         return sockets
 
 
-def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> List[socket.socket]:
+def listen(address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,)) -> list[socket.socket]:
     """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any that is free in all.
 
     RatrodError names the address and the reason.
@@ -3151,7 +3151,7 @@ def listen(address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> 
             raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
 
 
-def listen_for(workers: int, address: Address, kinds: Tuple[int, ...] = (socket.SOCK_STREAM,)) -> List[List[socket.socket]]:
+def listen_for(workers: int, address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,)) -> list[list[socket.socket]]:
     """listen() for each of several processes that are still to be forked, on the same port: with SO_REUSEPORT sockets of its own, among
     which the kernel spreads the connections; where there is none, the same ones."""
     sockets = listen(address, kinds)
@@ -3255,8 +3255,8 @@ class Endpoint:
         self.keys = folder.load()
         for warning in folder.warnings:
             log.warning(warning)
-        self.links: Set[Link] = set()
-        self.listeners: List[Union[Listener, UdpPort]] = []
+        self.links: set[Link] = set()
+        self.listeners: list[Listener | UdpPort] = []
         loop.batch = loop.batch or DatagramBatch(loop)
         self.workers = WorkerPool(loop, threads)
         self._swept_at = boot_time()
@@ -3279,7 +3279,7 @@ class Endpoint:
     def client_refused(self, error: PeerError) -> None:
         """Opener: the server does not let this client in."""
 
-    def link_ended(self, link: Link, error: Optional[Exception]) -> None:
+    def link_ended(self, link: Link, error: Exception | None) -> None:
         self.links.discard(link)
 
     # ---- what ages: one timer for all, not one for each
@@ -3345,7 +3345,7 @@ class Source:
 
     def __init__(self, now: float, limits: Limits):
         self.strangers = self.links = self.muted = 0
-        self.waiting: Deque[Tuple[socket.socket, str]] = collections.deque()  # a burst's connections, not begun yet
+        self.waiting: collections.deque[tuple[socket.socket, str]] = collections.deque()  # a burst's connections, not begun yet
         self.seen_at = now
         self._authorized_at = now - 3600
         self._tries = TokenBucket(limits.handshake_rate, limits.handshake_burst, now)
@@ -3398,9 +3398,9 @@ class FairQueue:
 
     def __init__(self, most: int):
         self._most = most
-        self._running: Dict[bytes, int] = {}  # none is 0
-        self._waiting: Dict[bytes, Deque[Callable[[], None]]] = {}
-        self._beginning: Set[bytes] = set()
+        self._running: dict[bytes, int] = {}  # none is 0
+        self._waiting: dict[bytes, collections.deque[Callable[[], None]]] = {}
+        self._beginning: set[bytes] = set()
 
     def begin(self, key: bytes, call: Callable[[], None]) -> None:
         """call() now or later; whatever it begins says done() once."""
@@ -3442,17 +3442,17 @@ class LookUps:
         self._pool = WorkerPool(loop, limits.lookup_threads)
         self._queue = FairQueue(limits.lookup_threads // 2)
 
-    def submit(self, key: bytes, task: Callable[[], Any], done: Callable[[Any, Optional[Exception]], None]) -> None:
+    def submit(self, key: bytes, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
         """task() on a thread, at most half of them for one `key`; done(result, None) or done(None, error) within connect_timeout."""
-        answered: List[bool] = []
+        answered: list[bool] = []
 
-        def answer(result: Any, error: Optional[Exception]) -> None:
+        def answer(result: Any, error: Exception | None) -> None:
             if not answered:
                 answered.append(True)
                 timer.cancel()
                 done(result, error)
 
-        def finished(result: Any, error: Optional[Exception]) -> None:
+        def finished(result: Any, error: Exception | None) -> None:
             self._queue.done(key)
             answer(result, error)
         timer = self._loop.call_later(self._limits.connect_timeout, lambda: answer(None, ConnectError("the name look-up took too long")))
@@ -3465,16 +3465,16 @@ class Server(Endpoint):
     """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *,
-                 legacy: bool = False, sockets: Optional[List[socket.socket]] = None, report: Report = log.info):
+                 legacy: bool = False, sockets: list[socket.socket] | None = None, report: Report = log.info):
         super().__init__(loop, folder, limits, legacy, limits.handshakes)
         self._report = report
         self.policy = policy
         self.lookups = LookUps(loop, limits)
-        self._sources: Dict[str, Source] = {}
-        self._strangers: "collections.OrderedDict[socket.socket, Stranger]" = collections.OrderedDict()  # the oldest first
-        self._links_of: "collections.Counter[bytes]" = collections.Counter()
+        self._sources: dict[str, Source] = {}
+        self._strangers: collections.OrderedDict[socket.socket, Stranger] = collections.OrderedDict()  # the oldest first
+        self._links_of: collections.Counter[bytes] = collections.Counter()
         self._connecting = FairQueue(limits.connects_per_key)
-        self._relays: Dict[bytes, Set[UdpRelay]] = {}
+        self._relays: dict[bytes, set[UdpRelay]] = {}
         self._listed: Any = None  # authorized_keys as the links were last held against it
         self._set_caps()
         for sock in sockets or listen(bind):
@@ -3595,7 +3595,7 @@ class Server(Endpoint):
             raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy); connect without --legacy"
                                       % encode_key(key))
 
-    def _authenticated(self, stranger: Stranger, handshake: Optional[Handshake], error: Optional[Exception]) -> None:
+    def _authenticated(self, stranger: Stranger, handshake: Handshake | None, error: Exception | None) -> None:
         stayed = self._forget(stranger)
         source = self._sources[stranger.source]
         if source.waiting and source.strangers < self.limits.handshakes - self.limits.handshakes_per_source:
@@ -3620,7 +3620,7 @@ class Server(Endpoint):
 
     # ---- links
 
-    def link_ended(self, link: Link, error: Optional[Exception]) -> None:
+    def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
         self._links_of[link.peer_key] -= 1
         if not self._links_of[link.peer_key]:
@@ -3673,7 +3673,7 @@ class Server(Endpoint):
         if not is_udp:
             return self._open(link, label, remote)
 
-        def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+        def connected(sock: socket.socket | None, error: Exception | None) -> None:
             if sock is None or link.state == CLOSED:
                 return self._refuse(link, label, error or ConnectError("the client is gone"))
             relay = self._relay(link)
@@ -3687,7 +3687,7 @@ class Server(Endpoint):
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
         link.set_deadline(self.limits.connect_timeout, lambda: self._refuse(link, label, socket.timeout("timed out")))
 
-        def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+        def connected(sock: socket.socket | None, error: Exception | None) -> None:
             self._connecting.done(key)
             if link.state != CONNECTING:  # it was told already, or is gone
                 if sock:
@@ -3699,7 +3699,7 @@ class Server(Endpoint):
                 stream.link = link
                 link.accept(stream)
 
-        def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
+        def resolved(addresses: list[str], port: int, error: Exception | None) -> None:
             if error or link.state != CONNECTING:
                 return connected(None, error)
             Connector(self.loop, addresses, port, until - time.monotonic(), connected)
@@ -3711,7 +3711,7 @@ class Server(Endpoint):
             return self._resolve(key, remote, socket.SOCK_STREAM, resolved)
         self._connecting.begin(key, begin)
 
-    def _resolve(self, key: bytes, remote: str, kind: int, done: Callable[[List[str], int, Optional[Exception]], None]) -> None:
+    def _resolve(self, key: bytes, remote: str, kind: int, done: Callable[[list[str], int, Exception | None], None]) -> None:
         """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
         try:
             target = self.policy.check(remote)
@@ -3721,7 +3721,7 @@ class Server(Endpoint):
         if literal:
             return done(literal, target.port, None)
 
-        def looked_up(found: Optional[List[Tuple[int, Any]]], error: Optional[Exception]) -> None:
+        def looked_up(found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
             try:
                 addresses = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found)) if found else []
             except PolicyError as refusal:
@@ -3758,7 +3758,7 @@ class Server(Endpoint):
     def _open_session(self, relay: UdpRelay, session: RemoteUdpSession, target: str) -> None:
         self._make_room_for_sessions()
 
-        def connected(sock: Optional[socket.socket], error: Optional[Exception]) -> None:
+        def connected(sock: socket.socket | None, error: Exception | None) -> None:
             if sock:
                 return session.connected(sock)
             answer = self._answer(target, error or ConnectError("unknown reason"))
@@ -3771,9 +3771,9 @@ class Server(Endpoint):
             greedy = max(self._relays.values(), key=lambda relays: sum(len(relay.table) for relay in relays))
             min((relay.table.oldest() for relay in greedy if len(relay.table)), key=lambda session: session.last_used).end()
 
-    def _connect_udp(self, key: bytes, remote: str, done: Callable[[Optional[socket.socket], Optional[Exception]], None]) -> None:
+    def _connect_udp(self, key: bytes, remote: str, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
         """done(a socket connected to the remote, so that the kernel drops what others send to it, None) or done(None, error)."""
-        def resolved(addresses: List[str], port: int, error: Optional[Exception]) -> None:
+        def resolved(addresses: list[str], port: int, error: Exception | None) -> None:
             for host in addresses:
                 with contextlib.ExitStack() as stack:
                     try:
@@ -3794,7 +3794,7 @@ class Probe(LinkUser):
 
     __slots__ = ("_link", "_done")
 
-    def __init__(self, link: Link, done: Callable[[Optional[Exception]], None]):
+    def __init__(self, link: Link, done: Callable[[Exception | None], None]):
         self._link, self._done = link, done
 
     def opened(self) -> None:
@@ -3813,11 +3813,11 @@ class LinkPool:
 
     READY = 2  # so many wait at any time: the next connection needs no handshake, and a burst of two neither
 
-    def __init__(self, loop: EventLoop, limits: Limits, make: Callable[[Callable[[Optional[Link], Optional[Exception]], None]], None]):
+    def __init__(self, loop: EventLoop, limits: Limits, make: Callable[[Callable[[Link | None, Exception | None], None]], None]):
         self._loop, self._limits, self._make = loop, limits, make
-        self._idle: List[Tuple[float, Link]] = []  # since when; the last one used is the first one taken
-        self._waiting: Deque[Tuple[Callable[[Link], None], Callable[[Exception], None]]] = collections.deque()
-        self._taken: Set[Link] = set()
+        self._idle: list[tuple[float, Link]] = []  # since when; the last one used is the first one taken
+        self._waiting: collections.deque[tuple[Callable[[Link], None], Callable[[Exception], None]]] = collections.deque()
+        self._taken: set[Link] = set()
         self._making = 0
         self._peaks = [0, 0]  # most links wanted at once, in this minute and in the one before
         self._minute = loop.now
@@ -3836,7 +3836,7 @@ class LinkPool:
         self._taken.add(link)
         use(link)
 
-    def _pop(self) -> Optional[Link]:
+    def _pop(self) -> Link | None:
         while self._idle:
             _, link = self._idle.pop()
             if self._loop.awake - link.heard_at > 0.05:  # else what has come since is as unlikely as what comes right after
@@ -3866,7 +3866,7 @@ class LinkPool:
             self._making += 1
             self._make(self._made)
 
-    def _made(self, link: Optional[Link], error: Optional[Exception]) -> None:
+    def _made(self, link: Link | None, error: Exception | None) -> None:
         self._making -= 1
         if link:
             return self.put(link)
@@ -3891,25 +3891,25 @@ class LinkPool:
 class Client(Endpoint):
     """Tunnels through one server. `finished(error)` is called once, with None where all it had to do was the connection test."""
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: List[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
-                 sockets: Optional[List[List[socket.socket]]] = None, report: Report = log.info,
+    def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
+                 sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, should_encrypt: bool = False,
-                 started: Callable[[], None] = lambda: None, finished: Callable[[Optional[Exception]], None]):
+                 started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
         self._started, self._finished, self._report = started, finished, report
-        self._test_link: Optional[Link] = None
+        self._test_link: Link | None = None
         self._started_already = False
         self._pool = LinkPool(loop, limits, lambda done: self.make_link("", TCP, done))
         self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout)
-        self._carrier: Optional[UdpCarrier] = None
+        self._carrier: UdpCarrier | None = None
         self._udp_tries, self._udp_not_before = 0, 0.0
-        self.tunnels: List[TunnelSpec] = []
-        self._remotes: Dict[UdpPort, str] = {}
+        self.tunnels: list[TunnelSpec] = []
+        self._remotes: dict[UdpPort, str] = {}
         for number, spec in enumerate(tunnels):
             self._listen(spec, sockets[number] if sockets else listen(spec.local, TUNNEL_KINDS))
 
-    def _listen(self, spec: TunnelSpec, sockets: List[socket.socket]) -> None:
+    def _listen(self, spec: TunnelSpec, sockets: list[socket.socket]) -> None:
         spec = TunnelSpec(spec.local._replace(port=sockets[0].getsockname()[1]), spec.remote)
         self.tunnels.append(spec)
         for sock in sockets:
@@ -3935,7 +3935,7 @@ class Client(Endpoint):
     def _test(self, remote: str) -> None:
         self.make_link(remote, TCP, functools.partial(self._test_linked, remote), self._report)
 
-    def _test_linked(self, remote: str, link: Optional[Link], error: Optional[Exception]) -> None:
+    def _test_linked(self, remote: str, link: Link | None, error: Exception | None) -> None:
         if link and self.legacy:
             return link.ask(Probe(link, self._tested), TCP, "", self._patience)
         if link:
@@ -3946,7 +3946,7 @@ class Client(Endpoint):
             return self._test(str(self.tunnels[0].remote))
         return self._tested(error)
 
-    def _tested(self, error: Optional[Exception]) -> None:
+    def _tested(self, error: Exception | None) -> None:
         if error:
             log.error("❌ Test connection failed: %s", reason(error))
             return self._finished(error)
@@ -3967,10 +3967,10 @@ class Client(Endpoint):
         """How long a server may take to say Opened: its look-up and connect, and the rest of the handshake."""
         return self.limits.connect_timeout + self.limits.handshake_timeout
 
-    def make_link(self, remote: str, kind: int, done: Callable[[Optional[Link], Optional[Exception]], None], report: Report = log.debug) -> None:
+    def make_link(self, remote: str, kind: int, done: Callable[[Link | None, Exception | None], None], report: Report = log.debug) -> None:
         """A new link, made on a thread: done(link, None) or done(None, error). Legacy names in its handshake what the link is for, and
         the link waits for Opened; on ratrod2 it is idle, and usable at once, though HandshakeCompletion is still to come."""
-        def linked(result: Optional[Tuple[socket.socket, Handshake]], error: Optional[Exception]) -> None:
+        def linked(result: tuple[socket.socket, Handshake] | None, error: Exception | None) -> None:
             if result is None:
                 return done(None, error)
             state = IDLE if not self.legacy else UDP_ASKED if kind == UDP else ASKED
@@ -3981,7 +3981,7 @@ class Client(Endpoint):
             return done(link, None)
         self.workers.submit(functools.partial(self._dial, remote, kind, report), linked)
 
-    def _dial(self, remote: str, kind: int, report: Report) -> Tuple[socket.socket, Handshake]:
+    def _dial(self, remote: str, kind: int, report: Report) -> tuple[socket.socket, Handshake]:
         sock = self._connect()
         try:
             report("✅ Connected to server `%s` ...", self.server)
@@ -4033,7 +4033,7 @@ class Client(Endpoint):
     def link_idle(self, link: Link, end: bytes = b"") -> None:
         self._pool.put(link)
 
-    def link_ended(self, link: Link, error: Optional[Exception]) -> None:
+    def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
         self._pool.discard(link)
         if link is self._test_link:
@@ -4063,14 +4063,14 @@ class Client(Endpoint):
         if not self.legacy:
             return self._pool.take(use, failed)
 
-        def made(link: Optional[Link], error: Optional[Exception]) -> None:
+        def made(link: Link | None, error: Exception | None) -> None:
             if link:
                 use(link)
             else:
                 failed(error or ConnectError("unknown reason"))
         return self.make_link(target, kind, made)
 
-    def _session(self, port: UdpPort, originator: Originator) -> Optional[UdpSession]:
+    def _session(self, port: UdpPort, originator: Originator) -> UdpSession | None:
         session = self._sessions.get((port, originator))
         if session is None:
             if self.loop.now < self._udp_not_before:
@@ -4138,12 +4138,12 @@ class Options(NamedTuple):
     """A command line that was understood."""
 
     command: str = "help"
-    key_path: Optional[str] = None
+    key_path: str | None = None
     verbose: bool = False
     bind: str = ""
     remote_regex: str = ".*"
     server: str = ""
-    tunnels: Tuple[str, ...] = ()
+    tunnels: tuple[str, ...] = ()
     accept_all_hosts: bool = False
     encrypt: bool = False
     legacy: bool = False
@@ -4153,7 +4153,7 @@ class Options(NamedTuple):
     max_links_per_key: int = DEFAULT_LIMITS.links_per_key
     max_udp_sessions: int = DEFAULT_LIMITS.udp_sessions_in_all
     workers: int = 1
-    topic: Optional[str] = None
+    topic: str | None = None
 
     @property
     def limits(self) -> Limits:
@@ -4168,8 +4168,8 @@ COMMANDS = dict(re.findall(r"^  (\w+)  +(\S.*)$", __doc__.split("Commands:\n")[1
 class _Pattern(NamedTuple):
     """One command of the usage text: its options by long name, and its arguments: (name, optional, repeated)."""
 
-    options: Set[str]
-    arguments: List[Tuple[str, bool, bool]]
+    options: set[str]
+    arguments: list[tuple[str, bool, bool]]
 
 
 class UsageReader:
@@ -4179,7 +4179,7 @@ class UsageReader:
         options = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z_]+))?  ", text.split("Options:\n")[1], re.M)
         self.takes_value = {long: bool(value) for _, long, value in options}
         self._long = {short: long for short, long, _ in options if short}
-        self.patterns: Dict[str, _Pattern] = {}
+        self.patterns: dict[str, _Pattern] = {}
         for usage in re.split(r"^  ratrod ", USAGE, flags=re.M)[1:]:
             command = re.search(r"(?<![\w-])([a-z]+)(?![\w-])", usage)
             if command and not usage.startswith("-"):
@@ -4187,7 +4187,7 @@ class UsageReader:
                 arguments = re.findall(r"(\[)?(?<![-\w] )(?<![\w-])([A-Z]+)\]?(\.\.\.)?", usage)
                 self.patterns[command.group(1)] = _Pattern(named, [(name, bool(optional), bool(more)) for optional, name, more in arguments])
 
-    def read(self, argv: List[str]) -> Dict[str, Any]:
+    def read(self, argv: list[str]) -> dict[str, Any]:
         """What docopt would give: {"serve": True, "--key-path": [...], "BIND": ...}. UsageError says what is wrong."""
         given, words = self._split(argv)
         if not words:
@@ -4199,7 +4199,7 @@ class UsageReader:
         for option in given:
             if option not in pattern.options:
                 raise UsageError("`%s` does not belong to `%s`" % (option, command))
-        result: Dict[str, Any] = {command: True, **given}
+        result: dict[str, Any] = {command: True, **given}
         for name, optional, repeated in pattern.arguments:
             if not arguments and not optional:
                 raise UsageError("`%s` needs %s" % (command, name))
@@ -4209,9 +4209,9 @@ class UsageReader:
             raise UsageError("`%s` takes no further argument: `%s`" % (command, printable(arguments[0])))
         return result
 
-    def _split(self, argv: List[str]) -> Tuple[Dict[str, List[Any]], List[str]]:
-        given: Dict[str, List[Any]] = {}
-        words: List[str] = []
+    def _split(self, argv: list[str]) -> tuple[dict[str, list[Any]], list[str]]:
+        given: dict[str, list[Any]] = {}
+        words: list[str] = []
         rest = list(argv)
         while rest:
             word = rest.pop(0)
@@ -4235,7 +4235,7 @@ class UsageReader:
             raise UsageError("there is no option `%s`" % printable(name) if not found else "`%s` may be %s" % (name, " or ".join(found)))
         return found[0]
 
-    def _take_short(self, given: Dict[str, List[Any]], letters: str, rest: List[str]) -> None:
+    def _take_short(self, given: dict[str, list[Any]], letters: str, rest: list[str]) -> None:
         while letters:
             long, letters = self._long.get("-" + letters[0]), letters[1:] if "-" + letters[0] in self._long else letters
             if long is None:
@@ -4244,7 +4244,7 @@ class UsageReader:
                 return self._take(given, long, [letters], rest)
             self._take(given, long, None, rest)
 
-    def _take(self, given: Dict[str, List[Any]], name: str, value: Optional[List[str]], rest: List[str]) -> None:
+    def _take(self, given: dict[str, list[Any]], name: str, value: list[str] | None, rest: list[str]) -> None:
         if not self.takes_value[name]:
             if value:
                 raise UsageError("`%s` takes no value" % name)
@@ -4256,7 +4256,7 @@ class UsageReader:
         given.setdefault(name, []).extend(value)
 
 
-def parse_command_line(argv: List[str]) -> Options:
+def parse_command_line(argv: list[str]) -> Options:
     """The Options in `argv` (without the program's name); UsageError says in one line what is wrong with it."""
     reader = UsageReader(__doc__)
     flags = argv[:argv.index("--")] if "--" in argv else argv
@@ -4266,7 +4266,7 @@ def parse_command_line(argv: List[str]) -> Options:
     return _to_options(_docopt(reader, argv))
 
 
-def _docopt(reader: UsageReader, argv: List[str]) -> Dict[str, Any]:
+def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
     try:
         from docopt import DocoptExit, docopt
     except ImportError:
@@ -4281,9 +4281,9 @@ def _docopt(reader: UsageReader, argv: List[str]) -> Dict[str, Any]:
         raise UsageError("these words do not go together") from None
 
 
-def _to_options(given: Dict[str, Any]) -> Options:
+def _to_options(given: dict[str, Any]) -> Options:
     """From docopt's dictionary: the last of each repeated option, converted to the type of the field's default."""
-    fields: Dict[str, Any] = {"command": next(command for command in COMMANDS if given.get(command))}
+    fields: dict[str, Any] = {"command": next(command for command in COMMANDS if given.get(command))}
     for name, value in given.items():
         field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
         if field in Options._fields and value not in (None, [], False, 0):
@@ -4304,7 +4304,7 @@ def _convert(name: str, word: Any, default: Any) -> Any:
     return type(default)(word)
 
 
-def help_text(topic: Optional[str] = None) -> str:
+def help_text(topic: str | None = None) -> str:
     """The whole help, or what concerns one command: its usage, its arguments and its options."""
     if topic is None:
         return __doc__
@@ -4379,7 +4379,7 @@ def generate_keys(folder: KeyFolder) -> KeyPair:
     return keys
 
 
-def run_endpoint(make: Callable[[EventLoop, Callable[[Optional[Exception]], None]], Endpoint]) -> int:
+def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]], Endpoint]) -> int:
     """Runs what make(loop, finished) gives until it has finished or a signal comes: the exit code.
 
     The acts on the whole process are here: signals, the limit of descriptors, the garbage collector.
@@ -4388,9 +4388,9 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Optional[Exception]], None
 
     raise_descriptor_limit()
     loop = EventLoop()
-    outcome: List[Union[int, Exception, None]] = []
+    outcome: list[int | Exception | None] = []
 
-    def finished(error: Union[int, Exception, None]) -> None:
+    def finished(error: int | Exception | None) -> None:
         outcome.append(error)
         loop.stop()
 
@@ -4417,11 +4417,11 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Optional[Exception]], None
     return result or 0
 
 
-def run_workers(sockets: List[List[socket.socket]], run: Callable[[int], int]) -> int:
+def run_workers(sockets: list[list[socket.socket]], run: Callable[[int], int]) -> int:
     """run(number) in a process for each group of listening sockets, or here where it is one: the exit code. What ends one ends all."""
     if len(sockets) == 1:
         return run(0)
-    children: Set[int] = set()
+    children: set[int] = set()
     parent_lives, parent_dies = os.pipe()
     for number, own in enumerate(sockets):
         pid = os.fork()
@@ -4439,7 +4439,7 @@ def run_workers(sockets: List[List[socket.socket]], run: Callable[[int], int]) -
     # A socket that somebody holds open is served by nobody once its own process is gone: connections to it would hang.
     close_all(sock for group in sockets for sock in group)
 
-    passed: List[int] = []
+    passed: list[int] = []
 
     def pass_on(number: int, _frame: Any) -> None:
         passed.append(number)
@@ -4542,7 +4542,7 @@ def demo_payload() -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def demo_targets() -> Iterator[Tuple[int, int]]:
+def demo_targets() -> Iterator[tuple[int, int]]:
     """A small HTTP server that serves the payload, and a UDP echo; gives the ports of both."""
     import http.server
 
@@ -4637,7 +4637,7 @@ def demo_command(options: Options) -> int:
             with open(os.path.join(folder.path, name), "w") as file:
                 file.write(key + "\n")
         loop = EventLoop()
-        ready: "queue.Queue[Optional[Exception]]" = queue.Queue()
+        ready: queue.Queue[Exception | None] = queue.Queue()
         server = Server(loop, folders[0], Address("127.0.0.1", 0), Policy())
         tunnels = [parse_tunnel("0:127.0.0.1:%d" % port) for port in (web_port, echo_port)]
         client = Client(loop, folders[1], server.address, tunnels, should_encrypt=True, finished=ready.put, started=lambda: ready.put(None))
@@ -4668,15 +4668,15 @@ def demo_command(options: Options) -> int:
     return 0
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """The program: its exit code (0 done, 1 failed, 2 usage or configuration, 3 authentication, 130 interrupted)."""
     return _guarded(lambda: _run_command(sys.argv[1:] if argv is None else argv))
 
 
-def _run_command(argv: List[str]) -> int:
+def _run_command(argv: list[str]) -> int:
     options = parse_command_line(argv)
     set_up_logging(options.verbose)
-    commands: Dict[str, Callable[[Options], int]] = {
+    commands: dict[str, Callable[[Options], int]] = {
         "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
         "help": help_command, "version": version_command}
     code = commands[options.command](options)

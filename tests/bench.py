@@ -904,7 +904,8 @@ class Row(NamedTuple):
 
 
 START_UP_ROWS = (Row("python-pass", "python3 -c pass"), Row("python-imports", "python3 -c 'import docopt, socket, selectors, logging'"),
-                 Row("ratrod-help", "python -m ratrod --help (bytecode cached)", ours=True), Row("ratrod-script", "python ratrod.py --help", ours=True))
+                 Row("ratrod-help", "python -m ratrod --help (bytecode cached)", ours=True),
+                 Row("ratrod-script", "python ratrod.py --help", ours=True))
 RAW_ROWS = (Row("raw-aegis", "AEGIS-128L"), Row("raw-chacha", "ChaCha20-Poly1305"))
 
 

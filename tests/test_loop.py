@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-import ratrod
 from conftest import PATIENCE, ROOT
+
+import ratrod
 from ratrod import READ, WRITE
 
 SELECTORS = [ratrod.Selector] + [ratrod.EpollSelector] * hasattr(ratrod.selectors, "EpollSelector")
