@@ -2,11 +2,12 @@
 """Key-authenticated, encrypted TCP and UDP tunnels in one file: ssh -L where there is no SSH.
 
 Usage:
-  ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--legacy] [--udp-timeout SECS]
-         [--handshake-timeout SECS] [--max-links N] [--max-links-per-key N]
-         [--max-udp-sessions N] [--workers N] [--] BIND
-  ratrod [-k KEY_PATH] [-v] connect [-a] [-e] [--legacy] [--udp-timeout SECS]
-         [--handshake-timeout SECS] [--workers N] [--] SERVER [--] [TUNNEL]...
+  ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--allow-listen] [--legacy]
+         [--udp-timeout SECS] [--handshake-timeout SECS] [--max-links N]
+         [--max-links-per-key N] [--max-udp-sessions N] [--workers N] [--] BIND
+  ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
+         [--socks-user AUTH] [--udp-timeout SECS] [--handshake-timeout SECS]
+         [--workers N] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
   ratrod [-v] demo
   ratrod help [COMMAND]
@@ -24,7 +25,12 @@ Arguments:
   BIND     the address to listen on, `host:port`, as 0.0.0.0:19000 or [::]:19000
   SERVER   the server's address, `host:port`
   TUNNEL   [local_host:[local_port:[remote_host:]]]remote_port, for TCP and UDP alike: 2000:db:5432, 2000:80, 80;
-           IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one
+           IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one;
+           ranges: 8000-8010:host:9000-9010
+           [host:]port:socks          a SOCKS5 proxy here, for TCP and UDP; names are looked up at the server
+           stdio:host:port            standard input and output, as in ssh -o ProxyCommand='... stdio:%h:%p'
+           unix:/path                 a Unix socket, in place of the local [host:]port or of the remote host:port
+           R:[host:]port:host:port    reverse: the server listens (serve --allow-listen), this side connects
 
 Options:
   -k, --key-path KEY_PATH   the folder of `key`, `key.pub`, `authorized_keys` and `known_hosts`,
@@ -32,6 +38,9 @@ Options:
   -v, --verbose             say more: every connection with its addresses, bytes and time
   -r, --remote-regex REGEX  allow only remotes whose whole `host` or whole `host:port` matches (default: .*)
   -a, --accept-all-hosts    accept any server's key: no protection from a server that only pretends
+  --accept-new              add an unknown server's key to `known_hosts` without asking, but never accept a changed one
+  --allow-listen            let clients listen on addresses of this machine (R: tunnels)
+  --socks-user AUTH         name:password that clients of socks tunnels must give
   -e, --encrypt             with --legacy: encrypt the traffic; otherwise it is always encrypted
   --legacy                  connect: speak the wire of the original, Rust ratrod 0.6.3; serve: take it too
   --udp-timeout SECS        forget a UDP session that has been idle for so long (default: 120)
@@ -46,6 +55,7 @@ Options:
 
 from __future__ import annotations  # unread at run time: they cost the start 10 ms, and each connection 4 µs
 
+import atexit
 import base64
 import builtins
 import collections
@@ -65,11 +75,11 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Generator, Iterable, Iterator, NamedTuple, NoReturn, Tuple, Union
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, NamedTuple, NoReturn, Tuple, TypeVar, Union
 
 __version__ = "0.7.0"
-__all__ = ["AuthenticationError", "ConfigError", "Limits", "LocalProtocolError", "PeerError", "ProtocolError", "RatrodError",
-           "RemoteProtocolError", "UsageError", "main"]
+__all__ = ["AuthenticationError", "Background", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
+           "ProtocolError", "RatrodError", "RemoteProtocolError", "Service", "Tunnel", "UnknownHost", "UsageError", "main", "serve", "tunnel"]
 
 # ======================================================================================================================
 # 1. Limits and errors
@@ -89,6 +99,9 @@ class Limits(NamedTuple):
     links_per_key: int = 0  # ... of one client's key; 0: as many as in all
     lookup_threads: int = 16  # a name server that hangs holds up these, never a handshake
     connects_per_key: int = 32  # remotes of one client being looked up or connected to
+    listeners_per_key: int = 4  # reverse tunnels of one client ...
+    waiting_links: int = 8  # ... and links of each that wait for a connection
+    reverse_queue: int = 1024  # connections of one that wait for a link
     links_at_once: int = 16  # that a client makes; further ones wait for these, so that a burst does not look like an attack
     idle_links: int = 8  # that a client keeps, or as many as it lately needed at once
     idle_time: float = 60.0  # after which surplus ones are let go
@@ -121,7 +134,8 @@ HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and 
 TAILROOM = 64  # behind it: the tag
 SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and what came with it
 SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so many seconds after a read of less than so many
-LENT_AT_ONCE = 8  # such buffers that links may hold while the rest of a long record is on its way
+LENT_AT_ONCE = 128  # such buffers that links hold while a long record is on its way: with 8, 1,000 streams of bulk are a third slower
+SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open
@@ -494,46 +508,191 @@ class KeyPair(NamedTuple):
         return "KeyPair(%s)" % encode_key(self.public)
 
 
+class Pattern(NamedTuple):
+    """A target as permitopen and permitlisten write it: port 0 is any, host `*` any, `*.example.com` any below it; or one Unix socket."""
+
+    host: str
+    port: int
+
+    def matches(self, target: Address) -> bool:
+        if target.is_unix or self.host.startswith("/"):
+            return self.host == target.host
+        below = self.host.startswith("*.") and not is_address(target.host) and target.host.endswith(self.host[1:])
+        return self.port in (0, target.port) and (below or self.host in ("*", target.host))
+
+
+def parse_pattern(text: str) -> Pattern:
+    """ValueError says what is wrong."""
+    if text.startswith("unix:/"):
+        return Pattern(parse_target(text).host, 0)
+    pieces = split_host_port(text)
+    if len(pieces) != 2:
+        raise ValueError("`%s` is not host:port" % printable(text))
+    host, port = pieces
+    star = "*." if host.startswith("*.") else ""
+    return Pattern("*" if host == "*" else star + parse_host(host[len(star):]), 0 if port == "*" else parse_port(port))
+
+
+class Grant(NamedTuple):
+    """What one line of authorized_keys allows its key. `expires`: seconds since the epoch; no pattern: everything."""
+
+    permitopen: tuple[Pattern, ...] = ()
+    permitlisten: tuple[Pattern, ...] = ()
+    no_udp: bool = False
+    no_legacy: bool = False
+    expires: float = float("inf")
+    comment: str = ""
+
+    def opens(self, target: Address) -> bool:
+        return not self.permitopen or any(pattern.matches(target) for pattern in self.permitopen)
+
+    def listens(self, address: Address) -> bool:
+        plain = address._replace(host="127.0.0.1" if address.host == "localhost" else address.host)
+        return not self.permitlisten or any(pattern.matches(plain) or pattern.matches(address) for pattern in self.permitlisten)
+
+
+def parse_grant(words: list[str]) -> Grant:
+    """`[option ...] [comment]` behind a key. ValueError for what may have been meant as an option: it must not pass for a comment."""
+    grant = Grant()
+    fields: dict[str, Any]
+    for number, word in enumerate(words):
+        name, _, value = word.partition("=")
+        quoted = re.fullmatch(r'"([^"]*)"', value)
+        if name in ("permitopen", "permitlisten") and quoted:
+            text = quoted.group(1)
+            bare = name == "permitlisten" and re.fullmatch(r"[0-9]+|\*", text, re.ASCII)
+            fields = {name: getattr(grant, name) + (parse_pattern("127.0.0.1:" + text if bare else text),)}
+            grant = grant._replace(**fields)
+        elif name == "expires" and quoted:
+            grant = grant._replace(expires=min(grant.expires, parse_date(quoted.group(1))))
+        elif word in ("no-udp", "no-legacy"):
+            fields = {word.replace("-", "_"): True}
+            grant = grant._replace(**fields)
+        elif "=" in word or re.match("permit|no-|expire", word):
+            raise ValueError("there is no option `%s`" % printable(word))
+        else:
+            late = [later for later in words[number:] if re.match("(?:permitopen|permitlisten|expires)=|no-(?:udp|legacy)$", later)]
+            if late:
+                raise ValueError("the option `%s` stands behind the comment" % printable(late[0]))
+            return grant._replace(comment=printable(" ".join(words[number:]), 60))
+    return grant
+
+
+def parse_date(text: str) -> float:
+    """The first second (UTC) of a day written 2027-01-31; ValueError where there is no such day."""
+    import datetime
+
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text, re.ASCII):
+        raise ValueError("`%s` is not a date (as 2027-01-31)" % printable(text))
+    return datetime.datetime.strptime(text + " +0000", "%Y-%m-%d %z").timestamp()
+
+
+def parse_where(words: list[str]) -> str | None:
+    """The `host:port` that a line of known_hosts is bound to."""
+    return words[0] if words else None
+
+
+Line = Tuple[int, Any]  # its number, and what stands behind the key
+
+
 class KeyLines:
-    """The lines `KEY [word]...` of authorized_keys or known_hosts, read again whenever the file has changed. Safe from any thread."""
+    """The lines `KEY [word]...` of authorized_keys or known_hosts, `parse` making something of the words; read again whenever the file
+    has changed. `problems` says which lines mean nothing. Safe from any thread."""
 
-    def __init__(self, path: str):
-        self.path = path
-        self._cache: tuple[Any, dict[bytes, list[list[str]]]] = (None, {})
+    USELESS = "authorizes nobody"
 
-    def read(self) -> dict[bytes, list[list[str]]]:
-        """For each key the further words of its lines. A file that cannot be read, or a line that cannot, lists nobody."""
+    def __init__(self, path: str, parse: Callable[[list[str]], Any]):
+        self.path, self._parse_words = path, parse
+        self.problems: list[str] = []
+        self._cache: tuple[Any, dict[bytes, tuple[Line, ...]]] = (None, {})
+        self._round: float | None = None
+
+    def read(self, now: float | None = None) -> dict[bytes, tuple[Line, ...]]:
+        """The lines of each key. A file that cannot be read, or a line that cannot, lists nobody. `now`: of the loop's round; the file
+        is looked at once in each."""
+        if now is None or now != self._round:
+            self._cache = self._read()
+            self._round = now
+        return self._cache[1]
+
+    def _read(self) -> tuple[Any, dict[bytes, tuple[Line, ...]]]:
         signature: Any = None
         try:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
             if signature == self._cache[0] and time.time() - max(status.st_mtime, status.st_ctime) > 2:
-                return self._cache[1]
+                return self._cache
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                lines = self._parse(file)
+                lines, problems = self._parse(file)
         except OSError as error:
             # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
-            return self._cache[1] if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0] else {}
-        if lines == self._cache[1]:
-            lines = self._cache[1]  # the same object: whoever looks for changes sees none
-        self._cache = (signature, lines)
-        return lines
+            return self._cache if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0] else (None, {})
+        self.problems = problems
+        # The same object where nothing is new: whoever looks for changes sees none.
+        return signature, self._cache[1] if lines == self._cache[1] else lines
 
-    @staticmethod
-    def _parse(lines: Iterable[str]) -> dict[bytes, list[list[str]]]:
-        keys: dict[bytes, list[list[str]]] = {}
-        for line in lines:
+    def _parse(self, lines: Iterable[str]) -> tuple[dict[bytes, tuple[Line, ...]], list[str]]:
+        keys: dict[bytes, tuple[Line, ...]] = {}
+        problems = []
+        for number, line in enumerate(lines, 1):
             words = line.split()
-            with contextlib.suppress(ValueError, IndexError):
-                keys.setdefault(decode_key(words[0]), []).append(words[1:])
-        return keys
+            if not words or words[0].startswith("#"):
+                continue
+            try:
+                key = decode_key(words[0])
+                keys[key] = keys.get(key, ()) + ((number, self._parse_words(words[1:])),)
+            except ValueError as error:
+                problems.append("line %d of `%s` %s: %s" % (number, self.path, self.USELESS, error))
+        return keys, problems
 
-    def knows(self, key: bytes, address: str) -> bool:
-        """As known_hosts: whether `key` is the server at `address`. Lines bound to that address count alone; a bare KEY for any other."""
-        lines = [(listed, words[0] if words else None) for listed, all_words in self.read().items() for words in all_words]
-        bound = {listed for listed, where in lines if where == address}
-        return key in (bound or {listed for listed, where in lines if where is None})
+
+class UnknownHost(AuthenticationError):
+    """The server's key is not in known_hosts."""
+
+    def __init__(self, key: bytes, address: str, path: str):
+        super().__init__("Server's public key `%s` is not in the known hosts file. If it is the right one (`ratrod keygen` and the server's"
+                         " key.pub show it), add this line to `%s`: %s %s" % (encode_key(key), path, encode_key(key), address))
+        self.key = key
+
+
+class KnownHosts(KeyLines):
+    """Which key each server has. Lines bound to an address count alone for it; a bare KEY counts for any other."""
+
+    USELESS = "is not understood"
+
+    def __init__(self, path: str):
+        super().__init__(path, parse_where)
+        self._accepted: dict[str, bytes] = {}  # where the file could not be written
+
+    def check(self, key: bytes, address: str) -> None:
+        """UnknownHost where no line speaks of this server, AuthenticationError where one knows another key for it."""
+        lines = [(listed, *line) for listed, all_lines in self.read().items() for line in all_lines]
+        bound = [(listed, number) for listed, number, where in lines if where == address]
+        if self._accepted.get(address) == key or key in [listed for listed, _ in bound]:
+            return
+        if bound:
+            listed, number = bound[0]
+            raise AuthenticationError(
+                "THE KEY OF THE SERVER `%s` HAS CHANGED: it shows `%s`, and line %d of `%s` says `%s`. Somebody may stand in between and"
+                " pretend to be it. Only if you know why it has another key now, replace that line by: %s %s"
+                % (address, encode_key(key), number, self.path, encode_key(listed), encode_key(key), address))
+        if self._accepted.get(address) or key not in [listed for listed, _, where in lines if where is None]:
+            raise UnknownHost(key, address, self.path)
+
+    def add(self, key: bytes, address: str) -> str:
+        """Trusts `key` for `address` from now on: "", or why it could not be written down and so holds for this run only."""
+        self._accepted[address] = key
+        try:
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size:
+                    file.seek(size - 1)
+                newline = b"\n" if size and file.read(1) != b"\n" else b""
+                file.write(newline + ("%s %s\n" % (encode_key(key), address)).encode())
+        except OSError as error:
+            return "cannot write to `%s`: %s" % (self.path, reason(error))
+        return ""
 
 
 def link_file(existing: str, path: str) -> None:
@@ -555,8 +714,8 @@ class KeyFolder:
         path = os.path.expanduser(key_path or os.path.join("~", ".ratrod"))
         self.key_file = path if os.path.isfile(path) else os.path.join(path, "key")
         self.path = os.path.dirname(self.key_file) or "."
-        self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"))
-        self.known_hosts = KeyLines(os.path.join(self.path, "known_hosts"))
+        self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"), parse_grant)
+        self.known_hosts = KnownHosts(os.path.join(self.path, "known_hosts"))
         self.warnings: list[str] = []
 
     def exists(self) -> bool:
@@ -630,13 +789,20 @@ class KeyFolder:
 
 
 class Address(NamedTuple):
-    """A host (a name, an IPv4 or an IPv6 address without brackets) and a port; shown with brackets where it needs them."""
+    """A host (a name, an IPv4 or an IPv6 address without brackets) and a port; shown with brackets where it needs them. Or the path of a
+    Unix socket, and port 0."""
 
     host: str
     port: int
 
     def __str__(self) -> str:
+        if self.is_unix:
+            return "unix:" + self.host
         return ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
+
+    @property
+    def is_unix(self) -> bool:
+        return self.host.startswith("/")
 
 
 def is_address(host: str) -> bool:
@@ -648,9 +814,9 @@ def unmapped(host: str) -> str:
     return host[7:] if host.startswith("::ffff:") and "." in host else host
 
 
-def show_address(address: tuple[Any, ...]) -> str:
-    """A socket address as people write it."""
-    return str(Address(unmapped(address[0]), address[1]))
+def show_address(address: Any) -> str:
+    """A socket address as people write it; that of a Unix socket's other end says nothing."""
+    return str(Address(unmapped(address[0]), address[1])) if isinstance(address, tuple) else "unix"
 
 
 _PIECE = r"(?:\[([^\[\]:]*:[^\[\]]*)\]|([^:\[\]]*))"
@@ -697,15 +863,27 @@ def parse_host(text: str) -> str:
 
 
 def parse_target(text: str) -> Address:
-    """`host:port` or `[v6]:port` as a strict Address; ValueError says what is wrong."""
+    """`host:port`, `[v6]:port` or `unix:/path` as a strict Address; ValueError says what is wrong."""
+    if text.startswith("unix:/"):
+        return Address(parse_path(text[5:]), 0)
     pieces = split_host_port(text)
     if len(pieces) != 2:
         raise ValueError("`%s` is not host:port" % printable(text))
     return Address(parse_host(pieces[0]), parse_port(pieces[1]))
 
 
+def parse_path(text: str) -> str:
+    """The path of a Unix socket, in the one form that a rule can be compared with; ValueError says what is wrong."""
+    if not text.startswith("/") or text == "/" or text.startswith("//") or os.path.normpath(text) != text or ":" in text or not text.isprintable():
+        raise ValueError("`%s` is not the plain absolute path of a Unix socket, without a colon" % printable(text))
+    if len(os.fsencode(text)) > 100:
+        raise ValueError("the path of a Unix socket has at most 100 bytes")
+    return text
+
+
 class Policy:
-    """What a server opens for its clients: targets whose whole `host` or whole `host:port` matches a regular expression."""
+    """What a server opens for its clients: targets whose whole `host` or whole `host:port` matches a regular expression, and that the
+    client's grants allow. A Unix socket has to be named by one of the two."""
 
     def __init__(self, regex: str = ".*"):
         import warnings
@@ -720,10 +898,16 @@ class Policy:
             raise ConfigError("cannot use the remote regex `%s`: %s" % (regex, error)) from None
 
     def _matches(self, target: Address) -> bool:
+        if target.is_unix and self._restricted:
+            # `.*db.*` means machines: what shall reach a docker.sock has to say that it means Unix sockets.
+            return "unix:" in self._regex.pattern and bool(self._regex.fullmatch(str(target)))
         return any(self._regex.fullmatch(text) for text in (target.host, str(target)))
 
+    def _granted(self, target: Address, grants: tuple[Grant, ...]) -> bool:
+        return any(grant.opens(target) and (self._restricted or bool(grant.permitopen) or not target.is_unix) for grant in grants)
+
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - a policy lives as long as its server; 10 µs for each connection otherwise
-    def check(self, text: str) -> Address:
+    def check(self, text: str, grants: tuple[Grant, ...] = (Grant(),)) -> Address:
         """The target that a client named, before anything is looked up. PolicyError where it may not be opened."""
         try:
             target = parse_target(text)
@@ -731,10 +915,12 @@ class Policy:
             raise PolicyError("not a target: %s" % printable(str(error))) from None
         if not self._matches(target):
             raise PolicyError("`%s` does not match the remote regex" % str(target))
+        if not self._granted(target, grants):
+            raise PolicyError("`%s` is not what authorized_keys permits this key to open" % str(target))
         return target
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - the same
-    def check_addresses(self, target: Address, found: tuple[str, ...]) -> list[str]:
+    def check_addresses(self, target: Address, found: tuple[str, ...], grants: tuple[Grant, ...] = (Grant(),)) -> list[str]:
         """Those of the addresses that a look-up of target.host `found` which may be connected to; PolicyError where none is left.
 
         A name under somebody else's control can resolve to loopback or link-local: where targets are restricted at all, such an
@@ -748,9 +934,10 @@ class Policy:
             address = getattr(found_address, "ipv4_mapped", None) or found_address
             inside = address.is_loopback or address.is_link_local
             named = target.host in ("localhost", str(address))
+            plain = Address(str(address), target.port)
             if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
                 continue
-            if inside and self._restricted and not named and not self._matches(Address(str(address), target.port)):
+            if inside and not named and not (self._matches(plain) and self._granted(plain, grants)):
                 continue
             allowed.append(str(address))
         if not allowed:
@@ -758,29 +945,99 @@ class Policy:
         return allowed
 
 
+FORWARD, SOCKS, STDIO, REVERSE = "forward", "socks", "stdio", "reverse"  # kinds of tunnels
+NOWHERE = Address("", 0)
+
+
 class TunnelSpec(NamedTuple):
-    """One TUNNEL of the command line: listen on `local` (port 0: a free one), for `remote` as the server sees it."""
+    """One TUNNEL of the command line: listen on `local` (port 0: a free one), for `remote` as the server sees it. REVERSE: the server
+    listens, and `remote` is what the client sees; without a host it is the server's loopback."""
 
     local: Address
     remote: Address
+    kind: str = FORWARD
+
+
+def parse_tunnels(text: str) -> list[TunnelSpec]:
+    """parse_tunnel() for each port of a range: `8000-8010:host:9000-9010`."""
+    reverse = "R:" if text.startswith("R:") else ""
+    pieces = re.split(r":(?![^\[]*\])", text[len(reverse):])
+    places = {1: (0,), 2: (0, 1), 3: (0, 2), 4: (1, 3)}.get(len(pieces), ())
+    spans = [re.fullmatch("([0-9]{1,5})-([0-9]{1,5})", pieces[place], re.ASCII) for place in places]
+    if not any(spans):
+        return [parse_tunnel(text)]
+    ranges = [range(int(span.group(1)), int(span.group(2)) + 1) for span in spans if span]
+    if not all(spans) or len({len(ports) for ports in ranges}) > 1 or not 1 <= len(ranges[0]) <= 1000:
+        raise ConfigError("cannot understand the tunnel `%s`: its ranges of ports must be equally long, upwards, and of at most 1000 ports,"
+                          " as 8000-8010:host:9000-9010" % printable(text))
+    found = []
+    for ports in zip(*ranges):
+        for place, port in zip(places, ports):
+            pieces[place] = str(port)
+        found.append(parse_tunnel(reverse + ":".join(pieces)))
+    return found
 
 
 def parse_tunnel(text: str) -> TunnelSpec:
-    """[local_host:[local_port:[remote_host:]]]remote_port; ConfigError says what is wrong and shows the forms."""
+    """One tunnel in any of its forms; ConfigError says what is wrong and shows them."""
     try:
-        pieces = split_host_port(text)
-        if not 1 <= len(pieces) <= 4:
-            raise ValueError("it has %d parts" % len(pieces))
-        remote_port = parse_port(pieces[-1])
-        local_port = parse_port(pieces[-3 if len(pieces) > 2 else 0], lowest=0 if len(pieces) > 1 else 1)
-        remote_host = parse_host(pieces[-2]) if len(pieces) > 2 else "127.0.0.1"
-        local_host = pieces[0] if len(pieces) == 4 else "127.0.0.1"
+        if text.startswith("R:"):
+            return _parse_reverse(text[2:])
+        if text.startswith("stdio:"):
+            return TunnelSpec(NOWHERE, parse_target(text[6:]), STDIO)
+        special = re.fullmatch(r"(unix:/[^:]*|.*?):(socks|unix:/.*)", text)
+        if special:
+            socks = special.group(2) == "socks"
+            return TunnelSpec(_parse_local(special.group(1)), NOWHERE if socks else parse_target(special.group(2)), SOCKS if socks else FORWARD)
+        if text.startswith("unix:/"):
+            path, _, target = text[5:].partition(":")
+            return TunnelSpec(Address(parse_path(path), 0), parse_target(target))
+        return _parse_classic(text, "127.0.0.1")
+    except ValueError as error:
+        raise ConfigError("cannot understand the tunnel `%s`: %s. The forms are [local_host:[local_port:[remote_host:]]]remote_port, as"
+                          " 2000:db:5432; [host:]port:socks; stdio:host:port; unix:/path in place of host:port; and R:[host:]port:host:port"
+                          % (printable(text), error)) from None
+
+
+def _parse_classic(text: str, local_host: str) -> TunnelSpec:
+    """[local_host:[local_port:[remote_host:]]]remote_port"""
+    pieces = split_host_port(text)
+    if not 1 <= len(pieces) <= 4:
+        raise ValueError("it has %d parts" % len(pieces))
+    remote_port = parse_port(pieces[-1])
+    local_port = parse_port(pieces[-3 if len(pieces) > 2 else 0], lowest=0 if len(pieces) > 1 else 1)
+    remote_host = parse_host(pieces[-2]) if len(pieces) > 2 else "127.0.0.1"
+    if len(pieces) == 4:
+        local_host = pieces[0]
         if not local_host:
             raise ValueError("its local host is empty")
-        return TunnelSpec(Address(local_host, local_port), Address(remote_host, remote_port))
-    except ValueError as error:
-        raise ConfigError("cannot understand the tunnel `%s`: %s. The forms are [local_host:[local_port:[remote_host:]]]remote_port,"
-                          " as 2000:db:5432" % (printable(text), error)) from None
+    return TunnelSpec(Address(local_host, local_port), Address(remote_host, remote_port))
+
+
+def _parse_local(text: str, host: str = "127.0.0.1") -> Address:
+    """`[host:]port` or `unix:/path`"""
+    if text.startswith("unix:/"):
+        return Address(parse_path(text[5:]), 0)
+    pieces = split_host_port(text)
+    if len(pieces) > 2 or not pieces[0]:
+        raise ValueError("`%s` is not [host:]port" % printable(text))
+    return Address(pieces[0] if len(pieces) == 2 else host, parse_port(pieces[-1], lowest=0))
+
+
+def _parse_reverse(text: str) -> TunnelSpec:
+    special = re.fullmatch(r"(.*?):(unix:/.*)", text)
+    if special and not special.group(1).startswith("unix"):
+        return TunnelSpec(_parse_local(special.group(1), ""), parse_target(special.group(2)), REVERSE)
+    return _parse_classic(text, "")._replace(kind=REVERSE)
+
+
+def parse_bind(text: str) -> Address:
+    """What a client asks a server to listen on, `[address:]port`; a bare port is loopback. ValueError says what is wrong."""
+    address = _parse_local(text)
+    host = parse_host(address.host)
+    if address.is_unix or not (is_address(host) or host == "localhost"):
+        raise ValueError("`%s` is not an address" % printable(text))
+    return address._replace(host=host)
 
 
 def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
@@ -1584,18 +1841,98 @@ class NoiseServerHandshake(NoiseHandshake):
         self._to_send += self.writer.record(COMPLETED, __version__)
 
 
+class Socks5Handshake(Handshake):
+    """The server's side of SOCKS5 (RFC 1928; RFC 1929 where `user`, as `name:password`, is asked for), up to the request: `command` and
+    `target`. What answers the request is left to whoever carries it out."""
+
+    CONNECT, BIND, ASSOCIATE = 1, 2, 3
+
+    def __init__(self, user: str = ""):
+        self._user = user.encode()
+        self.command, self.target = 0, ""
+        super().__init__()
+
+    def _run(self) -> Script:
+        version, count = yield 2
+        if version != 5 or not count:
+            raise RemoteProtocolError("it does not speak SOCKS5")
+        method = 2 if self._user else 0
+        if method not in (yield count):
+            self._to_send += b"\x05\xff"
+            raise RemoteProtocolError("it does not offer %s" % ("a user name and a password" if self._user else "to go without a password"))
+        self._to_send += bytes((5, method))
+        if self._user:
+            yield from self._authenticate()
+        version, self.command, _, kind = yield 4
+        size = {1: 4, 4: 16}.get(kind) or (kind == 3 and (yield 1)[0])
+        if version != 5 or not size:
+            self._to_send += socks_reply(8 if version == 5 else 1)
+            raise RemoteProtocolError("a SOCKS5 request that cannot be")
+        host = yield size
+        self.target = socks_target(kind, host, (yield 2))
+
+    def _authenticate(self) -> Generator[int, bytes, None]:
+        import hmac
+
+        given = []
+        version = (yield 1)[0]
+        for _ in range(2):
+            size = (yield 1)[0]
+            given.append((yield size) if size else b"")
+        good = version == 1 and hmac.compare_digest(b":".join(given), self._user)
+        self._to_send += bytes((1, not good))
+        if not good:
+            raise AuthenticationError("wrong user name or password")
+
+
+def socks_target(kind: int, host: bytes, port: bytes) -> str:
+    """`host:port` of an address as SOCKS5 writes it; what is no host is left for others to refuse."""
+    import ipaddress
+
+    shown = host.decode("latin-1") if kind == 3 else str(ipaddress.ip_address(host))
+    return str(Address(shown, int.from_bytes(port, "big")))
+
+
+def socks_address(target: Address) -> bytes:
+    """An address as SOCKS5 writes it."""
+    import ipaddress
+
+    port = target.port.to_bytes(2, "big")
+    if is_address(target.host):
+        packed = ipaddress.ip_address(target.host).packed
+        return (b"\x04" if len(packed) == 16 else b"\x01") + packed + port
+    name = target.host.encode("ascii")
+    return b"\x03" + bytes((len(name),)) + name + port
+
+
+def socks_reply(code: int, bound: Address = Address("0.0.0.0", 0)) -> bytes:  # noqa: B008 - a constant
+    return bytes((5, code, 0)) + socks_address(bound)
+
+
+def split_socks_datagram(data: memoryview) -> tuple[str, int]:
+    """(target, where the payload begins) of a datagram of a SOCKS5 client; ValueError where it is none, or a fragment."""
+    kind = data[3] if len(data) > 4 else 0
+    start, size = (5, data[4]) if kind == 3 else (4, {1: 4, 4: 16}.get(kind, 0))
+    end = start + size
+    if not size or len(data) < end + 2 or data[2]:
+        raise ValueError("not a whole SOCKS5 datagram")
+    return socks_target(kind, bytes(data[start:end]), bytes(data[end:end + 2])), end + 2
+
+
 # ======================================================================================================================
 # 6b. Stream states: the table of PROTOCOL.md
 # ======================================================================================================================
 
-IDLE, CONNECTING, ASKED, ASKED_END, BOTH, SENT, GOT, DONE, UDP_ASKED, UDP_OPEN, BYE, CLOSED = (
-    "Idle", "Connecting", "Asked", "AskedEnd", "Both", "Sent", "Got", "Done", "UdpAsked", "UdpOpen", "Bye", "Closed")
+IDLE, CONNECTING, ASKED, ASKED_END, BOTH, SENT, GOT, DONE, UDP_ASKED, UDP_OPEN, LISTEN_ASKED, BYE, CLOSED = (
+    "Idle", "Connecting", "Asked", "AskedEnd", "Both", "Sent", "Got", "Done", "UdpAsked", "UdpOpen", "ListenAsked", "Bye", "Closed")
+ASKING = {TCP: ASKED, UDP: UDP_ASKED, LISTEN: LISTEN_ASKED}  # the state after an Open of each kind
 OPENER, ACCEPTOR = "opener", "acceptor"
 LOCAL_EOF, LOCAL_FAILS, LOST = "local EOF", "local fails", "lost"
 
 # A row for each state, for the role behind its name or for both; in each cell what is done, and `>` where it leads. `!` is illegal and
 # ends the link like an Error; an empty cell does nothing. Local bytes are read in Asked (64 KiB of them), Both and Got. A legacy link
-# begins in Asked or Connecting and is never Idle again: FIN is its End, and it has none of Over and Close.
+# begins in Asked or Connecting and is never Idle again: FIN is its End, and it has none of Over and Close. A link that Opened has made
+# a Listen link changes roles: the server is its opener from then on.
 _TABLE = """
  state         | local EOF     | local fails | Open             | Opened        | Data  | End         | Over         | Close | Error | lost
  Idle opener   |               |             | !                | !             | !     | !           | !            | close | close | close
@@ -1614,6 +1951,7 @@ _TABLE = """
 _UDP_TABLE = """
  state            | Opened          | Datagrams | UdpData  | Session | SessionOver | Close | Error | lost
  UdpAsked         | opened >UdpOpen | !         | !        | !       | !           | die   | die   | die
+ ListenAsked      | listening >Idle | !         | !        | !       | !           | die   | die   | die
  UdpOpen opener   | !               | datagrams | datagram | !       | forget      | die   | die   | die
  UdpOpen acceptor | !               | datagrams | datagram | session | forget      | !     | die   | die
 """
@@ -1644,6 +1982,7 @@ READS_LOCAL = frozenset((ASKED, BOTH, GOT))
 # ======================================================================================================================
 
 log = logging.getLogger("ratrod")
+log.addHandler(logging.NullHandler())  # as a library it is silent unless its user wants to hear
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
@@ -1750,6 +2089,10 @@ class EventLoop:
         self._lent -= 1
         self._spare.append(lent)
 
+    def trim(self) -> None:
+        """Gives memory back that a burst of bulk has left."""
+        del self._spare[SPARE_BUFFERS:]
+
     def fileno(self) -> int:
         """The descriptor that signals write to, so that they wake select() on every system."""
         return self._waker.fileno()
@@ -1838,7 +2181,7 @@ class WorkerPool:
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
-        self._tasks: queue.Queue[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = queue.Queue()
+        self._tasks: queue.Queue[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]] | None] = queue.Queue()  # None: go
         self._lock = threading.Lock()
         self._threads = self._unfinished = 0
 
@@ -1851,10 +2194,16 @@ class WorkerPool:
                 self._threads += 1
                 threading.Thread(target=self._work, daemon=True, name="ratrod worker").start()
 
+    def close(self) -> None:
+        """Lets the idle threads go now; those that are at work go when they are done."""
+        with self._lock:
+            for _ in range(self._threads):
+                self._tasks.put(None)
+
     def _work(self) -> None:
         while True:
             try:
-                task, done = self._tasks.get(timeout=10)
+                item = self._tasks.get(timeout=10)
             except queue.Empty:
                 with self._lock:
                     # Between the time-out and this lock a task may have come that counted on this thread.
@@ -1862,6 +2211,9 @@ class WorkerPool:
                         self._threads -= 1
                         return
                 continue
+            if item is None:
+                return
+            task, done = item
             result, error = None, None
             try:
                 result = task()
@@ -1870,7 +2222,7 @@ class WorkerPool:
             with self._lock:
                 self._unfinished -= 1
             self._loop.call_soon_threadsafe(functools.partial(done, result, error))
-            del task, done, result, error  # an idle thread must not keep a socket alive
+            del item, task, done, result, error  # an idle thread must not keep a socket alive
 
 
 # ======================================================================================================================
@@ -1972,6 +2324,9 @@ class LinkUser:
     def opened(self) -> None:
         """The other side is connected to its remote."""
 
+    def listening(self, link: Link, bound: str) -> None:
+        """The server listens on `bound`; the link is an idle one that waits for a connection."""
+
     def write(self, data: memoryview) -> None:
         """Data came; the view is valid during this call only."""
 
@@ -2068,6 +2423,16 @@ class Link:
         self.completed = True  # legacy: HandshakeCompletion is what came
         self.user.opened()
 
+    def turn(self, role: str) -> None:
+        """A Listen link, idle from here on: from now on the server is its opener."""
+        self.set_deadline(None)
+        self.role, self._table, self.state = role, STREAM_TABLES[role], IDLE
+
+    def _on_listening(self, bound: str) -> None:
+        user, self.user = self.user, NOBODY
+        self.turn(ACCEPTOR)
+        user.listening(self, bound)
+
     def _on_end(self, _content: None) -> None:
         if self.reader.eof_is_end:
             self._finish_sending()
@@ -2116,7 +2481,7 @@ class Link:
 
     _ACTIONS: dict[str, Callable[..., None]] = {
         "open": _on_open, "opened": _on_opened, "end": _on_end, "shut": _on_shut, "reuse": _on_reuse, "leave": _on_leave,
-        "retry": _on_retry, "fail": fail,
+        "retry": _on_retry, "fail": fail, "listening": _on_listening,
         "write": lambda self, data: self.user.write(data),
         "die": lambda self, error: self.die(PeerError(error.code, printable(error.text)) if isinstance(error, Error) else
                                             error or LinkClosed("the other side takes no more")),
@@ -2300,13 +2665,13 @@ class Link:
 
     # ---- life
 
-    def ask(self, user: LinkUser, kind: int, target: str, deadline: float) -> None:
+    def ask(self, user: LinkUser, kind: int, target: str, deadline: float, instance: bytes = b"") -> None:
         """Opener: `user` is what this link carries from now on. The other side has `deadline` seconds to say Opened. Where the wire
         named the target in its handshake already, nothing is sent."""
         self.user = user
         if self.state == IDLE:
-            self.state = UDP_ASKED if kind == UDP else ASKED
-            self.send(self.writer.record(OPEN, kind, target, b"") + user.first_data(self.writer))
+            self.state = ASKING[kind]
+            self.send(self.writer.record(OPEN, kind, target, instance) + user.first_data(self.writer))
         if self.state != CLOSED:
             self.set_deadline(deadline, lambda: self._lost(RemoteProtocolError("no answer within %g s" % deadline)))
         self.update()
@@ -2437,12 +2802,14 @@ def report_end(label: Label, sent: int, received: int, started: float, error: Ex
 class Stream(LinkUser):
     """One local TCP socket joined to one link; `again(stream, error)` asks for another link where the first one failed untouched."""
 
-    __slots__ = ("loop", "link", "local", "label", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_broken", "_started")
+    __slots__ = ("loop", "link", "local", "label", "target", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_broken",
+                 "_started")
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, label: Label, again: Callable[[Stream], None] | None = None):
+    def __init__(self, loop: EventLoop, sock: Any, label: Label, again: Callable[[Stream], None] | None = None, target: str | None = None):
         self.loop, self.label, self._again = loop, label, again
+        self.target = label.target if target is None else target  # as Open names it
         self.link: Link | None = None
-        self.local = Transport(loop, sock, self._on_event)
+        self.local = self._transport(sock)
         self._pending = b""  # what the local socket did not take yet
         self._kept: bytearray | None = bytearray() if again else None  # sent before Opened: another link may need it again
         self._ended = False
@@ -2451,11 +2818,14 @@ class Stream(LinkUser):
         self._started = loop.now
         log.debug("⛽ %s", label)
 
+    def _transport(self, sock: Any) -> Transport:
+        return Transport(self.loop, sock, self._on_event)
+
     def begin(self, link: Link, deadline: float) -> None:
         """Opener: carried by `link` from now on."""
         self.link = link
         self.tries += 1
-        link.ask(self, TCP, self.label.target, deadline)
+        link.ask(self, TCP, self.target, deadline)
         if self._broken:
             self._failed(self._broken)
         elif self._ended:
@@ -2580,6 +2950,170 @@ class Stream(LinkUser):
             self.lost(error)
 
 
+class SocksStream(Stream):
+    """One that a SOCKS5 client asked for: it learns how that went."""
+
+    __slots__ = ("_answered",)
+
+    def __init__(self, *arguments: Any):
+        self._answered = False
+        super().__init__(*arguments)
+
+    def opened(self) -> None:
+        super().opened()
+        self._answered = True
+        self.write(memoryview(socks_reply(0)))
+        self.received -= len(socks_reply(0))
+
+    def lost(self, error: Exception) -> None:
+        if self._answered:
+            return super().lost(error)
+        self.link = None
+        self.local.want(0)
+        LastWord(self.loop, self.local.sock, socks_reply(self._code(error)))
+        return report_end(self.label, self.sent, self.received, self._started, error)
+
+    @staticmethod
+    def _code(error: Exception) -> int:
+        if isinstance(error, PeerError) and error.code == INVALID_HOST:
+            return 2  # not allowed
+        if isinstance(error, PeerError) and error.code == REMOTE_FAILED:
+            return 4 if "cannot resolve" in str(error) else 5  # unreachable, refused
+        return 1
+
+
+class StdioTransport(Transport):
+    """Standard input and output in place of a socket. epoll refuses regular files and /dev/null: those are always ready."""
+
+    __slots__ = ("_blocking", "_ready", "_scheduled")
+
+    class _Descriptor(NamedTuple):
+        number: int
+
+        def fileno(self) -> int:
+            return self.number
+
+    _ENDS: Any = ((READ, _Descriptor(0)), (WRITE, _Descriptor(1)))
+
+    def __init__(self, loop: EventLoop, callback: Callable[[int], None]):
+        self.sock: Any = None
+        self._loop, self._callback, self.events = loop, callback, 0
+        self._ready = self._scheduled = 0
+        self._blocking: dict[int, bool] = {}
+        for _, end in self._ENDS:
+            # A terminal belongs to the shell too, which would find it non-blocking if this were killed: it gets small writes instead.
+            if not os.isatty(end.number):
+                self._blocking[end.number] = os.get_blocking(end.number)
+                os.set_blocking(end.number, False)
+
+    def want(self, events: int) -> None:
+        for event, end in self._ENDS:
+            before, after = self.events & event, events & event
+            if before != after and not self._ready & event:
+                try:
+                    self._loop.watch(end, before, after, self._callback)
+                except PermissionError:
+                    self._ready |= event
+        self.events = events
+        if events & self._ready and not self._scheduled:
+            self._scheduled = 1
+            self._loop.call_soon_threadsafe(self._always_ready)
+
+    def _always_ready(self) -> None:
+        self._scheduled = 0
+        events = self.events & self._ready
+        if events:
+            self._callback(events)
+            self.want(self.events)
+
+    def recv_into(self, view: memoryview) -> int | None:
+        try:
+            return os.readv(0, [view])
+        except (BlockingIOError, InterruptedError):
+            return None
+
+    def send(self, data: bytes | bytearray | memoryview) -> int:
+        try:
+            return os.write(1, data if 1 in self._blocking else data[:4096])
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    def half_close(self) -> None:
+        self.want(self.events & READ)
+        self._restore(1)
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(1)) as sock:  # or it is no socket
+            sock.shutdown(socket.SHUT_WR)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.close(devnull)
+
+    def _restore(self, number: int) -> None:
+        blocking = self._blocking.pop(number, None)
+        if blocking is not None:
+            with contextlib.suppress(OSError):
+                os.set_blocking(number, blocking)
+
+    def close(self) -> None:
+        self.want(0)
+        self._callback = _closed
+        self.half_close()
+        self._restore(0)
+
+    def abort(self) -> None:
+        self.close()
+
+
+class StdioStream(Stream):
+    """The one stream of a `stdio:` tunnel; ended(error) once it is over."""
+
+    __slots__ = ("_over",)
+
+    def __init__(self, loop: EventLoop, label: Label, again: Callable[[Stream], None] | None, over: Callable[[Exception | None], None]):
+        self._over = over
+        super().__init__(loop, None, label, again)
+
+    def _transport(self, sock: Any) -> Transport:
+        return StdioTransport(self.loop, self._on_event)
+
+    def check(self) -> None:
+        """Nothing: what it writes to says when it breaks."""
+
+    def finished(self) -> None:
+        super().finished()
+        self._over(None)
+
+    def lost(self, error: Exception) -> None:
+        super().lost(error)
+        self._over(error)
+
+
+class LastWord:
+    """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for 2 s at most: closing on unread bytes would be a
+    reset, which destroys them."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes):
+        self._transport = Transport(loop, sock, self._on_event)
+        self._room = memoryview(bytearray(4096))
+        self._timer = loop.call_later(2, self._transport.close)
+        try:
+            self._transport.send(data)
+            self._transport.half_close()
+            self._transport.want(READ)
+        except OSError:
+            self._close()
+
+    def _on_event(self, _mask: int) -> None:
+        try:
+            if self._transport.recv_into(self._room) == 0:
+                self._close()
+        except OSError:
+            self._close()
+
+    def _close(self) -> None:
+        self._timer.cancel()
+        self._transport.close()
+
+
 CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
@@ -2599,19 +3133,22 @@ class Connector:
         while self._addresses:
             host = self._addresses.pop(0)
             left = self._until - time.monotonic()
+            unix = host.startswith("/")
+            where: Any = host if unix else (host, self._port)
             try:
-                self._sock = sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-            except OSError as error:  # no descriptor left
-                self._error = error  # no IPv6 here, or no descriptor left
+                family = getattr(socket, "AF_UNIX", -1) if unix else socket.AF_INET6 if ":" in host else socket.AF_INET
+                self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:
+                self._error = error  # no such family here, or no descriptor left
                 continue
             sock.setblocking(False)
             tune(sock)
-            code = sock.connect_ex((host, self._port))
+            code = sock.connect_ex(where)
             if code == errno.EINPROGRESS:  # near by it is through by now: asking saves waiting for the selector to say so
-                code = sock.connect_ex((host, self._port))
+                code = sock.connect_ex(where)
             if code in (0, errno.EISCONN) and left > 0:
                 return self._done(sock, None)
-            if code in CONNECTING_CODES and left > 0:
+            if code in CONNECTING_CODES and left > 0 and not unix:  # a Unix socket whose queue is full stays as it is
                 # Each address gets its share of the time: one that swallows packets must not use up the others'.
                 self._timer = self._loop.call_later(left / (len(self._addresses) + 1), lambda: self._failed(socket.timeout("timed out")))
                 return self._loop.watch(sock, 0, WRITE, self._on_event)
@@ -2728,6 +3265,11 @@ class UdpSessionTable:
     def clear(self, error: Exception | None = None) -> None:
         for session in list(self._sessions.values()):
             session.end(error, tell=None)
+
+    def end_of(self, port: Any) -> None:
+        """Ends the sessions of one UdpPort."""
+        for key in [key for key in self._sessions if key[0] is port]:
+            self._sessions[key].end()
 
 
 class UdpLink(LinkUser):
@@ -2922,6 +3464,15 @@ class UdpRelay(UdpLink):
         elif self.link:
             self.link.release()
 
+    def recheck(self, permitted: Callable[[Link, str], Any]) -> None:
+        """Ends the sessions whose target permitted(link, target) refuses with PolicyError."""
+        for session in list(self.sessions.values()):
+            try:
+                if self.link:
+                    permitted(self.link, session.label.target.split(" ")[-1])
+            except PolicyError as error:
+                session.end(error, tell=(INVALID_HOST, REFUSED))
+
     def drop(self, session: UdpSession, tell: tuple[int, str] | None) -> None:
         super().drop(session, tell)
         if self.link and self.link.state == CLOSED:  # legacy: it ended with its only session, without lost()
@@ -2943,10 +3494,10 @@ class LocalUdpSession(UdpSession):
     def __init__(self, table: UdpSessionTable, port: UdpPort, originator: Originator, target: str, now: float):
         self.port, self.originator, self.target = port, originator, target
         self.deaf_until = 0.0  # after a failure what comes is dropped for a second; after a refusal until the originator has been quiet
-        super().__init__(table, (port, originator), new_label(show_address(originator[0]), "udp " + target), now)
+        super().__init__(table, (port, originator, target), new_label(show_address(originator[0]), "udp " + target), now)
 
     def deliver(self, data: memoryview) -> None:
-        self.port.send(data, self.originator)
+        self.port.send(data, self.originator, self.target)
 
     def failed(self, error: Exception, now: float) -> None:
         """Its link failed, or the server refused it: said once, not for every datagram."""
@@ -3001,10 +3552,10 @@ class UdpCarrier(UdpLink):
 
 
 class UdpPort:
-    """One UDP socket that a tunnel listens on: receive(port, originator) gives the session that a datagram belongs to, or None."""
+    """One UDP socket that a tunnel listens on: receive(port, originator, remote) gives the session that a datagram belongs to, or None."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[[UdpPort, Originator], UdpSession | None]):
-        self.loop, self.sock, self._receive = loop, sock, receive
+    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[[UdpPort, Originator, str], UdpSession | None], remote: str):
+        self.loop, self.sock, self._receive, self._remote = loop, sock, receive, remote
         sock.setblocking(False)
         self._pktinfo = self._ask_for_destinations()
 
@@ -3035,10 +3586,16 @@ class UdpPort:
                     originator = address, None
             except OSError:  # nothing more is there, or an ICMP error of an earlier answer
                 break
-            session = self._receive(self, originator)
+            session, skip = self._find(originator, batch.room()[:n])
             if session:
-                batch.add(session, n, self.loop.now)
+                if skip:
+                    batch.room()[:n - skip] = batch.room()[skip:n]
+                batch.add(session, n - skip, self.loop.now)
         batch.flush()
+
+    def _find(self, originator: Originator, _data: memoryview) -> tuple[UdpSession | None, int]:
+        """The session of a datagram, and how many of its bytes are not payload."""
+        return self._receive(self, originator, self._remote), 0
 
     @staticmethod
     def _answer_from(control: list[tuple[int, int, bytes]]) -> Any:
@@ -3050,7 +3607,7 @@ class UdpPort:
                 return level, kind, data
         return None
 
-    def send(self, data: memoryview, originator: Originator) -> None:
+    def send(self, data: bytes | memoryview, originator: Originator, _remote: str) -> None:
         address, control = originator
         if control:
             self.sock.sendmsg([data], [control], 0, address)
@@ -3061,6 +3618,94 @@ class UdpPort:
         with contextlib.suppress(KeyError, ValueError):  # never started
             self.loop.watch(self.sock, READ, 0, self._on_event)
         self.sock.close()
+
+
+class SocksUdpPort(UdpPort):
+    """The UDP socket of one SOCKS5 association: each datagram names its own remote. Only the machine that asked for it is heard."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[[UdpPort, Originator, str], UdpSession | None], host: str):
+        super().__init__(loop, sock, receive, "")
+        self._host = host
+
+    def _find(self, originator: Originator, data: memoryview) -> tuple[UdpSession | None, int]:
+        try:
+            target, skip = split_socks_datagram(data)
+            if originator[0][0] != self._host:
+                return None, 0
+            return self._receive(self, originator, str(parse_target(target))), skip
+        except ValueError:
+            return None, 0
+
+    def send(self, data: bytes | memoryview, originator: Originator, remote: str) -> None:
+        super().send(b"\0\0\0" + socks_address(parse_target(remote)) + bytes(data), originator, remote)
+
+
+class SocksAssociation:
+    """A UDP ASSOCIATE: lives as long as the TCP connection that asked for it. ended(port) when that is over."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, receive: Callable[[UdpPort, Originator, str], UdpSession | None],
+                 ended: Callable[[SocksAssociation], None]):
+        self._ended = ended
+        self._transport = Transport(loop, sock, self._on_event)
+        udp = socket.socket(sock.family, socket.SOCK_DGRAM)
+        try:
+            udp.bind((sock.getsockname()[0], 0))
+            self.port = SocksUdpPort(loop, udp, receive, sock.getpeername()[0])
+            self._transport.send(socks_reply(0, Address(*udp.getsockname()[:2])))
+        except OSError:
+            udp.close()
+            raise
+        self.port.start()
+        self._transport.want(READ)
+
+    def _on_event(self, _mask: int) -> None:
+        with contextlib.suppress(OSError):
+            if self._transport.recv_into(memoryview(bytearray(4096))) != 0:
+                return
+        self.close()
+
+    def close(self) -> None:
+        self._transport.close()
+        self.port.close()
+        self._ended(self)
+
+
+class SocksConnection:
+    """A SOCKS5 client that has not said yet what it wants; done(socket, handshake, address) when it has."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, user: str, timeout: float,
+                 done: Callable[[socket.socket, Socks5Handshake, Any], None]):
+        self._loop, self._address, self._done = loop, address, done
+        self._handshake = Socks5Handshake(user)
+        self._transport = Transport(loop, sock, self._on_event)
+        self._timer = loop.call_later(timeout, lambda: self._refuse("it did not say what it wants within %g s" % timeout))
+        self._transport.want(READ)
+
+    def _on_event(self, _mask: int) -> None:
+        try:
+            while not self._handshake.done:
+                data = self._transport.sock.recv(self._handshake.wanted)
+                if not data:
+                    return self._refuse("it left")
+                self._handshake.receive_data(data)
+                answer = self._handshake.data_to_send()
+                if answer:
+                    self._transport.send(answer)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except (RatrodError, OSError) as error:
+            return self._refuse(reason(error))
+        self._leave()
+        return self._done(self._transport.sock, self._handshake, self._address)
+
+    def _leave(self) -> None:
+        self._timer.cancel()
+        self._transport.want(0)
+
+    def _refuse(self, why: str) -> None:
+        log.debug("SOCKS client `%s`: %s", show_address(self._address), why)
+        self._leave()
+        LastWord(self._loop, self._transport.sock, self._handshake.data_to_send())
 
 
 # ======================================================================================================================
@@ -3207,7 +3852,54 @@ class Listener:
 
     def close(self) -> None:
         self._unwatch()
+        if self.sock.fileno() >= 0 and self.sock.family == getattr(socket, "AF_UNIX", None):
+            with contextlib.suppress(OSError):
+                os.unlink(self.sock.getsockname())
         self.sock.close()
+
+
+def listen_for_tunnel(workers: int, spec: TunnelSpec) -> list[list[socket.socket]]:
+    """What a tunnel listens on here, for each of several processes; nothing for those that do not."""
+    if spec.kind in (STDIO, REVERSE):
+        return [[]] * workers
+    if spec.local.is_unix:
+        return [[listen_unix(spec.local.host)]] * workers
+    return listen_for(workers, spec.local, TUNNEL_KINDS if spec.kind == FORWARD and not spec.remote.is_unix else TUNNEL_KINDS[:1])
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A listening Unix socket at `path` that its owner alone can connect to. One that nobody listens on any more is replaced; RatrodError
+    names what else is there."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise RatrodError("cannot listen on `unix:%s`: this system has no Unix sockets here" % path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _clear_path(path)
+        mask = os.umask(0o177)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(mask)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise RatrodError("cannot listen on `unix:%s`: %s" % (path, reason(error))) from None
+    return sock
+
+
+def _clear_path(path: str) -> None:
+    """Removes a Unix socket whose listener is gone; FileExistsError where something else is there."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "a file that is no socket is there")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            probe.connect(path)
+        raise FileExistsError(errno.EADDRINUSE, "another program listens there")
+    except FileNotFoundError:
+        pass
+    except ConnectionRefusedError:
+        os.unlink(path)
 
 
 def drive(sock: socket.socket, handshake: Handshake, timeout: float) -> None:
@@ -3298,6 +3990,7 @@ class Endpoint:
             if link.sent_at <= quiet or link.heard_at <= silent or late:
                 self._keep_alive(link, now, late)
         self.sweep(self.loop.now)
+        self.loop.trim()
 
     def _keep_alive(self, link: Link, now: float, late: bool) -> None:
         if not link.writer.pools or link.state == CLOSED:
@@ -3314,6 +4007,7 @@ class Endpoint:
 
     def close(self) -> None:
         """Ends everything at once."""
+        self.workers.close()
         self._sweeper.cancel()
         for listener in self.listeners:
             listener.close()
@@ -3442,6 +4136,9 @@ class LookUps:
         self._pool = WorkerPool(loop, limits.lookup_threads)
         self._queue = FairQueue(limits.lookup_threads // 2)
 
+    def close(self) -> None:
+        self._pool.close()
+
     def submit(self, key: bytes, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
         """task() on a thread, at most half of them for one `key`; done(result, None) or done(None, error) within connect_timeout."""
         answered: list[bool] = []
@@ -3461,13 +4158,101 @@ class LookUps:
         self._queue.begin(key, lambda: self._pool.submit((lambda: None) if answered else task, finished))
 
 
+class ReverseListener:
+    """What a client's `R:` tunnel listens on at the server: its sockets, the links that wait for a connection, and the connections that wait
+    for a link. It lives as long as any of its links, waiting or busy."""
+
+    def __init__(self, server: Server, key: bytes, instance: bytes, asked: str, sockets: list[socket.socket]):
+        self._server, self.key, self.instance, self.asked = server, key, instance, asked
+        self.address = parse_bind(asked)._replace(port=sockets[0].getsockname()[1])
+        self._links: dict[Link, bytes] = {}  # each with the instance that it came from
+        self._waiting: list[Link] = []
+        self._queue: collections.deque[Stream] = collections.deque()
+        self._listeners = [Listener(server.loop, sock, self._accepted, server.limits.accept_pause) for sock in sockets]
+        for listener in self._listeners:
+            listener.start()
+
+    def __str__(self) -> str:
+        return "reverse tunnel on `%s`" % str(self.address)
+
+    def join(self, link: Link, instance: bytes) -> None:
+        """One more link; those of an older run of the same client wait no more."""
+        if instance != self.instance:
+            log.debug("%s: taken over by a new run of its client", self)
+            self.instance = instance
+            for old in self._waiting[:]:
+                old.close()
+        self._links[link] = instance
+        link.turn(OPENER)
+        link.send(link.writer.record(OPENED, str(self.address)))
+        link.release()
+        self.put(link)
+
+    def put(self, link: Link) -> None:
+        """A link that is idle now."""
+        if link.state != IDLE:
+            return
+        if self._links[link] != self.instance or len(self._waiting) >= self._server.limits.waiting_links and not self._queue:
+            return link.close()
+        if self._queue:
+            return self._queue.popleft().begin(link, self._patience)
+        return self._waiting.append(link)
+
+    @property
+    def _patience(self) -> float:
+        return self._server.limits.connect_timeout + self._server.limits.handshake_timeout
+
+    def _accepted(self, sock: socket.socket, address: Any) -> None:
+        label = new_label(show_address(address), "back through %s" % str(self.address))
+        self._carry(Stream(self._server.loop, sock, label, self._carry, target=show_address(address)))
+
+    def _carry(self, stream: Stream) -> None:
+        while self._waiting:
+            link = self._waiting.pop()
+            link.poll()
+            if link.state == IDLE:
+                return stream.begin(link, self._patience)
+        if len(self._queue) >= self._server.limits.reverse_queue:
+            return stream.lost(ConnectError("too many connections wait for a link of the client"))
+        self._queue.append(stream)
+        self._server.loop.call_later(self._server.limits.connect_timeout, lambda: self._give_up(stream))
+        return None
+
+    def _give_up(self, stream: Stream) -> None:
+        if stream in self._queue:
+            self._queue.remove(stream)
+            stream.lost(ConnectError("the client has no link for it"))
+
+    def gone(self, link: Link) -> None:
+        """A link has ended."""
+        self._links.pop(link, None)
+        if link in self._waiting:
+            self._waiting.remove(link)
+        if not self._links:
+            self.close()
+
+    def close(self) -> None:
+        """Ends it with all that it carries."""
+        self._server.forget_reverse(self)
+        for listener in self._listeners:
+            listener.close()
+        for link in list(self._links):
+            link.die(LinkClosed("the reverse tunnel has ended"))
+        while self._queue:
+            self._queue.popleft().lost(LinkClosed("the reverse tunnel has ended"))
+
+
+Authorizer = Callable[[str, str], bool]
+
+
 class Server(Endpoint):
     """Listens for clients and connects them to the remotes they name, as far as `policy` allows."""
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *,
-                 legacy: bool = False, sockets: list[socket.socket] | None = None, report: Report = log.info):
+                 legacy: bool = False, allow_listen: bool = False, authorize: Authorizer | None = None,
+                 sockets: list[socket.socket] | None = None, report: Report = log.info):
         super().__init__(loop, folder, limits, legacy, limits.handshakes)
-        self._report = report
+        self._report, self._authorizer, self.allow_listen = report, authorize, allow_listen
         self.policy = policy
         self.lookups = LookUps(loop, limits)
         self._sources: dict[str, Source] = {}
@@ -3475,7 +4260,10 @@ class Server(Endpoint):
         self._links_of: collections.Counter[bytes] = collections.Counter()
         self._connecting = FairQueue(limits.connects_per_key)
         self._relays: dict[bytes, set[UdpRelay]] = {}
-        self._listed: Any = None  # authorized_keys as the links were last held against it
+        self._listed: Any = None  # authorized_keys as the links were last held against it ...
+        self._expiry = float("inf")  # ... and when, by time.time(), the next of its lines expires
+        self._reverse: set[ReverseListener] = set()
+        self._listening: dict[Link, ReverseListener] = {}
         self._set_caps()
         for sock in sockets or listen(bind):
             self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
@@ -3489,9 +4277,87 @@ class Server(Endpoint):
         self._link_cap_of_key = self.limits.links_per_key or self._link_cap
 
     def start(self) -> None:
+        self._hold_against_lists()
         for listener in self.listeners:
             listener.start()
         self._report("🚀 Starting server on `%s` ...", self.address)
+
+    # ---- who may do what
+
+    def _grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
+        """What a key may do; none where it may not come in. `now` is the round of the loop; None on a thread."""
+        if self._authorizer:  # it is asked when the client comes in, and then for each target
+            return (Grant(),) if now is not None or self._permits(key, "") else ()
+        lines = self.folder.authorized_keys.read(now).get(key, ())
+        return tuple(grant for _, grant in lines if grant.expires == float("inf") or time.time() < grant.expires)
+
+    def _permits(self, key: bytes, target: str) -> bool:
+        """What the caller of serve(authorize=...) says to it."""
+        try:
+            return self._authorizer is None or bool(self._authorizer(encode_key(key), target))
+        except Exception as error:
+            log.error("❌ authorize() raised for `%s`: %r", printable(target), error)
+            return False
+
+    def _authorize(self, key: bytes, legacy: bool = False, now: float | None = None) -> tuple[Grant, ...]:
+        """What a key may do over this wire; AuthenticationError for one that may not come in."""
+        grants = self._grants(key, now)
+        if not grants:
+            raise AuthenticationError("the server does not know this client's key. Add this line to authorized_keys on the server: %s"
+                                      % encode_key(key))
+        if legacy:
+            grants = tuple(grant for grant in grants if not grant.no_legacy)
+        if not grants:
+            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy); connect without --legacy"
+                                      % encode_key(key))
+        return grants
+
+    def _permitted(self, link: Link, remote: str, kind: int) -> tuple[Address, tuple[Grant, ...]]:
+        """The target that a client names, and what it was granted; PolicyError where it may not have it."""
+        try:
+            grants = self._authorize(link.peer_key, not link.writer.pools, self.loop.now)
+        except AuthenticationError as error:
+            raise PolicyError(str(error)) from None
+        udp = kind == socket.SOCK_DGRAM
+        if udp:
+            grants = tuple(grant for grant in grants if not grant.no_udp)
+        if not grants:
+            raise PolicyError("no-udp: authorized_keys permits this key no UDP")
+        target = self.policy.check(remote, grants)
+        if udp and target.is_unix:
+            raise PolicyError("a Unix socket takes no datagrams here")
+        self._ask_authorizer(link.peer_key, ("udp " if udp else "") + str(target))
+        return target, grants
+
+    def _ask_authorizer(self, key: bytes, target: str) -> None:
+        if self._authorizer and not self._permits(key, target):
+            raise PolicyError("authorize() does not permit it")
+
+    def show_key(self, key: bytes) -> str:
+        """A key with the comments of its lines."""
+        comments = {grant.comment for grant in self._grants(key, self.loop.now) if grant.comment}
+        return "`%s`%s" % (encode_key(key), " (%s)" % ", ".join(sorted(comments)) if comments else "")
+
+    def _hold_against_lists(self) -> None:
+        """What the lists do not allow any more ends: after a change, and when a line expires."""
+        listed = self.folder.authorized_keys.read()
+        if listed is self._listed and time.time() < self._expiry:
+            return
+        if listed is not self._listed and not self._authorizer:
+            for problem in self.folder.authorized_keys.problems:
+                log.warning("%s", problem)
+        self._listed = listed
+        self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines if grant.expires > time.time()), default=float("inf"))
+        for link in [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]:
+            link.die(AuthenticationError("the client's key `%s` is not in authorized_keys any more" % encode_key(link.peer_key)))
+        for relay in [relay for relays in self._relays.values() for relay in relays]:
+            relay.recheck(lambda link, target: self._permitted(link, target, socket.SOCK_DGRAM))
+        for listener in list(self._reverse):
+            try:
+                self._may_listen(listener.key, listener.asked)
+            except PolicyError as error:
+                log.error("❌ %s: %s", listener, error)
+                listener.close()
 
     # ---- strangers
 
@@ -3586,14 +4452,6 @@ class Server(Endpoint):
             whose, most = ("of this client", self._link_cap_of_key) if links < self._link_cap else ("in all", self._link_cap)
             raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
 
-    def _authorize(self, key: bytes, legacy: bool = False) -> None:
-        lines = self.folder.authorized_keys.read().get(key)
-        if not lines:
-            raise AuthenticationError("the server does not know this client's key. Add this line to authorized_keys on the server: %s"
-                                      % encode_key(key))
-        if legacy and all("no-legacy" in words for words in lines):
-            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy); connect without --legacy"
-                                      % encode_key(key))
 
     def _authenticated(self, stranger: Stranger, handshake: Handshake | None, error: Exception | None) -> None:
         stayed = self._forget(stranger)
@@ -3602,12 +4460,12 @@ class Server(Endpoint):
             self._begin(stranger.source, source, *source.waiting.popleft())
         if not stayed:
             error = RemoteProtocolError("it had not authenticated itself when others needed its place")
-        elif handshake and handshake.peer_key not in self.folder.authorized_keys.read():
+        elif handshake and not self._grants(handshake.peer_key, self.loop.now):
             error, handshake = AuthenticationError("its key was removed from authorized_keys"), None
         if handshake is None:
             stranger.sock.close()
             return source.complain(self.loop.now, stranger.address, error)
-        log.debug("✅ Accepted `%s` with key `%s`, cipher: %s", stranger.address, encode_key(handshake.peer_key), handshake.suite)
+        log.debug("✅ Accepted `%s` with key %s, cipher: %s", stranger.address, self.show_key(handshake.peer_key), handshake.suite)
         source.links += 1
         self._links_of[handshake.peer_key] += 1
         legacy = isinstance(handshake, LegacyServerHandshake)
@@ -3630,15 +4488,69 @@ class Server(Endpoint):
             source.links -= 1
             source.authorized(self.loop.now)
 
+        listener = self._listening.pop(link, None)
+        if listener:
+            listener.gone(link)
+
     def link_idle(self, link: Link, end: bytes = b"") -> None:
-        link.send(end + link.writer.record(OVER))
+        if link.role == OPENER:
+            self._listening[link].put(link)
+        else:
+            link.send(end + link.writer.record(OVER))
+
+    # ---- reverse tunnels
+
+    def _may_listen(self, key: bytes, asked: str) -> Address:
+        """The address that a client may have listened on; PolicyError where it may not."""
+        if not self.allow_listen:
+            raise PolicyError("this server does not listen for clients; serve --allow-listen lets it")
+        try:
+            address = parse_bind(asked)
+            grants = self._authorize(key, now=self.loop.now)
+        except (ValueError, AuthenticationError) as error:
+            raise PolicyError(printable(str(error))) from None
+        if not any(grant.listens(address) for grant in grants):
+            raise PolicyError("`%s` is not what authorized_keys permits this key to listen on" % str(address))
+        self._ask_authorizer(key, "listen " + str(address))
+        return address
+
+    def _listen_for(self, link: Link, asked: str, instance: bytes) -> None:
+        label = new_label(link.name, "listen " + asked)
+        try:
+            listener = self._reverse_listener(link.peer_key, self._may_listen(link.peer_key, asked), asked, instance)
+        except PolicyError as error:
+            return self._refuse(link, label, error)
+        except RatrodError as error:
+            log.error("❌ %s: %s", label, error)
+            return link.refuse(Error(REMOTE_FAILED, str(error)))
+        self._listening[link] = listener
+        return listener.join(link, instance)
+
+    def _reverse_listener(self, key: bytes, address: Address, asked: str, instance: bytes) -> ReverseListener:
+        """The one that is there, or a new one; RatrodError where it cannot be."""
+        there = next((listener for listener in self._reverse if listener.address == address), None)
+        if there and there.key == key:
+            return there
+        if there:
+            raise RatrodError("cannot listen on `%s`: it is in use by another client" % str(address))
+        if sum(listener.key == key for listener in self._reverse) >= self.limits.listeners_per_key:
+            raise RatrodError("this client listens on as many addresses as one may have (%d)" % self.limits.listeners_per_key)
+        listener = ReverseListener(self, key, instance, asked, listen(address))
+        self._reverse.add(listener)
+        log.info("📻 [TCP] Listening on `%s` for the client with key %s", listener.address, self.show_key(key))
+        return listener
+
+    def close(self) -> None:
+        self.lookups.close()
+        super().close()
+
+    def forget_reverse(self, listener: ReverseListener) -> None:
+        if listener in self._reverse:
+            self._reverse.discard(listener)
+            log.info("%s closed", listener)
 
     def sweep(self, now: float) -> None:
-        listed = self.folder.authorized_keys.read()
-        if listed is not self._listed:
-            self._listed = listed
-            for link in [link for link in self.links if link.peer_key not in listed]:
-                link.die(AuthenticationError("the client's key `%s` is not in authorized_keys any more" % encode_key(link.peer_key)))
+        self._hold_against_lists()
         for relays in list(self._relays.values()):
             for relay in list(relays):
                 relay.table.expire(now)
@@ -3654,17 +4566,16 @@ class Server(Endpoint):
         if message.kind not in (TCP, UDP, LISTEN) or bool(message.instance) != (message.kind == LISTEN) or message.kind == UDP and message.target:
             raise RemoteProtocolError("an Open that cannot be (kind %d)" % message.kind)
         try:
-            self._authorize(link.peer_key)
+            self._authorize(link.peer_key, now=self.loop.now)
         except AuthenticationError as error:
             return link.refuse(Error(INVALID_KEY, str(error)))
         if self.loop.now - link.born > self.limits.link_age:
             return link.leave(link.writer.record(CLOSE))
         if message.kind == UDP:
             return link.accept(self._relay(link), UDP_OPEN)
-        label = new_label(link.name, message.target)
         if message.kind == LISTEN:
-            return self._refuse(link, label, PolicyError("this server does not listen for clients"))
-        return self._open(link, label, message.target)
+            return self._listen_for(link, message.target, message.instance)
+        return self._open(link, new_label(link.name, message.target), message.target)
 
     def _open_legacy(self, link: Link, remote: str, is_udp: bool) -> None:
         if not remote:  # the client only wanted to know whether it may come in
@@ -3681,7 +4592,7 @@ class Server(Endpoint):
             if relay.link is None:  # the client was gone already
                 return sock.close()
             return RemoteUdpSession(relay, 0, label).connected(sock)
-        return self._connect_udp(link.peer_key, remote, connected)
+        return self._connect_udp(link, remote, connected)
 
     def _open(self, link: Link, label: Label, remote: str) -> None:
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
@@ -3708,14 +4619,16 @@ class Server(Endpoint):
         def begin() -> None:
             if link.state != CONNECTING:  # it waited too long, or left
                 return connected(None, None)
-            return self._resolve(key, remote, socket.SOCK_STREAM, resolved)
+            return self._resolve(link, remote, socket.SOCK_STREAM, resolved)
         self._connecting.begin(key, begin)
 
-    def _resolve(self, key: bytes, remote: str, kind: int, done: Callable[[list[str], int, Exception | None], None]) -> None:
-        """done(addresses that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
+    def _resolve(self, link: Link, remote: str, kind: int, done: Callable[[list[str], int, Exception | None], None]) -> None:
+        """done(addresses, or the path, that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
         try:
-            target = self.policy.check(remote)
-            literal = self.policy.check_addresses(target, (target.host,)) if is_address(target.host) else None
+            target, grants = self._permitted(link, remote, kind)
+            literal = [target.host] if target.is_unix else None
+            if is_address(target.host):
+                literal = self.policy.check_addresses(target, (target.host,), grants)
         except PolicyError as error:
             return done([], 0, error)
         if literal:
@@ -3723,11 +4636,11 @@ class Server(Endpoint):
 
         def looked_up(found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
             try:
-                addresses = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found)) if found else []
+                addresses = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants) if found else []
             except PolicyError as refusal:
                 addresses, error = [], refusal
             done(addresses, target.port, error)
-        return self.lookups.submit(key, functools.partial(look_up, target, kind), looked_up)
+        return self.lookups.submit(link.peer_key, functools.partial(look_up, target, kind), looked_up)
 
     def _refuse(self, link: Link, label: Label, error: Exception) -> None:
         if link.state != CONNECTING:
@@ -3756,6 +4669,8 @@ class Server(Endpoint):
         return relay
 
     def _open_session(self, relay: UdpRelay, session: RemoteUdpSession, target: str) -> None:
+        link = relay.link
+        assert link is not None
         self._make_room_for_sessions()
 
         def connected(sock: socket.socket | None, error: Exception | None) -> None:
@@ -3763,7 +4678,7 @@ class Server(Endpoint):
                 return session.connected(sock)
             answer = self._answer(target, error or ConnectError("unknown reason"))
             return session.end(error, tell=(answer.code, answer.text))
-        self._connect_udp(relay.key, target, connected)
+        self._connect_udp(link, target, connected)
 
     def _make_room_for_sessions(self) -> None:
         """At the cap the key that has most sessions loses its least recently used one: nobody else's."""
@@ -3771,7 +4686,7 @@ class Server(Endpoint):
             greedy = max(self._relays.values(), key=lambda relays: sum(len(relay.table) for relay in relays))
             min((relay.table.oldest() for relay in greedy if len(relay.table)), key=lambda session: session.last_used).end()
 
-    def _connect_udp(self, key: bytes, remote: str, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
+    def _connect_udp(self, link: Link, remote: str, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
         """done(a socket connected to the remote, so that the kernel drops what others send to it, None) or done(None, error)."""
         def resolved(addresses: list[str], port: int, error: Exception | None) -> None:
             for host in addresses:
@@ -3786,7 +4701,7 @@ class Server(Endpoint):
                     stack.pop_all()
                     return done(sock, None)
             return done(None, error)
-        self._resolve(key, remote, socket.SOCK_DGRAM, resolved)
+        self._resolve(link, remote, socket.SOCK_DGRAM, resolved)
 
 
 class Probe(LinkUser):
@@ -3813,8 +4728,8 @@ class LinkPool:
 
     READY = 2  # so many wait at any time: the next connection needs no handshake, and a burst of two neither
 
-    def __init__(self, loop: EventLoop, limits: Limits, make: Callable[[Callable[[Link | None, Exception | None], None]], None]):
-        self._loop, self._limits, self._make = loop, limits, make
+    def __init__(self, loop: EventLoop, limits: Limits, ready: int, make: Callable[[Callable[[Link | None, Exception | None], None]], None]):
+        self._loop, self._limits, self._ready, self._make = loop, limits, ready, make
         self._idle: list[tuple[float, Link]] = []  # since when; the last one used is the first one taken
         self._waiting: collections.deque[tuple[Callable[[Link], None], Callable[[Exception], None]]] = collections.deque()
         self._taken: set[Link] = set()
@@ -3862,7 +4777,7 @@ class LinkPool:
         self._idle = [entry for entry in self._idle if entry[1] is not link]
 
     def _make_more(self) -> None:
-        for _ in range(len(self._waiting) + self.READY - len(self._idle) - self._making):
+        for _ in range(len(self._waiting) + self._ready - len(self._idle) - self._making):
             self._making += 1
             self._make(self._made)
 
@@ -3884,41 +4799,153 @@ class LinkPool:
         if now - self._minute >= 60:
             self._minute, self._peaks = now, [len(self._taken), self._peaks[0]]
         # The least recently used stand first.
-        while len(self._idle) > self.READY and now - self._idle[0][0] > self._limits.idle_time:
+        while len(self._idle) > self._ready and now - self._idle[0][0] > self._limits.idle_time:
             self._idle.pop(0)[1].close()
 
 
+class ReverseTunnel(LinkUser):
+    """The client's end of one `R:` tunnel: keeps links waiting at the server, and connects what comes on them to its own remote."""
+
+    READY = 2  # links that wait; more while connections are busy, for a burst asks for one link after the other
+
+    def __init__(self, client: Client, spec: TunnelSpec, number: int, bound: Callable[[ReverseTunnel], None],
+                 refused: Callable[[Exception], None]):
+        self._client, self.spec, self.number = client, spec, number
+        self._bound, self._refused = bound, refused
+        self.instance = os.urandom(8)
+        self.address: Address | None = None  # what the server listens on, once it has said so
+        self._asked = str(spec.local) if spec.local.host else str(spec.local.port)
+        self._asking = 0
+        self.waiting: set[Link] = set()
+        self.busy: set[Link] = set()
+        self._pause = 0.0
+
+    def start(self) -> None:
+        self._asking += 1
+        self._client.make_link("", TCP, self._made)
+
+    def more(self) -> None:
+        """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask for."""
+        wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self._pause else 0
+        while len(self.waiting) + self._asking < wanted:
+            self.start()
+
+    def _made(self, link: Link | None, error: Exception | None) -> None:
+        if link is None:
+            return self._failed(error or ConnectError("unknown reason"))
+        return link.ask(ListenLink(self), LISTEN, self._asked, self._client.patience, self.instance)
+
+    def listening(self, link: Link, bound: str) -> None:
+        self._asking -= 1
+        self._pause = 0.0
+        first, self.address = self.address is None, parse_bind(bound)
+        self._asked = str(self.address)
+        self.waiting.add(link)
+        self._client.reverse_links[link] = self
+        if first:
+            self._bound(self)
+        self.more()
+
+    def lost(self, error: Exception) -> None:
+        self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Nothing waits there now, and asking again at once would not help."""
+        self._asking -= 1
+        if self.address is None:
+            return self._refused(error)
+        if not self.waiting and not self._asking:
+            self._rest(error)
+        return None
+
+    def _rest(self, error: Exception) -> None:
+        log.log(logging.DEBUG if self._pause else logging.ERROR, "❌ reverse tunnel on `%s`: %s; asking again", self.address, reason(error))
+        self._pause = min(30.0, 2 * self._pause or 1.0)
+        self._client.loop.call_later(self._pause, self.start)
+
+    def taken(self, link: Link) -> None:
+        """A connection came on it."""
+        self.waiting.discard(link)
+        self.busy.add(link)
+        self.more()
+
+    def put(self, link: Link, end: bytes) -> None:
+        """Its connection is over."""
+        self.busy.discard(link)
+        if len(self.waiting) >= self._client.limits.waiting_links:
+            return link.leave(end + link.writer.record(CLOSE))
+        self.waiting.add(link)
+        return link.send(end + link.writer.record(OVER))
+
+    def gone(self, link: Link, error: Exception | None) -> None:
+        self.busy.discard(link)
+        self.waiting.discard(link)
+        if self._client.closing:
+            return
+        if not self.waiting and not self._asking and not self._pause:
+            self._rest(error or LinkClosed("the server closed the connection"))
+        else:
+            self.more()
+
+
+class ListenLink(LinkUser):
+    """What a link carries until the server has said that it listens."""
+
+    __slots__ = ("_tunnel",)
+
+    def __init__(self, tunnel: ReverseTunnel):
+        self._tunnel = tunnel
+
+    def listening(self, link: Link, bound: str) -> None:
+        self._tunnel.listening(link, bound)
+
+    def lost(self, error: Exception) -> None:
+        self._tunnel.lost(error)
+
+
 class Client(Endpoint):
-    """Tunnels through one server. `finished(error)` is called once, with None where all it had to do was the connection test."""
+    """Tunnels through one server. `finished(error)` is called once: with None where all that it had to do is done.
+
+    `ask_host(error)` is asked whether to trust a server's key that is not known. `started()`: all tunnels take connections.
+    """
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
-                 legacy: bool = False, accept_all_hosts: bool = False, should_encrypt: bool = False,
+                 legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
+                 socks_user: str = "", ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
                  started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
+        self._accept_new, self._ask_host, self._socks_user = accept_new, ask_host, socks_user
         self._started, self._finished, self._report = started, finished, report
+        self.reverse_links: dict[Link, ReverseTunnel] = {}
+        self.reverse: list[ReverseTunnel] = []
+        self._unbound = 0
+        self._associations: set[SocksAssociation] = set()
+        self.closing = False
         self._test_link: Link | None = None
         self._started_already = False
-        self._pool = LinkPool(loop, limits, lambda done: self.make_link("", TCP, done))
+        listens = any(spec.kind in (FORWARD, SOCKS) for spec in tunnels)
+        self._pool = LinkPool(loop, limits, LinkPool.READY if listens else 0, lambda done: self.make_link("", TCP, done))
         self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout)
         self._carrier: UdpCarrier | None = None
         self._udp_tries, self._udp_not_before = 0, 0.0
         self.tunnels: list[TunnelSpec] = []
-        self._remotes: dict[UdpPort, str] = {}
         for number, spec in enumerate(tunnels):
-            self._listen(spec, sockets[number] if sockets else listen(spec.local, TUNNEL_KINDS))
+            self._listen(spec, sockets[number] if sockets else listen_for_tunnel(1, spec)[0])
 
     def _listen(self, spec: TunnelSpec, sockets: list[socket.socket]) -> None:
-        spec = TunnelSpec(spec.local._replace(port=sockets[0].getsockname()[1]), spec.remote)
+        if sockets and not spec.local.is_unix:
+            spec = spec._replace(local=spec.local._replace(port=sockets[0].getsockname()[1]))
         self.tunnels.append(spec)
+        if spec.kind == REVERSE:
+            self.reverse.append(ReverseTunnel(self, spec, len(self.tunnels) - 1, self._reverse_bound, self._reverse_refused))
+        accepted = self._socks_accepted if spec.kind == SOCKS else functools.partial(self._accepted, str(spec.remote))
         for sock in sockets:
             if sock.type == socket.SOCK_STREAM:
-                self.listeners.append(Listener(self.loop, sock, functools.partial(self._accepted, str(spec.remote)), self.limits.accept_pause))
+                self.listeners.append(Listener(self.loop, sock, accepted, self.limits.accept_pause))
             else:
-                port = UdpPort(self.loop, sock, self._session)
-                self._remotes[port] = str(spec.remote)
-                self.listeners.append(port)
+                self.listeners.append(UdpPort(self.loop, sock, self._session, str(spec.remote)))
 
     # ---- start
 
@@ -3926,24 +4953,37 @@ class Client(Endpoint):
         """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the system's queue."""
         self._report("⏳ Testing server connection ...")
         for spec in self.tunnels:
-            for protocol in ("TCP", "UDP"):
-                self._report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
+            self._announce(spec)
+        if self.accept_all_hosts:
+            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", self.server)
         if self.legacy and not self.should_encrypt:
             log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2, without --legacy")
         self._test("")
+
+    def _announce(self, spec: TunnelSpec) -> None:
+        if spec.kind == SOCKS:
+            self._report("📻 [SOCKS] Listening on `%s`, and routing through `%s` ...", spec.local, self.server)
+        elif spec.kind == FORWARD:
+            for protocol in ("UNIX",) if spec.local.is_unix else ("TCP",) if spec.remote.is_unix else ("TCP", "UDP"):
+                self._report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
 
     def _test(self, remote: str) -> None:
         self.make_link(remote, TCP, functools.partial(self._test_linked, remote), self._report)
 
     def _test_linked(self, remote: str, link: Link | None, error: Exception | None) -> None:
         if link and self.legacy:
-            return link.ask(Probe(link, self._tested), TCP, "", self._patience)
+            return link.ask(Probe(link, self._tested), TCP, "", self.patience)
         if link:
             self._test_link = link  # link_completed() or link_ended() will tell
             return None
         # A Rust server with a regex refuses the empty remote that asks for nothing; it may allow what the tunnel is for.
-        if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and self.tunnels:
-            return self._test(str(self.tunnels[0].remote))
+        remotes = [str(spec.remote) for spec in self.tunnels if spec.kind in (FORWARD, STDIO)]
+        if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
+            return self._test(remotes[0])
+        # Its connection is closed: whoever answers takes as long as it takes.
+        if isinstance(error, UnknownHost) and self._ask_host(error):
+            self._trust(error.key)
+            return self._test(remote)
         return self._tested(error)
 
     def _tested(self, error: Exception | None) -> None:
@@ -3955,15 +4995,92 @@ class Client(Endpoint):
         for listener in self.listeners:
             listener.start()
         self._started_already = True
-        self._started()
-        if not self.listeners:
+        for spec in self.tunnels:
+            if spec.kind == STDIO:
+                self._carry(StdioStream(self.loop, new_label("stdio", str(spec.remote)), None if self.legacy else self._carry, self._finished))
+        self._unbound = len(self.reverse)
+        for tunnel in self.reverse:
+            tunnel.start()
+        if not self._unbound:
+            self._started()
+        if not self.tunnels:
             self._finished(None)
         return None
+
+    # ---- reverse tunnels
+
+    def _reverse_bound(self, tunnel: ReverseTunnel) -> None:
+        assert tunnel.address is not None
+        self._report("📻 [TCP] `%s` listens on `%s`, and routing back to `%s` ...", self.server, tunnel.address, tunnel.spec.remote)
+        self.tunnels[tunnel.number] = tunnel.spec._replace(local=tunnel.address)
+        self._unbound -= 1
+        if not self._unbound:
+            self._started()
+
+    def _reverse_refused(self, error: Exception) -> None:
+        log.error("❌ reverse tunnel: %s", reason(error))
+        self._finished(PolicyError(str(error)) if isinstance(error, PeerError) and error.code == INVALID_HOST else error)
+
+    def open_asked(self, link: Link, message: Open) -> None:
+        """A connection came in at the server. What it says of it is for the log: this client connects to what its own command line names."""
+        tunnel = self.reverse_links[link]
+        if message.kind != TCP or message.instance:
+            raise RemoteProtocolError("an Open of kind %d on a Listen link" % message.kind)
+        if self.loop.now - link.born > self.limits.link_age:
+            return link.leave(link.writer.record(CLOSE))
+        tunnel.taken(link)
+        remote = tunnel.spec.remote
+        label = new_label("%s back from %s" % (printable(message.target), tunnel.address), str(remote))
+        until = time.monotonic() + self.limits.connect_timeout
+
+        def connected(sock: socket.socket | None, error: Exception | None) -> None:
+            if link.state != CONNECTING:
+                if sock:
+                    sock.close()
+            elif sock is None:
+                log.error("❌ %s: cannot connect to `%s`: %s", label, remote, reason(error or ConnectError("unknown reason")))
+                link.refuse(Error(REMOTE_FAILED, "the client cannot connect to its remote"))
+            else:
+                stream = Stream(self.loop, sock, label)
+                stream.link = link
+                link.accept(stream)
+
+        def found(addresses: list[tuple[int, Any]] | None, error: Exception | None) -> None:
+            if not addresses:
+                return connected(None, error)
+            Connector(self.loop, [address[0] for _, address in addresses], remote.port, until - time.monotonic(), connected)
+            return None
+        link.set_deadline(self.limits.connect_timeout, lambda: connected(None, socket.timeout("timed out")))
+        if remote.is_unix or is_address(remote.host):
+            return found([(0, (remote.host,))], None)
+        return self.workers.submit(functools.partial(look_up, remote), found)
+
+    # ---- SOCKS
+
+    def _socks_accepted(self, sock: socket.socket, address: Any) -> None:
+        SocksConnection(self.loop, sock, address, self._socks_user, self.limits.handshake_timeout, self._socks_asked)
+
+    def _socks_asked(self, sock: socket.socket, request: Socks5Handshake, address: Any) -> None:
+        try:
+            if request.command == request.ASSOCIATE:
+                self._associations.add(SocksAssociation(self.loop, sock, self._session, self._association_ended))
+            elif request.command == request.CONNECT:
+                label = new_label(show_address(address), str(parse_target(request.target)))
+                self._carry(SocksStream(self.loop, sock, label, None if self.legacy else self._carry))
+            else:
+                LastWord(self.loop, sock, socks_reply(7))
+        except (ValueError, OSError) as error:
+            log.debug("SOCKS client `%s`: %s", show_address(address), reason(error))
+            LastWord(self.loop, sock, socks_reply(1))
+
+    def _association_ended(self, association: SocksAssociation) -> None:
+        self._associations.discard(association)
+        self._sessions.end_of(association.port)
 
     # ---- links
 
     @property
-    def _patience(self) -> float:
+    def patience(self) -> float:
         """How long a server may take to say Opened: its look-up and connect, and the rest of the handshake."""
         return self.limits.connect_timeout + self.limits.handshake_timeout
 
@@ -4021,8 +5138,20 @@ class Client(Endpoint):
         raise ConnectError("cannot connect to the server `%s`: %s. Is `ratrod serve` running there, and the port open?" % (self.server, failure))
 
     def _check_server(self, key: bytes) -> None:
-        if not self.accept_all_hosts and not self.folder.known_hosts.knows(key, str(self.server)):
-            raise AuthenticationError("Server's public key `%s` is not in the known hosts file" % encode_key(key))
+        """On a thread."""
+        if self.accept_all_hosts:
+            return
+        try:
+            self.folder.known_hosts.check(key, str(self.server))
+        except UnknownHost:
+            if not self._accept_new:
+                raise
+            self._trust(key)
+
+    def _trust(self, key: bytes) -> None:
+        failure = self.folder.known_hosts.add(key, str(self.server))
+        log.warning("Server's public key `%s` is trusted for `%s` from now on%s", encode_key(key), self.server,
+                    "; only for this run: " + failure if failure else ", and stands in `%s`" % self.folder.known_hosts.path)
 
     def link_completed(self, link: Link) -> None:
         if link is self._test_link:
@@ -4031,11 +5160,17 @@ class Client(Endpoint):
             self._pool.put(link)
 
     def link_idle(self, link: Link, end: bytes = b"") -> None:
-        self._pool.put(link)
+        if link.role == ACCEPTOR:
+            self.reverse_links[link].put(link, end)
+        else:
+            self._pool.put(link)
 
     def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
         self._pool.discard(link)
+        tunnel = self.reverse_links.pop(link, None)
+        if tunnel:
+            tunnel.gone(link, error)
         if link is self._test_link:
             self._test_link = None
             self._tested(error or LinkClosed("the server closed the connection"))
@@ -4057,7 +5192,7 @@ class Client(Endpoint):
         trusted either: what took one of them, a NAT that forgot or a server that was started anew, took all."""
         if stream.tries:
             self._pool.clear()
-        self._get_link(stream.label.target, TCP, lambda link: stream.begin(link, self._patience), stream.lost)
+        self._get_link(stream.target, TCP, lambda link: stream.begin(link, self.patience), stream.lost)
 
     def _get_link(self, target: str, kind: int, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
         if not self.legacy:
@@ -4070,12 +5205,12 @@ class Client(Endpoint):
                 failed(error or ConnectError("unknown reason"))
         return self.make_link(target, kind, made)
 
-    def _session(self, port: UdpPort, originator: Originator) -> UdpSession | None:
-        session = self._sessions.get((port, originator))
+    def _session(self, port: UdpPort, originator: Originator, remote: str) -> UdpSession | None:
+        session = self._sessions.get((port, originator, remote))
         if session is None:
             if self.loop.now < self._udp_not_before:
                 return None
-            session = LocalUdpSession(self._sessions, port, originator, self._remotes[port], self.loop.now)
+            session = LocalUdpSession(self._sessions, port, originator, remote, self.loop.now)
         assert isinstance(session, LocalUdpSession)
         if self.loop.now < session.deaf_until:
             self._sessions.touch(session, self.loop.now)
@@ -4094,7 +5229,7 @@ class Client(Endpoint):
 
         def use(link: Link) -> None:
             if carrier.sessions:
-                carrier.begin(link, self._patience)
+                carrier.begin(link, self.patience)
             else:  # they ended meanwhile
                 link.close()
         return self._get_link(session.target, UDP, use, carrier.lost)
@@ -4125,12 +5260,157 @@ class Client(Endpoint):
             carrier.link.die(LinkClosed("it is too old, or carries nothing"))
 
     def close(self) -> None:
+        self.closing = True
         self._sessions.clear()
+        for association in list(self._associations):
+            association.close()
         super().close()
 
 
 # ======================================================================================================================
-# 11. Command line
+# 11. As a library: an endpoint on a thread of its own
+# ======================================================================================================================
+
+
+class Background:
+    """What tunnel() and serve() give: it runs until close(), the end of its with-block, or the end of the interpreter.
+
+    No signal handlers, and no logging but to the logger "ratrod". `error` is what ended it meanwhile, or None.
+    """
+
+    def __init__(self, make: Callable[[EventLoop, Callable[[], None], Callable[[Exception | None], None]], Endpoint], timeout: float):
+        self.error: Exception | None = None
+        self._ready: queue.Queue[Exception | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._loop = EventLoop()
+        try:
+            self._endpoint = make(self._loop, lambda: self._ready.put(None), self._finished)
+        except BaseException:
+            self._loop.close()
+            raise
+        self._thread = threading.Thread(target=self._run, daemon=True, name="ratrod")
+        self._thread.start()
+        atexit.register(self.close)
+        try:
+            error = self._ready.get(timeout=timeout)
+        except queue.Empty:
+            error = ConnectError("not ready within %g s" % timeout)
+        except BaseException:
+            self.close()
+            raise
+        if error:
+            self.close()
+            raise error
+
+    def _run(self) -> None:
+        try:
+            self._endpoint.start()
+            self._loop.run()
+        except Exception as error:
+            self._finished(error)
+        finally:
+            self._endpoint.close()
+            self._loop.close()
+
+    def _finished(self, error: Exception | None) -> None:
+        if error:
+            self.error = error
+            self._loop.stop()
+        self._ready.put(error)
+
+    def close(self) -> None:
+        """Ends it with all that it carries. Any thread may call it, more than once."""
+        atexit.unregister(self.close)
+        if self._thread is not threading.current_thread():
+            with self._lock:
+                if self._thread.is_alive():
+                    self._loop.call_soon_threadsafe(self._loop.stop)
+                    self._thread.join()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        self.close()
+
+
+Self = TypeVar("Self", bound=Background)
+Where = Union[Tuple[str, int], str]  # (host, port), or `unix:/path`
+
+
+def where(address: Address) -> Where:
+    return str(address) if address.is_unix else (address.host, address.port)
+
+
+class Tunnel(Background):
+    """A client with its tunnels, all of them ready."""
+
+    _endpoint: Client
+
+    @property
+    def addresses(self) -> list[Where]:
+        """What each tunnel listens on, in their order: (host, port) or `unix:/path`; of a reverse tunnel at the server."""
+        return [where(spec.local) for spec in self._endpoint.tunnels]
+
+    @property
+    def address(self) -> Where:
+        """The first of `addresses`: what socket.create_connection() takes."""
+        return self.addresses[0]
+
+
+class Service(Background):
+    """A server that takes clients."""
+
+    _endpoint: Server
+
+    @property
+    def address(self) -> Where:
+        """(host, port) that it listens on."""
+        return where(self._endpoint.address)
+
+
+def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: bool = False, accept_all_hosts: bool = False,
+           legacy: bool = False, encrypt: bool = False, socks_user: str = "", limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
+    """Connects to a server (`host:port`) and opens tunnels, each as on the command line: `with tunnel("server:19000", "0:db:5432") as t`.
+
+    Returns when all of them take connections. The keys are those of `key_path` (default: ~/.ratrod); nothing is asked and nothing
+    generated. ConfigError: a key file or an argument is wrong. ConnectError: the server is not there, or not ready within `timeout`
+    seconds. AuthenticationError: one of the two does not know the other. PolicyError: it refuses a reverse tunnel. RatrodError: anything
+    else, as a port that is in use.
+    """
+    address = parse_endpoint(server, "server")
+    specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user or "")
+    if any(spec.kind == STDIO for spec in specs):
+        raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
+    folder = KeyFolder(key_path)
+    ensure_keys(folder, may_ask=False)
+    return Tunnel(lambda loop, started, finished: Client(
+        loop, folder, address, specs, limits, legacy=legacy, accept_all_hosts=accept_all_hosts, accept_new=accept_new,
+        should_encrypt=encrypt, socks_user=socks_user or "", started=started, finished=finished), timeout)
+
+
+def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str = ".*", authorize: Authorizer | None = None,
+          allow_listen: bool = False, legacy: bool = False, limits: Limits = DEFAULT_LIMITS) -> Service:
+    """Takes clients on `bind`: `with serve("0.0.0.0:19000") as s`.
+
+    `authorize(key, target)` decides in place of authorized_keys: with target "" whether a client with this public key may come in, then
+    for each target whether it may have it: `db:5432`, `udp db:53`, `listen 127.0.0.1:9000`. It is called on threads of the server, must
+    not block for long, and refuses where it raises. ConfigError: a key file or an argument is wrong. RatrodError: the address is in use.
+    """
+    address = parse_endpoint(bind, "address to bind", lowest=0)
+    policy = Policy(remote_regex)
+    folder = KeyFolder(key_path)
+    ensure_keys(folder, may_ask=False)
+
+    def make(loop: EventLoop, started: Callable[[], None], _finished: Callable[[Exception | None], None]) -> Server:
+        server = Server(loop, folder, address, policy, limits, legacy=legacy, allow_listen=allow_listen, authorize=authorize)
+        started()  # the sockets listen already
+        return server
+    return Service(make, timeout=30.0)
+
+
+# ======================================================================================================================
+# 12. Command line
 # ======================================================================================================================
 
 
@@ -4145,6 +5425,9 @@ class Options(NamedTuple):
     server: str = ""
     tunnels: tuple[str, ...] = ()
     accept_all_hosts: bool = False
+    accept_new: bool = False
+    allow_listen: bool = False
+    socks_user: str = ""
     encrypt: bool = False
     legacy: bool = False
     udp_timeout: float = DEFAULT_LIMITS.udp_timeout
@@ -4340,7 +5623,7 @@ class LogFormatter(logging.Formatter):
         return "%s %s %s" % (moment, shown, record.getMessage())
 
 
-def set_up_logging(verbose: bool) -> None:
+def set_up_logging(level: int) -> None:
     if hasattr(sys.stderr, "reconfigure"):  # an ASCII locale must not lose a line for its emoji
         sys.stderr.reconfigure(errors="replace")
     if sys.stderr:
@@ -4350,16 +5633,18 @@ def set_up_logging(verbose: bool) -> None:
         handler = logging.NullHandler()
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(level)
 
 
 QUESTION = "Would you like to have the security files (public / private key pair, known hosts, and authorized keys) generated (y/n)? "
 
 
-def ensure_keys(folder: KeyFolder) -> None:
+def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
     """The first run: asks as the original does. ConfigError where the answer is no, or there is nobody to answer."""
     if folder.exists():
         return
+    if not may_ask:
+        raise ConfigError("no security files in `%s`: run `ratrod keygen` first" % folder.path)
     sodium()  # without it nothing could be generated: say so before asking
     log.info("No security files present in `%s` ...", folder.path)
     print(QUESTION, end="", flush=True)
@@ -4377,6 +5662,33 @@ def generate_keys(folder: KeyFolder) -> KeyPair:
     keys = folder.generate()
     log.info("📦 Security files written to `%s`", folder.key_file)
     return keys
+
+
+def ask_host(error: UnknownHost, address: str) -> bool:
+    """At a terminal: whether to trust a server's key that is not known, as ssh asks."""
+    import hashlib
+
+    key = encode_key(error.key)
+    fingerprint = "SHA256:" + base64.b64encode(hashlib.sha256(error.key).digest()).decode("ascii").rstrip("=")
+    print("The key of the server `%s` is not known yet.\nIt is %s, fingerprint %s.\n"
+          "Are you sure you want to continue connecting (yes/no/[fingerprint])? " % (address, key, fingerprint),
+          end="", file=sys.stderr, flush=True)
+    # Ctrl-C shall end the question, not wait behind it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        while True:
+            answer = sys.stdin.readline()
+            if not answer or answer.strip().lower() in ("no", "n"):
+                return False
+            if answer.strip().lower() == "yes" or answer.strip() in (key, fingerprint):
+                return True
+            print("Please type 'yes', 'no' or the fingerprint: ", end="", file=sys.stderr, flush=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def at_terminal() -> bool:
+    return bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
 
 
 def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]], Endpoint]) -> int:
@@ -4481,25 +5793,49 @@ def serve_command(options: Options) -> int:
     bind = parse_endpoint(options.bind, "address to bind", lowest=0)
     policy = Policy(options.remote_regex)
     folder = KeyFolder(options.key_path)
-    ensure_keys(folder)
+    if options.allow_listen and options.workers > 1:
+        raise ConfigError("--allow-listen and --workers do not go together: a reverse tunnel is one process's")
     check_workers(options.workers)
+    ensure_keys(folder)
     sockets = listen_for(options.workers, bind)
     return run_workers(sockets, lambda number: run_endpoint(
-        lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy, sockets=sockets[number],
-                                       report=log.debug if number else log.info)))
+        lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy, allow_listen=options.allow_listen,
+                                       sockets=sockets[number], report=log.debug if number else log.info)))
 
 
 def connect_command(options: Options) -> int:
     server = parse_endpoint(options.server, "server")
-    tunnels = [parse_tunnel(text) for text in options.tunnels]
+    tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
     folder = KeyFolder(options.key_path)
-    ensure_keys(folder)
-    check_workers(options.workers)
-    sockets = [listen_for(options.workers, spec.local, TUNNEL_KINDS) for spec in tunnels]
+    stdio = any(spec.kind == STDIO for spec in tunnels)
+    ensure_keys(folder, may_ask=not stdio)
+    may_ask = at_terminal() and not stdio and options.workers == 1
+    sockets = [listen_for_tunnel(options.workers, spec) for spec in tunnels]
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
     return run_workers([sum(group, []) for group in groups], lambda number: run_endpoint(lambda loop, finished: Client(
         loop, folder, server, tunnels, options.limits, sockets=groups[number], report=log.debug if number else log.info,
-        legacy=options.legacy, accept_all_hosts=options.accept_all_hosts, should_encrypt=options.encrypt, finished=finished)))
+        legacy=options.legacy, accept_all_hosts=options.accept_all_hosts, accept_new=options.accept_new, should_encrypt=options.encrypt,
+        socks_user=options.socks_user, ask_host=lambda error: may_ask and ask_host(error, str(server)), finished=finished)))
+
+
+def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str = "") -> list[TunnelSpec]:
+    """The tunnels of a command line; ConfigError also for what does not go together."""
+    tunnels = [spec for text in texts for spec in parse_tunnels(text)]
+    kinds = [spec.kind for spec in tunnels]
+    if socks_user and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL):
+        raise ConfigError("--socks-user takes name:password")
+    if any(len(part.encode()) > 255 for part in socks_user.split(":", 1)):
+        raise ConfigError("--socks-user: SOCKS5 has room for 255 bytes of name and of password")
+    if legacy and REVERSE in kinds:
+        raise ConfigError("the original's protocol (--legacy) has no reverse tunnels (R:)")
+    if kinds.count(STDIO) > 1:
+        raise ConfigError("standard input and output can be one tunnel's only (stdio:)")
+    if STDIO in kinds and not hasattr(os, "get_blocking"):
+        raise ConfigError("stdio: needs a POSIX system")
+    if workers > 1 and {STDIO, REVERSE} & set(kinds):
+        raise ConfigError("--workers does not go together with stdio: and R: tunnels, which are one process's")
+    check_workers(workers)
+    return tunnels
 
 
 def check_workers(workers: int) -> None:
@@ -4675,7 +6011,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_command(argv: list[str]) -> int:
     options = parse_command_line(argv)
-    set_up_logging(options.verbose)
+    # With stdio: this runs inside something else, as ssh, whose user wants to hear of failures alone.
+    quiet = any(tunnel.startswith("stdio:") for tunnel in options.tunnels)
+    set_up_logging(logging.DEBUG if options.verbose else logging.WARNING if quiet else logging.INFO)
     commands: dict[str, Callable[[Options], int]] = {
         "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
         "help": help_command, "version": version_command}
