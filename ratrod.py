@@ -668,16 +668,16 @@ class KnownHosts(KeyLines):
     def check(self, key: bytes, address: str) -> None:
         """UnknownHost where no line speaks of this server, AuthenticationError where one knows another key for it."""
         lines = [(listed, *line) for listed, all_lines in self.read().items() for line in all_lines]
-        bound = [(listed, number) for listed, number, where in lines if where == address]
-        if self._accepted.get(address) == key or key in [listed for listed, _ in bound]:
-            return
-        if bound:
-            listed, number = bound[0]
+        bound = [(listed, "line %d of `%s`" % (number, self.path)) for listed, number, where in lines if where == address]
+        if address in self._accepted and not bound:
+            bound = [(self._accepted[address], "what was accepted before")]
+        if bound and key not in [listed for listed, _ in bound]:
+            listed, place = bound[0]
             raise AuthenticationError(
-                "THE KEY OF THE SERVER `%s` HAS CHANGED: it shows `%s`, and line %d of `%s` says `%s`. Somebody may stand in between and"
-                " pretend to be it. Only if you know why it has another key now, replace that line by: %s %s"
-                % (address, encode_key(key), number, self.path, encode_key(listed), encode_key(key), address))
-        if self._accepted.get(address) or key not in [listed for listed, _, where in lines if where is None]:
+                "THE KEY OF THE SERVER `%s` HAS CHANGED: it shows `%s`, and %s says `%s`. Somebody may stand in between and pretend to be it."
+                " Only if you know why it has another key now, replace that line by: %s %s"
+                % (address, encode_key(key), place, encode_key(listed), encode_key(key), address))
+        if not bound and key not in [listed for listed, _, where in lines if where is None]:
             raise UnknownHost(key, address, self.path)
 
     def add(self, key: bytes, address: str) -> str:
@@ -3671,11 +3671,12 @@ class SocksAssociation:
 
 
 class SocksConnection:
-    """A SOCKS5 client that has not said yet what it wants; done(socket, handshake, address) when it has."""
+    """A SOCKS5 client that has not said yet what it wants; done(connection, handshake) when it has, or done(connection, None)."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, user: str, timeout: float,
-                 done: Callable[[socket.socket, Socks5Handshake, Any], None]):
-        self._loop, self._address, self._done = loop, address, done
+                 done: Callable[[SocksConnection, Socks5Handshake | None], None]):
+        self.sock, self.address = sock, address
+        self._loop, self._done = loop, done
         self._handshake = Socks5Handshake(user)
         self._transport = Transport(loop, sock, self._on_event)
         self._timer = loop.call_later(timeout, lambda: self._refuse("it did not say what it wants within %g s" % timeout))
@@ -3696,16 +3697,22 @@ class SocksConnection:
         except (RatrodError, OSError) as error:
             return self._refuse(reason(error))
         self._leave()
-        return self._done(self._transport.sock, self._handshake, self._address)
+        return self._done(self, self._handshake)
 
     def _leave(self) -> None:
         self._timer.cancel()
         self._transport.want(0)
 
     def _refuse(self, why: str) -> None:
-        log.debug("SOCKS client `%s`: %s", show_address(self._address), why)
+        log.debug("SOCKS client `%s`: %s", show_address(self.address), why)
         self._leave()
-        LastWord(self._loop, self._transport.sock, self._handshake.data_to_send())
+        LastWord(self._loop, self.sock, self._handshake.data_to_send())
+        self._done(self, None)
+
+    def close(self) -> None:
+        self._leave()
+        self.sock.close()
+        self._done(self, None)
 
 
 # ======================================================================================================================
@@ -4210,8 +4217,9 @@ class ReverseListener:
         while self._waiting:
             link = self._waiting.pop()
             link.poll()
-            if link.state == IDLE:
+            if link.state == IDLE and self._server.loop.awake - link.heard_at < self._server.limits.trusted:
                 return stream.begin(link, self._patience)
+            link.close()
         if len(self._queue) >= self._server.limits.reverse_queue:
             return stream.lost(ConnectError("too many connections wait for a link of the client"))
         self._queue.append(stream)
@@ -4795,6 +4803,11 @@ class LinkPool:
         while self._idle:
             self._idle.pop()[1].close()
 
+    def close(self) -> None:
+        """Whoever waits for a link gets none."""
+        while self._waiting:
+            self._waiting.popleft()[1](LocalFailed("ratrod is ending"))
+
     def sweep(self, now: float) -> None:
         if now - self._minute >= 60:
             self._minute, self._peaks = now, [len(self._taken), self._peaks[0]]
@@ -4818,15 +4831,16 @@ class ReverseTunnel(LinkUser):
         self._asking = 0
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
-        self._pause = 0.0
+        self._resting, self._pause, self._since = False, 0.0, client.loop.now
 
     def start(self) -> None:
+        self._resting = False
         self._asking += 1
         self._client.make_link("", TCP, self._made)
 
     def more(self) -> None:
         """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask for."""
-        wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self._pause else 0
+        wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self._resting else 0
         while len(self.waiting) + self._asking < wanted:
             self.start()
 
@@ -4837,7 +4851,8 @@ class ReverseTunnel(LinkUser):
 
     def listening(self, link: Link, bound: str) -> None:
         self._asking -= 1
-        self._pause = 0.0
+        if not self.waiting:
+            self._since = self._client.loop.now
         first, self.address = self.address is None, parse_bind(bound)
         self._asked = str(self.address)
         self.waiting.add(link)
@@ -4859,8 +4874,11 @@ class ReverseTunnel(LinkUser):
         return None
 
     def _rest(self, error: Exception) -> None:
+        """A pause that grows unless all was well for a minute: two clients with one key would take the address from each other for ever."""
+        if self._client.loop.now - self._since > 60:
+            self._pause = 0.0
         log.log(logging.DEBUG if self._pause else logging.ERROR, "❌ reverse tunnel on `%s`: %s; asking again", self.address, reason(error))
-        self._pause = min(30.0, 2 * self._pause or 1.0)
+        self._resting, self._pause = True, min(30.0, 2 * self._pause or 1.0)
         self._client.loop.call_later(self._pause, self.start)
 
     def taken(self, link: Link) -> None:
@@ -4882,7 +4900,7 @@ class ReverseTunnel(LinkUser):
         self.waiting.discard(link)
         if self._client.closing:
             return
-        if not self.waiting and not self._asking and not self._pause:
+        if not self.waiting and not self._asking and not self._resting:
             self._rest(error or LinkClosed("the server closed the connection"))
         else:
             self.more()
@@ -4922,6 +4940,7 @@ class Client(Endpoint):
         self.reverse: list[ReverseTunnel] = []
         self._unbound = 0
         self._associations: set[SocksAssociation] = set()
+        self._socks: set[SocksConnection] = set()
         self.closing = False
         self._test_link: Link | None = None
         self._started_already = False
@@ -5058,9 +5077,13 @@ class Client(Endpoint):
     # ---- SOCKS
 
     def _socks_accepted(self, sock: socket.socket, address: Any) -> None:
-        SocksConnection(self.loop, sock, address, self._socks_user, self.limits.handshake_timeout, self._socks_asked)
+        self._socks.add(SocksConnection(self.loop, sock, address, self._socks_user, self.limits.handshake_timeout, self._socks_asked))
 
-    def _socks_asked(self, sock: socket.socket, request: Socks5Handshake, address: Any) -> None:
+    def _socks_asked(self, connection: SocksConnection, request: Socks5Handshake | None) -> None:
+        self._socks.discard(connection)
+        sock, address = connection.sock, connection.address
+        if request is None or self.closing:
+            return None
         try:
             if request.command == request.ASSOCIATE:
                 self._associations.add(SocksAssociation(self.loop, sock, self._session, self._association_ended))
@@ -5072,6 +5095,7 @@ class Client(Endpoint):
         except (ValueError, OSError) as error:
             log.debug("SOCKS client `%s`: %s", show_address(address), reason(error))
             LastWord(self.loop, sock, socks_reply(1))
+        return None
 
     def _association_ended(self, association: SocksAssociation) -> None:
         self._associations.discard(association)
@@ -5264,6 +5288,9 @@ class Client(Endpoint):
         self._sessions.clear()
         for association in list(self._associations):
             association.close()
+        for connection in list(self._socks):
+            connection.close()
+        self._pool.close()
         super().close()
 
 
