@@ -78,7 +78,7 @@ import time
 from typing import Any, Callable, Dict, Generator, Iterable, Iterator, NamedTuple, NoReturn, Tuple, TypeVar, Union
 
 __version__ = "0.7.0"
-__all__ = ["AuthenticationError", "Background", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
+__all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
            "ProtocolError", "RatrodError", "RemoteProtocolError", "Service", "Tunnel", "UnknownHost", "UsageError", "main", "serve", "tunnel"]
 
 # ======================================================================================================================
@@ -4334,12 +4334,14 @@ class Server(Endpoint):
         target = self.policy.check(remote, grants)
         if udp and target.is_unix:
             raise PolicyError("a Unix socket takes no datagrams here")
-        self._ask_authorizer(link.peer_key, ("udp " if udp else "") + str(target))
         return target, grants
 
-    def _ask_authorizer(self, key: bytes, target: str) -> None:
-        if self._authorizer and not self._permits(key, target):
-            raise PolicyError("authorize() does not permit it")
+    def _ask_authorizer(self, key: bytes, target: str, then: Callable[[Exception | None], None]) -> None:
+        """then(None), or then(the reason why not); on a thread meanwhile: it may take its time."""
+        if not self._authorizer:
+            return then(None)
+        return self.lookups.submit(key, functools.partial(self._permits, key, target), lambda permitted, error: then(
+            None if permitted else error or PolicyError("authorize() does not permit it")))
 
     def show_key(self, key: bytes) -> str:
         """A key with the comments of its lines."""
@@ -4519,20 +4521,26 @@ class Server(Endpoint):
             raise PolicyError(printable(str(error))) from None
         if not any(grant.listens(address) for grant in grants):
             raise PolicyError("`%s` is not what authorized_keys permits this key to listen on" % str(address))
-        self._ask_authorizer(key, "listen " + str(address))
         return address
 
     def _listen_for(self, link: Link, asked: str, instance: bytes) -> None:
         label = new_label(link.name, "listen " + asked)
         try:
-            listener = self._reverse_listener(link.peer_key, self._may_listen(link.peer_key, asked), asked, instance)
+            address = self._may_listen(link.peer_key, asked)
         except PolicyError as error:
             return self._refuse(link, label, error)
-        except RatrodError as error:
-            log.error("❌ %s: %s", label, error)
-            return link.refuse(Error(REMOTE_FAILED, str(error)))
-        self._listening[link] = listener
-        return listener.join(link, instance)
+
+        def permitted(error: Exception | None) -> None:
+            if error or link.state != CONNECTING:
+                return self._refuse(link, label, error or ConnectError("the client is gone"))
+            try:
+                listener = self._reverse_listener(link.peer_key, address, asked, instance)
+            except RatrodError as failure:
+                log.error("❌ %s: %s", label, failure)
+                return link.refuse(Error(REMOTE_FAILED, str(failure)))
+            self._listening[link] = listener
+            return listener.join(link, instance)
+        return self._ask_authorizer(link.peer_key, "listen " + str(address), permitted)
 
     def _reverse_listener(self, key: bytes, address: Address, asked: str, instance: bytes) -> ReverseListener:
         """The one that is there, or a new one; RatrodError where it cannot be."""
@@ -4550,6 +4558,11 @@ class Server(Endpoint):
 
     def close(self) -> None:
         self.lookups.close()
+        for source in self._sources.values():
+            close_all(sock for sock, _ in source.waiting)
+        for sock in self._strangers:
+            with contextlib.suppress(OSError):  # it wakes its thread
+                sock.shutdown(socket.SHUT_RDWR)
         super().close()
 
     def forget_reverse(self, listener: ReverseListener) -> None:
@@ -4639,8 +4652,6 @@ class Server(Endpoint):
                 literal = self.policy.check_addresses(target, (target.host,), grants)
         except PolicyError as error:
             return done([], 0, error)
-        if literal:
-            return done(literal, target.port, None)
 
         def looked_up(found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
             try:
@@ -4648,7 +4659,12 @@ class Server(Endpoint):
             except PolicyError as refusal:
                 addresses, error = [], refusal
             done(addresses, target.port, error)
-        return self.lookups.submit(link.peer_key, functools.partial(look_up, target, kind), looked_up)
+
+        def permitted(error: Exception | None) -> None:
+            if error or literal:
+                return done(literal if literal and not error else [], target.port, error)
+            return self.lookups.submit(link.peer_key, functools.partial(look_up, target, kind), looked_up)
+        return self._ask_authorizer(link.peer_key, ("udp " if kind == socket.SOCK_DGRAM else "") + str(target), permitted)
 
     def _refuse(self, link: Link, label: Label, error: Exception) -> None:
         if link.state != CONNECTING:
@@ -4950,8 +4966,12 @@ class Client(Endpoint):
         self._carrier: UdpCarrier | None = None
         self._udp_tries, self._udp_not_before = 0, 0.0
         self.tunnels: list[TunnelSpec] = []
-        for number, spec in enumerate(tunnels):
-            self._listen(spec, sockets[number] if sockets else listen_for_tunnel(1, spec)[0])
+        try:
+            for number, spec in enumerate(tunnels):
+                self._listen(spec, sockets[number] if sockets else listen_for_tunnel(1, spec)[0])
+        except BaseException:
+            self.close()  # what listens already
+            raise
 
     def _listen(self, spec: TunnelSpec, sockets: list[socket.socket]) -> None:
         if sockets and not spec.local.is_unix:
@@ -5306,8 +5326,8 @@ class Background:
     """
 
     def __init__(self, make: Callable[[EventLoop, Callable[[], None], Callable[[Exception | None], None]], Endpoint], timeout: float):
-        self.error: Exception | None = None
-        self._ready: queue.Queue[Exception | None] = queue.Queue()
+        self.error: RatrodError | None = None
+        self._ready: queue.Queue[RatrodError | None] = queue.Queue()
         self._lock = threading.Lock()
         self._loop = EventLoop()
         try:
@@ -5318,6 +5338,7 @@ class Background:
         self._thread = threading.Thread(target=self._run, daemon=True, name="ratrod")
         self._thread.start()
         atexit.register(self.close)
+        error: RatrodError | None
         try:
             error = self._ready.get(timeout=timeout)
         except queue.Empty:
@@ -5340,10 +5361,12 @@ class Background:
             self._loop.close()
 
     def _finished(self, error: Exception | None) -> None:
+        if isinstance(error, PeerError) and error.code == INVALID_KEY:
+            error = AuthenticationError(str(error))
         if error:
-            self.error = error
+            self.error = error if isinstance(error, RatrodError) else RatrodError(reason(error))
             self._loop.stop()
-        self._ready.put(error)
+        self._ready.put(self.error)
 
     def close(self) -> None:
         """Ends it with all that it carries. Any thread may call it, more than once."""
@@ -5352,7 +5375,7 @@ class Background:
             with self._lock:
                 if self._thread.is_alive():
                     self._loop.call_soon_threadsafe(self._loop.stop)
-                    self._thread.join()
+                    self._thread.join(2)  # an authorize() that hangs must not hang its caller too
 
     def __enter__(self: Self) -> Self:
         return self
@@ -5362,12 +5385,6 @@ class Background:
 
 
 Self = TypeVar("Self", bound=Background)
-Where = Union[Tuple[str, int], str]  # (host, port), or `unix:/path`
-
-
-def where(address: Address) -> Where:
-    return str(address) if address.is_unix else (address.host, address.port)
-
 
 class Tunnel(Background):
     """A client with its tunnels, all of them ready."""
@@ -5375,12 +5392,12 @@ class Tunnel(Background):
     _endpoint: Client
 
     @property
-    def addresses(self) -> list[Where]:
-        """What each tunnel listens on, in their order: (host, port) or `unix:/path`; of a reverse tunnel at the server."""
-        return [where(spec.local) for spec in self._endpoint.tunnels]
+    def addresses(self) -> list[tuple[str, int]]:
+        """(host, port) that each tunnel listens on, in their order; of a reverse tunnel at the server; (path, 0) of a Unix socket."""
+        return [(spec.local.host, spec.local.port) for spec in self._endpoint.tunnels]
 
     @property
-    def address(self) -> Where:
+    def address(self) -> tuple[str, int]:
         """The first of `addresses`: what socket.create_connection() takes."""
         return self.addresses[0]
 
@@ -5391,13 +5408,14 @@ class Service(Background):
     _endpoint: Server
 
     @property
-    def address(self) -> Where:
+    def address(self) -> tuple[str, int]:
         """(host, port) that it listens on."""
-        return where(self._endpoint.address)
+        return self._endpoint.address.host, self._endpoint.address.port
 
 
 def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: bool = False, accept_all_hosts: bool = False,
-           legacy: bool = False, encrypt: bool = False, socks_user: str = "", limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
+           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, limits: Limits = DEFAULT_LIMITS,
+           timeout: float = 30.0) -> Tunnel:
     """Connects to a server (`host:port`) and opens tunnels, each as on the command line: `with tunnel("server:19000", "0:db:5432") as t`.
 
     Returns when all of them take connections. The keys are those of `key_path` (default: ~/.ratrod); nothing is asked and nothing
