@@ -4866,16 +4866,24 @@ class ReverseTunnel(LinkUser):
         return link.ask(ListenLink(self), LISTEN, self._asked, self._client.patience, self.instance)
 
     def listening(self, link: Link, bound: str) -> None:
+        try:
+            address = parse_bind(bound)
+            if not address.port or address.is_unix:
+                raise ValueError("it is no address with a port")
+        except ValueError:
+            error = RemoteProtocolError("the server says that it listens on `%s`, which is no address" % printable(bound))
+            self._failed(error)
+            return link.die(error)
         self._asking -= 1
         if not self.waiting:
             self._since = self._client.loop.now
-        first, self.address = self.address is None, parse_bind(bound)
+        first, self.address = self.address is None, address
         self._asked = str(self.address)
         self.waiting.add(link)
         self._client.reverse_links[link] = self
         if first:
             self._bound(self)
-        self.more()
+        return self.more()
 
     def lost(self, error: Exception) -> None:
         self._failed(error)

@@ -1,7 +1,7 @@
 """The negative tests of PROTOCOL.md that concern ratrod2, by their numbers there, over real sockets: the real `serve` or `connect` against the
 independent peer.
 
-Missing numbers: 3 is legacy's. 20 and 21 (and what a permitted Listen does) need `--allow-listen`.
+The missing number, 3, is legacy's.
 """
 
 import base64
@@ -1378,16 +1378,206 @@ def test_19_a_first_record_that_is_not_the_completion(connect, impostor, record)
     assert_client_gives_up(connect(impostor(behave).port))
 
 
+# ---------------------------------------------------------------------------------------------------- 20-21: Listen links
+
+
+class Reversed:
+    """A real client with a reverse tunnel to the echo, whose server is the peer. `links` gets its Listen links, granted; `problems` what it did
+    against the protocol."""
+
+    def __init__(self, keys, target):
+        self._keys = keys
+        self._over = threading.Event()
+        self.links = queue.Queue()
+        self.problems = []
+        self.port = target(self._handle).port
+
+    def _handle(self, connection):
+        connection.settimeout(PATIENCE)
+        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)])
+        try:
+            stream = server.handshake().accept()
+            if stream and stream.kind == LISTEN:
+                server.grant_listen("127.0.0.1:40123")
+                self.links.put(server)
+                self._over.wait(4 * PATIENCE)
+        except ProtocolError as error:
+            self.problems.append(error)
+
+    def link(self):
+        return self.links.get(timeout=PATIENCE)
+
+    def work(self):
+        assert self.link().exchange("203.0.113.9:5000", b"still here") == b"still here"
+
+    def close(self):
+        self._over.set()
+
+
+@pytest.fixture
+def reversed_client(keys, target, tcp_echo, ratrod):
+    """reversed_client(options...) -> Reversed"""
+    with contextlib.ExitStack() as stack:
+        def launch(**options):
+            made = Reversed(keys, target)
+            stack.callback(made.close)
+            made.program = ratrod("-k", keys.client.path, "-v", "connect", "127.0.0.1:%d" % made.port, "R:0:127.0.0.1:%d" % tcp_echo.port, **options)
+            return made
+        yield launch
+
+
+def test_20_the_servers_open_names_a_target(reversed_client, watched, tcp_echo, resolver):
+    """It is the originator's address, as information: the client dials its own target alone, and looks nothing up."""
+    names = resolver(evil_example=["127.0.0.1"])
+    end = reversed_client(env=names.environment)
+    port = int(watched.address.rpartition(":")[2])
+    link = end.link()
+    lookups = set(names.lookups)
+    targets = watched.address, "localhost:%d" % port, "evil.example:%d" % port, "[::ffff:127.0.0.1]:%d" % port, "unix:/dev/log", "203.0.113.9:5000"
+    for target in targets:
+        assert link.exchange(target, target.encode()) == target.encode()
+    assert set(names.lookups) <= lookups | {"127.0.0.1"}
+    assert watched.accepted == 0
+    assert tcp_echo.accepted == len(targets)
+    still_serves(end)
+    assert not end.problems
+
+
+@pytest.mark.parametrize("name", ["", hostile_text, "\x00", b"\xff\xfe"], ids=["empty", "hostile", "NUL", "no UTF-8"])
+def test_20_the_servers_open_names_nonsense(reversed_client, name):
+    """Taken as the information that it is, or for a broken server: nothing else comes of it."""
+    end = reversed_client()
+    link = end.link()
+    stream = link.open(name)
+    with contextlib.suppress(PeerError, peer.LinkEnded):
+        stream.wait_opened()
+        stream.send(b"hello")
+        assert stream.receive() == b"hello"
+    still_serves(end)
+    assert not end.problems
+
+
+@pytest.fixture
+def stranger(keys, tmp_path):
+    """Another client that the server knows."""
+    made = make_keys(tmp_path / "stranger")
+    keys.server.trust(made, "authorized_keys")
+    return made
+
+
+def originator(stack, address):
+    return stack.enter_context(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=PATIENCE))
+
+
+def answer(link, connection):
+    """The next stream of a Listen link is this connection's, and works."""
+    connection.sendall(b"hello")
+    connection.shutdown(socket.SHUT_WR)
+    stream = link.accept()
+    assert stream.target == "127.0.0.1:%d" % connection.getsockname()[1]
+    peer.echo(stream)
+    assert receive_all(connection) == b"hello"
+    stream.over()
+
+
+def test_21_a_listen_link_serves_no_other_client(served, stranger):
+    """Neither where the other has no link that waits, nor where it has none at all any more."""
+    end = served("--allow-listen")
+    mine, theirs = end.link(), end.link(seed_of(stranger))
+    addresses = mine.listen("127.0.0.1:0", b"instance"), theirs.listen("127.0.0.1:0", b"instance")
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            answer(mine, originator(stack, addresses[0]))
+            answer(theirs, originator(stack, addresses[1]))
+        # One link, two connections: the second waits, though another's link is idle.
+        busy, waiting = originator(stack, addresses[0]), originator(stack, addresses[0])
+        stream = mine.accept()
+        assert stream.target == "127.0.0.1:%d" % busy.getsockname()[1]
+        stream.opened()
+        answer(theirs, originator(stack, addresses[1]))
+        busy.shutdown(socket.SHUT_WR)
+        stream.finish()
+        answer(mine, waiting)
+        # The whole client goes, and its last connection with it.
+        last = originator(stack, addresses[0])
+        assert mine.accept().target == "127.0.0.1:%d" % last.getsockname()[1]
+        mine.finish()
+        assert was_reset(last)
+        answer(theirs, originator(stack, addresses[1]))
+    still_serves(end)
+
+
+@pytest.mark.parametrize("instance", [b"instance", b"another!"])
+def test_21_a_listen_link_of_another_key_joins_no_pool(served, stranger, instance):
+    """Not even with the right address and instance."""
+    end = served("--allow-listen")
+    mine = end.link()
+    address = mine.listen("127.0.0.1:0", b"instance")
+    theirs = end.link(seed_of(stranger))
+    theirs.send_open(LISTEN, address, instance)
+    assert read_error(theirs).text
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            answer(mine, originator(stack, address))
+    still_serves(end)
+
+
+def test_21_a_pool_has_one_address(served):
+    """Two listeners of one client and one instance: each connection takes a link of its own listener."""
+    end = served("--allow-listen")
+    links = end.link(), end.link()
+    addresses = [link.listen("127.0.0.1:0", b"instance") for link in links]
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            for link, address in zip(links, addresses):
+                answer(link, originator(stack, address))
+    still_serves(end)
+
+
 # ---------------------------------------------------------------------------------------------------- 22-26: policy
 
 
-def test_22_listen_without_permission(served):
+@pytest.mark.parametrize("options", ["", 'permitlisten="127.0.0.1:*"'])
+def test_22_listen_without_permission(served, options):
+    """A key's own permission does not make up for the server's."""
     end = served()
+    (end.keys.server.path / "authorized_keys").write_text("%s %s\n" % (end.keys.client.public, options))
     for address in ("127.0.0.1:0", "0", "0.0.0.0:0"):
         link = end.link()
         link.send_open(LISTEN, address, b"instance")
         assert read_error(link).text
     still_serves(end)
+
+
+def test_22_listen_with_permission(served):
+    end = served("--allow-listen")
+    with contextlib.ExitStack() as stack:
+        for address in ("127.0.0.1:0", "0"):
+            link = end.link()
+            bound = link.listen(address, b"instance")
+            assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d+", bound)
+            answer(link, originator(stack, bound))
+    still_serves(end)
+
+
+def test_22_listen_with_permission_for_something_else(served):
+    """The refusal says what every refusal says."""
+    end = served("--allow-listen")
+    (end.keys.server.path / "authorized_keys").write_text('%s permitlisten="127.0.0.1:*" permitlisten="127.0.0.2:9"\n' % end.keys.client.public)
+    common = refusal_of(end, TCP, "224.0.0.1:80")
+    for address in ("0.0.0.0:0", "127.0.0.2:0", "127.0.0.2:8", "[::]:0", "[::1]:0"):
+        assert refusal_of(end, LISTEN, address, b"instance") == common
+    with contextlib.ExitStack() as stack:
+        link = end.link()
+        answer(link, originator(stack, link.listen("127.0.0.1:0", b"instance")))
+    still_serves(end)
+
+
+def refusal_of(end, kind, target, instance=b""):
+    link = end.link()
+    link.send_open(kind, target, instance)
+    error = read_error(link)
+    return error.code, error.text
 
 
 MALFORMED_TARGETS = [
