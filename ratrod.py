@@ -139,6 +139,7 @@ SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open
+GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
 CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -4172,9 +4173,11 @@ class ReverseListener:
     def __init__(self, server: Server, key: bytes, instance: bytes, asked: str, sockets: list[socket.socket]):
         self._server, self.key, self.instance, self.asked = server, key, instance, asked
         self.address = parse_bind(asked)._replace(port=sockets[0].getsockname()[1])
+        self._retired: set[bytes] = set()
         self._links: dict[Link, bytes] = {}  # each with the instance that it came from
         self._waiting: list[Link] = []
         self._queue: collections.deque[Stream] = collections.deque()
+        self._closed = False
         self._listeners = [Listener(server.loop, sock, self._accepted, server.limits.accept_pause) for sock in sockets]
         for listener in self._listeners:
             listener.start()
@@ -4184,16 +4187,26 @@ class ReverseListener:
 
     def join(self, link: Link, instance: bytes) -> None:
         """One more link; those of an older run of the same client wait no more."""
+        self._links[link] = instance
         if instance != self.instance:
             log.debug("%s: taken over by a new run of its client", self)
+            self._retired.add(self.instance)
             self.instance = instance
             for old in self._waiting[:]:
                 old.close()
-        self._links[link] = instance
         link.turn(OPENER)
         link.send(link.writer.record(OPENED, str(self.address)))
         link.release()
         self.put(link)
+
+    @property
+    def abandoned(self) -> bool:
+        """Only its grace keeps it."""
+        return not self._links
+
+    def is_retired(self, instance: bytes) -> bool:
+        """Whether a later run than this one listens here: two that live must not take the address from each other for ever."""
+        return instance in self._retired and self.instance in self._links.values()
 
     def put(self, link: Link) -> None:
         """A link that is idle now."""
@@ -4236,11 +4249,13 @@ class ReverseListener:
         self._links.pop(link, None)
         if link in self._waiting:
             self._waiting.remove(link)
-        if not self._links:
-            self.close()
+        # Not at once: where the client refuses a connection its link ends, and the next one may be on its way.
+        if not self._links and not self._closed:
+            self._server.loop.call_later(GRACE, lambda: None if self._links else self.close())
 
     def close(self) -> None:
         """Ends it with all that it carries."""
+        self._closed = True
         self._server.forget_reverse(self)
         for listener in self._listeners:
             listener.close()
@@ -4546,9 +4561,13 @@ class Server(Endpoint):
         """The one that is there, or a new one; RatrodError where it cannot be."""
         there = next((listener for listener in self._reverse if listener.address == address), None)
         if there and there.key == key:
+            if there.is_retired(instance):
+                raise RatrodError("cannot listen on `%s`: a later run of this client does" % str(address))
             return there
         if there:
             raise RatrodError("cannot listen on `%s`: it is in use by another client" % str(address))
+        for listener in [listener for listener in self._reverse if listener.abandoned]:
+            listener.close()
         if sum(listener.key == key for listener in self._reverse) >= self.limits.listeners_per_key:
             raise RatrodError("this client listens on as many addresses as one may have (%d)" % self.limits.listeners_per_key)
         listener = ReverseListener(self, key, instance, asked, listen(address))
@@ -4838,12 +4857,12 @@ class ReverseTunnel(LinkUser):
     READY = 2  # links that wait; more while connections are busy, for a burst asks for one link after the other
 
     def __init__(self, client: Client, spec: TunnelSpec, number: int, bound: Callable[[ReverseTunnel], None],
-                 refused: Callable[[Exception], None]):
+                 refused: Callable[[ReverseTunnel, Exception], None]):
         self._client, self.spec, self.number = client, spec, number
         self._bound, self._refused = bound, refused
         self.instance = os.urandom(8)
         self.address: Address | None = None  # what the server listens on, once it has said so
-        self._asked = str(spec.local) if spec.local.host else str(spec.local.port)
+        self.asked = str(spec.local) if spec.local.host else str(spec.local.port)
         self._asking = 0
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
@@ -4863,7 +4882,7 @@ class ReverseTunnel(LinkUser):
     def _made(self, link: Link | None, error: Exception | None) -> None:
         if link is None:
             return self._failed(error or ConnectError("unknown reason"))
-        return link.ask(ListenLink(self), LISTEN, self._asked, self._client.patience, self.instance)
+        return link.ask(ListenLink(self), LISTEN, self.asked, self._client.patience, self.instance)
 
     def listening(self, link: Link, bound: str) -> None:
         try:
@@ -4878,7 +4897,7 @@ class ReverseTunnel(LinkUser):
         if not self.waiting:
             self._since = self._client.loop.now
         first, self.address = self.address is None, address
-        self._asked = str(self.address)
+        self.asked = str(self.address)
         self.waiting.add(link)
         self._client.reverse_links[link] = self
         if first:
@@ -4892,7 +4911,7 @@ class ReverseTunnel(LinkUser):
         """Nothing waits there now, and asking again at once would not help."""
         self._asking -= 1
         if self.address is None:
-            return self._refused(error)
+            return self._refused(self, error)
         if not self.waiting and not self._asking:
             self._rest(error)
         return None
@@ -4920,11 +4939,12 @@ class ReverseTunnel(LinkUser):
         return link.send(end + link.writer.record(OVER))
 
     def gone(self, link: Link, error: Exception | None) -> None:
+        waited = link in self.waiting
         self.busy.discard(link)
         self.waiting.discard(link)
         if self._client.closing:
             return
-        if not self.waiting and not self._asking and not self._resting:
+        if waited and not self.waiting and not self._asking and not self._resting:
             self._rest(error or LinkClosed("the server closed the connection"))
         else:
             self.more()
@@ -5064,8 +5084,8 @@ class Client(Endpoint):
         if not self._unbound:
             self._started()
 
-    def _reverse_refused(self, error: Exception) -> None:
-        log.error("❌ reverse tunnel: %s", reason(error))
+    def _reverse_refused(self, tunnel: ReverseTunnel, error: Exception) -> None:
+        log.error("❌ reverse tunnel `R:%s` to `%s`: %s", tunnel.asked, tunnel.spec.remote, reason(error))
         self._finished(PolicyError(str(error)) if isinstance(error, PeerError) and error.code == INVALID_HOST else error)
 
     def open_asked(self, link: Link, message: Open) -> None:
