@@ -1848,8 +1848,8 @@ class Socks5Handshake(Handshake):
 
     CONNECT, BIND, ASSOCIATE = 1, 2, 3
 
-    def __init__(self, user: str = ""):
-        self._user = user.encode()
+    def __init__(self, user: str | None = None):
+        self._user = (user or "").encode("utf-8", "surrogateescape")
         self.command, self.target = 0, ""
         super().__init__()
 
@@ -1891,7 +1891,8 @@ def socks_target(kind: int, host: bytes, port: bytes) -> str:
     import ipaddress
 
     shown = host.decode("latin-1") if kind == 3 else str(ipaddress.ip_address(host))
-    return str(Address(shown, int.from_bytes(port, "big")))
+    # Not an Address: a name that looks like a path must stay a name, not become a Unix socket.
+    return ("[%s]:%d" if ":" in shown else "%s:%d") % (shown, int.from_bytes(port, "big"))
 
 
 def socks_address(target: Address) -> bytes:
@@ -2793,7 +2794,7 @@ def report_end(label: Label, sent: int, received: int, started: float, error: Ex
     """The line that every connection ends with: shown with -v, or always where somebody should know."""
     failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
     if failed:
-        log.error("❌ %s: %s", label, error)
+        log.error("❌ %s: %s%s", label, "refused: " if isinstance(error, PolicyError) else "", error)
     if log.isEnabledFor(logging.DEBUG):
         how = "" if failed else " closed" if error is None else " reset (%s)" % reason(error)
         log.debug("%s%s%s: %d bytes sent to the link, %d received, lived %.1f s", "" if failed else "✅ ", label, how, sent, received,
@@ -3269,8 +3270,8 @@ class UdpSessionTable:
 
     def end_of(self, port: Any) -> None:
         """Ends the sessions of one UdpPort."""
-        for key in [key for key in self._sessions if key[0] is port]:
-            self._sessions[key].end()
+        for session in [session for key, session in self._sessions.items() if key[0] is port]:
+            session.end()  # where telling the other side finds the link dead, others of them end by that already
 
 
 class UdpLink(LinkUser):
@@ -3652,7 +3653,8 @@ class SocksAssociation:
         try:
             udp.bind((sock.getsockname()[0], 0))
             self.port = SocksUdpPort(loop, udp, receive, sock.getpeername()[0])
-            self._transport.send(socks_reply(0, Address(*udp.getsockname()[:2])))
+            host, port = udp.getsockname()[:2]
+            self._transport.send(socks_reply(0, Address(unmapped(host), port)))
         except OSError:
             udp.close()
             raise
@@ -3674,7 +3676,7 @@ class SocksAssociation:
 class SocksConnection:
     """A SOCKS5 client that has not said yet what it wants; done(connection, handshake) when it has, or done(connection, None)."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, user: str, timeout: float,
+    def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, user: str | None, timeout: float,
                  done: Callable[[SocksConnection, Socks5Handshake | None], None]):
         self.sock, self.address = sock, address
         self._loop, self._done = loop, done
@@ -4974,7 +4976,7 @@ class Client(Endpoint):
     def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
-                 socks_user: str = "", ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
+                 socks_user: str | None = None, ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
                  started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
@@ -5133,7 +5135,7 @@ class Client(Endpoint):
         if request is None or self.closing:
             return None
         try:
-            if request.command == request.ASSOCIATE:
+            if request.command == request.ASSOCIATE and isinstance(address, tuple):  # over a Unix socket there is no address to answer to
                 self._associations.add(SocksAssociation(self.loop, sock, self._session, self._association_ended))
             elif request.command == request.CONNECT:
                 label = new_label(show_address(address), str(parse_target(request.target)))
@@ -5452,14 +5454,14 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     else, as a port that is in use.
     """
     address = parse_endpoint(server, "server")
-    specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user or "")
+    specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user)
     if any(spec.kind == STDIO for spec in specs):
         raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
     folder = KeyFolder(key_path)
     ensure_keys(folder, may_ask=False)
     return Tunnel(lambda loop, started, finished: Client(
         loop, folder, address, specs, limits, legacy=legacy, accept_all_hosts=accept_all_hosts, accept_new=accept_new,
-        should_encrypt=encrypt, socks_user=socks_user or "", started=started, finished=finished), timeout)
+        should_encrypt=encrypt, socks_user=socks_user, started=started, finished=finished), timeout)
 
 
 def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str = ".*", authorize: Authorizer | None = None,
@@ -5500,7 +5502,7 @@ class Options(NamedTuple):
     accept_all_hosts: bool = False
     accept_new: bool = False
     allow_listen: bool = False
-    socks_user: str = ""
+    socks_user: str | None = None
     encrypt: bool = False
     legacy: bool = False
     udp_timeout: float = DEFAULT_LIMITS.udp_timeout
@@ -5891,13 +5893,13 @@ def connect_command(options: Options) -> int:
         socks_user=options.socks_user, ask_host=lambda error: may_ask and ask_host(error, str(server)), finished=finished)))
 
 
-def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str = "") -> list[TunnelSpec]:
+def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str | None = None) -> list[TunnelSpec]:
     """The tunnels of a command line; ConfigError also for what does not go together."""
     tunnels = [spec for text in texts for spec in parse_tunnels(text)]
     kinds = [spec.kind for spec in tunnels]
-    if socks_user and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL):
+    if socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL):
         raise ConfigError("--socks-user takes name:password")
-    if any(len(part.encode()) > 255 for part in socks_user.split(":", 1)):
+    if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)):
         raise ConfigError("--socks-user: SOCKS5 has room for 255 bytes of name and of password")
     if legacy and REVERSE in kinds:
         raise ConfigError("the original's protocol (--legacy) has no reverse tunnels (R:)")
