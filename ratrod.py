@@ -524,8 +524,8 @@ class Pattern(NamedTuple):
 
 def parse_pattern(text: str) -> Pattern:
     """ValueError says what is wrong."""
-    if text.startswith("unix:/"):
-        return Pattern(parse_target(text).host, 0)
+    if text.startswith("unix:"):
+        return Pattern(parse_path(text[5:]), 0)
     pieces = split_host_port(text)
     if len(pieces) != 2:
         raise ValueError("`%s` is not host:port" % printable(text))
@@ -569,12 +569,10 @@ def parse_grant(words: list[str]) -> Grant:
         elif word in ("no-udp", "no-legacy"):
             fields = {word.replace("-", "_"): True}
             grant = grant._replace(**fields)
-        elif "=" in word or re.match("permit|no-|expire", word):
-            raise ValueError("there is no option `%s`" % printable(word))
         else:
-            late = [later for later in words[number:] if re.match("(?:permitopen|permitlisten|expires)=|no-(?:udp|legacy)$", later)]
-            if late:
-                raise ValueError("the option `%s` stands behind the comment" % printable(late[0]))
+            meant = next((later for later in words[number:] if "=" in later or re.match("permit|no-|expire", later)), None)
+            if meant is not None:
+                raise ValueError("`%s` is no option, or stands behind the comment" % printable(meant))
             return grant._replace(comment=printable(" ".join(words[number:]), 60))
     return grant
 
@@ -628,8 +626,10 @@ class KeyLines:
                 lines, problems = self._parse(file)
         except OSError as error:
             # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
-            return self._cache if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0] else (None, {})
-        self.problems = problems
+            if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
+                return self._cache
+            lines, problems = {}, ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
+        self.problems = problems if problems != self.problems else self.problems
         # The same object where nothing is new: whoever looks for changes sees none.
         return signature, self._cache[1] if lines == self._cache[1] else lines
 
@@ -894,14 +894,14 @@ class Policy:
             with warnings.catch_warnings():
                 # `[[:alpha:]]` compiles with a FutureWarning and then means something else: a rule that is misread lets strangers in.
                 warnings.simplefilter("error")
-                self._regex = re.compile(regex, re.IGNORECASE)
+                self._regex, self._exact = re.compile(regex, re.IGNORECASE), re.compile(regex)
         except (re.error, Warning, RecursionError, OverflowError) as error:
             raise ConfigError("cannot use the remote regex `%s`: %s" % (regex, error)) from None
 
     def _matches(self, target: Address) -> bool:
         if target.is_unix and self._restricted:
             # `.*db.*` means machines: what shall reach a docker.sock has to say that it means Unix sockets.
-            return "unix:" in self._regex.pattern and bool(self._regex.fullmatch(str(target)))
+            return "unix:" in self._regex.pattern and bool(self._exact.fullmatch(str(target)))
         return any(self._regex.fullmatch(text) for text in (target.host, str(target)))
 
     def _granted(self, target: Address, grants: tuple[Grant, ...]) -> bool:
@@ -964,23 +964,23 @@ def parse_tunnels(text: str) -> list[TunnelSpec]:
     reverse = "R:" if text.startswith("R:") else ""
     pieces = re.split(r":(?![^\[]*\])", text[len(reverse):])
     places = {1: (0,), 2: (0, 1), 3: (0, 2), 4: (1, 3)}.get(len(pieces), ())
-    spans = [re.fullmatch("([0-9]{1,5})-([0-9]{1,5})", pieces[place], re.ASCII) for place in places]
+    spans = [re.fullmatch("([1-9][0-9]{0,4})-([1-9][0-9]{0,4})", pieces[place], re.ASCII) for place in places]
     if not any(spans):
         return [parse_tunnel(text)]
     ranges = [range(int(span.group(1)), int(span.group(2)) + 1) for span in spans if span]
-    if not all(spans) or len({len(ports) for ports in ranges}) > 1 or not 1 <= len(ranges[0]) <= 1000:
+    if not all(spans) or len({len(ports) for ports in ranges}) > 1 or not 1 <= len(ranges[0]) <= 1000 or max(map(max, ranges)) > 65535:
         raise ConfigError("cannot understand the tunnel `%s`: its ranges of ports must be equally long, upwards, and of at most 1000 ports,"
                           " as 8000-8010:host:9000-9010" % printable(text))
     found = []
     for ports in zip(*ranges):
         for place, port in zip(places, ports):
             pieces[place] = str(port)
-        found.append(parse_tunnel(reverse + ":".join(pieces)))
+        found.append(parse_tunnel(reverse + ":".join(pieces), typed=text))
     return found
 
 
-def parse_tunnel(text: str) -> TunnelSpec:
-    """One tunnel in any of its forms; ConfigError says what is wrong and shows them."""
+def parse_tunnel(text: str, typed: str | None = None) -> TunnelSpec:
+    """One tunnel in any of its forms; ConfigError says what is wrong with it, or with the range that was typed, and shows them."""
     try:
         if text.startswith("R:"):
             return _parse_reverse(text[2:])
@@ -997,7 +997,7 @@ def parse_tunnel(text: str) -> TunnelSpec:
     except ValueError as error:
         raise ConfigError("cannot understand the tunnel `%s`: %s. The forms are [local_host:[local_port:[remote_host:]]]remote_port, as"
                           " 2000:db:5432; [host:]port:socks; stdio:host:port; unix:/path in place of host:port; and R:[host:]port:host:port"
-                          % (printable(text), error)) from None
+                          % (printable(typed or text), error)) from None
 
 
 def _parse_classic(text: str, local_host: str) -> TunnelSpec:
@@ -2057,12 +2057,12 @@ class EventLoop:
     def __init__(self) -> None:
         self._selector = EpollSelector() if hasattr(selectors, "EpollSelector") else Selector()
         self._timers: list[Timer] = []
-        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._calls: collections.deque[tuple[Callable[[], None], Callable[[], None]]] = collections.deque()
         self._wake_receiver, self._waker = socket.socketpair()
         for end in (self._wake_receiver, self._waker):
             end.setblocking(False)
         self._selector.register(self._wake_receiver, READ, self._on_wake)
-        self._stopped = False
+        self._stopped = self._closed = False
         self.now, self.awake = time.monotonic(), boot_time()  # as of this round: good enough for everything that counts in seconds
         # Shared by all: what one callback reads or seals here it has sent or kept elsewhere when it returns. A buffer of its own for
         # every connection would cost 256 KB each.
@@ -2116,10 +2116,18 @@ class EventLoop:
         heapq.heappush(self._timers, timer)
         return timer
 
-    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
-        self._calls.append(call)
-        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: a thread has outlived the loop
+    def call_soon_threadsafe(self, call: Callable[[], None], discard: Callable[[], None] = lambda: None) -> None:
+        """call() in the loop's next round; discard() in its place where there will be none."""
+        self._calls.append((call, discard))
+        with contextlib.suppress(OSError):  # full: it will wake anyway
             self._waker.send(b"\0")
+        if self._closed:  # this thread has outlived the loop
+            self._discard_calls()
+
+    def _discard_calls(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread does the same
+            while self._calls:
+                self._calls.popleft()[1]()
 
     def _on_wake(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -2142,12 +2150,14 @@ class EventLoop:
                 if call:
                     self._run(call)
             for _ in range(len(self._calls)):
-                self._run(self._calls.popleft())
+                self._run(self._calls.popleft()[0])
 
     def stop(self) -> None:
         self._stopped = True
 
     def close(self) -> None:
+        self._closed = True
+        self._discard_calls()
         self._selector.close()
         self._wake_receiver.close()
         self._waker.close()
@@ -2173,6 +2183,13 @@ class EventLoop:
         end = getattr(getattr(call, "__self__", None), "die", None)
         if end:
             end(error)
+
+
+def close_sockets(result: Any) -> None:
+    """What a task of a WorkerPool has made, where nobody takes it any more."""
+    for part in result if isinstance(result, tuple) else ():
+        if isinstance(part, socket.socket):
+            part.close()
 
 
 class WorkerPool:
@@ -2223,7 +2240,7 @@ class WorkerPool:
                 error = raised
             with self._lock:
                 self._unfinished -= 1
-            self._loop.call_soon_threadsafe(functools.partial(done, result, error))
+            self._loop.call_soon_threadsafe(functools.partial(done, result, error), functools.partial(close_sockets, result))
             del item, task, done, result, error  # an idle thread must not keep a socket alive
 
 
@@ -3029,7 +3046,11 @@ class StdioTransport(Transport):
             self.want(self.events)
 
     def recv_into(self, view: memoryview) -> int | None:
+        import select
+
         try:
+            if 0 not in self._blocking and not select.select([0], [], [], 0)[0]:
+                return None  # a terminal where nothing has been typed
             return os.readv(0, [view])
         except (BlockingIOError, InterruptedError):
             return None
@@ -3043,8 +3064,9 @@ class StdioTransport(Transport):
     def half_close(self) -> None:
         self.want(self.events & READ)
         self._restore(1)
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(1)) as sock:  # or it is no socket
-            sock.shutdown(socket.SHUT_WR)
+        if stat.S_ISSOCK(os.fstat(1).st_mode):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(1)) as sock:
+                sock.shutdown(socket.SHUT_WR)
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, 1)
         os.close(devnull)
@@ -3079,6 +3101,11 @@ class StdioStream(Stream):
 
     def check(self) -> None:
         """Nothing: what it writes to says when it breaks."""
+
+    def _failed(self, error: OSError) -> None:
+        if error.errno != errno.EPIPE:  # a reader that went away knows by itself
+            log.error("❌ %s: standard input or output: %s", self.label, reason(error))
+        super()._failed(error)
 
     def finished(self) -> None:
         super().finished()
@@ -3862,9 +3889,6 @@ class Listener:
 
     def close(self) -> None:
         self._unwatch()
-        if self.sock.fileno() >= 0 and self.sock.family == getattr(socket, "AF_UNIX", None):
-            with contextlib.suppress(OSError):
-                os.unlink(self.sock.getsockname())
         self.sock.close()
 
 
@@ -3882,19 +3906,38 @@ def listen_unix(path: str) -> socket.socket:
     names what else is there."""
     if not hasattr(socket, "AF_UNIX"):
         raise RatrodError("cannot listen on `unix:%s`: this system has no Unix sockets here" % path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = UnixListener(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _clear_path(path)
-        mask = os.umask(0o177)
-        try:
-            sock.bind(path)
-        finally:
-            os.umask(mask)
+        sock.bind_privately(path)
         sock.listen(1024)
     except OSError as error:
         sock.close()
         raise RatrodError("cannot listen on `unix:%s`: %s" % (path, reason(error))) from None
     return sock
+
+
+class UnixListener(socket.socket):
+    """A Unix socket that takes its file with it when it is closed, unless another has that path by then."""
+
+    _file: tuple[str, int, int] | None = None
+
+    def bind_privately(self, path: str) -> None:
+        with contextlib.suppress(OSError):  # Linux: the file gets this mode from its first moment on, and no umask of other threads changes
+            os.fchmod(self.fileno(), 0o600)
+        self.bind(path)
+        status = os.lstat(path)
+        self._file = path, status.st_dev, status.st_ino
+        os.chmod(path, 0o600)
+
+    def close(self) -> None:
+        if self._file and self.fileno() >= 0:
+            path, *file = self._file
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                if [status.st_dev, status.st_ino] == file:
+                    os.unlink(path)
+        super().close()
 
 
 def _clear_path(path: str) -> None:
@@ -4285,7 +4328,8 @@ class Server(Endpoint):
         self._links_of: collections.Counter[bytes] = collections.Counter()
         self._connecting = FairQueue(limits.connects_per_key)
         self._relays: dict[bytes, set[UdpRelay]] = {}
-        self._listed: Any = None  # authorized_keys as the links were last held against it ...
+        self._listed: Any = None  # authorized_keys as the links were last held against it, and what is wrong with it ...
+        self._problems: list[str] = []
         self._expiry = float("inf")  # ... and when, by time.time(), the next of its lines expires
         self._reverse: set[ReverseListener] = set()
         self._listening: dict[Link, ReverseListener] = {}
@@ -4367,12 +4411,13 @@ class Server(Endpoint):
 
     def _hold_against_lists(self) -> None:
         """What the lists do not allow any more ends: after a change, and when a line expires."""
-        listed = self.folder.authorized_keys.read()
+        listed, problems = self.folder.authorized_keys.read(), self.folder.authorized_keys.problems
+        if problems != self._problems and not self._authorizer:
+            for problem in problems:
+                log.warning("%s", problem)
+        self._problems = problems
         if listed is self._listed and time.time() < self._expiry:
             return
-        if listed is not self._listed and not self._authorizer:
-            for problem in self.folder.authorized_keys.problems:
-                log.warning("%s", problem)
         self._listed = listed
         self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines if grant.expires > time.time()), default=float("inf"))
         for link in [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]:
@@ -4584,6 +4629,9 @@ class Server(Endpoint):
         for sock in self._strangers:
             with contextlib.suppress(OSError):  # it wakes its thread
                 sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for listener in list(self._reverse):
+            listener.close()
         super().close()
 
     def forget_reverse(self, listener: ReverseListener) -> None:
@@ -5745,12 +5793,13 @@ def ask_host(error: UnknownHost, address: str) -> bool:
 
     key = encode_key(error.key)
     fingerprint = "SHA256:" + base64.b64encode(hashlib.sha256(error.key).digest()).decode("ascii").rstrip("=")
-    print("The key of the server `%s` is not known yet.\nIt is %s, fingerprint %s.\n"
-          "Are you sure you want to continue connecting (yes/no/[fingerprint])? " % (address, key, fingerprint),
-          end="", file=sys.stderr, flush=True)
-    # Ctrl-C shall end the question, not wait behind it.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A signal shall end the question, not wait behind it.
+    handlers = [(number, signal.signal(number, handler)) for number, handler in (
+        (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))]
     try:
+        print("The key of the server `%s` is not known yet.\nIt is %s, fingerprint %s.\n"
+              "Are you sure you want to continue connecting (yes/no/[fingerprint])? " % (address, key, fingerprint),
+              end="", file=sys.stderr, flush=True)
         while True:
             answer = sys.stdin.readline()
             if not answer or answer.strip().lower() in ("no", "n"):
@@ -5759,7 +5808,8 @@ def ask_host(error: UnknownHost, address: str) -> bool:
                 return True
             print("Please type 'yes', 'no' or the fingerprint: ", end="", file=sys.stderr, flush=True)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers:
+            signal.signal(number, handler)
 
 
 def at_terminal() -> bool:
@@ -5823,8 +5873,10 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int], int]) -
             os._exit(code)
         children.add(pid)
 
-    # A socket that somebody holds open is served by nobody once its own process is gone: connections to it would hang.
-    close_all(sock for group in sockets for sock in group)
+    # A socket that somebody holds open is served by nobody once its own process is gone: connections to it would hang. Not close(),
+    # with which the file of a Unix socket would go.
+    for sock in {sock for group in sockets for sock in group}:
+        os.close(sock.detach())
 
     passed: list[int] = []
 
@@ -5885,7 +5937,12 @@ def connect_command(options: Options) -> int:
     stdio = any(spec.kind == STDIO for spec in tunnels)
     ensure_keys(folder, may_ask=not stdio)
     may_ask = at_terminal() and not stdio and options.workers == 1
-    sockets = [listen_for_tunnel(options.workers, spec) for spec in tunnels]
+    sockets: list[list[list[socket.socket]]] = []
+    with contextlib.ExitStack() as stack:
+        for spec in tunnels:
+            sockets.append(listen_for_tunnel(options.workers, spec))
+            stack.callback(close_all, [sock for group in sockets[-1] for sock in group])
+        stack.pop_all()
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
     return run_workers([sum(group, []) for group in groups], lambda number: run_endpoint(lambda loop, finished: Client(
         loop, folder, server, tunnels, options.limits, sockets=groups[number], report=log.debug if number else log.info,
