@@ -4847,8 +4847,7 @@ class LinkPool:
     def _pop(self) -> Link | None:
         while self._idle:
             _, link = self._idle.pop()
-            if self._loop.awake - link.heard_at > 0.05:  # else what has come since is as unlikely as what comes right after
-                link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
+            link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
             if link.state == IDLE and self._loop.awake - link.heard_at < self._limits.trusted and self._loop.now - link.born < self._limits.link_age:
                 return link
             link.close()
