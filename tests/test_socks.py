@@ -785,13 +785,20 @@ def test_password_counts_for_every_proxy(forward, tcp_echo):
 @pytest.fixture
 def dns(start):
     """The port of a real DNS server on loopback that knows test.example (192.0.2.7) and long.example (700 bytes of text)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = port_of(probe)
-    start(need("dnsmasq"), "--no-daemon", "--conf-file=/dev/null", "--port=%d" % port, "--listen-address=127.0.0.1", "--bind-interfaces",
-          "--no-resolv", "--no-hosts", "--address=/test.example/192.0.2.7", "--txt-record=long.example," + ",".join(["x" * 250] * 3),
-          ).wait_for("started, version")
-    return port
+    # It takes no port 0, and one that was free a moment ago may be another test's by now.
+    for _ in range(10):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = port_of(probe)
+        server = start(need("dnsmasq"), "--no-daemon", "--conf-file=/dev/null", "--port=%d" % port, "--listen-address=127.0.0.1",
+                       "--bind-interfaces", "--no-resolv", "--no-hosts", "--address=/test.example/192.0.2.7",
+                       "--txt-record=long.example," + ",".join(["x" * 250] * 3))
+        try:
+            server.wait_for("started, version")
+            return port
+        except AssertionError:
+            assert "already in use" in server.output, server.output
+    raise AssertionError("no free port in ten tries")
 
 
 def dns_question(name, number, kind=1):
