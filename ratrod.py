@@ -3,11 +3,20 @@
 
 Usage:
   ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--allow-listen] [--legacy]
-         [--udp-timeout SECS] [--handshake-timeout SECS] [--max-links N]
-         [--max-links-per-key N] [--max-udp-sessions N] [--workers N] [--] BIND
+         [--drain SECS] [--reuse-port] [--proxy-protocol SOURCES] [--workers N]
+         [--max-links N] [--max-links-per-key N] [--max-streams N]
+         [--max-streams-per-key N] [--max-handshakes N]
+         [--max-handshakes-per-source N] [--handshake-rate N]
+         [--max-connects-per-key N] [--handshake-timeout SECS]
+         [--connect-timeout SECS] [--link-age SECS] [--udp-timeout SECS]
+         [--max-udp-sessions N] [--max-udp-sessions-per-link N]
+         [--udp-backlog BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
-         [--socks-user AUTH] [--udp-timeout SECS] [--handshake-timeout SECS]
-         [--workers N] [--] SERVER [--] [TUNNEL]...
+         [--socks-user AUTH] [--max-retry-count N] [--max-retry-interval SECS]
+         [--drain SECS] [--workers N] [--idle-links N]
+         [--handshake-timeout SECS] [--connect-timeout SECS] [--link-age SECS]
+         [--udp-timeout SECS] [--max-udp-sessions-per-link N]
+         [--udp-backlog BYTES] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
   ratrod [-v] demo
   ratrod help [COMMAND]
@@ -23,7 +32,7 @@ Commands:
 
 Arguments:
   BIND     the address to listen on, `host:port`, as 0.0.0.0:19000 or [::]:19000
-  SERVER   the server's address, `host:port`
+  SERVER   the server's address, `host:port`; several, `a:1,b:2`, are tried in turn
   TUNNEL   [local_host:[local_port:[remote_host:]]]remote_port, for TCP and UDP alike: 2000:db:5432, 2000:80, 80;
            IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one;
            ranges: 8000-8010:host:9000-9010
@@ -33,24 +42,40 @@ Arguments:
            R:[host:]port:host:port    reverse: the server listens (serve --allow-listen), this side connects
 
 Options:
-  -k, --key-path KEY_PATH   the folder of `key`, `key.pub`, `authorized_keys` and `known_hosts`,
-                            or the key file itself (default: ~/.ratrod)
-  -v, --verbose             say more: every connection with its addresses, bytes and time
-  -r, --remote-regex REGEX  allow only remotes whose whole `host` or whole `host:port` matches (default: .*)
-  -a, --accept-all-hosts    accept any server's key: no protection from a server that only pretends
-  --accept-new              add an unknown server's key to `known_hosts` without asking, but never accept a changed one
-  --allow-listen            let clients listen on addresses of this machine (R: tunnels)
-  --socks-user AUTH         name:password that clients of socks tunnels must give
-  -e, --encrypt             with --legacy: encrypt the traffic; otherwise it is always encrypted
-  --legacy                  connect: speak the wire of the original, Rust ratrod 0.6.3; serve: take it too
-  --udp-timeout SECS        forget a UDP session that has been idle for so long (default: 120)
-  --handshake-timeout SECS  time for a connection to authenticate itself (default: 10)
-  --max-links N             connections of clients in all (default: as many as the descriptor limit bears)
-  --max-links-per-key N     ... and of one client's key (default: the same)
-  --max-udp-sessions N      UDP sessions in all (default: 4096)
-  --workers N               share the work among so many processes, each with these limits (default: 1)
-  -h, --help                show this help, or a command's after the command
-  -V, --version             show the version
+  -k, --key-path KEY_PATH         the folder of `key`, `key.pub`, `authorized_keys` and `known_hosts`,
+                                  or the key file itself (default: ~/.ratrod)
+  -v, --verbose                   say more: every connection with its addresses, bytes and time
+  -r, --remote-regex REGEX        allow only remotes whose whole `host` or `host:port` matches (default: .*)
+  -a, --accept-all-hosts          accept any server's key: no protection from a server that only pretends
+  --accept-new                    add an unknown server's key to `known_hosts`; never accept a changed one
+  --allow-listen                  let clients listen on addresses of this machine (R: tunnels)
+  --socks-user AUTH               name:password that clients of socks tunnels must give
+  -e, --encrypt                   with --legacy: encrypt the traffic; otherwise it always is
+  --legacy                        connect: speak the wire of the original, Rust ratrod 0.6.3; serve: also
+  --max-retry-count N             give up after so many failed tries (default: the first must succeed, then never)
+  --max-retry-interval SECS       the longest pause between two tries to reach a server that went away (default: 30)
+  --drain SECS                    let open connections go on for so long at the end (default: serve 10, connect 0)
+  --reuse-port                    share the port: a new server takes over while the old one drains
+  --proxy-protocol SOURCES        load balancers that send a PROXY header, as 10.0.0.7,10.1.0.0/16
+  --workers N                     share the work among so many processes, each with these limits (default: 1)
+  --max-links N                   connections of clients in all (default: as many as the descriptor limit bears)
+  --max-links-per-key N           ... and of one client's key (default: the same)
+  --max-streams N                 TCP streams in all (default: as many as there are links)
+  --max-streams-per-key N         ... and of one client's key (default: the same)
+  --max-handshakes N              unauthenticated connections; the oldest makes room (default: 64)
+  --max-handshakes-per-source N   ... from one address, or IPv6 /64 (default: 8)
+  --handshake-rate N              new ones a second from a stranger's address, at once twice as many (default: 20)
+  --max-connects-per-key N        remotes that one client connects to at once; others wait (default: 32)
+  --idle-links N                  links that are kept for the next connections (default: 8)
+  --handshake-timeout SECS        time for a connection to authenticate itself (default: 10)
+  --connect-timeout SECS          time to look up and connect to a remote or a server (default: 10)
+  --link-age SECS                 a link older than this takes no new stream (default: 3600)
+  --udp-timeout SECS              forget a UDP session that has been idle for so long (default: 120)
+  --max-udp-sessions N            UDP sessions in all (default: 4096)
+  --max-udp-sessions-per-link N   ... and of one link; the least recently used one makes room (default: 256)
+  --udp-backlog BYTES             datagrams that may wait for a link; the oldest are dropped (default: 262144)
+  -h, --help                      show this help, or a command's after the command
+  -V, --version                   show the version
 """
 
 from __future__ import annotations  # unread at run time: they cost the start 10 ms, and each connection 4 µs
@@ -97,6 +122,8 @@ class Limits(NamedTuple):
     handshake_burst: int = 40  # ... and so many at once
     links: int = 0  # authenticated links in all; 0: half of what the descriptor limit leaves after 64 and the UDP sessions
     links_per_key: int = 0  # ... of one client's key; 0: as many as in all
+    streams: int = 0  # TCP streams in all; 0: as many as links
+    streams_per_key: int = 0  # ... of one client's key; 0: as many as in all
     lookup_threads: int = 16  # a name server that hangs holds up these, never a handshake
     connects_per_key: int = 32  # remotes of one client being looked up or connected to
     listeners_per_key: int = 4  # reverse tunnels of one client ...
@@ -109,6 +136,7 @@ class Limits(NamedTuple):
     keepalive: float = 20.0  # whoever has sent nothing for so long says that it lives
     silence: float = 45.0  # whoever reads and hears nothing for so long gives the link up
     trusted: float = 30.0  # a link that was not heard from for so long is not handed out
+    retry_interval: float = 30.0  # the longest pause between two tries to reach a server that went away
     drain_timeout: float = 5.0  # after our Error: discard what the peer still sends for so long
     udp_timeout: float = 120.0  # a UDP session without a datagram in either direction; the server waits a quarter longer
     udp_sessions: int = 256  # of one link; at the cap the least recently used makes room
@@ -654,7 +682,7 @@ class UnknownHost(AuthenticationError):
     def __init__(self, key: bytes, address: str, path: str):
         super().__init__("Server's public key `%s` is not in the known hosts file. If it is the right one (`ratrod keygen` and the server's"
                          " key.pub show it), add this line to `%s`: %s %s" % (encode_key(key), path, encode_key(key), address))
-        self.key = key
+        self.key, self.address = key, address
 
 
 class KnownHosts(KeyLines):
@@ -818,6 +846,23 @@ def unmapped(host: str) -> str:
 def show_address(address: Any) -> str:
     """A socket address as people write it; that of a Unix socket's other end says nothing."""
     return str(Address(unmapped(address[0]), address[1])) if isinstance(address, tuple) else "unix"
+
+
+def parse_networks(text: str) -> tuple[Any, ...]:
+    """`10.0.0.7,10.1.0.0/16,::1` as networks; ConfigError names what is none."""
+    import ipaddress
+
+    try:
+        return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ConfigError("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16: %s" % error) from None
+
+
+def is_within(host: str, networks: tuple[Any, ...]) -> bool:
+    import ipaddress
+
+    address = ipaddress.ip_address(unmapped(host.split("%")[0]))
+    return any(address in network for network in networks)
 
 
 _PIECE = r"(?:\[([^\[\]:]*:[^\[\]]*)\]|([^:\[\]]*))"
@@ -1039,6 +1084,11 @@ def parse_bind(text: str) -> Address:
     if address.is_unix or not (is_address(host) or host == "localhost"):
         raise ValueError("`%s` is not an address" % printable(text))
     return address._replace(host=host)
+
+
+def parse_servers(text: str) -> list[Address]:
+    """`a:1,b:2`; ConfigError says what is wrong."""
+    return list(dict.fromkeys(parse_endpoint(word.strip(), "server") for word in text.split(",")))
 
 
 def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
@@ -1921,6 +1971,61 @@ def split_socks_datagram(data: memoryview) -> tuple[str, int]:
     return socks_target(kind, bytes(data[start:end]), bytes(data[end:end + 2])), end + 2
 
 
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+
+
+class ProxyHeader(Handshake):
+    """The header that a load balancer puts before a connection (HAProxy's proxy-protocol.txt, versions 1 and 2): `source`, the address and
+    port that it came from, None where the header does not say; `is_local`: the balancer's own, as a health check."""
+
+    def __init__(self) -> None:
+        self.source: tuple[str, int] | None = None
+        self.is_local = False
+        super().__init__()
+
+    def _run(self) -> Script:
+        head = yield len(PROXY_SIGNATURE)  # the shortest of version 1 is longer
+        if head == PROXY_SIGNATURE:
+            yield from self._version_2()
+        elif head.startswith(b"PROXY "):
+            while not head.endswith(b"\r\n"):
+                if len(head) >= 107:
+                    raise RemoteProtocolError("a PROXY header without an end")
+                head += yield 1
+            self._version_1(head[:-2])
+        else:
+            raise RemoteProtocolError("no PROXY header, which --proxy-protocol asks for from there")
+
+    def _version_2(self) -> Script:
+        import ipaddress
+
+        command, family, *size = yield 4
+        length = int.from_bytes(bytes(size), "big")
+        address_size = {0x11: 4, 0x21: 16}.get(family, 0)  # TCP over IPv4, over IPv6
+        if command not in (0x20, 0x21) or family & 15 > 2 or family >> 4 > 3 or not 2 * address_size + 4 * bool(address_size) <= length <= 2048:
+            raise RemoteProtocolError("a PROXY header that cannot be")
+        body = (yield length) if length else b""
+        self.is_local = command == 0x20
+        if address_size and not self.is_local:
+            port = body[2 * address_size:2 * address_size + 2]
+            self.source = str(ipaddress.ip_address(body[:address_size])), int.from_bytes(port, "big")
+
+    def _version_1(self, line: bytes) -> None:
+        import ipaddress
+
+        words = line.decode("latin-1").split(" ")
+        if words[1] == "UNKNOWN":
+            return
+        try:
+            _, protocol, source, destination, port, _port = words
+            addresses = [ipaddress.ip_address(word) for word in (source, destination)]
+            if any(address.version != {"TCP4": 4, "TCP6": 6}.get(protocol) for address in addresses):
+                raise ValueError
+            self.source = str(addresses[0]), parse_port(port, lowest=0)
+        except ValueError:
+            raise RemoteProtocolError("a PROXY header that cannot be") from None
+
+
 # ======================================================================================================================
 # 6b. Stream states: the table of PROTOCOL.md
 # ======================================================================================================================
@@ -2099,7 +2204,7 @@ class EventLoop:
         """The descriptor that signals write to, so that they wake select() on every system."""
         return self._waker.fileno()
 
-    def watch(self, sock: socket.socket, before: int, events: int, callback: Callable[[int], None]) -> None:
+    def watch(self, sock: socket.socket, before: int, events: int, callback: Callable[[int], Any]) -> None:
         """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before` is what was watched until now."""
         if not events:
             self._selector.unregister(sock)
@@ -2261,6 +2366,25 @@ def tune(sock: socket.socket) -> None:
 TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
 
 
+class TcpInfo(NamedTuple):
+    """Some of Linux' struct tcp_info (linux/tcp.h)."""
+
+    retransmits: int  # of what is sent again and again now
+    probes: int  # of a shut window, that nobody has answered
+    unacked: int  # segments on their way
+    last_ack_recv: int  # ms since the other side's TCP said anything
+    rtt: int  # µs, smoothed
+
+    @property
+    def unanswered(self) -> float:
+        """Seconds for which the other machine has answered nothing though it was asked. A window that is shut is answered for by probes,
+        two of which may get lost."""
+        return self.last_ack_recv / 1000 if self.unacked or self.probes > 2 else 0.0
+
+
+_TCP_INFO = struct.Struct("=24xI28xI8xI")
+
+
 class Transport:
     """A connected socket on the loop; what a link and the local end of a stream both run on."""
 
@@ -2306,6 +2430,14 @@ class Transport:
         if sys.platform.startswith("linux"):
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+
+    def tcp_info(self) -> TcpInfo:
+        """What Linux knows of the path; nothing on other systems and other sockets."""
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)
+            return TcpInfo(info[2], info[3], *_TCP_INFO.unpack_from(info))
+        except (OSError, AttributeError, struct.error):
+            return TcpInfo(0, 0, 0, 0, 0)
 
     def half_close(self) -> None:
         """No more bytes from this side; OSError where the connection is broken."""
@@ -3603,6 +3735,10 @@ class UdpPort:
     def start(self) -> None:
         self.loop.watch(self.sock, 0, READ, self._on_event)
 
+    def drain(self) -> None:
+        """What waits is not taken: UDP may lose."""
+        self.close()
+
     def _on_event(self, _mask: int) -> None:
         batch = self.loop.batch
         for _ in range(BATCH):
@@ -3700,14 +3836,14 @@ class SocksAssociation:
         self._ended(self)
 
 
-class SocksConnection:
-    """A SOCKS5 client that has not said yet what it wants; done(connection, handshake) when it has, or done(connection, None)."""
+class Negotiation:
+    """Somebody who has not said yet what he wants: a client of a SOCKS tunnel, or a proxy. done(self, handshake, "") when he has, or
+    done(self, None, why not)."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, user: str | None, timeout: float,
-                 done: Callable[[SocksConnection, Socks5Handshake | None], None]):
-        self.sock, self.address = sock, address
-        self._loop, self._done = loop, done
-        self._handshake = Socks5Handshake(user)
+    def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, handshake: Handshake, timeout: float,
+                 done: Callable[[Negotiation, Any, str], None]):
+        self.sock, self.address, self.untouched = sock, address, True
+        self._loop, self._done, self._handshake = loop, done, handshake
         self._transport = Transport(loop, sock, self._on_event)
         self._timer = loop.call_later(timeout, lambda: self._refuse("it did not say what it wants within %g s" % timeout))
         self._transport.want(READ)
@@ -3718,6 +3854,7 @@ class SocksConnection:
                 data = self._transport.sock.recv(self._handshake.wanted)
                 if not data:
                     return self._refuse("it left")
+                self.untouched = False
                 self._handshake.receive_data(data)
                 answer = self._handshake.data_to_send()
                 if answer:
@@ -3727,22 +3864,21 @@ class SocksConnection:
         except (RatrodError, OSError) as error:
             return self._refuse(reason(error))
         self._leave()
-        return self._done(self, self._handshake)
+        return self._done(self, self._handshake, "")
 
     def _leave(self) -> None:
         self._timer.cancel()
         self._transport.want(0)
 
     def _refuse(self, why: str) -> None:
-        log.debug("SOCKS client `%s`: %s", show_address(self.address), why)
         self._leave()
         LastWord(self._loop, self.sock, self._handshake.data_to_send())
-        self._done(self, None)
+        self._done(self, None, why)
 
     def close(self) -> None:
         self._leave()
         self.sock.close()
-        self._done(self, None)
+        self._done(self, None, "others needed its place")
 
 
 # ======================================================================================================================
@@ -3815,16 +3951,16 @@ def bind_all(address: Address, kinds: tuple[int, ...], share: bool = False) -> l
         return sockets
 
 
-def listen(address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,)) -> list[socket.socket]:
+def listen(address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,), share: bool = False) -> list[socket.socket]:
     """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any that is free in all.
 
-    RatrodError names the address and the reason.
+    `share`: others that share it too may listen there (SO_REUSEPORT). RatrodError names the address and the reason.
     """
     tries = 20 if address.port == 0 else 1  # TCP may be given a free number that UDP, or the other family, does not have
     while True:
         tries -= 1
         try:
-            return bind_all(address, kinds)
+            return bind_all(address, kinds, share)
         except (OSError, ConnectError) as error:
             busy = getattr(error, "errno", None) == errno.EADDRINUSE
             if busy and tries:
@@ -3833,10 +3969,12 @@ def listen(address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,)) -> 
             raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
 
 
-def listen_for(workers: int, address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,)) -> list[list[socket.socket]]:
+def listen_for(workers: int, address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,), share: bool = False) -> list[list[socket.socket]]:
     """listen() for each of several processes that are still to be forked, on the same port: with SO_REUSEPORT sockets of its own, among
     which the kernel spreads the connections; where there is none, the same ones."""
-    sockets = listen(address, kinds)
+    if share and not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigError("--reuse-port needs a system where processes can share a port (SO_REUSEPORT), and this one cannot; leave it out")
+    sockets = listen(address, kinds, share)
     if workers == 1 or not hasattr(socket, "SO_REUSEPORT"):
         return [sockets] * workers
     # Bound without sharing first: a port that another program has, though willing to share it, is a port that is taken.
@@ -3854,33 +3992,41 @@ class Listener:
     def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
         self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
         sock.setblocking(False)
-        self._watched = self._starved = False
+        self._watched, self._complained_at = False, -1e9
 
     def start(self) -> None:
         if self.sock.fileno() >= 0 and not self._watched:
             self._loop.watch(self.sock, 0, READ, self._on_event)
             self._watched = True
 
-    def _on_event(self, _mask: int) -> None:
+    def _on_event(self, _mask: int) -> bool:
+        """Whether there may be more."""
         for _ in range(BATCH):
             try:
                 sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
-                return
+                return False
             except OSError as error:
                 if error.errno not in NO_SUCH_DESCRIPTORS:
                     continue  # this one was gone before it was accepted
-                return self._starve(error)
-            self._starved = False
+                self._starve(error)
+                return False
             self._accepted(sock, address)
+        return True
 
     def _starve(self, error: OSError) -> None:
-        """Lets the connections wait in the system's queue for a moment, and says so once."""
-        if not self._starved:
+        """Lets the connections wait in the system's queue for a moment, and says so once a minute."""
+        if self._loop.now - self._complained_at > 60:
             log.warning("cannot accept connections for now: %s", reason(error))
-        self._starved = True
+            self._complained_at = self._loop.now
         self._unwatch()
         self._loop.call_later(self._pause, self.start)
+
+    def drain(self) -> None:
+        """Takes those that wait in the system's queue, which closing would reset, and closes."""
+        while self._watched and self._on_event(0):
+            pass
+        self.close()
 
     def _unwatch(self) -> None:
         if self._watched:
@@ -4004,6 +4150,7 @@ class Endpoint:
         self.listeners: list[Listener | UdpPort] = []
         loop.batch = loop.batch or DatagramBatch(loop)
         self.workers = WorkerPool(loop, threads)
+        self.draining = False
         self._swept_at = boot_time()
         self._sweeper = loop.call_later(limits.sweep_interval, self._sweep)
 
@@ -4052,11 +4199,64 @@ class Endpoint:
             link.heard_at = max(link.heard_at, now - self.limits.silence + 15) if link.state != IDLE else link.heard_at
         if (late or self.loop.now - link.sent_at >= self.limits.keepalive) and not link.backlog and link.state != BYE:
             link.send(link.writer.record(KEEPALIVE))
-        if now - link.heard_at >= self.limits.silence and not link.held and link.state != CLOSED and not link.hears():
+        if now - link.heard_at < self.limits.silence or link.state == CLOSED:
+            return
+        # A side that holds back does not hear: what has been sent, Keepalives among it, and was not acknowledged tells instead.
+        if link.transport.tcp_info().unanswered >= self.limits.silence if link.held else not link.hears():
             link.die(LinkClosed("nothing was heard from the other side for %g s: the path or the machine is dead" % self.limits.silence))
 
     def sweep(self, now: float) -> None:
         """Whatever else ages."""
+
+    # ---- a remote for a link
+
+    @property
+    def patience(self) -> float:
+        """How long the acceptor of a link may take to say Opened: its look-up and connect, and the rest of the handshake."""
+        return self.limits.connect_timeout + self.limits.handshake_timeout
+
+    def join(self, link: Link, sock: socket.socket | None, label: Label, failed: Callable[[], None]) -> None:
+        """Acceptor: the remote is connected, and the stream begins; or it is not: failed()."""
+        if link.state != CONNECTING:  # it was told already, or is gone
+            if sock:
+                sock.close()
+        elif sock is None:
+            failed()
+        else:
+            stream = Stream(self.loop, sock, label)
+            stream.link = link
+            link.accept(stream)
+
+    # ---- the end
+
+    def drain(self, seconds: float, drained: Callable[[], None]) -> None:
+        """Takes nothing new; drained() when all that is open has ended, or after so many seconds."""
+        self.draining = True
+        for listener in self.listeners:
+            listener.drain()
+        self.listeners.clear()
+        self.let_go()
+        now = time.monotonic()
+        # Those that were told Close get a moment to see it; those that never look do not hold anybody up.
+        until, told = now + seconds, now + min(1.0, seconds)
+        left = sum(link.state != BYE for link in self.links)
+        if left and seconds:
+            log.info("🛑 Ending: %d connection%s may go on for %g s; a second signal ends at once", left, "s" * (left > 1), seconds)
+
+        def look() -> None:
+            now = time.monotonic()
+            if now >= until or not self.busy() and (now >= told or not self.links):
+                return drained()
+            self.loop.call_later(0.02, look)
+            return None
+        look()
+
+    def busy(self) -> bool:
+        """Whether anything is open that an end would cut."""
+        return any(link.state != BYE for link in self.links)
+
+    def let_go(self) -> None:
+        """What waits for something new ends: it will not come."""
 
     def close(self) -> None:
         """Ends everything at once."""
@@ -4065,7 +4265,10 @@ class Endpoint:
         for listener in self.listeners:
             listener.close()
         for link in list(self.links):
-            link.die(LocalFailed("ratrod is ending"))
+            if link.state == BYE:  # a reset would destroy the last word
+                link.close()
+            else:
+                link.die(LocalFailed("ratrod is ending"))
 
 
 class TokenBucket:
@@ -4260,12 +4463,10 @@ class ReverseListener:
         if self._links[link] != self.instance or len(self._waiting) >= self._server.limits.waiting_links and not self._queue:
             return link.close()
         if self._queue:
-            return self._queue.popleft().begin(link, self._patience)
+            return self._queue.popleft().begin(link, self._server.patience)
+        if self._server.draining:
+            return link.close()
         return self._waiting.append(link)
-
-    @property
-    def _patience(self) -> float:
-        return self._server.limits.connect_timeout + self._server.limits.handshake_timeout
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
         label = new_label(show_address(address), "back through %s" % str(self.address))
@@ -4276,7 +4477,7 @@ class ReverseListener:
             link = self._waiting.pop()
             link.poll()
             if link.state == IDLE and self._server.loop.awake - link.heard_at < self._server.limits.trusted:
-                return stream.begin(link, self._patience)
+                return stream.begin(link, self._server.patience)
             link.close()
         if len(self._queue) >= self._server.limits.reverse_queue:
             return stream.lost(ConnectError("too many connections wait for a link of the client"))
@@ -4298,6 +4499,13 @@ class ReverseListener:
         if not self._links and not self._closed:
             self._server.loop.call_later(GRACE, lambda: None if self._links else self.close())
 
+    def drain(self) -> None:
+        """Its connections go on; nothing new comes."""
+        for listener in self._listeners:
+            listener.drain()
+        for link in self._waiting[:]:
+            link.close()
+
     def close(self) -> None:
         """Ends it with all that it carries."""
         self._closed = True
@@ -4318,14 +4526,17 @@ class Server(Endpoint):
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *,
                  legacy: bool = False, allow_listen: bool = False, authorize: Authorizer | None = None,
-                 sockets: list[socket.socket] | None = None, report: Report = log.info):
+                 proxies: tuple[Any, ...] = (), sockets: list[socket.socket] | None = None, report: Report = log.info):
         super().__init__(loop, folder, limits, legacy, limits.handshakes)
         self._report, self._authorizer, self.allow_listen = report, authorize, allow_listen
-        self.policy = policy
+        self.policy, self._proxies = policy, proxies
+        self._proxied: collections.OrderedDict[Negotiation, None] = collections.OrderedDict()  # whose PROXY header is still to come
         self.lookups = LookUps(loop, limits)
         self._sources: dict[str, Source] = {}
         self._strangers: collections.OrderedDict[socket.socket, Stranger] = collections.OrderedDict()  # the oldest first
         self._links_of: collections.Counter[bytes] = collections.Counter()
+        self._streaming: set[Link] = set()  # links that carry a stream, or connect to its remote
+        self._streams_of: collections.Counter[bytes] = collections.Counter()
         self._connecting = FairQueue(limits.connects_per_key)
         self._relays: dict[bytes, set[UdpRelay]] = {}
         self._listed: Any = None  # authorized_keys as the links were last held against it, and what is wrong with it ...
@@ -4344,6 +4555,8 @@ class Server(Endpoint):
         self._udp_cap = min(self.limits.udp_sessions_in_all, descriptors // 4)
         self._link_cap = self.limits.links or max(16, (descriptors - 64 - self._udp_cap) // 2)
         self._link_cap_of_key = self.limits.links_per_key or self._link_cap
+        self._stream_cap = self.limits.streams or self._link_cap
+        self._stream_cap_of_key = self.limits.streams_per_key or self._stream_cap
 
     def start(self) -> None:
         self._hold_against_lists()
@@ -4434,8 +4647,34 @@ class Server(Endpoint):
     # ---- strangers
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
-        name, shown = Source.name(address[0]), show_address(address)
-        source = self._sources.setdefault(name, Source(self.loop.now, self.limits))
+        if not self._proxies or not is_within(address[0], self._proxies):
+            return self._welcome(sock, address)
+        # HAProxy sends its header as soon as it connects: whoever lets so many wait is not one.
+        while len(self._proxied) >= 4 * self.limits.handshakes:
+            next(iter(self._proxied)).close()
+        self._proxied[Negotiation(self.loop, sock, address, ProxyHeader(), self.limits.handshake_timeout, self._introduced)] = None
+        return None
+
+    def _introduced(self, negotiation: Negotiation, header: Any, error: str) -> None:
+        """A proxy has said whose connection this is."""
+        del self._proxied[negotiation]
+        if header is not None and not header.is_local:
+            return self._welcome(negotiation.sock, header.source or negotiation.address)
+        shown = show_address(negotiation.address)
+        if header is not None or negotiation.untouched:  # what a health check does is no complaint
+            log.debug("health check of `%s`", shown)
+        else:
+            self._source(negotiation.address[0])[1].complain(self.loop.now, shown, error)
+        if header is not None:
+            LastWord(self.loop, negotiation.sock, b"")
+        return None
+
+    def _source(self, host: str) -> tuple[str, Source]:
+        name = Source.name(host)
+        return name, self._sources.setdefault(name, Source(self.loop.now, self.limits))
+
+    def _welcome(self, sock: socket.socket, address: Any) -> None:
+        (name, source), shown = self._source(address[0]), show_address(address)
         if not source.may_try(self.loop.now):
             sock.close()
             return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
@@ -4543,10 +4782,10 @@ class Server(Endpoint):
         legacy = isinstance(handshake, LegacyServerHandshake)
         link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
         if isinstance(handshake, LegacyServerHandshake):
-            self._open_legacy(link, handshake.remote, handshake.is_udp)
-        else:
-            link.update()
-        return None
+            return self._open_legacy(link, handshake.remote, handshake.is_udp)
+        if self.draining:  # it came through the system's queue, and its client tries another
+            return link.leave(link.writer.record(CLOSE))
+        return link.update()
 
     # ---- links
 
@@ -4555,20 +4794,45 @@ class Server(Endpoint):
         self._links_of[link.peer_key] -= 1
         if not self._links_of[link.peer_key]:
             del self._links_of[link.peer_key]
+        self._stream_over(link)
         source = self._sources.get(Source.name(split_host_port(link.name)[0]))
         if source:
             source.links -= 1
             source.authorized(self.loop.now)
-
         listener = self._listening.pop(link, None)
         if listener:
             listener.gone(link)
 
     def link_idle(self, link: Link, end: bytes = b"") -> None:
         if link.role == OPENER:
-            self._listening[link].put(link)
-        else:
-            link.send(end + link.writer.record(OVER))
+            return self._listening[link].put(link)
+        self._stream_over(link)
+        if self.draining:
+            return link.leave(end + link.writer.record(CLOSE))
+        return link.send(end + link.writer.record(OVER))
+
+    def _stream_over(self, link: Link) -> None:
+        if link in self._streaming:
+            self._streaming.discard(link)
+            self._streams_of[link.peer_key] -= 1
+            if not self._streams_of[link.peer_key]:
+                del self._streams_of[link.peer_key]
+
+    def let_go(self) -> None:
+        for listener in list(self._reverse):
+            listener.drain()
+        for link in list(self.links):
+            if link.state == UDP_OPEN:  # its client makes another, elsewhere
+                link.user.lost(LinkClosed("ratrod is ending"))
+                link.user = NOBODY
+                link.leave(b"")
+            elif link.state == IDLE and link.role == ACCEPTOR:
+                link.leave(link.writer.record(CLOSE))
+
+    def busy(self) -> bool:
+        # Whoever was in the middle of a handshake gets its answer; whoever has said nothing for 2 s holds up nobody.
+        recent = self.loop.now - 2
+        return super().busy() or any(stranger.since > recent for stranger in self._strangers.values())
 
     # ---- reverse tunnels
 
@@ -4632,6 +4896,8 @@ class Server(Endpoint):
             sock.close()
         for listener in list(self._reverse):
             listener.close()
+        for negotiation in list(self._proxied):
+            negotiation.close()
         super().close()
 
     def forget_reverse(self, listener: ReverseListener) -> None:
@@ -4659,7 +4925,7 @@ class Server(Endpoint):
             self._authorize(link.peer_key, now=self.loop.now)
         except AuthenticationError as error:
             return link.refuse(Error(INVALID_KEY, str(error)))
-        if self.loop.now - link.born > self.limits.link_age:
+        if self.loop.now - link.born > self.limits.link_age or self.draining:
             return link.leave(link.writer.record(CLOSE))
         if message.kind == UDP:
             return link.accept(self._relay(link), UDP_OPEN)
@@ -4684,21 +4950,27 @@ class Server(Endpoint):
             return RemoteUdpSession(relay, 0, label).connected(sock)
         return self._connect_udp(link, remote, connected)
 
+    def _begin_stream(self, link: Link) -> None:
+        """Overloaded where its client, or all together, have as many as they may."""
+        key = link.peer_key
+        for whose, most, have in (("of this client", self._stream_cap_of_key, self._streams_of[key]),
+                                  ("in all", self._stream_cap, len(self._streaming))):
+            if have >= most:
+                raise Overloaded("the server carries as many streams %s as it takes (%d); try again later" % (whose, most))
+        self._streaming.add(link)
+        self._streams_of[key] += 1
+
     def _open(self, link: Link, label: Label, remote: str) -> None:
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
+        try:
+            self._begin_stream(link)
+        except Overloaded as error:
+            return self._refuse(link, label, error)
         link.set_deadline(self.limits.connect_timeout, lambda: self._refuse(link, label, socket.timeout("timed out")))
 
         def connected(sock: socket.socket | None, error: Exception | None) -> None:
             self._connecting.done(key)
-            if link.state != CONNECTING:  # it was told already, or is gone
-                if sock:
-                    sock.close()
-            elif sock is None:
-                self._refuse(link, label, error or ConnectError("unknown reason"))
-            else:
-                stream = Stream(self.loop, sock, label)
-                stream.link = link
-                link.accept(stream)
+            self.join(link, sock, label, lambda: self._refuse(link, label, error or ConnectError("unknown reason")))
 
         def resolved(addresses: list[str], port: int, error: Exception | None) -> None:
             if error or link.state != CONNECTING:
@@ -4710,7 +4982,7 @@ class Server(Endpoint):
             if link.state != CONNECTING:  # it waited too long, or left
                 return connected(None, None)
             return self._resolve(link, remote, socket.SOCK_STREAM, resolved)
-        self._connecting.begin(key, begin)
+        return self._connecting.begin(key, begin)
 
     def _resolve(self, link: Link, remote: str, kind: int, done: Callable[[list[str], int, Exception | None], None]) -> None:
         """done(addresses, or the path, that may be connected to, port, None), or done([], 0, error). An address needs no thread."""
@@ -4747,6 +5019,8 @@ class Server(Endpoint):
         """What the client is told: of a refusal by policy nothing but that it is one."""
         if isinstance(error, PolicyError):
             return Error(INVALID_HOST, REFUSED)
+        if isinstance(error, Overloaded):
+            return Error(REMOTE_FAILED, str(error))
         return Error(REMOTE_FAILED, "cannot connect to the remote `%s`: %s" % (target, reason(error)))
 
     # ---- UDP
@@ -4813,32 +5087,121 @@ class Probe(LinkUser):
         self._done(error)
 
 
-class LinkPool:
-    """A client's idle links: taken for a stream, put back after it, made ahead in the background, let go when nobody needs them.
+class Retry:
+    """When to try again what went away, and what the log says of it: the first failure, and how it ended.
 
-    On the legacy wire, where a link carries one stream, only `waiting` is used: each request has a link made for it.
+    The pauses double from 0.25 s to Limits.retry_interval, each drawn from its upper half, so that all the clients of a server that was
+    started anew do not come at the same moment. `again()` is the next try; `give_up(error)` ends it after `most` of them, None is never.
+    """
+
+    FIRST, HURRY, STEADY = 0.25, 1.0, 10.0  # seconds: the first pause; the longest while somebody waits; after which all was well
+
+    def __init__(self, loop: EventLoop, longest: float, most: int | None, again: Callable[[], None], give_up: Callable[[RatrodError], None]):
+        self._loop, self._longest, self._most, self._again, self._give_up = loop, longest, most, again, give_up
+        self.error: Exception | None = None  # the last one; None: all is well
+        self._tries = self._level = 0
+        self._said = False
+        self._since = self._tried_at = self._well_at = loop.now
+        self._timer: Timer | None = None
+
+    def failed(self, error: Exception, lost: str = "") -> None:
+        """One more failure. The first one is logged as `lost`, where that is not empty."""
+        if self.error is None:
+            self._since, self._tries, self._said = self._loop.now, 0, False
+            if self._loop.now - self._well_at > self.STEADY:
+                self._level = 0
+        else:
+            self._tries += 1
+        self.error = error
+        if self._most is not None and self._tries >= self._most:
+            return self._give_up(RatrodError("Giving up after %d %s in %.1f s: %s" % (
+                self._tries, "try" if self._tries == 1 else "tries", self._loop.now - self._since, reason(error))))
+        log.log(logging.ERROR if lost and not self._said else logging.DEBUG, "❌ %s: %s; trying again", lost or "no new link", reason(error))
+        self._said = self._said or bool(lost)
+        if self._timer is None:
+            pause = min(self._longest, self.FIRST * 2 ** min(self._level, 30))
+            self._level += 1
+            self._set(self._loop.now + pause * (0.5 + os.urandom(1)[0] / 510))
+        return None
+
+    def hurry(self) -> None:
+        """Somebody waits: the next try is not far."""
+        when = self._tried_at + min(self.HURRY, self._longest)
+        if self._timer is None or self._timer.when > when:
+            self._set(when)
+
+    def now(self) -> None:
+        """The next try is not to wait."""
+        if self._timer:
+            self._set(self._loop.now)
+
+    def _set(self, when: float) -> None:
+        self.stop()
+        self._timer = self._loop.call_at(when, self._due)
+
+    def _due(self) -> None:
+        self._timer, self._tried_at = None, self._loop.now
+        self._again()
+
+    def succeeded(self, found: str) -> None:
+        if self.error is not None and self._said:
+            log.info("✅ %s after %d %s in %.1f s", found, self._tries + 1, "tries" if self._tries else "try", self._loop.now - self._since)
+        self.error = None
+        self._well_at = self._loop.now
+        self.stop()
+
+    def stop(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = None
+
+
+def is_final(error: Exception) -> bool:
+    """Whether it is about keys: another try would end the same."""
+    return getattr(error, "exit_code", 1) == AuthenticationError.exit_code
+
+
+class Waiter(NamedTuple):
+    """Who needs a link: use(link), or failed(error) where there is none in time. `target` and `kind` are what legacy links are made for."""
+
+    target: str
+    kind: int
+    use: Callable[[Link], None]
+    failed: Callable[[Exception], None]
+    since: float
+
+
+class LinkPool:
+    """A client's idle links: taken for a stream, put back after it, made ahead in the background, let go when nobody needs them. While the
+    server is away whoever needs one waits, for as long as a connect may take.
+
+    On the legacy wire, where a link carries one stream, each waiter has a link made for it.
     """
 
     READY = 2  # so many wait at any time: the next connection needs no handshake, and a burst of two neither
+    HANGING = 8  # tries that may be under way while the server is away: a path that drops packets holds each up for 10 s
 
-    def __init__(self, loop: EventLoop, limits: Limits, ready: int, make: Callable[[Callable[[Link | None, Exception | None], None]], None]):
-        self._loop, self._limits, self._ready, self._make = loop, limits, ready, make
+    def __init__(self, client: Client, ready: int):
+        self._client, self._loop, self._limits, self._ready = client, client.loop, client.limits, ready
+        self._links: set[Link] = set()  # all that it has made and not let go
         self._idle: list[tuple[float, Link]] = []  # since when; the last one used is the first one taken
-        self._waiting: collections.deque[tuple[Callable[[Link], None], Callable[[Exception], None]]] = collections.deque()
+        self._waiting: collections.deque[Waiter] = collections.deque()
+        self._begun: set[Waiter] = set()  # legacy: whose links are being made
         self._taken: set[Link] = set()
         self._making = 0
         self._peaks = [0, 0]  # most links wanted at once, in this minute and in the one before
-        self._minute = loop.now
+        self._minute = self._loop.now
+        self._closed = False
 
-    def take(self, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
+    def take(self, target: str, kind: int, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
         """use(link) with an idle link, at once or when there is one; failed(error) where none can be made."""
         self._peaks[0] = max(self._peaks[0], len(self._taken) + len(self._waiting) + 1)
         link = self._pop()
         if link:
             self._hand_out(link, use)
         else:
-            self._waiting.append((use, failed))
-        self._make_more()
+            self._waiting.append(Waiter(target, kind, use, failed, self._loop.now))
+        self.make_more()
 
     def _hand_out(self, link: Link, use: Callable[[Link], None]) -> None:
         self._taken.add(link)
@@ -4848,56 +5211,136 @@ class LinkPool:
         while self._idle:
             _, link = self._idle.pop()
             link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
-            if link.state == IDLE and self._loop.awake - link.heard_at < self._limits.trusted and self._loop.now - link.born < self._limits.link_age:
+            if link.state == IDLE and self._trusts(link) and self._loop.now - link.born < self._limits.link_age:
                 return link
-            link.close()
+            self._drop(link)
         return None
+
+    def _drop(self, link: Link) -> None:
+        """Lets go of a link: that it ends says nothing of the server."""
+        self._links.discard(link)
+        link.close()
+
+    def _trusts(self, link: Link) -> bool:
+        """Whether it was heard from lately, and nothing on it is sent again and again: its next try may be seconds away, although the path
+        is there again."""
+        silent = self._loop.awake - link.heard_at
+        return silent < 1 or silent < self._limits.trusted and not link.transport.tcp_info().retransmits
 
     def put(self, link: Link) -> None:
         """A link that is idle now."""
+        self._links.add(link)
         self._taken.discard(link)
         if self._waiting:
-            self._hand_out(link, self._waiting.popleft()[0])
-        elif len(self._idle) < max(self._limits.idle_links, *self._peaks):
+            self._hand_out(link, self._waiting.popleft().use)
+        elif len(self._idle) < max(self._limits.idle_links, *self._peaks) and not self._closed and not self._client.draining:
             self._idle.append((self._loop.now, link))
         else:
-            link.close()
+            self._drop(link)
 
-    def discard(self, link: Link) -> None:
-        """A link that has ended."""
+    def ended(self, link: Link, error: Exception | None) -> None:
+        """A link is no more."""
+        used = link in self._taken
         self._taken.discard(link)
         self._idle = [entry for entry in self._idle if entry[1] is not link]
+        if link not in self._links:
+            return
+        self._links.discard(link)
+        if not link.completed and isinstance(error, PeerError):
+            self.failed(error)
+        # Another in place of one that ended at once could go round and round: that waits until somebody needs it, or for sweep().
+        elif link.completed and (used or self._loop.now - link.born > 0.5):
+            self.make_more()
 
-    def _make_more(self) -> None:
-        for _ in range(len(self._waiting) + self._ready - len(self._idle) - self._making):
-            self._making += 1
-            self._make(self._made)
+    def failed(self, error: Exception) -> None:
+        """No link could be made."""
+        lost = "" if self._taken or self._idle else "Lost the server `%s`" % self._client.server_names
+        self._client.retry.failed(error, lost)
+        if self._waiting:
+            self.make_more()
 
-    def _made(self, link: Link | None, error: Exception | None) -> None:
+    def make_more(self) -> None:
+        if self._closed:
+            return
+        if self._client.retry.error is not None:
+            if self._waiting:
+                self._client.retry.hurry()
+        elif self._client.legacy:
+            for waiter in [waiter for waiter in self._waiting if waiter not in self._begun]:
+                self._make(waiter)
+        else:
+            # Where nothing has been carried yet one is enough to see whether the server is there.
+            ready = 0 if self._client.draining else self._ready if any(self._peaks) else min(1, self._ready)
+            for _ in range(len(self._waiting) + ready - len(self._idle) - self._making):
+                self._make(None)
+
+    def try_again(self) -> None:
+        """While the server is away: one link at a time."""
+        if self._making < self.HANGING and (self._waiting or not self._client.legacy):
+            self._make(self._waiting[0] if self._client.legacy else None)
+
+    def _make(self, waiter: Waiter | None) -> None:
+        self._making += 1
+        if waiter:
+            self._begun.add(waiter)
+        self._client.make_link(waiter.target if waiter else "", waiter.kind if waiter else TCP, functools.partial(self._made, waiter))
+
+    def _made(self, waiter: Waiter | None, link: Link | None, error: Exception | None) -> None:
         self._making -= 1
-        if link:
+        if waiter:
+            self._begun.discard(waiter)
+        if link is None:
+            return self._refused(waiter, error or ConnectError("unknown reason"))
+        if waiter is None:
             return self.put(link)
-        # What failed for one would fail for all: nobody waits for the same answer twice.
-        while self._waiting and self._making < len(self._waiting):
-            self._waiting.popleft()[1](error or ConnectError("unknown reason"))
-        return None
+        wanted = waiter in self._waiting  # or it has given up
+        if wanted:
+            self._waiting.remove(waiter)
+        self.completed(link)
+        return waiter.use(link) if wanted else link.close()
+
+    def _refused(self, waiter: Waiter | None, error: Exception) -> None:
+        if is_final(error):
+            self.close(error)
+            return self._client.give_up(error)
+        if waiter and isinstance(error, PeerError):  # legacy: the server is there, and does not open this remote
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+                waiter.failed(error)
+            return None
+        return self.failed(error)
+
+    def completed(self, link: Link) -> None:
+        """The server has let it in."""
+        self._client.retry.succeeded("Connected to server `%s` again," % link.name)
+        self.make_more()
 
     def clear(self) -> None:
         """Lets go of all idle links."""
         while self._idle:
-            self._idle.pop()[1].close()
+            self._drop(self._idle.pop()[1])
 
-    def close(self) -> None:
+    def waits(self) -> bool:
+        return bool(self._waiting)
+
+    def close(self, error: Exception) -> None:
         """Whoever waits for a link gets none."""
+        self._closed = True
         while self._waiting:
-            self._waiting.popleft()[1](LocalFailed("ratrod is ending"))
+            self._waiting.popleft().failed(error)
 
     def sweep(self, now: float) -> None:
         if now - self._minute >= 60:
             self._minute, self._peaks = now, [len(self._taken), self._peaks[0]]
         # The least recently used stand first.
         while len(self._idle) > self._ready and now - self._idle[0][0] > self._limits.idle_time:
-            self._idle.pop(0)[1].close()
+            self._drop(self._idle.pop(0)[1])
+        away = self._client.retry.error
+        patience = self._limits.connect_timeout if away else self._client.patience
+        while self._waiting and now - self._waiting[0].since > patience:
+            self._waiting.popleft().failed(away or ConnectError("no link to the server within %g s" % patience))
+        if self._client.started and (self._waiting or not self._client.legacy):
+            self.make_more()
 
 
 class ReverseTunnel(LinkUser):
@@ -4915,36 +5358,34 @@ class ReverseTunnel(LinkUser):
         self._asking = 0
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
-        self._resting, self._pause, self._since = False, 0.0, client.loop.now
+        self.tries = Retry(client.loop, client.limits.retry_interval, client.retries, self.start, client.give_up)
 
     def start(self) -> None:
-        self._resting = False
         self._asking += 1
         self._client.make_link("", TCP, self._made)
 
     def more(self) -> None:
         """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask for."""
-        wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self._resting else 0
-        while len(self.waiting) + self._asking < wanted:
+        wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and self.tries.error is None else 0
+        while len(self.waiting) + self._asking < wanted and not self._client.draining:
             self.start()
 
     def _made(self, link: Link | None, error: Exception | None) -> None:
         if link is None:
-            return self._failed(error or ConnectError("unknown reason"))
-        return link.ask(ListenLink(self), LISTEN, self.asked, self._client.patience, self.instance)
+            return self.lost(error or ConnectError("unknown reason"))
+        return link.ask(self, LISTEN, self.asked, self._client.patience, self.instance)
 
     def listening(self, link: Link, bound: str) -> None:
         try:
             address = parse_bind(bound)
-            if not address.port or address.is_unix:
+            if not address.port:
                 raise ValueError("it is no address with a port")
         except ValueError:
             error = RemoteProtocolError("the server says that it listens on `%s`, which is no address" % printable(bound))
-            self._failed(error)
+            self.lost(error)
             return link.die(error)
         self._asking -= 1
-        if not self.waiting:
-            self._since = self._client.loop.now
+        self.tries.succeeded("reverse tunnel on `%s` again," % str(address))
         first, self.address = self.address is None, address
         self.asked = str(self.address)
         self.waiting.add(link)
@@ -4954,24 +5395,18 @@ class ReverseTunnel(LinkUser):
         return self.more()
 
     def lost(self, error: Exception) -> None:
-        self._failed(error)
-
-    def _failed(self, error: Exception) -> None:
-        """Nothing waits there now, and asking again at once would not help."""
+        """A link could not be made, or was refused: asking again at once would not help."""
         self._asking -= 1
         if self.address is None:
             return self._refused(self, error)
+        if is_final(error):
+            return self._client.give_up(error)
         if not self.waiting and not self._asking:
             self._rest(error)
         return None
 
     def _rest(self, error: Exception) -> None:
-        """A pause that grows unless all was well for a minute: two clients with one key would take the address from each other for ever."""
-        if self._client.loop.now - self._since > 60:
-            self._pause = 0.0
-        log.log(logging.DEBUG if self._pause else logging.ERROR, "❌ reverse tunnel on `%s`: %s; asking again", self.address, reason(error))
-        self._resting, self._pause = True, min(30.0, 2 * self._pause or 1.0)
-        self._client.loop.call_later(self._pause, self.start)
+        self.tries.failed(error, "reverse tunnel on `%s`" % str(self.address))
 
     def taken(self, link: Link) -> None:
         """A connection came on it."""
@@ -4982,7 +5417,7 @@ class ReverseTunnel(LinkUser):
     def put(self, link: Link, end: bytes) -> None:
         """Its connection is over."""
         self.busy.discard(link)
-        if len(self.waiting) >= self._client.limits.waiting_links:
+        if len(self.waiting) >= self._client.limits.waiting_links or self._client.draining:
             return link.leave(end + link.writer.record(CLOSE))
         self.waiting.add(link)
         return link.send(end + link.writer.record(OVER))
@@ -4991,54 +5426,43 @@ class ReverseTunnel(LinkUser):
         waited = link in self.waiting
         self.busy.discard(link)
         self.waiting.discard(link)
-        if self._client.closing:
+        if self._client.draining:
             return
-        if waited and not self.waiting and not self._asking and not self._resting:
+        if waited and not self.waiting and not self._asking and self.tries.error is None:
             self._rest(error or LinkClosed("the server closed the connection"))
         else:
             self.more()
 
 
-class ListenLink(LinkUser):
-    """What a link carries until the server has said that it listens."""
-
-    __slots__ = ("_tunnel",)
-
-    def __init__(self, tunnel: ReverseTunnel):
-        self._tunnel = tunnel
-
-    def listening(self, link: Link, bound: str) -> None:
-        self._tunnel.listening(link, bound)
-
-    def lost(self, error: Exception) -> None:
-        self._tunnel.lost(error)
-
-
 class Client(Endpoint):
-    """Tunnels through one server. `finished(error)` is called once: with None where all that it had to do is done.
+    """Tunnels through the first of some servers that answers, and after it went away through whichever does. `finished(error)` is called
+    once: with None where all that it had to do is done.
 
+    `retries`: tries in a row that may fail before it gives up; None: the very first one must succeed, and from then on it never does.
     `ask_host(error)` is asked whether to trust a server's key that is not known. `started()`: all tunnels take connections.
     """
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, server: Address, tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
+    def __init__(self, loop: EventLoop, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
-                 socks_user: str | None = None, ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
+                 socks_user: str | None = None, retries: int | None = None, ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
                  started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
-        self.server, self.accept_all_hosts, self.should_encrypt = server, accept_all_hosts, should_encrypt
+        self._servers, self._current = servers, 0  # the one that answered last is tried first
+        self.server_names = ",".join(map(str, servers))
+        self.accept_all_hosts, self.should_encrypt, self.retries = accept_all_hosts, should_encrypt, retries
         self._accept_new, self._ask_host, self._socks_user = accept_new, ask_host, socks_user
-        self._started, self._finished, self._report = started, finished, report
+        self._ready, self._finished, self._report = started, finished, report
+        self.retry = Retry(loop, limits.retry_interval, retries, self._try_again, self.give_up)
         self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
         self._unbound = 0
         self._associations: set[SocksAssociation] = set()
-        self._socks: set[SocksConnection] = set()
-        self.closing = False
+        self._socks: set[Negotiation] = set()
         self._test_link: Link | None = None
-        self._started_already = False
+        self.started = False
         listens = any(spec.kind in (FORWARD, SOCKS) for spec in tunnels)
-        self._pool = LinkPool(loop, limits, LinkPool.READY if listens else 0, lambda done: self.make_link("", TCP, done))
+        self._pool = LinkPool(self, LinkPool.READY if listens and not legacy else 0)
         self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout)
         self._carrier: UdpCarrier | None = None
         self._udp_tries, self._udp_not_before = 0, 0.0
@@ -5071,17 +5495,17 @@ class Client(Endpoint):
         for spec in self.tunnels:
             self._announce(spec)
         if self.accept_all_hosts:
-            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", self.server)
+            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", self.server_names)
         if self.legacy and not self.should_encrypt:
             log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2, without --legacy")
         self._test("")
 
     def _announce(self, spec: TunnelSpec) -> None:
         if spec.kind == SOCKS:
-            self._report("📻 [SOCKS] Listening on `%s`, and routing through `%s` ...", spec.local, self.server)
+            self._report("📻 [SOCKS] Listening on `%s`, and routing through `%s` ...", spec.local, self.server_names)
         elif spec.kind == FORWARD:
             for protocol in ("UNIX",) if spec.local.is_unix else ("TCP",) if spec.remote.is_unix else ("TCP", "UDP"):
-                self._report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server, spec.remote)
+                self._report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server_names, spec.remote)
 
     def _test(self, remote: str) -> None:
         self.make_link(remote, TCP, functools.partial(self._test_linked, remote), self._report)
@@ -5098,19 +5522,34 @@ class Client(Endpoint):
             return self._test(remotes[0])
         # Its connection is closed: whoever answers takes as long as it takes.
         if isinstance(error, UnknownHost) and self._ask_host(error):
-            self._trust(error.key)
+            self._trust(error)
             return self._test(remote)
         return self._tested(error)
 
+    def _try_again(self) -> None:
+        if self.started:
+            self._pool.try_again()
+        else:
+            self._test("")
+
+    def give_up(self, error: Exception) -> None:
+        """Nothing that it does would help."""
+        self.retry.stop()
+        log.error("❌ %s", reason(error))
+        self._finished(error)
+
     def _tested(self, error: Exception | None) -> None:
         if error:
+            if self.retries and not is_final(error):
+                return self.retry.failed(error, "Test connection failed")
             log.error("❌ Test connection failed: %s", reason(error))
             return self._finished(error)
         self._report("✅ Challenge accepted!")
         self._report("✅ Test connection successful!")
+        self.retry.succeeded("Connected")
         for listener in self.listeners:
             listener.start()
-        self._started_already = True
+        self.started = True
         for spec in self.tunnels:
             if spec.kind == STDIO:
                 self._carry(StdioStream(self.loop, new_label("stdio", str(spec.remote)), None if self.legacy else self._carry, self._finished))
@@ -5118,7 +5557,7 @@ class Client(Endpoint):
         for tunnel in self.reverse:
             tunnel.start()
         if not self._unbound:
-            self._started()
+            self._ready()
         if not self.tunnels:
             self._finished(None)
         return None
@@ -5127,11 +5566,11 @@ class Client(Endpoint):
 
     def _reverse_bound(self, tunnel: ReverseTunnel) -> None:
         assert tunnel.address is not None
-        self._report("📻 [TCP] `%s` listens on `%s`, and routing back to `%s` ...", self.server, tunnel.address, tunnel.spec.remote)
+        self._report("📻 [TCP] `%s` listens on `%s`, and routing back to `%s` ...", self.server_names, tunnel.address, tunnel.spec.remote)
         self.tunnels[tunnel.number] = tunnel.spec._replace(local=tunnel.address)
         self._unbound -= 1
         if not self._unbound:
-            self._started()
+            self._ready()
 
     def _reverse_refused(self, tunnel: ReverseTunnel, error: Exception) -> None:
         log.error("❌ reverse tunnel `R:%s` to `%s`: %s", tunnel.asked, tunnel.spec.remote, reason(error))
@@ -5142,7 +5581,7 @@ class Client(Endpoint):
         tunnel = self.reverse_links[link]
         if message.kind != TCP or message.instance:
             raise RemoteProtocolError("an Open of kind %d on a Listen link" % message.kind)
-        if self.loop.now - link.born > self.limits.link_age:
+        if self.loop.now - link.born > self.limits.link_age or self.draining:
             return link.leave(link.writer.record(CLOSE))
         tunnel.taken(link)
         remote = tunnel.spec.remote
@@ -5150,16 +5589,10 @@ class Client(Endpoint):
         until = time.monotonic() + self.limits.connect_timeout
 
         def connected(sock: socket.socket | None, error: Exception | None) -> None:
-            if link.state != CONNECTING:
-                if sock:
-                    sock.close()
-            elif sock is None:
+            def failed() -> None:
                 log.error("❌ %s: cannot connect to `%s`: %s", label, remote, reason(error or ConnectError("unknown reason")))
                 link.refuse(Error(REMOTE_FAILED, "the client cannot connect to its remote"))
-            else:
-                stream = Stream(self.loop, sock, label)
-                stream.link = link
-                link.accept(stream)
+            self.join(link, sock, label, failed)
 
         def found(addresses: list[tuple[int, Any]] | None, error: Exception | None) -> None:
             if not addresses:
@@ -5174,13 +5607,14 @@ class Client(Endpoint):
     # ---- SOCKS
 
     def _socks_accepted(self, sock: socket.socket, address: Any) -> None:
-        self._socks.add(SocksConnection(self.loop, sock, address, self._socks_user, self.limits.handshake_timeout, self._socks_asked))
+        self._socks.add(Negotiation(self.loop, sock, address, Socks5Handshake(self._socks_user), self.limits.handshake_timeout,
+                                    self._socks_asked))
 
-    def _socks_asked(self, connection: SocksConnection, request: Socks5Handshake | None) -> None:
+    def _socks_asked(self, connection: Negotiation, request: Any, error: str) -> None:
         self._socks.discard(connection)
         sock, address = connection.sock, connection.address
-        if request is None or self.closing:
-            return None
+        if request is None:
+            return log.debug("SOCKS client `%s`: %s", show_address(address), error)
         try:
             if request.command == request.ASSOCIATE and isinstance(address, tuple):  # over a Unix socket there is no address to answer to
                 self._associations.add(SocksAssociation(self.loop, sock, self._session, self._association_ended))
@@ -5200,47 +5634,59 @@ class Client(Endpoint):
 
     # ---- links
 
-    @property
-    def patience(self) -> float:
-        """How long a server may take to say Opened: its look-up and connect, and the rest of the handshake."""
-        return self.limits.connect_timeout + self.limits.handshake_timeout
-
     def make_link(self, remote: str, kind: int, done: Callable[[Link | None, Exception | None], None], report: Report = log.debug) -> None:
         """A new link, made on a thread: done(link, None) or done(None, error). Legacy names in its handshake what the link is for, and
         the link waits for Opened; on ratrod2 it is idle, and usable at once, though HandshakeCompletion is still to come."""
-        def linked(result: tuple[socket.socket, Handshake] | None, error: Exception | None) -> None:
+        def linked(result: tuple[socket.socket, Handshake, str] | None, error: Exception | None) -> None:
             if result is None:
                 return done(None, error)
+            sock, handshake, name = result
             state = IDLE if not self.legacy else UDP_ASKED if kind == UDP else ASKED
-            link = Link(self, *result, role=OPENER, state=state, name=str(self.server))
+            link = Link(self, sock, handshake, OPENER, state, name)
             if not self.legacy:
                 link.set_deadline(self.limits.handshake_timeout, lambda: link.die(LinkClosed("the server did not complete the handshake")))
                 link.update()
             return done(link, None)
         self.workers.submit(functools.partial(self._dial, remote, kind, report), linked)
 
-    def _dial(self, remote: str, kind: int, report: Report) -> tuple[socket.socket, Handshake]:
-        sock = self._connect()
-        try:
-            report("✅ Connected to server `%s` ...", self.server)
-            handshake = self._handshake(remote, kind, report)
-            drive(sock, handshake, self.limits.handshake_timeout)
-            log.debug("link to `%s`, cipher: %s", self.server, handshake.suite)
-            return sock, handshake
-        except BaseException:
-            sock.close()
-            raise
+    def _dial(self, remote: str, kind: int, report: Report) -> tuple[socket.socket, Handshake, str]:
+        """On a thread: through the first of the servers that answers. One that may be the wrong one, or refuses, ends the search."""
+        until = time.monotonic() + self.limits.connect_timeout
+        first, failures = self._current, []
+        for n in range(len(self._servers)):
+            number = (first + n) % len(self._servers)
+            server = self._servers[number]
+            try:
+                # Each gets its share of the time, as each of its addresses does.
+                sock = self._connect(server, (until - time.monotonic()) / (len(self._servers) - n))
+                try:
+                    report("✅ Connected to server `%s` ...", server)
+                    handshake = self._handshake(server, remote, kind, report)
+                    drive(sock, handshake, self.limits.handshake_timeout)
+                except BaseException:
+                    sock.close()
+                    raise
+            except (AuthenticationError, PeerError):
+                raise
+            except RatrodError as error:
+                failures.append(error)
+                continue
+            self._current = number
+            log.debug("link to `%s`, cipher: %s", server, handshake.suite)
+            return sock, handshake, str(server)
+        raise failures[0] if len(failures) == 1 else ConnectError("none of the servers answers: " + "; ".join(map(str, failures)))
 
-    def _handshake(self, remote: str, kind: int, report: Report) -> Handshake:
+    def _handshake(self, server: Address, remote: str, kind: int, report: Report) -> Handshake:
+        check = functools.partial(self._check_server, server)
         if self.legacy:
             return LegacyClientHandshake(self.keys, remote, is_udp=kind == UDP, should_encrypt=self.should_encrypt,
-                                         check_server=self._check_server, report=report)
-        return NoiseClientHandshake(self.keys, check_server=self._check_server, report=report)
+                                         check_server=check, report=report)
+        return NoiseClientHandshake(self.keys, check_server=check, report=report)
 
-    def _connect(self) -> socket.socket:
-        until = time.monotonic() + self.limits.connect_timeout
+    def _connect(self, server: Address, timeout: float) -> socket.socket:
+        until = time.monotonic() + timeout
         failure = "it has no address"
-        found = look_up(self.server)
+        found = look_up(server)
         for n, (family, sockaddr) in enumerate(found):
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
@@ -5256,22 +5702,22 @@ class Client(Endpoint):
             except OSError as error:
                 sock.close()
                 failure = reason(error)
-        raise ConnectError("cannot connect to the server `%s`: %s. Is `ratrod serve` running there, and the port open?" % (self.server, failure))
+        raise ConnectError("cannot connect to the server `%s`: %s. Is `ratrod serve` running there, and the port open?" % (server, failure))
 
-    def _check_server(self, key: bytes) -> None:
+    def _check_server(self, server: Address, key: bytes) -> None:
         """On a thread."""
         if self.accept_all_hosts:
             return
         try:
-            self.folder.known_hosts.check(key, str(self.server))
-        except UnknownHost:
+            self.folder.known_hosts.check(key, str(server))
+        except UnknownHost as error:
             if not self._accept_new:
                 raise
-            self._trust(key)
+            self._trust(error)
 
-    def _trust(self, key: bytes) -> None:
-        failure = self.folder.known_hosts.add(key, str(self.server))
-        log.warning("Server's public key `%s` is trusted for `%s` from now on%s", encode_key(key), self.server,
+    def _trust(self, host: UnknownHost) -> None:
+        failure = self.folder.known_hosts.add(host.key, host.address)
+        log.warning("Server's public key `%s` is trusted for `%s` from now on%s", encode_key(host.key), host.address,
                     "; only for this run: " + failure if failure else ", and stands in `%s`" % self.folder.known_hosts.path)
 
     def link_completed(self, link: Link) -> None:
@@ -5279,6 +5725,7 @@ class Client(Endpoint):
             self._test_link = None
             self._tested(None)
             self._pool.put(link)
+        self._pool.completed(link)
 
     def link_idle(self, link: Link, end: bytes = b"") -> None:
         if link.role == ACCEPTOR:
@@ -5288,19 +5735,18 @@ class Client(Endpoint):
 
     def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
-        self._pool.discard(link)
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
-            tunnel.gone(link, error)
+            return tunnel.gone(link, error)
         if link is self._test_link:
             self._test_link = None
-            self._tested(error or LinkClosed("the server closed the connection"))
+            return self._tested(error or LinkClosed("the server closed the connection"))
+        return self._pool.ended(link, error)
 
     def client_refused(self, error: PeerError) -> None:
         """The server does not let this client in (any more): nothing that it does will change that."""
-        if error.code == INVALID_KEY and self._started_already:
-            log.error("❌ %s", error)
-            self._finished(error)
+        if error.code == INVALID_KEY and self.started:
+            self.give_up(error)
 
     # ---- what the tunnels carry
 
@@ -5313,18 +5759,7 @@ class Client(Endpoint):
         trusted either: what took one of them, a NAT that forgot or a server that was started anew, took all."""
         if stream.tries:
             self._pool.clear()
-        self._get_link(stream.target, TCP, lambda link: stream.begin(link, self.patience), stream.lost)
-
-    def _get_link(self, target: str, kind: int, use: Callable[[Link], None], failed: Callable[[Exception], None]) -> None:
-        if not self.legacy:
-            return self._pool.take(use, failed)
-
-        def made(link: Link | None, error: Exception | None) -> None:
-            if link:
-                use(link)
-            else:
-                failed(error or ConnectError("unknown reason"))
-        return self.make_link(target, kind, made)
+        self._pool.take(stream.target, TCP, lambda link: stream.begin(link, self.patience), stream.lost)
 
     def _session(self, port: UdpPort, originator: Originator, remote: str) -> UdpSession | None:
         session = self._sessions.get((port, originator, remote))
@@ -5353,7 +5788,7 @@ class Client(Endpoint):
                 carrier.begin(link, self.patience)
             else:  # they ended meanwhile
                 link.close()
-        return self._get_link(session.target, UDP, use, carrier.lost)
+        return self._pool.take(session.target, UDP, use, carrier.lost)
 
     def _carrier_lost(self, carrier: UdpCarrier, error: Exception) -> None:
         """Its sessions go on at once over another link, unless that failed too soon to be worth another try."""
@@ -5364,7 +5799,7 @@ class Client(Endpoint):
         again = not self.legacy and carrier.began_at is not None and self._udp_tries < TRIES
         if not (again or self.legacy):  # one line for all of them, and a moment's rest
             self._udp_not_before = self.loop.now + 1
-            log.error("❌ UDP through `%s`: %s", self.server, reason(error))
+            log.log(logging.DEBUG if self.retry.error else logging.ERROR, "❌ UDP through `%s`: %s", self.server_names, reason(error))
         for session in sessions:
             if again:
                 self._carry_session(session)
@@ -5380,14 +5815,28 @@ class Client(Endpoint):
         if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age):
             carrier.link.die(LinkClosed("it is too old, or carries nothing"))
 
-    def close(self) -> None:
-        self.closing = True
+    def let_go(self) -> None:
         self._sessions.clear()
+        if self._carrier and self._carrier.link:
+            self._carrier.link.close()
         for association in list(self._associations):
             association.close()
         for connection in list(self._socks):
             connection.close()
-        self._pool.close()
+        self._pool.clear()
+        for tunnel in self.reverse:
+            tunnel.tries.stop()
+            for link in list(tunnel.waiting):
+                link.close()
+
+    def busy(self) -> bool:
+        return super().busy() or self._pool.waits()
+
+    def close(self) -> None:
+        self.draining = True
+        self.retry.stop()
+        self._pool.close(LocalFailed("ratrod is ending"))
+        self.let_go()
         super().close()
 
 
@@ -5491,24 +5940,25 @@ class Service(Background):
 
 
 def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: bool = False, accept_all_hosts: bool = False,
-           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, limits: Limits = DEFAULT_LIMITS,
-           timeout: float = 30.0) -> Tunnel:
-    """Connects to a server (`host:port`) and opens tunnels, each as on the command line: `with tunnel("server:19000", "0:db:5432") as t`.
+           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, retries: int | None = None,
+           limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
+    """Connects to a server (`host:port`, or several as `a:1,b:2`) and opens tunnels, each as on the command line:
+    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count.
 
     Returns when all of them take connections. The keys are those of `key_path` (default: ~/.ratrod); nothing is asked and nothing
     generated. ConfigError: a key file or an argument is wrong. ConnectError: the server is not there, or not ready within `timeout`
     seconds. AuthenticationError: one of the two does not know the other. PolicyError: it refuses a reverse tunnel. RatrodError: anything
     else, as a port that is in use.
     """
-    address = parse_endpoint(server, "server")
+    servers = parse_servers(server)
     specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user)
     if any(spec.kind == STDIO for spec in specs):
         raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
     folder = KeyFolder(key_path)
     ensure_keys(folder, may_ask=False)
     return Tunnel(lambda loop, started, finished: Client(
-        loop, folder, address, specs, limits, legacy=legacy, accept_all_hosts=accept_all_hosts, accept_new=accept_new,
-        should_encrypt=encrypt, socks_user=socks_user, started=started, finished=finished), timeout)
+        loop, folder, servers, specs, limits, legacy=legacy, accept_all_hosts=accept_all_hosts, accept_new=accept_new,
+        should_encrypt=encrypt, socks_user=socks_user, retries=retries, started=started, finished=finished), timeout)
 
 
 def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str = ".*", authorize: Authorizer | None = None,
@@ -5552,19 +6002,23 @@ class Options(NamedTuple):
     socks_user: str | None = None
     encrypt: bool = False
     legacy: bool = False
-    udp_timeout: float = DEFAULT_LIMITS.udp_timeout
-    handshake_timeout: float = DEFAULT_LIMITS.handshake_timeout
-    max_links: int = DEFAULT_LIMITS.links
-    max_links_per_key: int = DEFAULT_LIMITS.links_per_key
-    max_udp_sessions: int = DEFAULT_LIMITS.udp_sessions_in_all
+    max_retry_count: int | None = None
+    drain: float | None = None
+    reuse_port: bool = False
+    proxy_protocol: str = ""
     workers: int = 1
     topic: str | None = None
+    limits: Limits = DEFAULT_LIMITS
 
-    @property
-    def limits(self) -> Limits:
-        return DEFAULT_LIMITS._replace(udp_timeout=self.udp_timeout, handshake_timeout=self.handshake_timeout, links=self.max_links,
-                                       links_per_key=self.max_links_per_key, udp_sessions_in_all=self.max_udp_sessions)
 
+LIMIT_OPTIONS = {  # option -> the field of Limits that it sets
+    "--max-links": "links", "--max-links-per-key": "links_per_key", "--max-streams": "streams", "--max-streams-per-key": "streams_per_key",
+    "--max-handshakes": "handshakes", "--max-handshakes-per-source": "handshakes_per_source", "--handshake-rate": "handshake_rate",
+    "--max-connects-per-key": "connects_per_key", "--idle-links": "idle_links", "--handshake-timeout": "handshake_timeout",
+    "--connect-timeout": "connect_timeout", "--link-age": "link_age", "--udp-timeout": "udp_timeout",
+    "--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions", "--udp-backlog": "udp_backlog",
+    "--max-retry-interval": "retry_interval"}
+MAY_BE_ZERO = ("--drain", "--max-retry-count")
 
 USAGE = re.search(r"Usage:\n(?:  .*\n)+", __doc__).group()  # type: ignore[union-attr,arg-type]
 COMMANDS = dict(re.findall(r"^  (\w+)  +(\S.*)$", __doc__.split("Commands:\n")[1].split("\n\n")[0], re.M))
@@ -5582,7 +6036,7 @@ class UsageReader:
 
     def __init__(self, text: str):
         options = re.findall(r"^  (?:(-\w), )?(--[\w-]+)(?: ([A-Z_]+))?  ", text.split("Options:\n")[1], re.M)
-        self.takes_value = {long: bool(value) for _, long, value in options}
+        self.takes_value = {long: value for _, long, value in options}  # what its value is called, "" where it has none
         self._long = {short: long for short, long, _ in options if short}
         self.patterns: dict[str, _Pattern] = {}
         for usage in re.split(r"^  ratrod ", USAGE, flags=re.M)[1:]:
@@ -5668,7 +6122,7 @@ def parse_command_line(argv: list[str]) -> Options:
     for wanted, command in (("h", "help"), ("V", "version")):
         if any(re.fullmatch("-[aev]*%s[aevhV]*" % wanted, word) or reader.means(word, "--" + command) for word in flags):
             return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
-    return _to_options(_docopt(reader, argv))
+    return _to_options(_docopt(reader, argv), reader.takes_value)
 
 
 def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
@@ -5686,27 +6140,36 @@ def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
         raise UsageError("these words do not go together") from None
 
 
-def _to_options(given: dict[str, Any]) -> Options:
-    """From docopt's dictionary: the last of each repeated option, converted to the type of the field's default."""
+def _to_options(given: dict[str, Any], takes_value: dict[str, str]) -> Options:
+    """From docopt's dictionary: the last of each repeated option, converted to what its value is called in the usage text."""
     fields: dict[str, Any] = {"command": next(command for command in COMMANDS if given.get(command))}
+    limits: dict[str, Any] = {}
     for name, value in given.items():
         field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
-        if field in Options._fields and value not in (None, [], False, 0):
-            default = Options._field_defaults[field]
-            word = tuple(value) if isinstance(default, tuple) else value[-1] if isinstance(value, list) else value
-            fields[field] = _convert(name, word, default)
-    return Options(**fields)
+        if value in (None, [], False, 0) or name == "--":
+            continue
+        if name.startswith("-"):
+            word = _convert(name, value[-1] if isinstance(value, list) else value, takes_value[name])
+        else:
+            word = tuple(value) if isinstance(value, list) else value
+        if name in LIMIT_OPTIONS:
+            limits[LIMIT_OPTIONS[name]] = word
+            if name == "--handshake-rate":
+                limits["handshake_burst"] = 2 * word
+        elif field in Options._fields:
+            fields[field] = word
+    return Options(limits=DEFAULT_LIMITS._replace(**limits), **fields)
 
 
-def _convert(name: str, word: Any, default: Any) -> Any:
-    if isinstance(default, bool):
-        return True
-    if not isinstance(default, (int, float)):
-        return word
-    what, form = ("seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if isinstance(default, float) else ("a whole number", "[0-9]{1,9}")
-    if not re.fullmatch(form, word, re.ASCII) or float(word) <= 0:
-        raise UsageError("`%s` takes %s above 0, not `%s`" % (name, what, printable(word)))
-    return type(default)(word)
+def _convert(name: str, word: Any, kind: str) -> Any:
+    """The value of an option that the usage text calls `kind`."""
+    if kind not in ("SECS", "N", "BYTES"):
+        return word if kind else True
+    convert, what, form = (float, "seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if kind == "SECS" else (int, "a whole number", "[0-9]{1,9}")
+    lowest = "from 0 on" if name in MAY_BE_ZERO else "above 0"
+    if not re.fullmatch(form, word, re.ASCII) or float(word) <= 0 and name not in MAY_BE_ZERO:
+        raise UsageError("`%s` takes %s %s, not `%s`" % (name, what, lowest, printable(word)))
+    return convert(word)
 
 
 def help_text(topic: str | None = None) -> str:
@@ -5716,12 +6179,13 @@ def help_text(topic: str | None = None) -> str:
     if topic not in COMMANDS:
         raise UsageError("there is no command `%s` to explain" % printable(topic))
     pattern = UsageReader(__doc__).patterns.get(topic, _Pattern(set(), []))
-    usage = next((text for text in re.findall(r"^  ratrod .*\n(?:   .*\n)*", USAGE, re.M) if re.search(r"\b%s\b" % topic, text)), "")
+    usage = next((text for text in re.findall(r"^  ratrod .*\n(?:   .*\n)*", USAGE, re.M) if re.search(r"(?<![-\w])%s(?![-\w])" % topic, text)), "")
     names = {name for name, _, _ in pattern.arguments}
     sections = [COMMANDS[topic][0].upper() + COMMANDS[topic][1:] + ".\n", "Usage:\n" + usage]
     for title, wanted in (("Arguments", names), ("Options", pattern.options | {"--help"})):
         block = __doc__.split(title + ":\n")[1].split("\n\n")[0]
-        entries = [entry for entry in re.findall(r"^  \S.*(?:\n    .*)*", block, re.M) if wanted & set(re.findall(r"--[\w-]+|[A-Z]+\b", entry[:26]))]
+        entries = [entry for entry in re.findall(r"^  \S.*(?:\n    .*)*", block, re.M)
+                   if wanted & set(re.findall(r"--[\w-]+|[A-Z]+\b", re.split("   *", entry[2:])[0]))]
         if entries:
             sections.append(title + ":\n" + "\n".join(entries) + "\n")
     return "\n".join(sections)
@@ -5786,7 +6250,7 @@ def generate_keys(folder: KeyFolder) -> KeyPair:
     return keys
 
 
-def ask_host(error: UnknownHost, address: str) -> bool:
+def ask_host(error: UnknownHost) -> bool:
     """At a terminal: whether to trust a server's key that is not known, as ssh asks."""
     import hashlib
 
@@ -5797,7 +6261,7 @@ def ask_host(error: UnknownHost, address: str) -> bool:
         (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))]
     try:
         print("The key of the server `%s` is not known yet.\nIt is %s, fingerprint %s.\n"
-              "Are you sure you want to continue connecting (yes/no/[fingerprint])? " % (address, key, fingerprint),
+              "Are you sure you want to continue connecting (yes/no/[fingerprint])? " % (error.address, key, fingerprint),
               end="", file=sys.stderr, flush=True)
         while True:
             answer = sys.stdin.readline()
@@ -5815,8 +6279,9 @@ def at_terminal() -> bool:
     return bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
 
 
-def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]], Endpoint]) -> int:
-    """Runs what make(loop, finished) gives until it has finished or a signal comes: the exit code.
+def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]], Endpoint], drain: float) -> int:
+    """Runs what make(loop, finished) gives until it has finished, or until a signal comes and what is open then has ended, or `drain`
+    seconds have passed: the exit code.
 
     The acts on the whole process are here: signals, the limit of descriptors, the garbage collector.
     """
@@ -5834,7 +6299,7 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
         if outcome:  # the second one: at once
             os._exit(130 if number == signal.SIGINT else 128 + number)
         outcome.append(130 if number == signal.SIGINT else 0)
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(lambda: endpoint.drain(drain, loop.stop))
 
     endpoint = make(loop, finished)
     for name in ("SIGINT", "SIGTERM"):
@@ -5918,19 +6383,21 @@ def raise_descriptor_limit() -> None:
 def serve_command(options: Options) -> int:
     bind = parse_endpoint(options.bind, "address to bind", lowest=0)
     policy = Policy(options.remote_regex)
+    proxies = parse_networks(options.proxy_protocol)
     folder = KeyFolder(options.key_path)
     if options.allow_listen and options.workers > 1:
         raise ConfigError("--allow-listen and --workers do not go together: a reverse tunnel is one process's")
     check_workers(options.workers)
     ensure_keys(folder)
-    sockets = listen_for(options.workers, bind)
+    sockets = listen_for(options.workers, bind, share=options.reuse_port)
     return run_workers(sockets, lambda number: run_endpoint(
         lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy, allow_listen=options.allow_listen,
-                                       sockets=sockets[number], report=log.debug if number else log.info)))
+                                       proxies=proxies, sockets=sockets[number], report=log.debug if number else log.info),
+        drain=10.0 if options.drain is None else options.drain))
 
 
 def connect_command(options: Options) -> int:
-    server = parse_endpoint(options.server, "server")
+    servers = parse_servers(options.server)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
     folder = KeyFolder(options.key_path)
     stdio = any(spec.kind == STDIO for spec in tunnels)
@@ -5944,9 +6411,10 @@ def connect_command(options: Options) -> int:
         stack.pop_all()
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
     return run_workers([sum(group, []) for group in groups], lambda number: run_endpoint(lambda loop, finished: Client(
-        loop, folder, server, tunnels, options.limits, sockets=groups[number], report=log.debug if number else log.info,
+        loop, folder, servers, tunnels, options.limits, sockets=groups[number], report=log.debug if number else log.info,
         legacy=options.legacy, accept_all_hosts=options.accept_all_hosts, accept_new=options.accept_new, should_encrypt=options.encrypt,
-        socks_user=options.socks_user, ask_host=lambda error: may_ask and ask_host(error, str(server)), finished=finished)))
+        socks_user=options.socks_user, retries=options.max_retry_count, ask_host=lambda error: may_ask and ask_host(error),
+        finished=finished), drain=options.drain or 0.0))
 
 
 def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str | None = None) -> list[TunnelSpec]:
@@ -6107,7 +6575,7 @@ def demo_command(options: Options) -> int:
         ready: queue.Queue[Exception | None] = queue.Queue()
         server = Server(loop, folders[0], Address("127.0.0.1", 0), Policy())
         tunnels = [parse_tunnel("0:127.0.0.1:%d" % port) for port in (web_port, echo_port)]
-        client = Client(loop, folders[1], server.address, tunnels, should_encrypt=True, finished=ready.put, started=lambda: ready.put(None))
+        client = Client(loop, folders[1], [server.address], tunnels, should_encrypt=True, finished=ready.put, started=lambda: ready.put(None))
         server.start()
         client.start()
         thread = threading.Thread(target=loop.run, daemon=True)

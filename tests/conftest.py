@@ -7,6 +7,7 @@ import base64
 import concurrent.futures
 import contextlib
 import ctypes
+import hashlib
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import selectors
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,6 +32,8 @@ CACHE = pathlib.Path(os.environ.get("RATROD_TEST_CACHE") or pathlib.Path.home() 
 RUST = CACHE / "rust" / "bin" / "ratrod"
 # The longest that any awaited event may take. Generous: it bounds a hang on a busy machine and measures nothing.
 PATIENCE = 30.0
+# The exit code of a client that the server does not accept, or that does not accept the server.
+AUTHENTICATION_FAILED = 3
 
 
 class Mode(NamedTuple):
@@ -188,6 +192,12 @@ def make_keys(path, seed=None):
     return Keys(path, base64url(public))
 
 
+def seed_of(keys):
+    """The 32 private bytes in a key folder, from the known place in its file."""
+    text = (keys.path / "key").read_text()
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
+
+
 class KeyPairs(NamedTuple):
     server: Keys
     client: Keys
@@ -202,6 +212,15 @@ def keys(tmp_path):
     return pair
 
 
+@pytest.fixture
+def second(keys, tmp_path):
+    """Another client that the server knows."""
+    made = make_keys(tmp_path / "second")
+    made.trust(keys.server, "known_hosts")
+    keys.server.trust(made, "authorized_keys")
+    return made
+
+
 # ---------------------------------------------------------------------------------------------------- targets
 
 
@@ -209,9 +228,11 @@ class Target:
     """A TCP server on a free port: handle(connection) runs on a thread for each connection, which is closed after it."""
 
     def __init__(self, handle, host="127.0.0.1"):
-        self._handle = handle
-        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1000)
-        self.port = self._listener.getsockname()[1]
+        self._start(handle, socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1000))
+        self.port = port_of(self._listener)
+
+    def _start(self, handle, listener):
+        self._handle, self._listener = handle, listener
         self.accepted = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -232,6 +253,17 @@ class Target:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+
+
+class UnixTarget(Target):
+    """The same on a Unix socket."""
+
+    def __init__(self, handle, path):
+        self.path = str(path)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.path)
+        listener.listen(100)
+        self._start(handle, listener)
 
 
 @pytest.fixture
@@ -257,6 +289,14 @@ def echo(connection):
 @pytest.fixture
 def tcp_echo(target):
     return target(echo)
+
+
+@pytest.fixture
+def listener():
+    """A bare target: connections to it wait for the test to accept them."""
+    with socket.create_server(("127.0.0.1", 0), backlog=1000) as made:
+        made.settimeout(PATIENCE)
+        yield made
 
 
 class UdpEcho:
@@ -310,6 +350,7 @@ class Tunnel(NamedTuple):
 
 
 LISTENING = r"\[TCP\] Listening on `.*?:(\d+)`"
+UDP_LISTENING = r"\[UDP\] Listening on `.*?:(\d+)`"
 STARTED = r"Starting server on `.*:(\d+)`"
 READY = r"Test connection successful!"
 
@@ -377,6 +418,88 @@ def forward(serve, ratrod, keys):
 def tcp_port(client, n=1):
     """The port of the client's n-th TCP listener."""
     return int(client.wait_for(LISTENING, n).group(1))
+
+
+def udp_port(client, n=1):
+    """The port of the client's n-th UDP listener."""
+    return int(client.wait_for(UDP_LISTENING, n).group(1))
+
+
+def udp_originator(client, n=1):
+    """A socket that is connected to the client's n-th UDP listener."""
+    port = udp_port(client, n)
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.settimeout(PATIENCE)
+    made.connect(("127.0.0.1", port))
+    return made
+
+
+def port_of(sock):
+    return sock.getsockname()[1]
+
+
+def dial(port, host="127.0.0.1"):
+    return socket.create_connection((host, port), timeout=PATIENCE)
+
+
+def ask_over(connection, question=b"anybody there?"):
+    """A whole exchange with an echo: question, end, answer, end."""
+    with connection:
+        connection.sendall(question)
+        connection.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == question
+
+
+def ask(port, question=b"anybody there?", host="127.0.0.1"):
+    """A whole connection to an echo."""
+    ask_over(dial(port, host), question)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def assert_refused(port):
+    """A connection to `port` is taken and reset at once, nothing having been sent."""
+    with pytest.raises(ConnectionResetError):
+        with dial(port) as connection:
+            connection.recv(1)
+
+
+def check_half_close(ended, other):
+    """`ended` ends its direction. It still receives, for as long as the other side of the connection has something to say."""
+    ended.sendall(b"that is all")
+    ended.shutdown(socket.SHUT_WR)
+    assert receive_all(other) == b"that is all"
+    for size in (1, 1000, 50000):
+        block = os.urandom(size)
+        other.sendall(block)
+        assert receive_exactly(ended, size) == block
+    other.close()
+    assert ended.recv(1) == b""
+
+
+def check_bulk_each_way(ends):
+    """24 MB in each direction of a connection, at the same time; both arrive whole, and end."""
+    # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
+    block = os.urandom((1 << 20) - 3)
+
+    def send(connection):
+        for _ in range(24):
+            connection.sendall(block)
+        connection.shutdown(socket.SHUT_WR)
+
+    def receive(connection):
+        digest = hashlib.sha256()
+        for chunk in iter(lambda: connection.recv(1 << 20), b""):
+            digest.update(chunk)
+        return digest.hexdigest()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        senders, receivers = [pool.submit(send, end) for end in ends], [pool.submit(receive, end) for end in ends]
+        assert {receiver.result() for receiver in receivers} == {hashlib.sha256(block * 24).hexdigest()}
+        for sender in senders:
+            sender.result()
 
 
 def is_ready(sock, event, timeout):

@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 
 import legacy_peer
 import pytest
-from conftest import LISTENING, PATIENCE, READY, eventually, is_ready, make_keys, receive_all, receive_exactly
+from conftest import LISTENING, PATIENCE, READY, dial, eventually, is_ready, make_keys, receive_all, receive_exactly
 from legacy_peer import (
     INVALID_HOST,
     INVALID_KEY,
@@ -658,10 +658,6 @@ def running(client):
     """The local port of a client whose test connection was taken, which the fixture `against` leaves to the test."""
     client.wait_for(READY)
     return int(client.wait_for(LISTENING).group(1))
-
-
-def dial(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
 
 
 def echoing(peer, n=None):

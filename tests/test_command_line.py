@@ -877,7 +877,7 @@ outcomes = []
 for words in json.load(sys.stdin):
     try:
         options = ratrod.parse_command_line(words)
-        outcome = {name: getattr(options, name) for name in %r}
+        outcome = {name: getattr(options, name) if hasattr(options, name) else getattr(options.limits, name) for name in %r}
         outcome["tunnels"] = list(outcome["tunnels"])
     except ratrod.UsageError as error:
         assert isinstance(error, ratrod.ConfigError)

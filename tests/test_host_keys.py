@@ -16,6 +16,7 @@ import time
 
 import pytest
 from conftest import (
+    AUTHENTICATION_FAILED,
     LEGACY,
     LEGACY_E,
     PATIENCE,
@@ -23,6 +24,8 @@ from conftest import (
     RATROD2,
     READY,
     STARTED,
+    ask,
+    dial,
     eventually,
     make_keys,
     missing,
@@ -34,7 +37,6 @@ from conftest import (
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-AUTHENTICATION_FAILED = 3
 INTERRUPTED = 130
 UNKNOWN = "is not in the known hosts file"
 CHANGED = "HAS CHANGED"
@@ -66,22 +68,33 @@ def dialling(ratrod, keys):
     return launch
 
 
+@pytest.fixture
+def impostor(ratrod, keys, strange, tcp_echo):
+    """impostor(client, mode, port, text) -> Program: somebody else's server takes the port, and the client says `text`, having told it nothing."""
+    def launch(client, mode, port, text):
+        strange.trust(keys.client, "authorized_keys")
+        program = ratrod("-v", "-k", strange.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
+        program.wait_for(STARTED)
+        accepted = tcp_echo.accepted
+
+        def noticed():
+            if client.process.poll() is None:
+                with contextlib.suppress(OSError), dial(tcp_port(client)) as connection:
+                    connection.sendall(b"a secret")
+                    connection.shutdown(socket.SHUT_WR)
+                    assert receive_all(connection) == b""
+            return text in client.output
+        eventually(noticed, lambda: client.output)
+        assert "Accepted" not in program.output and tcp_echo.accepted == accepted
+        return program
+    return launch
+
+
 def fingerprint(public):
     """As `ssh-keygen -l` shows one: of the 32 raw bytes of the key."""
     raw = base64.urlsafe_b64decode(public + "=")
     assert len(raw) == 32
     return "SHA256:" + base64.b64encode(hashlib.sha256(raw).digest()).rstrip(b"=").decode()
-
-
-def dial(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-
-
-def ask(port, question=b"anybody there?"):
-    with dial(port) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
 
 
 def warnings(program):
@@ -183,7 +196,7 @@ def test_of_several_changed_lines_one_is_named(serve, keys, known, strange, tmp_
 
 
 @both_wires
-def test_a_key_that_changes_while_the_client_runs(mode, ratrod, keys, known, strange, dialling, tcp_echo, serve, tmp_path):
+def test_a_key_that_changes_while_the_client_runs(mode, known, dialling, impostor, tcp_echo, serve):
     """At the next link: --accept-new takes the first key, and no second one."""
     server, port = serve(*mode.serve)
     client = dialling(port, "0:%d" % tcp_echo.port, flags=(*mode.connect, "--accept-new"))
@@ -191,20 +204,7 @@ def test_a_key_that_changes_while_the_client_runs(mode, ratrod, keys, known, str
     ask(tcp_port(client))
     before = known.read_bytes()
     assert server.stop() == 0
-    strange.trust(keys.client, "authorized_keys")
-    impostor = ratrod("-v", "-k", strange.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
-    impostor.wait_for(STARTED)
-    accepted = tcp_echo.accepted
-
-    def noticed():
-        if client.process.poll() is None:
-            with contextlib.suppress(OSError), dial(tcp_port(client)) as connection:
-                connection.sendall(b"a secret")
-                connection.shutdown(socket.SHUT_WR)
-                assert receive_all(connection) == b""
-        return CHANGED in client.output
-    eventually(noticed, lambda: client.output)
-    assert "Accepted" not in impostor.output and tcp_echo.accepted == accepted
+    impostor(client, mode, port, CHANGED)
     assert known.read_bytes() == before
 
 
@@ -325,7 +325,7 @@ def make_dangling(path):
 
 @pytest.mark.parametrize("mode, spoil", [(RATROD2, make_folder), (RATROD2, make_dangling), (LEGACY, make_folder)],
                          ids=["folder", "dangling link", "legacy, folder"])
-def test_a_file_that_cannot_be_written(mode, spoil, serve, ratrod, keys, known, strange, dialling, tcp_echo):
+def test_a_file_that_cannot_be_written(mode, spoil, serve, ratrod, keys, known, strange, dialling, impostor, tcp_echo):
     """It goes on for this run, with that key alone: also the file that cannot be written must not become -a."""
     spoil(known)
     server, port = serve(*mode.serve)
@@ -347,23 +347,10 @@ def test_a_file_that_cannot_be_written(mode, spoil, serve, ratrod, keys, known, 
     eventually(works, lambda: client.output)
     # Another one in its place: not known.
     assert server.stop() == 0
-    strange.trust(keys.client, "authorized_keys")
-    impostor = ratrod("-v", "-k", strange.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
-    impostor.wait_for(STARTED)
-    accepted = tcp_echo.accepted
-
-    def noticed():
-        if client.process.poll() is None:
-            with contextlib.suppress(OSError), dial(tcp_port(client)) as connection:
-                connection.sendall(b"a secret")
-                connection.shutdown(socket.SHUT_WR)
-                assert receive_all(connection) == b""
-        return strange.public in client.output
-    eventually(noticed, lambda: client.output)
-    assert "Accepted" not in impostor.output and tcp_echo.accepted == accepted
+    program = impostor(client, mode, port, strange.public)
     # It holds for this run only.
     assert client.process.poll() is not None or client.stop() == 0
-    impostor.stop()
+    program.stop()
     serve(*mode.serve, bind="127.0.0.1:%d" % port)
     assert dialling(port, flags=mode.connect).wait() == AUTHENTICATION_FAILED
 

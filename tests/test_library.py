@@ -22,7 +22,7 @@ import threading
 import time
 
 import pytest
-from conftest import PATIENCE, ROOT, echo, eventually, make_keys, missing, receive_all, receive_exactly
+from conftest import PATIENCE, ROOT, ask_over, echo, eventually, make_keys, missing, receive_all, receive_exactly
 
 import ratrod
 
@@ -36,10 +36,7 @@ def dial(address):
 
 def ask(address, question=b"anybody there?"):
     """A whole connection to an echo."""
-    with dial(address) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
+    ask_over(dial(address), question)
 
 
 def ask_by_udp(address, question=b"?"):
@@ -103,15 +100,6 @@ def ends(keys):
 @pytest.fixture
 def server(ends):
     return ends.serve()
-
-
-@pytest.fixture
-def second(keys, tmp_path):
-    """Another client that the server knows."""
-    made = make_keys(tmp_path / "second")
-    made.trust(keys.server, "known_hosts")
-    keys.server.trust(made, "authorized_keys")
-    return made
 
 
 @pytest.fixture
@@ -751,20 +739,16 @@ def test_its_threads_are_daemons(server, ends, tcp_echo):
     assert all(thread.daemon for thread in threads() - {threading.main_thread()} if "ratrod" in thread.name.lower() or thread not in before)
 
 
-def test_within_an_asyncio_program(run):
+def test_made_by_a_pools_thread(run):
+    """A program's other threads use what one of them made, and it lasts longer than that one."""
     assert_silent(run("""
-        import asyncio
-        async def main():
-            loop = asyncio.get_running_loop()
-            server, tunnel = await loop.run_in_executor(None, both)
-            reader, writer = await asyncio.open_connection(*tunnel.address)
-            writer.write(b"hello")
-            writer.write_eof()
-            assert await asyncio.wait_for(reader.read(), 20) == b"hello"
-            writer.close()
-            tunnel.close()
-            server.close()
-        asyncio.run(main())
+        import concurrent.futures
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            server, tunnel = pool.submit(both).result(20)
+            pool.submit(ask, tunnel.address).result(20)
+        ask(tunnel.address)
+        tunnel.close()
+        server.close()
         """))
 
 
@@ -1025,7 +1009,7 @@ def test_the_signatures():
     """Every option is by name alone: another may come between them one day."""
     expected = {
         ratrod.tunnel: {"key_path": None, "accept_new": False, "accept_all_hosts": False, "legacy": False, "encrypt": False, "socks_user": None,
-                        "timeout": 30.0},
+                        "retries": None, "timeout": 30.0},
         ratrod.serve: {"key_path": None, "remote_regex": ".*", "authorize": None, "allow_listen": False, "legacy": False}}
     for function, options in expected.items():
         parameters = inspect.signature(function).parameters.values()

@@ -16,7 +16,7 @@ import threading
 
 import pytest
 import ratrod2_peer as peer
-from conftest import LISTENING, PATIENCE, READY, STARTED, eventually, no_traceback, receive_exactly  # noqa: F401 - no_traceback is a fixture
+from conftest import LISTENING, PATIENCE, READY, STARTED, dial, eventually, no_traceback, receive_exactly  # noqa: F401 - no_traceback is a fixture
 
 STREAMS = 20000 if os.environ.get("RATROD_TEST_WHOLE") else 2000
 RESET = struct.pack("ii", 1, 0)
@@ -107,10 +107,6 @@ def relayed(ratrod, keys):
             return server, client, relay, [int(client.wait_for(LISTENING, n + 1).group(1)) for n in range(len(remotes) if wait else 0)]
         # The relay knows the server under its own port; the client trusts the bare key for any address.
         yield launch
-
-
-def dial(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
 
 
 def handshakes(server):

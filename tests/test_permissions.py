@@ -3,7 +3,6 @@
 Real servers. The clients are real where it is about what they show, and the independent peer where it is about many lines or many targets.
 """
 
-import base64
 import contextlib
 import datetime
 import hashlib
@@ -20,6 +19,7 @@ import time
 import pytest
 import ratrod2_peer as peer
 from conftest import (
+    AUTHENTICATION_FAILED,
     LEGACY,
     LEGACY_E,
     PATIENCE,
@@ -27,21 +27,24 @@ from conftest import (
     READY,
     ROOT,
     STARTED,
+    UnixTarget,
+    ask,
+    assert_refused,
     base64url,
+    dial,
     echo,
     eventually,
     make_keys,
     missing,
     need,
-    receive_all,
     receive_exactly,
+    seed_of,
     tcp_port,
+    udp_originator,
 )
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-AUTHENTICATION_FAILED = 3
-UDP_LISTENING = r"\[UDP\] Listening on `.*?:(\d+)`"
 # What comes of asking for a target. A refusal by policy has one text, whatever its reason: anything else would tell a client what the policy is.
 NOT_ALLOWED = "not allowed by this server"
 OPENED, FAILED, UNKNOWN_KEY = "opened", "allowed, but cannot be reached", "unknown key"
@@ -58,11 +61,6 @@ def seed_number(n):
 
 def public_of(seed):
     return base64url(peer.Identity.from_seed(seed).public)
-
-
-def seed_of(keys):
-    text = (keys.path / "key").read_text()
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
 
 
 class Asker:
@@ -134,33 +132,6 @@ def connect(ratrod, keys):
     def launch(server_port, *tunnels, flags=()):
         return ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
     return launch
-
-
-def dial(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-
-
-def ask(port, question=b"anybody there?"):
-    """A whole connection to an echo."""
-    with dial(port) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
-
-
-def assert_refused(port):
-    with pytest.raises(ConnectionResetError):
-        with dial(port) as connection:
-            connection.recv(1)
-
-
-@contextlib.contextmanager
-def udp_originator(client, n=1):
-    """A socket that is connected to the client's n-th UDP listener."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-        made.settimeout(PATIENCE)
-        made.connect(("127.0.0.1", int(client.wait_for(UDP_LISTENING, n).group(1))))
-        yield made
 
 
 def ask_by_udp(originator, question=b"anybody there?"):
@@ -819,34 +790,6 @@ def test_a_key_that_expires_while_it_is_in_use(start, keys, connect, authorized,
 # ---------------------------------------------------------------------------------------------------- unix: targets
 
 
-class UnixEcho:
-    """An echo at a Unix socket."""
-
-    def __init__(self, path):
-        self.path, self.accepted = path, 0
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path)
-        self._listener.listen(100)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self.accepted += 1
-                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    @staticmethod
-    def _serve(connection):
-        with connection, contextlib.suppress(OSError):
-            echo(connection)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
 @pytest.fixture
 def folder():
     """A short path: a Unix socket's has at most 107 bytes."""
@@ -857,7 +800,7 @@ def folder():
 
 @pytest.fixture
 def unix_echo(folder):
-    made = UnixEcho(folder + "/echo.sock")
+    made = UnixTarget(echo, folder + "/echo.sock")
     yield made
     made.close()
 
@@ -946,7 +889,7 @@ def test_a_path_that_is_as_long_as_may_be(asking, folder, tcp_echo):
         path = folder + "/"
         path += fill * ((100 - len(path)) // len(fill.encode()))
         path += "a" * (100 - len(path.encode()))
-        made = UnixEcho(path)
+        made = UnixTarget(echo, path)
         try:
             asker, _ = asking('KEY permitopen="unix:%s"' % path)
             assert asker.exchange("unix:" + path) == b"anybody there?"

@@ -4,7 +4,6 @@ independent peer.
 The missing number, 3, is legacy's.
 """
 
-import base64
 import contextlib
 import errno
 import json
@@ -22,7 +21,7 @@ import time
 
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, READY, base64url, is_ready, make_keys, receive_all, receive_exactly
+from conftest import AUTHENTICATION_FAILED, PATIENCE, READY, base64url, is_ready, make_keys, receive_all, receive_exactly, seed_of
 from ratrod2_peer import (
     AEGIS,
     BULK_LIMIT,
@@ -54,18 +53,12 @@ from ratrod2_peer import (
     receive_to_end,
 )
 
-AUTHENTICATION_FAILED = 3
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
 STOLEN = b"\x5a" * 32
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 # They last two minutes by their nature.
 long = pytest.mark.skipif(not os.environ.get("RATROD_LONG"), reason="takes 120 s: RATROD_LONG is not set")
 hostile_text = "marker-before\x1b]0;evil\x07\x1b[2J\r\n\x00\x9b\u202e marker-after " + "A" * 800
-
-
-def seed_of(keys):
-    text = (keys.path / "key").read_text()
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
 
 
 def identity_of(keys):

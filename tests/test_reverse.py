@@ -3,7 +3,6 @@
 Whole programs. What passes on their links is in test_reverse_links.py.
 """
 
-import base64
 import collections
 import contextlib
 import hashlib
@@ -22,26 +21,26 @@ from typing import NamedTuple
 
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, READY, descriptors, eventually, make_keys, receive_all, receive_exactly, tcp_port
+from conftest import (
+    AUTHENTICATION_FAILED,
+    PATIENCE,
+    READY,
+    ask,
+    descriptors,
+    dial,
+    eventually,
+    port_of,
+    receive_all,
+    receive_exactly,
+    reset,
+    seed_of,
+    tcp_port,
+)
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-AUTHENTICATION_FAILED = 3
 REFUSED = "not allowed by this server"  # the same for every reason: it teaches a prober nothing
-NOTHING = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 BULK = 20 << 20
-
-
-def dial(port, host="127.0.0.1"):
-    return socket.create_connection((host, port), timeout=PATIENCE)
-
-
-def ask(port, question=b"anybody there?", host="127.0.0.1"):
-    """A whole connection to an echo."""
-    with dial(port, host) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
 
 
 def works(port):
@@ -74,11 +73,6 @@ def says(word):
     return lambda connection: connection.sendall(word)
 
 
-def reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING)
-    connection.close()
-
-
 def converse(connection, words):
     """Says `words` and ends, while it hears the other to the end: what that said."""
     def say():
@@ -93,10 +87,6 @@ def converse(connection, words):
 
 def digest(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def port_of(sock):
-    return sock.getsockname()[1]
 
 
 def free_ports(n=1):
@@ -127,11 +117,6 @@ def peak_memory(program):
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
 
 
-def seed_of(keys):
-    text = (keys.path / "key").read_text()
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
-
-
 def identity_of(keys):
     return peer.Identity.from_seed(seed_of(keys)).public
 
@@ -148,15 +133,6 @@ def client(ratrod, keys):
     def launch(server_port, *tunnels, who=None, flags=()):
         return ratrod("-k", (who or keys.client).path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
     return launch
-
-
-@pytest.fixture
-def second(keys, tmp_path):
-    """Another client that the server knows."""
-    made = make_keys(tmp_path / "second")
-    made.trust(keys.server, "known_hosts")
-    keys.server.trust(made, "authorized_keys")
-    return made
 
 
 class Reverse(NamedTuple):

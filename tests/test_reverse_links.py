@@ -8,22 +8,18 @@ import threading
 
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, eventually, make_keys, receive_all, receive_exactly
+from conftest import PATIENCE, dial, eventually, make_keys, port_of, receive_all, receive_exactly, reset, seed_of
 from ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, UDP, LinkEnded, PeerError, encode_open
 from test_reverse import (
     REFUSED,
     assert_start_fails,
     bound,
-    dial,
     free_ports,
     handshakes,
     identity_of,
     permit,
-    port_of,
     refused,
-    reset,
     says,
-    seed_of,
 )
 
 pytestmark = pytest.mark.usefixtures("no_traceback")

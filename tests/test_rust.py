@@ -9,7 +9,7 @@ import time
 
 import legacy_peer
 import pytest
-from conftest import LISTENING, PATIENCE, READY, echo, eventually, make_keys, receive_all, receive_exactly
+from conftest import LISTENING, PATIENCE, READY, dial, echo, eventually, make_keys, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -83,10 +83,6 @@ def mixed(request, serve):
         client.wait_for(r"Test connection (successful|failed)")
         return port
     return launch
-
-
-def dial(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import http.server
 import ipaddress
 import os
@@ -30,14 +29,18 @@ from conftest import (
     STARTED,
     Program,
     UdpEcho,
+    check_bulk_each_way,
+    check_half_close,
     descriptors,
     echo,
     eventually,
     every_mode,
     missing,
     need,
+    port_of,
     receive_all,
     receive_exactly,
+    reset,
 )
 from many_lines import assert_no_tunnels, run_each
 
@@ -137,23 +140,6 @@ def assert_ended(connection):
     """Nothing more comes. Whether that shows as an end or as a reset depends on what was unread."""
     with contextlib.suppress(ConnectionResetError):
         assert connection.recv(100) == b""
-
-
-def reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-def port_of(sock):
-    return sock.getsockname()[1]
-
-
-@pytest.fixture
-def listener():
-    """A bare target: connections to it wait for the test to accept them."""
-    with socket.create_server(("127.0.0.1", 0), backlog=1000) as made:
-        made.settimeout(PATIENCE)
-        yield made
 
 
 @pytest.fixture
@@ -632,15 +618,7 @@ def test_silent_clients_hold_up_nobody(proxy, tcp_echo):
 
 @each_end
 def test_half_close(mode, first, join):
-    ended, other = join(mode) if first == "originator" else reversed(join(mode))
-    ended.sendall(b"that is all")
-    ended.shutdown(socket.SHUT_WR)
-    assert receive_all(other) == b"that is all"
-    for size in (1, 1000, 50000):
-        other.sendall(BLOCK[:size])
-        assert receive_exactly(ended, size) == BLOCK[:size]
-    other.close()
-    assert ended.recv(1) == b""
+    check_half_close(*(join(mode) if first == "originator" else reversed(join(mode))))
 
 
 @each_end
@@ -663,23 +641,7 @@ def test_target_speaks_first(proxy, target):
 
 
 def test_bulk(join):
-    ends = join(ANY)
-
-    def send(connection):
-        for _ in range(24):
-            connection.sendall(BLOCK)
-        connection.shutdown(socket.SHUT_WR)
-
-    def receive(connection):
-        digest = hashlib.sha256()
-        for chunk in iter(lambda: connection.recv(1 << 20), b""):
-            digest.update(chunk)
-        return digest.hexdigest()
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        senders, receivers = [pool.submit(send, end) for end in ends], [pool.submit(receive, end) for end in ends]
-        assert {receiver.result() for receiver in receivers} == {hashlib.sha256(BLOCK * 24).hexdigest()}
-        for sender in senders:
-            sender.result()
+    check_bulk_each_way(join(ANY))
 
 
 @every_mode

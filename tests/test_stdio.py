@@ -11,7 +11,6 @@ import re
 import shlex
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
 
@@ -28,8 +27,10 @@ from conftest import (
     every_mode,
     make_keys,
     need,
+    port_of,
     receive_all,
     receive_exactly,
+    reset,
 )
 from many_lines import run_each
 
@@ -117,27 +118,10 @@ def stdio(serve, launch):
     return run
 
 
-@pytest.fixture
-def listener():
-    """A bare target: connections to it wait for the test to accept them."""
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        made.settimeout(PATIENCE)
-        yield made
-
-
-def port_of(sock):
-    return sock.getsockname()[1]
-
-
 def accept(listener):
     connection, _ = listener.accept()
     connection.settimeout(PATIENCE)
     return connection
-
-
-def reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
 
 
 def answer_with_digest(connection):

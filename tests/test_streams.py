@@ -3,7 +3,6 @@
 Real processes, and where the path matters a relay of the test's own between them.
 """
 
-import base64
 import collections
 import contextlib
 import errno
@@ -22,7 +21,23 @@ from typing import NamedTuple
 import legacy_peer
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, RATROD, READY, ROOT, eventually, make_keys, receive_all, receive_exactly, tcp_port
+from conftest import (
+    AUTHENTICATION_FAILED,
+    PATIENCE,
+    RATROD,
+    READY,
+    ROOT,
+    ask,
+    dial,
+    eventually,
+    make_keys,
+    port_of,
+    receive_all,
+    receive_exactly,
+    seed_of,
+    tcp_port,
+    udp_originator,
+)
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -31,29 +46,8 @@ CONNECTIONS = 5_000
 BULK = 300_000
 SMALL = 16_384  # smaller ones make TCP wait for its timers
 CLIENT, SERVER = "client", "server"
-AUTHENTICATION_FAILED = 3
 SERVER_PREAMBLE = 2 + 129
 CLIENT_AUTHENTICATION = 2 + 96
-NOTHING = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
-UDP_LISTENING = r"\[UDP\] Listening on `.*?:(\d+)`"
-
-
-def dial(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-
-
-def ask(port, question=b"anybody there?"):
-    """A whole connection to an echo."""
-    with dial(port) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
-
-
-def reset(connection):
-    with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING)
-    connection.close()
 
 
 def shrink(sock, size):
@@ -63,21 +57,12 @@ def shrink(sock, size):
     return sock
 
 
-def port_of(sock):
-    return sock.getsockname()[1]
-
-
 @pytest.fixture
 def closed():
     """A port of 127.0.0.1 that is taken, and where nobody listens."""
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
         yield made
-
-
-def seed_of(keys):
-    text = (keys.path / "key").read_text()
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
 
 
 def identity_of(keys):
@@ -112,7 +97,7 @@ class Passage:
         with contextlib.suppress(OSError):
             for data in iter(lambda: source.recv(65536), b""):
                 if self.forgotten:
-                    return reset(source)
+                    return peer.reset(source)
                 if self.silent:
                     continue
                 self.relay.hold(self, whose)
@@ -293,7 +278,7 @@ class Side:
         if self.said < part.says:
             self.said += self.socket.send(part.text[self.said:min(self.said + part.piece, part.says)])
         elif part.resets:
-            reset(self.socket)
+            peer.reset(self.socket)
             self.outcome = "gone"
         else:
             self.socket.shutdown(socket.SHUT_WR)
@@ -525,7 +510,7 @@ def assert_greeted(port):
         assert receive_all(connection) == b"hello"
 
 
-@pytest.mark.parametrize("how", [socket.socket.close, reset], ids=["FIN", "RST"])
+@pytest.mark.parametrize("how", [socket.socket.close, peer.reset], ids=["FIN", "RST"])
 def test_idle_links_that_ended_are_not_used(path, tcp_echo, how):
     """The client knows, and data that goes with the Open is safe too."""
     made = path(tcp_echo.port)
@@ -654,14 +639,6 @@ def test_a_refused_remote_is_a_reset_at_once(path, closed):
 
 
 # ---------------------------------------------------------------------------------------------------- keys that come and go
-
-
-def udp_originator(client, n=1):
-    """A socket that is connected to the client's n-th UDP listener."""
-    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    made.settimeout(PATIENCE)
-    made.connect(("127.0.0.1", int(client.wait_for(UDP_LISTENING, n).group(1))))
-    return made
 
 
 def asks_by_udp(originator, question):

@@ -11,7 +11,6 @@ import re
 import selectors
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -27,15 +26,21 @@ from conftest import (
     READY,
     STARTED,
     Tunnel,
+    ask,
+    assert_refused,
+    check_half_close,
     descriptors,
+    dial,
     echo,
     eventually,
     every_mode,
     is_ready,
     missing,
     need,
+    port_of,
     receive_all,
     receive_exactly,
+    reset,
     tcp_port,
 )
 
@@ -59,14 +64,6 @@ class Joined(NamedTuple):
     def ordered(self, first):
         """(the end named `first`, the other)"""
         return (self.originator, self.target) if first == "originator" else (self.target, self.originator)
-
-
-@pytest.fixture
-def listener():
-    """A bare target: connections to it wait for the test to accept them."""
-    with socket.create_server(("127.0.0.1", 0), backlog=1000) as made:
-        made.settimeout(PATIENCE)
-        yield made
 
 
 @pytest.fixture
@@ -98,39 +95,11 @@ def closed():
         yield made
 
 
-def port_of(sock):
-    return sock.getsockname()[1]
-
-
-def dial(port, host="127.0.0.1"):
-    return socket.create_connection((host, port), timeout=PATIENCE)
-
-
-def ask(port, question=b"anybody there?", host="127.0.0.1"):
-    """A whole connection to an echo: question, end, answer, end."""
-    with dial(port, host) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
-
-
 def talk(one, other):
     """A byte each way, so that the whole path is known to stand."""
     for sender, receiver in ((one, other), (other, one)):
         sender.sendall(b"!")
         assert receive_exactly(receiver, 1) == b"!"
-
-
-def reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-def assert_refused(port):
-    """A connection to `port` is taken and reset at once, nothing having been sent."""
-    with pytest.raises(ConnectionResetError):
-        with dial(port) as connection:
-            connection.recv(1)
 
 
 def assert_ended(connection):
@@ -174,16 +143,7 @@ def test_target_speaks_first(mode, joined):
 @every_mode
 @either_first
 def test_half_close(mode, first, joined):
-    """`first` ends its direction. It still receives, for as long as the other side has something to say."""
-    ended, other = joined(mode).ordered(first)
-    ended.sendall(b"that is all")
-    ended.shutdown(socket.SHUT_WR)
-    assert receive_all(other) == b"that is all"
-    for size in (1, 1000, 50000):
-        other.sendall(BLOCK[:size])
-        assert receive_exactly(ended, size) == BLOCK[:size]
-    other.close()
-    assert ended.recv(1) == b""
+    check_half_close(*joined(mode).ordered(first))
 
 
 @every_mode
@@ -862,19 +822,21 @@ def test_authorized_keys_that_cannot_be_read_authorize_nobody(mode, keys, tunnel
 
 
 @pytest.mark.parametrize("mode", [LEGACY], ids=["legacy"])
-def test_legacy_known_hosts_are_read_again(mode, keys, tunnel, tcp_echo):
-    """In legacy, every connection is a handshake of its own."""
+def test_legacy_known_hosts_are_read_again(mode, keys, tunnel, connect, tcp_echo):
+    """In legacy, every connection is a handshake of its own; a server whose key is not the one that is known ends the client at once."""
     made = tunnel(tcp_echo.port, mode)
     ask(made.port)
     known = keys.client.path / "known_hosts"
-    known.write_text("")
-    assert_refused(made.port)
-    says(made.client, keys.server.public, "known.hosts")
     known.write_text("%s 127.0.0.1:%d\n" % (keys.server.public, made.server_port))
     ask(made.port)
     # A line for this address alone counts, once there is one.
     known.write_text("%s\n%s 127.0.0.1:%d\n" % (keys.server.public, keys.client.public, made.server_port))
     assert_refused(made.port)
+    assert made.client.wait() == 3
+    known.write_text("")
+    again = connect(made.server_port, *mode.connect, "0:%d" % tcp_echo.port)
+    assert again.wait() == 3
+    says(again, keys.server.public, "known.hosts")
 
 
 @every_mode

@@ -9,13 +9,12 @@ import time
 from typing import NamedTuple
 
 import pytest
-from conftest import MODES, PATIENCE, UdpEcho, descriptors, eventually, every_mode, tcp_port
+from conftest import MODES, PATIENCE, UdpEcho, descriptors, eventually, every_mode, tcp_port, udp_port
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 # For what happens beside the wire: one mode is enough.
 ANY = MODES[0]
-UDP_LISTENING = r"\[UDP\] Listening on `.*?:(\d+)`"
 NOISE = os.urandom(65507)
 
 
@@ -34,11 +33,6 @@ def loose_socket(ipv6=False):
     made = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM)
     made.settimeout(PATIENCE)
     return made
-
-
-def udp_port(client, n=1):
-    """The port of the client's n-th UDP listener."""
-    return int(client.wait_for(UDP_LISTENING, n).group(1))
 
 
 def ask(connected, question=b"anybody there?"):

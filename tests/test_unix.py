@@ -1,9 +1,6 @@
 """Unix sockets at either end of a tunnel: real Redis behind them, who may reach them, and the files that they are."""
 
-import base64
-import concurrent.futures
 import contextlib
-import hashlib
 import os
 import pathlib
 import re
@@ -20,13 +17,20 @@ from conftest import (
     PATIENCE,
     RATROD,
     READY,
+    UnixTarget,
+    ask,
+    ask_over,
+    check_bulk_each_way,
+    check_half_close,
     descriptors,
+    dial,
     echo,
     eventually,
     every_mode,
     need,
     receive_all,
     receive_exactly,
+    seed_of,
     tcp_port,
 )
 from many_lines import assert_no_tunnels
@@ -48,39 +52,9 @@ def short():
         yield pathlib.Path(folder)
 
 
-class UnixTarget:
-    """A server on a Unix socket: handle(connection) runs on a thread for each connection, which is closed after it."""
-
-    def __init__(self, path, handle, backlog=100):
-        self.path, self.accepted = str(path), 0
-        self._handle = handle
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind(self.path)
-        self.socket.listen(backlog)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection):
-        with connection, contextlib.suppress(OSError):
-            self._handle(connection)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-
-
 @pytest.fixture
 def unix_echo(short):
-    made = UnixTarget(short / "echo.sock", echo)
+    made = UnixTarget(echo, short / "echo.sock")
     yield made
     made.close()
 
@@ -110,23 +84,11 @@ def redis_cli(*words, typed=None):
     return done.stdout
 
 
-def dial(path):
+def dial_unix(path):
     made = socket.socket(socket.AF_UNIX)
     made.settimeout(PATIENCE)
     made.connect(str(path))
     return made
-
-
-def dial_tcp(port):
-    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-
-
-def ask(connection, question=b"anybody there?"):
-    """A whole connection to an echo: question, end, answer, end."""
-    with connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
 
 
 def assert_refused(connection):
@@ -141,11 +103,6 @@ def assert_refused(connection):
         else:
             with pytest.raises(ConnectionResetError):
                 connection.recv(1)
-
-
-def seed_of(keys):
-    text = (keys.path / "key").read_text()
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
 
 
 # ---------------------------------------------------------------------------------------------------- real Redis
@@ -211,7 +168,7 @@ def join(forward, short, unix_listener):
         def launch(mode):
             _, client = forward(mode, "unix:%s/local.sock:unix:%s/target.sock" % (short, short), serve_flags=("-r", "unix:%s/.*" % short))
             client.wait_for(UNIX_LISTENING)
-            originator = stack.enter_context(dial(short / "local.sock"))
+            originator = stack.enter_context(dial_unix(short / "local.sock"))
             target = stack.enter_context(unix_listener.accept()[0])
             target.settimeout(PATIENCE)
             return originator, target
@@ -221,40 +178,12 @@ def join(forward, short, unix_listener):
 @every_mode
 @pytest.mark.parametrize("first", ["originator", "target"])
 def test_half_close(mode, first, join):
-    """`first` ends its direction. It still receives, for as long as the other side has something to say."""
-    ended, other = join(mode) if first == "originator" else reversed(join(mode))
-    ended.sendall(b"that is all")
-    ended.shutdown(socket.SHUT_WR)
-    assert receive_all(other) == b"that is all"
-    for size in (1, 1000, 50000):
-        other.sendall(BLOCK[:size])
-        assert receive_exactly(ended, size) == BLOCK[:size]
-    other.close()
-    assert ended.recv(1) == b""
+    check_half_close(*(join(mode) if first == "originator" else reversed(join(mode))))
 
 
 @every_mode
 def test_bulk_each_way(mode, join):
-    ends = join(mode)
-
-    def send(connection):
-        for _ in range(24):
-            connection.sendall(BLOCK)
-        connection.shutdown(socket.SHUT_WR)
-
-    def receive(connection):
-        digest = hashlib.sha256()
-        chunk = connection.recv(1 << 20)
-        while chunk:
-            digest.update(chunk)
-            chunk = connection.recv(1 << 20)
-        return digest.hexdigest()
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        senders = [pool.submit(send, end) for end in ends]
-        receivers = [pool.submit(receive, end) for end in ends]
-        assert {receiver.result() for receiver in receivers} == {hashlib.sha256(BLOCK * 24).hexdigest()}
-        for sender in senders:
-            sender.result()
+    check_bulk_each_way(join(mode))
 
 
 def test_target_that_leaves_with_bytes_unread(join):
@@ -272,10 +201,10 @@ def test_target_that_leaves_with_bytes_unread(join):
 def test_nothing_is_left_behind(forward, unix_echo, short):
     server, client = forward(ANY, "unix:%s/local.sock:unix:%s" % (short, unix_echo.path), serve_flags=("-r", "unix:.*"))
     client.wait_for(UNIX_LISTENING)
-    ask(dial(short / "local.sock"))
+    ask_over(dial_unix(short / "local.sock"))
     before = {program: descriptors(program) for program in (server, client)}
     for n in range(200):
-        ask(dial(short / "local.sock"), b"%d" % n)
+        ask_over(dial_unix(short / "local.sock"), b"%d" % n)
     for program in (server, client):
         # A few links may be kept; one descriptor in twenty would be a leak.
         eventually(lambda program=program: descriptors(program) <= before[program] + 10, "the descriptors came back")
@@ -287,7 +216,7 @@ def test_two_workers_share_a_unix_socket(forward, unix_echo, short):
                              connect_flags=("--workers", "2"))
     client.wait_for(UNIX_LISTENING)
     for n in range(20):
-        ask(dial(short / "local.sock"), b"%d" % n)
+        ask_over(dial_unix(short / "local.sock"), b"%d" % n)
     assert client.stop() == 0 and not (short / "local.sock").exists()
 
 
@@ -301,7 +230,7 @@ def test_paths_are_closed_unless_named(mode, regex, serve, connect, unix_echo, s
     server, port = serve(*mode.serve, *([] if regex is None else ["-r", regex % short if "%" in regex else regex]))
     client = connect(port, *mode.connect, "0:unix:%s" % unix_echo.path)
     client.wait_for(READY)
-    assert_refused(dial_tcp(tcp_port(client)))
+    assert_refused(dial(tcp_port(client)))
     client.wait_for(NOT_ALLOWED)
     server.wait_for("refused.*%s|%s.*refused" % ((re.escape(unix_echo.path),) * 2))
     assert unix_echo.accepted == 0
@@ -310,13 +239,13 @@ def test_paths_are_closed_unless_named(mode, regex, serve, connect, unix_echo, s
 @pytest.mark.parametrize("regex", ["unix:.*", "unix:%s/echo.sock", r"unix:%s/[a-z]+\.sock|10\.0\.0\.1:80", r"(?:unix:)?.*"])
 def test_paths_that_a_rule_names(regex, forward, unix_echo, short):
     _, client = forward(ANY, "0:unix:%s" % unix_echo.path, serve_flags=("-r", regex % short if "%" in regex else regex))
-    ask(dial_tcp(tcp_port(client)))
+    ask(tcp_port(client))
 
 
 def test_a_rule_of_paths_opens_no_host(forward, tcp_echo, unix_echo):
     _, client = forward(ANY, "0:127.0.0.1:%d" % tcp_echo.port, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
-    assert_refused(dial_tcp(tcp_port(client)))
-    ask(dial_tcp(tcp_port(client, 2)))
+    assert_refused(dial(tcp_port(client)))
+    ask(tcp_port(client, 2))
     assert tcp_echo.accepted == 0
 
 
@@ -324,7 +253,7 @@ def test_a_path_in_other_letters_is_another_path(forward, unix_echo, short):
     """Host names have no case, which is why a rule has none; files have."""
     os.rename(unix_echo.path, str(short / "ECHO.sock"))
     _, client = forward(ANY, "0:unix:%s/ECHO.sock" % short, serve_flags=("-r", "unix:%s/echo.sock" % short))
-    assert_refused(dial_tcp(tcp_port(client)))
+    assert_refused(dial(tcp_port(client)))
     assert unix_echo.accepted == 0
 
 
@@ -338,7 +267,7 @@ CROOKED = [
 
 def test_the_server_takes_no_crooked_path(serve, keys, short):
     """From a client that is not ours, which would not send it. The rule is one that an owner may write, and `..` would lead out of it."""
-    secret = UnixTarget(short / "secret.sock", echo)
+    secret = UnixTarget(echo, short / "secret.sock")
     (short / "app").mkdir()
     try:
         server, port = serve("-r", "unix:%s/app/.*|unix:/?%s/secret.sock.+" % (short, short))
@@ -380,8 +309,8 @@ def test_there_is_no_udp_to_a_path(serve, keys, udp_echo, unix_echo):
 def test_paths_that_a_key_may_open(options, regex, allowed, keys, forward, unix_echo, short):
     (keys.server.path / "authorized_keys").write_text("%s %s\n" % (keys.client.public, options.format(short)))
     _, client = forward(ANY, "0:unix:%s" % unix_echo.path, serve_flags=("-r", regex.format(short)) if regex else ())
-    connection = dial_tcp(tcp_port(client))
-    ask(connection) if allowed else assert_refused(connection)
+    connection = dial(tcp_port(client))
+    ask_over(connection) if allowed else assert_refused(connection)
     assert unix_echo.accepted == allowed
 
 
@@ -394,18 +323,18 @@ def test_targets_that_are_no_sockets(forward, unix_echo, short):
     names = "missing.sock", "file", "stale.sock", "no/such/folder.sock"
     server, client = forward(ANY, *["0:unix:%s/%s" % (short, name) for name in names], "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
     for n, name in enumerate(names, 1):
-        assert_refused(dial_tcp(tcp_port(client, n)))
+        assert_refused(dial(tcp_port(client, n)))
         for program in (server, client):
             program.wait_for("ERROR.*%s/%s" % (re.escape(str(short)), name))
-    ask(dial_tcp(tcp_port(client, len(names) + 1)))
+    ask(tcp_port(client, len(names) + 1))
 
 
 def test_target_that_comes_up_later(forward, short):
     _, client = forward(ANY, "0:unix:%s/late.sock" % short, serve_flags=("-r", "unix:.*"))
-    assert_refused(dial_tcp(tcp_port(client)))
-    late = UnixTarget(short / "late.sock", echo)
+    assert_refused(dial(tcp_port(client)))
+    late = UnixTarget(echo, short / "late.sock")
     try:
-        ask(dial_tcp(tcp_port(client)))
+        ask(tcp_port(client))
     finally:
         late.close()
 
@@ -418,12 +347,12 @@ def test_target_whose_queue_is_full(forward, short, unix_echo):
         listener.settimeout(PATIENCE)
         server, client = forward(ANY, "0:unix:%s/busy.sock" % short, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
         with contextlib.ExitStack() as stack:
-            waiting = [stack.enter_context(dial_tcp(tcp_port(client))) for _ in range(8)]
-            ask(dial_tcp(tcp_port(client, 2)))
+            waiting = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
+            ask(tcp_port(client, 2))
             threading.Thread(target=serve_all, args=(listener,), daemon=True).start()
             answered = sum(is_answered(connection) for connection in waiting)
         assert answered >= 1
-        ask(dial_tcp(tcp_port(client)))
+        ask(tcp_port(client))
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
 
@@ -467,7 +396,7 @@ def test_only_its_owner_may_use_it(umask, serve, start, keys, tcp_echo, short):
     client.wait_for(UNIX_LISTENING)
     mode = (short / "local.sock").lstat().st_mode
     assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o600
-    ask(dial(short / "local.sock"))
+    ask_over(dial_unix(short / "local.sock"))
 
 
 def test_the_line_that_says_so(serve, connect, short):
@@ -483,7 +412,7 @@ def test_no_udp_for_a_unix_socket_at_the_server(forward, unix_echo):
     _, client = forward(ANY, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
     line = client.wait_for(r"\[TCP\] Listening on").string
     assert "to `unix:%s`" % unix_echo.path in line
-    ask(dial_tcp(tcp_port(client)))
+    ask(tcp_port(client))
     assert "[UDP]" not in client.output
 
 
@@ -515,12 +444,12 @@ def test_a_stale_socket_is_replaced(serve, connect, tcp_echo, short):
     _, port = serve()
     client = connect(port, "unix:%s/local.sock:127.0.0.1:%d" % (short, tcp_echo.port))
     client.wait_for(UNIX_LISTENING)
-    ask(dial(short / "local.sock"))
+    ask_over(dial_unix(short / "local.sock"))
     # And so one client after another, however each of them ends.
     client.stop(signal.SIGKILL)
     assert (short / "local.sock").exists()
     connect(port, "unix:%s/local.sock:127.0.0.1:%d" % (short, tcp_echo.port)).wait_for(UNIX_LISTENING)
-    ask(dial(short / "local.sock"))
+    ask_over(dial_unix(short / "local.sock"))
     assert stat.S_IMODE((short / "local.sock").lstat().st_mode) == 0o600
 
 
@@ -533,10 +462,10 @@ def test_a_live_socket_is_left_alone(serve, connect, tcp_echo, unix_echo, short)
     """Neither another program's nor our own other client's."""
     _, port = serve()
     assert_fails_naming(connect(port, "unix:%s:127.0.0.1:%d" % (unix_echo.path, tcp_echo.port)), unix_echo.path)
-    ask(dial(unix_echo.path))
+    ask_over(dial_unix(unix_echo.path))
     connect(port, "unix:%s/local.sock:127.0.0.1:%d" % (short, tcp_echo.port)).wait_for(UNIX_LISTENING)
     assert_fails_naming(connect(port, "unix:%s/local.sock:127.0.0.1:%d" % (short, tcp_echo.port)), short / "local.sock")
-    ask(dial(short / "local.sock"))
+    ask_over(dial_unix(short / "local.sock"))
 
 
 def test_a_live_socket_whose_queue_is_full_is_alive(serve, connect, short):
@@ -582,10 +511,10 @@ def test_a_socket_that_is_somebody_elses_by_now_is_not_removed(forward, tcp_echo
     _, client = forward(ANY, "unix:%s/local.sock:127.0.0.1:%d" % (short, tcp_echo.port))
     client.wait_for(UNIX_LISTENING)
     (short / "local.sock").unlink()
-    other = UnixTarget(short / "local.sock", echo)
+    other = UnixTarget(echo, short / "local.sock")
     try:
         assert client.stop() == 0
-        ask(dial(short / "local.sock"))
+        ask_over(dial_unix(short / "local.sock"))
     finally:
         other.close()
 
@@ -608,14 +537,14 @@ def test_the_longest_path(forward, short, unix_echo):
     paths = [str(short / letter).ljust(100, letter) for letter in "ab"]
     os.rename(unix_echo.path, paths[1])
     forward(ANY, "unix:%s:unix:%s" % tuple(paths), serve_flags=("-r", "unix:.*"))[1].wait_for(UNIX_LISTENING)
-    ask(dial(paths[0]))
+    ask_over(dial_unix(paths[0]))
 
 
 def test_a_path_with_other_letters(forward, short, unix_echo):
     paths = ["%s/%s" % (short, name) for name in ("my socket.ä", "ünser täger 漢")]
     os.rename(unix_echo.path, paths[1])
     forward(ANY, "unix:%s:unix:%s" % tuple(paths), serve_flags=("-r", "unix:%s" % paths[1]))[1].wait_for(UNIX_LISTENING)
-    ask(dial(paths[0]))
+    ask_over(dial_unix(paths[0]))
 
 
 NONE = [
