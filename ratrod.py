@@ -759,8 +759,10 @@ class KeyFolder:
     def load(self) -> KeyPair:
         """The identity in the key file. ConfigError names the file, what is wrong with it and what to do."""
         pair = self._read(self.key_file, KeyPair.decode)
-        mode = os.stat(self.key_file).st_mode
-        if os.name == "posix" and mode & 0o077:
+        status = os.stat(self.key_file)
+        mode = status.st_mode
+        # As ssh has it: only the owner can do something about it. A Kubernetes secret belongs to root, and is read through its group.
+        if os.name == "posix" and mode & 0o077 and status.st_uid == os.getuid():
             self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone: chmod 600 %s"
                                  % (self.key_file, stat.S_IMODE(mode), self.key_file))
         public_file = self.key_file + ".pub"
@@ -853,6 +855,8 @@ def parse_networks(text: str) -> tuple[Any, ...]:
     import ipaddress
 
     try:
+        if "%" in text:
+            raise ValueError("a zone says nothing there")
         return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",")) if text else ()
     except ValueError as error:
         raise ConfigError("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16: %s" % error) from None
@@ -1531,6 +1535,7 @@ class Handshake:
         self._received = bytearray()
         self._to_send = bytearray()
         self._script = self._run()
+        self.steps = 0  # pieces of what it waits for that have come
         self.peer_key = b""
         self.suite = "none, in the clear"
         self.reader: Reader
@@ -1558,6 +1563,7 @@ class Handshake:
         if not self.done and len(self._received) == self._needed:
             chunk = bytes(self._received)
             self._received.clear()
+            self.steps += 1
             try:
                 self._needed = self._script.send(chunk)
             except StopIteration:
@@ -2001,14 +2007,19 @@ class ProxyHeader(Handshake):
 
         command, family, *size = yield 4
         length = int.from_bytes(bytes(size), "big")
-        address_size = {0x11: 4, 0x21: 16}.get(family, 0)  # TCP over IPv4, over IPv6
-        if command not in (0x20, 0x21) or family & 15 > 2 or family >> 4 > 3 or not 2 * address_size + 4 * bool(address_size) <= length <= 2048:
+        self.is_local = command == 0x20  # then nothing that follows means anything
+        address_size = 0 if self.is_local else {0x11: 4, 0x21: 16}.get(family, 0)  # TCP over IPv4, over IPv6
+        wrong = not self.is_local and (command != 0x21 or family & 15 > 2 or family >> 4 > 3)
+        if wrong or not 2 * address_size + 4 * bool(address_size) <= length <= 2048:
             raise RemoteProtocolError("a PROXY header that cannot be")
         body = (yield length) if length else b""
-        self.is_local = command == 0x20
-        if address_size and not self.is_local:
+        if address_size:
             port = body[2 * address_size:2 * address_size + 2]
-            self.source = str(ipaddress.ip_address(body[:address_size])), int.from_bytes(port, "big")
+            self.source = self._show(ipaddress.ip_address(body[:address_size])), int.from_bytes(port, "big")
+
+    @staticmethod
+    def _show(address: Any) -> str:
+        return str(getattr(address, "ipv4_mapped", None) or address)
 
     def _version_1(self, line: bytes) -> None:
         import ipaddress
@@ -2021,7 +2032,7 @@ class ProxyHeader(Handshake):
             addresses = [ipaddress.ip_address(word) for word in (source, destination)]
             if any(address.version != {"TCP4": 4, "TCP6": 6}.get(protocol) for address in addresses):
                 raise ValueError
-            self.source = str(addresses[0]), parse_port(port, lowest=0)
+            self.source = self._show(addresses[0]), parse_port(port, lowest=0)
         except ValueError:
             raise RemoteProtocolError("a PROXY header that cannot be") from None
 
@@ -2383,6 +2394,7 @@ class TcpInfo(NamedTuple):
 
 
 _TCP_INFO = struct.Struct("=24xI28xI8xI")
+_LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
 
 
 class Transport:
@@ -2448,10 +2460,14 @@ class Transport:
         self._callback = _closed  # its owner and it point to each other: let go at once, not by the garbage collector
         self.sock.close()
 
+    def guard(self, on: bool) -> None:
+        """Whether closing is a reset, also that of the system when this process is killed: what was cut must not look like an end."""
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER[on])
+
     def abort(self) -> None:
         """Closes with a reset, so that the other side cannot take it for an end."""
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("HH" if os.name == "nt" else "ii", 1, 0))
+        self.guard(True)
         self.close()
 
 
@@ -2961,6 +2977,7 @@ class Stream(LinkUser):
         self.target = label.target if target is None else target  # as Open names it
         self.link: Link | None = None
         self.local = self._transport(sock)
+        self.local.guard(True)
         self._pending = b""  # what the local socket did not take yet
         self._kept: bytearray | None = bytearray() if again else None  # sent before Opened: another link may need it again
         self._ended = False
@@ -3053,7 +3070,7 @@ class Stream(LinkUser):
         # Everything before the End has been written: no record is processed while bytes wait for the local socket. Where its own end
         # was read, closing says the same in one call less (15 µs): nothing unread is there that would make it a reset.
         if self._ended:
-            return self.local.close()
+            return self._close()
         try:
             self.local.half_close()
         except OSError as error:
@@ -3085,8 +3102,14 @@ class Stream(LinkUser):
             if code:
                 self._failed(OSError(code, os.strerror(code)))
 
+    def _close(self) -> None:
+        """The clean end of the local socket."""
+        if self.local.sock is None or self.local.sock.fileno() >= 0:
+            self.local.guard(False)
+            self.local.close()
+
     def finished(self) -> None:
-        self.local.close()
+        self._close()
         report_end(self.label, self.sent, self.received, self._started)
 
     def lost(self, error: Exception) -> None:
@@ -3121,6 +3144,7 @@ class SocksStream(Stream):
             return super().lost(error)
         self.link = None
         self.local.want(0)
+        self.local.guard(False)
         LastWord(self.loop, self.local.sock, socks_reply(self._code(error)))
         return report_end(self.label, self.sent, self.received, self._started, error)
 
@@ -3192,6 +3216,9 @@ class StdioTransport(Transport):
             return os.write(1, data if 1 in self._blocking else data[:4096])
         except (BlockingIOError, InterruptedError):
             return 0
+
+    def guard(self, on: bool) -> None:
+        """Pipes know no reset."""
 
     def half_close(self) -> None:
         self.want(self.events & READ)
@@ -4239,7 +4266,7 @@ class Endpoint:
         now = time.monotonic()
         # Those that were told Close get a moment to see it; those that never look do not hold anybody up.
         until, told = now + seconds, now + min(1.0, seconds)
-        left = sum(link.state != BYE for link in self.links)
+        left = sum(link.state not in (BYE, IDLE) for link in self.links)
         if left and seconds:
             log.info("🛑 Ending: %d connection%s may go on for %g s; a second signal ends at once", left, "s" * (left > 1), seconds)
 
@@ -4337,10 +4364,20 @@ class Source:
 class Stranger:
     """A connection that is not authenticated yet; `admitted` once its thread has found that it is."""
 
-    __slots__ = ("sock", "address", "source", "since", "admitted")
+    __slots__ = ("sock", "address", "source", "since", "admitted", "handshake")
 
-    def __init__(self, sock: socket.socket, address: str, source: str, since: float):
+    def __init__(self, sock: socket.socket, address: str, source: Source, since: float):
         self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, False
+        self.handshake: Handshake | None = None
+
+    @property
+    def steps(self) -> int:
+        """How far it has come."""
+        return self.handshake.steps if self.handshake else 0
+
+
+class Speechless(RemoteProtocolError):
+    """It left without having said anything, as the probes of load balancers and of Kubernetes do: only shown with -v."""
 
 
 class FairQueue:
@@ -4664,64 +4701,67 @@ class Server(Endpoint):
         if header is not None or negotiation.untouched:  # what a health check does is no complaint
             log.debug("health check of `%s`", shown)
         else:
-            self._source(negotiation.address[0])[1].complain(self.loop.now, shown, error)
+            self._source(negotiation.address[0]).complain(self.loop.now, shown, error)
         if header is not None:
             LastWord(self.loop, negotiation.sock, b"")
         return None
 
-    def _source(self, host: str) -> tuple[str, Source]:
-        name = Source.name(host)
-        return name, self._sources.setdefault(name, Source(self.loop.now, self.limits))
+    def _source(self, host: str) -> Source:
+        return self._sources.setdefault(Source.name(host), Source(self.loop.now, self.limits))
 
     def _welcome(self, sock: socket.socket, address: Any) -> None:
-        (name, source), shown = self._source(address[0]), show_address(address)
+        source, shown = self._source(address[0]), show_address(address)
         if not source.may_try(self.loop.now):
             sock.close()
             return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
-        if source.trusted(self.loop.now) and source.strangers >= self.limits.handshakes - self.limits.handshakes_per_source:
+        if source.trusted(self.loop.now) and source.strangers >= self._room_for_bursts:
             # A burst from a client's machine, as a browser makes, waits for its turn; it never takes the last places of everybody else.
             if len(source.waiting) >= 4 * self.limits.handshakes:
                 sock.close()
                 return source.complain(self.loop.now, shown, "too many connections from there wait to authenticate themselves")
             return source.waiting.append((sock, shown))
-        return self._begin(name, source, sock, shown)
+        return self._begin(source, sock, shown)
 
-    def _begin(self, name: str, source: Source, sock: socket.socket, shown: str) -> None:
-        self._make_room(name, source)
-        stranger = self._strangers[sock] = Stranger(sock, shown, name, self.loop.now)
+    def _begin(self, source: Source, sock: socket.socket, shown: str) -> None:
+        self._make_room(source)
+        stranger = self._strangers[sock] = Stranger(sock, shown, source, self.loop.now)
         source.strangers += 1
         self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
 
-    def _make_room(self, name: str, source: Source) -> None:
-        """At a limit the oldest unauthenticated connection goes, of the source that has most: shutting it down wakes its thread."""
+    def _make_room(self, source: Source) -> None:
+        """At a limit an unauthenticated connection goes."""
+        strangers = list(self._strangers.values())
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
-            whose = source
-        elif len(self._strangers) >= self.limits.handshakes:
-            whose = max(self._sources.values(), key=lambda other: other.strangers)
-        else:
-            return
-        self._evict(whose, self.loop.now)
+            self._evict([stranger for stranger in strangers if stranger.source is source])
+        elif len(strangers) >= self.limits.handshakes:
+            self._evict([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source] or strangers)
 
-    def _evict(self, source: Source, before: float) -> bool:
-        """Ends the oldest of a source's unauthenticated connections where it is older than that."""
-        oldest = next((stranger for stranger in self._strangers.values()
-                       if self._sources[stranger.source] is source and not stranger.admitted), None)
-        if oldest is None or oldest.since > before or not self._forget(oldest):
+    def _evict(self, strangers: list[Stranger]) -> bool:
+        """Ends the oldest of those that have come least far: a thousand who say nothing, or a byte a second, must not push out the one that
+        is in the middle of it. Shutting it down wakes its thread."""
+        victim = min((stranger for stranger in strangers if not stranger.admitted), key=lambda other: (other.steps, other.since), default=None)
+        if victim is None or not self._forget(victim):
             return False
         with contextlib.suppress(OSError):
-            oldest.sock.shutdown(socket.SHUT_RDWR)
+            victim.sock.shutdown(socket.SHUT_RDWR)
         return True
 
-    def _serve_waiting(self, name: str, source: Source) -> None:
+    @property
+    def _room_for_bursts(self) -> int:
+        """Places that the connections of one client's machine may take; the last ones are for everybody else."""
+        return max(self.limits.handshakes // 2, self.limits.handshakes - self.limits.handshakes_per_source)
+
+    def _serve_waiting(self, source: Source) -> None:
         """Whoever waits takes the place of those who have said nothing for a second."""
-        while source.waiting and self._evict(source, self.loop.now - 1):
-            self._begin(name, source, *source.waiting.popleft())
+        before = self.loop.now - 1
+        while source.waiting and self._evict([other for other in self._strangers.values() if other.source is source and other.since < before]):
+            self._begin(source, *source.waiting.popleft())
 
     def _forget(self, stranger: Stranger) -> bool:
         """False where it had to make room before."""
         if not self._strangers.pop(stranger.sock, None):
             return False
-        self._sources[stranger.source].strangers -= 1
+        stranger.source.strangers -= 1
         return True
 
     def _handshake(self, stranger: Stranger) -> Handshake:
@@ -4732,10 +4772,10 @@ class Server(Endpoint):
         try:
             first = sock.recv(1)
         except OSError as error:
-            raise RemoteProtocolError("it said nothing: %s" % reason(error)) from None
+            raise (RemoteProtocolError if isinstance(error, socket.timeout) else Speechless)("it said nothing: %s" % reason(error)) from None
         if not first:
-            raise RemoteProtocolError("it closed the connection without a word")
-        handshake = self._handshake_for(stranger, first)
+            raise Speechless("it closed the connection without a word")
+        handshake = stranger.handshake = self._handshake_for(stranger, first)
         handshake.receive_data(first)
         drive(sock, handshake, self.limits.handshake_timeout - (time.monotonic() - started))
         return handshake
@@ -4756,25 +4796,27 @@ class Server(Endpoint):
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
         self._authorize(key, legacy)
         # Here, not when the loop hears of it: the client's next connections may come before that.
-        self._sources[stranger.source].authorized(self.loop.now)
+        stranger.source.authorized(self.loop.now)
         stranger.admitted = True
         links = len(self.links) + sum(other.admitted for other in list(self._strangers.values())) - 1
         if links >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
             whose, most = ("of this client", self._link_cap_of_key) if links < self._link_cap else ("in all", self._link_cap)
+            stranger.admitted = False  # while it reads its refusal it takes nobody's place
             raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
-
 
     def _authenticated(self, stranger: Stranger, handshake: Handshake | None, error: Exception | None) -> None:
         stayed = self._forget(stranger)
-        source = self._sources[stranger.source]
-        if source.waiting and source.strangers < self.limits.handshakes - self.limits.handshakes_per_source:
-            self._begin(stranger.source, source, *source.waiting.popleft())
-        if not stayed:
+        source = stranger.source
+        if source.waiting and source.strangers < self._room_for_bursts:
+            self._begin(source, *source.waiting.popleft())
+        if not stayed and not isinstance(error, Speechless):
             error = RemoteProtocolError("it had not authenticated itself when others needed its place")
         elif handshake and not self._grants(handshake.peer_key, self.loop.now):
             error, handshake = AuthenticationError("its key was removed from authorized_keys"), None
         if handshake is None:
             stranger.sock.close()
+            if isinstance(error, Speechless):
+                return log.debug("`%s`: %s (a health check?)", stranger.address, error)
             return source.complain(self.loop.now, stranger.address, error)
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", stranger.address, self.show_key(handshake.peer_key), handshake.suite)
         source.links += 1
@@ -4912,7 +4954,7 @@ class Server(Endpoint):
                 relay.table.expire(now)
         for name, source in list(self._sources.items()):
             source.confess(name, now)
-            self._serve_waiting(name, source)
+            self._serve_waiting(source)
             if not (source.links or source.strangers or source.muted or source.trusted(now)) and now - source.seen_at > 60:
                 del self._sources[name]
 
@@ -5087,6 +5129,10 @@ class Probe(LinkUser):
         self._done(error)
 
 
+def tries(n: int) -> str:
+    return "1 try" if n == 1 else "%d tries" % n
+
+
 class Retry:
     """When to try again what went away, and what the log says of it: the first failure, and how it ended.
 
@@ -5104,20 +5150,24 @@ class Retry:
         self._since = self._tried_at = self._well_at = loop.now
         self._timer: Timer | None = None
 
-    def failed(self, error: Exception, lost: str = "") -> None:
-        """One more failure. The first one is logged as `lost`, where that is not empty."""
+    def failed(self, error: Exception, lost: str = "", tried: bool = False, first: bool = False) -> None:
+        """One more failure. The first one counts as a try only where it was one to come back (`tried`). Where `lost` is not empty it is
+        logged, once, when the next try has failed too, or at once where it is the `first` connection of all: a server that was started anew
+        is no news."""
+        again = first or self.error is not None
         if self.error is None:
-            self._since, self._tries, self._said = self._loop.now, 0, False
+            self._since, self._tries, self._said = self._loop.now, int(tried), False
             if self._loop.now - self._well_at > self.STEADY:
                 self._level = 0
         else:
             self._tries += 1
         self.error = error
         if self._most is not None and self._tries >= self._most:
-            return self._give_up(RatrodError("Giving up after %d %s in %.1f s: %s" % (
-                self._tries, "try" if self._tries == 1 else "tries", self._loop.now - self._since, reason(error))))
-        log.log(logging.ERROR if lost and not self._said else logging.DEBUG, "❌ %s: %s; trying again", lost or "no new link", reason(error))
-        self._said = self._said or bool(lost)
+            return self._give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
+                tries(self._tries), self._loop.now - self._since, reason(error))))
+        say = bool(lost) and again and not self._said
+        log.log(logging.ERROR if say else logging.DEBUG, "❌ %s: %s; trying again", lost or "no new link", reason(error))
+        self._said = self._said or say
         if self._timer is None:
             pause = min(self._longest, self.FIRST * 2 ** min(self._level, 30))
             self._level += 1
@@ -5145,7 +5195,7 @@ class Retry:
 
     def succeeded(self, found: str) -> None:
         if self.error is not None and self._said:
-            log.info("✅ %s after %d %s in %.1f s", found, self._tries + 1, "tries" if self._tries else "try", self._loop.now - self._since)
+            log.info("✅ %s after %s in %.1f s", found, tries(self._tries + 1), self._loop.now - self._since)
         self.error = None
         self._well_at = self._loop.now
         self.stop()
@@ -5182,7 +5232,7 @@ class LinkPool:
     HANGING = 8  # tries that may be under way while the server is away: a path that drops packets holds each up for 10 s
 
     def __init__(self, client: Client, ready: int):
-        self._client, self._loop, self._limits, self._ready = client, client.loop, client.limits, ready
+        self._client, self._loop, self._limits, self._ready = client, client.loop, client.limits, min(ready, client.limits.idle_links)
         self._links: set[Link] = set()  # all that it has made and not let go
         self._idle: list[tuple[float, Link]] = []  # since when; the last one used is the first one taken
         self._waiting: collections.deque[Waiter] = collections.deque()
@@ -5255,7 +5305,7 @@ class LinkPool:
     def failed(self, error: Exception) -> None:
         """No link could be made."""
         lost = "" if self._taken or self._idle else "Lost the server `%s`" % self._client.server_names
-        self._client.retry.failed(error, lost)
+        self._client.retry.failed(error, lost, tried=not self._client.legacy)  # a legacy client notices by a try that there was a loss
         if self._waiting:
             self.make_more()
 
@@ -5271,7 +5321,9 @@ class LinkPool:
         else:
             # Where nothing has been carried yet one is enough to see whether the server is there.
             ready = 0 if self._client.draining else self._ready if any(self._peaks) else min(1, self._ready)
-            for _ in range(len(self._waiting) + ready - len(self._idle) - self._making):
+            wanted = len(self._waiting) + ready - len(self._idle) - self._making
+            # After the last one was lost, one to see whether the server is there.
+            for _ in range(wanted if self._links else min(wanted, 1 - self._making)):
                 self._make(None)
 
     def try_again(self) -> None:
@@ -5292,7 +5344,9 @@ class LinkPool:
         if link is None:
             return self._refused(waiter, error or ConnectError("unknown reason"))
         if waiter is None:
-            return self.put(link)
+            self._links.add(link)
+            link.poll()  # made by a thread some time ago: it may have ended since
+            return self.put(link) if link.state == IDLE else self.make_more()
         wanted = waiter in self._waiting  # or it has given up
         if wanted:
             self._waiting.remove(waiter)
@@ -5373,6 +5427,8 @@ class ReverseTunnel(LinkUser):
     def _made(self, link: Link | None, error: Exception | None) -> None:
         if link is None:
             return self.lost(error or ConnectError("unknown reason"))
+        if self._client.draining:
+            return link.close()
         return link.ask(self, LISTEN, self.asked, self._client.patience, self.instance)
 
     def listening(self, link: Link, bound: str) -> None:
@@ -5541,7 +5597,7 @@ class Client(Endpoint):
     def _tested(self, error: Exception | None) -> None:
         if error:
             if self.retries and not is_final(error):
-                return self.retry.failed(error, "Test connection failed")
+                return self.retry.failed(error, "Test connection failed", first=True)
             log.error("❌ Test connection failed: %s", reason(error))
             return self._finished(error)
         self._report("✅ Challenge accepted!")
@@ -5669,12 +5725,13 @@ class Client(Endpoint):
             except (AuthenticationError, PeerError):
                 raise
             except RatrodError as error:
-                failures.append(error)
+                failures.append((server, error))
                 continue
             self._current = number
             log.debug("link to `%s`, cipher: %s", server, handshake.suite)
             return sock, handshake, str(server)
-        raise failures[0] if len(failures) == 1 else ConnectError("none of the servers answers: " + "; ".join(map(str, failures)))
+        raise failures[0][1] if len(failures) == 1 else ConnectError(
+            "none of the servers answers: " + "; ".join("`%s`: %s" % failure for failure in failures))
 
     def _handshake(self, server: Address, remote: str, kind: int, report: Report) -> Handshake:
         check = functools.partial(self._check_server, server)
@@ -5702,7 +5759,7 @@ class Client(Endpoint):
             except OSError as error:
                 sock.close()
                 failure = reason(error)
-        raise ConnectError("cannot connect to the server `%s`: %s. Is `ratrod serve` running there, and the port open?" % (server, failure))
+        raise ConnectError("cannot connect to the server `%s`: %s (is `ratrod serve` running there, and the port open?)" % (server, failure))
 
     def _check_server(self, server: Address, key: bytes) -> None:
         """On a thread."""
@@ -5826,7 +5883,8 @@ class Client(Endpoint):
         self._pool.clear()
         for tunnel in self.reverse:
             tunnel.tries.stop()
-            for link in list(tunnel.waiting):
+        for link in list(self.links):
+            if link.state == IDLE or isinstance(link.user, ReverseTunnel):  # waits for a connection, or asks to
                 link.close()
 
     def busy(self) -> bool:
@@ -6296,10 +6354,14 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
         loop.stop()
 
     def on_signal(number: int, _frame: Any) -> None:
-        if outcome:  # the second one: at once
-            os._exit(130 if number == signal.SIGINT else 128 + number)
+        if outcome:  # the second one: at once, with resets; and where the loop is stuck, without
+            outcome[0] = 130 if number == signal.SIGINT else 128 + number
+            impatient = threading.Timer(1, os._exit, (outcome[0],))
+            impatient.daemon = True
+            impatient.start()
+            return loop.call_soon_threadsafe(loop.stop)
         outcome.append(130 if number == signal.SIGINT else 0)
-        loop.call_soon_threadsafe(lambda: endpoint.drain(drain, loop.stop))
+        return loop.call_soon_threadsafe(lambda: endpoint.drain(drain, loop.stop))
 
     endpoint = make(loop, finished)
     for name in ("SIGINT", "SIGTERM"):
