@@ -1171,7 +1171,9 @@ class Aead:
         def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
             at = from_buffer(view)
             # Its own check of the length: libsodium's says nothing of where a shorter one would be written.
-            if len(view) < tag or decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key):
+            wrong = len(view) < tag or decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key)
+            del at  # an error's traceback must not keep it: CPython's collector crashes on a view that is exported so (found by fuzzing)
+            if wrong:
                 raise RemoteProtocolError(FORGED)
             return view[:-tag]
         return seal, open_
@@ -5163,7 +5165,7 @@ class Retry:
                 self._level = 0
         else:
             self._tries += 1
-        self.error = error
+        self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
         if self._most is not None and self._tries >= self._most:
             return self._give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
                 tries(self._tries), self._loop.now - self._since, reason(error))))
