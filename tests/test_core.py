@@ -560,7 +560,7 @@ for suite in ratrod.offered_suites():
 
 
 def test_the_collector_survives_a_forged_record():
-    """Found by fuzzing: a buffer that libsodium's binding still held in a traceback crashed the interpreter, which a flipped byte could bring about."""
+    """Found by fuzzing: a buffer that the binding still held in a traceback crashed the interpreter; a flipped byte could bring it about."""
     done = subprocess.run([sys.executable, "-c", CYCLE], cwd=str(ROOT), stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=60)
     assert (done.returncode, done.stdout) == (0, b"")
