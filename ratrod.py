@@ -156,6 +156,7 @@ MAX_NOISE_MESSAGE = 1024
 LEGACY_MAX_FRAME = 128 * 1024 - 256  # the original's BUFFER_SIZE, tag included
 MAX_HANDSHAKE_FRAME = 16 * 1024  # legacy: the longest honest one is an Error that quotes a regex
 MAX_DATAGRAM = 65507
+TRICKLE = 1024  # bytes inside a record that count as heard
 DATAGRAMS_AT_ONCE = 64 * 1024  # bytes of them in one record
 UNSENT_DATAGRAMS = 64 * 1024  # bytes of them that the kernel may hold back
 HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and message head (6) are written there
@@ -900,7 +901,10 @@ def parse_host(text: str) -> str:
     if ":" in text:
         if "%" in text:
             raise ValueError("an IPv6 address with a zone")
-        v6 = ipaddress.IPv6Address(text)
+        try:
+            v6 = ipaddress.IPv6Address(text)
+        except ValueError:  # which quotes all of it
+            raise ValueError("`%s` is not an IPv6 address" % printable(text)) from None
         return str(v6.ipv4_mapped or v6)
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", text, re.ASCII):
         raise ValueError("`%s` is not a host name or address" % printable(text))
@@ -1061,8 +1065,8 @@ def _parse_classic(text: str, local_host: str) -> TunnelSpec:
     remote_host = parse_host(pieces[-2]) if len(pieces) > 2 else "127.0.0.1"
     if len(pieces) == 4:
         local_host = pieces[0]
-        if not local_host:
-            raise ValueError("its local host is empty")
+        if not local_host or local_host.startswith("/"):  # a path is written unix:/path
+            raise ValueError("its local host is %s" % ("a path" if local_host else "empty"))
     return TunnelSpec(Address(local_host, local_port), Address(remote_host, remote_port))
 
 
@@ -1071,7 +1075,7 @@ def _parse_local(text: str, host: str = "127.0.0.1") -> Address:
     if text.startswith("unix:/"):
         return Address(parse_path(text[5:]), 0)
     pieces = split_host_port(text)
-    if len(pieces) > 2 or not pieces[0]:
+    if len(pieces) > 2 or not pieces[0] or pieces[0].startswith("/"):
         raise ValueError("`%s` is not [host:]port" % printable(text))
     return Address(pieces[0] if len(pieces) == 2 else host, parse_port(pieces[-1], lowest=0))
 
@@ -1101,8 +1105,8 @@ def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
     """BIND or SERVER: `host:port`, the host as the system's resolver understands it. ConfigError says what is wrong."""
     try:
         host, port = split_host_port(text)
-        if not host:
-            raise ValueError("its host is empty")
+        if not host or host.startswith("/"):
+            raise ValueError("its host is %s" % ("a path" if host else "empty"))
         return Address(host, parse_port(port, lowest))
     except ValueError as error:
         why = "it is not host:port" if "unpack" in str(error) else str(error)
@@ -2034,6 +2038,8 @@ class ProxyHeader(Handshake):
         try:
             _, protocol, source, destination, port, _port = words
             addresses = [ipaddress.ip_address(word) for word in (source, destination)]
+            if "%" in source + destination:  # a zone may be any text
+                raise ValueError
             if any(address.version != {"TCP4": 4, "TCP6": 6}.get(protocol) for address in addresses):
                 raise ValueError
             self.source = self._show(addresses[0]), parse_port(port, lowest=0)
@@ -2175,6 +2181,7 @@ class EventLoop:
     """The one thread that owns every socket after its handshake. Only call_soon_threadsafe() may be called from another."""
 
     def __init__(self) -> None:
+        self.starved_at = -1e9
         self._selector = EpollSelector() if hasattr(selectors, "EpollSelector") else Selector()
         self._timers: list[Timer] = []
         self._calls: collections.deque[tuple[Callable[[], None], Callable[[], None]]] = collections.deque()
@@ -2339,6 +2346,12 @@ class WorkerPool:
             for _ in range(self._threads):
                 self._tasks.put(None)
 
+    def join(self, seconds: float) -> None:
+        """Waits for the threads, for so long at most: one that is inside libsodium when the interpreter ends crashes it."""
+        until = time.monotonic() + seconds
+        while self._threads and time.monotonic() < until:
+            time.sleep(0.005)
+
     def _work(self) -> None:
         while True:
             try:
@@ -2351,6 +2364,8 @@ class WorkerPool:
                         return
                 continue
             if item is None:
+                with self._lock:
+                    self._threads -= 1
                 return
             task, done = item
             result, error = None, None
@@ -2549,7 +2564,7 @@ class Link:
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "role", "state", "user", "held", "completed", "born",
                  "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
-                 "_timer", "_deadline", "_overdue")
+                 "_timer", "_deadline", "_overdue", "_trickle")
 
     def __init__(self, owner: Endpoint, sock: socket.socket, handshake: Handshake, role: str, state: str, name: str = ""):
         self.owner, self.loop, self.role, self.state, self.name = owner, owner.loop, role, state, name
@@ -2564,7 +2579,7 @@ class Link:
         self._out = bytearray()
         self._fin = self._eof = False  # we end after `_out`; the peer has ended
         self._in: memoryview | None = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
-        self._in_start = self._in_end = 0
+        self._in_start = self._in_end = self._trickle = 0
         self._lent: memoryview | None = None  # the loop's buffer, where `_in` is a piece of one
         self._timer: Timer | None = None
         self._deadline: float | None = None
@@ -2681,17 +2696,28 @@ class Link:
             self._lost(broken(error))
             return False
         if n:
-            self.heard_at = self.loop.awake
             self._in = None
             if self.state != BYE:  # what comes then is discarded
                 self._process(view, 0, end + n)
+            # What comes inside a record is a sign of life only in an amount: where a length was falsified on the way, or bytes are
+            # missing, all Keepalives that follow are taken for the rest of that record.
+            inside = end and self._incomplete() == end + n
+            self._trickle = self._trickle + n if inside else 0
+            if not inside or self._trickle >= TRICKLE:
+                self.heard_at, self._trickle = self.loop.awake, 0
         elif n == 0:
             self._on_eof()
         return bool(n)
 
+    def _incomplete(self) -> int:
+        """Bytes that are kept of a record."""
+        return self._in_end - self._in_start if self._in is not None else 0
+
     def hears(self) -> bool:
         """Whether bytes are there that it was not woken for: the beginning of a long record on a slow path."""
-        return self._read() or self.state == CLOSED
+        before = self.heard_at
+        self._read()
+        return self.heard_at != before or self.state == CLOSED
 
     def poll(self) -> None:
         """Processes what has come meanwhile, and sees the FIN that may stand behind it."""
@@ -3484,8 +3510,17 @@ class UdpLink(LinkUser):
         run = bytes(self.loop.scratch_out[HEADROOM:end])
         self._queue.append((self.loop.now, run))
         self._queued += len(run)
-        while self._queued > self.limits.udp_backlog:
+        while self._queued > self.limits.udp_backlog and len(self._queue) > 1:
             self._pop(dropped=True)
+        if self._queued > self.limits.udp_backlog:  # one run: its newest datagrams stay
+            when, run = self._queue.popleft()
+            at, view = 0, memoryview(run)
+            while len(run) - at > self.limits.udp_backlog:
+                at += DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(view, at)[1]
+                self.dropped += 1
+            self._queued = len(run) - at
+            if self._queued:
+                self._queue.append((when, run[at:]))
         return None
 
     def _pop(self, dropped: bool) -> bytes:
@@ -4023,7 +4058,7 @@ class Listener:
     def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
         self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
         sock.setblocking(False)
-        self._watched, self._complained_at = False, -1e9
+        self._watched = False
 
     def start(self) -> None:
         if self.sock.fileno() >= 0 and not self._watched:
@@ -4047,9 +4082,9 @@ class Listener:
 
     def _starve(self, error: OSError) -> None:
         """Lets the connections wait in the system's queue for a moment, and says so once a minute."""
-        if self._loop.now - self._complained_at > 60:
+        if self._loop.now - self._loop.starved_at > 60:  # one line for all listeners
             log.warning("cannot accept connections for now: %s", reason(error))
-            self._complained_at = self._loop.now
+            self._loop.starved_at = self._loop.now
         self._unwatch()
         self._loop.call_later(self._pause, self.start)
 
@@ -4371,7 +4406,7 @@ class Stranger:
     __slots__ = ("sock", "address", "source", "since", "admitted", "handshake")
 
     def __init__(self, sock: socket.socket, address: str, source: Source, since: float):
-        self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, False
+        self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, b""
         self.handshake: Handshake | None = None
 
     @property
@@ -4586,6 +4621,7 @@ class Server(Endpoint):
         self._reverse: set[ReverseListener] = set()
         self._listening: dict[Link, ReverseListener] = {}
         self._set_caps()
+        self._admitting = threading.Lock()
         for sock in sockets or listen(bind):
             self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
         self.address = bind._replace(port=sock.getsockname()[1])
@@ -4801,12 +4837,19 @@ class Server(Endpoint):
         self._authorize(key, legacy)
         # Here, not when the loop hears of it: the client's next connections may come before that.
         stranger.source.authorized(self.loop.now)
-        stranger.admitted = True
-        links = len(self.links) + sum(other.admitted for other in list(self._strangers.values())) - 1
-        if links >= self._link_cap or self._links_of[key] >= self._link_cap_of_key:
-            whose, most = ("of this client", self._link_cap_of_key) if links < self._link_cap else ("in all", self._link_cap)
-            stranger.admitted = False  # while it reads its refusal it takes nobody's place
-            raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
+        with self._admitting:  # two at once must not both take the last place
+            for whose, most, have in (("in all", self._link_cap, sum(self._links_of.values())),
+                                      ("of this client", self._link_cap_of_key, self._links_of[key])):
+                if have >= most:
+                    raise Overloaded("the server has as many connections %s as it takes (%d); try again later" % (whose, most))
+            self._links_of[key] += 1
+            stranger.admitted = key
+
+    def _count_out(self, key: bytes) -> None:
+        with self._admitting:
+            self._links_of[key] -= 1
+            if not self._links_of[key]:
+                del self._links_of[key]
 
     def _authenticated(self, stranger: Stranger, handshake: Handshake | None, error: Exception | None) -> None:
         stayed = self._forget(stranger)
@@ -4818,13 +4861,14 @@ class Server(Endpoint):
         elif handshake and not self._grants(handshake.peer_key, self.loop.now):
             error, handshake = AuthenticationError("its key was removed from authorized_keys"), None
         if handshake is None:
+            if stranger.admitted:
+                self._count_out(stranger.admitted)
             stranger.sock.close()
             if isinstance(error, Speechless):
                 return log.debug("`%s`: %s (a health check?)", stranger.address, error)
             return source.complain(self.loop.now, stranger.address, error)
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", stranger.address, self.show_key(handshake.peer_key), handshake.suite)
         source.links += 1
-        self._links_of[handshake.peer_key] += 1
         legacy = isinstance(handshake, LegacyServerHandshake)
         link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
         if isinstance(handshake, LegacyServerHandshake):
@@ -4837,9 +4881,7 @@ class Server(Endpoint):
 
     def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
-        self._links_of[link.peer_key] -= 1
-        if not self._links_of[link.peer_key]:
-            del self._links_of[link.peer_key]
+        self._count_out(link.peer_key)
         self._stream_over(link)
         source = self._sources.get(Source.name(split_host_port(link.name)[0]))
         if source:
@@ -5287,7 +5329,7 @@ class LinkPool:
         self._taken.discard(link)
         if self._waiting:
             self._hand_out(link, self._waiting.popleft().use)
-        elif len(self._idle) < max(self._limits.idle_links, *self._peaks) and not self._closed and not self._client.draining:
+        elif len(self._idle) < max(self._limits.idle_links, self._ready + max(self._peaks)) and not self._closed and not self._client.draining:
             self._idle.append((self._loop.now, link))
         else:
             self._drop(link)
@@ -5481,6 +5523,12 @@ class ReverseTunnel(LinkUser):
             return link.leave(end + link.writer.record(CLOSE))
         self.waiting.add(link)
         return link.send(end + link.writer.record(OVER))
+
+    def renew(self, now: float) -> None:
+        for link in [link for link in self.waiting if now - link.born > self._client.limits.link_age]:
+            self.waiting.discard(link)
+            link.leave(link.writer.record(CLOSE))
+            self.more()
 
     def gone(self, link: Link, error: Exception | None) -> None:
         waited = link in self.waiting
@@ -5872,6 +5920,8 @@ class Client(Endpoint):
     def sweep(self, now: float) -> None:
         self._sessions.expire(now)
         self._pool.sweep(now)
+        for tunnel in self.reverse:
+            tunnel.renew(now)
         carrier = self._carrier
         if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age):
             carrier.link.die(LinkClosed("it is too old, or carries nothing"))
@@ -6376,6 +6426,7 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
     gc.freeze()  # what is there now stays: later collections need not look at it
     loop.run()
     endpoint.close()
+    endpoint.workers.join(0.5)
     signal.set_wakeup_fd(-1)
     loop.close()
     result = outcome[0]

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""The suite on every CPython and PyNaCl that this machine has.
+
+    python tests/platforms.py            the core, the command line and real tunnels on each: a few minutes an interpreter
+    python tests/platforms.py --whole    the whole suite on each
+    python tests/platforms.py --list     which ones there are
+
+An interpreter is any python3.N from 3.8 on that stands in the PATH or in ~/.pyenv; each gets a venv of its own in the tests' cache, with the
+current PyNaCl, and the oldest one that has a wheel for it with PyNaCl 1.4.0 and 1.5.0 too. Prints a line `figure: ...` for each.
+"""
+
+import argparse
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = pathlib.Path.home() / ".cache" / "ratrod-tests" / "platforms"
+SOME = ["tests/test_%s.py" % name for name in "core core_handshake core_keys core_legacy loop command_line tcp udp links ranges".split()]
+PYNACLS = ("1.4.0", "1.5.0", "")  # "" is the current one
+
+
+def run(words, **options):
+    return subprocess.run([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def version_of(python):
+    """(3, 8, 18), or None where it does not run or is something else than CPython from 3.8 on."""
+    try:
+        done = run([python, "-c", "import sys, platform; print(platform.python_implementation(), *sys.version_info[:3])"])
+    except OSError:
+        return None
+    words = done.stdout.split()
+    version = tuple(map(int, words[1:])) if done.returncode == 0 and words[:1] == ["CPython"] else None
+    return version if version and version >= (3, 8) else None
+
+
+def interpreters():
+    """{(3, 8): its path}, the newest patch level of each."""
+    found = [shutil.which("python3.%d" % minor) for minor in range(8, 20)] + [shutil.which("python3")]
+    found += sorted((pathlib.Path.home() / ".pyenv" / "versions").glob("*/bin/python3"))
+    versions = sorted((version, str(path)) for path in found if path for version in [version_of(path)] if version)
+    return {version[:2]: path for version, path in versions}
+
+
+def environment(python, version, pynacl):
+    """A venv with what the tests need; None, and why, where that cannot be had."""
+    folder = CACHE / ("%d.%d-pynacl-%s" % (*version, pynacl or "current"))
+    if not (folder / "ready").exists():
+        shutil.rmtree(str(folder), ignore_errors=True)
+        steps = [[python, "-m", "venv", folder], [folder / "bin" / "pip", "install", "-q", "%s[test]" % ROOT]]
+        steps += [[folder / "bin" / "pip", "install", "-q", "--only-binary", ":all:", "pynacl==" + pynacl]] if pynacl else []
+        for step in steps:
+            done = run(step)
+            if done.returncode:
+                return None, (done.stdout.strip().splitlines() or ["no reason given"])[-1]
+        (folder / "ready").touch()
+    return folder / "bin" / "python", ""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", action="store_true", help="the whole suite")
+    parser.add_argument("--list", action="store_true", help="only show the interpreters")
+    options = parser.parse_args()
+    failed, oldest = 0, None
+    for version, path in sorted(interpreters().items()):
+        if options.list:
+            print("%d.%d %s" % (*version, path))
+            continue
+        oldest = oldest or version
+        for pynacl in PYNACLS if version == oldest else PYNACLS[-1:]:
+            name = "CPython %d.%d, PyNaCl %s" % (*version, pynacl or "current")
+            python, why = environment(path, version, pynacl)
+            if not python:
+                print("figure: %s = cannot be had here: %s" % (name, why), flush=True)
+                continue
+            done = run([python, "-m", "pytest", "-q", "-n2", "-p", "no:cacheprovider", *([] if options.whole else SOME)], cwd=str(ROOT))
+            last = re.sub("=+", "", (done.stdout.strip().splitlines() or ["nothing"])[-1]).strip()
+            print("figure: %s = %s" % (name, last), flush=True)
+            if done.returncode:
+                failed += 1
+                print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))), flush=True)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Ten seconds of the soak, what it would find, and the script that makes the README's table "What it withstands".
+
+The whole soak: python tests/soak.py --seconds 3600
+"""
+
+import ast
+import contextlib
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import ratrod2_peer as peer
+import withstand
+from conftest import PATIENCE, ROOT, STARTED, seed_of
+from pressure import scaled
+
+
+def soak(*words):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "soak.py"), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=200)
+    output = done.stdout.decode("utf-8", "replace")
+    print(output)
+    return done.returncode, output
+
+
+def test_streams_are_whole_or_visibly_reset():
+    code, output = soak("--seconds", "10")
+    assert code == 0 and "FAILED" not in output, output
+    figures = dict(withstand.figures_in(output))
+    assert int(figures["soak streams whole"]) and int(figures["soak streams reset"]) and figures["soak streams wrong, cut short or hanging"] == "0"
+
+
+@pytest.mark.parametrize("deed, failure", [("fin", "A CLEAN END, .* bytes too early"), ("flip", "(wrong bytes|its header names)"),
+                                           ("half a rst", "HANGS")])
+def test_the_soak_finds_what_is_wrong(deed, failure):
+    """With nothing between the ends that would notice, the same relay makes clean ends that are too early, wrong bytes, and streams that hang."""
+    code, output = soak("--bare", "--seconds", "3", "--deeds", deed)
+    assert code == 1 and re.search("FAILED, seed .*: " + failure, output)
+
+
+def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target):
+    """Found by the soak: where a length on the wire was made greater, or bytes are missing inside a record, what follows is taken for the rest
+    of it: signs of life, 37 bytes each, so that nothing ever ended that link. The stream on it stood still for hours."""
+    server = start(*scaled(keepalive=0.5, silence=1.1, trusted=0.8), "-k", keys.server.path, "serve", "127.0.0.1:0")
+    ended = threading.Event()
+
+    def wait_for_reset(connection):
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b"x" and not connection.recv(1)
+        ended.set()
+    remote = target(wait_for_reset)
+    with peer.Client.connect(int(server.wait_for(STARTED).group(1)), seed_of(keys.client)).handshake() as client:
+        client.open("127.0.0.1:%d" % remote.port)
+        client.send_record(peer.DATA, b"x")
+        whole = client.writer.seal(peer.DATA, bytes(300))
+        # Bit 16 of the length: 64 KiB more, well within the limit.
+        client.send(bytes((whole[0], whole[1] ^ 1)) + whole[2:])
+        with client.keeping_alive(0.2):
+            assert ended.wait(PATIENCE), "the server still waits for the rest of the record:\n" + server.output
+            client.read_to_end()
+
+
+# ---------------------------------------------------------------------------------------------------- withstand.py
+
+
+def test_figures_are_found_in_what_tests_and_scripts_print():
+    output = ("seed 5\nfigure: soak streams whole = 86\n.figure: after the outage (a = b) = 1.5 s = fine\nnot a figure: x = 1\n"
+              "..sfigure: three = 3 MB | 4 MB\n1 passed in 2 s\n")
+    assert withstand.figures_in(output) == [("soak streams whole", "86"), ("after the outage (a", "b) = 1.5 s = fine"), ("three", "3 MB | 4 MB")]
+
+
+def test_a_row_of_the_table():
+    measure = withstand.MEASURES["kill"]
+    assert withstand.row("kill", measure, [("x", "1|2"), ("y", "3")], 0, True) == (
+        "| %s | x: 1\\|2<br>y: 3 | `python tests/withstand.py kill --whole` |" % measure.done)
+    assert "**failed**<br>no figures" in withstand.row("kill", measure, [], 1, False)
+
+
+@pytest.mark.parametrize("name", withstand.MEASURES)
+def test_it_knows_only_tests_that_exist(name):
+    measure = withstand.MEASURES[name]
+    tree = ast.parse((ROOT / "tests" / measure.file).read_text())
+    if not measure.file.startswith("test_"):
+        flags = {word for word in measure.short + measure.whole if word.startswith("--")}
+        assert flags and all(any(isinstance(node, ast.Constant) and node.value == flag for node in ast.walk(tree)) for flag in flags)
+        return
+    tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    for word in measure.which.split(" or "):
+        assert any(word in test for test in tests), "no test of %s has %r in its name" % (measure.file, word)
+
+
+def test_a_measure_that_it_does_not_know():
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "withstand.py"), "weather"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 2 and b"strangers" in done.stdout
