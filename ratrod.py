@@ -2406,6 +2406,12 @@ class TcpInfo(NamedTuple):
     rtt: int  # µs, smoothed
 
     @property
+    def stuck(self) -> bool:
+        """After six seconds without an answer: when the path is there again, the next try is as far away once more, and a new connection
+        is faster."""
+        return self.retransmits > 4
+
+    @property
     def unanswered(self) -> float:
         """Seconds for which the other machine has answered nothing though it was asked. A window that is shut is answered for by probes,
         two of which may get lost."""
@@ -3510,18 +3516,22 @@ class UdpLink(LinkUser):
         run = bytes(self.loop.scratch_out[HEADROOM:end])
         self._queue.append((self.loop.now, run))
         self._queued += len(run)
-        while self._queued > self.limits.udp_backlog and len(self._queue) > 1:
-            self._pop(dropped=True)
-        if self._queued > self.limits.udp_backlog:  # one run: its newest datagrams stay
-            when, run = self._queue.popleft()
-            at, view = 0, memoryview(run)
-            while len(run) - at > self.limits.udp_backlog:
-                at += DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(view, at)[1]
-                self.dropped += 1
-            self._queued = len(run) - at
-            if self._queued:
-                self._queue.append((when, run[at:]))
+        while self._queued > self.limits.udp_backlog:
+            self._drop_oldest(self._queued - self.limits.udp_backlog)
         return None
+
+    def _drop_oldest(self, n: int) -> None:
+        """n bytes of datagrams, or a little more, of the oldest run."""
+        when, run = self._queue[0]
+        at = 0
+        while at < min(n, len(run)):
+            at += DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(run, at)[1]
+            self.dropped += 1
+        self._queued -= at
+        if at < len(run):
+            self._queue[0] = when, run[at:]
+        else:
+            self._queue.popleft()
 
     def _pop(self, dropped: bool) -> bytes:
         _, run = self._queue.popleft()
@@ -4552,7 +4562,8 @@ class ReverseListener:
         while self._waiting:
             link = self._waiting.pop()
             link.poll()
-            if link.state == IDLE and self._server.loop.awake - link.heard_at < self._server.limits.trusted:
+            heard = self._server.loop.awake - link.heard_at < self._server.limits.trusted
+            if link.state == IDLE and heard and not link.transport.tcp_info().stuck:
                 return stream.begin(link, self._server.patience)
             link.close()
         if len(self._queue) >= self._server.limits.reverse_queue:
@@ -5525,7 +5536,8 @@ class ReverseTunnel(LinkUser):
         return link.send(end + link.writer.record(OVER))
 
     def renew(self, now: float) -> None:
-        for link in [link for link in self.waiting if now - link.born > self._client.limits.link_age]:
+        """Links that are too old, or on which nothing passes any more, make place for others."""
+        for link in [link for link in self.waiting if now - link.born > self._client.limits.link_age or link.transport.tcp_info().stuck]:
             self.waiting.discard(link)
             link.leave(link.writer.record(CLOSE))
             self.more()
@@ -5923,7 +5935,8 @@ class Client(Endpoint):
         for tunnel in self.reverse:
             tunnel.renew(now)
         carrier = self._carrier
-        if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age):
+        if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age
+                                         or carrier.link.transport.tcp_info().stuck):
             carrier.link.die(LinkClosed("it is too old, or carries nothing"))
 
     def let_go(self) -> None:

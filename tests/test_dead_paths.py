@@ -353,13 +353,15 @@ class Recovery:
         """On a thread inside: the threads and sockets that it makes are inside too."""
         answers = Answers(self.ports[0])
         answers.ask()
-        quiet, busy = (traffic.stream(lambda: self._site.dial(self.ports[1]), self.listener, "%s, %s" % (name, str(self.outage)))
-                       for name in ("quiet", "busy"))
-        quiet.flow(1000)
-        busy.flow(2000)
+        # After a long outage those wait for TCP's next try, up to as long again.
+        streams = [traffic.stream(lambda: self._site.dial(self.ports[1]), self.listener, "%s, %s" % (name, str(self.outage)))
+                   for name in ("quiet", "busy") if LONG or self.outage.limits is not OFTEN]
+        for stream in streams:
+            stream.flow(1000)
         assert ask_udp(self.udp_port, time.monotonic() + PATIENCE)
-        traffic.wait_until(lambda: quiet.all_arrived and busy.all_arrived, "both streams carry bytes")
-        busy.flow()
+        traffic.wait_until(lambda: all(stream.all_arrived for stream in streams), "both streams carry bytes")
+        for stream in streams[1:]:
+            stream.flow()
         meanwhile = Answers(self.ports[0])
         with silence(self._site.namespace, self.port) as dark, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             while time.monotonic() < dark + self.outage.seconds:
@@ -376,13 +378,13 @@ class Recovery:
             after.ask()
             time.sleep(0.2)
         if self.outage.outlived:
-            for stream in (quiet, busy):
+            for stream in streams:
                 stream.flow(1 << 20)
                 stream.finish()
-            traffic.wait_until(lambda: quiet.is_whole and busy.is_whole, "streams go on after the outage with every byte")
+            traffic.wait_until(lambda: all(stream.is_whole for stream in streams), "streams go on after the outage with every byte")
         else:
-            traffic.wait_until(lambda: all(end.over for stream in (quiet, busy) for end in stream.ends), "each side ends what was lost")
-            assert [end.over for stream in (quiet, busy) for end in stream.ends] == [RESET] * 4, (quiet, busy)
+            traffic.wait_until(lambda: all(end.over for stream in streams for end in stream.ends), "each side ends what was lost")
+            assert all(end.over == RESET for stream in streams for end in stream.ends), streams
         seen = {"UDP": udp.result(), **({"reverse": back.result()} if back else {})}
         return light, answers.all(), meanwhile.all(), after.all(), {kind: when and when - light for kind, when in seen.items()}
 
