@@ -97,7 +97,8 @@ setup(
     python_requires=">=3.8",
     install_requires=["docopt-ng", "PyNaCl>=1.4"],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "noiseprotocol", "cryptography", "PySocks", "setuptools"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "noiseprotocol", "cryptography", "PySocks", "setuptools",
+                 "kubernetes-validate"],
         "lint": ["ruff", "mypy", "vermin"],
     },
     entry_points={"console_scripts": ["ratrod = ratrod:main"]},
