@@ -167,7 +167,8 @@ LENT_AT_ONCE = 128  # such buffers that links hold while a long record is on its
 SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
-TRIES = 3  # of one Open
+TRIES = 3  # of one Open ...
+CLOSES = 10  # ... and where each was answered by Close: several servers may be draining
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
 CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -3123,7 +3124,7 @@ class Stream(LinkUser):
         self.local.want((WRITE if self._pending else 0) | (READ if reads else 0))
 
     def retry(self, error: Exception, untouched: bool) -> bool:
-        if self._again is None or self.tries >= TRIES or not untouched and self._kept:
+        if self._again is None or self.tries >= (CLOSES if untouched else TRIES) or not untouched and self._kept:
             return False
         log.debug("%s: %s; trying another link", self.label, error)
         self.link = None
@@ -4413,16 +4414,29 @@ class Source:
 class Stranger:
     """A connection that is not authenticated yet; `admitted` once its thread has found that it is."""
 
-    __slots__ = ("sock", "address", "source", "since", "admitted", "handshake")
+    __slots__ = ("sock", "address", "source", "since", "admitted", "handshake", "left")
 
     def __init__(self, sock: socket.socket, address: str, source: Source, since: float):
         self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, b""
         self.handshake: Handshake | None = None
+        self.left = False  # it had gone by itself when others needed its place
 
     @property
     def steps(self) -> int:
         """How far it has come."""
         return self.handshake.steps if self.handshake else 0
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether the other side has ended its direction, where the system tells that without reading."""
+    import select
+
+    try:
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 class Speechless(RemoteProtocolError):
@@ -4793,6 +4807,7 @@ class Server(Endpoint):
         victim = min((stranger for stranger in strangers if not stranger.admitted), key=lambda other: (other.steps, other.since), default=None)
         if victim is None or not self._forget(victim):
             return False
+        victim.left = hung_up(victim.sock)
         with contextlib.suppress(OSError):
             victim.sock.shutdown(socket.SHUT_RDWR)
         return True
@@ -4867,7 +4882,7 @@ class Server(Endpoint):
         source = stranger.source
         if source.waiting and source.strangers < self._room_for_bursts:
             self._begin(source, *source.waiting.popleft())
-        if not stayed and not isinstance(error, Speechless):
+        if not stayed and not stranger.left:
             error = RemoteProtocolError("it had not authenticated itself when others needed its place")
         elif handshake and not self._grants(handshake.peer_key, self.loop.now):
             error, handshake = AuthenticationError("its key was removed from authorized_keys"), None

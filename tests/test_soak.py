@@ -13,8 +13,9 @@ import threading
 import pytest
 import ratrod2_peer as peer
 import withstand
-from conftest import PATIENCE, ROOT, STARTED, seed_of
+from conftest import LEGACY_E, PATIENCE, READY, ROOT, STARTED, ask_over, dial, eventually, seed_of, tcp_port
 from pressure import scaled
+from test_reconnect import Door
 
 
 def soak(*words):
@@ -60,6 +61,52 @@ def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target
         with client.keeping_alive(0.2):
             assert ended.wait(PATIENCE), "the server still waits for the rest of the record:\n" + server.output
             client.read_to_end()
+
+
+class SlowDoor(Door):
+    """One that holds connections up until `opened`."""
+
+    def __init__(self, target):
+        self.opened, self.held = threading.Event(), 0
+        super().__init__(target)
+
+    def _handle(self, near):
+        if self.to:
+            self.held += not self.opened.is_set()
+            self.opened.wait(PATIENCE)
+        super()._handle(near)
+
+
+def test_tries_that_were_held_up_are_no_empty_connections(serve, connect, target):
+    """Found by the soak: while somebody waits, a client of a server that is away tries again each second, and a legacy try names its target.
+    When a path that had held several of them up went on, the target saw a connection for each: one had the bytes, the others ended cleanly
+    without any, as a connection does whose sender had nothing to say."""
+    ends = []
+
+    def read(connection):
+        received = b""
+        try:
+            for data in iter(lambda: connection.recv(1000), b""):
+                received += data
+                connection.sendall(data)
+            ends.append(received)
+        except OSError:
+            ends.append("reset")
+    remote, door = target(read), SlowDoor(target)
+    _, door.to = serve(*LEGACY_E.serve)
+    door.opened.set()
+    client = connect(door.port, *LEGACY_E.connect, "0:127.0.0.1:%d" % remote.port)
+    client.wait_for(READY)
+    server_port, door.to = door.to, None
+    with dial(tcp_port(client)) as originator:
+        eventually(lambda: len(door.tries) > 1, "the client finds its server away")
+        door.opened.clear()
+        door.to = server_port
+        eventually(lambda: door.held > 2, "three tries are held up")
+        door.opened.set()
+        ask_over(originator)
+    eventually(lambda: remote.accepted == len(ends), "they end")
+    assert set(ends) - {"reset"} == {b"anybody there?"}, ends
 
 
 # ---------------------------------------------------------------------------------------------------- withstand.py
