@@ -2403,6 +2403,7 @@ class TcpInfo(NamedTuple):
     retransmits: int  # of what is sent again and again now
     probes: int  # of a shut window, that nobody has answered
     unacked: int  # segments on their way
+    last_data_recv: int  # ms since data came
     last_ack_recv: int  # ms since the other side's TCP said anything
     rtt: int  # µs, smoothed
 
@@ -2419,7 +2420,7 @@ class TcpInfo(NamedTuple):
         return self.last_ack_recv / 1000 if self.unacked or self.probes > 2 else 0.0
 
 
-_TCP_INFO = struct.Struct("=24xI28xI8xI")
+_TCP_INFO = struct.Struct("=24xI24xII8xI")
 _LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
 
 
@@ -2475,7 +2476,7 @@ class Transport:
             info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)
             return TcpInfo(info[2], info[3], *_TCP_INFO.unpack_from(info))
         except (OSError, AttributeError, struct.error):
-            return TcpInfo(0, 0, 0, 0, 0)
+            return TcpInfo(0, 0, 0, 0, 0, 0)
 
     def half_close(self) -> None:
         """No more bytes from this side; OSError where the connection is broken."""
@@ -2724,7 +2725,9 @@ class Link:
         """Whether bytes are there that it was not woken for: the beginning of a long record on a slow path."""
         before = self.heard_at
         self._read()
-        return self.heard_at != before or self.state == CLOSED
+        if self.heard_at != before and self.state != CLOSED:  # it may have lain there since before the path died
+            self.heard_at = max(before, self.loop.awake - self.transport.tcp_info().last_data_recv / 1000)
+        return self.state == CLOSED or self.loop.awake - self.heard_at < self.owner.limits.silence
 
     def poll(self) -> None:
         """Processes what has come meanwhile, and sees the FIN that may stand behind it."""
@@ -4577,9 +4580,9 @@ class ReverseListener:
             link = self._waiting.pop()
             link.poll()
             heard = self._server.loop.awake - link.heard_at < self._server.limits.trusted
-            if link.state == IDLE and heard and not link.transport.tcp_info().stuck:
+            if link.state == IDLE and heard and not link.transport.tcp_info().retransmits:
                 return stream.begin(link, self._server.patience)
-            link.close()
+            link.die(LinkClosed("nothing passes on it any more"))  # a reset leaves at once, a FIN would wait for its turn
         if len(self._queue) >= self._server.limits.reverse_queue:
             return stream.lost(ConnectError("too many connections wait for a link of the client"))
         self._queue.append(stream)
@@ -5346,8 +5349,7 @@ class LinkPool:
     def _trusts(self, link: Link) -> bool:
         """Whether it was heard from lately, and nothing on it is sent again and again: its next try may be seconds away, although the path
         is there again."""
-        silent = self._loop.awake - link.heard_at
-        return silent < 1 or silent < self._limits.trusted and not link.transport.tcp_info().retransmits
+        return self._loop.awake - link.heard_at < self._limits.trusted and not link.transport.tcp_info().retransmits
 
     def put(self, link: Link) -> None:
         """A link that is idle now."""

@@ -3,6 +3,9 @@
 
     python tests/soak.py --seconds 3600               the whole run; test_soak.py has 10 s of it
     python tests/soak.py --seconds 60 --seed 7        the same plans and the same deeds of the relay again; their timing is the machine's
+    python tests/soak.py --seconds 9 --bare           with nothing between the streams' ends but the relay: what the soak then finds
+
+Linux only. It takes half a core.
 
 Streams have 0 bytes to some MB each way, pauses, slow readers, half-closes of either side first, and resets by either side. Every byte is
 compared with the one that the seed has for its place. Each stream must end in one of these ways:
@@ -193,13 +196,14 @@ class Wire:
             elif sock not in self.dead:
                 self._want(sock, 0)
         # A side has ended when it reset its connection, or sent its FIN and what the other one said is out.
-        # On the legacy wire a FIN that was dropped must not be made up for by that of closing.
-        self.over = all(pipe.source in self.dead or pipe.ended and (pipe.dropping and not self.legacy or pipe.fin_sent or pipe.sink in self.dead)
+        self.over = all(pipe.source in self.dead or pipe.ended and (pipe.dropping or pipe.fin_sent or pipe.sink in self.dead)
                         for pipe in self.pipes)
         if self.over:
-            for sock in self.sockets:
-                self._want(sock, 0)
-                sock.close()
+            for pipe in self.pipes:
+                if pipe.sink not in self.dead:
+                    self._want(pipe.sink, 0)
+                    # A FIN that was dropped must not be made up for by that of closing.
+                    (socket.socket.close if pipe.fin_sent else reset)(pipe.sink)
 
     def _want(self, sock, mask):
         if mask != self.masks[sock]:
@@ -235,7 +239,7 @@ class Relay(threading.Thread):
         self.failures = []
         self.carried = 0
         self._numbers = itertools.count(1)
-        self._next_hostile = self._next_rough = 0.0
+        self._next_hostile = self.next_rough = 0.0
         self._listeners, self.ports, self._closed = {}, {}, {}
         for flavour in ("ratrod2", "legacy"):
             self._listen(flavour)
@@ -287,8 +291,8 @@ class Relay(threading.Thread):
         if self.hostile and now >= self._next_hostile:
             self._next_hostile = now + self._chance.expovariate(12)
             self._choose(self._hostile, self._hostile_to_legacy)
-        if now >= self._next_rough:
-            self._next_rough = now + self._chance.expovariate(8)
+        if now >= self.next_rough:
+            self.next_rough = now + self._chance.expovariate(8)
             self._choose(self.ROUGH, self.ROUGH)
 
     def calm(self, patient):

@@ -5,7 +5,10 @@ The whole soak: python tests/soak.py --seconds 3600
 
 import ast
 import contextlib
+import math
+import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -13,9 +16,12 @@ import threading
 import pytest
 import ratrod2_peer as peer
 import withstand
-from conftest import LEGACY_E, PATIENCE, READY, ROOT, STARTED, ask_over, dial, eventually, seed_of, tcp_port
+from conftest import LEGACY_E, PATIENCE, READY, ROOT, STARTED, ask, ask_over, dial, eventually, receive_exactly, reset, seed_of, tcp_port
 from pressure import scaled
+from soak import HOST, Relay
 from test_reconnect import Door
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")
 
 
 def soak(*words):
@@ -26,6 +32,7 @@ def soak(*words):
     return done.returncode, output
 
 
+@on_linux
 def test_streams_are_whole_or_visibly_reset():
     code, output = soak("--seconds", "10")
     assert code == 0 and "FAILED" not in output, output
@@ -33,6 +40,7 @@ def test_streams_are_whole_or_visibly_reset():
     assert int(figures["soak streams whole"]) and int(figures["soak streams reset"]) and figures["soak streams wrong, cut short or hanging"] == "0"
 
 
+@on_linux
 @pytest.mark.parametrize("deed, failure", [("fin", "A CLEAN END, .* bytes too early"), ("flip", "(wrong bytes|its header names)"),
                                            ("half a rst", "HANGS")])
 def test_the_soak_finds_what_is_wrong(deed, failure):
@@ -107,6 +115,65 @@ def test_tries_that_were_held_up_are_no_empty_connections(serve, connect, target
         ask_over(originator)
     eventually(lambda: remote.accepted == len(ends), "they end")
     assert set(ends) - {"reset"} == {b"anybody there?"}, ends
+
+
+class PathWithLinks(Relay):
+    """A quiet relay: the test looks at its links and cuts them. `closed`: new ones are reset; `tries` counts those."""
+
+    def __init__(self, server_port):
+        super().__init__(random.Random(0), server_port, silence=45)
+        self.next_rough, self.closed, self.tries = math.inf, False, 0
+
+    def _accept(self, listener, flavour):
+        if not self.closed:
+            return super()._accept(listener, flavour)
+        self.tries += 1
+        return reset(listener.accept()[0])
+
+    def carried(self):
+        return {wire: wire.up.seen + wire.down.seen for wire in list(self.wires)}
+
+    @staticmethod
+    def cut(wires):
+        for wire in wires:
+            wire.reset_at = 0.0
+
+
+@on_linux
+def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod, keys, tcp_echo):
+    """Found by the soak: all waiting links were lost, a try to make another failed while a connection had just given its link back, and then
+    that link was lost too. Each of the three thought that another one of them would see to it, and the tunnel never came back."""
+    _, server_port = serve("--allow-listen", bind=HOST + ":0")
+    path = PathWithLinks(server_port)
+    path.start()
+    client = ratrod("-k", keys.client.path, "connect", "--max-retry-interval", "1", "%s:%d" % (HOST, path.ports["ratrod2"]),
+                    "R:0:127.0.0.1:%d" % tcp_echo.port)
+    port = int(client.wait_for(r"listens on `.*?:(\d+)`").group(1))
+    with dial(port) as connection:
+        def exchange():
+            connection.sendall(b"x")
+            assert receive_exactly(connection, 1) == b"x"
+        exchange()
+        before = path.carried()
+        exchange()
+        busy = [wire for wire, n in path.carried().items() if n != before.get(wire)]
+        assert len(busy) == 1
+        path.closed = True
+        path.cut(set(path.wires) - set(busy))
+        eventually(lambda: path.tries > 1 and not path.wires - set(busy), "it tries again")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    tries = path.tries
+    eventually(lambda: path.tries > tries + 1, "it still tries, though a link waits")
+    path.cut(busy)
+    path.closed = False
+
+    def works():
+        with contextlib.suppress(OSError):
+            ask(port)
+            return True
+    eventually(works, lambda: "it listens again:\n" + client.output)
+    path.stopping = True
 
 
 # ---------------------------------------------------------------------------------------------------- withstand.py
