@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import socket
+import struct
 import time
 from unittest import mock
 
@@ -73,12 +74,18 @@ class Wire(socket.socket):
     def __init__(self, fileno):
         super().__init__(fileno=fileno)
         self.setblocking(False)
-        self.aborted = False  # closed with a reset by its owner
+        self.resets = False  # closing is a reset
+        self.aborted = False  # closed with one by its owner
         self.broken = False  # reset by the other side
 
     def setsockopt(self, level, option, *value):
-        self.aborted |= (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER)
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_LINGER):
+            self.resets = bool(struct.unpack("ii", *value)[0])
         return super().setsockopt(level, option, *value)
+
+    def close(self):
+        self.aborted |= self.resets and self.fileno() >= 0
+        super().close()
 
     def recv_into(self, *args):
         n = super().recv_into(*args)
@@ -894,7 +901,7 @@ def test_a_program_that_goes_away_after_both_ends(world, side):
         world.turn()
     assert link.state == ratrod.BYE
     world.settle()
-    assert connection.app.local.aborted
+    assert app.local.aborted
     assert all(link.state == ratrod.CLOSED for link in pair.links)
     if side == REMOTE:
         assert [(type(error), error.code) for error in world.client.errors] == [(ratrod.PeerError, ratrod.REMOTE_FAILED)]
