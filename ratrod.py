@@ -5241,7 +5241,7 @@ class Retry:
             return self._give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
                 tries(self._tries), self._loop.now - self._since, reason(error))))
         say = bool(lost) and again and not self._said
-        log.log(logging.ERROR if say else logging.DEBUG, "❌ %s: %s; trying again", lost or "no new link", reason(error))
+        log.log(logging.ERROR if say else logging.DEBUG, "%s%s: %s; trying again", "❌ " * say, lost or "no new link", reason(error))
         self._said = self._said or say
         if self._timer is None:
             pause = min(self._longest, self.FIRST * 2 ** min(self._level, 30))
@@ -6432,15 +6432,18 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
     raise_descriptor_limit()
     loop = EventLoop()
     outcome: list[int | Exception | None] = []
+    signals: list[int] = []
 
     def finished(error: int | Exception | None) -> None:
         outcome.append(error)
         loop.stop()
 
     def on_signal(number: int, _frame: Any) -> None:
-        if outcome:  # the second one: at once, with resets; and where the loop is stuck, without
-            outcome[0] = 130 if number == signal.SIGINT else 128 + number
-            impatient = threading.Timer(1, os._exit, (outcome[0],))
+        signals.append(number)
+        if outcome:  # the second one, or it is ending anyway: at once, with resets; and where the loop is stuck, without
+            if len(signals) > 1:
+                outcome[0] = 130 if number == signal.SIGINT else 128 + number
+            impatient = threading.Timer(1, os._exit, (128 + number,))
             impatient.daemon = True
             impatient.start()
             return loop.call_soon_threadsafe(loop.stop)

@@ -237,7 +237,6 @@ class Relay(threading.Thread):
         self.notes = collections.deque(maxlen=3000)
         self.deeds = collections.Counter()
         self.failures = []
-        self.carried = 0
         self._numbers = itertools.count(1)
         self._next_hostile = self.next_rough = 0.0
         self._listeners, self.ports, self._closed = {}, {}, {}
@@ -285,7 +284,6 @@ class Relay(threading.Thread):
                 wire.update(now)
             if wire.over:
                 self.wires.discard(wire)
-                self.carried += wire.up.seen + wire.down.seen
         if self.hostile or self._closed or any(wire.tampered for wire in self.wires):
             self.disturbed_at = now
         if self.hostile and now >= self._next_hostile:

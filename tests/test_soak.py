@@ -150,14 +150,13 @@ def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod
                     "R:0:127.0.0.1:%d" % tcp_echo.port)
     port = int(client.wait_for(r"listens on `.*?:(\d+)`").group(1))
     with dial(port) as connection:
-        def exchange():
+        def used():
+            before = path.carried()
             connection.sendall(b"x")
             assert receive_exactly(connection, 1) == b"x"
-        exchange()
-        before = path.carried()
-        exchange()
-        busy = [wire for wire, n in path.carried().items() if n != before.get(wire)]
-        assert len(busy) == 1
+            return [wire for wire, n in path.carried().items() if n != before.get(wire)]
+        eventually(lambda: len(used()) == 1, "its own link alone carries something: no others are being made")
+        busy = used()
         path.closed = True
         path.cut(set(path.wires) - set(busy))
         eventually(lambda: path.tries > 1 and not path.wires - set(busy), "it tries again")
