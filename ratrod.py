@@ -5425,7 +5425,8 @@ class LinkPool:
         if wanted:
             self._waiting.remove(waiter)
         self.completed(link)
-        return waiter.use(link) if wanted else link.close()
+        # A legacy target has been connected already: a clean end would tell it that somebody came and had nothing to say.
+        return waiter.use(link) if wanted else link.die(LinkClosed("nobody waits for it any more"))
 
     def _refused(self, waiter: Waiter | None, error: Exception) -> None:
         if is_final(error):
@@ -5525,18 +5526,21 @@ class ReverseTunnel(LinkUser):
         return self.more()
 
     def lost(self, error: Exception) -> None:
-        """A link could not be made, or was refused: asking again at once would not help."""
+        """A link could not be made, or was refused: asking again at once would not help, whether or not others wait. Those may go meanwhile,
+        and none of them would see to it."""
         self._asking -= 1
         if self.address is None:
             return self._refused(self, error)
         if is_final(error):
             return self._client.give_up(error)
-        if not self.waiting and not self._asking:
+        if self.waiting and isinstance(error, PeerError):  # a server that answers, and finds that there are enough of them
+            self.tries.succeeded("reverse tunnel on `%s` again," % str(self.address))
+        elif not self._asking:
             self._rest(error)
         return None
 
     def _rest(self, error: Exception) -> None:
-        self.tries.failed(error, "reverse tunnel on `%s`" % str(self.address))
+        self.tries.failed(error, "" if self.waiting else "reverse tunnel on `%s`" % str(self.address))
 
     def taken(self, link: Link) -> None:
         """A connection came on it."""
