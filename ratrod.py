@@ -4,6 +4,7 @@
 Usage:
   ratrod [-k KEY_PATH] [-v] serve [-r REGEX] [--allow-listen] [--legacy]
          [--drain SECS] [--reuse-port] [--proxy-protocol SOURCES] [--workers N]
+         [--log-format FORMAT] [--metrics ADDRESS]
          [--max-links N] [--max-links-per-key N] [--max-streams N]
          [--max-streams-per-key N] [--max-handshakes N]
          [--max-handshakes-per-source N] [--handshake-rate N]
@@ -13,7 +14,8 @@ Usage:
          [--udp-backlog BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
          [--socks-user AUTH] [--max-retry-count N] [--max-retry-interval SECS]
-         [--drain SECS] [--workers N] [--idle-links N]
+         [--drain SECS] [--workers N] [--log-format FORMAT] [--metrics ADDRESS]
+         [--no-status] [--check] [--idle-links N]
          [--handshake-timeout SECS] [--connect-timeout SECS] [--link-age SECS]
          [--udp-timeout SECS] [--max-udp-sessions-per-link N]
          [--udp-backlog BYTES] [--] SERVER [--] [TUNNEL]...
@@ -58,6 +60,10 @@ Options:
   --reuse-port                    share the port: a new server takes over while the old one drains
   --proxy-protocol SOURCES        load balancers that send a PROXY header, as 10.0.0.7,10.1.0.0/16
   --workers N                     share the work among so many processes, each with these limits (default: 1)
+  --log-format FORMAT             text, or json: one object a line (default: text)
+  --metrics ADDRESS               answer Prometheus on `host:port`, as 127.0.0.1:9100: GET /metrics
+  --no-status                     no status line at a terminal
+  --check                         only test the connection, for health probes: exit 0 where it is good
   --max-links N                   connections of clients in all (default: as many as the descriptor limit bears)
   --max-links-per-key N           ... and of one client's key (default: the same)
   --max-streams N                 TCP streams in all (default: as many as there are links)
@@ -100,7 +106,8 @@ import struct
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Generator, Iterable, Iterator, NamedTuple, NoReturn, Tuple, TypeVar, Union
+from types import MappingProxyType
+from typing import Any, Callable, Dict, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Tuple, TypeVar, Union
 
 __version__ = "0.7.0"
 __all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
@@ -640,6 +647,10 @@ class KeyLines:
             self._cache = self._read()
             self._round = now
         return self._cache[1]
+
+    def forget(self) -> None:
+        """The next read() looks into the file, whatever its times say."""
+        self._cache, self._round = (None, self._cache[1]), None
 
     def _read(self) -> tuple[Any, dict[bytes, tuple[Line, ...]]]:
         signature: Any = None
@@ -3006,14 +3017,84 @@ def report_end(label: Label, sent: int, received: int, started: float, error: Ex
                   time.monotonic() - started)
 
 
+def plural(n: int, word: str) -> str:
+    return "%d %s%s" % (n, word, "" if n == 1 else "s")
+
+
+def show_time(seconds: float) -> str:
+    """`0.3 ms`, `12.5 s`, `2 h 5 min`"""
+    if seconds < 1:
+        return ("%.0f ms" if seconds >= 0.01 else "%.1f ms") % (seconds * 1000)
+    if seconds < 60:
+        return "%.1f s" % seconds
+    size, big, small = next(step for step in ((60, "min", "s"), (3600, "h", "min"), (86400, "d", "h")) if seconds < step[0] * 60 or step[0] == 86400)
+    return "%d %s %d %s" % (seconds // size, big, seconds % size // {60: 1, 3600: 60, 86400: 3600}[size], small)
+
+
+def show_size(n: float) -> str:
+    """`950 B`, `1.2 kB`, `34 MB`"""
+    unit = "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if n < 999.5:
+            break
+        n, unit = n / 1000, larger
+    return ("%.1f %s" if n < 9.95 and unit != "B" else "%.0f %s") % (n, unit)
+
+
+class Counters:
+    """What an endpoint carries, and has carried since it began: for metrics, status table and status line alike.
+
+    No byte costs anything here: each stream and session counts its own, which are added up at its end, and of those that live when
+    somebody asks. By peer key: as many as authorized_keys lists.
+    """
+
+    RESULTS = ("closed", "reset", "refused", "failed")
+
+    def __init__(self) -> None:
+        self.began_at = time.time()
+        self.streams: set[Stream] = set()
+        self.sessions: set[UdpSession] = set()
+        self.results = dict.fromkeys(self.RESULTS, 0)  # of streams that are over
+        self.links = self.handshakes_failed = self.reconnects = 0
+        self._bytes: dict[bytes, list[int]] = {}  # of what is over: peer key -> sent, received
+
+    def count(self, error: Exception | None) -> None:
+        """A stream is over, or was refused before it was one."""
+        refused = isinstance(error, (PolicyError, Overloaded)) or isinstance(error, PeerError) and error.code == INVALID_HOST
+        self.results["closed" if error is None else "refused" if refused else "reset" if isinstance(error, LocalFailed) else "failed"] += 1
+
+    def over(self, carried: Stream | UdpSession) -> None:
+        self.streams.discard(carried)  # type: ignore[arg-type]
+        self.sessions.discard(carried)  # type: ignore[arg-type]
+        total = self._bytes.setdefault(carried.peer_key, [0, 0])
+        total[0] += carried.sent
+        total[1] += carried.received
+
+    def tally(self, links: Iterable[Link]) -> dict[bytes, collections.Counter[str]]:
+        """For each peer key: its links (idle, busy, closing), streams, sessions, and bytes of payload (sent to the link, received)."""
+        keys: dict[bytes, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        for key, (sent, received) in self._bytes.items():
+            keys[key].update(sent=sent, received=received)
+        for link in links:
+            keys[link.peer_key][{IDLE: "idle", BYE: "closing"}.get(link.state, "busy")] += 1
+        alive: Iterable[Any]
+        for name, alive in (("streams", self.streams), ("sessions", self.sessions)):
+            for carried in alive:
+                tally = keys[carried.peer_key]
+                tally[name] += 1
+                tally["sent"] += carried.sent
+                tally["received"] += carried.received
+        return keys
+
+
 class Stream(LinkUser):
     """One local TCP socket joined to one link; `again(stream, error)` asks for another link where the first one failed untouched."""
 
-    __slots__ = ("loop", "link", "local", "label", "target", "sent", "received", "tries", "_again", "_pending", "_kept", "_ended", "_broken",
-                 "_started")
+    __slots__ = ("loop", "counters", "link", "local", "label", "target", "sent", "received", "tries", "started", "_again", "_pending", "_kept",
+                 "_ended", "_broken")
 
-    def __init__(self, loop: EventLoop, sock: Any, label: Label, again: Callable[[Stream], None] | None = None, target: str | None = None):
-        self.loop, self.label, self._again = loop, label, again
+    def __init__(self, owner: Endpoint, sock: Any, label: Label, again: Callable[[Stream], None] | None = None, target: str | None = None):
+        self.loop, self.counters, self.label, self._again = owner.loop, owner.counters, label, again
         self.target = label.target if target is None else target  # as Open names it
         self.link: Link | None = None
         self.local = self._transport(sock)
@@ -3023,8 +3104,13 @@ class Stream(LinkUser):
         self._ended = False
         self._broken: OSError | None = None
         self.tries = self.sent = self.received = 0
-        self._started = loop.now
+        self.started = self.loop.now
+        self.counters.streams.add(self)
         log.debug("⛽ %s", label)
+
+    @property
+    def peer_key(self) -> bytes:
+        return self.link.peer_key if self.link else b""
 
     def _transport(self, sock: Any) -> Transport:
         return Transport(self.loop, sock, self._on_event)
@@ -3150,12 +3236,17 @@ class Stream(LinkUser):
 
     def finished(self) -> None:
         self._close()
-        report_end(self.label, self.sent, self.received, self._started)
+        self._report()
 
     def lost(self, error: Exception) -> None:
+        self._report(error)
         self.link = None
         self.local.abort()
-        report_end(self.label, self.sent, self.received, self._started, error)
+
+    def _report(self, error: Exception | None = None) -> None:
+        self.counters.over(self)
+        self.counters.count(error)
+        report_end(self.label, self.sent, self.received, self.started, error)
 
     def die(self, error: Exception) -> None:
         if self.link:
@@ -3182,11 +3273,12 @@ class SocksStream(Stream):
     def lost(self, error: Exception) -> None:
         if self._answered:
             return super().lost(error)
+        self._report(error)
         self.link = None
         self.local.want(0)
         self.local.guard(False)
         LastWord(self.loop, self.local.sock, socks_reply(self._code(error)))
-        return report_end(self.label, self.sent, self.received, self._started, error)
+        return None
 
     @staticmethod
     def _code(error: Exception) -> int:
@@ -3291,9 +3383,9 @@ class StdioStream(Stream):
 
     __slots__ = ("_over",)
 
-    def __init__(self, loop: EventLoop, label: Label, again: Callable[[Stream], None] | None, over: Callable[[Exception | None], None]):
+    def __init__(self, owner: Endpoint, label: Label, again: Callable[[Stream], None] | None, over: Callable[[Exception | None], None]):
         self._over = over
-        super().__init__(loop, None, label, again)
+        super().__init__(owner, None, label, again)
 
     def _transport(self, sock: Any) -> Transport:
         return StdioTransport(self.loop, self._on_event)
@@ -3418,13 +3510,13 @@ Originator = Tuple[Any, Any]  # its address, and the control message that makes 
 class UdpSession:
     """One originator's datagrams; the two ends differ in deliver() and in what they hold. `carrier` is the link they travel on."""
 
-    __slots__ = ("table", "key", "carrier", "number", "label", "last_used", "sent", "received", "_started")
+    __slots__ = ("table", "key", "carrier", "number", "label", "last_used", "sent", "received", "started")
 
     def __init__(self, table: UdpSessionTable, key: Any, label: Label, now: float):
         self.table, self.key, self.label = table, key, label
         self.carrier: UdpLink | None = None
         self.number = 0
-        self.last_used = self._started = now
+        self.last_used = self.started = now
         self.sent = self.received = 0
         table.add(self)
 
@@ -3449,16 +3541,21 @@ class UdpSession:
         self.closed()
         if self.carrier:
             self.carrier.drop(self, tell)
-        report_end(self.label, self.sent, self.received, self._started, error)
+        self.table.counters.over(self)
+        report_end(self.label, self.sent, self.received, self.started, error)
+
+    @property
+    def peer_key(self) -> bytes:
+        return self.table.peer_key
 
 
 class UdpSessionTable:
-    """Sessions by key, the least recently used first: that order serves both the cap and the idle expiry."""
+    """Sessions by key, the least recently used first: that order serves both the cap and the idle expiry. All are of one `peer_key`."""
 
-    __slots__ = ("_cap", "_timeout", "_sessions")
+    __slots__ = ("counters", "peer_key", "_cap", "_timeout", "_sessions")
 
-    def __init__(self, cap: int, timeout: float):
-        self._cap, self._timeout = cap, timeout
+    def __init__(self, cap: int, timeout: float, counters: Counters, peer_key: bytes = b""):
+        self._cap, self._timeout, self.counters, self.peer_key = cap, timeout, counters, peer_key
         self._sessions: collections.OrderedDict[Any, UdpSession] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -3474,6 +3571,7 @@ class UdpSessionTable:
         while len(self._sessions) >= self._cap:
             self.oldest().end()
         self._sessions[session.key] = session
+        self.counters.sessions.add(session)
 
     def touch(self, session: UdpSession, now: float) -> None:
         session.last_used = now
@@ -3679,7 +3777,7 @@ class UdpRelay(UdpLink):
                  open_session: Callable[[UdpRelay, RemoteUdpSession, str], None], lost: Callable[[UdpRelay], None]):
         super().__init__(loop, limits)
         # A little more patient than the client, which then is the one to say SessionOver; the legacy one has no timer.
-        self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1))
+        self.table = UdpSessionTable(limits.udp_sessions, limits.udp_timeout * (1.25 if link.writer.pools else 1), link.owner.counters, link.peer_key)
         self.link, self.key, self._origin, self._open_session, self._lost = link, link.peer_key, origin, open_session, lost
         self._highest, self._new = -1, 0
         link.transport.limit_unsent(UNSENT_DATAGRAMS)
@@ -4226,6 +4324,7 @@ class Endpoint:
         self.keys = folder.load()
         for warning in folder.warnings:
             log.warning(warning)
+        self.counters = Counters()
         self.links: set[Link] = set()
         self.listeners: list[Listener | UdpPort] = []
         loop.batch = loop.batch or DatagramBatch(loop)
@@ -4303,9 +4402,41 @@ class Endpoint:
         elif sock is None:
             failed()
         else:
-            stream = Stream(self.loop, sock, label)
+            stream = Stream(self, sock, label)
             stream.link = link
             link.accept(stream)
+
+    # ---- what it tells, and is told
+
+    @property
+    def handshakes(self) -> int:
+        """How many are under way."""
+        raise NotImplementedError
+
+    def describe(self) -> Iterator[str]:
+        """What it is and how it is, in a line, and a line for each thing that only this kind of endpoint has."""
+        raise NotImplementedError
+
+    def show_key(self, key: bytes) -> str:
+        return "`%s`" % encode_key(key)
+
+    def reload(self) -> None:
+        """Reads everything again. Where that fails for the own key, the one that was read before stays."""
+        self.folder.authorized_keys.forget()
+        self.folder.known_hosts.forget()
+        self.folder.warnings.clear()
+        before = self.keys
+        try:
+            self.keys = self.folder.load()
+        except ConfigError as error:
+            log.error("❌ %s; the key that was read before stays in use", error)
+        for warning in self.folder.warnings:
+            log.warning(warning)
+        self.reloaded(self.keys != before)
+        log.info("🔄 Read again: `%s`, key `%s`", self.folder.path, encode_key(self.keys.public))
+
+    def reloaded(self, new_key: bool) -> None:
+        """What follows from that."""
 
     # ---- the end
 
@@ -4573,7 +4704,7 @@ class ReverseListener:
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
         label = new_label(show_address(address), "back through %s" % str(self.address))
-        self._carry(Stream(self._server.loop, sock, label, self._carry, target=show_address(address)))
+        self._carry(Stream(self._server, sock, label, self._carry, target=show_address(address)))
 
     def _carry(self, stream: Stream) -> None:
         while self._waiting:
@@ -4630,9 +4761,10 @@ class Server(Endpoint):
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, bind: Address, policy: Policy, limits: Limits = DEFAULT_LIMITS, *,
                  legacy: bool = False, allow_listen: bool = False, authorize: Authorizer | None = None,
-                 proxies: tuple[Any, ...] = (), sockets: list[socket.socket] | None = None, report: Report = log.info):
+                 proxies: tuple[Any, ...] = (), sockets: list[socket.socket] | None = None, report: Report = log.info,
+                 started: Callable[[], None] = lambda: None):
         super().__init__(loop, folder, limits, legacy, limits.handshakes)
-        self._report, self._authorizer, self.allow_listen = report, authorize, allow_listen
+        self._report, self._ready, self._authorizer, self.allow_listen = report, started, authorize, allow_listen
         self.policy, self._proxies = policy, proxies
         self._proxied: collections.OrderedDict[Negotiation, None] = collections.OrderedDict()  # whose PROXY header is still to come
         self.lookups = LookUps(loop, limits)
@@ -4668,6 +4800,23 @@ class Server(Endpoint):
         for listener in self.listeners:
             listener.start()
         self._report("🚀 Starting server on `%s` ...", self.address)
+        self._ready()
+
+    @property
+    def handshakes(self) -> int:
+        return len(self._strangers) + len(self._proxied)
+
+    def describe(self) -> Iterator[str]:
+        yield "Server on `%s`" % str(self.address)
+        for listener in self._reverse:
+            yield "%s for the client with key %s" % (listener, self.show_key(listener.key))
+
+    def reloaded(self, new_key: bool) -> None:
+        self._hold_against_lists()
+
+    def _complain(self, source: Source, shown: str, what: Any) -> None:
+        self.counters.handshakes_failed += 1
+        source.complain(self.loop.now, shown, what)
 
     # ---- who may do what
 
@@ -4769,7 +4918,7 @@ class Server(Endpoint):
         if header is not None or negotiation.untouched:  # what a health check does is no complaint
             log.debug("health check of `%s`", shown)
         else:
-            self._source(negotiation.address[0]).complain(self.loop.now, shown, error)
+            self._complain(self._source(negotiation.address[0]), shown, error)
         if header is not None:
             LastWord(self.loop, negotiation.sock, b"")
         return None
@@ -4781,12 +4930,12 @@ class Server(Endpoint):
         source, shown = self._source(address[0]), show_address(address)
         if not source.may_try(self.loop.now):
             sock.close()
-            return source.complain(self.loop.now, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
+            return self._complain(source, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
         if source.trusted(self.loop.now) and source.strangers >= self._room_for_bursts:
             # A burst from a client's machine, as a browser makes, waits for its turn; it never takes the last places of everybody else.
             if len(source.waiting) >= 4 * self.limits.handshakes:
                 sock.close()
-                return source.complain(self.loop.now, shown, "too many connections from there wait to authenticate themselves")
+                return self._complain(source, shown, "too many connections from there wait to authenticate themselves")
             return source.waiting.append((sock, shown))
         return self._begin(source, sock, shown)
 
@@ -4895,9 +5044,10 @@ class Server(Endpoint):
             stranger.sock.close()
             if isinstance(error, Speechless):
                 return log.debug("`%s`: %s (a health check?)", stranger.address, error)
-            return source.complain(self.loop.now, stranger.address, error)
+            return self._complain(source, stranger.address, error)
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", stranger.address, self.show_key(handshake.peer_key), handshake.suite)
         source.links += 1
+        self.counters.links += 1
         legacy = isinstance(handshake, LegacyServerHandshake)
         link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
         if isinstance(handshake, LegacyServerHandshake):
@@ -5127,6 +5277,7 @@ class Server(Endpoint):
     def _refuse(self, link: Link, label: Label, error: Exception) -> None:
         if link.state != CONNECTING:
             return
+        self.counters.count(error)
         answer = self._answer(label.target, error)
         log.error("❌ %s: %s", label, "refused: %s" % error if answer.code == INVALID_HOST else answer.text)
         link.refuse(answer)
@@ -5378,6 +5529,8 @@ class LinkPool:
 
     def failed(self, error: Exception) -> None:
         """No link could be made."""
+        if self._client.connected:
+            self._client.since = self._loop.now
         lost = "" if self._taken or self._idle else "Lost the server `%s`" % self._client.server_names
         self._client.retry.failed(error, lost, tried=not self._client.legacy)  # a legacy client notices by a try that there was a loss
         if self._waiting:
@@ -5441,6 +5594,9 @@ class LinkPool:
 
     def completed(self, link: Link) -> None:
         """The server has let it in."""
+        if not self._client.connected:
+            self._client.since = self._loop.now
+            self._client.counters.reconnects += 1
         self._client.retry.succeeded("Connected to server `%s` again," % link.name)
         self.make_more()
 
@@ -5449,8 +5605,10 @@ class LinkPool:
         while self._idle:
             self._drop(self._idle.pop()[1])
 
-    def waits(self) -> bool:
-        return bool(self._waiting)
+    @property
+    def waiting(self) -> int:
+        """How many need a link."""
+        return len(self._waiting)
 
     def close(self, error: Exception) -> None:
         """Whoever waits for a link gets none."""
@@ -5587,13 +5745,13 @@ class Client(Endpoint):
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
                  socks_user: str | None = None, retries: int | None = None, ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
-                 started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
+                 only_test: bool = False, started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self._servers, self._current = servers, 0  # the one that answered last is tried first
         self.server_names = ",".join(map(str, servers))
         self.accept_all_hosts, self.should_encrypt, self.retries = accept_all_hosts, should_encrypt, retries
         self._accept_new, self._ask_host, self._socks_user = accept_new, ask_host, socks_user
-        self._ready, self._finished, self._report = started, finished, report
+        self._ready, self._finished, self._report, self._only_test = started, finished, report, only_test
         self.retry = Retry(loop, limits.retry_interval, retries, self._try_again, self.give_up)
         self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
@@ -5602,9 +5760,11 @@ class Client(Endpoint):
         self._socks: set[Negotiation] = set()
         self._test_link: Link | None = None
         self.started = False
-        listens = any(spec.kind in (FORWARD, SOCKS) for spec in tunnels)
+        self.since = loop.now  # when it was connected, or lost the server
+        self._dialling = 0
+        listens = not only_test and any(spec.kind in (FORWARD, SOCKS) for spec in tunnels)
         self._pool = LinkPool(self, LinkPool.READY if listens and not legacy else 0)
-        self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout)
+        self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout, self.counters)
         self._carrier: UdpCarrier | None = None
         self._udp_tries, self._udp_not_before = 0, 0.0
         self.tunnels: list[TunnelSpec] = []
@@ -5633,7 +5793,7 @@ class Client(Endpoint):
     def start(self) -> None:
         """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the system's queue."""
         self._report("⏳ Testing server connection ...")
-        for spec in self.tunnels:
+        for spec in [] if self._only_test else self.tunnels:
             self._announce(spec)
         if self.accept_all_hosts:
             log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", self.server_names)
@@ -5688,12 +5848,15 @@ class Client(Endpoint):
         self._report("✅ Challenge accepted!")
         self._report("✅ Test connection successful!")
         self.retry.succeeded("Connected")
+        self.since = self.loop.now
+        if self._only_test:
+            return self._finished(None)
         for listener in self.listeners:
             listener.start()
         self.started = True
         for spec in self.tunnels:
             if spec.kind == STDIO:
-                self._carry(StdioStream(self.loop, new_label("stdio", str(spec.remote)), None if self.legacy else self._carry, self._finished))
+                self._carry(StdioStream(self, new_label("stdio", str(spec.remote)), None if self.legacy else self._carry, self._finished))
         self._unbound = len(self.reverse)
         for tunnel in self.reverse:
             tunnel.start()
@@ -5761,7 +5924,7 @@ class Client(Endpoint):
                 self._associations.add(SocksAssociation(self.loop, sock, self._session, self._association_ended))
             elif request.command == request.CONNECT:
                 label = new_label(show_address(address), str(parse_target(request.target)))
-                self._carry(SocksStream(self.loop, sock, label, None if self.legacy else self._carry))
+                self._carry(SocksStream(self, sock, label, None if self.legacy else self._carry))
             else:
                 LastWord(self.loop, sock, socks_reply(7))
         except (ValueError, OSError) as error:
@@ -5779,8 +5942,11 @@ class Client(Endpoint):
         """A new link, made on a thread: done(link, None) or done(None, error). Legacy names in its handshake what the link is for, and
         the link waits for Opened; on ratrod2 it is idle, and usable at once, though HandshakeCompletion is still to come."""
         def linked(result: tuple[socket.socket, Handshake, str] | None, error: Exception | None) -> None:
+            self._dialling -= 1
             if result is None:
+                self.counters.handshakes_failed += 1
                 return done(None, error)
+            self.counters.links += 1
             sock, handshake, name = result
             state = IDLE if not self.legacy else UDP_ASKED if kind == UDP else ASKED
             link = Link(self, sock, handshake, OPENER, state, name)
@@ -5788,6 +5954,7 @@ class Client(Endpoint):
                 link.set_deadline(self.limits.handshake_timeout, lambda: link.die(LinkClosed("the server did not complete the handshake")))
                 link.update()
             return done(link, None)
+        self._dialling += 1
         self.workers.submit(functools.partial(self._dial, remote, kind, report), linked)
 
     def _dial(self, remote: str, kind: int, report: Report) -> tuple[socket.socket, Handshake, str]:
@@ -5894,7 +6061,7 @@ class Client(Endpoint):
 
     def _accepted(self, remote: str, sock: socket.socket, address: Any) -> None:
         label = new_label(show_address(address), remote)
-        self._carry(Stream(self.loop, sock, label, None if self.legacy else self._carry))
+        self._carry(Stream(self, sock, label, None if self.legacy else self._carry))
 
     def _carry(self, stream: Stream) -> None:
         """Gets a link for it: an idle one at once, or one that is made for it. After a link that was dead the other idle ones are not
@@ -5927,6 +6094,7 @@ class Client(Endpoint):
 
         def use(link: Link) -> None:
             if carrier.sessions:
+                self._sessions.peer_key = link.peer_key
                 carrier.begin(link, self.patience)
             else:  # they ended meanwhile
                 link.close()
@@ -5949,6 +6117,40 @@ class Client(Endpoint):
                 session.failed(error, self.loop.now)
             else:
                 session.end(tell=None)
+
+    # ---- what it tells, and is told
+
+    @property
+    def connected(self) -> bool:
+        return self.started and self.retry.error is None
+
+    @property
+    def handshakes(self) -> int:
+        return self._dialling
+
+    def state(self) -> str:
+        return "%s for %s" % ("connected" if self.connected else "away" if self.started else "connecting", show_time(self.loop.now - self.since))
+
+    def round_trip(self) -> float:
+        """Seconds to the server and back, as the system measures them on the link that was heard from last; 0 where it does not."""
+        link = max(self.links, key=lambda link: link.heard_at, default=None)
+        return link.transport.tcp_info().rtt / 1e6 if link else 0.0
+
+    def describe(self) -> Iterator[str]:
+        error = self.retry.error
+        yield "Client of `%s`, %s%s, round trip %s; %d waiting for a link" % (
+            self._servers[self._current], self.state(), " (%s)" % reason(error) if error else "", show_time(self.round_trip()), self._pool.waiting)
+        for spec in self.tunnels:
+            yield "tunnel (%s) `%s` -> `%s`" % (spec.kind, spec.local, spec.remote)
+        for tunnel in self.reverse:
+            yield "reverse tunnel on `%s`: %d links wait, %d are busy" % (tunnel.asked, len(tunnel.waiting), len(tunnel.busy))
+
+    def reloaded(self, new_key: bool) -> None:
+        if new_key:  # whoever needs a link comes as who this is now
+            self._pool.clear()
+        if not self.draining:
+            for retry in (self.retry, *(tunnel.tries for tunnel in self.reverse)):
+                retry.now()
 
     def sweep(self, now: float) -> None:
         self._sessions.expire(now)
@@ -5976,7 +6178,7 @@ class Client(Endpoint):
                 link.close()
 
     def busy(self) -> bool:
-        return super().busy() or self._pool.waits()
+        return super().busy() or bool(self._pool.waiting)
 
     def close(self) -> None:
         self.draining = True
@@ -5984,6 +6186,170 @@ class Client(Endpoint):
         self._pool.close(LocalFailed("ratrod is ending"))
         self.let_go()
         super().close()
+
+
+# ======================================================================================================================
+# 10b. What an endpoint tells: status table, metrics
+# ======================================================================================================================
+
+LISTED = 50  # keys, streams and sessions of each that a status table names
+
+
+def status_table(endpoint: Endpoint) -> Iterator[str]:
+    """Its lines, bounded: an endpoint may carry 10,000 streams."""
+    counters, now = endpoint.counters, endpoint.loop.now
+    keys = counters.tally(endpoint.links)
+    described = endpoint.describe()
+    yield "%s; up %s; %s; handshakes: %d under way, %d failed" % (next(described), show_time(time.time() - counters.began_at),
+                                                                 show_tally(sum(keys.values(), collections.Counter())), endpoint.handshakes,
+                                                                 counters.handshakes_failed)
+    yield from first_of(described)
+    yield from first_of("key %s: %s" % (endpoint.show_key(key), show_tally(tally)) for key, tally in keys.items() if key)
+    alive: tuple[set[Any], ...] = counters.streams, counters.sessions
+    for carried in alive:
+        yield from first_of("%s: %d bytes sent to the link, %d received, for %s" % (one.label, one.sent, one.received, show_time(now - one.started))
+                            for one in sorted(carried, key=lambda one: one.started))
+
+
+def show_tally(tally: collections.Counter[str]) -> str:
+    return "%s (%d idle, %d busy, %d closing), %s, %s, %d bytes sent to links, %d received" % (
+        plural(tally["idle"] + tally["busy"] + tally["closing"], "link"), tally["idle"], tally["busy"], tally["closing"],
+        plural(tally["streams"], "stream"), plural(tally["sessions"], "UDP session"), tally["sent"], tally["received"])
+
+
+def first_of(lines: Iterable[str]) -> Iterator[str]:
+    more = 0
+    for number, line in enumerate(lines):
+        if number < LISTED:
+            yield line
+        else:
+            more += 1
+    if more:
+        yield "... and %d more" % more
+
+
+def metrics(endpoint: Endpoint) -> str:
+    """Prometheus' text format 0.0.4. No label has a character that would have to be escaped: keys are base64url."""
+    lines: list[str] = []
+
+    def add(name: str, kind: str, what: str, *samples: tuple[str, float]) -> None:
+        lines.extend(("# HELP %s %s" % (name, what), "# TYPE %s %s" % (name, kind)))
+        lines.extend("%s%s %s" % (name, "{%s}" % labels if labels else "", repr(value)) for labels, value in samples)
+
+    def by(label: str, values: Iterable[str], tally: Any) -> Iterator[tuple[str, float]]:
+        return (('%s="%s"' % (label, value), tally[value]) for value in values)
+    counters = endpoint.counters
+    keys = counters.tally(endpoint.links)
+    total = sum(keys.values(), collections.Counter())
+    known = [('key="%s"' % encode_key(key), tally) for key, tally in keys.items() if key]
+    add("ratrod_info", "gauge", "The version that runs.", ('version="%s"' % __version__, 1))
+    add("ratrod_links", "gauge", "Links: authenticated connections between client and server.", *by("state", ("idle", "busy", "closing"), total))
+    add("ratrod_links_total", "counter", "Links that were made.", ("", counters.links))
+    add("ratrod_streams", "gauge", "TCP connections through the tunnels.", ("", total["streams"]))
+    add("ratrod_streams_total", "counter", "... that are over, and how; refused: by the server's policy or its limits.",
+        *by("result", Counters.RESULTS, counters.results))
+    add("ratrod_udp_sessions", "gauge", "UDP sessions.", ("", total["sessions"]))
+    add("ratrod_bytes_total", "counter", "Payload, sent to links and received from them.", *by("direction", ("sent", "received"), total))
+    add("ratrod_handshakes_under_way", "gauge", "Connections that are being authenticated.", ("", endpoint.handshakes))
+    add("ratrod_handshakes_failed_total", "counter", "Connections that were refused, or could not be made.", ("", counters.handshakes_failed))
+    if isinstance(endpoint, Client):
+        add("ratrod_connected", "gauge", "Whether the server is there.", ("", int(endpoint.connected)))
+        add("ratrod_reconnects_total", "counter", "How often the server was found again.", ("", counters.reconnects))
+    add("ratrod_key_links", "gauge", "Links of each key of the other side.", *(
+        (key, tally["idle"] + tally["busy"] + tally["closing"]) for key, tally in known))
+    add("ratrod_key_streams", "gauge", "TCP connections of each key.", *((key, tally["streams"]) for key, tally in known))
+    add("ratrod_key_bytes_total", "counter", "Payload of each key.", *(('%s,%s' % (key, direction), n) for key, tally in known
+                                                                      for direction, n in by("direction", ("sent", "received"), tally)))
+    with contextlib.suppress(OSError):
+        add("process_open_fds", "gauge", "Open descriptors.", ("", len(os.listdir("/proc/self/fd")) - 1))
+        with open("/proc/self/statm") as file:
+            add("process_resident_memory_bytes", "gauge", "Memory.", ("", int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")))
+    add("process_start_time_seconds", "gauge", "When it began, in seconds since the epoch.", ("", counters.began_at))
+    return "\n".join(lines) + "\n"
+
+
+class Scrape:
+    """One HTTP request for the metrics, and the answer: ended(self) when that is over, after 10 s at most."""
+
+    LONGEST, TIME, AT_ONCE = 8192, 10.0, 16
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, text: Callable[[], str], ended: Callable[[Scrape], None]):
+        self._text, self._ended = text, ended
+        self._request, self._answer = b"", b""
+        self._transport = Transport(loop, sock, self._on_event)
+        self._timer = loop.call_later(self.TIME, self.close)
+        self._transport.want(READ)
+
+    def _on_event(self, mask: int) -> None:
+        try:
+            if mask & self._transport.events & READ:
+                self._read()
+            elif mask & self._transport.events & WRITE:
+                self._send()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+
+    def _read(self) -> None:
+        data = self._transport.sock.recv(4096)
+        if not data:
+            return self.close()
+        if self._answer:  # closing on what is not read would be a reset, which destroys the answer
+            return None
+        self._request += data
+        if re.search(b"\r?\n\r?\n", self._request) or len(self._request) > self.LONGEST:
+            self._answer = self._respond()
+            self._send()
+        return None
+
+    def _send(self) -> None:
+        self._answer = self._answer[self._transport.send(self._answer):]
+        if not self._answer:
+            self._answer = b"sent"
+            self._transport.half_close()
+        self._transport.want(READ if self._answer == b"sent" else WRITE)
+
+    def _respond(self) -> bytes:
+        found = re.match(rb"([A-Z]+) (/[^ ?]*)[^ ]* HTTP/1\.[01]\r?\n", self._request)
+        method, path = found.groups() if found else (b"", b"")
+        kind = "text/plain; charset=utf-8"
+        if len(self._request) > self.LONGEST:
+            status, text = "431 Request Header Fields Too Large", "too long\n"
+        elif not found:
+            status, text = "400 Bad Request", "this speaks HTTP/1.1\n"
+        elif method != b"GET":
+            status, text = "405 Method Not Allowed\r\nAllow: GET", "only GET\n"
+        elif path == b"/metrics":
+            status, text, kind = "200 OK", self._text(), "text/plain; version=0.0.4; charset=utf-8"
+        elif path == b"/":
+            status, text = "200 OK", "ratrod %s: see /metrics\n" % __version__
+        else:
+            status, text = "404 Not Found", "see /metrics\n"
+        body = text.encode()
+        return ("HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % (status, kind, len(body))).encode() + body
+
+    def die(self, _error: Exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._timer.cancel()
+        self._transport.close()
+        self._ended(self)
+
+
+def serve_metrics(endpoint: Endpoint, address: Address, share: bool) -> None:
+    """Answers scrapes at `address` until the endpoint ends; RatrodError where it cannot listen there."""
+    scrapes: dict[Scrape, None] = {}  # the oldest first
+
+    def accepted(sock: socket.socket, _address: Any) -> None:
+        if len(scrapes) >= Scrape.AT_ONCE:
+            next(iter(scrapes)).close()
+        scrapes[Scrape(endpoint.loop, sock, lambda: metrics(endpoint), lambda scrape: scrapes.pop(scrape, None))] = None
+    for sock in listen(address, share=share):
+        endpoint.listeners.append(Listener(endpoint.loop, sock, accepted, endpoint.limits.accept_pause))
+        endpoint.listeners[-1].start()
+    log.info("📈 Metrics on `http://%s/metrics`", address._replace(port=sock.getsockname()[1]))
 
 
 # ======================================================================================================================
@@ -6120,11 +6486,8 @@ def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_rege
     folder = KeyFolder(key_path)
     ensure_keys(folder, may_ask=False)
 
-    def make(loop: EventLoop, started: Callable[[], None], _finished: Callable[[Exception | None], None]) -> Server:
-        server = Server(loop, folder, address, policy, limits, legacy=legacy, allow_listen=allow_listen, authorize=authorize)
-        started()  # the sockets listen already
-        return server
-    return Service(make, timeout=30.0)
+    return Service(lambda loop, started, _finished: Server(
+        loop, folder, address, policy, limits, legacy=legacy, allow_listen=allow_listen, authorize=authorize, started=started), timeout=30.0)
 
 
 # ======================================================================================================================
@@ -6153,6 +6516,10 @@ class Options(NamedTuple):
     reuse_port: bool = False
     proxy_protocol: str = ""
     workers: int = 1
+    log_format: str = "text"
+    metrics: str = ""
+    no_status: bool = False
+    check: bool = False
     topic: str | None = None
     limits: Limits = DEFAULT_LIMITS
 
@@ -6261,14 +6628,85 @@ class UsageReader:
         given.setdefault(name, []).extend(value)
 
 
-def parse_command_line(argv: list[str]) -> Options:
-    """The Options in `argv` (without the program's name); UsageError says in one line what is wrong with it."""
+MOST_WORDS = 1 << 20  # characters of a file of arguments
+
+
+def expand_arguments(words: Iterable[str], inside: tuple[str, ...] = ()) -> Iterator[str]:
+    """Each `@file` replaced by the words of that file, and `@@x` by `@x`; `inside` are the files that these words stand in. UsageError names
+    the file, and the line where it can."""
+    for word in words:
+        if word.startswith("@@"):
+            yield word[1:]
+        elif word.startswith("@"):
+            path = os.path.expanduser(word[1:])
+            if os.path.realpath(path) in inside:
+                raise UsageError("the arguments in `%s` name that file again" % printable(path))
+            if len(inside) >= 10:
+                raise UsageError("`%s` is the eleventh file of arguments inside each other" % printable(path))
+            yield from expand_arguments(_read_arguments(path), (*inside, os.path.realpath(path)))
+        else:
+            yield word
+
+
+def _read_arguments(path: str) -> list[str]:
+    import io
+    import shlex
+
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            text = file.read(MOST_WORDS + 1)
+    except OSError as error:
+        raise UsageError("cannot read the arguments in `%s`: %s" % (printable(path), reason(error))) from None
+    if "\0" in text or len(text) > MOST_WORDS:
+        where, what = (text.index("\0"), "a NUL character") if "\0" in text else (0, "more than a file of arguments may be")
+        raise UsageError("line %d of the arguments in `%s`: %s" % (text.count("\n", 0, where) + 1, printable(path), what))
+    # As shlex.split(text, comments=True), which does not say where it failed.
+    stream = io.StringIO(text)
+    lexer = shlex.shlex(stream, posix=True)
+    lexer.whitespace_split = True
+    words, start = [], 0
+    try:
+        for word in lexer:
+            words.append(word)
+            start = stream.tell()
+    except ValueError as error:
+        start += len(re.match(r"(?:\s+|#.*)*", text[start:]).group())  # type: ignore[union-attr]
+        raise UsageError("line %d of the arguments in `%s`: %s" % (text.count("\n", 0, start) + 1, printable(path), str(error).lower())) from None
+    return words
+
+
+def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProxyType({})) -> Options:
+    """The Options in `argv` (without the program's name), and for what that leaves open in `environ`; UsageError says in one line what is
+    wrong."""
     reader = UsageReader(__doc__)
     flags = argv[:argv.index("--")] if "--" in argv else argv
     for wanted, command in (("h", "help"), ("V", "version")):
         if any(re.fullmatch("-[aev]*%s[aevhV]*" % wanted, word) or reader.means(word, "--" + command) for word in flags):
             return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
-    return _to_options(_docopt(reader, argv), reader.takes_value)
+    given = _docopt(reader, argv)
+    return _to_options({**given, **_from_environment(reader, given, environ)}, reader.takes_value)
+
+
+def _from_environment(reader: UsageReader, given: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """What RATROD_MAX_LINKS and the like say of those options of the command that were not given; an empty one says nothing."""
+    command = next(command for command in COMMANDS if given.get(command))
+    found: dict[str, Any] = {}
+    for option in sorted(reader.patterns[command].options):
+        name = "RATROD_" + option[2:].upper().replace("-", "_")
+        word = environ.get(name, "")
+        if given.get(option) or not word:
+            continue
+        try:
+            if reader.takes_value[option]:
+                _convert(option, word, reader.takes_value[option])
+                found[option] = [word]
+            elif word.lower() in ("1", "true", "yes"):
+                found[option] = True
+            elif word.lower() not in ("0", "false", "no"):
+                raise UsageError("it is 1 or 0, true or false, yes or no, not `%s`" % printable(word))
+        except UsageError as error:
+            raise UsageError("%s in the environment: %s" % (name, error)) from None
+    return found
 
 
 def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
@@ -6309,6 +6747,8 @@ def _to_options(given: dict[str, Any], takes_value: dict[str, str]) -> Options:
 
 def _convert(name: str, word: Any, kind: str) -> Any:
     """The value of an option that the usage text calls `kind`."""
+    if kind == "FORMAT" and word not in ("text", "json"):
+        raise UsageError("`%s` takes text or json, not `%s`" % (name, printable(word)))
     if kind not in ("SECS", "N", "BYTES"):
         return word if kind else True
     convert, what, form = (float, "seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if kind == "SECS" else (int, "a whole number", "[0-9]{1,9}")
@@ -6346,21 +6786,96 @@ class LogFormatter(logging.Formatter):
         super().__init__()
         self._colour = colour
 
-    def format(self, record: logging.LogRecord) -> str:
+    @staticmethod
+    def parts(record: logging.LogRecord) -> tuple[str, str, str]:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%06dZ" % (record.created % 1 * 1e6)
-        level = {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname)
+        return moment, {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname), record.getMessage()
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment, level, message = self.parts(record)
         shown = "%5s" % level
         if self._colour:
             moment, shown = "\x1b[2m%s\x1b[0m" % moment, "\x1b[%sm%s\x1b[0m" % (self._COLOURS.get(level, "0"), shown)
-        return "%s %s %s" % (moment, shown, record.getMessage())
+        return "%s %s %s" % (moment, shown, message)
 
 
-def set_up_logging(level: int) -> None:
+class JsonFormatter(LogFormatter):
+    """One object a line: {"time": ..., "level": ..., "message": ...}."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        import json
+
+        return json.dumps(dict(zip(("time", "level", "message"), self.parts(record))), ensure_ascii=False)
+
+
+class StatusLine(logging.StreamHandler):  # type: ignore[type-arg]
+    """A log on a terminal with a line below it that says how a client is, drawn again once a second where it changed.
+
+    The cursor stays at the line's beginning, so that what follows it on the screen is the line and nothing else, also where a terminal that
+    became narrower has broken it in two.
+    """
+
+    ERASE = "\x1b[J"
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._shown = ""
+        self._last = time.monotonic(), 0, 0
+
+    def run(self, client: Client) -> None:
+        """Begins to show it; the client's loop draws it."""
+        def tick() -> None:
+            elapsed = client.loop.now - self._last[0]
+            if elapsed > 3:  # it was stopped (Ctrl-Z): whatever stands there now is not the line
+                self._shown = ""
+            self._last, text = self._describe(client, max(elapsed, 0.001))
+            self.show(text)
+            client.loop.call_later(1.0, tick)
+        tick()
+
+    def _describe(self, client: Client, elapsed: float) -> tuple[tuple[float, int, int], str]:
+        total = sum(client.counters.tally(client.links).values(), collections.Counter())
+        if not client.started:  # a question may be asked
+            return (client.loop.now, 0, 0), ""
+        _, sent, received = self._last
+        parts = [plural(total["streams"], "stream"), plural(total["sessions"], "UDP session")]
+        parts += ["%s/s %s" % (show_size((now - before) / elapsed), way) for now, before, way in (
+            (total["sent"], sent, "up"), (total["received"], received, "down"))]
+        round_trip = client.round_trip()
+        parts += ["round trip " + show_time(round_trip)] if round_trip and client.connected else []
+        parts = parts if client.connected else ["server " + client.state(), *parts]
+        return (client.loop.now, total["sent"], total["received"]), "ratrod: " + ", ".join(parts)
+
+    def show(self, text: str) -> None:
+        """In place of what is shown; "" is nothing."""
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, or no terminal at all any more
+            self.acquire()
+            try:
+                if os.tcgetpgrp(self.stream.fileno()) != os.getpgrp():  # in the background: the line would stand in the middle of others' work
+                    self._shown = ""
+                    return
+                text = text[:(os.get_terminal_size(self.stream.fileno()).columns or 80) - 1]
+                if text != self._shown:
+                    self.stream.write("\r" + self.ERASE + (text + "\r" if text else ""))
+                    self.stream.flush()
+                    self._shown = text
+            finally:
+                self.release()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        shown = self._shown
+        self.show("")
+        super().emit(record)
+        self.show(shown)
+
+
+def set_up_logging(level: int, as_json: bool = False, status: bool = False) -> None:
     if hasattr(sys.stderr, "reconfigure"):  # an ASCII locale must not lose a line for its emoji
         sys.stderr.reconfigure(errors="replace")
     if sys.stderr:
-        handler: logging.Handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(LogFormatter(sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+        handler: logging.Handler = (StatusLine if status else logging.StreamHandler)(sys.stderr)
+        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        handler.setFormatter(JsonFormatter(False) if as_json else LogFormatter(colour))
     else:  # closed by whoever started this
         handler = logging.NullHandler()
     log.handlers[:] = [handler]
@@ -6425,11 +6940,40 @@ def at_terminal() -> bool:
     return bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
 
 
-def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]], Endpoint], drain: float) -> int:
-    """Runs what make(loop, finished) gives until it has finished, or until a signal comes and what is open then has ended, or `drain`
-    seconds have passed: the exit code.
+def notify_systemd(*lines: str) -> None:
+    """Tells systemd, where that started this and waits to hear (sd_notify)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path[:1] not in ("/", "@") or not path or not hasattr(socket, "AF_UNIX"):
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1)
+            sock.sendto("\n".join(lines).encode(), "\0" + path[1:] if path[0] == "@" else path)
+    except OSError as error:
+        log.debug("systemd was not told %s: %s", lines[0], reason(error))
 
-    The acts on the whole process are here: signals, the limit of descriptors, the garbage collector.
+
+def reload_endpoint(endpoint: Endpoint, notify: Notify, ready: bool) -> None:
+    notify("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+    endpoint.reload()
+    if ready:
+        notify("READY=1")
+
+
+def report_status(endpoint: Endpoint) -> None:
+    for line in status_table(endpoint):
+        log.info("📊 %s", line)
+
+
+Notify = Callable[..., Any]
+Make = Callable[[EventLoop, Callable[[], None], Callable[[Union[Exception, None]], None]], Endpoint]
+
+
+def run_endpoint(make: Make, drain: float, notify: Notify = notify_systemd, metrics_at: Address | None = None, share: bool = False) -> int:
+    """Runs what make(loop, started, finished) gives until it has finished, or until a signal comes and what is open then has ended, or
+    `drain` seconds have passed: the exit code.
+
+    The acts on the whole process are here: signals, systemd, the limit of descriptors, the garbage collector.
     """
     import gc
 
@@ -6442,6 +6986,14 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
         outcome.append(error)
         loop.stop()
 
+    def started() -> None:
+        ready.append(True)
+        notify("READY=1", "STATUS=" + next(endpoint.describe()))
+
+    def end() -> None:
+        notify("STOPPING=1")
+        endpoint.drain(drain, loop.stop)
+
     def on_signal(number: int, _frame: Any) -> None:
         signals.append(number)
         if outcome:  # the second one, or it is ending anyway: at once, with resets; and where the loop is stuck, without
@@ -6452,18 +7004,29 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
             impatient.start()
             return loop.call_soon_threadsafe(loop.stop)
         outcome.append(130 if number == signal.SIGINT else 0)
-        return loop.call_soon_threadsafe(lambda: endpoint.drain(drain, loop.stop))
+        return loop.call_soon_threadsafe(end)
 
-    endpoint = make(loop, finished)
+    ready: list[bool] = []
+    endpoint = make(loop, started, finished)
+    status_line = next((handler for handler in log.handlers if isinstance(handler, StatusLine)), None)
+    if metrics_at:
+        serve_metrics(endpoint, metrics_at, share)
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), on_signal)
+    for name, act in (("SIGHUP", lambda: reload_endpoint(endpoint, notify, bool(ready))), ("SIGUSR1", lambda: report_status(endpoint))):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda _number, _frame, act=act: loop.call_soon_threadsafe(act))  # type: ignore[misc]
     signal.set_wakeup_fd(loop.fileno(), warn_on_full_buffer=False)
     endpoint.start()
+    if status_line and isinstance(endpoint, Client):
+        status_line.run(endpoint)
     gc.collect()
     gc.freeze()  # what is there now stays: later collections need not look at it
     loop.run()
     endpoint.close()
     endpoint.workers.join(0.5)
+    if status_line:
+        status_line.show("")
     signal.set_wakeup_fd(-1)
     loop.close()
     result = outcome[0]
@@ -6472,12 +7035,22 @@ def run_endpoint(make: Callable[[EventLoop, Callable[[Exception | None], None]],
     return result or 0
 
 
-def run_workers(sockets: list[list[socket.socket]], run: Callable[[int], int]) -> int:
-    """run(number) in a process for each group of listening sockets, or here where it is one: the exit code. What ends one ends all."""
+def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify], int]) -> int:
+    """run(number, notify) in a process for each group of listening sockets, or here where it is one: the exit code. What ends one ends all.
+
+    systemd hears the parent alone: that they are ready (again) once all of them have said so to it.
+    """
     if len(sockets) == 1:
-        return run(0)
+        return run(0, notify_systemd)
     children: set[int] = set()
     parent_lives, parent_dies = os.pipe()
+    readiness, ready = os.pipe()
+
+    def tell_parent(*lines: str) -> None:
+        if lines[0] == "READY=1":
+            os.write(ready, b".")
+    for name in ("SIGHUP", "SIGUSR1"):  # as long as nobody minds them they end nobody
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     for number, own in enumerate(sockets):
         pid = os.fork()
         if pid == 0:
@@ -6487,7 +7060,7 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int], int]) -
             threading.Thread(target=_die_with_parent, args=(parent_lives,), daemon=True).start()
             code = 1
             with contextlib.suppress(KeyboardInterrupt):
-                code = _guarded(lambda: run(number))  # noqa: B023 - called before the loop goes on
+                code = _guarded(lambda: run(number, tell_parent))  # noqa: B023 - called before the loop goes on
             os._exit(code)
         children.add(pid)
 
@@ -6499,19 +7072,33 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int], int]) -
     passed: list[int] = []
 
     def pass_on(number: int, _frame: Any) -> None:
-        passed.append(number)
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), pass_on)
+
+    def pass_end(number: int, _frame: Any) -> None:
+        if not passed:
+            notify_systemd("STOPPING=1")
+        passed.append(number)
+        pass_on(number, None)
+
+    def pass_reload(number: int, _frame: Any) -> None:
+        notify_systemd("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        pass_on(number, None)
+
+    def hear() -> None:
+        while all(os.read(readiness, 1) for _ in sockets):
+            notify_systemd("READY=1", "STATUS=%d workers" % len(sockets))
+    threading.Thread(target=hear, daemon=True).start()
+    for name, handler in (("SIGINT", pass_end), ("SIGTERM", pass_end), ("SIGHUP", pass_reload), ("SIGUSR1", pass_on)):
+        signal.signal(getattr(signal, name), handler)
     codes = []
     while children:
         pid, status = os.wait()
         children.discard(pid)
         codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
         if not passed:
-            pass_on(signal.SIGTERM, None)
+            pass_end(signal.SIGTERM, None)
     return next((code for code in codes if code), 0)
 
 
@@ -6542,21 +7129,36 @@ def serve_command(options: Options) -> int:
     if options.allow_listen and options.workers > 1:
         raise ConfigError("--allow-listen and --workers do not go together: a reverse tunnel is one process's")
     check_workers(options.workers)
+    metrics_at = check_metrics(options)
     ensure_keys(folder)
     sockets = listen_for(options.workers, bind, share=options.reuse_port)
-    return run_workers(sockets, lambda number: run_endpoint(
-        lambda loop, _finished: Server(loop, folder, bind, policy, options.limits, legacy=options.legacy, allow_listen=options.allow_listen,
-                                       proxies=proxies, sockets=sockets[number], report=log.debug if number else log.info),
-        drain=10.0 if options.drain is None else options.drain))
+    return run_workers(sockets, lambda number, notify: run_endpoint(
+        lambda loop, started, _finished: Server(
+            loop, folder, bind, policy, options.limits, legacy=options.legacy, allow_listen=options.allow_listen, proxies=proxies,
+            sockets=sockets[number], started=started, report=log.debug if number else log.info),
+        10.0 if options.drain is None else options.drain, notify, metrics_at(number), options.reuse_port))
+
+
+def check_metrics(options: Options) -> Callable[[int], Address | None]:
+    """Where each worker answers scrapes: on ports one after the other, or for port 0 on any that is free."""
+    if not options.metrics:
+        return lambda _number: None
+    address = parse_endpoint(options.metrics, "address for metrics", lowest=0)
+    if address.port + options.workers - 1 > 65535:
+        raise ConfigError("--metrics: there are no ports from %d on for %d workers" % (address.port, options.workers))
+    return lambda number: address._replace(port=address.port and address.port + number)
 
 
 def connect_command(options: Options) -> int:
     servers = parse_servers(options.server)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
+    metrics_at = check_metrics(options)
     folder = KeyFolder(options.key_path)
-    stdio = any(spec.kind == STDIO for spec in tunnels)
-    ensure_keys(folder, may_ask=not stdio)
-    may_ask = at_terminal() and not stdio and options.workers == 1
+    quiet = options.check or any(spec.kind == STDIO for spec in tunnels)
+    ensure_keys(folder, may_ask=not quiet)
+    if options.check:
+        return check_command(options, folder, servers, tunnels)
+    may_ask = at_terminal() and not quiet and options.workers == 1
     sockets: list[list[list[socket.socket]]] = []
     with contextlib.ExitStack() as stack:
         for spec in tunnels:
@@ -6564,11 +7166,27 @@ def connect_command(options: Options) -> int:
             stack.callback(close_all, [sock for group in sockets[-1] for sock in group])
         stack.pop_all()
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
-    return run_workers([sum(group, []) for group in groups], lambda number: run_endpoint(lambda loop, finished: Client(
-        loop, folder, servers, tunnels, options.limits, sockets=groups[number], report=log.debug if number else log.info,
-        legacy=options.legacy, accept_all_hosts=options.accept_all_hosts, accept_new=options.accept_new, should_encrypt=options.encrypt,
-        socks_user=options.socks_user, retries=options.max_retry_count, ask_host=lambda error: may_ask and ask_host(error),
-        finished=finished), drain=options.drain or 0.0))
+    return run_workers([sum(group, []) for group in groups], lambda number, notify: run_endpoint(
+        lambda loop, started, finished: make_client(
+            options, loop, folder, servers, tunnels, sockets=groups[number], report=log.debug if number else log.info,
+            ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
+        options.drain or 0.0, notify, metrics_at(number)))
+
+
+def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], **more: Any) -> Client:
+    return Client(loop, folder, servers, tunnels, options.limits, legacy=options.legacy, accept_all_hosts=options.accept_all_hosts,
+                  accept_new=options.accept_new, should_encrypt=options.encrypt, socks_user=options.socks_user,
+                  retries=options.max_retry_count, **more)
+
+
+def check_command(options: Options, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec]) -> int:
+    """connect --check: the test connection alone. Whatever started this and waits for systemd to hear is not told."""
+    code = run_endpoint(lambda loop, _started, finished: make_client(
+        options, loop, folder, servers, tunnels, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished),
+        0.0, notify=lambda *_lines: None)
+    if not code:
+        print("The server `%s` lets this client in." % ",".join(map(str, servers)))
+    return code
 
 
 def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str | None = None) -> list[TunnelSpec]:
@@ -6748,10 +7366,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_command(argv: list[str]) -> int:
-    options = parse_command_line(argv)
+    options = parse_command_line(list(expand_arguments(argv)), os.environ)
     # With stdio: this runs inside something else, as ssh, whose user wants to hear of failures alone.
-    quiet = any(tunnel.startswith("stdio:") for tunnel in options.tunnels)
-    set_up_logging(logging.DEBUG if options.verbose else logging.WARNING if quiet else logging.INFO)
+    quiet = options.check or any(tunnel.startswith("stdio:") for tunnel in options.tunnels)
+    set_up_logging(logging.DEBUG if options.verbose else logging.WARNING if quiet else logging.INFO, options.log_format == "json",
+                   status=shows_status(options) and not quiet)
     commands: dict[str, Callable[[Options], int]] = {
         "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
         "help": help_command, "version": version_command}
@@ -6759,6 +7378,13 @@ def _run_command(argv: list[str]) -> int:
     if sys.stdout:
         sys.stdout.flush()  # here, where a failure is still ours to report
     return code
+
+
+def shows_status(options: Options) -> bool:
+    """Whether a status line has a place: the log of one process on a terminal that moves its cursor, and somebody who looks at it."""
+    plain = options.verbose or options.no_status or options.log_format != "text" or options.workers > 1
+    return (options.command == "connect" and bool(options.tunnels) and not plain and os.environ.get("TERM", "dumb") not in ("", "dumb")
+            and hasattr(os, "tcgetpgrp") and bool(sys.stderr) and sys.stderr.isatty())
 
 
 def _guarded(run: Callable[[], int]) -> int:

@@ -399,6 +399,7 @@ class Owner:
     def __init__(self, world):
         self.world, self.loop = world, world.loop
         self.links = set()
+        self.counters = ratrod.Counters()
         self.errors = []
 
     def link_ended(self, link, error):
@@ -510,7 +511,7 @@ class ServerEnd(Owner):
             return
         attempt.app = App(attempt.tag, connection.remote_size)
         attempt.app.other = connection.app
-        attempt.stream = ratrod.Stream(self.loop, attempt.app.local, ratrod.new_label("the client", str(connection.number)))
+        attempt.stream = ratrod.Stream(self, attempt.app.local, ratrod.new_label("the client", str(connection.number)))
         attempt.stream.link = link
         if attempt is connection.attempts[-1]:
             assert not connection.app.received, "it was tried again after an answer"
@@ -592,7 +593,8 @@ class World:
         connection = Connection(len(self.connections), size, remote_size)
         self.connections.append(connection)
         connection.app.write(first)
-        connection.stream = ratrod.Stream(self.loop, connection.app.local, ratrod.new_label("originator", str(connection.number)), self.client.carry)
+        label = ratrod.new_label("originator", str(connection.number))
+        connection.stream = ratrod.Stream(self.client, connection.app.local, label, self.client.carry)
         self.client.carry(connection.stream)
         return connection
 
