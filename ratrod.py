@@ -6044,6 +6044,7 @@ class Client(Endpoint):
 
     def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
+        self.counters.handshakes_failed += not link.completed and not self.legacy
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
             return tunnel.gone(link, error)

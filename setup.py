@@ -98,7 +98,7 @@ setup(
     install_requires=["docopt-ng", "PyNaCl>=1.4"],
     extras_require={
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "noiseprotocol", "cryptography", "PySocks", "setuptools",
-                 "kubernetes-validate"],
+                 "kubernetes-validate", "prometheus-client"],
         "lint": ["ruff", "mypy", "vermin"],
     },
     entry_points={"console_scripts": ["ratrod = ratrod:main"]},

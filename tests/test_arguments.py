@@ -7,6 +7,8 @@ import threading
 import pytest
 from conftest import PATIENCE, RATROD, READY, ask, tcp_port
 
+import ratrod
+
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
@@ -37,48 +39,64 @@ def first_line(done):
     return done.stderr.splitlines()[0]
 
 
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """parse(words..., NAME=value...) -> ratrod.Options, or why not; in this process, for tables."""
+    monkeypatch.chdir(tmp_path)
+
+    def launch(*words, **environment):
+        try:
+            return ratrod.parse_command_line(list(ratrod.expand_arguments(words)), environment)
+        except ratrod.UsageError as error:
+            return str(error)
+    return launch
+
+
 # ---------------------------------------------------------------------------------------------------- @file
 
 
-def test_a_tunnel_whose_words_stand_in_files(ratrod, serve, keys, tcp_echo, file, tmp_path):
+def test_a_tunnel_whose_words_stand_in_files(start, serve, keys, tcp_echo, file, tmp_path):
     """Comments, quotes and line ends as a shell has them; a file in a file; the rest on the command line."""
     _, port = serve()
     spaced = tmp_path / "a folder"
     keys.client.path.rename(spaced)
     file("common", "\ufeff# who we are\n-k '%s' --udp-timeout=5   # and so on\r\n\r\n" % spaced)
     file("home.conf", "@common connect\n127.0.0.1:%d\n" % port)
-    client = ratrod("@home.conf", "0:%d" % tcp_echo.port, cwd=tmp_path)
+    client = start(*RATROD, "@home.conf", "0:%d" % tcp_echo.port, cwd=tmp_path)
     client.wait_for(READY)
     ask(tcp_port(client))
 
 
-def test_a_pipe_is_a_file(ratrod, serve, keys, tmp_path):
+def test_a_pipe_is_a_file(start, serve, keys, tmp_path):
     """As `ratrod @<(generate)`: it has no size, and cannot be read twice."""
     _, port = serve()
     path = tmp_path / "pipe"
     os.mkfifo(path)
     threading.Thread(target=path.write_text, args=("-k %s connect 127.0.0.1:%d" % (keys.client.path, port),), daemon=True).start()
-    assert ratrod("@%s" % path).wait() == 0
+    assert start(*RATROD, "@%s" % path).wait() == 0
 
 
-def test_at_signs_that_are_meant(run, file):
-    assert "the address to bind `@there`" in run("serve", "@@there").stderr
+def test_at_signs_that_are_meant(parse, file):
+    assert parse("serve", "@@there").bind == "@there"
     # Everywhere, as argparse has it: also after --, and where an option's value stands.
     file("there", "'@@@x'")
-    assert "the address to bind `@@x`" in run("serve", "--", "@there").stderr
-    assert "the address to bind `x@there`" in run("serve", "x@there").stderr
-    file("count", "none")
-    assert "`--max-links` takes a whole number above 0, not `none`" in first_line(run("serve", "--max-links", "@count", "S:1"))
+    assert parse("serve", "--", "@there").bind == "@@x"
+    assert parse("serve", "x@there").bind == "x@there"
+    file("count", "3")
+    assert parse("serve", "--max-links", "@count", "S:1").limits.links == 3
+    # With "=" it is one word, and does not begin with it.
+    assert parse("serve", "--remote-regex=@count", "S:1").remote_regex == "@count"
 
 
-def test_nothing_but_comments_is_no_word(run, file):
-    file("empty", "\n# nothing\n")
-    assert first_line(run("@empty")) == first_line(run())
-
-
-def test_help_is_found_in_a_file(run, file):
+def test_what_a_file_may_hold(parse, file):
+    for content, tunnels in (("\n# nothing\n", ()), ("", ()), ("a b\tc\r\nd", tuple("abcd")), ("'a b' \"c d\" e\\ f", ("a b", "c d", "e f")),
+                             ("a#b c\nd", ("a", "d")), ("'a#b' 'two\nlines' ''", ("a#b", "two\nlines", "")), ("\ufeffa ü 📻", ("a", "ü", "📻"))):
+        file("words", content)
+        assert parse("connect", "S:1", "@words").tunnels == tunnels, content
+    file("bytes", b"a\xff")
+    assert parse("connect", "S:1", "@bytes").tunnels == ("a\udcff",)  # as the system gives such words of a command line
     file("words", "serve -h")
-    assert run("@words").stdout == run("serve", "-h").stdout != ""
+    assert (parse("@words").command, parse("@words").topic) == ("help", "serve")
 
 
 @pytest.mark.parametrize("content, said", [
@@ -91,26 +109,29 @@ def test_help_is_found_in_a_file(run, file):
     (b"serve @.", "cannot read the arguments in `.`: Is a directory"),
     (b"serve @", "cannot read the arguments in ``: No such file or directory"),
     (b"serve @./F", "the arguments in `./F` name that file again"),
-    (b"serve \xff:1:2", "cannot understand the address to bind"),
-], ids=["quote", "escape", "first line", "NUL", "too long", "missing", "folder", "no name", "loop", "not UTF-8"])
-def test_files_that_cannot_be_used(run, file, content, said):
+], ids=["quote", "escape", "first line", "NUL", "too long", "missing", "folder", "no name", "loop"])
+def test_files_that_cannot_be_used(parse, file, content, said):
     file("F", content)
-    done = run("@F")
-    assert done.returncode == 2 and done.stdout == "" and said in done.stderr.splitlines()[0], done.stderr
+    assert parse("@F") == said
 
 
-def test_files_inside_each_other(run, file):
+def test_such_a_file_in_the_real_program(run, file):
+    file("F", "serve \n'")
+    assert first_line(run("@F")) == "ratrod: line 2 of the arguments in `F`: no closing quotation"
+
+
+def test_files_inside_each_other(parse, file):
     file("0", "help")
     for n in range(1, 11):
         file(str(n), "@%d" % (n - 1))
-    assert run("@9").stdout == run("help").stdout
-    assert first_line(run("@10")) == "ratrod: `0` is the eleventh file of arguments inside each other"
+    assert parse("@9") == parse("help")
+    assert parse("@10") == "`0` is the eleventh file of arguments inside each other"
     # A loop through another file, and the same file twice, which is none.
     file("a", "@b")
     file("b", "@a")
-    assert first_line(run("@a")) == "ratrod: the arguments in `a` name that file again"
-    file("twice", "-v")
-    assert run("@twice", "@twice", "help").stdout == run("help").stdout or "does not belong" in run("@twice", "help").stderr
+    assert parse("@a") == "the arguments in `a` name that file again"
+    file("twice", "-k keys")
+    assert parse("@twice", "@twice", "connect", "x") == parse("-k", "keys", "connect", "x")
 
 
 # ---------------------------------------------------------------------------------------------------- RATROD_*
@@ -129,10 +150,17 @@ def test_the_environment_gives_what_the_command_line_leaves_open(run, serve, key
 
 
 @pytest.mark.parametrize("value, legacy", [("1", True), ("true", True), ("YES", True), ("0", False), ("false", False), ("No", False), ("", False)])
-def test_a_flag(run, keys, serve, value, legacy):
-    _, port = serve()
-    done = run("-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, RATROD_LEGACY=value)
-    assert ("in the clear" in done.stderr, done.returncode == 0) == (legacy, not legacy), done.stderr
+def test_a_flag(parse, value, legacy):
+    assert parse("connect", "S:1", RATROD_LEGACY=value).legacy is legacy
+    assert parse("connect", "--legacy", "S:1", RATROD_LEGACY=value).legacy
+
+
+def test_values(parse):
+    options = parse("serve", "S:1", RATROD_MAX_LINKS="10", RATROD_DRAIN="0", RATROD_HANDSHAKE_RATE="5", RATROD_REMOTE_REGEX="@a b",
+                    RATROD_KEY_PATH="", RATROD_LOG_FORMAT="json", RATROD_METRICS="127.0.0.1:1", RATROD_WORKERS="2")
+    assert (options.limits.links, options.drain, options.limits.handshake_burst, options.remote_regex, options.key_path, options.log_format,
+            options.metrics, options.workers) == (10, 0.0, 10, "@a b", None, "json", "127.0.0.1:1", 2)
+    assert parse("serve", "--max-links=3", "-r", "x", "S:1", RATROD_MAX_LINKS="nonsense", RATROD_REMOTE_REGEX="y").limits.links == 3
 
 
 @pytest.mark.parametrize("name, value, said", [
@@ -144,17 +172,21 @@ def test_a_flag(run, keys, serve, value, legacy):
     ("RATROD_LOG_FORMAT", "xml", "`--log-format` takes text or json, not `xml`"),
     ("RATROD_LEGACY", "\x1b[31m", "not `\ufffd[31m`"),
 ])
-def test_a_wrong_value_names_its_variable(run, name, value, said):
-    assert first_line(run("serve", "S:1", **{name: value})).startswith("ratrod: %s in the environment: " % name)
-    assert said in first_line(run("serve", "S:1", **{name: value}))
-    # An explanation is never kept from anybody, nor the command that it does not concern.
-    assert run("serve", "-h", **{name: value}).stdout == run("help", "serve", **{name: value}).stdout != ""
-    assert run("--version", **{name: value}).returncode == 0
+def test_a_wrong_value_names_its_variable(parse, name, value, said):
+    error = parse("serve", "S:1", **{name: value})
+    assert error.startswith("%s in the environment: " % name) and said in error
+    # An explanation is never kept from anybody.
+    assert parse("serve", "-h", **{name: value}) == parse("-h", "serve")
+    assert parse("--version", **{name: value}).command == "version" and parse("help", **{name: value}).command == "help"
 
 
-def test_only_the_options_of_the_command_count(run, keys, serve):
-    _, port = serve()
-    words = "-k", str(keys.client.path), "connect", "--check", "127.0.0.1:%d" % port
+def test_a_wrong_value_in_the_real_program(run):
+    assert first_line(run("serve", "S:1", RATROD_MAX_LINKS="x")).startswith("ratrod: RATROD_MAX_LINKS in the environment: `--max-links` takes ")
+    assert run("serve", "-h", RATROD_MAX_LINKS="x").returncode == 0
+
+
+def test_only_the_options_of_the_command_count(parse):
+    words = "-k", "keys", "connect", "S:1"
     other = {"RATROD_MAX_LINKS": "many", "RATROD_ALLOW_LISTEN": "maybe", "RATROD_BOGUS": "1", "RATROD_": "1", "RATROD_SERVER": "x",
              "RATROD_MAX_RETRY_INTERVAL": "", "RATROD_HELP": "1", "RATROD_VERSION": "1", "RATROD_K": "x"}
-    assert run(*words, **other).returncode == 0
+    assert parse(*words, **other) == parse(*words)
