@@ -6955,10 +6955,16 @@ def notify_systemd(*lines: str) -> None:
 
 
 def reload_endpoint(endpoint: Endpoint, notify: Notify, ready: bool) -> None:
-    notify("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+    """`ready`: whether it has said so before; otherwise it does not now."""
+    if ready:
+        notify(*reloading())
     endpoint.reload()
     if ready:
         notify("READY=1")
+
+
+def reloading() -> tuple[str, str]:
+    return "RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6)
 
 
 def report_status(endpoint: Endpoint) -> None:
@@ -7084,7 +7090,7 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify],
         pass_on(number, None)
 
     def pass_reload(number: int, _frame: Any) -> None:
-        notify_systemd("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
+        notify_systemd(*reloading())
         pass_on(number, None)
 
     def hear() -> None:

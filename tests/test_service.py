@@ -96,7 +96,7 @@ def test_a_client_is_ready_when_all_its_tunnels_are(manager, ratrod, keys, tcp_e
                     "R:0:127.0.0.1:%d" % tcp_echo.port, **notifying(path))
     client.wait_for("Test connection failed")
     client.process.send_signal(signal.SIGHUP)
-    assert heard()["RELOADING"] == "1"
+    client.wait_for("Read again")
     server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
     assert heard()["READY"] == "1"
     ask(int(server.wait_for(LISTENING).group(1)))
@@ -157,12 +157,13 @@ def test_the_unit_files_of_the_readme(block, name, tmp_path):
     def verify(text):
         path = tmp_path / name
         path.write_text(text)
-        done = subprocess.run(["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", str(path)], capture_output=True, timeout=PATIENCE)
-        return done.returncode, re.findall(r"^.*%s.*$" % re.escape(name.split("@")[0]), done.stderr.decode(), re.M)
-    assert verify(text.replace(command, str(program))) == (0, [])
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        # Whatever it has to say of this machine's own units is not about these.
+        return [line for line in done.stdout.decode().splitlines() if name.split(".")[0] in line]
+    assert verify(text.replace(command, str(program))) == []
     # It does look.
-    assert verify(text.replace(command, str(tmp_path / "none")))[1]
-    assert verify(text.replace(command, str(program)).replace("Restart=", "Restrat="))[1]
+    assert "is not executable" in str(verify(text.replace(command, str(tmp_path / "none"))))
+    assert "Restrat" in str(verify(text.replace(command, str(program)).replace("Restart=", "Restrat=")))
 
 
 # ---------------------------------------------------------------------------------------------------- --log-format
