@@ -157,9 +157,9 @@ def test_the_unit_files_of_the_readme(block, name, tmp_path):
     def verify(text):
         path = tmp_path / name
         path.write_text(text)
-        done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, timeout=PATIENCE)
         # Whatever it has to say of this machine's own units is not about these.
-        return [line for line in done.stdout.decode().splitlines() if name.split(".")[0] in line]
+        return [line for line in done.stderr.decode().splitlines() if name.split(".")[0] in line]
     assert verify(text.replace(command, str(program))) == []
     # It does look.
     assert "is not executable" in str(verify(text.replace(command, str(tmp_path / "none"))))
