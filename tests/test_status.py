@@ -144,7 +144,9 @@ def at_terminal(tmp_path, keys, serve):
         servers[:] = servers or [serve()]
         server, port = servers[0]
         terminal = Terminal(run, "=t%d:" % len(terminals), tmp_path / ("raw%d" % len(terminals)), server, port)
-        command = " ".join(map(shlex.quote, [*RATROD, *before, "-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, *words]))
+        # Its id: a terminal that goes away ends no ratrod.
+        remember = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(tmp_path / ("pid%d" % len(terminals)))]
+        command = " ".join(map(shlex.quote, [*remember, *RATROD, *before, "-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, *words]))
         # `read`: not before all that it shows is recorded.
         first = "PS1='$ ' exec bash --norc -i" if shell else "read line; %s %s; echo exit code $?; read line" % (env, command)
         run("new-session", "-d", "-s", "t%d" % len(terminals), "-x", str(width), "-y", "50", first)
@@ -153,7 +155,17 @@ def at_terminal(tmp_path, keys, serve):
         terminal.type(command if shell else "")
         return terminal
     yield launch
+    pids = [int(path.read_text()) for path in tmp_path.glob("pid*")]
+    for sign in (signal.SIGCONT, signal.SIGTERM):
+        for pid in filter(lives, pids):
+            os.kill(pid, sign)
+    eventually(lambda: not any(map(lives, pids)), "an end of %s" % pids)
     run("kill-server")
+
+
+def lives(pid):
+    """Whether it is still a ratrod."""
+    return RATROD[1] in subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE).stdout.decode()
 
 
 @pytest.fixture
