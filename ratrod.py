@@ -13,7 +13,8 @@ Usage:
          [--max-udp-sessions N] [--max-udp-sessions-per-link N]
          [--udp-backlog BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
-         [--socks-user AUTH] [--max-retry-count N] [--max-retry-interval SECS]
+         [--proxy URL] [--ssh-command CMD] [--socks-user AUTH]
+         [--max-retry-count N] [--max-retry-interval SECS]
          [--drain SECS] [--workers N] [--log-format FORMAT] [--metrics ADDRESS]
          [--no-status] [--check] [--idle-links N]
          [--handshake-timeout SECS] [--connect-timeout SECS] [--link-age SECS]
@@ -52,6 +53,9 @@ Options:
   --accept-new                    add an unknown server's key to `known_hosts`; never accept a changed one
   --allow-listen                  let clients listen on addresses of this machine (R: tunnels)
   --socks-user AUTH               name:password that clients of socks tunnels must give
+  --proxy URL                     reach the server through a proxy: http://[user:password@]host[:port] (CONNECT)
+                                  or socks5://..., each with port 1080 where none is named
+  --ssh-command CMD               for ssh:// servers: what is run as ssh, as 'ssh -F config' (default: ssh)
   -e, --encrypt                   with --legacy: encrypt the traffic; otherwise it always is
   --legacy                        connect: speak the wire of the original, Rust ratrod 0.6.3; serve: also
   --max-retry-count N             give up after so many failed tries (default: the first must succeed, then never)
@@ -1126,6 +1130,50 @@ def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
                           % (what, printable(text), why)) from None
 
 
+class Proxy(NamedTuple):
+    """A proxy on the way to the server; shown without its password."""
+
+    scheme: str
+    address: Address
+    user: bytes | None
+    password: bytes
+
+    def __str__(self) -> str:
+        return "%s://%s" % (self.scheme, self.address)
+
+    __repr__ = __str__
+
+
+def parse_proxy(url: str | None, servers: Iterable[Address]) -> Proxy | None:
+    """`http://[user:password@]host[:port]` or `socks5://...`, to be asked for `servers`; ConfigError says what is wrong."""
+    if url is None:
+        return None
+    from urllib.parse import unquote_to_bytes
+
+    match = re.fullmatch(r"(http(?=:)|socks5)h?://(?:([^:]*)(?::(.*))?@)?([^@/]+?)/?", url, re.DOTALL)
+    try:
+        if not match:
+            raise ValueError("it is not http://[user:password@]host[:port] or socks5://[user:password@]host[:port]")
+        user, password = (None if part is None else unquote_to_bytes(part) for part in match.group(2, 3))
+        if user is not None and match.group(1) == "http" and b":" in user:
+            raise ValueError("HTTP has no user with a colon")
+        if max(len(user or b""), len(password or b"")) > 255:
+            raise ValueError("a user or password of more than 255 bytes")
+        pieces = split_host_port(match.group(4))
+        address = Address(pieces[0], parse_port(":".join(pieces[1:])) if pieces[1:] else 1080)
+        if not pieces[0]:
+            raise ValueError("its host is empty")
+    except ValueError as error:
+        raise ConfigError("cannot understand the --proxy: %s. It is written as http://user:password@proxy:3128 or socks5://[::1]:1080, with what is"
+                          " neither letter nor digit in a name or password written as %%40" % error) from None
+    for server in servers:
+        try:
+            parse_host(server.host)
+        except ValueError as error:
+            raise ConfigError("no proxy can be asked for the server `%s`: %s" % (printable(str(server)), error)) from None
+    return Proxy(match.group(1), address, user, password or b"")
+
+
 # ======================================================================================================================
 # 4. Ciphers
 # ======================================================================================================================
@@ -1985,6 +2033,80 @@ def socks_address(target: Address) -> bytes:
 
 def socks_reply(code: int, bound: Address = Address("0.0.0.0", 0)) -> bytes:  # noqa: B008 - a constant
     return bytes((5, code, 0)) + socks_address(bound)
+
+
+class ProxyHandshake(Handshake):
+    """What a proxy is asked before the server can be talked to: to connect to `target`. Nothing after its answer is read."""
+
+    def __init__(self, target: Address, user: bytes | None, password: bytes):
+        self._target, self._user, self._password = target, user, password
+        super().__init__()
+
+    def receive_eof(self, why: str = "it closed the connection") -> NoReturn:
+        raise RemoteProtocolError(why + " before it had answered")
+
+
+class HttpProxyHandshake(ProxyHandshake):
+    """The client's side of HTTP's CONNECT (RFC 9110, 9.3.6), with Basic authentication (RFC 7617)."""
+
+    MAX_ANSWER = 16 * 1024
+
+    def _run(self) -> Script:
+        lines = ["CONNECT {0} HTTP/1.1", "Host: {0}"]
+        if self._user is not None:
+            lines.append("Proxy-Authorization: Basic " + base64.b64encode(self._user + b":" + self._password).decode("ascii"))
+        self._to_send += ("\r\n".join(lines).format(self._target) + "\r\n\r\n").encode("ascii")
+        answer = bytearray()
+        while not answer.endswith((b"\r\n\r\n", b"\n\n")):
+            if len(answer) >= self.MAX_ANSWER:
+                raise RemoteProtocolError("its answer has more than %d bytes" % self.MAX_ANSWER)
+            answer += yield 1  # a server that speaks first may do so right behind the blank line
+            if len(answer) == 5 and answer != b"HTTP/":
+                raise RemoteProtocolError("it does not speak HTTP")
+        status = answer.split(b"\n")[0].strip().decode("latin-1")
+        code = re.match(r"HTTP/[0-9.]+ ([0-9]{3})\b", status, re.ASCII)
+        if not code or code.group(1) == "407":
+            raise RemoteProtocolError("it answered `%s`%s" % (printable(status), self._wants_user() if code else ""))
+        if code.group(1)[0] != "2":
+            raise RemoteProtocolError("it answered `%s`" % printable(status))
+
+    def _wants_user(self) -> str:
+        return "; it takes another user and password" if self._user is not None else "; it wants a user and a password: http://user:password@..."
+
+
+class Socks5ProxyHandshake(ProxyHandshake):
+    """The client's side of SOCKS5 (RFC 1928, and RFC 1929 where there is a user). Names are looked up at the proxy."""
+
+    FAILURES = ("", "it failed", "its rules do not allow that", "the network is unreachable", "the host is unreachable",
+                "the connection was refused", "the time to live has expired", "it cannot connect at all", "it cannot take such an address")
+
+    def _run(self) -> Script:
+        methods = b"\0" if self._user is None else b"\0\2"
+        self._to_send += bytes((5, len(methods))) + methods
+        version, method = yield 2
+        if version != 5:
+            raise RemoteProtocolError("it does not speak SOCKS5")
+        if method not in methods:
+            raise RemoteProtocolError("it takes neither this user and password nor none" if self._user is not None else
+                                      "it wants a user and a password: socks5://user:password@...")
+        if method == 2:
+            assert self._user is not None
+            self._to_send += b"".join((b"\1", *(bytes((len(part),)) + part for part in (self._user, self._password))))
+            if (yield 2)[1]:
+                raise RemoteProtocolError("it takes another user and password")
+        self._to_send += b"\5\1\0" + socks_address(self._target)
+        version, code, _, kind = yield 4
+        if version != 5 or code:
+            raise RemoteProtocolError(self.FAILURES[code] if version == 5 and code < len(self.FAILURES) else "it answered %d" % code)
+        size = {1: 4, 4: 16}.get(kind) or (kind == 3 and (yield 1)[0])
+        if not size:
+            raise RemoteProtocolError("it answered with an address that cannot be")
+        yield size + 2
+
+
+def ask_proxy(proxy: Proxy, server: Address) -> ProxyHandshake:
+    kind = HttpProxyHandshake if proxy.scheme == "http" else Socks5ProxyHandshake
+    return kind(server, proxy.user, proxy.password)
 
 
 def split_socks_datagram(data: memoryview) -> tuple[str, int]:
@@ -5744,13 +5866,14 @@ class Client(Endpoint):
     def __init__(self, loop: EventLoop, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
-                 socks_user: str | None = None, retries: int | None = None, ask_host: Callable[[UnknownHost], bool] = lambda _error: False,
-                 only_test: bool = False, started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
+                 socks_user: str | None = None, proxy: Proxy | None = None, retries: int | None = None,
+                 ask_host: Callable[[UnknownHost], bool] = lambda _error: False, only_test: bool = False,
+                 started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self._servers, self._current = servers, 0  # the one that answered last is tried first
         self.server_names = ",".join(map(str, servers))
         self.accept_all_hosts, self.should_encrypt, self.retries = accept_all_hosts, should_encrypt, retries
-        self._accept_new, self._ask_host, self._socks_user = accept_new, ask_host, socks_user
+        self._accept_new, self._ask_host, self._socks_user, self._proxy = accept_new, ask_host, socks_user, proxy
         self._ready, self._finished, self._report, self._only_test = started, finished, report, only_test
         self.retry = Retry(loop, limits.retry_interval, retries, self._try_again, self.give_up)
         self.reverse_links: dict[Link, ReverseTunnel] = {}
@@ -5968,7 +6091,7 @@ class Client(Endpoint):
                 # Each gets its share of the time, as each of its addresses does.
                 sock = self._connect(server, (until - time.monotonic()) / (len(self._servers) - n))
                 try:
-                    report("✅ Connected to server `%s` ...", server)
+                    report("✅ Connected to server `%s`%s ...", server, " through `%s`" % str(self._proxy) if self._proxy else "")
                     handshake = self._handshake(server, remote, kind, report)
                     drive(sock, handshake, self.limits.handshake_timeout)
                 except BaseException:
@@ -5993,9 +6116,24 @@ class Client(Endpoint):
         return NoiseClientHandshake(self.keys, check_server=check, report=report)
 
     def _connect(self, server: Address, timeout: float) -> socket.socket:
+        if not self._proxy:
+            return self._reach(server, timeout, "server `%s`" % str(server), "is `ratrod serve` running there, and the port open?")
+        until = time.monotonic() + timeout
+        sock = self._reach(self._proxy.address, timeout, "proxy `%s`" % str(self._proxy), "is it running there?")
+        try:
+            drive(sock, ask_proxy(self._proxy, server), max(0.1, round(until - time.monotonic(), 1)))
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, RatrodError):
+                raise ConnectError("the proxy `%s` does not connect to the server `%s`: %s" % (self._proxy, server, error)) from None
+            raise
+        return sock
+
+    @staticmethod
+    def _reach(where: Address, timeout: float, name: str, hint: str) -> socket.socket:
         until = time.monotonic() + timeout
         failure = "it has no address"
-        found = look_up(server)
+        found = look_up(where)
         for n, (family, sockaddr) in enumerate(found):
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
@@ -6011,7 +6149,7 @@ class Client(Endpoint):
             except OSError as error:
                 sock.close()
                 failure = reason(error)
-        raise ConnectError("cannot connect to the server `%s`: %s (is `ratrod serve` running there, and the port open?)" % (server, failure))
+        raise ConnectError("cannot connect to the %s: %s (%s)" % (name, failure, hint))
 
     def _check_server(self, server: Address, key: bytes) -> None:
         """On a thread."""
@@ -6453,10 +6591,10 @@ class Service(Background):
 
 
 def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: bool = False, accept_all_hosts: bool = False,
-           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, retries: int | None = None,
-           limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
+           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, proxy: str | None = None,
+           retries: int | None = None, limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
     """Connects to a server (`host:port`, or several as `a:1,b:2`) and opens tunnels, each as on the command line:
-    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count.
+    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count, `proxy` a URL as --proxy takes it.
 
     Returns when all of them take connections. The keys are those of `key_path` (default: ~/.ratrod); nothing is asked and nothing
     generated. ConfigError: a key file or an argument is wrong. ConnectError: the server is not there, or not ready within `timeout`
@@ -6464,6 +6602,7 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     else, as a port that is in use.
     """
     servers = parse_servers(server)
+    way = parse_proxy(proxy, servers)
     specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user)
     if any(spec.kind == STDIO for spec in specs):
         raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
@@ -6471,7 +6610,7 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     ensure_keys(folder, may_ask=False)
     return Tunnel(lambda loop, started, finished: Client(
         loop, folder, servers, specs, limits, legacy=legacy, accept_all_hosts=accept_all_hosts, accept_new=accept_new,
-        should_encrypt=encrypt, socks_user=socks_user, retries=retries, started=started, finished=finished), timeout)
+        should_encrypt=encrypt, socks_user=socks_user, proxy=way, retries=retries, started=started, finished=finished), timeout)
 
 
 def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str = ".*", authorize: Authorizer | None = None,
@@ -6510,6 +6649,8 @@ class Options(NamedTuple):
     accept_new: bool = False
     allow_listen: bool = False
     socks_user: str | None = None
+    proxy: str | None = None
+    ssh_command: str | None = None
     encrypt: bool = False
     legacy: bool = False
     max_retry_count: int | None = None
@@ -7158,13 +7299,14 @@ def check_metrics(options: Options) -> Callable[[int], Address | None]:
 
 def connect_command(options: Options) -> int:
     servers = parse_servers(options.server)
+    proxy = parse_proxy(options.proxy, servers)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
     metrics_at = check_metrics(options)
     folder = KeyFolder(options.key_path)
     quiet = options.check or any(spec.kind == STDIO for spec in tunnels)
     ensure_keys(folder, may_ask=not quiet)
     if options.check:
-        return check_command(options, folder, servers, tunnels)
+        return check_command(options, folder, servers, tunnels, proxy)
     may_ask = at_terminal() and not quiet and options.workers == 1
     sockets: list[list[list[socket.socket]]] = []
     with contextlib.ExitStack() as stack:
@@ -7175,7 +7317,7 @@ def connect_command(options: Options) -> int:
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
     return run_workers([sum(group, []) for group in groups], lambda number, notify: run_endpoint(
         lambda loop, started, finished: make_client(
-            options, loop, folder, servers, tunnels, sockets=groups[number], report=log.debug if number else log.info,
+            options, loop, folder, servers, tunnels, proxy=proxy, sockets=groups[number], report=log.debug if number else log.info,
             ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
         options.drain or 0.0, notify, metrics_at(number)))
 
@@ -7186,10 +7328,10 @@ def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: l
                   retries=options.max_retry_count, **more)
 
 
-def check_command(options: Options, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec]) -> int:
+def check_command(options: Options, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], proxy: Proxy | None) -> int:
     """connect --check: the test connection alone. Whatever started this and waits for systemd to hear is not told."""
     code = run_endpoint(lambda loop, _started, finished: make_client(
-        options, loop, folder, servers, tunnels, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished),
+        options, loop, folder, servers, tunnels, proxy=proxy, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished),
         0.0, notify=lambda *_lines: None)
     if not code:
         print("The server `%s` lets this client in." % ",".join(map(str, servers)))
