@@ -35,7 +35,8 @@ Commands:
 
 Arguments:
   BIND     the address to listen on, `host:port`, as 0.0.0.0:19000 or [::]:19000
-  SERVER   the server's address, `host:port`; several, `a:1,b:2`, are tried in turn
+  SERVER   the server's address, `host:port`; several, `a:1,b:2`, are tried in turn;
+           or ssh://[user@]host[:port]: a machine with sshd and Python, where ratrod need not be installed
   TUNNEL   [local_host:[local_port:[remote_host:]]]remote_port, for TCP and UDP alike: 2000:db:5432, 2000:80, 80;
            IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one;
            ranges: 8000-8010:host:9000-9010
@@ -111,7 +112,11 @@ import sys
 import threading
 import time
 from types import MappingProxyType
-from typing import Any, Callable, Dict, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Tuple, TypeVar, Union
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Tuple, TypeVar,
+                    Union)
+
+if TYPE_CHECKING:
+    import subprocess
 
 __version__ = "0.7.0"
 __all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
@@ -140,6 +145,8 @@ class Limits(NamedTuple):
     listeners_per_key: int = 4  # reverse tunnels of one client ...
     waiting_links: int = 8  # ... and links of each that wait for a connection
     reverse_queue: int = 1024  # connections of one that wait for a link
+    ssh_links: int = 16  # over ssh://: each is a process at either end; further connections wait for one of them ...
+    ssh_patience: float = 60.0  # ... for so long
     links_at_once: int = 16  # that a client makes; further ones wait for these, so that a burst does not look like an attack
     idle_links: int = 8  # that a client keeps, or as many as it lately needed at once
     idle_time: float = 60.0  # after which surplus ones are let go
@@ -833,6 +840,13 @@ class KeyFolder:
                 os.unlink(temporary)
 
 
+class NoKeys(KeyFolder):
+    """In place of a key folder where ssh has done all that keys are for. The pair in it can do nothing."""
+
+    def load(self) -> KeyPair:
+        return KeyPair(b"", b"")
+
+
 class Address(NamedTuple):
     """A host (a name, an IPv4 or an IPv6 address without brackets) and a port; shown with brackets where it needs them. Or the path of a
     Unix socket, and port 0."""
@@ -1112,9 +1126,40 @@ def parse_bind(text: str) -> Address:
     return address._replace(host=host)
 
 
-def parse_servers(text: str) -> list[Address]:
-    """`a:1,b:2`; ConfigError says what is wrong."""
-    return list(dict.fromkeys(parse_endpoint(word.strip(), "server") for word in text.split(",")))
+class SshHost(NamedTuple):
+    """Where the system's ssh goes; user "" and port 0 are what its configuration says."""
+
+    user: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        user, host = self.user and self.user + "@", "[%s]" % self.host if ":" in self.host else self.host
+        return "ssh://%s%s%s" % (user, host, ":%d" % self.port if self.port else "")
+
+
+Place = Union[Address, SshHost]
+
+
+def parse_servers(text: str) -> list[Place]:
+    """`a:1,b:2` or `ssh://a,ssh://b`; ConfigError says what is wrong."""
+    words = [word.strip() for word in text.split(",")]
+    over_ssh = [word.startswith("ssh://") for word in words]
+    if any(over_ssh) and not all(over_ssh):
+        raise ConfigError("the servers `%s` are of two kinds: take either host:port for all, or ssh://host" % printable(text))
+    return list(dict.fromkeys(parse_ssh(word) if over_ssh[0] else parse_endpoint(word, "server") for word in words))
+
+
+def parse_ssh(text: str) -> SshHost:
+    """`ssh://[user@]host[:port]`, the host as ssh's configuration knows it. Nothing that ssh or a shell could take for more than a name."""
+    match = re.fullmatch(r"ssh://(?:([\w.+][\w.+-]*)@)?(?:([\w.][\w.-]*)|\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\])(?::([^/]*))?/?", text, re.ASCII)
+    try:
+        if not match:
+            raise ValueError("it is not ssh://[user@]host[:port], with names of letters, digits and ._- that do not begin with -")
+        user, name, v6, port = match.groups()
+        return SshHost(user or "", name or v6, parse_port(port) if port is not None else 0)
+    except ValueError as error:
+        raise ConfigError("cannot understand the server `%s`: %s" % (printable(text), error)) from None
 
 
 def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
@@ -1141,10 +1186,11 @@ class Proxy(NamedTuple):
     def __str__(self) -> str:
         return "%s://%s" % (self.scheme, self.address)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
-def parse_proxy(url: str | None, servers: Iterable[Address]) -> Proxy | None:
+def parse_proxy(url: str | None, servers: Iterable[Place]) -> Proxy | None:
     """`http://[user:password@]host[:port]` or `socks5://...`, to be asked for `servers`; ConfigError says what is wrong."""
     if url is None:
         return None
@@ -1324,6 +1370,19 @@ class CipherState:
         return bytes(self.open(memoryview(bytearray(ciphertext)), ad))
 
 
+class NoCipher:
+    """In place of a CipherState on a pipe that ssh has sealed; see Link, which lets no other connection have it."""
+
+    __slots__ = ()
+    tag = 0
+
+    def seal(self, view: memoryview, aad: bytes) -> None:
+        pass
+
+    def open(self, view: memoryview, aad: bytes) -> memoryview:
+        return view
+
+
 # Imported where they are used: OpenSSL's half of these takes as long to load as everything else that --help needs.
 
 
@@ -1499,7 +1558,7 @@ class RecordReader:
     __slots__ = ("_cipher", "_awaited", "wanted")
     eof_is_end = False  # a stream ends with End; FIN before it is an abort
 
-    def __init__(self, cipher: CipherState, awaited: bool = False):
+    def __init__(self, cipher: CipherState | NoCipher, awaited: bool = False):
         self._cipher, self._awaited = cipher, awaited
         self.wanted = 0
 
@@ -1539,7 +1598,7 @@ class RecordWriter:
     max_data = MAX_CONTENT
     pools = True
 
-    def __init__(self, cipher: CipherState):
+    def __init__(self, cipher: CipherState | NoCipher):
         self._cipher = cipher
 
     def record(self, kind: int, *fields: Any) -> bytes:
@@ -1598,6 +1657,8 @@ class Handshake:
     `wanted` is how many more bytes it can use now, 0 once it is done: whoever reads no more than that leaves what follows the
     handshake where it is. After it: `peer_key`, `reader` and `writer`. Any error it raises is final; data_to_send() may hold a last word.
     """
+
+    bare = False  # whether its records go in the clear, for a pipe that ssh has sealed
 
     def __init__(self) -> None:
         self._received = bytearray()
@@ -1964,6 +2025,32 @@ class NoiseServerHandshake(NoiseHandshake):
             raise
         self._finish(suite, initiator=False)
         self._to_send += self.writer.record(COMPLETED, __version__)
+
+
+class PipeHandshake(Handshake):
+    """Over a pipe that ssh has authenticated and sealed: the client sends `program`, the far side answers with `marker`, which nobody can
+    guess, and both go on with bare records. What a login shell prints before it is skipped. The far side has no program, and no marker to
+    wait for."""
+
+    bare = True
+    MAX_CHATTER = 64 * 1024
+
+    def __init__(self, program: bytes = b"", marker: bytes = b""):
+        self._program, self._marker, self.seen = program, marker, b""
+        super().__init__()
+        self.suite = "ssh's own"
+        self.reader = RecordReader(NoCipher(), awaited=bool(marker))
+        self.writer = RecordWriter(NoCipher())
+
+    def _run(self) -> Script:
+        self._to_send += self._program
+        size = len(self._marker)
+        while not self.seen.endswith(self._marker):
+            if len(self.seen) > self.MAX_CHATTER:
+                raise RemoteProtocolError("its login shell prints more than %d bytes" % self.MAX_CHATTER)
+            # As much as is certainly missing: what follows the marker is for others to read.
+            self.seen += yield next(n for n in range(1, size + 1) if self.seen.endswith(self._marker[:size - n]))
+        yield 0
 
 
 class Socks5Handshake(Handshake):
@@ -2707,10 +2794,13 @@ class Link:
                  "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
                  "_timer", "_deadline", "_overdue", "_trickle")
 
-    def __init__(self, owner: Endpoint, sock: socket.socket, handshake: Handshake, role: str, state: str, name: str = ""):
+    def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, state: str, name: str = ""):
+        # No socket: over standard input and output. What is not sealed never gets onto a network.
+        if handshake.bare and sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            raise LocalProtocolError("bare records are for ssh's pipes alone")
         self.owner, self.loop, self.role, self.state, self.name = owner, owner.loop, role, state, name
         self._table = STREAM_TABLES[role]
-        self.transport = Transport(owner.loop, sock, self._on_event)
+        self.transport = Transport(owner.loop, sock, self._on_event) if sock else StdioTransport(owner.loop, self._on_event)
         self.reader, self.writer, self.peer_key = handshake.reader, handshake.writer, handshake.peer_key
         self.user = NOBODY
         self.held = state == CONNECTING  # the acceptor reads nothing more before its remote is connected
@@ -3473,6 +3563,12 @@ class StdioTransport(Transport):
 
     def guard(self, on: bool) -> None:
         """Pipes know no reset."""
+
+    def limit_unsent(self, n: int) -> None:
+        pass
+
+    def wake_at(self, n: int) -> None:
+        pass
 
     def half_close(self) -> None:
         self.want(self.events & READ)
@@ -4904,9 +5000,10 @@ class Server(Endpoint):
         self._listening: dict[Link, ReverseListener] = {}
         self._set_caps()
         self._admitting = threading.Lock()
-        for sock in sockets or listen(bind):
+        self.address = bind
+        for sock in listen(bind) if sockets is None else sockets:
             self.listeners.append(Listener(loop, sock, self._accepted, limits.accept_pause))
-        self.address = bind._replace(port=sock.getsockname()[1])
+            self.address = bind._replace(port=sock.getsockname()[1])
 
     def _set_caps(self) -> None:
         """Each stream needs a descriptor for its link and one for its remote, each UDP session one."""
@@ -5461,6 +5558,40 @@ class Server(Endpoint):
         self._resolve(link, remote, socket.SOCK_DGRAM, resolved)
 
 
+class PipeServer(Server):
+    """The far side of one ssh:// link: it listens to nobody, has no keys, and opens whatever the user who came in over ssh could open by
+    himself. It ends with its link."""
+
+    def __init__(self, loop: EventLoop, limits: Limits):
+        super().__init__(loop, NoKeys(), NOWHERE, Policy(".*|unix:.*"), limits, sockets=[])
+
+    def start(self) -> None:
+        link = Link(self, None, PipeHandshake(), ACCEPTOR, IDLE, "ssh")
+        link.send(link.writer.record(COMPLETED, __version__))
+        link.update()
+
+    def _grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
+        return (Grant(),)
+
+    def _hold_against_lists(self) -> None:
+        pass
+
+    def link_ended(self, link: Link, error: Exception | None) -> None:
+        super().link_ended(link, error)
+        self.loop.stop()
+
+
+def serve_pipe(marker: bytes, limits: dict[str, Any]) -> None:
+    """What the program that a client sends over ssh ends with."""
+    set_up_logging(logging.WARNING)
+    os.write(1, marker)
+    loop = EventLoop()
+    server = PipeServer(loop, Limits(**limits))
+    server.start()
+    loop.run()
+    server.close()
+
+
 class Probe(LinkUser):
     """Legacy's connection test: done(None) once the server has accepted this client, done(error) where it has not."""
 
@@ -5569,6 +5700,296 @@ class Waiter(NamedTuple):
     since: float
 
 
+SSH_PERSIST = 60  # seconds that a connection of ssh's waits for another link, also where its client was killed
+LINKS_OF_A_MASTER = 8  # sshd takes 10 sessions on one connection by default (MaxSessions)
+BOOTSTRAP = b"""\
+import os,sys
+if sys.version_info<(3,8):sys.exit("ratrod needs Python 3.8 or later there, and its python3 is %d.%d"%sys.version_info[:2])
+import types,zlib
+n=int(sys.argv[1]);b=b""
+while len(b)<n:
+ c=os.read(0,n-len(b))
+ if not c:sys.exit(1)
+ b+=c
+m=sys.modules["ratrod"]=types.ModuleType("ratrod")
+m.__file__="ratrod.py"
+exec(compile(zlib.decompress(b),"ratrod.py","exec"),m.__dict__)
+"""
+
+
+def own_source() -> str:
+    """The text of this very module, out of a file or a .pyz; ConfigError where it is not to be had."""
+    try:
+        source = globals()["__loader__"].get_source(__name__)
+    except (KeyError, AttributeError, ImportError, OSError):
+        source = None
+    if not source:
+        raise ConfigError("ssh:// sends ratrod's own source to the far side, and cannot read it: run ratrod.py, or ratrod.pyz")
+    return str(source)
+
+
+class SshLink:
+    """A link's ssh process; `sock` is our end of its standard input and output."""
+
+    __slots__ = ("process", "sock", "errors", "master", "closed_at")
+
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, errors: Any, master: SshMaster):
+        self.process, self.sock, self.errors, self.master = process, sock, errors, master
+        self.closed_at: float | None = None
+
+
+class SshMaster:
+    """A connection of ssh's in the background, for up to `room` links; ssh finds it by the socket at `path`."""
+
+    __slots__ = ("path", "room", "links")
+
+    def __init__(self, path: str, room: int):
+        self.path, self.room, self.links = path, room, 0
+
+
+class SshLinks:
+    """Links to one machine through the system's ssh, where nothing is installed but Python: each is an ssh process that starts `python3`
+    there and sends it this source. They share a few connections (ssh's ControlMaster), which alone authenticate themselves.
+
+    link() is called on threads, reap() and close() on the loop. What is made here ends by itself where its client is killed: the far sides
+    when their standard input ends, the connections after SSH_PERSIST.
+    """
+
+    LINGER = 5.0  # seconds that a link's process may take to end
+    REST = 600.0  # ... until another connection is tried where it had needed a password
+
+    def __init__(self, command: Sequence[str], server: SshHost, limits: Limits):
+        import shutil
+        import zlib
+
+        self._server, self._command = server, list(command)
+        if not hasattr(os, "fork"):
+            raise ConfigError("ssh:// needs a POSIX system, whose ssh shares connections")
+        if not self._command or not shutil.which(self._command[0]):
+            raise ConfigError("ssh:// needs `%s`, which is not installed here: install OpenSSH's client, or name it with --ssh-command"
+                              % printable(" ".join(self._command)))
+        self._connect_timeout, self._patience = limits.connect_timeout, limits.connect_timeout + limits.handshake_timeout
+        self._marker = b"\nratrod %s\n" % os.urandom(16).hex().encode("ascii")
+        self._program = zlib.compress(b"%s\nserve_pipe(%r, %r)\n" % (own_source().encode("utf-8"), self._marker, limits._asdict()))
+        self._lock = threading.Lock()  # of all that follows
+        self._making = threading.Lock()  # held for as long as a new connection takes: one is made at a time
+        self._links: list[SshLink] = []
+        self._masters: list[SshMaster] = []
+        self._made, self._room = 0, LINKS_OF_A_MASTER
+        self._folder = ""
+        self._dialing: tuple[subprocess.Popen[bytes], SshMaster] | None = None
+        self._failed: tuple[float, Exception] = (float("-inf"), ConnectError("unknown reason"))
+        self._alone_until = float("-inf")  # no further connection can be had beside those that are there
+        self._closed = False
+
+    # ---- a link
+
+    def link(self, may_ask: bool) -> tuple[socket.socket, Handshake]:
+        """On a thread. ConnectError or AuthenticationError says what ssh says, Overloaded that the links that are there are all."""
+        for tries_left in reversed(range(TRIES)):
+            master, fresh = self._reserve(may_ask)
+            link = self._start(master)
+            handshake = PipeHandshake(self._program, self._marker)
+            try:
+                drive(link.sock, handshake, self._patience)
+                return link.sock, handshake
+            except RatrodError as error:
+                code, said = self._end(link)
+                if "refused by peer" in said and master.links:  # sshd's MaxSessions
+                    master.room = self._room = master.links
+                elif fresh or not tries_left:
+                    raise self._error(code, said or handshake.seen.decode("utf-8", "replace"), str(error)) from None
+                else:  # it is gone, or does not answer any more
+                    master.room = 0
+        raise Overloaded("sshd on `%s` lets in no further session" % str(self._server))
+
+    def _start(self, master: SshMaster) -> SshLink:
+        import tempfile
+
+        boot = 'python3 -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (BOOTSTRAP.hex(), len(self._program))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - reap() closes it
+            # ProxyCommand: where the connection is gone, it must not make one of its own.
+            process = self._run(["-o", "ControlMaster=no", "-o", "ProxyCommand=false", "-o", "BatchMode=yes"], master.path, boot,
+                                stdin=theirs, stdout=theirs, stderr=errors, start_new_session=True)
+            link = SshLink(process, ours, errors, master)
+        with self._lock:
+            self._links.append(link)
+            if self._closed:
+                process.kill()
+        return link
+
+    def _end(self, link: SshLink) -> tuple[int, str]:
+        """Of a link that came to nothing: ssh's exit code and its last words."""
+        import subprocess
+
+        link.sock.close()
+        try:
+            code = link.process.wait(2)
+        except subprocess.TimeoutExpired:
+            link.process.kill()
+            code = link.process.wait()
+        said = last_lines(link.errors)
+        self.reap()
+        return code, said
+
+    def _run(self, options: list[str], path: str, *command: str, **streams: Any) -> subprocess.Popen[bytes]:
+        """An ssh process that uses the connection at `path`, with no surprises of its user's configuration."""
+        import subprocess
+
+        server = self._server
+        words = [*self._command, *options, "-T", "-a", "-x", "-o", "ControlPath=" + path, "-o", "ControlPersist=%d" % SSH_PERSIST,
+                 "-o", "LogLevel=ERROR", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes", "-o", "PermitLocalCommand=no",
+                 "-o", "ConnectTimeout=%d" % max(1, self._connect_timeout), "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3",
+                 *(["-l", server.user] if server.user else []), *(["-p", str(server.port)] if server.port else []), "--", server.host, *command]
+        try:
+            return subprocess.Popen(words, **streams)
+        except OSError as error:
+            raise ConnectError("cannot run `%s`: %s" % (self._command[0], reason(error))) from None
+
+    def _error(self, code: int, said: str, why: str, asked: bool = True) -> RatrodError:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        text = printable("; ".join(lines[-2:]) or why, 400)
+        if code == 127 or re.search("python3.*(not found|No such file)|Unknown command.*python3", said, re.IGNORECASE):
+            text = "there is no `python3` (%s); it needs Python 3.8 or later there, and nothing else" % text
+        refused = code == 255 and re.search("Permission denied|Host key verification failed|Too many authentication failures", said)
+        hint = "; nothing can be asked here: see that `ssh` to there needs no answer" if refused and not asked else ""
+        message = "ssh to `%s`: %s%s" % (self._server, text, hint)
+        return AuthenticationError(message) if refused else ConnectError(message)
+
+    # ---- the connections that links share
+
+    def _reserve(self, may_ask: bool) -> tuple[SshMaster, bool]:
+        """A connection with room for a link, which is counted; and whether it was made for it."""
+        began = time.monotonic()
+        with self._making:
+            while True:
+                self.reap()
+                with self._lock:
+                    found = next((master for master in self._masters if master.links < master.room and os.path.exists(master.path)), None)
+                    if found:
+                        found.links += 1
+                        return found, False
+                    ending = any(link.sock.fileno() < 0 for link in self._links)
+                if not ending or time.monotonic() - began > 1:
+                    break
+                time.sleep(0.02)
+            if self._failed[0] > began:  # meanwhile, for somebody who waited here too
+                raise self._failed[1]
+            try:
+                return self._new_master(may_ask), True
+            except RatrodError as error:
+                self._failed = time.monotonic(), error
+                raise
+
+    def _new_master(self, may_ask: bool) -> SshMaster:
+        import subprocess
+        import tempfile
+
+        if time.monotonic() < self._alone_until and self._masters:
+            raise Overloaded("ssh to `%s`: no further connection for now" % str(self._server))
+        with self._lock:
+            if self._closed:
+                raise ConnectError("ratrod is ending")
+            self._folder = self._folder or private_folder()
+            self._made += 1
+            master = SshMaster(os.path.join(self._folder, "m%d" % self._made), self._room)
+            with tempfile.TemporaryFile("a+b") as errors:
+                # In the background as soon as it is authenticated: until then it is at the terminal, where it may ask.
+                options = ["-f", "-N", "-o", "ControlMaster=yes", *([] if may_ask else ["-o", "BatchMode=yes"])]
+                process = self._run(options, master.path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+                                    start_new_session=not may_ask)
+                self._dialing = process, master
+                said = os.dup(errors.fileno())
+        try:
+            code = process.wait(None if may_ask else self._patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        with self._lock, open(said, "rb") as errors:
+            self._dialing = None
+            if code == 0 and not self._closed:
+                master.links = 1
+                self._masters.append(master)
+                return master
+            error = self._error(code, last_lines(errors), "no connection within %g s" % self._patience, may_ask)
+            if isinstance(error, AuthenticationError) and any(other.links for other in self._masters):
+                self._alone_until = time.monotonic() + self.REST
+                error = Overloaded(str(error))
+            raise error
+
+    def _leave(self, master: SshMaster) -> None:
+        """Ends a connection, with all that is on it."""
+        import subprocess
+
+        with contextlib.suppress(RatrodError, subprocess.TimeoutExpired):
+            self._run(["-O", "exit"], master.path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(2)
+
+    def reap(self) -> None:
+        """Takes note of what has ended."""
+        now = time.monotonic()
+        with self._lock:
+            for link in list(self._links):
+                if link.process.poll() is not None:
+                    self._links.remove(link)
+                    link.master.links -= 1
+                    link.errors.close()
+                elif link.sock.fileno() < 0:
+                    link.closed_at = link.closed_at or now
+                    if now - link.closed_at > self.LINGER:
+                        link.process.kill()
+                elif os.fstat(link.errors.fileno()).st_size > 1 << 20:  # the far side's log is not to fill this disk
+                    link.errors.truncate(0)
+            self._masters = [master for master in self._masters if master.links or os.path.exists(master.path)]
+
+    def close(self) -> None:
+        """Ends all of it."""
+        import shutil
+
+        with self._lock:
+            self._closed = True
+            if self._dialing:
+                stop_process(self._dialing[0])  # not killed: a terminal that asks for a password shows nothing until that is undone
+                self._masters.append(self._dialing[1])  # it may have gone to the background just now
+            for master in self._masters:
+                if os.path.exists(master.path):
+                    self._leave(master)
+            for link in self._links:
+                link.process.kill()
+                link.process.wait()
+                link.errors.close()
+            self._links.clear()
+            self._masters.clear()
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    import subprocess
+
+    process.terminate()
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def private_folder() -> str:
+    """A new one of this user alone, whose path fits into the address of a Unix socket, and into ssh's configuration."""
+    import tempfile
+
+    short = re.fullmatch(r"[\w./-]{1,50}", tempfile.gettempdir(), re.ASCII)
+    return tempfile.mkdtemp(prefix="ratrod-", dir=None if short else "/tmp")
+
+
+def last_lines(file: Any) -> str:
+    """The end of what an ssh process wrote to its standard error."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    return str(file.read().decode("utf-8", "replace"))
+
+
 class LinkPool:
     """A client's idle links: taken for a stream, put back after it, made ahead in the background, let go when nobody needs them. While the
     server is away whoever needs one waits, for as long as a connect may take.
@@ -5672,7 +6093,8 @@ class LinkPool:
             ready = 0 if self._client.draining else self._ready if any(self._peaks) else min(1, self._ready)
             wanted = len(self._waiting) + ready - len(self._idle) - self._making
             # After the last one was lost, one to see whether the server is there.
-            for _ in range(wanted if self._links else min(wanted, 1 - self._making)):
+            most = self._client.most_links - len(self._links) - self._making if self._links else 1 - self._making
+            for _ in range(min(wanted, most)):
                 self._make(None)
 
     def try_again(self) -> None:
@@ -5712,6 +6134,8 @@ class LinkPool:
                 self._waiting.remove(waiter)
                 waiter.failed(error)
             return None
+        if isinstance(error, Overloaded) and self._links:  # others are there, and will be free
+            return None
         return self.failed(error)
 
     def completed(self, link: Link) -> None:
@@ -5745,9 +6169,11 @@ class LinkPool:
         while len(self._idle) > self._ready and now - self._idle[0][0] > self._limits.idle_time:
             self._drop(self._idle.pop(0)[1])
         away = self._client.retry.error
-        patience = self._limits.connect_timeout if away else self._client.patience
+        queues = self._client.most_links < sys.maxsize and self._links and not away
+        patience = self._limits.connect_timeout if away else self._limits.ssh_patience if queues else self._client.patience
         while self._waiting and now - self._waiting[0].since > patience:
-            self._waiting.popleft().failed(away or ConnectError("no link to the server within %g s" % patience))
+            busy = "; all %d links over ssh are busy" % len(self._links) if queues else ""
+            self._waiting.popleft().failed(away or ConnectError("no link to the server within %g s%s" % (patience, busy)))
         if self._client.started and (self._waiting or not self._client.legacy):
             self.make_more()
 
@@ -5859,15 +6285,16 @@ class Client(Endpoint):
     """Tunnels through the first of some servers that answers, and after it went away through whichever does. `finished(error)` is called
     once: with None where all that it had to do is done.
 
+    `ssh`: what `ssh://` servers are reached with; `may_ask`: whether it may ask for passwords at the terminal at first.
     `retries`: tries in a row that may fail before it gives up; None: the very first one must succeed, and from then on it never does.
     `ask_host(error)` is asked whether to trust a server's key that is not known. `started()`: all tunnels take connections.
     """
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
+    def __init__(self, loop: EventLoop, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
-                 socks_user: str | None = None, proxy: Proxy | None = None, retries: int | None = None,
-                 ask_host: Callable[[UnknownHost], bool] = lambda _error: False, only_test: bool = False,
+                 socks_user: str | None = None, proxy: Proxy | None = None, ssh: Sequence[str] = ("ssh",), may_ask: bool = False,
+                 retries: int | None = None, ask_host: Callable[[UnknownHost], bool] = lambda _error: False, only_test: bool = False,
                  started: Callable[[], None] = lambda: None, finished: Callable[[Exception | None], None]):
         super().__init__(loop, folder, limits, legacy, limits.links_at_once)
         self._servers, self._current = servers, 0  # the one that answered last is tried first
@@ -5875,6 +6302,9 @@ class Client(Endpoint):
         self.accept_all_hosts, self.should_encrypt, self.retries = accept_all_hosts, should_encrypt, retries
         self._accept_new, self._ask_host, self._socks_user, self._proxy = accept_new, ask_host, socks_user, proxy
         self._ready, self._finished, self._report, self._only_test = started, finished, report, only_test
+        self._ssh = {server: SshLinks(ssh, server, limits) for server in servers if isinstance(server, SshHost)}
+        self._may_ask = may_ask
+        self.most_links = limits.ssh_links if self._ssh else sys.maxsize
         self.retry = Retry(loop, limits.retry_interval, retries, self._try_again, self.give_up)
         self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
@@ -6089,15 +6519,8 @@ class Client(Endpoint):
             server = self._servers[number]
             try:
                 # Each gets its share of the time, as each of its addresses does.
-                sock = self._connect(server, (until - time.monotonic()) / (len(self._servers) - n))
-                try:
-                    report("✅ Connected to server `%s`%s ...", server, " through `%s`" % str(self._proxy) if self._proxy else "")
-                    handshake = self._handshake(server, remote, kind, report)
-                    drive(sock, handshake, self.limits.handshake_timeout)
-                except BaseException:
-                    sock.close()
-                    raise
-            except (AuthenticationError, PeerError):
+                sock, handshake = self._come_in(server, (until - time.monotonic()) / (len(self._servers) - n), remote, kind, report)
+            except (AuthenticationError, PeerError, Overloaded):
                 raise
             except RatrodError as error:
                 failures.append((server, error))
@@ -6107,6 +6530,21 @@ class Client(Endpoint):
             return sock, handshake, str(server)
         raise failures[0][1] if len(failures) == 1 else ConnectError(
             "none of the servers answers: " + "; ".join("`%s`: %s" % failure for failure in failures))
+
+    def _come_in(self, server: Place, timeout: float, remote: str, kind: int, report: Report) -> tuple[socket.socket, Handshake]:
+        if isinstance(server, SshHost):
+            linked = self._ssh[server].link(self._may_ask and not self.started)
+            report("✅ Connected to server `%s` ...", server)
+            return linked
+        sock = self._connect(server, timeout)
+        try:
+            report("✅ Connected to server `%s`%s ...", server, " through `%s`" % str(self._proxy) if self._proxy else "")
+            handshake = self._handshake(server, remote, kind, report)
+            drive(sock, handshake, self.limits.handshake_timeout)
+        except BaseException:
+            sock.close()
+            raise
+        return sock, handshake
 
     def _handshake(self, server: Address, remote: str, kind: int, report: Report) -> Handshake:
         check = functools.partial(self._check_server, server)
@@ -6296,6 +6734,8 @@ class Client(Endpoint):
         self._pool.sweep(now)
         for tunnel in self.reverse:
             tunnel.renew(now)
+        for ssh in self._ssh.values():
+            ssh.reap()
         carrier = self._carrier
         if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age
                                          or carrier.link.transport.tcp_info().stuck):
@@ -6325,6 +6765,8 @@ class Client(Endpoint):
         self._pool.close(LocalFailed("ratrod is ending"))
         self.let_go()
         super().close()
+        for ssh in self._ssh.values():
+            ssh.close()
 
 
 # ======================================================================================================================
@@ -6591,10 +7033,11 @@ class Service(Background):
 
 
 def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: bool = False, accept_all_hosts: bool = False,
-           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, proxy: str | None = None,
+           legacy: bool = False, encrypt: bool = False, socks_user: str | None = None, proxy: str | None = None, ssh_command: str | None = None,
            retries: int | None = None, limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
     """Connects to a server (`host:port`, or several as `a:1,b:2`) and opens tunnels, each as on the command line:
-    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count, `proxy` a URL as --proxy takes it.
+    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count, `proxy` and
+    `ssh_command` are what the options of these names take; ssh is to need no password.
 
     Returns when all of them take connections. The keys are those of `key_path` (default: ~/.ratrod); nothing is asked and nothing
     generated. ConfigError: a key file or an argument is wrong. ConnectError: the server is not there, or not ready within `timeout`
@@ -6606,11 +7049,13 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user)
     if any(spec.kind == STDIO for spec in specs):
         raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
-    folder = KeyFolder(key_path)
+    ssh = check_ssh(servers, ssh_command, {"key_path": key_path, "accept_new": accept_new, "accept_all_hosts": accept_all_hosts, "legacy": legacy,
+                                           "proxy": proxy}, specs)
+    folder = NoKeys() if ssh else KeyFolder(key_path)
     ensure_keys(folder, may_ask=False)
     return Tunnel(lambda loop, started, finished: Client(
         loop, folder, servers, specs, limits, legacy=legacy, accept_all_hosts=accept_all_hosts, accept_new=accept_new,
-        should_encrypt=encrypt, socks_user=socks_user, proxy=way, retries=retries, started=started, finished=finished), timeout)
+        should_encrypt=encrypt, socks_user=socks_user, proxy=way, ssh=ssh, retries=retries, started=started, finished=finished), timeout)
 
 
 def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str = ".*", authorize: Authorizer | None = None,
@@ -7030,7 +7475,7 @@ QUESTION = "Would you like to have the security files (public / private key pair
 
 def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
     """The first run: asks as the original does. ConfigError where the answer is no, or there is nobody to answer."""
-    if folder.exists():
+    if isinstance(folder, NoKeys) or folder.exists():
         return
     if not may_ask:
         raise ConfigError("no security files in `%s`: run `ratrod keygen` first" % folder.path)
@@ -7299,14 +7744,17 @@ def check_metrics(options: Options) -> Callable[[int], Address | None]:
 
 def connect_command(options: Options) -> int:
     servers = parse_servers(options.server)
-    proxy = parse_proxy(options.proxy, servers)
+    parse_proxy(options.proxy, servers)  # its errors come before those of keys
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
     metrics_at = check_metrics(options)
-    folder = KeyFolder(options.key_path)
+    ssh = check_ssh(servers, options.ssh_command, {
+        "-k": options.key_path, "-a": options.accept_all_hosts, "--accept-new": options.accept_new, "--legacy": options.legacy,
+        "--proxy": options.proxy, "--workers": options.workers > 1}, tunnels)
+    folder = NoKeys() if ssh else KeyFolder(options.key_path)
     quiet = options.check or any(spec.kind == STDIO for spec in tunnels)
     ensure_keys(folder, may_ask=not quiet)
     if options.check:
-        return check_command(options, folder, servers, tunnels, proxy)
+        return check_command(options, folder, servers, tunnels, ssh)
     may_ask = at_terminal() and not quiet and options.workers == 1
     sockets: list[list[list[socket.socket]]] = []
     with contextlib.ExitStack() as stack:
@@ -7317,21 +7765,21 @@ def connect_command(options: Options) -> int:
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
     return run_workers([sum(group, []) for group in groups], lambda number, notify: run_endpoint(
         lambda loop, started, finished: make_client(
-            options, loop, folder, servers, tunnels, proxy=proxy, sockets=groups[number], report=log.debug if number else log.info,
+            options, loop, folder, servers, tunnels, ssh=ssh, may_ask=may_ask, sockets=groups[number], report=log.debug if number else log.info,
             ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
         options.drain or 0.0, notify, metrics_at(number)))
 
 
-def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], **more: Any) -> Client:
+def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], **more: Any) -> Client:
     return Client(loop, folder, servers, tunnels, options.limits, legacy=options.legacy, accept_all_hosts=options.accept_all_hosts,
                   accept_new=options.accept_new, should_encrypt=options.encrypt, socks_user=options.socks_user,
-                  retries=options.max_retry_count, **more)
+                  proxy=parse_proxy(options.proxy, servers), retries=options.max_retry_count, **more)
 
 
-def check_command(options: Options, folder: KeyFolder, servers: list[Address], tunnels: list[TunnelSpec], proxy: Proxy | None) -> int:
+def check_command(options: Options, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], ssh: Sequence[str]) -> int:
     """connect --check: the test connection alone. Whatever started this and waits for systemd to hear is not told."""
     code = run_endpoint(lambda loop, _started, finished: make_client(
-        options, loop, folder, servers, tunnels, proxy=proxy, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished),
+        options, loop, folder, servers, tunnels, ssh=ssh, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished),
         0.0, notify=lambda *_lines: None)
     if not code:
         print("The server `%s` lets this client in." % ",".join(map(str, servers)))
@@ -7356,6 +7804,26 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
         raise ConfigError("--workers does not go together with stdio: and R: tunnels, which are one process's")
     check_workers(workers)
     return tunnels
+
+
+def check_ssh(servers: list[Place], command: str | None, given: dict[str, Any], tunnels: list[TunnelSpec]) -> list[str]:
+    """The words of the ssh command where the servers are ssh://, else none; ConfigError for what does not go together. `given`: what ssh has
+    other means for, by the name it was given under."""
+    if not isinstance(servers[0], SshHost):
+        if command is not None:
+            raise ConfigError("--ssh-command is for servers that are written ssh://host")
+        return []
+    wrong = [name for name, value in given.items() if value]
+    if wrong:
+        raise ConfigError("%s does not go together with ssh://, where ssh brings the keys and the way: see ~/.ssh/config" % ", ".join(wrong))
+    if any(spec.kind == REVERSE for spec in tunnels):
+        raise ConfigError("ssh:// has no reverse tunnels (R:); `ssh -R` makes them")
+    import shlex
+
+    try:
+        return shlex.split("ssh" if command is None else command) or [""]
+    except ValueError as error:
+        raise ConfigError("cannot understand the --ssh-command `%s`: %s" % (printable(str(command)), error)) from None
 
 
 def check_workers(workers: int) -> None:

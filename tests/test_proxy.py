@@ -1,15 +1,33 @@
 """`connect --proxy`: tinyproxy and microsocks as real proxies in the way, and proxies that misbehave in every way a client could trip over."""
 
 import contextlib
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 
 import pytest
-from conftest import (PATIENCE, RATROD, RATROD2, READY, ROOT, ask, check_bulk_each_way, dial, every_mode, need, port_of, receive_all, receive_exactly,
-                      tcp_port, udp_originator)
+from conftest import (
+    PATIENCE,
+    RATROD2,
+    READY,
+    ROOT,
+    ask,
+    check_bulk_each_way,
+    dial,
+    every_mode,
+    need,
+    port_of,
+    receive_all,
+    receive_exactly,
+    tcp_port,
+    udp_originator,
+)
+
+import ratrod as ratrod_module
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 USER, PASSWORD = "us@er", "p@ss:w/ö rd"
@@ -220,7 +238,7 @@ except ratrod.ConnectError as error:
 """
     proxy = tinyproxy("user", "pass")
     result = subprocess.run([sys.executable, "-c", program, "http://user:pass@127.0.0.1:%d" % proxy.port, "127.0.0.1:%d" % port,
-                             str(tcp_echo.port), str(keys.client.path)], cwd=ROOT, stdout=subprocess.PIPE, universal_newlines=True, timeout=PATIENCE)
+                             str(tcp_echo.port), str(keys.client.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert result.stdout.splitlines() == ["hello", "ConfigError False", "ConnectError False"]
 
 
@@ -247,8 +265,6 @@ def fake(target):
 
 
 def pump(one, other):
-    import threading
-
     def copy(source, sink):
         with contextlib.suppress(OSError):
             for data in iter(lambda: source.recv(65536), b""):
@@ -265,7 +281,7 @@ def socks_relay(port):
     def handle(connection, read):
         read(3)
         connection.sendall(b"\5\0")
-        read(5 + read(5)[4] - 5 + 7 - 5)
+        read(read(5)[4] + 2)
         with dial(port) as server:
             connection.sendall(b"\5\0\0\3\7example\0\1")
             pump(connection, server)
@@ -356,14 +372,15 @@ SOCKS = {
 
 
 @pytest.mark.parametrize(("scheme", "case"), [("http", case) for case in HTTP] + [("socks5", case) for case in SOCKS])
-def test_a_proxy_that_misbehaves(fake, connect, scheme, case):
+def test_a_proxy_that_misbehaves(fake, keys, scheme, case):
     handle, says = (HTTP if scheme == "http" else SOCKS)[case]
     port, _ = fake(handle)
-    silent = "silent" in case
-    client = connect(9, "-v", "--proxy", "%s://127.0.0.1:%d" % (scheme, port), *(("--connect-timeout", "0.5") if silent else ()), "0:127.0.0.1:1")
-    assert client.wait() == 1, client.output
-    client.wait_for("the proxy `%s://127.0.0.1:%d` does not connect to the server `127.0.0.1:9`: .*%s" % (scheme, port, says))
-    assert "\x1b" not in client.output and "\x9b" not in client.output
+    limits = ratrod_module.Limits(connect_timeout=0.5 if "silent" in case else PATIENCE)
+    with pytest.raises(ratrod_module.ConnectError) as error:
+        ratrod_module.tunnel("127.0.0.1:9", key_path=str(keys.client.path), proxy="%s://127.0.0.1:%d" % (scheme, port), limits=limits)
+    text = str(error.value)
+    assert re.search("the proxy `%s://127.0.0.1:%d` does not connect to the server `127.0.0.1:9`: .*%s" % (scheme, port, says), text), text
+    assert text.isprintable()
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 Connection established\r\nVia: 1.1 x\r\n\r\n", b"HTTP/1.0 299 Fine\n\n"])
@@ -389,29 +406,28 @@ def test_a_proxy_that_is_not_there(connect):
                                  "http://proxy:0", "http://proxy:65536", "http://proxy:x", "http://::1:80", "http://[::1:80", "socks4://proxy",
                                  "http://se%3Acret:x@proxy", "socks5://" + "s" * 256 + ":x@proxy", "socks5://u:" + "s" * 256 + "@proxy",
                                  "http://proxy:80/path", "http://secret:secret@a b\nc:80:90"])
-def test_urls_that_cannot_be(connect, url):
-    client = connect(9, "--proxy", url, "0:127.0.0.1:1")
-    assert client.wait() == 2
-    client.wait_for("cannot understand the --proxy: ")
-    assert "secret" not in client.output and "sss" not in client.output
+def test_urls_that_cannot_be(url):
+    with pytest.raises(ratrod_module.ConfigError, match="cannot understand the --proxy: ") as error:
+        ratrod_module.parse_proxy(url, [])
+    assert "secret" not in str(error.value) and "sss" not in str(error.value)
 
 
 @pytest.mark.parametrize("server", ["a b:9", "127.1:9", "ho\r\nst:9", "[fe80::1%eth0]:9", "hö:9"])
-def test_servers_that_no_proxy_can_be_asked_for(ratrod, keys, server):
-    client = ratrod("-k", keys.client.path, "connect", "--proxy", "http://127.0.0.1:9", server)
+def test_servers_that_no_proxy_can_be_asked_for(server):
+    with pytest.raises(ratrod_module.ConfigError, match="no proxy can be asked for the server "):
+        ratrod_module.tunnel(server, proxy="http://127.0.0.1:9")
+
+
+def test_a_proxy_that_cannot_be_on_the_command_line(connect):
+    client = connect(9, "--proxy", "http://user:secret@", "0:127.0.0.1:1")
     assert client.wait() == 2
-    client.wait_for("no proxy can be asked for the server ")
+    client.wait_for("cannot understand the --proxy: ")
+    assert "secret" not in client.output
 
 
 def test_the_port_that_goes_without_saying():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("ratrod", RATROD[1])
-    ratrod = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("ratrod", ratrod)
-    spec.loader.exec_module(ratrod)
     for url, shown, user, password in (("http://proxy", "http://proxy:1080", None, b""), ("socks5h://a@[::1]", "socks5://[::1]:1080", b"a", b""),
                                        ("http://a:b@c:80/", "http://c:80", b"a", b"b"), ("socks5://%ff:@c", "socks5://c:1080", b"\xff", b"")):
-        proxy = ratrod.parse_proxy(url, [])
+        proxy = ratrod_module.parse_proxy(url, [])
         assert (str(proxy), proxy.user, proxy.password) == (shown, user, password)
         assert "b'b'" not in repr(proxy)
