@@ -112,8 +112,7 @@ import sys
 import threading
 import time
 from types import MappingProxyType
-from typing import (TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Tuple, TypeVar,
-                    Union)
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, Mapping, NamedTuple, NoReturn, Sequence, Tuple, TypeVar, Union
 
 if TYPE_CHECKING:
     import subprocess
@@ -5729,12 +5728,14 @@ def own_source() -> str:
 
 
 class SshLink:
-    """A link's ssh process; `sock` is our end of its standard input and output."""
+    """A link's ssh process; `sock` is our end of its standard input and output. `settled`: the far side has answered; until then the thread
+    that made it reads and closes `errors`, its standard error."""
 
-    __slots__ = ("process", "sock", "errors", "master", "closed_at")
+    __slots__ = ("process", "sock", "errors", "master", "settled", "closed_at")
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, errors: Any, master: SshMaster):
         self.process, self.sock, self.errors, self.master = process, sock, errors, master
+        self.settled = False
         self.closed_at: float | None = None
 
 
@@ -5780,7 +5781,7 @@ class SshLinks:
         self._dialing: tuple[subprocess.Popen[bytes], SshMaster] | None = None
         self._failed: tuple[float, Exception] = (float("-inf"), ConnectError("unknown reason"))
         self._alone_until = float("-inf")  # no further connection can be had beside those that are there
-        self._closed = False
+        self._closed = self._is_ending = False
 
     # ---- a link
 
@@ -5792,9 +5793,11 @@ class SshLinks:
             handshake = PipeHandshake(self._program, self._marker)
             try:
                 drive(link.sock, handshake, self._patience)
+                link.settled = True
                 return link.sock, handshake
             except RatrodError as error:
                 code, said = self._end(link)
+                log.debug("ssh to `%s` came to nothing (%s, exit code %d): %s", self._server, error, code, printable(said))
                 if "refused by peer" in said and master.links:  # sshd's MaxSessions
                     master.room = self._room = master.links
                 elif fresh or not tries_left:
@@ -5830,7 +5833,8 @@ class SshLinks:
         except subprocess.TimeoutExpired:
             link.process.kill()
             code = link.process.wait()
-        said = last_lines(link.errors)
+        with link.errors as errors:
+            said = last_lines(errors)
         self.reap()
         return code, said
 
@@ -5890,7 +5894,7 @@ class SshLinks:
         if time.monotonic() < self._alone_until and self._masters:
             raise Overloaded("ssh to `%s`: no further connection for now" % str(self._server))
         with self._lock:
-            if self._closed:
+            if self._is_ending:
                 raise ConnectError("ratrod is ending")
             self._folder = self._folder or private_folder()
             self._made += 1
@@ -5934,19 +5938,25 @@ class SshLinks:
                 if link.process.poll() is not None:
                     self._links.remove(link)
                     link.master.links -= 1
-                    link.errors.close()
+                    if link.settled:
+                        link.errors.close()
                 elif link.sock.fileno() < 0:
                     link.closed_at = link.closed_at or now
                     if now - link.closed_at > self.LINGER:
                         link.process.kill()
-                elif os.fstat(link.errors.fileno()).st_size > 1 << 20:  # the far side's log is not to fill this disk
+                elif link.settled and os.fstat(link.errors.fileno()).st_size > 1 << 20:  # the far side's log is not to fill this disk
                     link.errors.truncate(0)
             self._masters = [master for master in self._masters if master.links or os.path.exists(master.path)]
+
+    def drain(self) -> None:
+        """What is open goes on, no further connection is made."""
+        self._is_ending = True
 
     def close(self) -> None:
         """Ends all of it."""
         import shutil
 
+        self.drain()
         with self._lock:
             self._closed = True
             if self._dialing:
@@ -5958,7 +5968,8 @@ class SshLinks:
             for link in self._links:
                 link.process.kill()
                 link.process.wait()
-                link.errors.close()
+                if link.settled:
+                    link.errors.close()
             self._links.clear()
             self._masters.clear()
             if self._folder:
@@ -6750,6 +6761,8 @@ class Client(Endpoint):
         for connection in list(self._socks):
             connection.close()
         self._pool.clear()
+        for ssh in self._ssh.values():
+            ssh.drain()
         for tunnel in self.reverse:
             tunnel.tries.stop()
         for link in list(self.links):
