@@ -256,7 +256,7 @@ def printable(text: str, limit: int = 200) -> str:
     """What may be shown of a text that came from a peer: no control or escape characters, `limit` characters at most."""
     if text.isprintable() and len(text) <= limit:
         return text
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit]) + ("..." if len(text) > limit else "")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit]) + ("..." if len(text) > limit else "")
 
 
 def reason(error: BaseException) -> str:
@@ -7575,6 +7575,13 @@ Notify = Callable[..., Any]
 Make = Callable[[EventLoop, Callable[[], None], Callable[[Union[Exception, None]], None]], Endpoint]
 
 
+def closed_window() -> Callable[[], bool]:
+    """Whether the terminal that this was started at has been closed, which is a SIGHUP as well. Who was started with nohup does not mind."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    terminal = None if hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN else next(filter(os.isatty, range(3)), None)
+    return lambda: terminal is not None and not os.isatty(terminal)
+
+
 def run_endpoint(make: Make, drain: float, notify: Notify = notify_systemd, metrics_at: Address | None = None, share: bool = False) -> int:
     """Runs what make(loop, started, finished) gives until it has finished, or until a signal comes and what is open then has ended, or
     `drain` seconds have passed: the exit code.
@@ -7612,16 +7619,21 @@ def run_endpoint(make: Make, drain: float, notify: Notify = notify_systemd, metr
         outcome.append(130 if number == signal.SIGINT else 0)
         return loop.call_soon_threadsafe(end)
 
+    def on_hang_up(number: int, frame: Any) -> None:
+        if is_closed():
+            return on_signal(number, frame)
+        return loop.call_soon_threadsafe(lambda: reload_endpoint(endpoint, notify, bool(ready)))
+
+    is_closed = closed_window()
     ready: list[bool] = []
     endpoint = make(loop, started, finished)
     status_line = next((handler for handler in log.handlers if isinstance(handler, StatusLine)), None)
     if metrics_at:
         serve_metrics(endpoint, metrics_at, share)
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), on_signal)
-    for name, act in (("SIGHUP", lambda: reload_endpoint(endpoint, notify, bool(ready))), ("SIGUSR1", lambda: report_status(endpoint))):
+    for name, handler in (("SIGINT", on_signal), ("SIGTERM", on_signal), ("SIGHUP", on_hang_up),
+                          ("SIGUSR1", lambda *_: loop.call_soon_threadsafe(lambda: report_status(endpoint)))):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda _number, _frame, act=act: loop.call_soon_threadsafe(act))  # type: ignore[misc]
+            signal.signal(getattr(signal, name), handler)
     signal.set_wakeup_fd(loop.fileno(), warn_on_full_buffer=False)
     endpoint.start()
     if status_line and isinstance(endpoint, Client):
@@ -7655,6 +7667,7 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify],
     def tell_parent(*lines: str) -> None:
         if lines[0] == "READY=1":
             os.write(ready, b".")
+    is_closed = closed_window()
     for name in ("SIGHUP", "SIGUSR1"):  # as long as nobody minds them they end nobody
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     for number, own in enumerate(sockets):
@@ -7689,8 +7702,10 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify],
         pass_on(number, None)
 
     def pass_reload(number: int, _frame: Any) -> None:
+        if is_closed():
+            return pass_end(signal.SIGTERM, None)
         notify_systemd(*reloading())
-        pass_on(number, None)
+        return pass_on(number, None)
 
     def hear() -> None:
         while all(os.read(readiness, 1) for _ in sockets):

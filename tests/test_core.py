@@ -785,8 +785,7 @@ def test_the_core_does_no_io(section):
 
 
 def test_the_sections_are_there():
-    assert list(SECTIONS) == ["1", "2", "3", "4", "5", "6", "6b", *map(str, range(7, len(SECTIONS)))]
-    assert len(SECTIONS) >= 12
+    assert list(SECTIONS) == "1 2 3 4 5 6 6b 7 8 9 10 10b 11 12".split()
 
 
 def names_in(statement, context):

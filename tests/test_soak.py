@@ -45,8 +45,10 @@ def test_streams_are_whole_or_visibly_reset():
                                            ("half a rst", "HANGS")])
 def test_the_soak_finds_what_is_wrong(deed, failure):
     """With nothing between the ends that would notice, the same relay makes clean ends that are too early, wrong bytes, and streams that hang."""
-    code, output = soak("--bare", "--seconds", "3", "--deeds", deed)
-    assert code == 1 and re.search("FAILED, seed .*: " + failure, output)
+    pattern = re.compile("FAILED, seed .*: " + failure)
+    # Three seconds of a busy machine may be too few for the relay to do it.
+    found = next((pair for pair in (soak("--bare", "--seconds", "3", "--deeds", deed) for _ in range(4)) if pattern.search(pair[1])), None)
+    assert found and found[0] == 1
 
 
 def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target):

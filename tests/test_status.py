@@ -144,7 +144,7 @@ def at_terminal(tmp_path, keys, serve):
         servers[:] = servers or [serve()]
         server, port = servers[0]
         terminal = Terminal(run, "=t%d:" % len(terminals), tmp_path / ("raw%d" % len(terminals)), server, port)
-        # Its id: a terminal that goes away ends no ratrod.
+        # Its id: a terminal that goes away does not end one that is stopped.
         remember = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(tmp_path / ("pid%d" % len(terminals)))]
         command = " ".join(map(shlex.quote, [*remember, *RATROD, *before, "-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, *words]))
         # `read`: not before all that it shows is recorded.
@@ -166,6 +166,31 @@ def at_terminal(tmp_path, keys, serve):
 def lives(pid):
     """Whether it is still a ratrod."""
     return RATROD[1] in subprocess.run(["ps", "-o", "args=", "-p", str(pid)], stdout=subprocess.PIPE).stdout.decode()
+
+
+def test_a_window_that_is_closed(at_terminal, tmp_path, tcp_echo, port):
+    """It ends what was started in it, as with ssh; `kill -HUP` from elsewhere does not."""
+    words = "%d:%d" % (port, tcp_echo.port)
+    terminals = [at_terminal(words), at_terminal("--workers", "2", words.replace(str(port), "0"))]
+    terminals[0].shows(EMPTY)
+    terminals[1].shows("Listening")
+    pids = [int((tmp_path / ("pid%d" % n)).read_text()) for n in range(2)]
+    for pid, terminal in zip(pids, terminals):
+        os.kill(pid, signal.SIGHUP)
+        terminal.shows("Read again")
+    ask(port)
+    for terminal in terminals:
+        terminal.run("kill-session")
+    eventually(lambda: not any(map(lives, pids)), "they end")
+
+
+def test_a_window_that_is_closed_at_the_question(at_terminal, tmp_path, keys, port):
+    (keys.client.path / "known_hosts").write_text("")
+    terminal = at_terminal("%d:127.0.0.1:9" % port)
+    terminal.shows(r"\(yes/no/\[fingerprint\]\)\?")
+    terminal.run("kill-session")
+    eventually(lambda: not lives(int((tmp_path / "pid0").read_text())), "it ends")
+    assert (keys.client.path / "known_hosts").read_text() == ""
 
 
 @pytest.fixture
