@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RATROD = (sys.executable, str(ROOT / "ratrod.py"))
+# Another Python may run the programs than the tests: one of musl's, with which not every package that the tests need works.
+RATROD = (os.environ.get("RATROD_TEST_PYTHON") or sys.executable, str(ROOT / "ratrod.py"))
 CACHE = pathlib.Path(os.environ.get("RATROD_TEST_CACHE") or pathlib.Path.home() / ".cache" / "ratrod-tests")
 RUST = CACHE / "rust" / "bin" / "ratrod"
 # The longest that any awaited event may take. Generous: it bounds a hang on a busy machine and measures nothing.

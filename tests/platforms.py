@@ -4,6 +4,7 @@
     python tests/platforms.py            the core, the command line and real tunnels on each: a few minutes an interpreter
     python tests/platforms.py --whole    the whole suite on each
     python tests/platforms.py --list     which ones there are
+    python tests/platforms.py 3.8 3.13   these alone
 
 An interpreter is any python3.N from 3.8 on that stands in the PATH or in ~/.pyenv; each gets a venv of its own in the tests' cache, with the
 current PyNaCl, and the oldest one that has a wheel for it with PyNaCl 1.4.0 and 1.5.0 too. Prints a line `figure: ...` for each.
@@ -64,13 +65,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", action="store_true", help="the whole suite")
     parser.add_argument("--list", action="store_true", help="only show the interpreters")
+    parser.add_argument("only", nargs="*", metavar="3.N", help="these alone")
     options = parser.parse_args()
     failed, oldest = 0, None
     for version, path in sorted(interpreters().items()):
+        oldest = oldest or version
+        if options.only and "%d.%d" % version not in options.only:
+            continue
         if options.list:
             print("%d.%d %s" % (*version, path))
             continue
-        oldest = oldest or version
         for pynacl in PYNACLS if version == oldest else PYNACLS[-1:]:
             name = "CPython %d.%d, PyNaCl %s" % (*version, pynacl or "current")
             python, why = environment(path, version, pynacl)
@@ -82,7 +86,7 @@ def main():
             print("figure: %s = %s" % (name, last), flush=True)
             if done.returncode:
                 failed += 1
-                print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))), flush=True)
+                print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("____", "E  "))), flush=True)
     return min(failed, 1)
 
 
