@@ -443,6 +443,17 @@ def dial(port, host="127.0.0.1"):
     return socket.create_connection((host, port), timeout=PATIENCE)
 
 
+def dial_with(data, client, port):
+    """A connection to `client`, whose `data` is there when it accepts: on a busy machine it could come so late that Open leaves without it."""
+    client.process.send_signal(signal.SIGSTOP)
+    try:
+        connection = dial(port)
+        connection.sendall(data)
+    finally:
+        client.process.send_signal(signal.SIGCONT)
+    return connection
+
+
 def ask_over(connection, question=b"anybody there?"):
     """A whole exchange with an echo: question, end, answer, end."""
     with connection:

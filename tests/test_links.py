@@ -16,7 +16,17 @@ import threading
 
 import pytest
 import ratrod2_peer as peer
-from conftest import LISTENING, PATIENCE, READY, STARTED, dial, eventually, no_traceback, receive_exactly  # noqa: F401 - no_traceback is a fixture
+from conftest import (  # noqa: F401 - no_traceback is a fixture
+    LISTENING,
+    PATIENCE,
+    READY,
+    STARTED,
+    dial,
+    dial_with,
+    eventually,
+    no_traceback,
+    receive_exactly,
+)
 
 STREAMS = 20000 if os.environ.get("RATROD_TEST_WHOLE") else 2000
 RESET = struct.pack("ii", 1, 0)
@@ -266,10 +276,9 @@ def test_random_ends(relayed, target):
 
 
 def test_a_ready_link_takes_one_round_trip(relayed, tcp_echo):
-    _, _, relay, (port,) = relayed(tcp_echo.port, delay=0.05)
+    _, client, relay, (port,) = relayed(tcp_echo.port, delay=0.05)
     eventually(lambda: any(len(connection.flights) == 4 for connection in relay.connections), "a link with its handshake done")
-    with dial(port) as local:
-        local.sendall(b"x")
+    with dial_with(b"x", client, port) as local:
         assert local.recv(1) == b"x"
         used = max(relay.connections, key=lambda connection: len(connection.flights))
         # The handshake's four flights, then one there (Open and the byte) and one back (Opened and its echo).

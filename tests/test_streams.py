@@ -29,6 +29,7 @@ from conftest import (
     ROOT,
     ask,
     dial,
+    dial_with,
     eventually,
     make_keys,
     port_of,
@@ -457,10 +458,9 @@ def gated(path, target):
     return launch
 
 
-def first_byte(port, look=lambda: None):
+def first_byte(made, look=lambda: None):
     """What look() says while the connection is still open: its end would be one turn more."""
-    with dial(port) as connection:
-        connection.sendall(b"!")
+    with dial_with(b"!", made.client, made.port) as connection:
         assert receive_exactly(connection, 1) == b"!"
         return look()
 
@@ -470,7 +470,7 @@ def test_a_ready_link_takes_one_round_trip(gated):
     ready, = made.relay.passages
     eventually(lambda: ready.turns() == [CLIENT, SERVER] * 2, "the handshake is done")
     gates.append(Gate(made.relay, before=4))
-    assert first_byte(made.port, lambda: ready.turns(4)) == [CLIENT, SERVER]
+    assert first_byte(made, lambda: ready.turns(4)) == [CLIENT, SERVER]
 
 
 def test_a_fresh_link_takes_two_round_trips(gated):
@@ -478,7 +478,7 @@ def test_a_fresh_link_takes_two_round_trips(gated):
     made, gates = gated()
     cut_all(made, 0, socket.socket.close)
     gates.append(Gate(made.relay, before=2))
-    first_byte(made.port)
+    first_byte(made)
     used, = (passage for passage in made.relay.passages[1:] if len(passage.said(CLIENT)) > 8 + 2 + 35 + CLIENT_AUTHENTICATION)
     assert used.turns() == [CLIENT, SERVER, CLIENT, SERVER]
     assert len(used.flights[1][1]) == SERVER_PREAMBLE
