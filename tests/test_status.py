@@ -35,11 +35,12 @@ def table():
     """table(program) -> the lines of its next status table, without time and level; another signal's end says that it is whole."""
     def ask_for(program):
         before = len(program.lines)
-        program.process.send_signal(signal.SIGUSR1)
-        program.process.send_signal(signal.SIGHUP)
 
         def lines():
             return program.lines[before:]
+        program.process.send_signal(signal.SIGUSR1)
+        eventually(lambda: any(" INFO 📊 " in line for line in lines()), lines)  # of two signals at once the one of the lower number is first
+        program.process.send_signal(signal.SIGHUP)
         eventually(lambda: any("Read again" in line for line in lines()), lines)
         return [re.sub("^.*Z  INFO 📊 ", "", line) for line in lines() if " INFO 📊 " in line]
     return ask_for
