@@ -5800,6 +5800,8 @@ class SshLinks:
                 log.debug("ssh to `%s` came to nothing (%s, exit code %d): %s", self._server, error, code, printable(said))
                 if "refused by peer" in said and master.links:  # sshd's MaxSessions
                     master.room = self._room = master.links
+                elif "kex_exchange" in said and tries_left:  # ProxyCommand=false's: a new connection in the background may not take links yet
+                    time.sleep(0.1)
                 elif fresh or not tries_left:
                     raise self._error(code, said or handshake.seen.decode("utf-8", "replace"), str(error)) from None
                 else:  # it is gone, or does not answer any more
