@@ -7717,7 +7717,10 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify],
         signal.signal(getattr(signal, name), handler)
     codes = []
     while children:
-        pid, status = os.wait()
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            time.sleep(0.2)  # a signal that comes while another's handler runs would wait for the end of a wait without one
+            continue
         children.discard(pid)
         codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
         if not passed:
