@@ -7777,7 +7777,7 @@ def check_metrics(options: Options) -> Callable[[int], Address | None]:
 
 def connect_command(options: Options) -> int:
     servers = parse_servers(options.server)
-    parse_proxy(options.proxy, servers)  # its errors come before those of keys
+    proxy = parse_proxy(options.proxy, servers)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
     metrics_at = check_metrics(options)
     ssh = check_ssh(servers, options.ssh_command, {
@@ -7787,7 +7787,7 @@ def connect_command(options: Options) -> int:
     quiet = options.check or any(spec.kind == STDIO for spec in tunnels)
     ensure_keys(folder, may_ask=not quiet)
     if options.check:
-        return check_command(options, folder, servers, tunnels, ssh)
+        return check_command(options, folder, servers, tunnels, proxy=proxy, ssh=ssh)
     may_ask = at_terminal() and not quiet and options.workers == 1
     sockets: list[list[list[socket.socket]]] = []
     with contextlib.ExitStack() as stack:
@@ -7798,21 +7798,21 @@ def connect_command(options: Options) -> int:
     groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
     return run_workers([sum(group, []) for group in groups], lambda number, notify: run_endpoint(
         lambda loop, started, finished: make_client(
-            options, loop, folder, servers, tunnels, ssh=ssh, may_ask=may_ask, sockets=groups[number], report=log.debug if number else log.info,
-            ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
+            options, loop, folder, servers, tunnels, proxy=proxy, ssh=ssh, may_ask=may_ask, sockets=groups[number],
+            report=log.debug if number else log.info, ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
         options.drain or 0.0, notify, metrics_at(number)))
 
 
 def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], **more: Any) -> Client:
     return Client(loop, folder, servers, tunnels, options.limits, legacy=options.legacy, accept_all_hosts=options.accept_all_hosts,
                   accept_new=options.accept_new, should_encrypt=options.encrypt, socks_user=options.socks_user,
-                  proxy=parse_proxy(options.proxy, servers), retries=options.max_retry_count, **more)
+                  retries=options.max_retry_count, **more)
 
 
-def check_command(options: Options, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], ssh: Sequence[str]) -> int:
+def check_command(options: Options, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], **way: Any) -> int:
     """connect --check: the test connection alone. Whatever started this and waits for systemd to hear is not told."""
     code = run_endpoint(lambda loop, _started, finished: make_client(
-        options, loop, folder, servers, tunnels, ssh=ssh, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished),
+        options, loop, folder, servers, tunnels, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished, **way),
         0.0, notify=lambda *_lines: None)
     if not code:
         print("The server `%s` lets this client in." % ",".join(map(str, servers)))

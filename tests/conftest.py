@@ -288,6 +288,14 @@ def echo(connection):
 
 
 @pytest.fixture
+def closed():
+    """A port of 127.0.0.1 where nobody listens, and that nobody else gets."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        yield port_of(made)
+
+
+@pytest.fixture
 def tcp_echo(target):
     return target(echo)
 

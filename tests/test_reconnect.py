@@ -110,14 +110,6 @@ def door(target):
 
 
 @pytest.fixture
-def closed():
-    """A port of 127.0.0.1 where nobody listens, and that nobody else gets."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        yield port_of(made)
-
-
-@pytest.fixture
 def connect_to(ratrod, keys):
     """connect_to(ports, mode, words...) -> the client of one or several servers on 127.0.0.1, not yet awaited."""
     def launch(ports, mode, *words, **options):

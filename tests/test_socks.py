@@ -143,14 +143,6 @@ def assert_ended(connection):
 
 
 @pytest.fixture
-def closed():
-    """A port of 127.0.0.1 that is taken, and where nobody listens."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        yield port_of(made)
-
-
-@pytest.fixture
 def join(proxy, listener):
     """join(mode) -> (originator, target): both outer ends of one connection through a proxy."""
     with contextlib.ExitStack() as stack:
