@@ -496,8 +496,11 @@ def decode_key(text: str, size: int = 32) -> bytes:
 
     Python's decoder skips characters it does not know and ignores spare bits: two texts for one key would make "the same key" mean two things.
     """
-    if len(text) != (size * 4 + 2) // 3:
-        raise ValueError("it has %d characters instead of %d" % (len(text), (size * 4 + 2) // 3))
+    length = (size * 4 + 2) // 3
+    if len(text) == 2 * length:  # `cat key.pub >> authorized_keys`, twice: key.pub has no newline
+        raise ValueError("it looks like two keys in one line; each needs a line of its own")
+    if len(text) != length:
+        raise ValueError("it has %d characters instead of %d" % (len(text), length))
     try:
         raw = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
     except ValueError:  # binascii.Error and UnicodeEncodeError are ValueErrors
@@ -979,7 +982,7 @@ class Policy:
                 # `[[:alpha:]]` compiles with a FutureWarning and then means something else: a rule that is misread lets strangers in.
                 warnings.simplefilter("error")
                 self._regex, self._exact = re.compile(regex, re.IGNORECASE), re.compile(regex)
-        except (re.error, Warning, RecursionError, OverflowError) as error:
+        except (re.error, Warning, RuntimeError, OverflowError) as error:  # 3.8 has an "invalid SRE code" for `(?(2))|`
             raise ConfigError("cannot use the remote regex `%s`: %s" % (regex, error)) from None
 
     def _matches(self, target: Address) -> bool:
@@ -1935,8 +1938,15 @@ class NoiseHandshake(Handshake):
         if not size:
             raise RemoteProtocolError(self._EMPTY)
         if size > MAX_NOISE_MESSAGE:
-            raise RemoteProtocolError("a handshake message of %d bytes" % size)
+            raise RemoteProtocolError(self._not_noise(size.to_bytes(2, "big")))
         return self._noise.read_message((yield size))
+
+    @staticmethod
+    def _not_noise(head: bytes) -> str:
+        """What the other side is, that begins so."""
+        who = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server", b"\x15\x03": "a TLS server",
+               b"22": "a mail or FTP server"}.get(head)
+        return "the other side does not speak ratrod2; what it says begins with %s%s" % (ascii(head)[1:], ", as from " + who if who else "")
 
     def _identify(self, identity: bytes) -> None:
         """Takes the peer's Ed25519 identity where it is the one whose X25519 form this handshake has authenticated."""
@@ -2131,6 +2141,10 @@ class ProxyHandshake(Handshake):
     def receive_eof(self, why: str = "it closed the connection") -> NoReturn:
         raise RemoteProtocolError(why + " before it had answered")
 
+    def _refuse_user(self, scheme: str, said: str = "") -> NoReturn:
+        wants = "it wants a user and a password: %s://user:password@..." % scheme if self._user is None else "it takes another user and password"
+        raise AuthenticationError(said + wants)
+
 
 class HttpProxyHandshake(ProxyHandshake):
     """The client's side of HTTP's CONNECT (RFC 9110, 9.3.6), with Basic authentication (RFC 7617)."""
@@ -2151,19 +2165,16 @@ class HttpProxyHandshake(ProxyHandshake):
                 raise RemoteProtocolError("it does not speak HTTP")
         status = answer.split(b"\n")[0].strip().decode("latin-1")
         code = re.match(r"HTTP/[0-9.]+ ([0-9]{3})\b", status, re.ASCII)
-        if not code or code.group(1) == "407":
-            raise RemoteProtocolError("it answered `%s`%s" % (printable(status), self._wants_user() if code else ""))
-        if code.group(1)[0] != "2":
+        if code and code.group(1) in ("401", "407"):
+            self._refuse_user("http", "it answered `%s`; " % printable(status))
+        if not code or code.group(1)[0] != "2":
             raise RemoteProtocolError("it answered `%s`" % printable(status))
-
-    def _wants_user(self) -> str:
-        return "; it takes another user and password" if self._user is not None else "; it wants a user and a password: http://user:password@..."
 
 
 class Socks5ProxyHandshake(ProxyHandshake):
     """The client's side of SOCKS5 (RFC 1928, and RFC 1929 where there is a user). Names are looked up at the proxy."""
 
-    FAILURES = ("", "it failed", "its rules do not allow that", "the network is unreachable", "the host is unreachable",
+    FAILURES = ("", "it failed, and does not say why", "its rules do not allow that", "the network is unreachable", "the host is unreachable",
                 "the connection was refused", "the time to live has expired", "it cannot connect at all", "it cannot take such an address")
 
     def _run(self) -> Script:
@@ -2171,15 +2182,14 @@ class Socks5ProxyHandshake(ProxyHandshake):
         self._to_send += bytes((5, len(methods))) + methods
         version, method = yield 2
         if version != 5:
-            raise RemoteProtocolError("it does not speak SOCKS5")
+            raise RemoteProtocolError("it does not speak SOCKS5" + ", but HTTP: write http:// for socks5://" * (version == 72))
         if method not in methods:
-            raise RemoteProtocolError("it takes neither this user and password nor none" if self._user is not None else
-                                      "it wants a user and a password: socks5://user:password@...")
+            self._refuse_user("socks5")
         if method == 2:
             assert self._user is not None
             self._to_send += b"".join((b"\1", *(bytes((len(part),)) + part for part in (self._user, self._password))))
             if (yield 2)[1]:
-                raise RemoteProtocolError("it takes another user and password")
+                self._refuse_user("socks5")
         self._to_send += b"\5\1\0" + socks_address(self._target)
         version, code, _, kind = yield 4
         if version != 5 or code:
@@ -5855,12 +5865,13 @@ class SshLinks:
             raise ConnectError("cannot run `%s`: %s" % (self._command[0], reason(error))) from None
 
     def _error(self, code: int, said: str, why: str, asked: bool = True) -> RatrodError:
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        text = printable("; ".join(lines[-2:]) or why, 400)
+        lines = [line.strip().rstrip(".") for line in said.splitlines() if line.strip()]
+        text = printable("; ".join(lines[-3:]) or why, 400)
         if code == 127 or re.search("python3.*(not found|No such file)|Unknown command.*python3", said, re.IGNORECASE):
             text = "there is no `python3` (%s); it needs Python 3.8 or later there, and nothing else" % text
         refused = code == 255 and re.search("Permission denied|Host key verification failed|Too many authentication failures", said)
-        hint = "; nothing can be asked here: see that `ssh` to there needs no answer" if refused and not asked else ""
+        hint = ("" if not refused else "; see that `ssh` lets you in there" if asked else
+                "; nothing can be asked here: see that `ssh` to there needs no answer")
         message = "ssh to `%s`: %s%s" % (self._server, text, hint)
         return AuthenticationError(message) if refused else ConnectError(message)
 
@@ -5908,9 +5919,11 @@ class SshLinks:
                                     start_new_session=not may_ask)
                 self._dialing = process, master
                 said = os.dup(errors.fileno())
+        why = "it ended without a word"
         try:
             code = process.wait(None if may_ask else self._patience)
         except subprocess.TimeoutExpired:
+            why = "no connection within %g s" % self._patience
             process.kill()
             code = process.wait()
         with self._lock, open(said, "rb") as errors:
@@ -5919,7 +5932,7 @@ class SshLinks:
                 master.links = 1
                 self._masters.append(master)
                 return master
-            error = self._error(code, last_lines(errors), "no connection within %g s" % self._patience, may_ask)
+            error = self._error(code, last_lines(errors), why, may_ask)
             if isinstance(error, AuthenticationError) and any(other.links for other in self._masters):
                 self._alone_until = time.monotonic() + self.REST
                 error = Overloaded(str(error))
@@ -6407,6 +6420,8 @@ class Client(Endpoint):
 
     def _tested(self, error: Exception | None) -> None:
         if error:
+            if self.draining:  # Ctrl-C while ssh asks: no news
+                return self._finished(error)
             if self.retries and not is_final(error):
                 return self.retry.failed(error, "Test connection failed", first=True)
             log.error("❌ Test connection failed: %s", reason(error))
@@ -6576,7 +6591,9 @@ class Client(Endpoint):
         except BaseException as error:
             sock.close()
             if isinstance(error, RatrodError):
-                raise ConnectError("the proxy `%s` does not connect to the server `%s`: %s" % (self._proxy, server, error)) from None
+                # Once all was well it is worth another try: the directory that a proxy asks about its users may be away for a moment.
+                kind = AuthenticationError if isinstance(error, AuthenticationError) and not self.started else ConnectError
+                raise kind("the proxy `%s` does not connect to the server `%s`: %s" % (self._proxy, server, error)) from None
             raise
         return sock
 
@@ -6584,7 +6601,10 @@ class Client(Endpoint):
     def _reach(where: Address, timeout: float, name: str, hint: str) -> socket.socket:
         until = time.monotonic() + timeout
         failure = "it has no address"
-        found = look_up(where)
+        try:
+            found = look_up(where)
+        except ConnectError as error:
+            raise ConnectError("there is no %s: %s" % (name, error)) from None
         for n, (family, sockaddr) in enumerate(found):
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
@@ -6726,12 +6746,18 @@ class Client(Endpoint):
         link = max(self.links, key=lambda link: link.heard_at, default=None)
         return link.transport.tcp_info().rtt / 1e6 if link else 0.0
 
+    @property
+    def server(self) -> Place:
+        """The one that answered last."""
+        return self._servers[self._current]
+
     def describe(self) -> Iterator[str]:
-        error = self.retry.error
-        yield "Client of `%s`, %s%s, round trip %s; %d waiting for a link" % (
-            self._servers[self._current], self.state(), " (%s)" % reason(error) if error else "", show_time(self.round_trip()), self._pool.waiting)
+        error, round_trip = self.retry.error, self.round_trip()
+        yield "Client of `%s`, %s%s%s; %d waiting for a link" % (
+            self.server if self.started else self.server_names, self.state(), " (%s)" % reason(error) if error else "",
+            ", round trip " + show_time(round_trip) if round_trip else "", self._pool.waiting)
         for spec in self.tunnels:
-            yield "tunnel (%s) `%s` -> `%s`" % (spec.kind, spec.local, spec.remote)
+            yield "tunnel (%s) `%s`" % (spec.kind, spec.local) + (" -> `%s`" % str(spec.remote) if spec.kind != SOCKS else "")
         for tunnel in self.reverse:
             yield "reverse tunnel on `%s`: %d links wait, %d are busy" % (tunnel.asked, len(tunnel.waiting), len(tunnel.busy))
 
@@ -7124,6 +7150,7 @@ class Options(NamedTuple):
     check: bool = False
     topic: str | None = None
     limits: Limits = DEFAULT_LIMITS
+    environment: Mapping[str, str] = MappingProxyType({})  # {option: its value}, of those that come from there
 
 
 LIMIT_OPTIONS = {  # option -> the field of Limits that it sets
@@ -7286,7 +7313,20 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProx
         if any(re.fullmatch("-[aev]*%s[aevhV]*" % wanted, word) or reader.means(word, "--" + command) for word in flags):
             return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
     given = _docopt(reader, argv)
-    return _to_options({**given, **_from_environment(reader, given, environ)}, reader.takes_value)
+    found = _from_environment(reader, given, environ)
+    options = _to_options({**given, **found}, reader.takes_value)
+    return options._replace(environment={option: value[0] if isinstance(value, list) else "" for option, value in found.items()})
+
+
+def variable_of(option: str) -> str:
+    return "RATROD_" + option[2:].upper().replace("-", "_")
+
+
+def name_variables(error: ConfigError, environment: Mapping[str, str]) -> ConfigError:
+    """The error, with the variables that it is about: nobody typed what it complains of."""
+    text = str(error)
+    about = [variable_of(option) for option, value in environment.items() if re.search(option + r"(?![\w-])", text) or value and "`" + value in text]
+    return ConfigError("%s (see %s in the environment)" % (text, ", ".join(about))) if about else error
 
 
 def _from_environment(reader: UsageReader, given: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -7294,7 +7334,7 @@ def _from_environment(reader: UsageReader, given: dict[str, Any], environ: Mappi
     command = next(command for command in COMMANDS if given.get(command))
     found: dict[str, Any] = {}
     for option in sorted(reader.patterns[command].options):
-        name = "RATROD_" + option[2:].upper().replace("-", "_")
+        name = variable_of(option)
         word = environ.get(name, "")
         if given.get(option) or not word:
             continue
@@ -7360,6 +7400,19 @@ def _convert(name: str, word: Any, kind: str) -> Any:
     return convert(word)
 
 
+def usage_of(command: str) -> str:
+    """Its lines of the usage text."""
+    return next(text for text in re.findall(r"^  ratrod .*\n(?:   .*\n)*", USAGE, re.M) if re.search(r"(?<![-\w])%s(?![-\w])" % command, text))
+
+
+def usage_hint(argv: Sequence[str]) -> str:
+    """What goes with an error in `argv`: no more than a terminal shows along with the error."""
+    command = next((word for word in argv if word in COMMANDS), None)
+    if command:
+        return "Usage:\n%s\n`ratrod help %s` says more." % (usage_of(command), command)
+    return "Usage: ratrod COMMAND ...\n\nCommands:\n%s\n\n`ratrod help` says more." % __doc__.split("Commands:\n")[1].split("\n\n")[0]
+
+
 def help_text(topic: str | None = None) -> str:
     """The whole help, or what concerns one command: its usage, its arguments and its options."""
     if topic is None:
@@ -7367,9 +7420,8 @@ def help_text(topic: str | None = None) -> str:
     if topic not in COMMANDS:
         raise UsageError("there is no command `%s` to explain" % printable(topic))
     pattern = UsageReader(__doc__).patterns.get(topic, _Pattern(set(), []))
-    usage = next((text for text in re.findall(r"^  ratrod .*\n(?:   .*\n)*", USAGE, re.M) if re.search(r"(?<![-\w])%s(?![-\w])" % topic, text)), "")
     names = {name for name, _, _ in pattern.arguments}
-    sections = [COMMANDS[topic][0].upper() + COMMANDS[topic][1:] + ".\n", "Usage:\n" + usage]
+    sections = [COMMANDS[topic][0].upper() + COMMANDS[topic][1:] + ".\n", "Usage:\n" + usage_of(topic)]
     for title, wanted in (("Arguments", names), ("Options", pattern.options | {"--help"})):
         block = __doc__.split(title + ":\n")[1].split("\n\n")[0]
         entries = [entry for entry in re.findall(r"^  \S.*(?:\n    .*)*", block, re.M)
@@ -7440,9 +7492,9 @@ class StatusLine(logging.StreamHandler):  # type: ignore[type-arg]
         if not client.started:  # a question may be asked
             return (client.loop.now, 0, 0), ""
         _, sent, received = self._last
-        parts = [plural(total["streams"], "stream"), plural(total["sessions"], "UDP session")]
-        parts += ["%s/s %s" % (show_size((now - before) / elapsed), way) for now, before, way in (
+        parts = ["%s/s %s" % (show_size((now - before) / elapsed), way) for now, before, way in (
             (total["sent"], sent, "up"), (total["received"], received, "down"))]
+        parts += [plural(total["streams"], "stream"), plural(total["sessions"], "UDP session")]
         round_trip = client.round_trip()
         parts += ["round trip " + show_time(round_trip)] if round_trip and client.connected else []
         parts = parts if client.connected else ["server " + client.state(), *parts]
@@ -7555,15 +7607,6 @@ def notify_systemd(*lines: str) -> None:
         log.debug("systemd was not told %s: %s", lines[0], reason(error))
 
 
-def reload_endpoint(endpoint: Endpoint, notify: Notify, ready: bool) -> None:
-    """`ready`: whether it has said so before; otherwise it does not now."""
-    if ready:
-        notify(*reloading())
-    endpoint.reload()
-    if ready:
-        notify("READY=1")
-
-
 def reloading() -> tuple[str, str]:
     return "RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6)
 
@@ -7573,6 +7616,7 @@ def report_status(endpoint: Endpoint) -> None:
         log.info("📊 %s", line)
 
 
+STATUS_INTERVAL = 5.0  # seconds between two lines that `systemctl status` shows
 Notify = Callable[..., Any]
 Make = Callable[[EventLoop, Callable[[], None], Callable[[Union[Exception, None]], None]], Endpoint]
 
@@ -7584,60 +7628,93 @@ def closed_window() -> Callable[[], bool]:
     return lambda: terminal is not None and not os.isatty(terminal)
 
 
-def run_endpoint(make: Make, drain: float, notify: Notify = notify_systemd, metrics_at: Address | None = None, share: bool = False) -> int:
-    """Runs what make(loop, started, finished) gives until it has finished, or until a signal comes and what is open then has ended, or
-    `drain` seconds have passed: the exit code.
+class EndpointRun:
+    """What the process hears while its endpoint runs, and what it tells systemd. A first SIGINT or SIGTERM ends it once what is open then has
+    ended, or `drain` seconds have passed; a second one at once."""
 
-    The acts on the whole process are here: signals, systemd, the limit of descriptors, the garbage collector.
-    """
+    endpoint: Endpoint
+
+    def __init__(self, loop: EventLoop, drain: float, notify: Notify):
+        self._loop, self._drain, self._notify = loop, drain, notify
+        self.outcome: list[int | Exception | None] = []  # the first of it counts
+        self._signals = 0
+        self._ready = False
+        self._is_closed = closed_window()
+
+    # ---- what the endpoint calls
+
+    def started(self) -> None:
+        self._ready = True
+        self._notify("READY=1", self._status())
+
+    def finished(self, error: int | Exception | None) -> None:
+        self.outcome.append(error)
+        self._loop.stop()
+
+    # ---- signals
+
+    def listen(self) -> None:
+        for name, handler in (("SIGINT", self._on_end), ("SIGTERM", self._on_end), ("SIGHUP", self._on_hang_up),
+                              ("SIGUSR1", lambda *_: self._loop.call_soon_threadsafe(lambda: report_status(self.endpoint)))):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), handler)
+        signal.set_wakeup_fd(self._loop.fileno(), warn_on_full_buffer=False)
+
+    def _on_end(self, number: int, _frame: Any) -> None:
+        self._signals += 1
+        if not self.outcome:
+            self.outcome.append(130 if number == signal.SIGINT else 0)
+            return self._loop.call_soon_threadsafe(self._end)
+        # It is ending: at once, with resets; and where the loop is stuck, without.
+        if self._signals > 1:
+            self.outcome[0] = 128 + number
+        impatient = threading.Timer(1, os._exit, (128 + number,))
+        impatient.daemon = True
+        impatient.start()
+        return self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _end(self) -> None:
+        self._notify("STOPPING=1")
+        self.endpoint.drain(self._drain, self._loop.stop)
+
+    def _on_hang_up(self, number: int, frame: Any) -> None:
+        if self._is_closed():
+            return self._on_end(number, frame)
+        return self._loop.call_soon_threadsafe(self._reload)
+
+    def _reload(self) -> None:
+        if self._ready:  # otherwise it has not said so before, and does not now
+            self._notify(*reloading())
+        self.endpoint.reload()
+        if self._ready:
+            self._notify("READY=1")
+
+    # ---- systemd
+
+    def _status(self) -> str:
+        return "STATUS=" + next(self.endpoint.describe())
+
+    def tell(self) -> None:
+        """What `systemctl status` shows, from time to time."""
+        self._notify(self._status())
+        self._loop.call_later(STATUS_INTERVAL, self.tell)
+
+
+def run_endpoint(make: Make, drain: float, notify: Notify = notify_systemd, metrics_at: Address | None = None, share: bool = False) -> int:
+    """Runs what make(loop, started, finished) gives until it has finished, or a signal ends it: the exit code. It is a process by itself then,
+    with its limit of descriptors and its garbage collector."""
     import gc
 
     raise_descriptor_limit()
     loop = EventLoop()
-    outcome: list[int | Exception | None] = []
-    signals: list[int] = []
-
-    def finished(error: int | Exception | None) -> None:
-        outcome.append(error)
-        loop.stop()
-
-    def started() -> None:
-        ready.append(True)
-        notify("READY=1", "STATUS=" + next(endpoint.describe()))
-
-    def end() -> None:
-        notify("STOPPING=1")
-        endpoint.drain(drain, loop.stop)
-
-    def on_signal(number: int, _frame: Any) -> None:
-        signals.append(number)
-        if outcome:  # the second one, or it is ending anyway: at once, with resets; and where the loop is stuck, without
-            if len(signals) > 1:
-                outcome[0] = 130 if number == signal.SIGINT else 128 + number
-            impatient = threading.Timer(1, os._exit, (128 + number,))
-            impatient.daemon = True
-            impatient.start()
-            return loop.call_soon_threadsafe(loop.stop)
-        outcome.append(130 if number == signal.SIGINT else 0)
-        return loop.call_soon_threadsafe(end)
-
-    def on_hang_up(number: int, frame: Any) -> None:
-        if is_closed():
-            return on_signal(number, frame)
-        return loop.call_soon_threadsafe(lambda: reload_endpoint(endpoint, notify, bool(ready)))
-
-    is_closed = closed_window()
-    ready: list[bool] = []
-    endpoint = make(loop, started, finished)
+    run = EndpointRun(loop, drain, notify)
+    endpoint = run.endpoint = make(loop, run.started, run.finished)
     status_line = next((handler for handler in log.handlers if isinstance(handler, StatusLine)), None)
     if metrics_at:
         serve_metrics(endpoint, metrics_at, share)
-    for name, handler in (("SIGINT", on_signal), ("SIGTERM", on_signal), ("SIGHUP", on_hang_up),
-                          ("SIGUSR1", lambda *_: loop.call_soon_threadsafe(lambda: report_status(endpoint)))):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
-    signal.set_wakeup_fd(loop.fileno(), warn_on_full_buffer=False)
+    run.listen()
     endpoint.start()
+    loop.call_later(STATUS_INTERVAL, run.tell)
     if status_line and isinstance(endpoint, Client):
         status_line.run(endpoint)
     gc.collect()
@@ -7649,10 +7726,12 @@ def run_endpoint(make: Make, drain: float, notify: Notify = notify_systemd, metr
         status_line.show("")
     signal.set_wakeup_fd(-1)
     loop.close()
-    result = outcome[0]
-    if isinstance(result, Exception):
-        return getattr(result, "exit_code", 1)
-    return result or 0
+    result = run.outcome[0]
+    return getattr(result, "exit_code", 1) if isinstance(result, Exception) else result or 0
+
+
+# The parent of workers waits for these, so that none is missed between two of its acts.
+HEARD = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGCHLD") if hasattr(signal, name))
 
 
 def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify], int]) -> int:
@@ -7662,70 +7741,81 @@ def run_workers(sockets: list[list[socket.socket]], run: Callable[[int, Notify],
     """
     if len(sockets) == 1:
         return run(0, notify_systemd)
-    children: set[int] = set()
+    is_closed = closed_window()
+    for number in HEARD:  # what is ignored could not be waited for everywhere
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     parent_lives, parent_dies = os.pipe()
     readiness, ready = os.pipe()
-
-    def tell_parent(*lines: str) -> None:
-        if lines[0] == "READY=1":
-            os.write(ready, b".")
-    is_closed = closed_window()
-    for name in ("SIGHUP", "SIGUSR1"):  # as long as nobody minds them they end nobody
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    children: set[int] = set()
     for number, own in enumerate(sockets):
         pid = os.fork()
         if pid == 0:
             os.close(parent_dies)
             close_all(sock for others in sockets for sock in others if sock not in own)
-            os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
-            threading.Thread(target=_die_with_parent, args=(parent_lives,), daemon=True).start()
-            code = 1
-            with contextlib.suppress(KeyboardInterrupt):
-                code = _guarded(lambda: run(number, tell_parent))  # noqa: B023 - called before the loop goes on
-            os._exit(code)
+            os._exit(_be_worker(functools.partial(run, number), parent_lives, ready))
         children.add(pid)
-
     # A socket that somebody holds open is served by nobody once its own process is gone: connections to it would hang. Not close(),
     # with which the file of a Unix socket would go.
     for sock in {sock for group in sockets for sock in group}:
         os.close(sock.detach())
 
-    passed: list[int] = []
-
-    def pass_on(number: int, _frame: Any) -> None:
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def pass_end(number: int, _frame: Any) -> None:
-        if not passed:
-            notify_systemd("STOPPING=1")
-        passed.append(number)
-        pass_on(number, None)
-
-    def pass_reload(number: int, _frame: Any) -> None:
-        if is_closed():
-            return pass_end(signal.SIGTERM, None)
-        notify_systemd(*reloading())
-        return pass_on(number, None)
-
     def hear() -> None:
         while all(os.read(readiness, 1) for _ in sockets):
             notify_systemd("READY=1", "STATUS=%d workers" % len(sockets))
     threading.Thread(target=hear, daemon=True).start()
-    for name, handler in (("SIGINT", pass_end), ("SIGTERM", pass_end), ("SIGHUP", pass_reload), ("SIGUSR1", pass_on)):
-        signal.signal(getattr(signal, name), handler)
-    codes = []
+    return _supervise(children, is_closed)
+
+
+def _be_worker(run: Callable[[Notify], int], parent_lives: int, ready: int) -> int:
+    """In the new process: its exit code."""
+    def tell_parent(*lines: str) -> None:
+        if lines[0] == "READY=1":
+            os.write(ready, b".")
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
+    for name in ("SIGHUP", "SIGUSR1"):  # as long as nobody minds them they end nobody
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.default_int_handler)
+    threading.Thread(target=_die_with_parent, args=(parent_lives,), daemon=True).start()
+    code = 0  # ended before it began
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
+        code = _guarded(lambda: run(tell_parent))
+    return code
+
+
+def _supervise(children: set[int], is_closed: Callable[[], bool]) -> int:
+    """Passes on what the parent hears until all of them have ended: the exit code."""
+    codes: list[int] = []
+    ending = False
+    while children:
+        number = signal.sigwait(HEARD)
+        if number == signal.SIGCHLD:
+            codes += _reap(children)
+            if ending or not codes:
+                continue
+        if number == signal.SIGCHLD or number == signal.SIGHUP and is_closed():
+            number = signal.SIGTERM
+        if number == signal.SIGHUP:
+            notify_systemd(*reloading())
+        elif number != signal.SIGUSR1 and not ending:
+            ending = True
+            notify_systemd("STOPPING=1")
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    return next((code for code in codes if code), 0)
+
+
+def _reap(children: set[int]) -> Iterator[int]:
+    """The exit code of each that has ended; one SIGCHLD may stand for several."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
-            time.sleep(0.2)  # a signal that comes while another's handler runs would wait for the end of a wait without one
-            continue
+            return
         children.discard(pid)
-        codes.append(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1)
-        if not passed:
-            pass_end(signal.SIGTERM, None)
-    return next((code for code in codes if code), 0)
+        yield os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
 
 
 def close_all(sockets: Iterable[socket.socket]) -> None:
@@ -7777,6 +7867,7 @@ def check_metrics(options: Options) -> Callable[[int], Address | None]:
 
 def connect_command(options: Options) -> int:
     servers = parse_servers(options.server)
+    options = forget_useless(options, servers)
     proxy = parse_proxy(options.proxy, servers)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers, socks_user=options.socks_user)
     metrics_at = check_metrics(options)
@@ -7803,6 +7894,13 @@ def connect_command(options: Options) -> int:
         options.drain or 0.0, notify, metrics_at(number)))
 
 
+def forget_useless(options: Options, servers: list[Place]) -> Options:
+    """Without those of one's usual options in the environment that mean nothing for these servers. On a command line they are a mistake."""
+    useless = ("key_path", "accept_all_hosts", "accept_new") if isinstance(servers[0], SshHost) else ("ssh_command",)
+    return options._replace(**{field: Options._field_defaults[field] for field in useless
+                               if "--" + field.replace("_", "-") in options.environment})
+
+
 def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], **more: Any) -> Client:
     return Client(loop, folder, servers, tunnels, options.limits, legacy=options.legacy, accept_all_hosts=options.accept_all_hosts,
                   accept_new=options.accept_new, should_encrypt=options.encrypt, socks_user=options.socks_user,
@@ -7811,11 +7909,17 @@ def make_client(options: Options, loop: EventLoop, folder: KeyFolder, servers: l
 
 def check_command(options: Options, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], **way: Any) -> int:
     """connect --check: the test connection alone. Whatever started this and waits for systemd to hear is not told."""
-    code = run_endpoint(lambda loop, _started, finished: make_client(
-        options, loop, folder, servers, tunnels, sockets=[[] for _ in tunnels], report=log.debug, only_test=True, finished=finished, **way),
-        0.0, notify=lambda *_lines: None)
+    made: list[Client] = []
+
+    def make(loop: EventLoop, _started: Any, finished: Callable[[Exception | None], None]) -> Client:
+        made.append(make_client(options, loop, folder, servers, tunnels, sockets=[[] for _ in tunnels], report=log.debug, only_test=True,
+                                finished=finished, **way))
+        return made[0]
+    code = run_endpoint(make, 0.0, notify=lambda *_lines: None)
     if not code:
-        print("The server `%s` lets this client in." % ",".join(map(str, servers)))
+        said = "The server `%s` lets this client in." % str(made[0].server)
+        as_json = options.log_format == "json"
+        print(JsonFormatter(False).format(log.makeRecord(log.name, logging.INFO, "", 0, said, (), None)) if as_json else said)
     return code
 
 
@@ -7854,7 +7958,10 @@ def check_ssh(servers: list[Place], command: str | None, given: dict[str, Any], 
     import shlex
 
     try:
-        return shlex.split("ssh" if command is None else command) or [""]
+        words = shlex.split("ssh" if command is None else command)
+        if not words:
+            raise ValueError("there is no command in it")
+        return words
     except ValueError as error:
         raise ConfigError("cannot understand the --ssh-command `%s`: %s" % (printable(str(command)), error)) from None
 
@@ -8012,7 +8119,8 @@ def demo_command(options: Options) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The program: its exit code (0 done, 1 failed, 2 usage or configuration, 3 authentication, 130 interrupted)."""
-    return _guarded(lambda: _run_command(sys.argv[1:] if argv is None else argv))
+    words = sys.argv[1:] if argv is None else argv
+    return _guarded(lambda: _run_command(words), words)
 
 
 def _run_command(argv: list[str]) -> int:
@@ -8024,7 +8132,10 @@ def _run_command(argv: list[str]) -> int:
     commands: dict[str, Callable[[Options], int]] = {
         "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
         "help": help_command, "version": version_command}
-    code = commands[options.command](options)
+    try:
+        code = commands[options.command](options)
+    except ConfigError as error:
+        raise name_variables(error, options.environment) from None
     if sys.stdout:
         sys.stdout.flush()  # here, where a failure is still ours to report
     return code
@@ -8037,13 +8148,13 @@ def shows_status(options: Options) -> bool:
             and hasattr(os, "tcgetpgrp") and bool(sys.stderr) and sys.stderr.isatty())
 
 
-def _guarded(run: Callable[[], int]) -> int:
+def _guarded(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
     """run(), and what each kind of failure is to its user: a line and an exit code, never a traceback."""
     try:
         return run()
     except UsageError as error:
         if sys.stderr:
-            print("ratrod: %s\n\n%s\n`ratrod help` says more." % (error, USAGE), file=sys.stderr)
+            print("ratrod: %s\n\n%s" % (error, usage_hint(argv)), file=sys.stderr)
         return error.exit_code
     except RatrodError as error:
         log.error("❌ %s", error)

@@ -49,7 +49,8 @@ def interpreters():
 def environment(python, version, pynacl):
     """A venv with what the tests need; None, and why, where that cannot be had."""
     folder = CACHE / ("%d.%d-pynacl-%s" % (*version, pynacl or "current"))
-    if not (folder / "ready").exists():
+    needs = (ROOT / "setup.py").read_text()
+    if not (folder / "ready").exists() or (folder / "ready").read_text() != needs:
         shutil.rmtree(str(folder), ignore_errors=True)
         steps = [[python, "-m", "venv", folder], [folder / "bin" / "pip", "install", "-q", "%s[test]" % ROOT]]
         steps += [[folder / "bin" / "pip", "install", "-q", "--only-binary", ":all:", "pynacl==" + pynacl]] if pynacl else []
@@ -57,7 +58,7 @@ def environment(python, version, pynacl):
             done = run(step)
             if done.returncode:
                 return None, (done.stdout.strip().splitlines() or ["no reason given"])[-1]
-        (folder / "ready").touch()
+        (folder / "ready").write_text(needs)
     return folder / "bin" / "python", ""
 
 

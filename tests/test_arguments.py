@@ -1,6 +1,7 @@
 """Where words come from besides the command line: files of arguments (@file), and RATROD_* in the environment."""
 
 import os
+import re
 import subprocess
 import threading
 
@@ -137,6 +138,31 @@ def test_files_inside_each_other(parse, file):
 # ---------------------------------------------------------------------------------------------------- RATROD_*
 
 
+@pytest.mark.parametrize(("variable", "value", "words"), [
+    ("PROXY", "proxy:3128", ["connect", "S:1"]), ("METRICS", "nowhere", ["serve", "127.0.0.1:0"]), ("REMOTE_REGEX", "(((", ["serve", "127.0.0.1:0"]),
+    ("PROXY_PROTOCOL", "10.0.0.0/33", ["serve", "127.0.0.1:0"]), ("SOCKS_USER", "me", ["connect", "S:1", "1:socks"]),
+    ("SSH_COMMAND", "ssh '", ["connect", "ssh://S", "1:x:2"]), ("WORKERS", "2", ["connect", "ssh://S", "1:x:2"]),
+    ("LEGACY", "1", ["connect", "ssh://S", "1:x:2"]), ("WORKERS", "2", ["connect", "S:1", "stdio:x:2"])])
+def test_an_error_names_the_variable_that_it_is_about(run, keys, variable, value, words):
+    done = run("-k", str(keys.client.path), *words, **{"RATROD_" + variable: value}) if "ssh://S" not in words else run(
+        *words, **{"RATROD_" + variable: value})
+    assert done.returncode == 2 and done.stderr.strip().endswith("(see RATROD_%s in the environment)" % variable), done.stderr
+
+
+def test_usual_options_that_mean_nothing_here_are_no_error():
+    servers = ratrod.parse_servers("ssh://far"), ratrod.parse_servers("near:1")
+    given = {"RATROD_KEY_PATH": "k", "RATROD_ACCEPT_NEW": "1", "RATROD_ACCEPT_ALL_HOSTS": "1", "RATROD_SSH_COMMAND": "ssh -v",
+             "RATROD_PROXY": "http://p"}
+    options = ratrod.parse_command_line(["connect", "S:1"], given)
+    through, straight = (ratrod.forget_useless(options, server) for server in servers)
+    assert (through.key_path, through.accept_new, through.accept_all_hosts, through.ssh_command, through.proxy) == (
+        None, False, False, "ssh -v", "http://p")
+    assert (straight.key_path, straight.accept_new, straight.accept_all_hosts, straight.ssh_command) == ("k", True, True, None)
+    typed = ratrod.parse_command_line(["-k", "typed", "connect", "--ssh-command", "typed", "S:1"], given)
+    assert [ratrod.forget_useless(typed, server).key_path for server in servers] == ["typed"] * 2
+    assert [ratrod.forget_useless(typed, server).ssh_command for server in servers] == ["typed"] * 2
+
+
 def test_the_environment_gives_what_the_command_line_leaves_open(run, serve, keys, tmp_path):
     _, port = serve()
     server = "127.0.0.1:%d" % port
@@ -144,7 +170,7 @@ def test_the_environment_gives_what_the_command_line_leaves_open(run, serve, key
     # The command line wins, in whichever form.
     for words in (["-k", str(keys.client.path)], ["--key-path=%s" % keys.client.path]):
         assert run(*words, "connect", "--check", server, RATROD_KEY_PATH=tmp_path / "nowhere").returncode == 0
-    assert "nowhere" in run("connect", "--check", server, RATROD_KEY_PATH=tmp_path / "nowhere").stderr
+    assert re.search("nowhere.*RATROD_KEY_PATH", run("connect", "--check", server, RATROD_KEY_PATH=tmp_path / "nowhere").stderr)
     done = run("connect", server, RATROD_KEY_PATH=keys.client.path, RATROD_CHECK="Yes", RATROD_VERBOSE="1")
     assert done.returncode == 0 and "lets this client in" in done.stdout and "DEBUG" in done.stderr
 

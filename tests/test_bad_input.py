@@ -945,6 +945,19 @@ def test_a_server_that_never_ends_its_answer(against):
 # ---------------------------------------------------------------------------------------------------- keys that do not fit
 
 
+@pytest.mark.parametrize(("greeting", "says"), [
+    (b"SSH-2.0-OpenSSH_9.2p1\r\n", "begins with 'SS', as from sshd \\(with ssh://host"), (b"\x1b[31m", r"'\\x1b\["), (b"\0\0\0", "--legacy"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "'HT', as from a web server"), (b"220 mail ESMTP\r\n", "'22', as from a mail"),
+    (b"\x15\x03\x01\x00\x02\x02\x46", r"'\\x15\\x03', as from a TLS server")])
+def test_a_port_where_something_else_answers(target, connect, greeting, says):
+    def greet(connection):
+        connection.sendall(greeting)
+        receive_all(connection)
+    client = connect(target(greet).port, "0:127.0.0.1:1")
+    client.wait_for("❌ Test connection failed: .*ratrod2; .*" + says)
+    assert client.wait() == 1
+
+
 def test_an_unauthorized_client(serve, connect, keys):
     (keys.server.path / "authorized_keys").write_text("")
     server, port = serve("--legacy")

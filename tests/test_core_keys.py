@@ -234,6 +234,14 @@ def test_lines_that_are_none_harm_no_other(listed):
     assert [int(re.search(r"line (\d+) of", problem).group(1)) for problem in lines.problems] == [5, 6, 8]
 
 
+def test_two_keys_in_one_line_are_named_as_that(listed):
+    """key.pub ends without a newline: `cat one >> authorized_keys; cat two >> authorized_keys` joins them."""
+    lines, _, path = listed
+    path.write_text(base64url(A) + base64url(B))
+    assert lines.read() == {}
+    assert "looks like two keys in one line; each needs a line of its own" in lines.problems[0]
+
+
 def knows(lines, key, address):
     try:
         lines.check(key, address)

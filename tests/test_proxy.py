@@ -142,7 +142,7 @@ def test_wrong_credentials(tinyproxy, microsocks, serve, connect, scheme, typed,
     _, port = serve()
     client = connect(port, "-v", "--proxy", "%s://%s127.0.0.1:%d" % (scheme, typed, proxy.port), "0:127.0.0.1:1")
     client.wait_for("the proxy `%s://127.0.0.1:%d` does not connect to the server `127.0.0.1:%d`: .*(%s)" % (scheme, proxy.port, port, says))
-    assert client.wait() == 1
+    assert client.wait() == 3
     assert "wrong" not in client.output
 
 
@@ -233,13 +233,13 @@ except ratrod.ConfigError as error:
     print("ConfigError", "secret" in str(error))
 try:
     ratrod.tunnel(server, key_path=keys, proxy=proxy.replace("pass", "secret"))
-except ratrod.ConnectError as error:
-    print("ConnectError", "secret" in str(error))
+except ratrod.AuthenticationError as error:
+    print("AuthenticationError", "secret" in str(error))
 """
     proxy = tinyproxy("user", "pass")
     result = subprocess.run([sys.executable, "-c", program, "http://user:pass@127.0.0.1:%d" % proxy.port, "127.0.0.1:%d" % port,
                              str(tcp_echo.port), str(keys.client.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
-    assert result.stdout.splitlines() == ["hello", "ConfigError False", "ConnectError False"]
+    assert result.stdout.splitlines() == ["hello", "ConfigError False", "AuthenticationError False"]
 
 
 # ---------------------------------------------------------------------------------------------------- hostile ones
@@ -353,7 +353,7 @@ HTTP = {
 }
 BOUND = b"\x00\x01\x00\x00\x00\x00\x00\x00"
 SOCKS = {
-    "garbage": (socks_answers(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not speak SOCKS5"),
+    "http": (socks_answers(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not speak SOCKS5, but HTTP: write http://"),
     "socks4": (socks_answers(b"\x00\x5b"), "does not speak SOCKS5"),
     "closes at once": (nothing, "before it had answered"),
     "silent": (silence, "not done within"),
@@ -376,7 +376,7 @@ def test_a_proxy_that_misbehaves(fake, keys, scheme, case):
     handle, says = (HTTP if scheme == "http" else SOCKS)[case]
     port, _ = fake(handle)
     limits = ratrod_module.Limits(connect_timeout=0.5 if "silent" in case else PATIENCE)
-    with pytest.raises(ratrod_module.ConnectError) as error:
+    with pytest.raises((ratrod_module.ConnectError, ratrod_module.AuthenticationError)) as error:
         ratrod_module.tunnel("127.0.0.1:9", key_path=str(keys.client.path), proxy="%s://127.0.0.1:%d" % (scheme, port), limits=limits)
     text = str(error.value)
     assert re.search("the proxy `%s://127.0.0.1:%d` does not connect to the server `127.0.0.1:9`: .*%s" % (scheme, port, says), text), text

@@ -36,7 +36,8 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 
 @pytest.fixture
 def manager(tmp_path):
-    """manager(abstract=False) -> (what NOTIFY_SOCKET is to be, receive() -> the next message's lines as a dict): systemd's end."""
+    """manager(abstract=False) -> (what NOTIFY_SOCKET is to be, receive() -> the next message's lines as a dict): systemd's end. What is STATUS
+    alone, as it comes from time to time, is passed over, or is what receive(status=True) awaits."""
     sockets = []
 
     def make(abstract=False):
@@ -45,9 +46,12 @@ def manager(tmp_path):
         name = "ratrod-test-%d-%d" % (os.getpid(), len(sockets)) if abstract else str(tmp_path / ("notify%d" % len(sockets)))
         made.bind("\0" + name if abstract else name)
 
-        def receive(timeout=PATIENCE):
+        def receive(timeout=PATIENCE, status=False):
             made.settimeout(timeout)
-            return dict(line.split("=", 1) for line in made.recv(4096).decode().splitlines())
+            while True:
+                message = dict(line.split("=", 1) for line in made.recv(4096).decode().splitlines())
+                if (list(message) == ["STATUS"]) is status:
+                    return message
         return ("@" if abstract else "") + name, receive
     yield make
     for made in sockets:
@@ -97,8 +101,10 @@ def test_a_client_is_ready_when_all_its_tunnels_are(manager, ratrod, keys, tcp_e
     client.wait_for("Test connection failed")
     client.process.send_signal(signal.SIGHUP)
     client.wait_for("Read again")
+    assert re.match("Client of `127.0.0.1:%d`, connecting for .* refused" % port, heard(status=True)["STATUS"])
     server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
     assert heard()["READY"] == "1"
+    assert ", connected for " in heard(status=True)["STATUS"]
     ask(int(server.wait_for(LISTENING).group(1)))
 
 
@@ -318,6 +324,12 @@ def test_a_good_check(mode, serve, run_once, keys, tcp_echo, manager):
             code, output = run_once(*words, *tunnels, NOTIFY_SOCKET=path)
             lines = [line for line in output.splitlines() if "in the clear" not in line]
             assert (code, lines) == (0, ["The server `127.0.0.1:%d` lets this client in." % port]), output
+        # Of several, the one that does.
+        nobody = "127.0.0.1:%d" % port_of(made)
+        made.close()
+        code, output = run_once(*words[:-1], "--log-format", "json", "%s,%s" % (nobody, words[-1]))
+        line = json.loads(output.splitlines()[-1])
+        assert (code, line["level"], line["message"]) == (0, "INFO", "The server `127.0.0.1:%d` lets this client in." % port), output
     code, output = run_once("-v", *words)
     assert code == 0 and READY in output and "Signing server challenge" in output
     with pytest.raises(BlockingIOError):

@@ -539,7 +539,7 @@ def test_a_host_that_is_not_there(sshd, over_ssh):
 
 
 def test_no_ssh_here(start, ground):
-    for command, says in (("no-such-ssh -v", "`no-such-ssh -v`, which is not installed here"), ("", "not installed"), ("'", "cannot understand")):
+    for command, says in (("no-such-ssh -v", "`no-such-ssh -v`, which is not installed here"), ("", "no command in it"), ("'", "cannot understand")):
         client = start(*BARE, "connect", "--ssh-command", command, "ssh://far", "0:127.0.0.1:1", env=ground.environment)
         fails(client, says, 2)
     client = start(*BARE, "connect", "ssh://far", "0:127.0.0.1:1", env={**ground.environment, "PATH": "/nowhere"})
