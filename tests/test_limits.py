@@ -35,7 +35,7 @@ from conftest import (
     udp_originator,
     udp_port,
 )
-from pressure import LONG, BlackHole, figure, megabytes, memory, scaled
+from pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from test_ratrod2_negative import cpu_seconds
 from test_udp import remote, waiting_bytes  # noqa: F401 - remote is a fixture
 
@@ -585,10 +585,10 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):  # noqa: F811 - th
     udp.session(1, "127.0.0.1:%d" % remote.port)
     udp.datagrams((1, b"begin"))
     _, session = remote.receive()
-    before = memory(server)
+    before = memory_before(server)
     for number in range(60_000):  # 70 MB: far more than the kernel's buffers of a connection hold
         remote.socket.sendto(b"%06d" % number + bytes(1194), session)
-    growth = memory(server, "VmHWM") - before
+    growth = peak_growth(server, before)
     figure("UDP to a client that does not read, the server's memory grew by", megabytes(growth))
     assert growth < 8 << 20
     remote.socket.sendto(b"the newest", session)
@@ -775,7 +775,7 @@ def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
     with dial(tcp_port(client)) as sock:
         ping(sock)
         quiet = entering(whole_connect), entering(newcomer)
-        own, before, cpu, began = descriptors(server), memory(server), cpu_seconds(server.process.pid), time.monotonic()
+        own, before, cpu, began = descriptors(server), memory_before(server), cpu_seconds(server.process.pid), time.monotonic()
         pinged = Pinged(sock)
         crowd = start(sys.executable, pressure.__file__, str(port), str(SILENT), str(DRIPPING), str(RATE), str(again))
         crowd.wait_for("first one is connected")
@@ -800,11 +800,11 @@ def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
         figure(name + ", an honest connect, longest of %d" % len(times), "%.2f s (%.2f s without them)" % (max(times), quiet[0]))
         figure(name + ", a newcomer's handshake, longest of %d" % len(handshakes), "%.3f s (%.3f s without them)" % (max(handshakes), quiet[1]))
         figure(name + ", a round trip of an open stream, longest of %d" % pinged.count, "%.0f ms" % (1000 * pinged.worst))
-        figure(name + ", the server's memory grew by at most", megabytes(memory(server, "VmHWM") - before))
+        figure(name + ", the server's memory grew by at most", megabytes(peak_growth(server, before)))
         figure(name + ", the server's CPU time", "%.2f s of %.2f s" % (used, took))
         ping(sock)
         figure(name + ", tries that were pushed out", "%d of %d" % (pushed_out, tries))
     assert max(times + handshakes) < 5
     assert pushed_out <= 1 + tries // 20
-    assert memory(server, "VmHWM") - before < 32 << 20
+    assert peak_growth(server, before) < 32 << 20
     assert "❌" not in client.output

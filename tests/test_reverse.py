@@ -7,13 +7,11 @@ import collections
 import contextlib
 import hashlib
 import os
-import pathlib
 import queue
 import re
 import signal
 import socket
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -36,6 +34,7 @@ from conftest import (
     seed_of,
     tcp_port,
 )
+from pressure import memory_before, peak_growth
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -109,12 +108,6 @@ def bound(client, remote="", host=r"127\.0\.0\.1"):
 def handshakes(server):
     """How many handshakes `serve -v` has completed."""
     return sum("Accepted" in line for line in server.lines)
-
-
-def peak_memory(program):
-    """The most that the process ever had in memory, in bytes."""
-    status = pathlib.Path("/proc/%d/status" % program.process.pid).read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
 
 
 def identity_of(keys):
@@ -279,14 +272,14 @@ def test_a_slow_reader_holds_up_its_own_stream_alone(reverse, target):
             sent.append(1)
     made = reverse(target(handle).port)
     with made.dial() as slow:
+        before = [(program, memory_before(program)) for program in (made.server, made.client)]
         slow.sendall(b"s")
         come_to_rest(lambda: len(sent))
         assert len(sent) < blocks, "somebody holds %d MB" % blocks
         with made.dial() as quick:
             quick.sendall(b"q")
             assert receive_all(quick) == b"q"
-        if sys.platform.startswith("linux"):
-            assert max(map(peak_memory, (made.server, made.client))) < 100 << 20
+        assert all(peak_growth(*each) < 16 << 20 for each in before)
         for _ in range(blocks):
             assert digest(receive_exactly(slow, len(block))) == digest(block)
         assert slow.recv(1) == b""

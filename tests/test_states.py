@@ -950,7 +950,7 @@ def test_a_path_that_breaks_after_any_byte(direction, how):
     with World() as world:
         whole_stream(world)
         length = world.pairs[0].pipes[direction].moved
-    assert length > 100
+    assert length > 70  # ChaCha20-Poly1305 alone has shorter records
     for n in range(length + 1):
         with World() as world:
             whole_stream(world, direction, n)

@@ -33,6 +33,7 @@ from conftest import (
     reset,
 )
 from many_lines import run_each
+from pressure import memory_before, peak_growth
 
 pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
@@ -374,14 +375,6 @@ def test_streams_that_are_closed(closed_streams, codes, serve, keys, target, tmp
 # ---------------------------------------------------------------------------------------------------- bulk and memory
 
 
-def memory(program, field):
-    path = "/proc/%d/status" % program.process.pid
-    if not os.path.exists(path):
-        pytest.skip("no /proc on this system")
-    with open(path) as status:
-        return int(re.search(field + r":\s*(\d+) kB", status.read()).group(1)) << 10
-
-
 @every_mode
 def test_64_mb_each_way(mode, stdio, listener):
     """At the same time, whole, and in little memory."""
@@ -389,7 +382,7 @@ def test_64_mb_each_way(mode, stdio, listener):
     with accept(listener) as target:
         made.write(b"!")
         assert receive_exactly(target, 1) == b"!"
-        before = memory(made, "VmRSS")
+        before = memory_before(made)
 
         def send(write, end):
             for _ in range(64):
@@ -401,7 +394,7 @@ def test_64_mb_each_way(mode, stdio, listener):
             for sender in senders:
                 sender.result()
             # Before the last end, while the process is still there to be asked.
-            grown = memory(made, "VmHWM") - before
+            grown = peak_growth(made, before)
             target.shutdown(socket.SHUT_WR)
             assert receivers[0].result() == DIGEST_64
             assert hashlib.sha256(receivers[1].result()).hexdigest() == DIGEST_64
@@ -437,10 +430,10 @@ def test_stdout_that_nobody_reads(mode, stdio, listener):
     with accept(listener) as target:
         target.sendall(b"!")
         assert made.read(1) == b"!"
-        before = memory(made, "VmRSS")
+        before = memory_before(made)
         target.setblocking(False)
         sent, digest = push_until_stuck(target.send)
-        assert memory(made, "VmRSS") - before < 8 << 20
+        assert peak_growth(made, before) < 8 << 20
         # And the other direction is not held up.
         target.settimeout(PATIENCE)
         made.write(b"still here")
@@ -459,10 +452,10 @@ def test_target_that_does_not_read(mode, stdio, listener):
     with accept(listener) as target:
         made.write(b"!")
         assert receive_exactly(target, 1) == b"!"
-        before = memory(made, "VmRSS")
+        before = memory_before(made)
         os.set_blocking(made.stdin.fileno(), False)
         _, digest = push_until_stuck(lambda piece: os.write(made.stdin.fileno(), piece))
-        assert memory(made, "VmRSS") - before < 8 << 20
+        assert peak_growth(made, before) < 8 << 20
         target.sendall(b"still here")
         assert made.read(10) == b"still here"
         made.stdin.close()

@@ -43,6 +43,7 @@ from conftest import (
     reset,
     tcp_port,
 )
+from pressure import memory_before, peak_growth
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -205,15 +206,6 @@ def test_bulk(mode, up, down, joined):
 # ---------------------------------------------------------------------------------------------------- slow readers
 
 
-def memory(program):
-    """The resident memory of a program, in bytes."""
-    path = "/proc/%d/status" % program.process.pid
-    if not os.path.exists(path):
-        pytest.skip("no /proc on this system")
-    with open(path) as status:
-        return int(re.search(r"VmRSS:\s*(\d+) kB", status.read()).group(1)) << 10
-
-
 def push_until_stuck(connection):
     """Sends to a reader that does not read until no more is taken. What was taken, as its size and hash."""
     connection.setblocking(False)
@@ -238,12 +230,12 @@ def test_slow_reader_costs_no_memory_and_holds_up_nobody_else(mode, first, forwa
     # At full speed once, so that the buffers that are kept for good are there before anything is measured.
     warm = join(stalling)
     transfer(warm.originator, warm.target, 32, 32)
-    before = memory(server), memory(client)
+    before = memory_before(server), memory_before(client)
     reader, sender = join(stalling).ordered(first)
     sent, digest = push_until_stuck(sender)
     for _ in range(20):
         ask(tcp_port(client, 2), BLOCK[:100000])
-    grown = memory(server) - before[0], memory(client) - before[1]
+    grown = peak_growth(server, before[0]), peak_growth(client, before[1])
     assert max(grown) < 4 << 20, "%d bytes sent, memory grown by %d (server) and %d (client)" % ((sent,) + grown)
     sender.shutdown(socket.SHUT_WR)
     assert receive_blocks(reader) == (sent, digest)
