@@ -237,6 +237,10 @@ class AuthenticationError(RemoteProtocolError):
     exit_code = 3
 
 
+class Revoked(AuthenticationError):
+    """A key that was authorized is not any more; said once, for all of its links."""
+
+
 class PeerError(RemoteProtocolError):
     """The peer ended it with an Error message."""
 
@@ -3203,7 +3207,7 @@ class Link:
 
 def log_link_loss(what: str, error: Exception) -> None:
     """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
-    everyday = isinstance(error, (LinkClosed, PeerError)) or not isinstance(error, RemoteProtocolError)
+    everyday = isinstance(error, (LinkClosed, PeerError, Revoked)) or not isinstance(error, RemoteProtocolError)
     log.log(logging.DEBUG if everyday else logging.ERROR, "%s ended: %s", what, reason(error))
 
 
@@ -5115,8 +5119,11 @@ class Server(Endpoint):
             return
         self._listed = listed
         self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines if grant.expires > time.time()), default=float("inf"))
-        for link in [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]:
-            link.die(AuthenticationError("the client's key `%s` is not in authorized_keys any more" % encode_key(link.peer_key)))
+        gone = [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]
+        for key, n in collections.Counter(link.peer_key for link in gone).items():
+            log.warning("The client's key `%s` is not in authorized_keys any more: %s of it ended", encode_key(key), plural(n, "link"))
+        for link in gone:
+            link.die(Revoked("the client's key `%s` is not in authorized_keys any more" % encode_key(link.peer_key)))
         for relay in [relay for relays in self._relays.values() for relay in relays]:
             relay.recheck(lambda link, target: self._permitted(link, target, socket.SOCK_DGRAM))
         for listener in list(self._reverse):
