@@ -1698,6 +1698,9 @@ def test_25_a_key_removed_during_a_stream(served, watched, tmp_path, target):
     for link in (removed, idle, udp):
         assert {record.type for record in link.read_to_end()} <= {ERROR, KEEPALIVE, CLOSE, OPENED}
     watched.assert_reset()
+    # One line for all of its links, in place of one each.
+    end.program.wait_for("WARN The client's key `%s` is not in authorized_keys any more: 3 links of it ended" % other.public)
+    assert not [line for line in end.program.lines if "idle link" in line and "ERROR" in line]
     refused = end.client(seed_of(other)).begin_handshake()
     assert_refused(refused)
     # Another key's stream was not touched.
