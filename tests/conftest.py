@@ -288,6 +288,21 @@ def echo(connection):
 
 
 @pytest.fixture
+def tmux(tmp_path):
+    """tmux(words...) -> what that command of a tmux of this test's own prints; it ends with the test, and leaves nothing."""
+    name = "ratrod-%d-%s" % (os.getpid(), tmp_path.name[-20:])
+    program = need("tmux")
+
+    def run(*words):
+        return subprocess.run([program, "-L", name, "-f", "/dev/null", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
+                              env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}).stdout.decode()
+    yield run
+    run("kill-server")
+    with contextlib.suppress(FileNotFoundError):
+        (pathlib.Path(os.environ.get("TMUX_TMPDIR") or "/tmp") / ("tmux-%d" % os.getuid()) / name).unlink()
+
+
+@pytest.fixture
 def closed():
     """A port of 127.0.0.1 where nobody listens, and that nobody else gets."""
     with socket.socket() as made:

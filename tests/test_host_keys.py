@@ -744,42 +744,26 @@ def test_the_file_cannot_be_written_after_a_yes(serve, keys, known, at_terminal,
 # ---------------------------------------------------------------------------------------------------- a real terminal emulator
 
 
-@pytest.fixture
-def tmux(tmp_path):
-    """tmux(shell command) -> run(tmux words...): the command in a window of a tmux of this test's own, 200 columns wide."""
-    program = need("tmux")
-    name = "rt-%d-%s" % (os.getpid(), tmp_path.name[-20:])
-
-    def run(*words):
-        return subprocess.run([program, "-L", name, "-f", "/dev/null", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
-                              env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}).stdout.decode()
-
-    def launch(command):
-        run("new-session", "-d", "-x", "200", "-y", "50", command)
-        return run
-    yield launch
-    run("kill-server")
-
-
 @pytest.mark.parametrize("answer", ["yes", "no", "fingerprint", "C-c", "C-d"])
 def test_in_tmux(answer, tmux, serve, keys, known, tmp_path, tcp_echo):
     """As people meet it: a terminal emulator, a shell, keys that are pressed."""
     _, port = serve()
     words = [*RATROD, "-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, *(["0:%d" % tcp_echo.port] if answer == "C-c" else [])]
-    run = tmux("%s > %s; echo exit code $?; read line" % (" ".join(map(shlex.quote, words)), shlex.quote(str(tmp_path / "stdout"))))
+    tmux("new-session", "-d", "-x", "200", "-y", "50",
+         "%s > %s; echo exit code $?; read line" % (" ".join(map(shlex.quote, words)), shlex.quote(str(tmp_path / "stdout"))))
 
     def screen():
-        return run("capture-pane", "-p", "-J")
+        return tmux("capture-pane", "-p", "-J")
 
     def shows(pattern):
         eventually(lambda: re.search(pattern, screen()), screen)
     shows(QUESTION)
     assert keys.server.public in screen() and fingerprint(keys.server.public) in screen()
     if answer.startswith("C-"):
-        run("send-keys", answer)
+        tmux("send-keys", answer)
     else:
-        run("send-keys", "-l", fingerprint(keys.server.public) if answer == "fingerprint" else answer)
-        run("send-keys", "Enter")
+        tmux("send-keys", "-l", fingerprint(keys.server.public) if answer == "fingerprint" else answer)
+        tmux("send-keys", "Enter")
     code = {"yes": 0, "fingerprint": 0, "no": AUTHENTICATION_FAILED, "C-d": AUTHENTICATION_FAILED, "C-c": INTERRUPTED}[answer]
     shows("exit code %d\\b" % code)
     assert known.read_text() == (line_of(keys, port) if code == 0 else "")

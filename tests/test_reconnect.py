@@ -336,10 +336,10 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
     _, door.to = serve()
     found = client.wait_for(AGAIN)
     assert found.group(1) == "127.0.0.1:%d" % door.port
-    # As many as came to the door after the loss was noticed, but for the links that follow the first good one. Of two tries that notice it
-    # at the same moment one counts.
-    came = len(door.tries) - before - noticed - 1
-    assert came - 3 <= int(found.group(2)) <= came + 1
+    # As many as came to the door after the loss was noticed, but for the links that follow the first good one. Of the tries that notice it
+    # at the same moment one counts, or on a busy machine each.
+    came = len(door.tries) - before
+    assert came - noticed - 4 <= int(found.group(2)) <= came
     ask(tcp_port(client))
     assert len(client.lines) == lines + 2, client.output
 

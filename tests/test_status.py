@@ -10,7 +10,6 @@ import subprocess
 
 import pytest
 from conftest import (
-    PATIENCE,
     RATROD,
     RATROD2,
     READY,
@@ -18,7 +17,6 @@ from conftest import (
     dial,
     echo,
     eventually,
-    need,
     receive_exactly,
     tcp_port,
     udp_originator,
@@ -130,28 +128,21 @@ class Terminal:
 
 
 @pytest.fixture
-def at_terminal(tmp_path, keys, serve):
+def at_terminal(tmux, tmp_path, keys, serve):
     """at_terminal(words of connect..., width, env, before) -> Terminal in which it runs, and then shows its exit code; `shell`: in a shell.
     All of a test share a server."""
-    program = need("tmux")
-    name = "rs-%d-%s" % (os.getpid(), tmp_path.name[-20:])
-
-    def run(*words):
-        return subprocess.run([program, "-L", name, "-f", "/dev/null", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
-                              env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}).stdout.decode()
-
     servers, terminals = [], []
 
     def launch(*words, width=240, env="", before=(), shell=False):
         servers[:] = servers or [serve()]
         server, port = servers[0]
-        terminal = Terminal(run, "=t%d:" % len(terminals), tmp_path / ("raw%d" % len(terminals)), server, port)
+        terminal = Terminal(tmux, "=t%d:" % len(terminals), tmp_path / ("raw%d" % len(terminals)), server, port)
         # Its id: a terminal that goes away does not end one that is stopped.
         remember = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(tmp_path / ("pid%d" % len(terminals)))]
         command = " ".join(map(shlex.quote, [*remember, *RATROD, *before, "-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, *words]))
         # `read`: not before all that it shows is recorded.
         first = "PS1='$ ' exec bash --norc -i" if shell else "read line; %s %s; echo exit code $?; read line" % (env, command)
-        run("new-session", "-d", "-s", "t%d" % len(terminals), "-x", str(width), "-y", "50", first)
+        tmux("new-session", "-d", "-s", "t%d" % len(terminals), "-x", str(width), "-y", "50", first)
         terminal.run("pipe-pane", "cat > %s" % shlex.quote(str(terminal.raw)))
         terminals.append(terminal)
         terminal.type(command if shell else "")
@@ -162,7 +153,6 @@ def at_terminal(tmp_path, keys, serve):
         for pid in filter(lives, pids):
             os.kill(pid, sign)
     eventually(lambda: not any(map(lives, pids)), "an end of %s" % pids)
-    run("kill-server")
 
 
 def lives(pid):
