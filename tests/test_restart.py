@@ -529,19 +529,12 @@ def test_udp_sessions_move_to_the_next_server(servers, connect, udp_echo, mode):
 
 
 @needs_reuse_port
-def test_reverse_tunnels_move_to_the_next_server(servers, ratrod, keys, tcp_echo, target):
+def test_reverse_tunnels_move_to_the_next_server(servers, ratrod, keys, tcp_echo, slow):
     """The same port at the next server, at once, while a connection of the old one's goes on."""
-    go_on = threading.Event()
-
-    def slow(connection):
-        connection.sendall(b"first")
-        assert go_on.wait(PATIENCE)
-        connection.sendall(b"last")
     chain = servers("--allow-listen", "--drain", FOREVER)
-    slow_target = target(slow)
     client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % chain.port,
-                    "R:0:127.0.0.1:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % slow_target.port)
-    port, slow_port = (bound(client, ":%d" % made.port) for made in (tcp_echo, slow_target))
+                    "R:0:127.0.0.1:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % slow.port)
+    port, slow_port = (bound(client, ":%d" % made.port) for made in (tcp_echo, slow))
     exchange(port, b"before")
     with dial(slow_port) as connection:
         assert receive_exactly(connection, 5) == b"first"
@@ -550,26 +543,34 @@ def test_reverse_tunnels_move_to_the_next_server(servers, ratrod, keys, tcp_echo
         figure("a reverse tunnel listens at the next server after", "%.2f s" % elapsed(lambda: eventually(lambda: works(port), "it listens")))
         assert old.process.poll() is None
         exchange(port, b"after")
-        go_on.set()
+        slow.go_on.set()
         assert receive_all(connection) == b"last"
     assert old.wait() == 0
     assert client.process.poll() is None
 
 
-def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, target):
+@pytest.fixture
+def slow(target):
+    """A target that says "first", and once `go_on` is set "last"."""
     go_on = threading.Event()
 
-    def slow(connection):
+    def handle(connection):
         connection.sendall(b"first")
         assert go_on.wait(PATIENCE)
         connection.sendall(b"last")
+    made = target(handle)
+    made.go_on = go_on
+    return made
+
+
+def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow):
     _, server_port = serve("--allow-listen")
-    client = connect(server_port, "--drain", FOREVER, "R:0:127.0.0.1:%d" % target(slow).port)
+    client = connect(server_port, "--drain", FOREVER, "R:0:127.0.0.1:%d" % slow.port)
     with dial(bound(client)) as connection:
         assert receive_exactly(connection, 5) == b"first"
         client.process.send_signal(signal.SIGTERM)
         assert client.wait_for(ENDING % FOREVER).group(1) == "1"
-        go_on.set()
+        slow.go_on.set()
         assert receive_all(connection) == b"last"
     assert client.wait() == 0
 
@@ -577,16 +578,10 @@ def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, targ
 # ---------------------------------------------------------------------------------------------------- workers
 
 
-def test_workers_drain_each(serve, connect, target):
+def test_workers_drain_each(serve, connect, slow):
     """The parent passes the signal on and waits for the last of them."""
-    go_on = threading.Event()
-
-    def slow(connection):
-        connection.sendall(b"first")
-        assert go_on.wait(PATIENCE)
-        connection.sendall(b"last")
     server, server_port = serve("--workers", "2", "--drain", FOREVER)
-    client = connect(server_port, "0:127.0.0.1:%d" % target(slow).port)
+    client = connect(server_port, "0:127.0.0.1:%d" % slow.port)
     client.wait_for(READY)
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
@@ -595,7 +590,7 @@ def test_workers_drain_each(serve, connect, target):
         server.process.send_signal(signal.SIGTERM)
         server.wait_for(r"🛑 Ending")
         eventually(lambda: refused(server_port), "nobody listens any more")
-        go_on.set()
+        slow.go_on.set()
         assert [receive_all(connection) for connection in connections] == [b"last"] * 8
     assert server.wait() == 0
 
