@@ -2628,6 +2628,7 @@ def tune(sock: socket.socket) -> None:
 
 
 TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
+TCP_RTO_MAX_MS = 44  # linux/tcp.h, in no Python yet
 
 
 class TcpInfo(NamedTuple):
@@ -2702,6 +2703,14 @@ class Transport:
         if sys.platform.startswith("linux"):
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
+
+    def retry_within(self, seconds: float) -> None:
+        """Where the system can (Linux 6.15): what nobody acknowledges is sent again at least so often, so that a link goes on soon after its
+        path is there again. Otherwise the pauses double: after an outage of 30 s the next try is 20 s away. With these the system gives up
+        after 6 s and 11 such pauses."""
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(OSError, AttributeError):
+                self.sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, round(1000 * seconds))
 
     def tcp_info(self) -> TcpInfo:
         """What Linux knows of the path; nothing on other systems and other sockets."""
@@ -2828,6 +2837,8 @@ class Link:
         self._timer: Timer | None = None
         self._deadline: float | None = None
         self._overdue: Callable[[], None] | None = None
+        if self.writer.pools:  # a ninth: not before our own limit does the system give up. Legacy has no such limit
+            self.transport.retry_within(max(1.0, owner.limits.silence / 9))
         owner.links.add(self)
 
     # ---- events
