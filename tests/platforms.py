@@ -85,7 +85,7 @@ def main():
                 print("figure: %s = cannot be had here: %s" % (name, why), flush=True)
                 continue
             # Cryptography warns that it will not run on an old one for long; in what a program prints that is one line too many.
-            done = run([python, "-m", "pytest", "-q", "-n2", "-p", "no:cacheprovider", *([] if options.whole else SOME)], cwd=str(ROOT),
+            done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *([] if options.whole else SOME)], cwd=str(ROOT),
                        env={**os.environ, "PYTHONWARNINGS": "ignore:Python 3"})
             last = re.sub("=+", "", (done.stdout.strip().splitlines() or ["nothing"])[-1]).strip()
             print("figure: %s = %s" % (name, last), flush=True)

@@ -756,6 +756,8 @@ def test_made_by_a_pools_thread(run):
 def test_a_forked_child_leaves_its_parents_tunnels_alone(run):
     """However it ends: it has copies of the sockets and of the selector, but no thread that serves them."""
     assert_silent(run("""
+        import warnings
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # Python's own word on fork()
         server, tunnel = both()
         ask(tunnel.address)
         held = socket.create_connection(tunnel.address, 20)
