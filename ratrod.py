@@ -499,16 +499,15 @@ def decode_key(text: str, size: int = 32) -> bytes:
     """`size` raw bytes from unpadded base64url; ValueError unless it encodes back to exactly `text`.
 
     Python's decoder skips characters it does not know and ignores spare bits: two texts for one key would make "the same key" mean two things.
+    (From 3.15 on it warns of some of them.)
     """
     length = (size * 4 + 2) // 3
     if len(text) == 2 * length:  # `cat key.pub >> authorized_keys`, twice: key.pub has no newline
         raise ValueError("it looks like two keys in one line; each needs a line of its own")
     if len(text) != length:
         raise ValueError("it has %d characters instead of %d" % (len(text), length))
-    try:
-        raw = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
-    except ValueError:  # binascii.Error and UnicodeEncodeError are ValueErrors
-        raw = b""
+    is_known = re.fullmatch("[A-Za-z0-9_-]*", text)
+    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if is_known else b""
     if encode_key(raw) != text:
         raise ValueError("it is not unpadded base64url")
     return raw
@@ -6747,6 +6746,8 @@ class Client(Endpoint):
         if not (again or self.legacy):  # one line for all of them, and a moment's rest
             self._udp_not_before = self.loop.now + 1
             log.log(logging.DEBUG if self.retry.error else logging.ERROR, "❌ UDP through `%s`: %s", self.server_names, reason(error))
+        if again:  # as in _carry: on a busy machine three idle links of a server that ends were three tries
+            self._pool.clear()
         for session in sessions:
             if again:
                 self._carry_session(session)
@@ -7697,7 +7698,8 @@ class EndpointRun:
             self.outcome[0] = 128 + number
         impatient = threading.Timer(1, os._exit, (128 + number,))
         impatient.daemon = True
-        impatient.start()
+        with contextlib.suppress(RuntimeError):  # as the interpreter shuts down there are no more threads
+            impatient.start()
         return self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _end(self) -> None:

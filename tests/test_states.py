@@ -632,7 +632,8 @@ class World:
     def picture(self):
         return ([(app.sent, app.received, app.outcome) for connection in self.connections for app in connection.apps],
                 [(pipe.moved, len(pipe.held), pipe.ended, pipe.deaf) for pair in self.pairs for pipe in pair.pipes.values()],
-                [(link.state, link.backlog, link.held) for pair in self.pairs for link in pair.links])
+                # _in_end: a large record takes more turns to come than nothing else may move.
+                [(link.state, link.backlog, link.held, link._in_end) for pair in self.pairs for link in pair.links])
 
     def pass_time(self, seconds):
         """Deadlines pass, and Keepalive: a path that stands carries it, a remote that is not connected by then may be given up."""

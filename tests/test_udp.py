@@ -94,10 +94,12 @@ def waiting_bytes(port):
     """What a UDP socket on this port of 127.0.0.1 has yet to read (/proc/net/udp: address, tx_queue:rx_queue)."""
     if not os.path.exists("/proc/net/udp"):
         pytest.skip("no /proc on this system")
-    with open("/proc/net/udp") as table:
-        rows = [line.split() for line in table]
-    queue, = [row[4] for row in rows if row[1] == "0100007F:%04X" % port]
-    return int(queue.partition(":")[2], 16)
+    for _ in range(100):  # while other sockets come and go the table may leave one out
+        with open("/proc/net/udp") as table:
+            found = [row[4] for row in map(str.split, table) if row[1] == "0100007F:%04X" % port]
+        if found:
+            return int(found[0].partition(":")[2], 16)
+    return pytest.fail("nobody listens on port %d" % port)
 
 
 @every_mode
