@@ -480,7 +480,7 @@ def test_a_fresh_link_takes_two_round_trips(gated):
     gates.append(Gate(made.relay, before=2))
     first_byte(made)
     used, = (passage for passage in made.relay.passages[1:] if len(passage.said(CLIENT)) > 8 + 2 + 35 + CLIENT_AUTHENTICATION)
-    assert used.turns() == [CLIENT, SERVER, CLIENT, SERVER]
+    assert used.turns()[:4] == [CLIENT, SERVER, CLIENT, SERVER]  # the fifth is the end of the stream, if that was as fast
     assert len(used.flights[1][1]) == SERVER_PREAMBLE
 
 
