@@ -28,7 +28,6 @@ import mmap
 import os
 import pathlib
 import platform
-import random
 import re
 import selectors
 import shutil
@@ -43,7 +42,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from conftest import CACHE, RATROD, ROOT, RUST, make_keys
+from conftest import CACHE, RATROD, ROOT, RUST, free_port, make_keys
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -525,20 +524,6 @@ PEERS = [
 
 
 # ---------------------------------------------------------------------------------------------------- tunnels
-
-
-def free_port():
-    """A port that is free for TCP and UDP, out of those that no outgoing connection is given."""
-    for _ in range(1000):
-        port = random.randint(10240, 32000)
-        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            try:
-                tcp.bind((HOST, port))
-                udp.bind((HOST, port))
-                return port
-            except OSError:
-                pass
-    raise Failed("no free port")
 
 
 class Relay(threading.Thread):

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import pathlib
+import random
 import re
 import selectors
 import shutil
@@ -460,6 +461,19 @@ def udp_originator(client, n=1):
 
 def port_of(sock):
     return sock.getsockname()[1]
+
+
+def free_port(n=1):
+    """The first of `n` ports in a row that are free for TCP and UDP: for what cannot say which one it got for port 0, and for where nobody
+    is to be. None of those that the system gives out by itself, 32768 and up: one of these soon belongs to another worker's test."""
+    for _ in range(1000):
+        first = random.SystemRandom().randrange(10000, 32000)  # hypothesis seeds the common one
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + n):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    stack.enter_context(socket.socket(socket.AF_INET, kind)).bind(("", port))
+            return first
+    raise AssertionError("no %d free ports in a row" % n)
 
 
 def dial(port, host="127.0.0.1"):

@@ -130,10 +130,13 @@ class Locals:
     """Many connections to a client at once, each with a word for the echo: what became of them."""
 
     def __init__(self, ports, n, stack):
-        self.waiting = [stack.enter_context(dial(ports[i % len(ports)])) for i in range(n)]
-        self.answered, self.refused = [], 0
-        for local in self.waiting:
-            local.sendall(b"ping")
+        self.waiting, self.answered, self.refused = [], [], 0
+        for local in [stack.enter_context(dial(ports[i % len(ports)])) for i in range(n)]:
+            try:
+                local.sendall(b"ping")
+                self.waiting.append(local)
+            except ConnectionResetError:  # it has been refused by now
+                self.refused += 1
 
     def look(self):
         """Whether all have been answered or reset."""

@@ -22,7 +22,7 @@ import threading
 import time
 
 import pytest
-from conftest import PATIENCE, ROOT, ask_over, echo, eventually, make_keys, missing, receive_all, receive_exactly
+from conftest import PATIENCE, ROOT, ask_over, echo, eventually, free_port, make_keys, missing, receive_all, receive_exactly
 
 import ratrod
 
@@ -183,9 +183,7 @@ def test_several_tunnels_of_one_client(ends, target):
 
 
 def test_a_given_port_is_the_address(ends, server, tcp_echo):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     tunnel = ends.tunnel(server, "%d:127.0.0.1:%d" % (port, tcp_echo.port))
     assert tunnel.address == ("127.0.0.1", port)
     ask(tunnel.address)
@@ -524,11 +522,8 @@ def test_a_serve_that_is_wrong(keys, options):
 
 def test_a_port_that_is_taken(server, keys):
     """Of a server, of a tunnel, and of the second of two tunnels: then the first is not left listening."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as free:
-        port = taken.getsockname()[1]
-        free.bind(("127.0.0.1", 0))
-        other = free.getsockname()[1]
-        free.close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, other = taken.getsockname()[1], free_port()
         assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, ratrod.serve, "127.0.0.1:%d" % port, key_path=str(keys.server.path))
         for tunnels in (["%d:db:1" % port], ["%d:db:1" % other, "%d:db:1" % port]):
             assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, ratrod.tunnel, "%s:%d" % server.address, *tunnels,

@@ -247,12 +247,9 @@ def check(plan, originator, target):
 
 
 @pytest.mark.timeout(1800)
-def test_random_ends(relayed, target):
+def test_random_ends(relayed, target, closed):
     ends, outcomes = Ends(), {}
-    closed = socket.create_server(("127.0.0.1", 0))
-    refusing = closed.getsockname()[1]
-    closed.close()
-    server, _, _, (port, refusing_port) = relayed(target(ends.handle).port, refusing)
+    server, _, _, (port, refusing_port) = relayed(target(ends.handle).port, closed)
     numbers = iter(range(STREAMS))
 
     def work():

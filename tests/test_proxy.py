@@ -19,6 +19,7 @@ from conftest import (
     check_bulk_each_way,
     dial,
     every_mode,
+    free_port,
     need,
     port_of,
     receive_all,
@@ -34,17 +35,12 @@ USER, PASSWORD = "us@er", "p@ss:w/ö rd"
 ESCAPED = "us%40er:p%40ss%3Aw%2F%C3%B6%20rd"
 
 
-def free_port(host="127.0.0.1"):
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        return port_of(sock)
-
-
 class RealProxy:
     """A proxy as a child process; `port` once it takes connections, which the test ends."""
 
     def __init__(self, start, make_command, host="127.0.0.1"):
         for _ in range(5):  # the port may have been taken meanwhile
-            self.port = free_port(host)
+            self.port = free_port()
             self.program = start(*make_command(self.port))
             if self._listens(host):
                 return

@@ -77,6 +77,8 @@ def pynacl_alone():
     with tempfile.TemporaryDirectory(dir=str(CACHE)) as scratch:
         fresh = pathlib.Path(scratch, "venv")
         python = make_venv(fresh)
+        if place.exists() and not (place / python.relative_to(fresh)).exists():  # it points to a Python that is gone
+            shutil.rmtree(str(place), ignore_errors=True)  # another run may be at it
         if not place.exists():
             done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary", ":all:", "--target",
                                    site_packages(python), "pynacl==" + nacl.__version__], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -1,15 +1,13 @@
 """Ranges of ports: one TUNNEL word for many tunnels, all of them or none."""
 
 import contextlib
-import os
-import random
 import re
 import selectors
 import socket
 import threading
 
 import pytest
-from conftest import MODES, PATIENCE, descriptors, every_mode, receive_all
+from conftest import MODES, PATIENCE, descriptors, every_mode, free_port, receive_all
 from many_lines import assert_no_tunnels
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -39,20 +37,6 @@ def held(ports, kinds=(socket.SOCK_STREAM, socket.SOCK_DGRAM), hosts=("127.0.0.1
     """All of these ports, bound by the test: {(kind, port): socket}, the last host's."""
     with contextlib.ExitStack() as stack:
         yield {(kind, port): stack.enter_context(bind(kind, port, host)) for host in reversed(hosts) for kind in kinds for port in ports}
-
-
-# A range cannot be had from port 0. Those that the system gives out by itself begin at 32768; the order keeps parallel runs apart.
-CANDIDATES = random.Random(os.getpid()).sample(range(10000, 31000, 7), 1000)
-
-
-def free_range(n):
-    """The first of n free ports in a row."""
-    while CANDIDATES:
-        first = CANDIDATES.pop()
-        with contextlib.suppress(OSError):
-            with held(range(first, first + n)):
-                return first
-    raise AssertionError("no %d free ports in a row" % n)
 
 
 class Services:
@@ -93,7 +77,7 @@ def services():
     """services(n) -> the first of n ports in a row, each with its Services."""
     with contextlib.ExitStack() as stack:
         def launch(n):
-            first = free_range(n)
+            first = free_port(n)
             Services(stack, range(first, first + n))
             return first
         yield launch
@@ -123,7 +107,7 @@ def answer(kind, port, host="127.0.0.1"):
 @every_mode
 def test_every_port_reaches_its_own(mode, forward, services):
     """TCP and UDP, the first, the last and those in between."""
-    remote, local = services(5), free_range(5)
+    remote, local = services(5), free_port(5)
     _, client = forward(mode, "%d-%d:127.0.0.1:%d-%d" % (local, local + 4, remote, remote + 4))
     client.wait_for(LINE % "TCP", 5)
     for n in range(5):
@@ -139,7 +123,7 @@ def test_every_port_reaches_its_own(mode, forward, services):
 ])
 def test_forms(form, local, remote, connect):
     """As without ranges; each tunnel has its own line."""
-    first = free_range(3)
+    first = free_port(3)
     client = connect(form.format(L=first, L2=first + 2))
     expected = [(local % (first + n), remote % (9000 + n)) for n in range(3)]
     for kind in ("TCP", "UDP"):
@@ -148,7 +132,7 @@ def test_forms(form, local, remote, connect):
 
 
 def test_the_shortest_form_has_the_same_ports_at_both_ends(connect):
-    first = free_range(3)
+    first = free_port(3)
     client = connect("%d-%d" % (first, first + 2))
     client.wait_for(LINE % "TCP", 3)
     assert [re.search(LINE % "TCP", line).groups() for line in client.lines if "[TCP]" in line] == \
@@ -156,7 +140,7 @@ def test_the_shortest_form_has_the_same_ports_at_both_ends(connect):
 
 
 def test_a_range_of_one_and_a_single_port_beside_it(connect):
-    first = free_range(1)
+    first = free_port(1)
     client = connect("%d-%d:db:80-80" % (first, first), "0:db:81")
     client.wait_for(LINE % "TCP", 2)
     assert [re.search(LINE % "TCP", line).group(2) for line in client.lines if "[TCP]" in line] == ["db:80", "db:81"]
@@ -166,7 +150,7 @@ def test_a_thousand_ports(connect, services):
     resource = pytest.importorskip("resource")
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 8192:
         pytest.skip("too few descriptors are allowed here")
-    remote, local = services(1000), free_range(1000)
+    remote, local = services(1000), free_port(1000)
     client = connect("%d-%d:127.0.0.1:%d-%d" % (local, local + 999, remote, remote + 999))
     client.wait_for(LINE % "UDP", 1000)
     assert descriptors(client) >= 2000
@@ -177,7 +161,7 @@ def test_a_thousand_ports(connect, services):
 
 
 def test_two_workers(forward, services):
-    remote, local = services(3), free_range(3)
+    remote, local = services(3), free_port(3)
     _, client = forward(ANY, "%d-%d:127.0.0.1:%d-%d" % (local, local + 2, remote, remote + 2), connect_flags=("--workers", "2"))
     client.wait_for(LINE % "TCP", 3)
     for _ in range(5):
@@ -192,7 +176,7 @@ def test_two_workers(forward, services):
 @pytest.mark.parametrize("which", [0, 2, 4])
 def test_one_busy_port(kind, which, connect):
     """Half a range would be found out much later, by whoever uses the other half."""
-    first = free_range(5)
+    first = free_port(5)
     with bind(kind, first + which):
         client = connect("%d-%d:db:9000-9004" % (first, first + 4))
         assert client.wait() == 1, client.output
@@ -203,7 +187,7 @@ def test_one_busy_port(kind, which, connect):
 
 
 def test_ranges_that_overlap(connect):
-    first = free_range(4)
+    first = free_port(4)
     client = connect("%d-%d:db:9000-9002" % (first, first + 2), "%d-%d:db:9002-9003" % (first + 2, first + 3))
     assert client.wait() == 1, client.output
     client.wait_for(r"ERROR.*127\.0\.0\.1:%d\b" % (first + 2))

@@ -27,6 +27,7 @@ from conftest import (
     descriptors,
     dial,
     eventually,
+    free_port,
     port_of,
     receive_all,
     receive_exactly,
@@ -86,18 +87,6 @@ def converse(connection, words):
 
 def digest(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def free_ports(n=1):
-    """The first of `n` ports in a row that were free a moment ago: for where a test must know a port before anybody binds it."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            with contextlib.suppress(OSError, OverflowError):
-                for port in range(port_of(first) + 1, port_of(first) + n):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                return port_of(first)
 
 
 def bound(client, remote="", host=r"127\.0\.0\.1"):
@@ -341,7 +330,7 @@ def assert_start_fails(program, *patterns):
 
 def test_a_server_that_was_not_started_for_it(serve, client, tcp_echo):
     server, server_port = serve()
-    port = free_ports()
+    port = free_port()
     assert_start_fails(client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port)), REFUSED, "%d" % port)
     server.wait_for("❌.* refused: .*--allow-listen")
     assert refused(port)
@@ -358,7 +347,7 @@ def test_one_refusal_ends_the_client_with_all_its_tunnels(serve, client, keys, t
 
 @pytest.mark.parametrize("option, allowed", [('permitlisten="127.0.0.1:1" permitlisten="{port}"', True), ('permitlisten="127.0.0.1:1"', False)])
 def test_permitlisten(serve, client, keys, tcp_echo, option, allowed):
-    port = free_ports()
+    port = free_port()
     permit(keys, option.format(port=port))
     server, server_port = serve("--allow-listen")
     program = client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port))
@@ -597,7 +586,7 @@ def test_several_tunnels_of_both_kinds(serve, client, target, udp_echo):
 def test_a_range(serve, client):
     _, server_port = serve("--allow-listen")
     with contextlib.ExitStack() as stack:
-        near, far = free_ports(3), free_ports(3)
+        near, far = free_port(3), free_port(3)
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", near + n))) for n in range(3)]
         program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2))
         for n, listener in enumerate(listeners):

@@ -8,13 +8,12 @@ import threading
 
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, dial, eventually, make_keys, port_of, receive_all, receive_exactly, reset, seed_of
+from conftest import PATIENCE, dial, eventually, free_port, make_keys, port_of, receive_all, receive_exactly, reset, seed_of
 from ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, UDP, LinkEnded, PeerError, encode_open
 from test_reverse import (
     REFUSED,
     assert_start_fails,
     bound,
-    free_ports,
     handshakes,
     identity_of,
     permit,
@@ -340,7 +339,7 @@ PERMISSIONS = [
 
 def test_what_permitlisten_permits(link, keys):
     """All refusals share one text."""
-    port = free_ports()
+    port = free_port()
     for option, address, allowed in PERMISSIONS:
         permit(keys, option.format(port=port))
         made = link()

@@ -9,24 +9,13 @@ import time
 
 import legacy_peer
 import pytest
-from conftest import LISTENING, PATIENCE, READY, dial, echo, eventually, make_keys, receive_all, receive_exactly
+from conftest import LISTENING, PATIENCE, READY, dial, echo, eventually, free_port, make_keys, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 BULK = 50 * 1000 * 1000
 # The original names an error to its user only where it stands in place of HandshakeCompletion.
 every_encryption = pytest.mark.parametrize("flags", [(), ("-e",)], ids=["plain", "encrypted"])
-
-
-def free_port():
-    """A port that is free for TCP and UDP: the original cannot say which one it got for port 0."""
-    for _ in range(100):
-        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-            tcp.bind(("127.0.0.1", 0))
-            with contextlib.suppress(OSError):
-                udp.bind(tcp.getsockname())
-                return tcp.getsockname()[1]
-    raise AssertionError("no port is free for both TCP and UDP")
 
 
 @pytest.fixture
@@ -407,15 +396,11 @@ def test_we_forbid_the_remote(serve, rust_connect):
     server.wait_for(r"❌.*127\.0\.0\.1:9")
 
 
-def refused_port():
-    return free_port()
-
-
 @every_encryption
 def test_rust_server_cannot_reach_the_remote(rust_serve, connect, flags):
     # Its HandshakeCompletion comes before its own connect, and Error after it, encrypted where all is.
     _, server_port = rust_serve()
-    remote = "127.0.0.1:%d" % refused_port()
+    remote = "127.0.0.1:%d" % free_port()
     client = connect(server_port, "--legacy", *flags, "0:" + remote)
     client.wait_for(READY)
     with contextlib.suppress(ConnectionResetError):
@@ -426,7 +411,7 @@ def test_rust_server_cannot_reach_the_remote(rust_serve, connect, flags):
 
 def test_our_server_cannot_reach_the_remote(serve, rust_connect):
     server, server_port = serve("--legacy")
-    remote = "127.0.0.1:%d" % refused_port()
+    remote = "127.0.0.1:%d" % free_port()
     client, port = rust_connect(server_port, remote)
     # The reset may be there before connect() returns.
     with contextlib.suppress(ConnectionResetError):

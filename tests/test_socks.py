@@ -35,6 +35,7 @@ from conftest import (
     echo,
     eventually,
     every_mode,
+    free_port,
     missing,
     need,
     port_of,
@@ -741,9 +742,7 @@ def dns(start):
     """The port of a real DNS server on loopback that knows test.example (192.0.2.7) and long.example (700 bytes of text)."""
     # It takes no port 0, and one that was free a moment ago may be another test's by now.
     for _ in range(10):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = port_of(probe)
+        port = free_port()
         server = start(need("dnsmasq"), "--no-daemon", "--conf-file=/dev/null", "--port=%d" % port, "--listen-address=127.0.0.1",
                        "--bind-interfaces", "--no-resolv", "--no-hosts", "--address=/test.example/192.0.2.7",
                        "--txt-record=long.example," + ",".join(["x" * 250] * 3))
@@ -993,9 +992,7 @@ def test_datagrams_that_are_none(proxy, udp_echo):
 @every_mode
 def test_targets_that_fail_disturb_no_other(mode, proxy, udp_echo, remote):
     """Not allowed, without an address, nobody there: UDP has no way to say so, but the log has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        nobody = port_of(probe)
+    nobody = free_port()
     made = proxy(mode, serve_flags=("-r", r"(?!.*:%d$).*:.*" % remote.port))
     with associate(made) as asking:
         for turn in range(3):

@@ -25,6 +25,7 @@ from conftest import (
     RATROD2,
     eventually,
     every_mode,
+    free_port,
     make_keys,
     need,
     port_of,
@@ -601,9 +602,7 @@ def test_other_tunnels_beside_it(mode, serve, launch, tcp_echo, listener):
 
 def test_other_tunnels_are_as_silent(serve, launch, tcp_echo):
     """No line where nothing is wrong, and still the other one's port is served."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        local = port_of(probe)
+    local = free_port()
     _, port = serve()
     made = launch("127.0.0.1:%d" % port, "%d:127.0.0.1:%d" % (local, tcp_echo.port), "stdio:127.0.0.1:%d" % tcp_echo.port)
     made.write(b"hello")
@@ -792,9 +791,7 @@ def ssh(start, tmp_path):
     if not os.geteuid():
         # What Debian makes when its own sshd starts, and without which none starts as root. It stays: another test may need it just now.
         os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = port_of(probe)
+    port = free_port()
     (folder / "config").write_text("\n".join((
         "Port %d" % port, "ListenAddress 127.0.0.1", "HostKey %s" % (folder / "host"), "AuthorizedKeysFile %s" % (folder / "user.pub"),
         "PidFile none", "UsePAM no", "StrictModes no", "UseDNS no", "PermitRootLogin yes", "PasswordAuthentication no")) + "\n")

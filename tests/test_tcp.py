@@ -34,6 +34,7 @@ from conftest import (
     echo,
     eventually,
     every_mode,
+    free_port,
     is_ready,
     missing,
     need,
@@ -592,12 +593,6 @@ def test_localhost_is_both_families(forward, tcp_echo):
     _, client = forward(ANY, "localhost:0:127.0.0.1:%d" % tcp_echo.port)
     for host in ("127.0.0.1", "::1"):
         ask(tcp_port(client), host=host)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return port_of(probe)
 
 
 def test_tunnel_form_with_four_parts(forward, tcp_echo):

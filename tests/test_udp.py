@@ -9,7 +9,7 @@ import time
 from typing import NamedTuple
 
 import pytest
-from conftest import MODES, PATIENCE, UdpEcho, descriptors, eventually, every_mode, tcp_port, udp_port
+from conftest import MODES, PATIENCE, UdpEcho, descriptors, eventually, every_mode, free_port, tcp_port, udp_port
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -217,16 +217,9 @@ def test_session_lives_while_its_target_alone_speaks(mode, forward, remote, orig
     assert remote.receive() == (b"thank you", source)
 
 
-def unused_port():
-    """A UDP port of 127.0.0.1 where nobody is: what is sent there comes back as an ICMP refusal."""
-    with loose_socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @every_mode
 def test_refusal_of_one_session_ends_no_other(mode, forward, remote, originator):
-    port = unused_port()
+    port = free_port()  # nobody is there: what is sent comes back as an ICMP refusal
     _, client = forward(mode, "0:%d" % port, "0:%d" % remote.port)
     refused, other = originator(udp_port(client)), originator(udp_port(client, 2))
     other.send(b"before")

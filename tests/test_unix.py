@@ -27,6 +27,7 @@ from conftest import (
     echo,
     eventually,
     every_mode,
+    free_port,
     need,
     receive_all,
     receive_exactly,
@@ -121,8 +122,8 @@ def test_redis_on_the_servers_unix_socket(mode, forward, redis):
 
 
 @every_mode
-def test_redis_through_a_local_unix_socket(mode, start, forward, short, free_ports):
-    port, = free_ports(1)
+def test_redis_through_a_local_unix_socket(mode, start, forward, short):
+    port = free_port()
     start(need("redis-server"), "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", short).wait_for("(?i)ready to accept connections")
     _, client = forward(mode, "unix:%s/local.sock:127.0.0.1:%d" % (short, port))
     assert client.wait_for(UNIX_LISTENING).group(1) == "%s/local.sock" % short
@@ -144,18 +145,6 @@ def test_many_redis_clients_at_once(forward, redis, short):
                            "-t", "set,get", "-q"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE * 2)
     assert done.returncode == 0 and b"requests per second" in done.stdout and b"Error" not in done.stdout, done.stdout.decode()
     assert redis_cli("-s", short / "local.sock", "ping") == b"PONG\n"
-
-
-@pytest.fixture
-def free_ports():
-    """free_ports(n) -> ports of 127.0.0.1 for programs that cannot choose their own."""
-    def find(n):
-        with contextlib.ExitStack() as stack:
-            probes = [stack.enter_context(socket.socket()) for _ in range(n)]
-            for probe in probes:
-                probe.bind(("127.0.0.1", 0))
-            return [probe.getsockname()[1] for probe in probes]
-    return find
 
 
 # ---------------------------------------------------------------------------------------------------- bytes and ends
