@@ -183,6 +183,8 @@ SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so m
 LENT_AT_ONCE = 128  # such buffers that links hold while a long record is on its way: with 8, 1,000 streams of bulk are a third slower
 SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
+LOG_RATE, LOG_BURST_IN_ALL = 10, 200  # ... and of all of them together: ten thousand sources must not fill the disk either
+SOURCES = 4096  # that a server remembers, 1 KB each; those that hold nothing make room
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open ...
 CLOSES = 10  # ... and where each was answered by Close: several servers may be draining
@@ -4760,23 +4762,18 @@ class Source:
         """It has an authorized link, or had one a minute ago: legacy links come and go with each connection."""
         return self.links > 0 or now - self._authorized_at < 60
 
+    def holds_nothing(self, now: float) -> bool:
+        """Whether forgetting it gives nobody more than a new burst."""
+        return not (self.strangers or self.waiting or self.trusted(now))
+
     def may_try(self, now: float) -> bool:
         """Whether one more handshake is within its rate; whoever is authorized has no such bound."""
         self.seen_at = now
         return self._tries.take(now) or self.trusted(now)
 
-    def complain(self, now: float, address: str, what: Any) -> None:
-        """A line in the log, or one more that is only counted."""
-        if self._lines.take(now):
-            log.error("❌ Refused `%s`: %s", address, what)
-        else:
-            self.muted += 1
-
-    def confess(self, name: str, now: float) -> None:
-        """How many were only counted, when a line is due again."""
-        if self.muted and self._lines.take(now):
-            log.error("❌ Refused %d more connections from `%s`", self.muted, name)
-            self.muted = 0
+    def may_write(self, now: float) -> bool:
+        """Whether a line about it is due in the log."""
+        return self._lines.take(now)
 
     @staticmethod
     def name(host: str) -> str:
@@ -4784,6 +4781,11 @@ class Source:
 
         host = unmapped(host.split("%")[0])
         return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+
+    @classmethod
+    def of(cls, shown: str) -> str:
+        """The name of the source of a connection that is shown as `shown`."""
+        return cls.name(split_host_port(shown)[0])
 
 
 class Stranger:
@@ -5010,6 +5012,8 @@ class Server(Endpoint):
         self._proxied: collections.OrderedDict[Negotiation, None] = collections.OrderedDict()  # whose PROXY header is still to come
         self.lookups = LookUps(loop, limits)
         self._sources: dict[str, Source] = {}
+        self._most_sources = SOURCES
+        self._lines, self._muted = TokenBucket(LOG_RATE, LOG_BURST_IN_ALL, loop.now), 0  # about strangers: what may be written, what was not
         self._strangers: collections.OrderedDict[socket.socket, Stranger] = collections.OrderedDict()  # the oldest first
         self._links_of: collections.Counter[bytes] = collections.Counter()
         self._streaming: set[Link] = set()  # links that carry a stream, or connect to its remote
@@ -5057,8 +5061,18 @@ class Server(Endpoint):
         self._hold_against_lists()
 
     def _complain(self, source: Source, shown: str, what: Any) -> None:
+        """A line in the log, or one more that is only counted."""
         self.counters.handshakes_failed += 1
-        source.complain(self.loop.now, shown, what)
+        if source.may_write(self.loop.now) and self._lines.take(self.loop.now):
+            log.error("❌ Refused `%s`: %s", shown, what)
+        else:
+            source.muted += 1
+
+    def _confess(self, name: str, source: Source) -> None:
+        """How many were only counted, where a line is due again."""
+        if source.muted and source.may_write(self.loop.now) and self._lines.take(self.loop.now):
+            log.error("❌ Refused %d more connections from `%s`", source.muted, name)
+            source.muted = 0
 
     # ---- who may do what
 
@@ -5169,7 +5183,24 @@ class Server(Endpoint):
         return None
 
     def _source(self, host: str) -> Source:
-        return self._sources.setdefault(Source.name(host), Source(self.loop.now, self.limits))
+        name = Source.name(host)
+        if name not in self._sources:
+            if len(self._sources) >= self._most_sources:
+                self._forget_sources(0)
+                self._most_sources = max(SOURCES, 2 * len(self._sources))  # so that looking through them is paid for by as many new ones
+            self._sources[name] = Source(self.loop.now, self.limits)
+        return self._sources[name]
+
+    def _forget_sources(self, age: float) -> None:
+        """Those that hold nothing and have not been seen for so many seconds. What was only counted of them stays counted."""
+        now = self.loop.now
+        for name, source in list(self._sources.items()):
+            if now - source.seen_at >= age and source.holds_nothing(now):
+                self._muted += source.muted
+                del self._sources[name]
+        if self._muted and self._lines.take(now):
+            log.error("❌ Refused %d more connections from other addresses", self._muted)
+            self._muted = 0
 
     def _welcome(self, sock: socket.socket, address: Any) -> None:
         source, shown = self._source(address[0]), show_address(address)
@@ -5291,7 +5322,7 @@ class Server(Endpoint):
                 return log.debug("`%s`: %s (a health check?)", stranger.address, error)
             return self._complain(source, stranger.address, error)
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", stranger.address, self.show_key(handshake.peer_key), handshake.suite)
-        source.links += 1
+        self._sources.setdefault(Source.of(stranger.address), source).links += 1  # where it had to make room, it may have been forgotten too
         self.counters.links += 1
         legacy = isinstance(handshake, LegacyServerHandshake)
         link = Link(self, stranger.sock, handshake, ACCEPTOR, CONNECTING if legacy else IDLE, stranger.address)
@@ -5307,7 +5338,7 @@ class Server(Endpoint):
         super().link_ended(link, error)
         self._count_out(link.peer_key)
         self._stream_over(link)
-        source = self._sources.get(Source.name(split_host_port(link.name)[0]))
+        source = self._sources.get(Source.of(link.name))
         if source:
             source.links -= 1
             source.authorized(self.loop.now)
@@ -5422,11 +5453,10 @@ class Server(Endpoint):
         for relays in list(self._relays.values()):
             for relay in list(relays):
                 relay.table.expire(now)
-        for name, source in list(self._sources.items()):
-            source.confess(name, now)
+        for name, source in self._sources.items():
+            self._confess(name, source)
             self._serve_waiting(source)
-            if not (source.links or source.strangers or source.muted or source.trusted(now)) and now - source.seen_at > 60:
-                del self._sources[name]
+        self._forget_sources(60)
 
     # ---- opening a remote: policy, look-up, policy for the addresses, connect
 

@@ -300,6 +300,29 @@ def test_failures_of_one_source_are_logged_once_a_second(strangers, stack):
     assert len([line for line in server.lines if "Refused" in line]) <= 5 + math.ceil(time.monotonic() - began) + 1
 
 
+@linux
+def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, caplog):
+    """Each with lines and a place of its own (an IPv6 host has 2 ** 64 neighbours): bounded in all, and every one of them is counted."""
+    monkeypatch.setattr(module, "SOURCES", 40)
+    monkeypatch.setattr(module, "LOG_BURST_IN_ALL", 30)
+    caplog.set_level("ERROR", "ratrod")
+    with module.serve(key_path=keys.server.path) as server:
+        began, most = time.monotonic(), 0
+        for number in range(300):
+            with dial_from("127.2.%d.%d" % (number // 100, number % 100 + 1), server.address[1]) as sock:
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):
+                    receive_all(sock)
+            most = max(most, len(server._endpoint._sources))
+
+        def counted():
+            said = [record.getMessage() for record in list(caplog.records)]
+            return sum(int(n or 1) for n in re.findall(r"Refused (?:(\d+) more|`127)", "\n".join(said))) == 300
+        eventually(counted, lambda: caplog.text)
+    assert most <= 40 + 1
+    assert len(caplog.records) <= 30 + 10 * (time.monotonic() - began) + 1
+
+
 # ---------------------------------------------------------------------------------------------------- links
 
 
