@@ -185,6 +185,7 @@ SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
 LOG_RATE, LOG_BURST_IN_ALL = 10, 200  # ... and of all of them together: ten thousand sources must not fill the disk either
 SOURCES = 4096  # that a server remembers, 1 KB each; those that hold nothing make room
+BACKLOG = 1024  # connections that the system takes for a listener before it accepts them
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open ...
 CLOSES = 10  # ... and where each was answered by Close: several servers may be draining
@@ -4342,7 +4343,7 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
         sock.bind(sockaddr)
         if kind == socket.SOCK_STREAM:
             tune(sock)
-            sock.listen(1024)
+            sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -4445,8 +4446,9 @@ class Listener:
 
     def drain(self) -> None:
         """Takes those that wait in the system's queue, which closing would reset, and closes."""
-        while self._watched and self._on_event(0):
-            pass
+        for _ in range(BACKLOG // BATCH + 1):  # not for as long as others come: a flood must not hold up the end
+            if not self._watched or not self._on_event(0):
+                break
         self.close()
 
     def _unwatch(self) -> None:
@@ -4477,7 +4479,7 @@ def listen_unix(path: str) -> socket.socket:
     try:
         _clear_path(path)
         sock.bind_privately(path)
-        sock.listen(1024)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise RatrodError("cannot listen on `unix:%s`: %s" % (path, reason(error))) from None
