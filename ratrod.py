@@ -2645,9 +2645,8 @@ class TcpInfo(NamedTuple):
 
     @property
     def stuck(self) -> bool:
-        """After six seconds without an answer: when the path is there again, the next try is as far away once more, and a new connection
-        is faster."""
-        return self.retransmits > 4
+        """Its next try is 1.6 s away or more (after 0.2, 0.4 and 0.8): when the path is there again, a new connection is faster."""
+        return self.retransmits > 2
 
     @property
     def unanswered(self) -> float:
@@ -5566,7 +5565,7 @@ class Server(Endpoint):
             return Error(INVALID_HOST, REFUSED)
         if isinstance(error, Overloaded):
             return Error(REMOTE_FAILED, str(error))
-        return Error(REMOTE_FAILED, "cannot connect to the remote `%s`: %s" % (target, reason(error)))
+        return Error(REMOTE_FAILED, "cannot connect to the remote `%s`: %s" % (printable(target), reason(error)))
 
     # ---- UDP
 
@@ -6199,15 +6198,19 @@ class LinkPool:
         if link is None:
             return self._refused(waiter, error or ConnectError("unknown reason"))
         if waiter is None:
-            self._links.add(link)
-            link.poll()  # made by a thread some time ago: it may have ended since
-            return self.put(link) if link.state == IDLE else self.make_more()
+            return self.adopt(link)
         wanted = waiter in self._waiting  # or it has given up
         if wanted:
             self._waiting.remove(waiter)
         self.completed(link)
         # A legacy target has been connected already: a clean end would tell it that somebody came and had nothing to say.
         return waiter.use(link) if wanted else link.die(LinkClosed("nobody waits for it any more"))
+
+    def adopt(self, link: Link) -> None:
+        """A new link, on which nothing has been asked yet."""
+        self._links.add(link)
+        link.poll()  # made by a thread some time ago: it may have ended since
+        return self.put(link) if link.state == IDLE else self.make_more()
 
     def _refused(self, waiter: Waiter | None, error: Exception) -> None:
         if is_final(error):
@@ -6346,9 +6349,9 @@ class ReverseTunnel(LinkUser):
         self.waiting.add(link)
         return link.send(end + link.writer.record(OVER))
 
-    def renew(self, now: float) -> None:
-        """Links that are too old, or on which nothing passes any more, make place for others."""
-        for link in [link for link in self.waiting if now - link.born > self._client.limits.link_age or link.transport.tcp_info().stuck]:
+    def renew(self, links: Iterable[Link]) -> None:
+        """These of those that wait make place for others."""
+        for link in links:
             self.waiting.discard(link)
             link.leave(link.writer.record(CLOSE))
             self.more()
@@ -6398,7 +6401,7 @@ class Client(Endpoint):
         self._test_link: Link | None = None
         self.started = False
         self.since = loop.now  # when it was connected, or lost the server
-        self._dialling = 0
+        self._dialling = self._looking = 0
         listens = not only_test and any(spec.kind in (FORWARD, SOCKS) for spec in tunnels)
         self._pool = LinkPool(self, LinkPool.READY if listens and not legacy else 0)
         self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout, self.counters)
@@ -6592,6 +6595,7 @@ class Client(Endpoint):
             if not self.legacy:
                 link.set_deadline(self.limits.handshake_timeout, lambda: link.die(LinkClosed("the server did not complete the handshake")))
                 link.update()
+            self._path_is_back()
             return done(link, None)
         self._dialling += 1
         self.workers.submit(functools.partial(self._dial, remote, kind, report), linked)
@@ -6832,13 +6836,44 @@ class Client(Endpoint):
         self._sessions.expire(now)
         self._pool.sweep(now)
         for tunnel in self.reverse:
-            tunnel.renew(now)
+            tunnel.renew([link for link in tunnel.waiting if now - link.born > self.limits.link_age])
         for ssh in self._ssh.values():
             ssh.reap()
         carrier = self._carrier
-        if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age
-                                         or carrier.link.transport.tcp_info().stuck):
+        if carrier and carrier.link and (not carrier.sessions or now - carrier.link.born > self.limits.link_age):
             carrier.link.die(LinkClosed("it is too old, or carries nothing"))
+        self._look_for_path()
+
+    # ---- a path that is away: UDP and reverse tunnels are to go on as soon as it is back, and not at TCP's next try
+
+    def _look_for_path(self) -> None:
+        """While what waits on links is sent again and again, a new connection each second is the first to get through."""
+        stuck_carrier, stuck = self._stuck()
+        if (stuck_carrier or stuck) and self._looking < LinkPool.HANGING and not self.draining:
+            self._looking += 1
+            self.make_link("", TCP, self._looked)
+
+    def _looked(self, link: Link | None, error: Exception | None) -> None:
+        self._looking -= 1
+        if link:
+            self._pool.adopt(link)
+        else:
+            log.debug("the path is not back: %s", error)
+
+    def _stuck(self) -> tuple[UdpLink | None, list[tuple[ReverseTunnel, list[Link]]]]:
+        """The link of the UDP sessions, and the waiting ones of reverse tunnels, as far as they are stuck."""
+        carrier = self._carrier if not self.legacy else None
+        waiting = [(tunnel, [link for link in tunnel.waiting if link.transport.tcp_info().stuck]) for tunnel in self.reverse]
+        return (carrier if carrier and carrier.link and carrier.link.transport.tcp_info().stuck else None,
+                [(tunnel, links) for tunnel, links in waiting if links])
+
+    def _path_is_back(self) -> None:
+        """A new link has come through: it is the first that what moves now can take."""
+        carrier, waiting = self._stuck()
+        if carrier:
+            carrier.die(LinkClosed("nothing passes on it, and others pass"))
+        for tunnel, links in waiting:
+            tunnel.renew(links)
 
     def let_go(self) -> None:
         self._sessions.clear()
