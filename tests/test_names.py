@@ -822,6 +822,19 @@ def test_what_a_client_asks_a_server_for(serve, keys, tcp_echo, shown, text):
     shown(server)
 
 
+def test_what_waited_too_long_to_be_looked_at(place, shown):
+    """A target that no policy has seen when its time is up: the only place to connect is held by look-ups that hang."""
+    place.serve("--max-connects-per-key", "1", "--connect-timeout", "1")
+    place.names.names = {name: (Answer(hangs=True),) for name in ("one.example", "two.example")}
+    with place.link() as one, place.link() as two, place.link() as three:
+        one.send_open(peer.TCP, "one.example:80")
+        two.send_open(peer.TCP, "two.example:80")
+        three.send_open(peer.TCP, HOSTILE)
+        answer, = three.read_to_end()
+        assert answer.type == peer.ERROR
+    place.server.wait_for("cannot connect to the remote `marker-before.*: timed out")
+
+
 def test_what_a_stranger_says_to_a_server(serve, shown):
     """In place of a handshake; each from an address of its own, so that none is only counted."""
     for flags in ((), ("--legacy",)):
