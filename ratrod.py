@@ -182,9 +182,10 @@ SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and 
 SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so many seconds after a read of less than so many
 LENT_AT_ONCE = 128  # such buffers that links hold while a long record is on its way: with 8, 1,000 streams of bulk are a third slower
 SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
-LOG_BURST = 5  # failure lines of one source that are written at once; then one a second, and the rest is counted
-LOG_RATE, LOG_BURST_IN_ALL = 10, 200  # ... and of all of them together: ten thousand sources must not fill the disk either
+LOG_RATE, LOG_BURST = 1, 5  # failure lines of one source a second, and at once; the rest is counted
+LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # ... of all of them together, for ten thousand sources fill a disk too; and of one key
 SOURCES = 4096  # that a server remembers, 1 KB each; those that hold nothing make room
+DATAGRAMS_IN_TURN = 256  # of one record, 20 µs each: a record of 512 KiB may hold 87,000
 BACKLOG = 1024  # connections that the system takes for a listener before it accepts them
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open ...
@@ -1672,7 +1673,7 @@ class Handshake:
         self._received = bytearray()
         self._to_send = bytearray()
         self._script = self._run()
-        self.steps = 0  # pieces of what it waits for that have come
+        self.steps = 0  # messages of the other side that it has answered
         self.peer_key = b""
         self.suite = "none, in the clear"
         self.reader: Reader
@@ -1700,9 +1701,9 @@ class Handshake:
         if not self.done and len(self._received) == self._needed:
             chunk = bytes(self._received)
             self._received.clear()
-            self.steps += 1
             try:
                 self._needed = self._script.send(chunk)
+                self.steps += bool(self._to_send)
             except StopIteration:
                 self._needed = 0
             except BaseException:
@@ -3211,16 +3212,18 @@ class Link:
         how()
         user, self.user = self.user, NOBODY
         if user is NOBODY and error is not None:
-            log_link_loss("idle link with `%s`" % self.name, error)
+            log_link_loss(self.owner.counters, self.peer_key, "idle link with `%s`" % self.name, error)
         elif error is not None:
             user.lost(error)
         self.owner.link_ended(self, error)
 
 
-def log_link_loss(what: str, error: Exception) -> None:
+def log_link_loss(counters: Counters, key: bytes, what: str, error: Exception) -> None:
     """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
-    everyday = isinstance(error, (LinkClosed, PeerError, Revoked)) or not isinstance(error, RemoteProtocolError)
-    log.log(logging.DEBUG if everyday else logging.ERROR, "%s ended: %s", what, reason(error))
+    if isinstance(error, (LinkClosed, PeerError, Revoked)) or not isinstance(error, RemoteProtocolError):
+        log.debug("%s ended: %s", what, reason(error))
+    else:
+        counters.fail(key, "%s ended: %s" % (what, reason(error)))
 
 
 def broken(error: OSError) -> LinkClosed:
@@ -3241,17 +3244,6 @@ class Label(NamedTuple):
 
 def new_label(origin: str, target: str) -> Label:
     return Label(os.urandom(3).hex(), origin, target)
-
-
-def report_end(label: Label, sent: int, received: int, started: float, error: Exception | None = None) -> None:
-    """The line that every connection ends with: shown with -v, or always where somebody should know."""
-    failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
-    if failed:
-        log.error("❌ %s: %s%s", label, "refused: " if isinstance(error, PolicyError) else "", error)
-    if log.isEnabledFor(logging.DEBUG):
-        how = "" if failed else " closed" if error is None else " reset (%s)" % reason(error)
-        log.debug("%s%s%s: %d bytes sent to the link, %d received, lived %.1f s", "" if failed else "✅ ", label, how, sent, received,
-                  time.monotonic() - started)
 
 
 def plural(n: int, word: str) -> str:
@@ -3278,6 +3270,65 @@ def show_size(n: float) -> str:
     return ("%.1f %s" if n < 9.95 and unit != "B" else "%.0f %s") % (n, unit)
 
 
+class TokenBucket:
+    """`rate` a second, and up to `burst` at once."""
+
+    __slots__ = ("_rate", "_burst", "_tokens", "_filled_at")
+
+    def __init__(self, rate: float, burst: int, now: float):
+        self._rate, self._burst, self._tokens, self._filled_at = rate, burst, float(burst), now
+
+    def _refill(self, now: float) -> None:
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
+        self._filled_at = now
+
+    def is_full(self, now: float) -> bool:
+        self._refill(now)
+        return self._tokens >= self._burst
+
+    def take(self, now: float) -> bool:
+        self._refill(now)
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class FailureLog:
+    """Lines about failures, bounded so that nobody fills the disk with them: of each cause `burst` at once and then `rate` a second, and of all
+    causes no more than `in_all` allows. The rest is counted, and said when a line is due again; `others` is said of causes that made room."""
+
+    def __init__(self, rate: float, burst: int, others: str, in_all: TokenBucket | None = None):
+        self._rate, self._burst, self._in_all = rate, burst, in_all
+        self._lines: dict[str, TokenBucket] = {}  # of each cause; a cause is the format of what counts its rest
+        self._muted: collections.Counter[str] = collections.Counter()
+        self._others = others
+
+    def write(self, now: float, cause: str, line: str) -> None:
+        """`line`, or one more for `cause`, a text with a %d."""
+        if self._due(now, cause):
+            log.error("%s", line)
+        else:
+            self._muted[cause] += 1
+
+    def _due(self, now: float, cause: str) -> bool:
+        if cause not in self._lines:
+            if len(self._lines) >= SOURCES:
+                self._lines.clear()
+                self._muted = collections.Counter({self._others: sum(self._muted.values())})
+            self._lines[cause] = TokenBucket(self._rate, self._burst, now)
+        return self._lines[cause].take(now) and (self._in_all is None or self._in_all.take(now))
+
+    def confess(self, now: float) -> None:
+        """Called every second or so."""
+        for cause, n in list(self._muted.items()):
+            if self._due(now, cause):
+                log.error(cause, n)
+                del self._muted[cause]
+        for cause in [cause for cause, lines in self._lines.items() if cause not in self._muted and lines.is_full(now)]:
+            del self._lines[cause]
+
+
 class Counters:
     """What an endpoint carries, and has carried since it began: for metrics, status table and status line alike.
 
@@ -3294,18 +3345,33 @@ class Counters:
         self.results = dict.fromkeys(self.RESULTS, 0)  # of streams that are over
         self.links = self.handshakes_failed = self.reconnects = 0
         self._bytes: dict[bytes, list[int]] = {}  # of what is over: peer key -> sent, received
+        self.failures = FailureLog(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, "❌ %d more failures with other keys")
 
     def count(self, error: Exception | None) -> None:
         """A stream is over, or was refused before it was one."""
         refused = isinstance(error, (PolicyError, Overloaded)) or isinstance(error, PeerError) and error.code == INVALID_HOST
         self.results["closed" if error is None else "refused" if refused else "reset" if isinstance(error, LocalFailed) else "failed"] += 1
 
-    def over(self, carried: Stream | UdpSession) -> None:
+    def over(self, carried: Stream | UdpSession, error: Exception | None = None) -> None:
+        """And the line that everything ends with: shown with -v, or always where somebody should know."""
         self.streams.discard(carried)  # type: ignore[arg-type]
         self.sessions.discard(carried)  # type: ignore[arg-type]
         total = self._bytes.setdefault(carried.peer_key, [0, 0])
         total[0] += carried.sent
         total[1] += carried.received
+        failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
+        if failed:
+            self.fail(carried.peer_key, "❌ %s: %s%s" % (carried.label, "refused: " if isinstance(error, PolicyError) else "", error))
+        if log.isEnabledFor(logging.DEBUG):
+            how = "" if failed else " closed" if error is None else " reset (%s)" % reason(error)
+            log.debug("%s%s%s: %d bytes sent to the link, %d received, lived %.1f s", "" if failed else "✅ ", carried.label, how, carried.sent,
+                      carried.received, time.monotonic() - carried.started)
+
+    def fail(self, key: bytes, line: str) -> None:
+        """A line about a failure that has to do with the other side of this key; with -v none of them is left out."""
+        if log.isEnabledFor(logging.DEBUG):
+            return log.error("%s", line)
+        return self.failures.write(time.monotonic(), "❌ %%d more failures%s" % (" with the key `%s`" % encode_key(key) if key else ""), line)
 
     def tally(self, links: Iterable[Link]) -> dict[bytes, collections.Counter[str]]:
         """For each peer key: its links (idle, busy, closing), streams, sessions, and bytes of payload (sent to the link, received)."""
@@ -3481,9 +3547,8 @@ class Stream(LinkUser):
         self.local.abort()
 
     def _report(self, error: Exception | None = None) -> None:
-        self.counters.over(self)
         self.counters.count(error)
-        report_end(self.label, self.sent, self.received, self.started, error)
+        self.counters.over(self, error)
 
     def die(self, error: Exception) -> None:
         if self.link:
@@ -3652,29 +3717,34 @@ class StdioStream(Stream):
 
 class LastWord:
     """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for 2 s at most: closing on unread bytes would be a
-    reset, which destroys them."""
+    reset, which destroys them. ended(self) when that is over, if it has not been over at once."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes):
+    def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, ended: Callable[[LastWord], None] = lambda _self: None):
         self._transport = Transport(loop, sock, self._on_event)
         self._room = memoryview(bytearray(4096))
-        self._timer = loop.call_later(2, self._transport.close)
+        self._timer = loop.call_later(2, self.close)
+        self._ended, self.is_over = lambda _self: None, False
         try:
             self._transport.send(data)
             self._transport.half_close()
             self._transport.want(READ)
         except OSError:
-            self._close()
+            self.close()
+        self._ended = ended
 
     def _on_event(self, _mask: int) -> None:
         try:
             if self._transport.recv_into(self._room) == 0:
-                self._close()
+                self.close()
         except OSError:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         self._timer.cancel()
         self._transport.close()
+        if not self.is_over:
+            self.is_over = True
+            self._ended(self)
 
 
 CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -3784,8 +3854,7 @@ class UdpSession:
         self.closed()
         if self.carrier:
             self.carrier.drop(self, tell)
-        self.table.counters.over(self)
-        report_end(self.label, self.sent, self.received, self.started, error)
+        self.table.counters.over(self, error)
 
     @property
     def peer_key(self) -> bytes:
@@ -3898,10 +3967,28 @@ class UdpLink(LinkUser):
         self._send_queue()
 
     def datagrams(self, run: memoryview) -> None:
-        for number, data in split_datagrams(run):
+        at = 0
+        for n, (number, data) in enumerate(split_datagrams(run)):
+            if n == DATAGRAMS_IN_TURN and self.link:
+                self.link.held = True
+                self.loop.call_later(0, functools.partial(self._go_on_with, bytes(run[at:])))
+                return
+            at += DATAGRAM_HEADER.size + len(data)
             session = self.sessions.get(number)
             if session:  # else it is one that this side has forgotten
                 session.arrived(data, self.loop.now)
+
+    def _go_on_with(self, rest: bytes) -> None:
+        """After the others had their turn."""
+        if not self.link or self.link.state != UDP_OPEN:
+            return
+        self.link.held = False
+        try:
+            self.datagrams(memoryview(rest))
+        except RemoteProtocolError as error:
+            return self.link.die(error)
+        if self.link and not self.link.held:
+            self.link.release()
 
     def datagram(self, data: memoryview) -> None:
         for session in self.sessions.values():
@@ -4065,7 +4152,7 @@ class UdpRelay(UdpLink):
         self.link = None
         self.table.clear()
         self._lost(self)
-        log_link_loss("UDP link of `%s`" % self._origin, error)
+        log_link_loss(self.table.counters, self.key, "UDP link of `%s`" % self._origin, error)
 
 
 class LocalUdpSession(UdpSession):
@@ -4524,7 +4611,7 @@ def _clear_path(path: str) -> None:
 
 
 def drive(sock: socket.socket, handshake: Handshake, timeout: float) -> None:
-    """Runs a handshake over a blocking socket, on a thread. RatrodError says what went wrong; the last word has been sent then."""
+    """Runs a handshake over a blocking socket, on a thread. RatrodError says what went wrong; data_to_send() may hold a last word then."""
     until = time.monotonic() + timeout
     try:
         while True:
@@ -4543,21 +4630,6 @@ def drive(sock: socket.socket, handshake: Handshake, timeout: float) -> None:
         raise RemoteProtocolError("the handshake was not done within %g s" % timeout) from None
     except OSError as error:
         handshake.receive_eof("the connection broke (%s)" % reason(error))
-    except RatrodError:
-        last_word(sock, handshake.data_to_send())
-        raise
-
-
-def last_word(sock: socket.socket, data: bytes) -> None:
-    """Sends `data` and waits up to 2 s for the peer to read it: closing at once on unread bytes is a reset, which destroys it."""
-    until = time.monotonic() + 2
-    with contextlib.suppress(OSError):
-        sock.settimeout(2)
-        if data:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            while time.monotonic() < until and sock.recv(4096):
-                pass
 
 
 class Endpoint:
@@ -4613,6 +4685,7 @@ class Endpoint:
             if link.sent_at <= quiet or link.heard_at <= silent or late:
                 self._keep_alive(link, now, late)
         self.sweep(self.loop.now)
+        self.counters.failures.confess(self.loop.now)
         self.loop.trim()
 
     def _keep_alive(self, link: Link, now: float, late: bool) -> None:
@@ -4726,35 +4799,17 @@ class Endpoint:
                 link.die(LocalFailed("ratrod is ending"))
 
 
-class TokenBucket:
-    """`rate` a second, and up to `burst` at once."""
-
-    __slots__ = ("_rate", "_burst", "_tokens", "_filled_at")
-
-    def __init__(self, rate: float, burst: int, now: float):
-        self._rate, self._burst, self._tokens, self._filled_at = rate, burst, float(burst), now
-
-    def take(self, now: float) -> bool:
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
-        self._filled_at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
-
-
 class Source:
-    """One address (IPv6: one /64) that connections come from: how fast, how many, and how much it may write to the log."""
+    """One address (IPv6: one /64) that connections come from: how fast, and how many."""
 
-    __slots__ = ("strangers", "links", "muted", "waiting", "seen_at", "_tries", "_lines", "_authorized_at")
+    __slots__ = ("strangers", "links", "waiting", "seen_at", "_tries", "_authorized_at")
 
     def __init__(self, now: float, limits: Limits):
-        self.strangers = self.links = self.muted = 0
+        self.strangers = self.links = 0
         self.waiting: collections.deque[tuple[socket.socket, str]] = collections.deque()  # a burst's connections, not begun yet
         self.seen_at = now
         self._authorized_at = now - 3600
         self._tries = TokenBucket(limits.handshake_rate, limits.handshake_burst, now)
-        self._lines = TokenBucket(1, LOG_BURST, now)
 
     def authorized(self, now: float) -> None:
         self._authorized_at = now
@@ -4772,10 +4827,6 @@ class Source:
         self.seen_at = now
         return self._tries.take(now) or self.trusted(now)
 
-    def may_write(self, now: float) -> bool:
-        """Whether a line about it is due in the log."""
-        return self._lines.take(now)
-
     @staticmethod
     def name(host: str) -> str:
         import ipaddress
@@ -4792,17 +4843,18 @@ class Source:
 class Stranger:
     """A connection that is not authenticated yet; `admitted` once its thread has found that it is."""
 
-    __slots__ = ("sock", "address", "source", "since", "admitted", "handshake", "left")
+    __slots__ = ("sock", "address", "source", "since", "admitted", "handshake", "left", "last_word")
 
     def __init__(self, sock: socket.socket, address: str, source: Source, since: float):
         self.sock, self.address, self.source, self.since, self.admitted = sock, address, source, since, b""
         self.handshake: Handshake | None = None
         self.left = False  # it had gone by itself when others needed its place
+        self.last_word = b""  # what it is told when it is refused
 
     @property
-    def steps(self) -> int:
-        """How far it has come."""
-        return self.handshake.steps if self.handshake else 0
+    def has_begun(self) -> bool:
+        """Whether it has said something that could be answered."""
+        return self.handshake is not None and self.handshake.steps > 0
 
 
 def hung_up(sock: socket.socket) -> bool:
@@ -4892,6 +4944,20 @@ class LookUps:
         self._queue.begin(key, lambda: self._pool.submit((lambda: None) if answered else task, finished))
 
 
+class ReverseStream(Stream):
+    """One that came in at the server; it counts as its client's stream while it waits for a link, too."""
+
+    __slots__ = ("_server",)
+
+    def __init__(self, server: Server, *arguments: Any, **named: Any):
+        self._server = server
+        super().__init__(server, *arguments, **named)
+
+    def _report(self, error: Exception | None = None) -> None:
+        super()._report(error)
+        self._server.stream_over(self)
+
+
 class ReverseListener:
     """What a client's `R:` tunnel listens on at the server: its sockets, the links that wait for a connection, and the connections that wait
     for a link. It lives as long as any of its links, waiting or busy."""
@@ -4948,7 +5014,12 @@ class ReverseListener:
 
     def _accepted(self, sock: socket.socket, address: Any) -> None:
         label = new_label(show_address(address), "back through %s" % str(self.address))
-        self._carry(Stream(self._server, sock, label, self._carry, target=show_address(address)))
+        stream = ReverseStream(self._server, sock, label, self._carry, target=show_address(address))
+        try:
+            self._server.begin_stream(stream, self.key)
+        except Overloaded as error:
+            return stream.lost(error)
+        return self._carry(stream)
 
     def _carry(self, stream: Stream) -> None:
         while self._waiting:
@@ -5014,10 +5085,12 @@ class Server(Endpoint):
         self.lookups = LookUps(loop, limits)
         self._sources: dict[str, Source] = {}
         self._most_sources = SOURCES
-        self._lines, self._muted = TokenBucket(LOG_RATE, LOG_BURST_IN_ALL, loop.now), 0  # about strangers: what may be written, what was not
+        self._complaints = FailureLog(LOG_RATE, LOG_BURST, "❌ Refused %d more connections from other addresses",
+                                      TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, loop.now))
         self._strangers: collections.OrderedDict[socket.socket, Stranger] = collections.OrderedDict()  # the oldest first
+        self._dismissed: dict[LastWord, None] = {}  # who is told why not; the oldest first
         self._links_of: collections.Counter[bytes] = collections.Counter()
-        self._streaming: set[Link] = set()  # links that carry a stream, or connect to its remote
+        self._streaming: dict[Any, bytes] = {}  # links that carry a stream or connect to its remote, and ReverseStreams: of which key
         self._streams_of: collections.Counter[bytes] = collections.Counter()
         self._connecting = FairQueue(limits.connects_per_key)
         self._relays: dict[bytes, set[UdpRelay]] = {}
@@ -5061,19 +5134,10 @@ class Server(Endpoint):
     def reloaded(self, new_key: bool) -> None:
         self._hold_against_lists()
 
-    def _complain(self, source: Source, shown: str, what: Any) -> None:
+    def _complain(self, shown: str, what: Any) -> None:
         """A line in the log, or one more that is only counted."""
         self.counters.handshakes_failed += 1
-        if source.may_write(self.loop.now) and self._lines.take(self.loop.now):
-            log.error("❌ Refused `%s`: %s", shown, what)
-        else:
-            source.muted += 1
-
-    def _confess(self, name: str, source: Source) -> None:
-        """How many were only counted, where a line is due again."""
-        if source.muted and source.may_write(self.loop.now) and self._lines.take(self.loop.now):
-            log.error("❌ Refused %d more connections from `%s`", source.muted, name)
-            source.muted = 0
+        self._complaints.write(self.loop.now, "❌ Refused %%d more connections from `%s`" % Source.of(shown), "❌ Refused `%s`: %s" % (shown, what))
 
     # ---- who may do what
 
@@ -5178,7 +5242,7 @@ class Server(Endpoint):
         if header is not None or negotiation.untouched:  # what a health check does is no complaint
             log.debug("health check of `%s`", shown)
         else:
-            self._complain(self._source(negotiation.address[0]), shown, error)
+            self._complain(shown, error)
         if header is not None:
             LastWord(self.loop, negotiation.sock, b"")
         return None
@@ -5193,26 +5257,22 @@ class Server(Endpoint):
         return self._sources[name]
 
     def _forget_sources(self, age: float) -> None:
-        """Those that hold nothing and have not been seen for so many seconds. What was only counted of them stays counted."""
+        """Those that hold nothing and have not been seen for so many seconds."""
         now = self.loop.now
         for name, source in list(self._sources.items()):
             if now - source.seen_at >= age and source.holds_nothing(now):
-                self._muted += source.muted
                 del self._sources[name]
-        if self._muted and self._lines.take(now):
-            log.error("❌ Refused %d more connections from other addresses", self._muted)
-            self._muted = 0
 
     def _welcome(self, sock: socket.socket, address: Any) -> None:
         source, shown = self._source(address[0]), show_address(address)
         if not source.may_try(self.loop.now):
             sock.close()
-            return self._complain(source, shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
+            return self._complain(shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
         if source.trusted(self.loop.now) and source.strangers >= self._room_for_bursts:
             # A burst from a client's machine, as a browser makes, waits for its turn; it never takes the last places of everybody else.
             if len(source.waiting) >= 4 * self.limits.handshakes:
                 sock.close()
-                return self._complain(source, shown, "too many connections from there wait to authenticate themselves")
+                return self._complain(shown, "too many connections from there wait to authenticate themselves")
             return source.waiting.append((sock, shown))
         return self._begin(source, sock, shown)
 
@@ -5231,9 +5291,12 @@ class Server(Endpoint):
             self._evict([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source] or strangers)
 
     def _evict(self, strangers: list[Stranger]) -> bool:
-        """Ends the oldest of those that have come least far: a thousand who say nothing, or a byte a second, must not push out the one that
-        is in the middle of it. Shutting it down wakes its thread."""
-        victim = min((stranger for stranger in strangers if not stranger.admitted), key=lambda other: (other.steps, other.since), default=None)
+        """Ends the oldest of those that have said nothing, or of the others where those have no more than a quarter of the places: a thousand
+        who are silent, or say a byte a second, must not push out the one that is in the middle of it, nor a thousand who stop in the middle
+        the one that has just come. Shutting it down wakes its thread."""
+        silent = [stranger for stranger in strangers if not stranger.has_begun]
+        begun = [stranger for stranger in strangers if stranger.has_begun and not stranger.admitted]
+        victim = min(silent if len(silent) > len(strangers) // 4 or not begun else begun, key=lambda other: other.since, default=None)
         if victim is None or not self._forget(victim):
             return False
         victim.left = hung_up(victim.sock)
@@ -5272,7 +5335,11 @@ class Server(Endpoint):
             raise Speechless("it closed the connection without a word")
         handshake = stranger.handshake = self._handshake_for(stranger, first)
         handshake.receive_data(first)
-        drive(sock, handshake, self.limits.handshake_timeout - (time.monotonic() - started))
+        try:
+            drive(sock, handshake, self.limits.handshake_timeout - (time.monotonic() - started))
+        except RatrodError:
+            stranger.last_word = handshake.data_to_send()
+            raise
         return handshake
 
     def _handshake_for(self, stranger: Stranger, first: bytes) -> Handshake:
@@ -5282,8 +5349,8 @@ class Server(Endpoint):
         if first in b"\0\1" and self.legacy:
             return LegacyServerHandshake(self.keys, authorize=authorize)
         if first in b"\0\1":
-            last_word(stranger.sock, LegacyWriter.clear_message(Error(UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the"
-                                                             " original's protocol, or connect with a client that speaks ratrod2")))
+            stranger.last_word = LegacyWriter.clear_message(Error(UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the"
+                                                                  " original's protocol, or connect with a client that speaks ratrod2"))
             raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that gives up")
         raise RemoteProtocolError("it does not speak ratrod")
 
@@ -5318,10 +5385,10 @@ class Server(Endpoint):
         if handshake is None:
             if stranger.admitted:
                 self._count_out(stranger.admitted)
-            stranger.sock.close()
+            self._dismiss(stranger)
             if isinstance(error, Speechless):
                 return log.debug("`%s`: %s (a health check?)", stranger.address, error)
-            return self._complain(source, stranger.address, error)
+            return self._complain(stranger.address, error)
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", stranger.address, self.show_key(handshake.peer_key), handshake.suite)
         self._sources.setdefault(Source.of(stranger.address), source).links += 1  # where it had to make room, it may have been forgotten too
         self.counters.links += 1
@@ -5333,12 +5400,23 @@ class Server(Endpoint):
             return link.leave(link.writer.record(CLOSE))
         return link.update()
 
+    def _dismiss(self, stranger: Stranger) -> None:
+        """It is told why where there is something to say, which takes none of the places where others authenticate themselves."""
+        if not stranger.last_word:
+            return stranger.sock.close()
+        while len(self._dismissed) >= self.limits.handshakes:
+            next(iter(self._dismissed)).close()
+        last_word = LastWord(self.loop, stranger.sock, stranger.last_word, self._dismissed.pop)
+        if not last_word.is_over:
+            self._dismissed[last_word] = None
+        return None
+
     # ---- links
 
     def link_ended(self, link: Link, error: Exception | None) -> None:
         super().link_ended(link, error)
         self._count_out(link.peer_key)
-        self._stream_over(link)
+        self.stream_over(link)
         source = self._sources.get(Source.of(link.name))
         if source:
             source.links -= 1
@@ -5350,17 +5428,17 @@ class Server(Endpoint):
     def link_idle(self, link: Link, end: bytes = b"") -> None:
         if link.role == OPENER:
             return self._listening[link].put(link)
-        self._stream_over(link)
+        self.stream_over(link)
         if self.draining:
             return link.leave(end + link.writer.record(CLOSE))
         return link.send(end + link.writer.record(OVER))
 
-    def _stream_over(self, link: Link) -> None:
-        if link in self._streaming:
-            self._streaming.discard(link)
-            self._streams_of[link.peer_key] -= 1
-            if not self._streams_of[link.peer_key]:
-                del self._streams_of[link.peer_key]
+    def stream_over(self, carried: Link | ReverseStream) -> None:
+        key = self._streaming.pop(carried, None)
+        if key is not None:
+            self._streams_of[key] -= 1
+            if not self._streams_of[key]:
+                del self._streams_of[key]
 
     def let_go(self) -> None:
         for listener in list(self._reverse):
@@ -5406,7 +5484,7 @@ class Server(Endpoint):
             try:
                 listener = self._reverse_listener(link.peer_key, address, asked, instance)
             except RatrodError as failure:
-                log.error("❌ %s: %s", label, failure)
+                self.counters.fail(link.peer_key, "❌ %s: %s" % (label, failure))
                 return link.refuse(Error(REMOTE_FAILED, str(failure)))
             self._listening[link] = listener
             return listener.join(link, instance)
@@ -5454,10 +5532,10 @@ class Server(Endpoint):
         for relays in list(self._relays.values()):
             for relay in list(relays):
                 relay.table.expire(now)
-        for name, source in self._sources.items():
-            self._confess(name, source)
+        for source in self._sources.values():
             self._serve_waiting(source)
         self._forget_sources(60)
+        self._complaints.confess(now)
 
     # ---- opening a remote: policy, look-up, policy for the addresses, connect
 
@@ -5493,20 +5571,19 @@ class Server(Endpoint):
             return RemoteUdpSession(relay, 0, label).connected(sock)
         return self._connect_udp(link, remote, connected)
 
-    def _begin_stream(self, link: Link) -> None:
-        """Overloaded where its client, or all together, have as many as they may."""
-        key = link.peer_key
+    def begin_stream(self, carried: Link | ReverseStream, key: bytes) -> None:
+        """Overloaded where the client of this key, or all together, have as many as they may."""
         for whose, most, have in (("of this client", self._stream_cap_of_key, self._streams_of[key]),
                                   ("in all", self._stream_cap, len(self._streaming))):
             if have >= most:
                 raise Overloaded("the server carries as many streams %s as it takes (%d); try again later" % (whose, most))
-        self._streaming.add(link)
+        self._streaming[carried] = key
         self._streams_of[key] += 1
 
     def _open(self, link: Link, label: Label, remote: str) -> None:
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
         try:
-            self._begin_stream(link)
+            self.begin_stream(link, key)
         except Overloaded as error:
             return self._refuse(link, label, error)
         link.set_deadline(self.limits.connect_timeout, lambda: self._refuse(link, label, socket.timeout("timed out")))
@@ -5555,7 +5632,7 @@ class Server(Endpoint):
             return
         self.counters.count(error)
         answer = self._answer(label.target, error)
-        log.error("❌ %s: %s", label, "refused: %s" % error if answer.code == INVALID_HOST else answer.text)
+        self.counters.fail(link.peer_key, "❌ %s: %s" % (label, "refused: %s" % error if answer.code == INVALID_HOST else answer.text))
         link.refuse(answer)
 
     @staticmethod
@@ -6354,7 +6431,7 @@ class ReverseTunnel(LinkUser):
         for link in links:
             self.waiting.discard(link)
             link.leave(link.writer.record(CLOSE))
-            self.more()
+        self.more()
 
     def gone(self, link: Link, error: Exception | None) -> None:
         waited = link in self.waiting
@@ -6364,7 +6441,7 @@ class ReverseTunnel(LinkUser):
             return
         if waited and not self.waiting and not self._asking and self.tries.error is None:
             self._rest(error or LinkClosed("the server closed the connection"))
-        else:
+        elif not waited or self._client.loop.now - link.born > 0.5:  # what ends at once could go round and round: the sweep sees to it
             self.more()
 
 

@@ -233,6 +233,38 @@ def test_a_source_with_a_link_may_use_them_all(strangers, keys):
 
 
 @linux
+def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
+    """Strangers whose keys nobody knows have come as far as one can come; that they stay must not push out who is in the middle."""
+    _, _, enter = strangers("--max-handshakes", "4")
+    honest = peer.Client(enter("127.0.0.2"), seed_of(keys.client))
+    message = honest.client_preamble()
+    honest.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+    honest.read_server_preamble()
+    for n in range(8):
+        with pytest.raises(peer.PeerError, match="does not know"):
+            peer.Client(enter("127.0.0.%d" % (n + 3)), bytes([n]) * 32).handshake()  # which stay
+    honest.send_message(honest.client_authentication())
+    honest.read_completion()
+
+
+@linux
+@pytest.mark.parametrize("rest", [b"", b"\0", b"\0\x70", b"\0\x70x"], ids=["nothing", "a byte", "a length", "more"])
+def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest):
+    """Those that were answered once and then say no more, or the beginning of the next message, have no right to stay before one that has just
+    come; nor do those that come after it push it out."""
+    _, _, enter = strangers("--max-handshakes", "8")
+    for n in range(8):
+        stopped = peer.Client(enter("127.0.0.%d" % (n + 3)), seed_of(keys.client))
+        message = stopped.client_preamble()
+        stopped.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+        stopped.read_server_preamble()
+        stopped.sock.sendall(rest)
+    honest = [enter("127.0.0.2"), enter("127.0.0.2")]
+    for sock in honest:
+        link(sock, keys.client)
+
+
+@linux
 @pytest.mark.parametrize("flags", [("--max-handshakes", "4"), ("--max-handshakes-per-source", "64")], ids=" ".join)
 def test_a_client_is_served_whatever_these_two_are(tunnel, tcp_echo, stack, flags):
     """A burst of one source waits before it takes everybody's last places; here there are no others, but it must not wait for ever."""
@@ -492,6 +524,30 @@ def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole
     third.wait_opened()
 
 
+@pytest.mark.parametrize("ask", ["sessions", "opens"])
+def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack, ask):
+    """An authorized client must not fill the disk either: 200 lines at once, then ten a second, and the rest as a number."""
+    (keys.server.path / "authorized_keys").write_text('%s permitopen="192.0.2.1:9"\n' % keys.client.public)
+    server, port = serve()
+    began, n = time.monotonic(), 600
+    if ask == "sessions":
+        asking = link(stack.enter_context(dial(port)), keys.client)
+        asking.open_udp()
+        for number in range(n):
+            asking.session(number, "127.0.0.1:%d" % (number + 1))
+            assert asking.read_udp() == (peer.SESSION_OVER, (number, peer.INVALID_HOST, "not allowed by this server"))
+    else:
+        for number in range(n):
+            with link(dial(port), keys.client) as asking, pytest.raises(peer.PeerError, match="not allowed"):
+                asking.open("127.0.0.1:%d" % (number + 1)).wait_opened()
+
+    def counted():
+        rest = re.findall(r"❌ (\d+) more failures with the key `%s`" % re.escape(keys.client.public), server.output)
+        return len(re.findall("refused: ", server.output)) + sum(map(int, rest)) == n
+    eventually(counted, lambda: server.output)
+    assert len([line for line in server.lines if "❌" in line]) <= 200 + 10 * (time.monotonic() - began) + 1
+
+
 # ---------------------------------------------------------------------------------------------------- UDP
 
 
@@ -543,6 +599,26 @@ def test_the_key_with_most_udp_sessions_makes_room(asking, remote, keys, second)
     assert quiet[0].ask(remote) == of_quiet
     assert loud[3].ask(remote) == of_loud[3]
     assert loud[0].ask(remote) != of_loud[0]
+
+
+def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_echo, stack):
+    """80,000 empty ones have room in one: others are served in between, and all of them before what follows it."""
+    _, port = serve()
+    nobody = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    nobody.bind(("127.0.0.1", 0))
+    flood, other = link(stack.enter_context(dial(port)), keys.client), link(stack.enter_context(dial(port)), second)
+    stream = other.open("127.0.0.1:%d" % tcp_echo.port)
+    stream.wait_opened()
+    flood.open_udp()
+    assert flood.read_record().type == peer.OPENED
+    flood.session(1, "127.0.0.1:%d" % nobody.getsockname()[1])
+    flood.datagrams(*[(1, b"")] * 80000)
+    flood.session(2, "no target")
+    for _ in range(5):
+        stream.send(b"ping")
+        assert stream.receive() == b"ping"
+    assert not is_ready(flood.sock, selectors.EVENT_READ, 0)
+    assert flood.read_udp()[1][0] == 2
 
 
 class LateServer:

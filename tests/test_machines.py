@@ -716,7 +716,7 @@ def test_rates_with_one_and_two_servers(machines, serve, connect, tcp_echo, mode
         client = connect(server_port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
         client.wait_for(READY)
         with Load(tcp_port(client), threads=8) as load:
-            load.go_on(20000 if LONG else 500)
+            load.go_on(8000 if LONG else 500)
         client.stop()
         figure("%s, %s" % (mode.name, what), "%.0f new tunnel connections/s, on links %s" % (load.rate, links()))
         assert not load.failures, load.failures[:10]

@@ -380,6 +380,26 @@ def test_four_listeners_of_each_key(serve, client, second, keys, target):
     assert [greeting(port) for port in bounds] == [b"0", b"1", b"2", b"3"] * 2
 
 
+@pytest.mark.parametrize("flag", ["--max-streams", "--max-streams-per-key"])
+def test_streams_have_a_bound_here_too(serve, client, tcp_echo, flag):
+    """Those that wait for a link included: who reaches the listener must not use up the server's descriptors."""
+    server, port = serve("--allow-listen", flag, "2")
+    reverse = bound(client(port, "R:0:127.0.0.1:%d" % tcp_echo.port))
+    with dial(reverse) as first, dial(reverse) as second:
+        for connection in (first, second):
+            connection.sendall(b"ping")
+            assert connection.recv(4) == b"ping"
+        with dial(reverse) as third, pytest.raises(ConnectionResetError):
+            third.recv(1)
+        server.wait_for("carries as many streams .* as it takes \\(2\\)")
+
+    def passes():
+        with dial(reverse) as again, contextlib.suppress(ConnectionResetError):
+            again.sendall(b"ping")
+            return again.recv(4) == b"ping"
+    eventually(passes, "there is room again")
+
+
 def test_two_keys_want_one_port(reverse, client, second, tcp_echo):
     made = reverse(tcp_echo.port)
     assert_start_fails(client(made.server_port, "R:%d:127.0.0.1:1" % made.port, who=second), "in use", "%d" % made.port)

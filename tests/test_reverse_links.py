@@ -5,6 +5,7 @@ import queue
 import selectors
 import socket
 import threading
+import time
 
 import pytest
 import ratrod2_peer as peer
@@ -545,3 +546,25 @@ def test_the_links_end_with_the_client(grants, client, tcp_echo):
     threading.Thread(target=lambda: ended.put(listening.read_to_end()), daemon=True).start()
     assert program.stop() == 0
     assert {record.type for record in ended.get(timeout=PATIENCE)} <= {CLOSE, peer.KEEPALIVE}
+
+
+def test_links_that_the_server_ends_at_once_do_not_spin(keys, ratrod, target):
+    """One waits; every further one is ended as soon as it waits too. The client asks again, but not as fast as it can."""
+    asked = []
+
+    def handle(connection):
+        connection.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError), peer.Server(connection, seed_of(keys.server)) as link:
+            stream = link.handshake().accept()
+            if stream is None:  # the test connection
+                return
+            asked.append(stream)
+            link.grant_listen("127.0.0.1:9")
+            if len(asked) == 1:
+                link.accept()
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % target(handle).port, "R:0:127.0.0.1:1")
+    bound(client)
+    eventually(lambda: len(asked) > 2, "it asks again")
+    before = len(asked)
+    time.sleep(3)  # nothing is awaited: it is counted what comes
+    assert len(asked) - before < 30
