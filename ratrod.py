@@ -5520,6 +5520,8 @@ class Server(Endpoint):
             listener.close()
         for negotiation in list(self._proxied):
             negotiation.close()
+        for last_word in list(self._dismissed):
+            last_word.close()
         super().close()
 
     def forget_reverse(self, listener: ReverseListener) -> None:
