@@ -2414,6 +2414,14 @@ class EpollSelector:
         self._epoll.close()
 
 
+def new_scratch() -> memoryview:
+    """SCRATCH_IN bytes of their own pages, which go back to the system with them: malloc would keep them, 70 MB after a burst of 128 links."""
+    import mmap
+
+    private: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}  # by default a forked process shares it
+    return memoryview(mmap.mmap(-1, SCRATCH_IN, **private))
+
+
 class EventLoop:
     """The one thread that owns every socket after its handshake. Only call_soon_threadsafe() may be called from another."""
 
@@ -2432,7 +2440,7 @@ class EventLoop:
         # every connection would cost 256 KB each.
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
-        self.scratch_in = memoryview(bytearray(SCRATCH_IN))
+        self.scratch_in = new_scratch()
         self.portion, self._hurry_until = MAX_CONTENT, self.now  # bytes that one callback takes at most
         self._spare: list[memoryview] = []
         self._lent = 0
@@ -2448,7 +2456,7 @@ class EventLoop:
         if self._lent >= LENT_AT_ONCE:
             return None
         self._lent += 1
-        lent, self.scratch_in = self.scratch_in, self._spare.pop() if self._spare else memoryview(bytearray(SCRATCH_IN))
+        lent, self.scratch_in = self.scratch_in, self._spare.pop() if self._spare else new_scratch()
         return lent
 
     def give_back(self, lent: memoryview) -> None:
@@ -6368,7 +6376,7 @@ class ReverseTunnel(LinkUser):
     def more(self) -> None:
         """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask for."""
         wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and self.tries.error is None else 0
-        while len(self.waiting) + self._asking < wanted and not self._client.draining:
+        while len(self.waiting) + self._asking < wanted and not self._client.draining and self._client.may_ask_for(self._asking + 1):
             self.start()
 
     def _made(self, link: Link | None, error: Exception | None) -> None:
@@ -6600,6 +6608,11 @@ class Client(Endpoint):
     def _reverse_refused(self, tunnel: ReverseTunnel, error: Exception) -> None:
         log.error("❌ reverse tunnel `R:%s` to `%s`: %s", tunnel.asked, tunnel.spec.remote, reason(error))
         self._finished(PolicyError(str(error)) if isinstance(error, PeerError) and error.code == INVALID_HOST else error)
+
+    def may_ask_for(self, more: int) -> bool:
+        """So many more links for reverse tunnels. Each needs a descriptor for itself and one for its remote: a server that opens them all
+        must not take those of the other tunnels. More connections wait at the server."""
+        return 2 * (len(self.reverse_links) + more) <= descriptor_limit() // 2
 
     def open_asked(self, link: Link, message: Open) -> None:
         """A connection came in at the server. What it says of it is for the log: this client connects to what its own command line names."""

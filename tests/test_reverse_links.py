@@ -3,13 +3,14 @@
 import contextlib
 import queue
 import selectors
+import shutil
 import socket
 import threading
 import time
 
 import pytest
 import ratrod2_peer as peer
-from conftest import PATIENCE, dial, eventually, free_port, make_keys, port_of, receive_all, receive_exactly, reset, seed_of
+from conftest import PATIENCE, RATROD, descriptors, dial, eventually, free_port, make_keys, port_of, receive_all, receive_exactly, reset, seed_of
 from ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, UDP, LinkEnded, PeerError, encode_open
 from test_reverse import (
     REFUSED,
@@ -568,3 +569,24 @@ def test_links_that_the_server_ends_at_once_do_not_spin(keys, ratrod, target):
     before = len(asked)
     time.sleep(3)  # nothing is awaited: it is counted what comes
     assert len(asked) - before < 30
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="prlimit of util-linux sets the limit")
+def test_a_server_that_opens_all_links_leaves_some_descriptors(keys, start, target, tcp_echo):
+    """They are as many as the server says; the client's other tunnels need some of its 128 too."""
+    opened = []
+
+    def handle(connection):
+        connection.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError), peer.Server(connection, seed_of(keys.server)) as link:
+            if link.handshake().accept():
+                link.grant_listen("127.0.0.1:9")
+                link.open("nobody").wait_opened()
+                opened.append(link)
+                link.read_to_end()
+    client = start("prlimit", "--nofile=128:128", *RATROD, "-k", keys.client.path, "connect", "127.0.0.1:%d" % target(handle).port,
+                   "R:0:127.0.0.1:%d" % tcp_echo.port)
+    bound(client, host=".*")
+    eventually(lambda: len(opened) >= 32, lambda: "%d opened" % len(opened))
+    time.sleep(1)  # nothing is awaited: it is counted what comes
+    assert len(opened) <= 32 and descriptors(client) < 90
