@@ -190,6 +190,7 @@ BACKLOG = 1024  # connections that the system takes for a listener before it acc
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 TRIES = 3  # of one Open ...
 CLOSES = 10  # ... and where each was answered by Close: several servers may be draining
+UDP_REST = 5.0  # seconds for which a UDP session whose remote could not be reached is not tried again
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
 CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -2582,8 +2583,15 @@ class WorkerPool:
             self._tasks.put((task, done))
             self._unfinished += 1
             if self._threads < min(self._unfinished, self._size):
-                self._threads += 1
-                threading.Thread(target=self._work, daemon=True, name="ratrod worker").start()
+                try:
+                    threading.Thread(target=self._work, daemon=True, name="ratrod worker").start()
+                    self._threads += 1
+                except RuntimeError as error:  # no more for now (ulimit -u, pids.max): those that are there do it, or it fails
+                    if not self._threads:
+                        self._tasks.get_nowait()
+                        self._unfinished -= 1
+                        failure = ConnectError("this system lets it start no thread for now (%s)" % error)
+                        self._loop.call_soon_threadsafe(functools.partial(done, None, failure))
 
     def close(self) -> None:
         """Lets the idle threads go now; those that are at work go when they are done."""
@@ -3533,8 +3541,9 @@ class Stream(LinkUser):
         return True
 
     def check(self) -> None:
-        # After its end of file nobody reads this socket: a reset that follows would wait for the next write, perhaps for ever.
-        if self._ended and self.link and self.link.state != DONE:
+        # After its end of file, or while the other side takes nothing, nobody reads this socket: a reset that follows would wait for the next
+        # write, perhaps for ever.
+        if self.link and self.link.state != DONE and not self.local.events & READ:
             code = self.local.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
                 self._failed(OSError(code, os.strerror(code)))
@@ -4179,7 +4188,9 @@ class LocalUdpSession(UdpSession):
     def failed(self, error: Exception, now: float) -> None:
         """Its link failed, or the server refused it: said once, not for every datagram."""
         log.log(logging.DEBUG if self.deaf_until else logging.ERROR, "❌ %s: %s", self.label, reason(error))
-        self.deaf_until = float("inf") if isinstance(error, PeerError) else now + 1
+        forbidden = isinstance(error, PeerError) and error.code == INVALID_HOST
+        # A remote that could not be looked up or reached may be there later: whoever goes on asking, as WireGuard does, is to be heard again.
+        self.deaf_until = float("inf") if forbidden else now + (UDP_REST if isinstance(error, PeerError) else 1)
         self.carrier = None
 
 
@@ -4517,14 +4528,14 @@ class Listener:
 
     def _on_event(self, _mask: int) -> bool:
         """Whether there may be more."""
-        for _ in range(BATCH):
+        for n in range(BATCH):
             try:
                 sock, address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError as error:
-                if error.errno not in NO_SUCH_DESCRIPTORS:
-                    continue  # this one was gone before it was accepted
+                if error.errno not in NO_SUCH_DESCRIPTORS and n < BATCH - 1:
+                    continue  # this one was gone before it was accepted; or all of them are, for a socket that is no more fails each time
                 self._starve(error)
                 return False
             self._accepted(sock, address)
@@ -5118,7 +5129,7 @@ class Server(Endpoint):
         """Each stream needs a descriptor for its link and one for its remote, each UDP session one."""
         descriptors = descriptor_limit()
         self._udp_cap = min(self.limits.udp_sessions_in_all, descriptors // 4)
-        self._link_cap = self.limits.links or max(16, (descriptors - 64 - self._udp_cap) // 2)
+        self._link_cap = self.limits.links or max(min(16, descriptors // 8), (descriptors - 64 - self._udp_cap) // 2)
         self._link_cap_of_key = self.limits.links_per_key or self._link_cap
         self._stream_cap = self.limits.streams or self._link_cap
         self._stream_cap_of_key = self.limits.streams_per_key or self._stream_cap
@@ -5777,7 +5788,7 @@ class Retry:
     def __init__(self, loop: EventLoop, longest: float, most: int | None, again: Callable[[], None], give_up: Callable[[RatrodError], None]):
         self._loop, self._longest, self._most, self._again, self._give_up = loop, longest, most, again, give_up
         self.error: Exception | None = None  # the last one; None: all is well
-        self._tries = self._level = 0
+        self._tries = self._begun = self._level = 0
         self._said = False
         self._since = self._tried_at = self._well_at = loop.now
         self._timer: Timer | None = None
@@ -5788,11 +5799,11 @@ class Retry:
         is no news."""
         again = first or self.error is not None
         if self.error is None:
-            self._since, self._tries, self._said = self._loop.now, int(tried), False
+            self._since, self._tries, self._begun, self._said = self._loop.now, int(tried), int(tried), False
             if self._loop.now - self._well_at > self.STEADY:
                 self._level = 0
         else:
-            self._tries += 1
+            self._tries = min(self._tries + 1, self._begun)  # ten links that fail in one moment are one try
         self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
         if self._most is not None and self._tries >= self._most:
             return self._give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
@@ -5823,6 +5834,7 @@ class Retry:
 
     def _due(self) -> None:
         self._timer, self._tried_at = None, self._loop.now
+        self._begun += 1
         self._again()
 
     def succeeded(self, found: str) -> None:
@@ -6242,10 +6254,9 @@ class LinkPool:
 
     def failed(self, error: Exception) -> None:
         """No link could be made."""
-        if self._client.connected:
-            self._client.since = self._loop.now
         lost = "" if self._taken or self._idle else "Lost the server `%s`" % self._client.server_names
-        self._client.retry.failed(error, lost, tried=not self._client.legacy)  # a legacy client notices by a try that there was a loss
+        with self._client.noticing():
+            self._client.retry.failed(error, lost, tried=not self._client.legacy)  # a legacy client notices by a try that there was a loss
         if self._waiting:
             self.make_more()
 
@@ -6314,16 +6325,18 @@ class LinkPool:
 
     def completed(self, link: Link) -> None:
         """The server has let it in."""
-        if not self._client.connected:
-            self._client.since = self._loop.now
-            self._client.counters.reconnects += 1
-        self._client.retry.succeeded("Connected to server `%s` again," % link.name)
+        with self._client.noticing():
+            self._client.retry.succeeded("Connected to server `%s` again," % link.name)
         self.make_more()
 
     def clear(self) -> None:
         """Lets go of all idle links."""
         while self._idle:
             self._drop(self._idle.pop()[1])
+
+    @property
+    def has_links(self) -> bool:
+        return bool(self._links)
 
     @property
     def waiting(self) -> int:
@@ -6396,7 +6409,8 @@ class ReverseTunnel(LinkUser):
             self.lost(error)
             return link.die(error)
         self._asking -= 1
-        self.tries.succeeded("reverse tunnel on `%s` again," % str(address))
+        with self._client.noticing():
+            self.tries.succeeded("reverse tunnel on `%s` again," % str(address))
         first, self.address = self.address is None, address
         self.asked = str(self.address)
         self.waiting.add(link)
@@ -6420,7 +6434,8 @@ class ReverseTunnel(LinkUser):
         return None
 
     def _rest(self, error: Exception) -> None:
-        self.tries.failed(error, "" if self.waiting else "reverse tunnel on `%s`" % str(self.address))
+        with self._client.noticing():
+            self.tries.failed(error, "" if self.waiting else "reverse tunnel on `%s`" % str(self.address))
 
     def taken(self, link: Link) -> None:
         """A connection came on it."""
@@ -6464,6 +6479,8 @@ class Client(Endpoint):
     `ask_host(error)` is asked whether to trust a server's key that is not known. `started()`: all tunnels take connections.
     """
 
+    LEAST_HANDSHAKE = 3.0  # seconds of one of many servers
+
     def __init__(self, loop: EventLoop, folder: KeyFolder, servers: list[Place], tunnels: list[TunnelSpec], limits: Limits = DEFAULT_LIMITS, *,
                  sockets: list[list[socket.socket]] | None = None, report: Report = log.info,
                  legacy: bool = False, accept_all_hosts: bool = False, accept_new: bool = False, should_encrypt: bool = False,
@@ -6488,7 +6505,7 @@ class Client(Endpoint):
         self._test_link: Link | None = None
         self.started = False
         self.since = loop.now  # when it was connected, or lost the server
-        self._dialling = self._looking = 0
+        self._dialling = self._looking = self._passed_by = 0
         listens = not only_test and any(spec.kind in (FORWARD, SOCKS) for spec in tunnels)
         self._pool = LinkPool(self, LinkPool.READY if listens and not legacy else 0)
         self._sessions = UdpSessionTable(limits.udp_sessions, limits.udp_timeout, self.counters)
@@ -6700,8 +6717,9 @@ class Client(Endpoint):
             number = (first + n) % len(self._servers)
             server = self._servers[number]
             try:
-                # Each gets its share of the time, as each of its addresses does.
-                sock, handshake = self._come_in(server, (until - time.monotonic()) / (len(self._servers) - n), remote, kind, report)
+                # Each gets its share of the time, as each of its addresses does; what one before it has used up of the handshake's is not its.
+                share = max((until - time.monotonic()) / (len(self._servers) - n), self.limits.connect_timeout / len(self._servers))
+                sock, handshake = self._come_in(server, share, remote, kind, report)
             except (AuthenticationError, PeerError, Overloaded):
                 raise
             except RatrodError as error:
@@ -6722,7 +6740,9 @@ class Client(Endpoint):
         try:
             report("✅ Connected to server `%s`%s ...", server, " through `%s`" % str(self._proxy) if self._proxy else "")
             handshake = self._handshake(server, remote, kind, report)
-            drive(sock, handshake, self.limits.handshake_timeout)
+            # One that takes connections and says nothing must not use up the time of who waits, where there are others.
+            whole = self.limits.handshake_timeout
+            drive(sock, handshake, max(whole / len(self._servers), min(whole, self.LEAST_HANDSHAKE)))
         except BaseException:
             sock.close()
             raise
@@ -6759,6 +6779,7 @@ class Client(Endpoint):
             found = look_up(where)
         except ConnectError as error:
             raise ConnectError("there is no %s: %s" % (name, error)) from None
+        until = max(until, time.monotonic() + timeout / 2)  # a slow look-up must not leave a millisecond
         for n, (family, sockaddr) in enumerate(found):
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
@@ -6811,10 +6832,20 @@ class Client(Endpoint):
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
             return tunnel.gone(link, error)
+        passed = not link.completed and isinstance(error, PeerError) and not is_final(error) and self._pass_by(link.name)
         if link is self._test_link:
             self._test_link = None
+            if passed and self._passed_by < len(self._servers):
+                return self._test("")
             return self._tested(error or LinkClosed("the server closed the connection"))
         return self._pool.ended(link, error)
+
+    def _pass_by(self, name: str) -> bool:
+        """A server that is there takes no more of this client, as one that is full: whether another one may."""
+        self._passed_by += 1
+        if str(self._servers[self._current]) == name:
+            self._current = (self._current + 1) % len(self._servers)
+        return len(self._servers) > 1
 
     def client_refused(self, error: PeerError) -> None:
         """The server does not let this client in (any more): nothing that it does will change that."""
@@ -6888,7 +6919,18 @@ class Client(Endpoint):
 
     @property
     def connected(self) -> bool:
-        return self.started and self.retry.error is None
+        """Whether the server is there, as far as is known: who has nothing but reverse tunnels knows it by them."""
+        lost = bool(self.reverse) and all(tunnel.tries.error for tunnel in self.reverse) and not self._pool.has_links
+        return self.started and self.retry.error is None and not lost
+
+    @contextlib.contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Around what may be how the server went away or came back."""
+        before = self.connected
+        yield
+        if self.connected != before:
+            self.since = self.loop.now
+            self.counters.reconnects += self.connected
 
     @property
     def handshakes(self) -> int:
@@ -8069,17 +8111,16 @@ def connect_command(options: Options) -> int:
         return check_command(options, folder, servers, tunnels, proxy=proxy, ssh=ssh)
     may_ask = at_terminal() and not quiet and options.workers == 1
     sockets: list[list[list[socket.socket]]] = []
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # however it ends: the file of a Unix socket goes with it
         for spec in tunnels:
             sockets.append(listen_for_tunnel(options.workers, spec))
             stack.callback(close_all, [sock for group in sockets[-1] for sock in group])
-        stack.pop_all()
-    groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
-    return run_workers([sum(group, []) for group in groups], lambda number, notify: run_endpoint(
-        lambda loop, started, finished: make_client(
-            options, loop, folder, servers, tunnels, proxy=proxy, ssh=ssh, may_ask=may_ask, sockets=groups[number],
-            report=log.debug if number else log.info, ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
-        options.drain or 0.0, notify, metrics_at(number)))
+        groups = [[ours[number] for ours in sockets] for number in range(options.workers)]
+        return run_workers([sum(group, []) for group in groups], lambda number, notify: run_endpoint(
+            lambda loop, started, finished: make_client(
+                options, loop, folder, servers, tunnels, proxy=proxy, ssh=ssh, may_ask=may_ask, sockets=groups[number],
+                report=log.debug if number else log.info, ask_host=lambda error: may_ask and ask_host(error), started=started, finished=finished),
+            options.drain or 0.0, notify, metrics_at(number)))
 
 
 def forget_useless(options: Options, servers: list[Place]) -> Options:
@@ -8125,6 +8166,8 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
         raise ConfigError("standard input and output can be one tunnel's only (stdio:)")
     if STDIO in kinds and not hasattr(os, "get_blocking"):
         raise ConfigError("stdio: needs a POSIX system")
+    if STDIO in kinds and not (sys.stdin and sys.stdout):
+        raise ConfigError("stdio: needs standard input and output, and whoever started this has closed one of them")
     if workers > 1 and {STDIO, REVERSE} & set(kinds):
         raise ConfigError("--workers does not go together with stdio: and R: tunnels, which are one process's")
     check_workers(workers)
@@ -8155,6 +8198,8 @@ def check_ssh(servers: list[Place], command: str | None, given: dict[str, Any], 
 
 
 def check_workers(workers: int) -> None:
+    if workers > 1024:
+        raise ConfigError("--workers takes at most 1024, not %d; as many as there are processors serve best" % workers)
     if workers > 1 and not hasattr(os, "fork"):
         raise ConfigError("--workers needs a system that can fork processes, and this one cannot; leave it out")
 
@@ -8341,8 +8386,9 @@ def _guarded(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
     try:
         return run()
     except UsageError as error:
-        if sys.stderr:
-            print("ratrod: %s\n\n%s" % (error, usage_hint(argv)), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            if sys.stderr:
+                print("ratrod: %s\n\n%s" % (error, usage_hint(argv)), file=sys.stderr)
         return error.exit_code
     except RatrodError as error:
         log.error("❌ %s", error)

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import pathlib
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -29,14 +30,17 @@ from conftest import (
     Target,
     UdpEcho,
     ask,
+    dial,
     echo,
     missing,
     need,
     port_of,
+    reset,
     tcp_port,
     udp_port,
 )
 from pressure import LONG, figure, scaled
+from test_tcp import push_until_stuck
 from traffic import ALL, END, RESET, Traffic
 
 import ratrod
@@ -501,3 +505,23 @@ def test_a_suspended_process(start, keys, tcp_echo, listener):
                 assert stream.is_whole, stream
             else:
                 assert stream.is_whole or [end.over for end in stream.ends] == [RESET] * 2, stream
+
+
+# ---------------------------------------------------------------------------------------------------- a reset that nobody reads
+
+
+@pytest.mark.parametrize("side", ["originator", "target"])
+def test_a_reset_reaches_who_does_not_read(start, keys, listener, side):
+    """Nobody reads the socket that is reset, because what it sent before has not been taken, nor the link for the same reason."""
+    program = scaled(keepalive=1.0, drain_timeout=0.5)
+    server = start(*program, "-k", keys.server.path, "serve", "127.0.0.1:0")
+    client = start(*program, "-k", keys.client.path, "connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1),
+                   "0:127.0.0.1:%d" % port_of(listener))
+    client.wait_for(READY)
+    with dial(tcp_port(client)) as originator, listener.accept()[0] as target:
+        sender, reader = (originator, target) if side == "originator" else (target, originator)
+        push_until_stuck(sender)
+        reset(sender)
+        poll = select.poll()
+        poll.register(reader, 0)  # errors alone
+        assert poll.poll(1000 * PATIENCE), "nobody has told it"

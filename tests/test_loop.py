@@ -90,3 +90,58 @@ def test_a_deadline_that_moves_leaves_one_timer(pair):
     loop.run()
     assert not came and len([timer for timer in loop._timers if timer.call]) == 0
     loop.close()
+
+
+def test_a_moment_without_threads(monkeypatch):
+    """As with `ulimit -u`: what nobody can do fails and is told so; it is not kept for ever, and later ones are done."""
+    loop = ratrod.EventLoop()
+    pool = ratrod.WorkerPool(loop, 2)
+    told = []
+
+    def done(result, error):
+        told.append((result, error and str(error)))
+        loop.stop()
+
+    def no_thread(_self):
+        raise RuntimeError("can't start new thread")
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod.threading.Thread, "start", no_thread)
+        pool.submit(lambda: 1, done)
+    loop.run()
+    assert told == [(None, "this system lets it start no thread for now (can't start new thread)")]
+    loop._stopped = False
+    pool.submit(lambda: 2, done)
+    loop.run()
+    assert told[1:] == [(2, None)]
+    pool.close()
+    pool.join(PATIENCE)
+    loop.close()
+
+
+def test_a_listener_that_is_no_more_neither_spins_nor_stays():
+    """accept() fails for good, as after `ss -K`: it is tried again after a pause, and the drain ends."""
+    loop = ratrod.EventLoop()
+    sock = socket.create_server(("127.0.0.1", 0))
+    listener = ratrod.Listener(loop, sock, lambda *_: None, pause=60)
+    listener.start()
+    sock.shutdown(socket.SHUT_RDWR)
+    assert not listener._on_event(READ) and not listener._watched
+    listener.drain()
+    assert sock.fileno() < 0
+    loop.close()
+
+
+def test_links_that_fail_together_are_one_try():
+    """A server that ends takes all links in one moment: --max-retry-count counts tries to come back."""
+    loop = ratrod.EventLoop()
+    given_up, again = [], []
+    retry = ratrod.Retry(loop, 30.0, 2, lambda: again.append(1), given_up.append)
+    for _ in range(10):
+        retry.failed(ratrod.ConnectError("it ended"), tried=True)
+    assert not given_up
+    retry._due()
+    for _ in range(10):
+        retry.failed(ratrod.ConnectError("still away"))
+    assert len(again) == 1 and "after 2 tries" in str(given_up[0])
+    retry.stop()
+    loop.close()

@@ -728,3 +728,79 @@ def test_a_link_that_the_server_ends_each_time_does_not_spin(connect, keys, targ
     time.sleep(3)  # nothing is awaited: it is counted what comes
     figure("a server that ends each link at once", "%d tries in 3 s" % (len(seen) - began))
     assert len(seen) - began < 30
+
+
+# ---------------------------------------------------------------------------------------------------- servers that are there and are no help
+
+
+def test_what_a_frozen_server_used_up_is_not_the_next_ones(serve, keys, tcp_echo, target, monkeypatch):
+    """It takes the connection and says nothing. On loopback a millisecond is enough to connect; on a real path the next one needs its share."""
+    silent = target(lambda connection: connection.recv(1 << 16) and connection.recv(1))
+    _, port = serve()
+    shares = []
+    reach = module.Client._reach
+    monkeypatch.setattr(module.Client, "_reach", staticmethod(lambda where, timeout, *rest: shares.append(timeout) or reach(where, timeout, *rest)))
+    limits = module.Limits(handshake_timeout=2.0, connect_timeout=2.0)
+    with module.tunnel("127.0.0.1:%d,127.0.0.1:%d" % (silent.port, port), "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path),
+                       limits=limits) as tunnel:
+        ask(tunnel.address[1])
+    assert len(shares) > 1 and min(shares[:2]) >= 0.9, shares
+
+
+def test_a_full_server_is_passed_by(serve, connect_to, keys, tcp_echo):
+    """At the start, and for new links."""
+    _, port = serve("--max-links", "1")
+    with peer.Client.connect(port, seed_of(keys.client)) as link:
+        link.handshake()
+        _, other = serve()
+        client = connect_to([port, other], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
+        client.wait_for(READY)
+        ask(tcp_port(client))
+
+
+def test_all_servers_are_full(serve, connect_to, keys):
+    ports = [serve("--max-links", "1")[1] for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(peer.Client.connect(port, seed_of(keys.client))).handshake()
+        client = connect_to(ports, RATROD2)
+        assert client.wait() == 1
+        client.wait_for("as many connections in all as it takes")
+
+
+def test_who_has_only_reverse_tunnels_knows_that_the_server_is_away(serve, keys, tcp_echo):
+    server, port = serve("--allow-listen")
+    with module.tunnel("127.0.0.1:%d" % port, "R:0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path)) as tunnel:
+        client = tunnel._endpoint
+        assert client.connected
+        kill(server)
+        eventually(lambda: not client.connected, "it knows that it is away")
+        serve("--allow-listen", bind="127.0.0.1:%d" % port)
+        eventually(lambda: client.connected, "it knows that it is back")
+        assert client.counters.reconnects == 1
+
+
+def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo, monkeypatch):
+    """Its originator never falls silent, as WireGuard does not; its session is not to stay deaf for that."""
+    asked = []
+
+    def look_up(address, *rest):
+        asked.append(address.host)
+        if len(asked) == 1:
+            raise module.ConnectError("cannot resolve `later.example`")
+        return [(socket.AF_INET, ("127.0.0.1", address.port))]
+    real = module.look_up
+    monkeypatch.setattr(module, "look_up", lambda address, *rest: (look_up if address.host == "later.example" else real)(address, *rest))
+    monkeypatch.setattr(module, "UDP_REST", 0.2)
+    with module.serve(key_path=str(keys.server.path)) as server, module.tunnel(
+            "127.0.0.1:%d" % server.address[1], "0:later.example:%d" % udp_echo.port, key_path=str(keys.client.path)) as tunnel:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+            originator.settimeout(0.05)
+            originator.connect(tunnel.address)
+
+            def answered():
+                with contextlib.suppress(socket.timeout):
+                    originator.send(b"anybody there?")
+                    return originator.recv(100) == b"anybody there?"
+            eventually(answered, "an answer to one of the questions")
+    assert len(asked) == 2
