@@ -106,6 +106,11 @@ class Pipe:
             self.seen += len(data or b"")
             self.put(data)
 
+    def lose(self):
+        """Nobody is there any more for what waits, which must not keep the relay from reading: it would not see its other side go either."""
+        self.dropping, self.queued = True, 0
+        self.queue.clear()
+
     def due(self, now):
         return bool(self.queue) and self.queue[0][0] <= now
 
@@ -150,8 +155,7 @@ class Wire:
         if not pipe.dropping:
             return self.reset()
         self._bury(sock)
-        other.dropping = True
-        other.queue.clear()
+        other.lose()
 
     def _bury(self, sock):
         self._want(sock, 0)
@@ -379,6 +383,7 @@ class Relay(threading.Thread):
         self._spoil(pipe, "half a rst", must_end=True)
         for each in pipe.wire.pipes:
             each.dropping = True
+        pipe.lose()
         pipe.wire._bury(pipe.sink)
         return b""
 
