@@ -660,6 +660,7 @@ class KeyLines:
         self.problems: list[str] = []
         self._cache: tuple[Any, dict[bytes, tuple[Line, ...]]] = (None, {})
         self._round: float | None = None
+        self._is_stale = False
 
     def read(self, now: float | None = None) -> dict[bytes, tuple[Line, ...]]:
         """The lines of each key. A file that cannot be read, or a line that cannot, lists nobody. `now`: of the loop's round; the file
@@ -671,7 +672,7 @@ class KeyLines:
 
     def forget(self) -> None:
         """The next read() looks into the file, whatever its times say."""
-        self._cache, self._round = (None, self._cache[1]), None
+        self._is_stale, self._round = True, None
 
     def _read(self) -> tuple[Any, dict[bytes, tuple[Line, ...]]]:
         signature: Any = None
@@ -679,7 +680,7 @@ class KeyLines:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
-            if signature == self._cache[0] and time.time() - max(status.st_mtime, status.st_ctime) > 2:
+            if signature == self._cache[0] and not self._is_stale and time.time() - max(status.st_mtime, status.st_ctime) > 2:
                 return self._cache
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 lines, problems = self._parse(file)
@@ -687,8 +688,9 @@ class KeyLines:
             # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
             if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
                 return self._cache
+            signature = None  # this is not what the file says: it is looked at again the next time
             lines, problems = {}, ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
-        self.problems = problems
+        self.problems, self._is_stale = problems, False
         # The same object where nothing is new: whoever looks for changes sees none.
         return signature, self._cache[1] if lines == self._cache[1] else lines
 
@@ -3339,7 +3341,7 @@ class FailureLog:
         """Called every second or so."""
         for cause, n in list(self._muted.items()):
             if self._due(now, cause):
-                log.error(cause, n)
+                log.error("%s", cause % n)
                 del self._muted[cause]
         for cause in [cause for cause, lines in self._lines.items() if cause not in self._muted and lines.is_full(now)]:
             del self._lines[cause]
@@ -4375,7 +4377,9 @@ class Negotiation:
         self._timer = loop.call_later(timeout, lambda: self._refuse("it did not say what it wants within %g s" % timeout))
         self._transport.want(READ)
 
-    def _on_event(self, _mask: int) -> None:
+    def _on_event(self, mask: int) -> None:
+        if not mask & self._transport.events:  # closed in this very round, to make room
+            return None
         try:
             while not self._handshake.done:
                 data = self._transport.sock.recv(self._handshake.wanted)
@@ -6308,7 +6312,10 @@ class LinkPool:
         """A new link, on which nothing has been asked yet."""
         self._links.add(link)
         link.poll()  # made by a thread some time ago: it may have ended since
-        return self.put(link) if link.state == IDLE else self.make_more()
+        if link.state == IDLE:
+            return self.put(link)
+        self._loop.call_later(0.1, self.make_more)  # not at once: a server that ends each link as it is made had 300 a second of them
+        return None
 
     def _refused(self, waiter: Waiter | None, error: Exception) -> None:
         if is_final(error):
@@ -7225,7 +7232,12 @@ class Background:
             self._loop.close()
             raise
         self._thread = threading.Thread(target=self._run, daemon=True, name="ratrod")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as failure:
+            self._endpoint.close()
+            self._loop.close()
+            raise RatrodError("this system lets it start no thread for now (%s)" % failure) from None
         atexit.register(self.close)
         error: RatrodError | None
         try:

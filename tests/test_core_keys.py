@@ -545,3 +545,42 @@ def test_what_a_regex_allows_by_itself_needs_no_second_permission(text):
     for found in ("127.0.0.1", "::1"):
         if target.host in ("localhost", found):
             assert reached(policy, target, found) == [found]
+
+
+@pytest.mark.parametrize("event", ["reload", "edit"])
+def test_a_list_without_a_descriptor_to_read_it(tmp_path, monkeypatch, event):
+    """A reload then throws nobody out, for the file is the one that was read. One that has changed may say anything, so that it counts as
+    empty; but only until it can be read again, whatever its times say."""
+    path = tmp_path / "authorized_keys"
+    first, second = (ratrod.encode_key(bytes([n]) * 32) for n in (1, 2))
+    path.write_text(first + "\n")
+    os.utime(path, (1, 1))
+    lines = ratrod.KeyLines(str(path), ratrod.parse_grant)
+    assert set(lines.read()) == {bytes([1]) * 32}
+
+    def no_descriptor(*_args, **_named):
+        raise OSError(errno.EMFILE, "Too many open files")
+    if event == "reload":
+        lines.forget()
+    else:
+        path.write_text("%s\n%s\n" % (first, second))
+        os.utime(path, (2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod, "open", no_descriptor, raising=False)
+        assert len(lines.read()) == (1 if event == "reload" else 0)
+    assert len(lines.read()) == (1 if event == "reload" else 2)
+    assert not lines.problems
+
+
+def test_a_list_that_cannot_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "authorized_keys"
+    path.write_text(ratrod.encode_key(bytes([1]) * 32) + "\n")
+    os.utime(path, (1, 1))
+    lines = ratrod.KeyLines(str(path), ratrod.parse_grant)
+
+    def broken(*_args, **_named):
+        raise OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod, "open", broken, raising=False)
+        assert not lines.read()
+    assert len(lines.read()) == 1
