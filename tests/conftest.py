@@ -174,6 +174,13 @@ class Keys(NamedTuple):
         with open(self.path / file, "a") as lines:
             lines.write(other.public + "\n")
 
+    def write(self, file, text, encoding=None):
+        """What the file says from now on. By renaming: a program that runs sees it neither empty, half written nor unchanged."""
+        new = self.path / "new"
+        with open(new, "w", encoding=encoding, newline="") as lines:
+            lines.write(text)
+        os.replace(new, self.path / file)
+
 
 def base64url(data):
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -562,7 +569,7 @@ def eventually(condition, what):
     """Polls for a state that announces itself by no event."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, "never came true: %s" % (what() if callable(what) else what)
+        assert time.monotonic() < deadline, "never came true: %s" % (what() if callable(what) else what,)
         time.sleep(0.02)
 
 

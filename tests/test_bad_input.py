@@ -959,7 +959,7 @@ def test_a_port_where_something_else_answers(target, connect, greeting, says):
 
 
 def test_an_unauthorized_client(serve, connect, keys):
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     server, port = serve("--legacy")
     client = connect(port, "--legacy", "0:127.0.0.1:9")
     failed(client, "Test connection failed.*%s" % keys.client.public, 3)
@@ -968,7 +968,7 @@ def test_an_unauthorized_client(serve, connect, keys):
 
 
 def test_an_unknown_server(serve, connect, keys):
-    (keys.client.path / "known_hosts").write_text(make_keys(keys.client.path / "other").public + "\n")
+    keys.client.write("known_hosts", make_keys(keys.client.path / "other").public + "\n")
     _, port = serve("--legacy")
     client = connect(port, "--legacy", "0:127.0.0.1:9")
     failed(client, "❌ Test connection failed: Server's public key `%s` is not in the known hosts file" % keys.server.public, 3)
@@ -985,7 +985,7 @@ def test_the_same_key_at_both_ends(serve, ratrod, keys, tunnels):
 
 
 def test_a_key_that_is_authorized_while_the_server_runs(serve, connect, keys, tcp_echo):
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     _, port = serve("--legacy")
     assert connect(port, "--legacy").wait() == 3
     keys.server.trust(keys.client, "authorized_keys")

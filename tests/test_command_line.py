@@ -323,13 +323,13 @@ def test_failed_authentication_exits_3(serve, connect, ratrod, keys, tmp_path):
     server, port = serve(*LEGACY.serve)
     address = "127.0.0.1:%d" % port
 
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     client = connect(port, *LEGACY.connect, "0:127.0.0.1:9")
     assert client.wait() == 3
     client.wait_for(r"ERROR +❌ Test connection failed: Server's public key `%s` is not in the known hosts file" % keys.server.public)
 
     # With -a the server's key is taken as it comes, and only that: the client must still be known to the server.
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     client = ratrod("-k", keys.client.path, "connect", *LEGACY.connect, "-a", address)
     assert client.wait() == 3
     # The next step is in the message: the very line to add.

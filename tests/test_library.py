@@ -457,7 +457,7 @@ def test_the_default_key_path_is_that_of_the_command(run, tmp_path):
 
 def test_a_server_that_is_not_known(server, keys):
     """It says which line to add; nobody is asked."""
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     where = "%s:%d" % server.address
     assert_error(ratrod.AuthenticationError, "is not in the known hosts file.*%s %s" % (keys.server.public, where),
                  ratrod.tunnel, where, local(1), key_path=str(keys.client.path))
@@ -466,23 +466,23 @@ def test_a_server_that_is_not_known(server, keys):
 
 def test_accept_new_and_a_changed_key(ends, server, keys, tmp_path, tcp_echo):
     where = "%s:%d" % server.address
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     ask(ends.tunnel(server, local(tcp_echo.port), accept_new=True).address)
     assert (keys.client.path / "known_hosts").read_text() == "%s %s\n" % (keys.server.public, where)
     ask(ends.tunnel(server, local(tcp_echo.port)).address)
     other = make_keys(tmp_path / "other")
-    (keys.client.path / "known_hosts").write_text("%s %s\n" % (other.public, where))
+    keys.client.write("known_hosts", "%s %s\n" % (other.public, where))
     assert_error(ratrod.AuthenticationError, "HAS CHANGED", ratrod.tunnel, where, local(1), key_path=str(keys.client.path), accept_new=True)
 
 
 def test_accept_all_hosts(ends, server, keys, tcp_echo):
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     ask(ends.tunnel(server, local(tcp_echo.port), accept_all_hosts=True).address)
     assert not (keys.client.path / "known_hosts").read_text()
 
 
 def test_a_client_that_is_not_authorized(server, keys):
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     assert_error(ratrod.AuthenticationError, "authorized_keys", ratrod.tunnel, "%s:%d" % server.address, local(1), key_path=str(keys.client.path))
 
 
@@ -534,7 +534,7 @@ def test_a_port_that_is_taken(server, keys):
 def test_a_listen_that_is_refused(server, ends, keys):
     assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % server.address, "R:0:127.0.0.1:1", key_path=str(keys.client.path))
     allowing = ends.serve(allow_listen=True)
-    (keys.server.path / "authorized_keys").write_text('%s permitlisten="1"\n' % keys.client.public)
+    keys.server.write("authorized_keys", '%s permitlisten="1"\n' % keys.client.public)
     error = assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % allowing.address, local(1), "R:0:127.0.0.1:1",
                          key_path=str(keys.client.path))
     assert not isinstance(error, ratrod.AuthenticationError)
@@ -556,7 +556,7 @@ def test_the_death_of_authorization(ends, server, keys, target):
         connection.sendall(b"!")
         receive_exactly(connection, 1)
         assert tunnel.error is None
-        (keys.server.path / "authorized_keys").write_text("# nobody\n")
+        keys.server.write("authorized_keys", "# nobody\n")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
 
@@ -806,7 +806,7 @@ class Judge:
 
 def test_authorize_allows(ends, keys, tcp_echo, udp_echo):
     """In place of authorized_keys: here that lists nobody."""
-    (keys.server.path / "authorized_keys").write_text("# nobody\n")
+    keys.server.write("authorized_keys", "# nobody\n")
     judge = Judge()
     tunnel = ends.tunnel(ends.serve(authorize=judge, allow_listen=True), local(tcp_echo.port), local(udp_echo.port), "R:" + local(tcp_echo.port))
     ask(tunnel.addresses[0])

@@ -527,7 +527,7 @@ def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole
 @pytest.mark.parametrize("ask", ["sessions", "opens"])
 def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack, ask):
     """An authorized client must not fill the disk either: 200 lines at once, then ten a second, and the rest as a number."""
-    (keys.server.path / "authorized_keys").write_text('%s permitopen="192.0.2.1:9"\n' % keys.client.public)
+    keys.server.write("authorized_keys", '%s permitopen="192.0.2.1:9"\n' % keys.client.public)
     server, port = serve()
     began, n = time.monotonic(), 600
     if ask == "sessions":

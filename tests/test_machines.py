@@ -895,7 +895,7 @@ def test_a_key_folder_that_cannot_be_written(start, connect, secret_volume, keys
     ask(tcp_port(client))
     second = make_keys(tmp_path / "second")
     second.trust(keys.server, "known_hosts")
-    (keys.server.path / "authorized_keys").write_text(second.public + "\n")
+    keys.server.write("authorized_keys", second.public + "\n")
     secret_volume.update(keys.server)
     assert client.wait() == 3
     other = start(*RATROD, "-k", second.path, "connect", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)

@@ -141,7 +141,7 @@ def test_legacy_is_counted_too(forward, keys, tcp_echo):
 def test_a_server_that_goes_away_and_strangers(forward, serve, keys, second, ratrod, tcp_echo):
     server, client = forward(RATROD2, "0:%d" % tcp_echo.port, serve_flags=METRICS, connect_flags=(*METRICS, "--max-retry-interval", "0.1"))
     port = int(server.wait_for(r"Starting server on `.*:(\d+)`").group(1))
-    (keys.server.path / "authorized_keys").write_text(keys.client.public + "\n")
+    keys.server.write("authorized_keys", keys.client.public + "\n")
     assert ratrod("-k", second.path, "connect", "127.0.0.1:%d" % port).wait() == 3
     with dial(port) as stranger:
         becomes(server, {("ratrod_handshakes_failed_total",): 1, ("ratrod_handshakes_under_way",): 1})

@@ -189,7 +189,7 @@ class Place:
     def serve(self, *flags, options=""):
         """Starts a server there, whose client may do what `options` of its line say."""
         text = "%s %s\n" % (self.keys.client.public, options)
-        (self.keys.server.path / "authorized_keys").write_text(text.replace("OUTER", self.outer).replace("PORT", str(self.port)))
+        self.keys.server.write("authorized_keys", text.replace("OUTER", self.outer).replace("PORT", str(self.port)))
         self.server = self._start(*self.namespace.command, *RATROD, "-v", "-k", self.keys.server.path, "serve", *flags, self.address + ":0")
         self.server_port = int(self.server.wait_for(STARTED).group(1))
 
@@ -852,7 +852,7 @@ def test_comments_and_bad_lines_of_authorized_keys(serve, keys, tmp_path, shown)
     """Whoever asks for access sends the line that an administrator pastes."""
     other = make_keys(tmp_path / "other")
     text = SHORT.replace("\r", "").replace("\n", "").replace("\u2028", "")
-    (keys.server.path / "authorized_keys").write_text("".join(line + "\n" for line in (
+    keys.server.write("authorized_keys", "".join(line + "\n" for line in (
         "%s %s" % (keys.client.public, text), "%s %s" % (keys.client.public, LONG), "%s marker-before permitopen=\x1b[2J" % other.public,
         '%s permitopen="\x1b[2J:80"' % other.public, '%s permitopen="[::1%%\x1b[2J\x07]:80"' % other.public,
         '%s permitopen="[\x1b[2J:]:80"' % other.public,
@@ -867,7 +867,7 @@ def test_comments_and_bad_lines_of_authorized_keys(serve, keys, tmp_path, shown)
 
 def test_lines_of_known_hosts_and_key_files(serve, connect, ratrod, keys, shown):
     _, port = serve()
-    (keys.client.path / "known_hosts").write_text("\x1b[2J marker\n%s \x1b[2J\u202e\n\u202e\n" % keys.server.public, encoding="utf-8")
+    keys.client.write("known_hosts", "\x1b[2J marker\n%s \x1b[2J\u202e\n\u202e\n" % keys.server.public, encoding="utf-8")
     assert connect(port, "-v").wait() == AUTHENTICATION_FAILED
     for name in ("key", "key.pub"):
         for data in (b"\x1b[2J" * 10, b"\xff\x9b" * 50, "\u202e".encode() * 111, b"A" * 5000):

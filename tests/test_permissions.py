@@ -109,10 +109,7 @@ def authorized(keys):
     """authorized(lines...): what the server's authorized_keys says from now on; KEY in a line is the client's key."""
     def write(*lines):
         text = "".join("%s\n" % line.replace("KEY", keys.client.public) for line in lines)
-        # In one step: a server that reads a half-written file is another story.
-        with open(keys.server.path / "new", "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(keys.server.path / "new", keys.server.path / "authorized_keys")
+        keys.server.write("authorized_keys", text, encoding="utf-8")
     return write
 
 

@@ -179,7 +179,7 @@ def test_names_are_looked_up_at_the_proxy(serve, ratrod, keys, fake):
     # `db.invalid` is known to nobody here; a proxy that takes the name connects to whom it likes.
     _, port = serve()
     proxy, seen = fake(socks_relay(port))
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     client = ratrod("-k", keys.client.path, "connect", "--accept-new", "--proxy", "socks5://127.0.0.1:%d" % proxy,
                     "db.invalid:19000", "0:127.0.0.1:1")
     client.wait_for(READY)

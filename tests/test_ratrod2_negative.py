@@ -729,7 +729,7 @@ def test_10_server_key_bound_to_another_address(connect, impostor, keys, tmp_pat
             up_to_server_preamble(server)
     fake = impostor(behave)
     other = make_keys(tmp_path / "other")
-    (keys.client.path / "known_hosts").write_text(lines.format(server=keys.server.public, other=other.public, port=fake.port))
+    keys.client.write("known_hosts", lines.format(server=keys.server.public, other=other.public, port=fake.port))
     program = connect(fake.port)
     if known:
         assert program.wait() == 0
@@ -1530,7 +1530,7 @@ def test_21_a_pool_has_one_address(served):
 def test_22_listen_without_permission(served, options):
     """A key's own permission does not make up for the server's."""
     end = served()
-    (end.keys.server.path / "authorized_keys").write_text("%s %s\n" % (end.keys.client.public, options))
+    end.keys.server.write("authorized_keys", "%s %s\n" % (end.keys.client.public, options))
     for address in ("127.0.0.1:0", "0", "0.0.0.0:0"):
         link = end.link()
         link.send_open(LISTEN, address, b"instance")
@@ -1552,7 +1552,7 @@ def test_22_listen_with_permission(served):
 def test_22_listen_with_permission_for_something_else(served):
     """The refusal says what every refusal says."""
     end = served("--allow-listen")
-    (end.keys.server.path / "authorized_keys").write_text('%s permitlisten="127.0.0.1:*" permitlisten="127.0.0.2:9"\n' % end.keys.client.public)
+    end.keys.server.write("authorized_keys", '%s permitlisten="127.0.0.1:*" permitlisten="127.0.0.2:9"\n' % end.keys.client.public)
     common = refusal_of(end, TCP, "224.0.0.1:80")
     for address in ("0.0.0.0:0", "127.0.0.2:0", "127.0.0.2:8", "[::]:0", "[::1]:0"):
         assert refusal_of(end, LISTEN, address, b"instance") == common
@@ -1682,7 +1682,7 @@ def test_24_a_regex_must_match_the_whole(served, watched):
 
 
 def authorize(keys, *clients):
-    (keys.server.path / "authorized_keys").write_text("".join(client.public + "\n" for client in clients))
+    keys.server.write("authorized_keys", "".join(client.public + "\n" for client in clients))
 
 
 def test_25_a_key_removed_during_a_stream(served, watched, tmp_path, target):

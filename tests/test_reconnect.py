@@ -476,7 +476,7 @@ def test_a_key_that_was_removed_meanwhile_ends_it(serve, connect, keys, tcp_echo
     client = connect(port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
     client.wait_for(READY)
     kill(server)
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     serve(*mode.serve, bind="127.0.0.1:%d" % port)
     since = time.monotonic()
     wake(client, mode)
@@ -490,7 +490,7 @@ def test_a_key_that_was_removed_meanwhile_ends_it(serve, connect, keys, tcp_echo
 def test_another_host_key_ends_it(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode, bound):
     server, port = serve(*mode.serve)
     if bound:
-        (keys.client.path / "known_hosts").write_text("%s 127.0.0.1:%d\n" % (keys.server.public, port))
+        keys.client.write("known_hosts", "%s 127.0.0.1:%d\n" % (keys.server.public, port))
     client = connect(port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
     client.wait_for(READY)
     kill(server)

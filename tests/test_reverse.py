@@ -104,9 +104,8 @@ def identity_of(keys):
 
 
 def permit(keys, options):
-    """Makes the client's key the only line of authorized_keys, with these options. By renaming: never seen half written, nor as unchanged."""
-    (keys.server.path / "new").write_text("%s %s\n" % (keys.client.public, options))
-    os.replace(keys.server.path / "new", keys.server.path / "authorized_keys")
+    """Makes the client's key the only line of authorized_keys, with these options."""
+    keys.server.write("authorized_keys", "%s %s\n" % (keys.client.public, options))
 
 
 @pytest.fixture
@@ -424,7 +423,7 @@ def test_a_key_that_is_removed(reverse, keys, target):
     made = reverse(target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port)
     with made.dial() as connection:
         receive_exactly(connection, 1)
-        (keys.server.path / "authorized_keys").write_text("# nobody\n")
+        keys.server.write("authorized_keys", "# nobody\n")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
     eventually(lambda: refused(made.port), "the listener is gone")

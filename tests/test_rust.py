@@ -347,7 +347,7 @@ def test_rust_client_that_does_not_know_us(serve, rust_connect, keys, stranger, 
 
 
 def test_rust_server_that_does_not_know_us(rust_serve, connect, keys):
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     server, port = rust_serve()
     client = connect(port, "--legacy", "0:127.0.0.1:9")
     assert client.wait() == 3, client.output
@@ -356,7 +356,7 @@ def test_rust_server_that_does_not_know_us(rust_serve, connect, keys):
 
 
 def test_rust_server_that_we_do_not_know(rust_serve, connect, keys):
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     _, port = rust_serve()
     client = connect(port, "--legacy", "0:127.0.0.1:9")
     assert client.wait() == 3, client.output
@@ -364,7 +364,7 @@ def test_rust_server_that_we_do_not_know(rust_serve, connect, keys):
 
 
 def test_all_hosts_accepted(rust_serve, connect, keys):
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     _, port = rust_serve()
     connect(port, "--legacy", "-a", "0:127.0.0.1:9").wait_for(READY)
 

@@ -225,7 +225,7 @@ def test_hup_reads_the_lists_at_once(serve, connect, ratrod, keys, tcp_echo, tmp
     with dial(tcp_port(client)) as connection:
         connection.sendall(b"?")
         assert connection.recv(1) == b"?"
-        (keys.server.path / "authorized_keys").write_text(stranger.public + "\n")
+        keys.server.write("authorized_keys", stranger.public + "\n")
         server.process.send_signal(signal.SIGHUP)
         assert receive_or_reset(connection) == b""
         server.wait_for("is not in authorized_keys any more|Read again")

@@ -46,7 +46,7 @@ def table():
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_the_table_of_a_busy_pair(forward, keys, target, udp_echo, table):
-    (keys.server.path / "authorized_keys").write_text("%s alice\n" % keys.client.public)
+    keys.server.write("authorized_keys", "%s alice\n" % keys.client.public)
     server, client = forward(RATROD2, "0:%d" % target(echo).port, "0:%d" % udp_echo.port)
     with dial(tcp_port(client)) as connection, udp_originator(client, 2) as originator:
         connection.sendall(b"x" * 1000)
@@ -177,7 +177,7 @@ def test_a_window_that_is_closed(at_terminal, tmp_path, tcp_echo, port):
 
 
 def test_a_window_that_is_closed_at_the_question(at_terminal, tmp_path, keys, port):
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     terminal = at_terminal("%d:127.0.0.1:9" % port)
     terminal.shows(r"\(yes/no/\[fingerprint\]\)\?")
     terminal.run("kill-session")
@@ -315,7 +315,7 @@ def test_where_there_is_no_terminal(serve, connect, tcp_echo):
 
 
 def test_the_question_for_a_key_stays_alone(at_terminal, keys, port):
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     terminal = at_terminal("%d:127.0.0.1:9" % port)
     terminal.shows(r"\(yes/no/\[fingerprint\]\)\?")
     terminal.type("what?")

@@ -512,7 +512,7 @@ QUESTION = re.compile(r"yes/no|y/n|\(y|\?\s*$|fingerprint\]", re.I)
 
 def test_unknown_server_is_never_asked_about(serve, launch, keys):
     """Not even at a terminal: stdin is data."""
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     _, port = serve(*ANY.serve)
     words = *ANY.connect, "127.0.0.1:%d" % port, "stdio:127.0.0.1:80"
     with terminal() as (ours, theirs):
@@ -533,12 +533,12 @@ def test_unknown_server_is_never_asked_about(serve, launch, keys):
 def test_changed_server(serve, launch, keys, tmp_path):
     _, port = serve()
     other = make_keys(tmp_path / "other")
-    (keys.client.path / "known_hosts").write_text("%s 127.0.0.1:%d\n" % (other.public, port))
+    keys.client.write("known_hosts", "%s 127.0.0.1:%d\n" % (other.public, port))
     assert "HAS CHANGED" in one_error(launch("127.0.0.1:%d" % port, "stdio:127.0.0.1:80"), 3)
 
 
 def test_client_that_is_not_authorized(serve, launch, keys):
-    (keys.server.path / "authorized_keys").write_text("")
+    keys.server.write("authorized_keys", "")
     _, port = serve()
     assert keys.client.public in one_error(launch("127.0.0.1:%d" % port, "stdio:127.0.0.1:80"), 3)
 
@@ -838,7 +838,7 @@ def test_ssh_bulk(mode, ssh, proxy, tmp_path):
 
 def test_ssh_shows_why_it_cannot_connect(ssh, proxy, keys):
     words = proxy(ANY)
-    (keys.client.path / "known_hosts").write_text("")
+    keys.client.write("known_hosts", "")
     with ssh.run(words, "true") as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 255 and out == b"" and b"is not in the known hosts file" in err, err

@@ -665,7 +665,7 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
     with dial(tcp_port(client)) as connection, udp_originator(udp_client) as originator:
         receive_exactly(connection, 1)
         assert asks_by_udp(originator, b"?")
-        (keys.server.path / "authorized_keys").write_text("# nobody\n")
+        keys.server.write("authorized_keys", "# nobody\n")
         # Within a second, by the server. The client may hear it before, of a link that it makes just then, and end all that it has.
         server.wait_for("is not in authorized_keys any more")
         with pytest.raises(ConnectionResetError):
@@ -702,7 +702,7 @@ def assert_refused_until_it_ends(client, poke):
 def test_known_hosts_that_are_bound_to_an_address(serve, connect, keys, tmp_path, lines, code):
     server, port = serve("-v")
     other = make_keys(tmp_path / "other")
-    (keys.client.path / "known_hosts").write_text(lines.format(server=keys.server.public, other=other.public, address="127.0.0.1:%d" % port))
+    keys.client.write("known_hosts", lines.format(server=keys.server.public, other=other.public, address="127.0.0.1:%d" % port))
     assert connect(port).wait() == code
     assert accepted(server) == (code == 0)
 

@@ -786,7 +786,7 @@ def test_removed_key_loses_its_streams(mode, keys, joined):
     """Who takes a key out of authorized_keys wants it out now, not when its last connection happens to end."""
     ends = joined(mode)
     talk(ends.originator, ends.target)
-    (keys.server.path / "authorized_keys").write_text("# nobody\n")
+    keys.server.write("authorized_keys", "# nobody\n")
     for end in (ends.originator, ends.target):
         with pytest.raises(ConnectionResetError):
             end.recv(1)
@@ -828,7 +828,7 @@ def test_legacy_known_hosts_are_read_again(mode, keys, tunnel, connect, tcp_echo
 
 @every_mode
 def test_known_hosts_line_for_another_address_does_not_count(mode, keys, serve, connect, tcp_echo):
-    (keys.client.path / "known_hosts").write_text("%s 127.0.0.1:1\n" % keys.server.public)
+    keys.client.write("known_hosts", "%s 127.0.0.1:1\n" % keys.server.public)
     _, port = serve(*mode.serve)
     client = connect(port, *mode.connect, "0:%d" % tcp_echo.port)
     assert client.wait() == 3

@@ -265,7 +265,7 @@ def test_removed_key_loses_its_sessions(mode, keys, tunnel, remote, originator):
     before = descriptors(made.server)
     asking.send(b"?")
     remote.receive()
-    (keys.server.path / "authorized_keys").write_text("# nobody\n")
+    keys.server.write("authorized_keys", "# nobody\n")
     eventually(lambda: descriptors(made.server) <= before, "the server closed the session")
     asking.send(b"not for you")
     says_who = made.server.wait_for(re.escape(keys.client.public))

@@ -296,7 +296,7 @@ def test_there_is_no_udp_to_a_path(serve, keys, udp_echo, unix_echo):
     ('permitopen="127.0.0.1:*" permitopen="unix:{0}/echo.sock" alice@laptop', None, True),
 ])
 def test_paths_that_a_key_may_open(options, regex, allowed, keys, forward, unix_echo, short):
-    (keys.server.path / "authorized_keys").write_text("%s %s\n" % (keys.client.public, options.format(short)))
+    keys.server.write("authorized_keys", "%s %s\n" % (keys.client.public, options.format(short)))
     _, client = forward(ANY, "0:unix:%s" % unix_echo.path, serve_flags=("-r", regex.format(short)) if regex else ())
     connection = dial(tcp_port(client))
     ask_over(connection) if allowed else assert_refused(connection)
