@@ -185,6 +185,7 @@ SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one source a second, and at once; the rest is counted
 LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # ... of all of them together, for ten thousand sources fill a disk too; and of one key
 SOURCES = 4096  # that a server remembers, 1 KB each; those that hold nothing make room
+RECORDS_IN_TURN = 128  # of one link, some 10 µs each: 512 KiB may hold 23,000
 DATAGRAMS_IN_TURN = 256  # of one record, 20 µs each: a record of 512 KiB may hold 87,000
 BACKLOG = 1024  # connections that the system takes for a listener before it accepts them
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
@@ -2491,6 +2492,10 @@ class EventLoop:
         heapq.heappush(self._timers, timer)
         return timer
 
+    def call_soon(self, call: Callable[[], None]) -> None:
+        """call() after what is ready in this round, and once in a round: what calls it again lets the others have their turn."""
+        self._calls.append((call, lambda: None))
+
     def call_soon_threadsafe(self, call: Callable[[], None], discard: Callable[[], None] = lambda: None) -> None:
         """call() in the loop's next round; discard() in its place where there will be none."""
         self._calls.append((call, discard))
@@ -2833,7 +2838,7 @@ class Link:
     """
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "role", "state", "user", "held", "completed", "born",
-                 "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
+                 "sent_at", "heard_at", "name", "_table", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent", "_paused",
                  "_timer", "_deadline", "_overdue", "_trickle")
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, state: str, name: str = ""):
@@ -2854,6 +2859,7 @@ class Link:
         self._in: memoryview | None = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
         self._in_start = self._in_end = self._trickle = 0
         self._lent: memoryview | None = None  # the loop's buffer, where `_in` is a piece of one
+        self._paused = False  # in the middle of `_in`, for the others' turn
         self._timer: Timer | None = None
         self._deadline: float | None = None
         self._overdue: Callable[[], None] | None = None
@@ -2963,6 +2969,8 @@ class Link:
 
     def _read(self) -> bool:
         """Whether anything came."""
+        if self._paused:
+            return False
         # An incomplete record has a buffer of its own, and only its rest is read next: then a read begins at a record again.
         view, end = (self.loop.scratch_in, 0) if self._in is None else (self._in, self._in_end)
         try:
@@ -3004,7 +3012,9 @@ class Link:
 
     def _process(self, view: memoryview, start: int, end: int) -> None:
         try:
-            while start < end and not self.held:
+            for _ in range(RECORDS_IN_TURN):
+                if start == end or self.held:
+                    break
                 record = self.reader.next(view, start, end)
                 if record is None:
                     break
@@ -3015,13 +3025,16 @@ class Link:
                     self._process_other(kind, content)
                 if self.state in (BYE, CLOSED):
                     return
+            else:
+                self._paused = True
+                self.loop.call_soon(self._resume)
         except RemoteProtocolError as error:
             return self.die(error)
         if start < end:
             self._keep(view, start, end)
         elif self._lent is not None:
             self._forget_input()
-        if self.held:
+        if self.held or self._paused:
             self.update()
 
     def _process_other(self, kind: int, content: Any) -> None:
@@ -3041,8 +3054,8 @@ class Link:
     def _keep(self, view: memoryview, start: int, end: int) -> None:
         """Keeps view[start:end], what could not be processed yet, in a buffer of its own that has room for the rest of its record."""
         have = end - start
-        wanted = have if self.held else self.reader.wanted
-        if view is self.loop.scratch_in or start or len(view) < wanted:
+        wanted = have if self.held or self._paused else self.reader.wanted
+        if view is self.loop.scratch_in or not self._paused and (start or len(view) < wanted):
             view, start, end = self._room_for(view, start, end, wanted), 0, have
         self._in, self._in_start, self._in_end = view, start, end
         if self._lent is not None:
@@ -3052,11 +3065,11 @@ class Link:
         """A buffer of `wanted` bytes that begins with view[start:end].
 
         For a long record it is the loop's: memory that is new each time costs a page fault for every 4 KiB, half of all the CPU time of
-        bulk; and mostly the bytes are in their place already. Where those are out, or for what waits while held, it is the link's own,
+        bulk; and mostly the bytes are in their place already. Where those are out, or for what waits its turn, it is the link's own,
         and grows with what arrives, not with what a header promises.
         """
         have = end - start
-        if wanted > 64 * 1024 and not self.held and self._lent is None:
+        if wanted > max(have, 64 * 1024) and self._lent is None:
             self._lent = self.loop.lend_scratch()
             if self._lent is not None:
                 if start or view is not self._lent:
@@ -3077,9 +3090,20 @@ class Link:
         """The local socket took everything: goes on with what waits here, then with reading."""
         self.held = False
         self.heard_at = self.loop.awake  # the other side's silence counts from now
-        if self._in is not None:  # not where the very record that is being processed asked for it: its loop goes on
-            view, self._in = self._in, None
+        if self._in is not None and not self._paused:  # not where the very record that is being processed asked for it: its loop goes on
+            self._go_on()
+        self.update()
+
+    def _go_on(self) -> None:
+        view, self._in = self._in, None
+        if view is not None:
             self._process(view, self._in_start, self._in_end)
+
+    def _resume(self) -> None:
+        """After the others had their turn."""
+        self._paused = False
+        if not self.held:
+            self._go_on()
         self.update()
 
     def _on_eof(self) -> None:
@@ -3207,7 +3231,7 @@ class Link:
             elif self.role == ACCEPTOR:
                 self._recycle()
         if self.state != CLOSED:
-            self.transport.want((WRITE if self._out else 0) | (0 if self.held or self._eof else READ))
+            self.transport.want((WRITE if self._out else 0) | (0 if self.held or self._paused or self._eof else READ))
             self.user.update()
 
     def die(self, error: Exception) -> None:
@@ -3990,7 +4014,7 @@ class UdpLink(LinkUser):
         for n, (number, data) in enumerate(split_datagrams(run)):
             if n == DATAGRAMS_IN_TURN and self.link:
                 self.link.held = True
-                self.loop.call_later(0, functools.partial(self._go_on_with, bytes(run[at:])))
+                self.loop.call_soon(functools.partial(self._go_on_with, bytes(run[at:])))
                 return
             at += DATAGRAM_HEADER.size + len(data)
             session = self.sessions.get(number)
@@ -4823,12 +4847,13 @@ class Endpoint:
 
 
 class Source:
-    """One address (IPv6: one /64) that connections come from: how fast, and how many."""
+    """One address (IPv6: one /64) that connections come from: how fast, and how many. `network` is its /24 (IPv6: its /48)."""
 
-    __slots__ = ("strangers", "links", "waiting", "seen_at", "_tries", "_authorized_at")
+    __slots__ = ("strangers", "links", "waiting", "seen_at", "network", "_tries", "_authorized_at")
 
-    def __init__(self, now: float, limits: Limits):
+    def __init__(self, name: str, now: float, limits: Limits):
         self.strangers = self.links = 0
+        self.network = name.rpartition(".")[0] or self._within(name, 48)
         self.waiting: collections.deque[tuple[socket.socket, str]] = collections.deque()  # a burst's connections, not begun yet
         self.seen_at = now
         self._authorized_at = now - 3600
@@ -4850,12 +4875,17 @@ class Source:
         self.seen_at = now
         return self._tries.take(now) or self.trusted(now)
 
+    @classmethod
+    def name(cls, host: str) -> str:
+        return cls._within(unmapped(host.split("%")[0]) + "/64", 64)
+
     @staticmethod
-    def name(host: str) -> str:
+    def _within(name: str, bits: int) -> str:
+        """The IPv6 network that `ADDRESS/64` is in; any other name as it is."""
         import ipaddress
 
-        host = unmapped(host.split("%")[0])
-        return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+        address = name.partition("/")[0]
+        return str(ipaddress.ip_network("%s/%d" % (address, bits), strict=False)) if ":" in address else address
 
     @classmethod
     def of(cls, shown: str) -> str:
@@ -5276,7 +5306,7 @@ class Server(Endpoint):
             if len(self._sources) >= self._most_sources:
                 self._forget_sources(0)
                 self._most_sources = max(SOURCES, 2 * len(self._sources))  # so that looking through them is paid for by as many new ones
-            self._sources[name] = Source(self.loop.now, self.limits)
+            self._sources[name] = Source(name, self.loop.now, self.limits)
         return self._sources[name]
 
     def _forget_sources(self, age: float) -> None:
@@ -5306,12 +5336,15 @@ class Server(Endpoint):
         self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
 
     def _make_room(self, source: Source) -> None:
-        """At a limit an unauthenticated connection goes."""
+        """At a limit an unauthenticated connection goes: of a source that has more than its share, or of a network that holds a quarter of all
+        places. Whoever has a network to himself, as anybody can have an IPv6 /48, pushes out his own."""
         strangers = list(self._strangers.values())
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
             self._evict([stranger for stranger in strangers if stranger.source is source])
         elif len(strangers) >= self.limits.handshakes:
-            self._evict([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source] or strangers)
+            of_network = collections.Counter(stranger.source.network for stranger in strangers)
+            self._evict([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source]
+                        or [stranger for stranger in strangers if 4 * of_network[stranger.source.network] > self.limits.handshakes] or strangers)
 
     def _evict(self, strangers: list[Stranger]) -> bool:
         """Ends the oldest of those that have said nothing, or of the others where those have no more than a quarter of the places: a thousand

@@ -42,7 +42,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from conftest import CACHE, RATROD, ROOT, RUST, free_port, make_keys
+from conftest import CACHE, ROOT, RUST, SCRIPT, free_port, make_keys
 
 HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
@@ -500,17 +500,17 @@ class Peer(NamedTuple):
 
 
 MENDED_MEASURES = ("bulk", "roundtrip", "streams", "fairness")  # the rest is the published one's
-RATROD_VERSION = version(r"(\d\S+)", *RATROD, "--version")
+RATROD_VERSION = version(r"(\d\S+)", *SCRIPT, "--version")
 RUST_VERSION = version(r"(\d\S+)", str(RUST), "--version")
 MENDED_PROGRAM = (str(MENDED / "target" / "release" / "ratrod"),)
 PEERS = [
     Peer("none", "no tunnel", None, udp=True),
-    Peer("ratrod", "ratrod.py (AEGIS-128L)", ratrods(RATROD), without_aegis, RATROD_VERSION, udp=True, ours=True),
-    Peer("ratrod-workers", "ratrod.py --workers 2", ratrods(RATROD, ("--workers", "2"), ("--workers", "2")), without_workers, ours=True,
+    Peer("ratrod", "ratrod.py (AEGIS-128L)", ratrods(SCRIPT), without_aegis, RATROD_VERSION, udp=True, ours=True),
+    Peer("ratrod-workers", "ratrod.py --workers 2", ratrods(SCRIPT, ("--workers", "2"), ("--workers", "2")), without_workers, ours=True,
          measures=("connections", "streams")),  # one stream, or one UDP socket, is one worker's
     Peer("ratrod-chacha", "ratrod.py (ChaCha20)", ratrods(CHACHA_ONLY), udp=True, ours=True),
-    Peer("ratrod-legacy", "ratrod.py --legacy", ratrods(RATROD, ("--legacy",), ("--legacy",)), udp=True, ours=True),
-    Peer("ratrod-legacy-e", "ratrod.py --legacy -e", ratrods(RATROD, ("--legacy",), ("--legacy", "-e")), udp=True, ours=True),
+    Peer("ratrod-legacy", "ratrod.py --legacy", ratrods(SCRIPT, ("--legacy",), ("--legacy",)), udp=True, ours=True),
+    Peer("ratrod-legacy-e", "ratrod.py --legacy -e", ratrods(SCRIPT, ("--legacy",), ("--legacy", "-e")), udp=True, ours=True),
     Peer("rust", "Rust ratrod 0.6.3", ratrods((str(RUST),)), without_rust, RUST_VERSION, udp=True),
     Peer("rust-e", "Rust ratrod 0.6.3 -e", ratrods((str(RUST),), (), ("-e",)), without_rust, udp=True),
     Peer("mended", "Rust, read size mended", ratrods(MENDED_PROGRAM), without_mended, measures=MENDED_MEASURES),
@@ -826,7 +826,7 @@ START_UPS = {
     "python-pass": (sys.executable, "-c", "pass"),
     "python-imports": (sys.executable, "-c", "import docopt, socket, selectors, logging"),
     "ratrod-help": (sys.executable, "-m", "ratrod", "--help"),  # as the installed command: its bytecode is cached
-    "ratrod-script": (*RATROD, "--help"),  # Python compiles a script anew at each start
+    "ratrod-script": (*SCRIPT, "--help"),  # Python compiles a script anew at each start
 }
 
 

@@ -24,6 +24,7 @@ from conftest import (
     RATROD,
     READY,
     ROOT,
+    SCRIPT,
     STARTED,
     base64url,
     every_mode,
@@ -137,7 +138,7 @@ def test_version(run, flag):
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["help", "connect"]], ids=" ".join)
 def test_help_and_version_load_no_cryptography(run, environment, words):
     # They must work where PyNaCl is missing or broken, and quickly.
-    done = subprocess.run([sys.executable, "-X", "importtime", RATROD[1], *words], capture_output=True, timeout=PATIENCE, env=environment())
+    done = subprocess.run([sys.executable, "-X", "importtime", SCRIPT[1], *words], capture_output=True, timeout=PATIENCE, env=environment())
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.decode().splitlines() if line.startswith("import time:")}
     assert "socket" in imported or "re" in imported, "the import log could not be read"

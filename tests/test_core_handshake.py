@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 import ratrod2_peer as peer
-from conftest import CACHE, PATIENCE, RATROD, ROOT, missing
+from conftest import CACHE, PATIENCE, ROOT, SCRIPT, missing
 from ratrod2_peer import OPENING, SMALL_ORDER_POINTS, Identity, negative, odd_keypair
 from test_core import (
     AEGIS,
@@ -673,7 +673,7 @@ def run_demo(*words, packages=None):
 
 @pytest.mark.parametrize("version", OLD)
 def test_older_pynacl_runs_the_demo(version):
-    assert "AEGIS" not in run_demo(RATROD[1], "-v", "demo", packages=old_pynacl(version))
+    assert "AEGIS" not in run_demo(SCRIPT[1], "-v", "demo", packages=old_pynacl(version))
 
 
 HIDING = """
@@ -692,5 +692,5 @@ sys.exit(ratrod.main(["-v", "demo"]))
 
 
 def test_the_demo_runs_where_private_names_are_missing():
-    assert "nacl._sodium" in run_demo(RATROD[1], "-v", "demo")
+    assert "nacl._sodium" in run_demo(SCRIPT[1], "-v", "demo")
     assert "nacl._sodium" not in run_demo("-c", HIDING)

@@ -265,6 +265,26 @@ def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest)
 
 
 @linux
+def test_whoever_has_a_network_to_himself_pushes_out_his_own(strangers, keys):
+    """An address for each connection, all of one /24: those that stop in the middle, as fast as they come, are no reason why one with a slow
+    path in the middle of his own should go. Nor do they keep each other from more than a quarter of the places where there is room."""
+    _, _, enter = strangers("--max-handshakes", "16")
+
+    def half_way(source):
+        client = peer.Client(enter(source), seed_of(keys.client))
+        message = client.client_preamble()
+        client.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+        client.read_server_preamble()
+        return client
+    honest = [half_way("127.0.0.2") for _ in range(3)]
+    stopped = [half_way("127.0.1.%d" % (n + 1)) for n in range(53)]
+    eventually(lambda: gone([client.sock for client in stopped]) == list(range(40)), "the oldest of theirs made room")
+    for client in honest:
+        client.send_message(client.client_authentication())
+        client.read_completion()
+
+
+@linux
 @pytest.mark.parametrize("flags", [("--max-handshakes", "4"), ("--max-handshakes-per-source", "64")], ids=" ".join)
 def test_a_client_is_served_whatever_these_two_are(tunnel, tcp_echo, stack, flags):
     """A burst of one source waits before it takes everybody's last places; here there are no others, but it must not wait for ever."""
@@ -279,6 +299,14 @@ def test_the_source_of_an_address():
     assert module.Source.name("192.0.2.7") == module.Source.name("::ffff:192.0.2.7") == "192.0.2.7"
     assert module.Source.name("2001:db8:1:2::7") == module.Source.name("2001:db8:1:2:ffff::1") != module.Source.name("2001:db8:1:3::7")
     assert module.Source.name("fe80::1%eth0") == module.Source.name("fe80::2%eth1")
+
+
+def test_the_network_of_a_source():
+    """What one party may well have to himself: a /24, and of IPv6 a /48."""
+    network = lambda host: module.Source(module.Source.name(host), 0.0, module.DEFAULT_LIMITS).network  # noqa: E731
+    assert network("192.0.2.7") == network("::ffff:192.0.2.9") == "192.0.2" != network("192.0.3.7")
+    assert network("2001:db8:1:2::7") == network("2001:db8:1:ffff::7") == "2001:db8:1::/48" != network("2001:db8:2::7")
+    assert network("fe80::1%eth0") == "fe80::/48"
 
 
 def test_all_addresses_of_a_64_are_one_source(namespace, ratrod, start, keys, stack):

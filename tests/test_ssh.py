@@ -17,9 +17,9 @@ import tempfile
 import pytest
 from conftest import (
     PATIENCE,
-    RATROD,
     READY,
     ROOT,
+    SCRIPT,
     UnixTarget,
     ask,
     ask_over,
@@ -43,7 +43,7 @@ import ratrod as ratrod_module
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 # No site-packages: a machine without PyNaCl and docopt, at this end too.
-BARE = (sys.executable, "-S", RATROD[1])
+BARE = (sys.executable, "-S", SCRIPT[1])
 CHILD_SHELLS = "sh dash bash zsh csh tcsh fish".split()
 
 
@@ -308,7 +308,7 @@ def test_a_login_shell_that_talks(sshd, over_ssh, tcp_echo):
 def test_installed_and_as_one_file(sshd, over_ssh, tmp_path, what):
     far = sshd()
     if what == "installed":
-        shutil.copy(RATROD[1], tmp_path / "ratrod.py")
+        shutil.copy(SCRIPT[1], tmp_path / "ratrod.py")
         program = sys.executable, "-c", "import sys; sys.path.insert(0, %r); import ratrod; sys.exit(ratrod.main())" % str(tmp_path)
     else:
         subprocess.run([sys.executable, "setup.py", "-q", "pyz", "-o", str(tmp_path / "ratrod.pyz")], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

@@ -4,6 +4,7 @@ A World holds real Links and Streams, made as Client and Server make them, on on
 own. Between the two links of a Pair stands a relay that the test pumps; at the outer ends stand Apps, of which every byte is known.
 """
 
+import contextlib
 import errno
 import functools
 import logging
@@ -540,8 +541,8 @@ class World:
     def __init__(self, size=LARGE):
         self.size = size
         self.clock = Clock()
-        self._patched = mock.patch.object(ratrod, "time", self.clock)
-        self._patched.start()
+        self._patches = contextlib.ExitStack()
+        self._patches.enter_context(mock.patch.object(ratrod, "time", self.clock))
         logging.getLogger("ratrod").setLevel(logging.CRITICAL)  # thousands of connections are reset here
         self.loop = Loop()
         self.client, self.server = ClientEnd(self), ServerEnd(self)
@@ -552,7 +553,7 @@ class World:
         return self
 
     def __exit__(self, *_):
-        self._patched.stop()
+        self._patches.close()
         logging.getLogger("ratrod").setLevel(logging.NOTSET)
         self.loop.close()
         for pair in self.pairs:
@@ -561,6 +562,9 @@ class World:
             for app in connection.apps:
                 app.socket.close()
                 app.local.close()
+
+    def records_in_turn(self, n):
+        self._patches.enter_context(mock.patch.object(ratrod, "RECORDS_IN_TURN", n))
 
     # ---- who is who
 
@@ -911,6 +915,29 @@ def test_a_program_that_goes_away_after_both_ends(world, side):
     world.finish()
 
 
+def test_many_small_records_take_turns(world):
+    """What has come at once is not processed at once: others get their turn after each so many records, and the order stays."""
+    connection = join(world)
+    (app, remote), pipe = connection.apps, world.pairs[0].pipes[TO_ACCEPTOR]
+    records = b""
+    for _ in range(1000):
+        app.write(1)
+        world.turn()
+        records += pipe.source.recv(ALL)
+    pipe.held = records
+    pipe.pump()
+    for _ in range(1000 // ratrod.RECORDS_IN_TURN + 1):
+        before = remote.received
+        world.turn()
+        remote.read()
+        assert remote.received - before <= 2 * ratrod.RECORDS_IN_TURN, "those of the read, and those of the round's other turn"
+    assert remote.received == 1000
+    converse(connection)
+    world.settle()
+    assert outcomes(connection) == [END, END]
+    world.finish()
+
+
 def test_everything_full(world):
     """Both programs write and neither reads: each end holds what it may hold and no more, for minutes, and then delivers it all."""
     connection = join(world)
@@ -985,8 +1012,9 @@ class Streams(RuleBasedStateMachine):
         with self.world:
             self.world.finish()
 
-    @initialize(size=sizes)
-    def begin(self, size):
+    @initialize(size=sizes, records=st.sampled_from((1, 3, ratrod.RECORDS_IN_TURN)))
+    def begin(self, size, records):
+        self.world.records_in_turn(records)
         self.world.size = size
         self.world.originate(size)
 
