@@ -799,6 +799,8 @@ class KeyFolder:
         if os.name == "posix" and mode & 0o077 and status.st_uid == os.getuid():
             self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone: chmod 600 %s"
                                  % (self.key_file, stat.S_IMODE(mode), self.key_file))
+        for path in self.path, self.authorized_keys.path, self.known_hosts.path:
+            self._check_writers(path)
         public_file = self.key_file + ".pub"
         try:
             if self._read(public_file, decode_key) != pair.public:
@@ -807,6 +809,15 @@ class KeyFolder:
             # Only people read key.pub; ratrod derives the public key from the private one.
             self.warnings.append("`%s` does not show this key (%s); the right line is: %s" % (public_file, error, encode_key(pair.public)))
         return pair
+
+    def _check_writers(self, path: str) -> None:
+        """Whoever can write to the lists decides who comes in, and which server is the right one."""
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            # In a folder as /tmp (sticky) nobody replaces what is another's.
+            if os.name == "posix" and status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX and status.st_uid == os.getuid():
+                self.warnings.append("`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod go-w %s"
+                                     % (path, stat.S_IMODE(status.st_mode), path))
 
     @staticmethod
     def _read(path: str, decode: Callable[[str], Any]) -> Any:
@@ -2020,6 +2031,9 @@ class NoiseServerHandshake(NoiseHandshake):
                  suites: list[Suite] | None = None):
         self._authorize, self._suites = authorize, suites or offered_suites()
         super().__init__(keys, ephemeral, initiator=False)
+
+    def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
+        raise RemoteProtocolError("%s during the handshake%s" % (why, "; it may not know this server's key" if self.steps else ""))
 
     def _run(self) -> Script:
         if (yield len(OPENING)) != OPENING:
@@ -5173,6 +5187,7 @@ class Server(Endpoint):
         for listener in self.listeners:
             listener.start()
         self._report("🚀 Starting server on `%s` ...", self.address)
+        self._report("🔑 Its key, which clients are asked about: `%s`", encode_key(self.keys.public))
         self._ready()
 
     @property
@@ -5213,14 +5228,22 @@ class Server(Endpoint):
         """What a key may do over this wire; AuthenticationError for one that may not come in."""
         grants = self._grants(key, now)
         if not grants:
-            raise AuthenticationError("the server does not know this client's key. Add this line to authorized_keys on the server: %s"
-                                      % encode_key(key))
+            raise AuthenticationError(self._why_not(key))
         if legacy:
             grants = tuple(grant for grant in grants if not grant.no_legacy)
         if not grants:
             raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy); connect without --legacy"
                                       % encode_key(key))
         return grants
+
+    def _why_not(self, key: bytes) -> str:
+        """Why a key may not come in, and what would help."""
+        if self._authorizer:
+            return "authorize() does not permit the key `%s`" % encode_key(key)
+        lines = self.folder.authorized_keys.read().get(key)
+        if lines:
+            return "line %d of the server's authorized_keys is this client's, and has expired: %s" % (lines[-1][0], encode_key(key))
+        return "the server does not know this client's key. Add this line to authorized_keys on the server: %s" % encode_key(key)
 
     def _permitted(self, link: Link, remote: str, kind: int) -> tuple[Address, tuple[Grant, ...]]:
         """The target that a client names, and what it was granted; PolicyError where it may not have it."""
@@ -5259,13 +5282,17 @@ class Server(Endpoint):
         self._problems = problems
         if listed is self._listed and time.time() < self._expiry:
             return
+        if not listed and not problems and not self._authorizer:
+            log.warning("`%s` lists nobody, so nobody can connect: it takes a line with the public key of each client",
+                        self.folder.authorized_keys.path)
         self._listed = listed
         self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines if grant.expires > time.time()), default=float("inf"))
         gone = [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]
+        fate = lambda key: "has expired" if key in listed else "is not in authorized_keys any more"  # noqa: E731
         for key, n in collections.Counter(link.peer_key for link in gone).items():
-            log.warning("The client's key `%s` is not in authorized_keys any more: %s of it ended", encode_key(key), plural(n, "link"))
+            log.warning("The client's key `%s` %s: %s of it ended", encode_key(key), fate(key), plural(n, "link"))
         for link in gone:
-            link.die(Revoked("the client's key `%s` is not in authorized_keys any more" % encode_key(link.peer_key)))
+            link.die(Revoked("the client's key `%s` %s" % (encode_key(link.peer_key), fate(link.peer_key))))
         for relay in [relay for relays in self._relays.values() for relay in relays]:
             relay.recheck(lambda link, target: self._permitted(link, target, socket.SOCK_DGRAM))
         for listener in list(self._reverse):
@@ -6581,9 +6608,19 @@ class Client(Endpoint):
             self._announce(spec)
         if self.accept_all_hosts:
             log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", self.server_names)
+        else:
+            self._check_known_hosts()
         if self.legacy and not self.should_encrypt:
             log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2, without --legacy")
         self._test("")
+
+    def _check_known_hosts(self) -> None:
+        """Says which of its lines mean nothing; where ssh knows the hosts, nobody reads it."""
+        known_hosts = self.folder.known_hosts
+        if not self._ssh:
+            known_hosts.read()
+            for problem in known_hosts.problems:
+                log.warning("%s", problem)
 
     def _announce(self, spec: TunnelSpec) -> None:
         if spec.kind == SOCKS:
@@ -6624,6 +6661,7 @@ class Client(Endpoint):
         self._finished(error)
 
     def _tested(self, error: Exception | None) -> None:
+        self._passed_by = 0
         if error:
             if self.draining:  # Ctrl-C while ssh asks: no news
                 return self._finished(error)
@@ -7022,8 +7060,7 @@ class Client(Endpoint):
 
     def _look_for_path(self) -> None:
         """While what waits on links is sent again and again, a new connection each second is the first to get through."""
-        stuck_carrier, stuck = self._stuck()
-        if (stuck_carrier or stuck) and self._looking < LinkPool.HANGING and not self.draining:
+        if self._stuck() and self._looking < LinkPool.HANGING and not self.draining:
             self._looking += 1
             self.make_link("", TCP, self._looked)
 
@@ -7034,20 +7071,22 @@ class Client(Endpoint):
         else:
             log.debug("the path is not back: %s", error)
 
-    def _stuck(self) -> tuple[UdpLink | None, list[tuple[ReverseTunnel, list[Link]]]]:
-        """The link of the UDP sessions, and the waiting ones of reverse tunnels, as far as they are stuck."""
+    def _stuck(self) -> list[Callable[[], None]]:
+        """What moves away from the links that are stuck: the one of the UDP sessions, and the waiting ones of reverse tunnels."""
+        moves: list[Callable[[], None]] = []
         carrier = self._carrier if not self.legacy else None
-        waiting = [(tunnel, [link for link in tunnel.waiting if link.transport.tcp_info().stuck]) for tunnel in self.reverse]
-        return (carrier if carrier and carrier.link and carrier.link.transport.tcp_info().stuck else None,
-                [(tunnel, links) for tunnel, links in waiting if links])
+        if carrier and carrier.link and carrier.link.transport.tcp_info().stuck:
+            moves.append(functools.partial(carrier.die, LinkClosed("nothing passes on it, and others pass")))
+        for tunnel in self.reverse:
+            stuck = [link for link in tunnel.waiting if link.transport.tcp_info().stuck]
+            if stuck:
+                moves.append(functools.partial(tunnel.renew, stuck))
+        return moves
 
     def _path_is_back(self) -> None:
         """A new link has come through: it is the first that what moves now can take."""
-        carrier, waiting = self._stuck()
-        if carrier:
-            carrier.die(LinkClosed("nothing passes on it, and others pass"))
-        for tunnel, links in waiting:
-            tunnel.renew(links)
+        for move in self._stuck():
+            move()
 
     def let_go(self) -> None:
         self._sessions.clear()

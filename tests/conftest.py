@@ -212,8 +212,8 @@ def make_keys(path, seed=None):
     (path / "key").touch(mode=0o600)
     (path / "key").write_text(base64url(bytes.fromhex("3051020101300506032b657004220420") + seed + bytes.fromhex("812100") + public))
     (path / "key.pub").write_text(base64url(public))
-    (path / "known_hosts").touch()
-    (path / "authorized_keys").touch()
+    (path / "known_hosts").touch(mode=0o600)
+    (path / "authorized_keys").touch(mode=0o600)
     return Keys(path, base64url(public))
 
 

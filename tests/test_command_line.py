@@ -509,6 +509,7 @@ def test_white_space_around_a_key_is_an_editors(ratrod, tmp_path, around):
 def test_a_key_file_that_others_can_read_is_warned_about(ratrod, tmp_path):
     # Only warned: the original itself writes 0644, and its keys must keep working.
     keys = make_keys(tmp_path / "keys")
+    keys.trust(make_keys(tmp_path / "client"), "authorized_keys")
     server = ratrod("-k", keys.path, "serve", "127.0.0.1:0")
     server.wait_for(STARTED)
     assert "WARN" not in "\n".join(line for line in server.lines if "key" in line and "legacy" not in line)
@@ -517,6 +518,42 @@ def test_a_key_file_that_others_can_read_is_warned_about(ratrod, tmp_path):
     server.wait_for(STARTED)
     server.wait_for(r"WARN.*%s.*chmod" % re.escape(str(keys.path / "key")))
     assert stat.S_IMODE((keys.path / "key").stat().st_mode) == 0o644
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have other permissions")
+@pytest.mark.parametrize("name, mode, warned", [
+    ("authorized_keys", 0o620, True), ("known_hosts", 0o602, True), ("", 0o720, True), ("authorized_keys", 0o644, False), ("", 0o755, False),
+    ("", 0o1777, False)], ids=["by a group", "by all", "the folder", "read by all", "a folder read by all", "as /tmp"])
+def test_lists_that_others_can_change_are_warned_about(ratrod, tmp_path, name, mode, warned):
+    """Who can do that lets himself in, or sends clients to another server. In a folder as /tmp nobody replaces what is another's."""
+    keys = make_keys(tmp_path / "keys")
+    path = keys.path / name
+    path.chmod(mode)
+    server = ratrod("-k", keys.path, "serve", "127.0.0.1:0")
+    server.wait_for(STARTED)
+    assert any("WARN `%s` can be changed by others (mode %04o)" % (path, mode) in line and line.endswith("chmod go-w %s" % path)
+               for line in server.lines) == warned
+
+
+def test_a_server_shows_its_key_and_that_it_knows_nobody(serve, keys):
+    """What a client's user compares, and why nobody comes in."""
+    nobody = r"WARN +`%s` lists nobody" % re.escape(str(keys.server.path / "authorized_keys"))
+    server, _ = serve()
+    server.wait_for("INFO +🔑 Its key, which clients are asked about: `%s`" % keys.server.public)
+    assert not re.search(nobody, server.output)
+    keys.server.write("authorized_keys", "# nobody\n")
+    server.wait_for(nobody)
+    server, _ = serve()
+    server.wait_for(nobody)
+
+
+def test_a_client_says_which_lines_of_known_hosts_mean_nothing(serve, connect, keys, tcp_echo):
+    _, port = serve()
+    with open(keys.client.path / "known_hosts", "a") as lines:
+        lines.write("# a comment\nserver:19000 %s\n" % keys.server.public)
+    client = connect(port, "0:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    client.wait_for("WARN +line 3 of `%s` is not understood" % re.escape(str(keys.client.path / "known_hosts")))
 
 
 @pytest.mark.parametrize("public, warned", [(None, False), ("another", True), ("garbage\n", True), ("", True)],

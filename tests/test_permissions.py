@@ -714,17 +714,20 @@ def test_a_stream_ends_when_its_key_becomes_one_that_expired(serve, connect, aut
         authorized('KEY expires="%s"' % day(0))
         with pytest.raises(ConnectionResetError):
             running.recv(1)
-        assert_told(client, server)
+        assert_told(client, server, EXPIRED)
 
 
-def assert_told(client, server):
+EXPIRED = "line 1 of the server's authorized_keys is this client's, and has expired"
+
+
+def assert_told(client, server, why="the server does not know this client's key"):
     def ended():
         with contextlib.suppress(OSError):
             dial(tcp_port(client)).close()
         return client.process.poll() is not None
     eventually(ended, "the client ended")
     assert client.wait() == AUTHENTICATION_FAILED
-    client.wait_for("the server does not know this client's key")
+    client.wait_for(why)
     assert server.process.poll() is None
 
 
@@ -746,11 +749,12 @@ def test_a_bad_option_that_is_added_to_a_line_ends_its_streams(serve, connect, a
 
 @pytest.mark.parametrize("expires", [day(0), day(-1), "2000-01-01"], ids=["today", "yesterday", "long ago"])
 def test_a_key_that_expired(expires, serve, connect, authorized, keys, tcp_echo):
-    authorized('KEY expires="%s" alice@laptop' % expires)
+    authorized("# the laptop", 'KEY expires="%s" alice@laptop' % expires)
     server, port = serve()
     client = connect(port, "0:%d" % tcp_echo.port)
     assert client.wait() == AUTHENTICATION_FAILED
-    client.wait_for("the server does not know this client's key.*%s" % keys.client.public)
+    for program in (server, client):
+        program.wait_for("line 2 of the server's authorized_keys is this client's, and has expired: %s" % keys.client.public)
     authorized('KEY expires="%s" alice@laptop' % day(2))
     client = connect(port, "0:%d" % tcp_echo.port)
     client.wait_for(READY)
@@ -781,7 +785,7 @@ def test_a_key_that_expires_while_it_is_in_use(start, keys, connect, authorized,
         ask_by_udp(originator)
         with pytest.raises(ConnectionResetError):
             running.recv(1)
-    assert_told(client, server)
+    assert_told(client, server, EXPIRED)
 
 
 # ---------------------------------------------------------------------------------------------------- unix: targets

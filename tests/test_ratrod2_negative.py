@@ -1710,6 +1710,20 @@ def test_25_a_key_removed_during_a_stream(served, watched, tmp_path, target):
     still_serves(end)
 
 
+def test_25_a_key_whose_line_expires_during_a_stream(served, watched, tmp_path):
+    """It is said to be that, at both ends: adding the line again would not help."""
+    end = served()
+    other = make_keys(tmp_path / "other")
+    authorize(end.keys, end.keys.client, other)
+    end.link(seed_of(other)).open(watched.address).wait_opened()
+    end.keys.server.write("authorized_keys", '%s\n%s expires="2020-01-01"\n' % (end.keys.client.public, other.public))
+    watched.assert_reset()
+    end.program.wait_for("WARN The client's key `%s` has expired: 1 link of it ended" % other.public)
+    with pytest.raises(peer.PeerError, match="line 2 of the server's authorized_keys is this client's, and has expired"):
+        end.client(seed_of(other)).handshake()
+
+
+
 @pytest.mark.parametrize("how", ["gone", "a folder", "a loop"])
 def test_26_authorized_keys_unreadable(served, watched, how):
     end = served()

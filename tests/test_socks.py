@@ -435,7 +435,7 @@ def test_every_way_to_write_an_address(proxy, tcp_echo, target):
 
 @every_mode
 def test_server_that_is_gone_and_comes_back(mode, proxy, serve, tcp_echo):
-    made = proxy(mode)
+    made = proxy(mode, connect_flags=("--connect-timeout", "1"))
     made.try_echo(tcp_echo.port)
     where = re.search(r"routing through `(.+?)`", made.client.output).group(1)
     made.server.stop(signal.SIGKILL)

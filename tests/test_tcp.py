@@ -82,9 +82,9 @@ def join(listener):
 
 @pytest.fixture
 def joined(tunnel, listener, join):
-    """joined(mode) -> Joined: a new tunnel and a connection through it."""
-    def launch(mode):
-        return join(tunnel(port_of(listener), mode))
+    """joined(mode, serve_flags=(), connect_flags=()) -> Joined: a new tunnel and a connection through it."""
+    def launch(mode, **flags):
+        return join(tunnel(port_of(listener), mode, **flags))
     return launch
 
 
@@ -357,7 +357,7 @@ def test_killed_client_is_seen_by_the_target(mode, joined):
 @every_mode
 def test_killed_server_is_seen_by_the_originator_and_may_come_back(mode, joined, join, serve):
     """A client is started once and left alone for months: its server's restart must not end it."""
-    ends = joined(mode)
+    ends = joined(mode, connect_flags=("--connect-timeout", "1"))  # seconds that each connection waits for a server
     talk(ends.originator, ends.target)
     ends.tunnel.server.stop(signal.SIGKILL)
     assert_ended(ends.originator)
