@@ -5186,8 +5186,8 @@ class Server(Endpoint):
         self._hold_against_lists()
         for listener in self.listeners:
             listener.start()
+        self._report("🔑 The server's key, which clients are asked about: `%s`", encode_key(self.keys.public))
         self._report("🚀 Starting server on `%s` ...", self.address)
-        self._report("🔑 Its key, which clients are asked about: `%s`", encode_key(self.keys.public))
         self._ready()
 
     @property
@@ -5369,9 +5369,12 @@ class Server(Endpoint):
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
             self._evict([stranger for stranger in strangers if stranger.source is source])
         elif len(strangers) >= self.limits.handshakes:
-            of_network = collections.Counter(stranger.source.network for stranger in strangers)
-            self._evict([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source]
-                        or [stranger for stranger in strangers if 4 * of_network[stranger.source.network] > self.limits.handshakes] or strangers)
+            of_network = collections.Counter(other.source.network for other in strangers if not other.source.trusted(self.loop.now))
+            crowds = ([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source],
+                      [stranger for stranger in strangers if 4 * of_network[stranger.source.network] > self.limits.handshakes], strangers)
+            for crowd in crowds:
+                if self._evict(crowd):
+                    return
 
     def _evict(self, strangers: list[Stranger]) -> bool:
         """Ends the oldest of those that have said nothing, or of the others where those have no more than a quarter of the places: a thousand
@@ -6617,7 +6620,7 @@ class Client(Endpoint):
     def _check_known_hosts(self) -> None:
         """Says which of its lines mean nothing; where ssh knows the hosts, nobody reads it."""
         known_hosts = self.folder.known_hosts
-        if not self._ssh:
+        if not self._ssh and os.path.lexists(known_hosts.path):
             known_hosts.read()
             for problem in known_hosts.problems:
                 log.warning("%s", problem)

@@ -959,7 +959,7 @@ def test_a_port_where_something_else_answers(target, connect, greeting, says):
 
 
 def test_an_unauthorized_client(serve, connect, keys):
-    keys.server.write("authorized_keys", "")
+    keys.server.write("authorized_keys", make_keys(keys.server.path / "other").public + "\n")
     server, port = serve("--legacy")
     client = connect(port, "--legacy", "0:127.0.0.1:9")
     failed(client, "Test connection failed.*%s" % keys.client.public, 3)

@@ -539,7 +539,7 @@ def test_a_server_shows_its_key_and_that_it_knows_nobody(serve, keys):
     """What a client's user compares, and why nobody comes in."""
     nobody = r"WARN +`%s` lists nobody" % re.escape(str(keys.server.path / "authorized_keys"))
     server, _ = serve()
-    server.wait_for("INFO +🔑 Its key, which clients are asked about: `%s`" % keys.server.public)
+    server.wait_for("INFO +🔑 The server's key, which clients are asked about: `%s`" % keys.server.public)
     assert not re.search(nobody, server.output)
     keys.server.write("authorized_keys", "# nobody\n")
     server.wait_for(nobody)

@@ -714,10 +714,10 @@ def test_a_stream_ends_when_its_key_becomes_one_that_expired(serve, connect, aut
         authorized('KEY expires="%s"' % day(0))
         with pytest.raises(ConnectionResetError):
             running.recv(1)
-        assert_told(client, server, EXPIRED)
+        assert_told(client, server, HAS_EXPIRED)
 
 
-EXPIRED = "line 1 of the server's authorized_keys is this client's, and has expired"
+HAS_EXPIRED = "line 1 of the server's authorized_keys is this client's, and has expired"
 
 
 def assert_told(client, server, why="the server does not know this client's key"):
@@ -785,7 +785,7 @@ def test_a_key_that_expires_while_it_is_in_use(start, keys, connect, authorized,
         ask_by_udp(originator)
         with pytest.raises(ConnectionResetError):
             running.recv(1)
-    assert_told(client, server, EXPIRED)
+    assert_told(client, server, HAS_EXPIRED)
 
 
 # ---------------------------------------------------------------------------------------------------- unix: targets
