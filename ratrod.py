@@ -184,6 +184,7 @@ LENT_AT_ONCE = 128  # such buffers that links hold while a long record is on its
 SPARE_BUFFERS = 8  # ... and that are kept when they are not needed
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one source a second, and at once; the rest is counted
 LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # ... of all of them together, for ten thousand sources fill a disk too; and of one key
+EMPTY_FOR = 1.0  # seconds: a list of keys that has been for less is being written
 SOURCES = 4096  # that a server remembers, 1 KB each; those that hold nothing make room
 RECORDS_IN_TURN = 128  # of one link, some 10 µs each: 512 KiB may hold 23,000
 DATAGRAMS_IN_TURN = 256  # of one record, 20 µs each: a record of 512 KiB may hold 87,000
@@ -682,6 +683,11 @@ class KeyLines:
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
             if signature == self._cache[0] and not self._is_stale and time.time() - max(status.st_mtime, status.st_ctime) > 2:
+                return self._cache
+            # Some editors empty a file before they write it anew. To look just then would throw everybody out, and clients for good; one that
+            # is meant to be empty still is so a second later.
+            before, age = self._cache[0], time.time() - status.st_mtime
+            if before and status.st_ino == before[3] and before[2] and not status.st_size and 0 <= age < EMPTY_FOR:
                 return self._cache
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 lines, problems = self._parse(file)

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import stat
+import time
 
 import pytest
 from conftest import base64url, make_keys
@@ -179,6 +180,30 @@ def test_a_list_that_says_the_same_again_is_the_same_object(listed):
     before = lines.read()
     write(base64url(A), base64url(B))
     assert lines.read() is before
+
+
+def test_a_list_that_is_being_written_is_not_empty(listed):
+    """An editor empties it, and then writes: for a second what it said before holds. What is renamed into its place is whole."""
+    lines, write, path = listed
+    write(base64url(A), when=LONG_AGO)
+    before = lines.read()
+    assert list(before) == [A]
+    write()
+    lines.forget()  # a SIGHUP just then
+    assert lines.read() is before
+    write(base64url(B))
+    assert list(lines.read()) == [B]
+    write(when=time.time_ns() - 1_100_000_000)
+    assert not lines.read()
+    write(base64url(A))
+    assert list(lines.read()) == [A]
+    write(when=time.time_ns() + 60_000_000_000)  # by a clock that is ahead
+    assert not lines.read()
+    write(base64url(A))
+    assert list(lines.read()) == [A]
+    put(path.with_name("new"))
+    os.replace(path.with_name("new"), path)
+    assert not lines.read()
 
 
 def make_nothing(path):
