@@ -749,8 +749,7 @@ def test_allowed_name_of_a_loopback_address(regex, allowed, forward, tcp_echo):
 
 @every_mode
 def test_authorized_keys_are_read_again(mode, keys, serve, connect, tcp_echo):
-    authorized = keys.server.path / "authorized_keys"
-    authorized.write_text("")
+    keys.server.write("authorized_keys", "")
     server, port = serve(*mode.serve)
     stranger = connect(port, *mode.connect, "0:%d" % tcp_echo.port)
     assert stranger.wait() == 3
@@ -758,7 +757,7 @@ def test_authorized_keys_are_read_again(mode, keys, serve, connect, tcp_echo):
     client = connect(port, *mode.connect, "0:%d" % tcp_echo.port)
     client.wait_for(READY)
     ask(tcp_port(client))
-    authorized.write_text("")
+    keys.server.write("authorized_keys", "")
     assert_shown_the_door(client)
     says(server, keys.client.public)
     keys.server.trust(keys.client, "authorized_keys")
