@@ -687,7 +687,7 @@ class KeyLines:
             # Some editors empty a file before they write it anew. To look just then would throw everybody out, and clients for good; one that
             # is meant to be empty still is so a second later.
             before, age = self._cache[0], time.time() - status.st_mtime
-            if before and status.st_ino == before[3] and before[2] and not status.st_size and 0 <= age < EMPTY_FOR:
+            if before and not self._is_stale and status.st_ino == before[3] and before[2] and not status.st_size and 0 <= age < EMPTY_FOR:
                 return self._cache
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 lines, problems = self._parse(file)
@@ -805,8 +805,9 @@ class KeyFolder:
         if os.name == "posix" and mode & 0o077 and status.st_uid == os.getuid():
             self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone: chmod 600 %s"
                                  % (self.key_file, stat.S_IMODE(mode), self.key_file))
-        for path in self.path, self.authorized_keys.path, self.known_hosts.path:
-            self._check_writers(path)
+        if self._check_writers(self.path):
+            for keys in self.authorized_keys, self.known_hosts:
+                self._check_writers(keys.path)
         public_file = self.key_file + ".pub"
         try:
             if self._read(public_file, decode_key) != pair.public:
@@ -816,14 +817,18 @@ class KeyFolder:
             self.warnings.append("`%s` does not show this key (%s); the right line is: %s" % (public_file, error, encode_key(pair.public)))
         return pair
 
-    def _check_writers(self, path: str) -> None:
-        """Whoever can write to the lists decides who comes in, and which server is the right one."""
+    def _check_writers(self, path: str) -> bool:
+        """Whoever can write to the lists decides who comes in, and which server is the right one. Whether others come that far."""
+        mode = 0
         with contextlib.suppress(OSError):
             status = os.stat(path)
+            mode = stat.S_IMODE(status.st_mode)
             # In a folder as /tmp (sticky) nobody replaces what is another's.
-            if os.name == "posix" and status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX and status.st_uid == os.getuid():
+            sticky = mode & stat.S_ISVTX and stat.S_ISDIR(status.st_mode)
+            if os.name == "posix" and mode & 0o022 and not sticky and status.st_uid == os.getuid():
                 self.warnings.append("`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod go-w %s"
-                                     % (path, stat.S_IMODE(status.st_mode), path))
+                                     % (path, mode, path))
+        return bool(mode & 0o011)
 
     @staticmethod
     def _read(path: str, decode: Callable[[str], Any]) -> Any:
@@ -3122,6 +3127,7 @@ class Link:
     def _resume(self) -> None:
         """After the others had their turn."""
         self._paused = False
+        self.heard_at = self.loop.awake  # what comes meanwhile was not looked at
         if not self.held:
             self._go_on()
         self.update()
@@ -5375,9 +5381,13 @@ class Server(Endpoint):
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
             self._evict([stranger for stranger in strangers if stranger.source is source])
         elif len(strangers) >= self.limits.handshakes:
-            of_network = collections.Counter(other.source.network for other in strangers if not other.source.trusted(self.loop.now))
+            untrusted = [stranger for stranger in strangers if not stranger.source.trusted(self.loop.now)]
+            of_network = collections.Counter(stranger.source.network for stranger in untrusted)
+            # Silent ones go before, whatever their networks: a network whose clients all come back at once must not go for them.
+            are_silent = 4 * sum(not stranger.has_begun for stranger in strangers) > len(strangers)
             crowds = ([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source],
-                      [stranger for stranger in strangers if 4 * of_network[stranger.source.network] > self.limits.handshakes], strangers)
+                      [] if are_silent else
+                      [stranger for stranger in untrusted if 4 * of_network[stranger.source.network] > self.limits.handshakes], strangers)
             for crowd in crowds:
                 if self._evict(crowd):
                     return

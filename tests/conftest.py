@@ -41,7 +41,7 @@ def compiled():
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.chmod(folder, 0o755)  # also for the programs that run as somebody else
     file = os.path.join(folder, "ratrod.pyc")
-    subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file], check=True)
+    subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, file], check=True)
     return file
 
 

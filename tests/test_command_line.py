@@ -523,16 +523,27 @@ def test_a_key_file_that_others_can_read_is_warned_about(ratrod, tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="other systems have other permissions")
 @pytest.mark.parametrize("name, mode, warned", [
     ("authorized_keys", 0o620, True), ("known_hosts", 0o602, True), ("", 0o720, True), ("authorized_keys", 0o644, False), ("", 0o755, False),
-    ("", 0o1777, False)], ids=["by a group", "by all", "the folder", "read by all", "a folder read by all", "as /tmp"])
+    ("", 0o1777, False), ("known_hosts", 0o1666, True)],
+    ids=["by a group", "by all", "the folder", "read by all", "a folder read by all", "as /tmp", "a sticky file"])
 def test_lists_that_others_can_change_are_warned_about(ratrod, tmp_path, name, mode, warned):
     """Who can do that lets himself in, or sends clients to another server. In a folder as /tmp nobody replaces what is another's."""
     keys = make_keys(tmp_path / "keys")
+    keys.path.chmod(0o755)
     path = keys.path / name
     path.chmod(mode)
     server = ratrod("-k", keys.path, "serve", "127.0.0.1:0")
     server.wait_for(STARTED)
     assert any("WARN `%s` can be changed by others (mode %04o)" % (path, mode) in line and line.endswith("chmod go-w %s" % path)
                for line in server.lines) == warned
+
+
+def test_what_others_cannot_reach_is_no_reason_to_warn(ratrod, tmp_path):
+    """With umask 002, which some systems have, what an editor makes can be written by a group."""
+    keys = make_keys(tmp_path / "keys")
+    (keys.path / "authorized_keys").chmod(0o664)
+    server = ratrod("-k", keys.path, "serve", "127.0.0.1:0")
+    server.wait_for(STARTED)
+    assert "can be changed by others" not in server.output
 
 
 def test_a_server_shows_its_key_and_that_it_knows_nobody(serve, keys):

@@ -189,8 +189,12 @@ def test_a_list_that_is_being_written_is_not_empty(listed):
     before = lines.read()
     assert list(before) == [A]
     write()
-    lines.forget()  # a SIGHUP just then
     assert lines.read() is before
+    write(base64url(B))
+    assert list(lines.read()) == [B]
+    write()
+    lines.forget()  # by a SIGHUP, which means what is there now
+    assert not lines.read()
     write(base64url(B))
     assert list(lines.read()) == [B]
     write(when=time.time_ns() - 1_100_000_000)

@@ -264,20 +264,23 @@ def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest)
         link(sock, keys.client)
 
 
+def half_way(sock, keys):
+    """A client whose first message was answered, and who has not said his second."""
+    client = peer.Client(sock, seed_of(keys.client))
+    message = client.client_preamble()
+    client.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+    client.read_server_preamble()
+    return client
+
+
 @linux
 def test_whoever_has_a_network_to_himself_pushes_out_his_own(strangers, keys):
     """An address for each connection, all of one /24: those that stop in the middle, as fast as they come, are no reason why one with a slow
     path in the middle of his own should go. Nor do they keep each other from more than a quarter of the places where there is room."""
     _, _, enter = strangers("--max-handshakes", "16")
 
-    def half_way(source):
-        client = peer.Client(enter(source), seed_of(keys.client))
-        message = client.client_preamble()
-        client.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
-        client.read_server_preamble()
-        return client
-    honest = [half_way("127.0.0.2") for _ in range(3)]
-    stopped = [half_way("127.0.1.%d" % (n + 1)) for n in range(53)]
+    honest = [half_way(enter("127.0.0.2"), keys) for _ in range(3)]
+    stopped = [half_way(enter("127.0.1.%d" % (n + 1)), keys) for n in range(53)]
     eventually(lambda: gone([client.sock for client in stopped]) == list(range(40)), "the oldest of theirs made room")
     for client in honest:
         client.send_message(client.client_authentication())
@@ -299,6 +302,18 @@ def test_the_source_of_an_address():
     assert module.Source.name("192.0.2.7") == module.Source.name("::ffff:192.0.2.7") == "192.0.2.7"
     assert module.Source.name("2001:db8:1:2::7") == module.Source.name("2001:db8:1:2:ffff::1") != module.Source.name("2001:db8:1:3::7")
     assert module.Source.name("fe80::1%eth0") == module.Source.name("fe80::2%eth1")
+
+
+@linux
+def test_silent_strangers_go_before_a_crowd_of_one_network(strangers, keys):
+    """The clients of an office, all of them in the middle after a restart of the server, while others hold the rest of the places and say nothing."""
+    _, _, enter = strangers("--max-handshakes", "16")
+    silent = [enter("127.0.%d.1" % (n + 1)) for n in range(10)]
+    office = [half_way(enter("127.0.99.%d" % (n + 1)), keys) for n in range(8)]
+    eventually(lambda: gone(silent) == [0, 1], "the oldest of the silent made room")
+    for client in office:
+        client.send_message(client.client_authentication())
+        client.read_completion()
 
 
 def test_the_network_of_a_source():
