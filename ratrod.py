@@ -6272,6 +6272,7 @@ class LinkPool:
         self._waiting: collections.deque[Waiter] = collections.deque()
         self._begun: set[Waiter] = set()  # legacy: whose links are being made
         self._taken: set[Link] = set()
+        self._soon = False  # more are made in a moment
         self._making = 0
         self._peaks = [0, 0]  # most links wanted at once, in this minute and in the one before
         self._minute = self._loop.now
@@ -6393,8 +6394,16 @@ class LinkPool:
         link.poll()  # made by a thread some time ago: it may have ended since
         if link.state == IDLE:
             return self.put(link)
-        self._loop.call_later(0.1, self.make_more)  # not at once: a server that ends each link as it is made had 300 a second of them
-        return None
+        return self._make_more_soon()
+
+    def _make_more_soon(self) -> None:
+        """Where nobody waits, not at once: a server that ends each link as it is made had 300 a second of them."""
+        def now() -> None:
+            self._soon = False
+            self.make_more()
+        if not self._soon:
+            self._soon = True
+            self._loop.call_later(0.25, now)
 
     def _refused(self, waiter: Waiter | None, error: Exception) -> None:
         if is_final(error):
@@ -6413,7 +6422,10 @@ class LinkPool:
         """The server has let it in."""
         with self._client.noticing():
             self._client.retry.succeeded("Connected to server `%s` again," % link.name)
-        self.make_more()
+        if self._waiting:
+            self.make_more()
+        else:
+            self._make_more_soon()
 
     def clear(self) -> None:
         """Lets go of all idle links."""
