@@ -681,13 +681,7 @@ class KeyLines:
         try:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-            # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
-            if signature == self._cache[0] and not self._is_stale and time.time() - max(status.st_mtime, status.st_ctime) > 2:
-                return self._cache
-            # Some editors empty a file before they write it anew. To look just then would throw everybody out, and clients for good; one that
-            # is meant to be empty still is so a second later.
-            before, age = self._cache[0], time.time() - status.st_mtime
-            if before and not self._is_stale and status.st_ino == before[3] and before[2] and not status.st_size and 0 <= age < EMPTY_FOR:
+            if not self._is_stale and self._holds(status, signature):
                 return self._cache
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 lines, problems = self._parse(file)
@@ -700,6 +694,16 @@ class KeyLines:
         self.problems, self._is_stale = problems, False
         # The same object where nothing is new: whoever looks for changes sees none.
         return signature, self._cache[1] if lines == self._cache[1] else lines
+
+    def _holds(self, status: os.stat_result, signature: Any) -> bool:
+        """Whether what was read before still is what the file says, or is meant to."""
+        before, now = self._cache[0], time.time()
+        # A file changed twice within one tick of its clock keeps its time: one that is younger than 2 s is not trusted to a cache.
+        if signature == before:
+            return now - max(status.st_mtime, status.st_ctime) > 2
+        # Some editors empty a file before they write it anew. To look just then would throw everybody out, and clients for good; one that is
+        # meant to be empty still is so a second later.
+        return bool(before and before[2] and not status.st_size and status.st_ino == before[3] and 0 <= now - status.st_mtime < EMPTY_FOR)
 
     def _parse(self, lines: Iterable[str]) -> tuple[dict[bytes, tuple[Line, ...]], list[str]]:
         keys: dict[bytes, tuple[Line, ...]] = {}
@@ -4879,7 +4883,7 @@ class Source:
 
     def __init__(self, name: str, now: float, limits: Limits):
         self.strangers = self.links = 0
-        self.network = name.rpartition(".")[0] or self._within(name, 48)
+        self.network = name.rpartition(".")[0] or self._within(name.partition("/")[0], 48)
         self.waiting: collections.deque[tuple[socket.socket, str]] = collections.deque()  # a burst's connections, not begun yet
         self.seen_at = now
         self._authorized_at = now - 3600
@@ -4903,15 +4907,14 @@ class Source:
 
     @classmethod
     def name(cls, host: str) -> str:
-        return cls._within(unmapped(host.split("%")[0]) + "/64", 64)
+        return cls._within(unmapped(host.split("%")[0]), 64)
 
     @staticmethod
-    def _within(name: str, bits: int) -> str:
-        """The IPv6 network that `ADDRESS/64` is in; any other name as it is."""
+    def _within(host: str, bits: int) -> str:
+        """The network that an IPv6 address is in; any other host as it is."""
         import ipaddress
 
-        address = name.partition("/")[0]
-        return str(ipaddress.ip_network("%s/%d" % (address, bits), strict=False)) if ":" in address else address
+        return str(ipaddress.ip_network("%s/%d" % (host, bits), strict=False)) if ":" in host else host
 
     @classmethod
     def of(cls, shown: str) -> str:
@@ -5375,22 +5378,23 @@ class Server(Endpoint):
         self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
 
     def _make_room(self, source: Source) -> None:
-        """At a limit an unauthenticated connection goes: of a source that has more than its share, or of a network that holds a quarter of all
-        places. Whoever has a network to himself, as anybody can have an IPv6 /48, pushes out his own."""
+        """At a limit an unauthenticated connection goes."""
         strangers = list(self._strangers.values())
         if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
             self._evict([stranger for stranger in strangers if stranger.source is source])
         elif len(strangers) >= self.limits.handshakes:
+            any(map(self._evict, self._crowds(strangers)))
+
+    def _crowds(self, strangers: list[Stranger]) -> Iterator[list[Stranger]]:
+        """Out of whom one makes room, the first where there is one: those whose source has more than its share; those whose network holds more
+        than a quarter of all places, for who has a network to himself, as anybody can have an IPv6 /48, is to push out his own; all."""
+        yield [stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source]
+        # Silent ones go before, whatever their networks: a network whose clients all come back at once must not go for them.
+        if 4 * sum(not stranger.has_begun for stranger in strangers) <= len(strangers):
             untrusted = [stranger for stranger in strangers if not stranger.source.trusted(self.loop.now)]
             of_network = collections.Counter(stranger.source.network for stranger in untrusted)
-            # Silent ones go before, whatever their networks: a network whose clients all come back at once must not go for them.
-            are_silent = 4 * sum(not stranger.has_begun for stranger in strangers) > len(strangers)
-            crowds = ([stranger for stranger in strangers if stranger.source.strangers > self.limits.handshakes_per_source],
-                      [] if are_silent else
-                      [stranger for stranger in untrusted if 4 * of_network[stranger.source.network] > self.limits.handshakes], strangers)
-            for crowd in crowds:
-                if self._evict(crowd):
-                    return
+            yield [stranger for stranger in untrusted if 4 * of_network[stranger.source.network] > self.limits.handshakes]
+        yield strangers
 
     def _evict(self, strangers: list[Stranger]) -> bool:
         """Ends the oldest of those that have said nothing, or of the others where those have no more than a quarter of the places: a thousand
@@ -6397,7 +6401,7 @@ class LinkPool:
         return self._make_more_soon()
 
     def _make_more_soon(self) -> None:
-        """Where nobody waits, not at once: a server that ends each link as it is made had 300 a second of them."""
+        """Not at once: a server that ends each link as it is made had 300 a second of them."""
         def now() -> None:
             self._soon = False
             self.make_more()

@@ -232,14 +232,20 @@ def test_a_source_with_a_link_may_use_them_all(strangers, keys):
         link(sock, keys.client)
 
 
+def half_way(sock, keys):
+    """A client whose first message was answered, and who has not said his second."""
+    client = peer.Client(sock, seed_of(keys.client))
+    message = client.client_preamble()
+    client.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+    client.read_server_preamble()
+    return client
+
+
 @linux
 def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
     """Strangers whose keys nobody knows have come as far as one can come; that they stay must not push out who is in the middle."""
     _, _, enter = strangers("--max-handshakes", "4")
-    honest = peer.Client(enter("127.0.0.2"), seed_of(keys.client))
-    message = honest.client_preamble()
-    honest.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
-    honest.read_server_preamble()
+    honest = half_way(enter("127.0.0.2"), keys)
     for n in range(8):
         with pytest.raises(peer.PeerError, match="does not know"):
             peer.Client(enter("127.0.0.%d" % (n + 3)), bytes([n]) * 32).handshake()  # which stay
@@ -254,23 +260,10 @@ def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest)
     come; nor do those that come after it push it out."""
     _, _, enter = strangers("--max-handshakes", "8")
     for n in range(8):
-        stopped = peer.Client(enter("127.0.0.%d" % (n + 3)), seed_of(keys.client))
-        message = stopped.client_preamble()
-        stopped.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
-        stopped.read_server_preamble()
-        stopped.sock.sendall(rest)
+        half_way(enter("127.0.0.%d" % (n + 3)), keys).sock.sendall(rest)
     honest = [enter("127.0.0.2"), enter("127.0.0.2")]
     for sock in honest:
         link(sock, keys.client)
-
-
-def half_way(sock, keys):
-    """A client whose first message was answered, and who has not said his second."""
-    client = peer.Client(sock, seed_of(keys.client))
-    message = client.client_preamble()
-    client.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
-    client.read_server_preamble()
-    return client
 
 
 @linux
@@ -278,7 +271,6 @@ def test_whoever_has_a_network_to_himself_pushes_out_his_own(strangers, keys):
     """An address for each connection, all of one /24: those that stop in the middle, as fast as they come, are no reason why one with a slow
     path in the middle of his own should go. Nor do they keep each other from more than a quarter of the places where there is room."""
     _, _, enter = strangers("--max-handshakes", "16")
-
     honest = [half_way(enter("127.0.0.2"), keys) for _ in range(3)]
     stopped = [half_way(enter("127.0.1.%d" % (n + 1)), keys) for n in range(53)]
     eventually(lambda: gone([client.sock for client in stopped]) == list(range(40)), "the oldest of theirs made room")

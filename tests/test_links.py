@@ -127,11 +127,11 @@ def handshakes(server):
 
 
 def test_handshakes_do_not_grow_with_the_connections(relayed, target):
-    """What a link is for: 2,000 short connections, four at a time, on the links that four need."""
+    """What a link is for: 5,000 short connections, four at a time, on the links that four need."""
     server, _, _, (port,) = relayed(target(lambda connection: connection.sendall(connection.recv(1))).port)
 
     def many():
-        for _ in range(500):
+        for _ in range(1250):
             with dial(port) as local:
                 local.sendall(b"x")
                 assert local.recv(2) == b"x"
@@ -143,7 +143,7 @@ def test_handshakes_do_not_grow_with_the_connections(relayed, target):
         thread.start()
     for thread in threads:
         thread.join(4 * PATIENCE)
-    assert len(done) == 2000
+    assert len(done) == 5000
     assert handshakes(server) <= 20
 
 
