@@ -5170,6 +5170,7 @@ class Server(Endpoint):
         self._complaints = FailureLog(LOG_RATE, LOG_BURST, "❌ Refused %d more connections from other addresses",
                                       TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, loop.now))
         self._strangers: collections.OrderedDict[socket.socket, Stranger] = collections.OrderedDict()  # the oldest first
+        self._queued = 0  # connections that wait to become one of those
         self._dismissed: dict[LastWord, None] = {}  # who is told why not; the oldest first
         self._links_of: collections.Counter[bytes] = collections.Counter()
         self._streaming: dict[Any, bytes] = {}  # links that carry a stream or connect to its remote, and ReverseStreams: of which key
@@ -5363,27 +5364,42 @@ class Server(Endpoint):
         if not source.may_try(self.loop.now):
             sock.close()
             return self._complain(shown, "more than %g new connections a second from there" % self.limits.handshake_rate)
-        if source.trusted(self.loop.now) and source.strangers >= self._room_for_bursts:
-            # A burst from a client's machine, as a browser makes, waits for its turn; it never takes the last places of everybody else.
-            if len(source.waiting) >= 4 * self.limits.handshakes:
-                sock.close()
-                return self._complain(shown, "too many connections from there wait to authenticate themselves")
-            return source.waiting.append((sock, shown))
-        return self._begin(source, sock, shown)
+        if source.strangers < self._places(source):
+            return self._begin(source, sock, shown)
+        return self._wait(source, sock, shown)
+
+    def _places(self, source: Source) -> int:
+        """How many of one source may authenticate themselves at once; the last places are for everybody else, whoever it is."""
+        if not source.trusted(self.loop.now):
+            return self.limits.handshakes_per_source
+        return max(self.limits.handshakes // 2, self.limits.handshakes - self.limits.handshakes_per_source)
+
+    def _wait(self, source: Source, sock: socket.socket, shown: str) -> None:
+        """A burst from one machine, as a browser makes, or a client that a restart has thrown out, waits for its turn: nobody in the middle
+        of his handshake goes for it. Where too many wait, a source that is not known makes room out of its own."""
+        many = len(source.waiting) >= 4 * self._places(source)
+        trusted = source.trusted(self.loop.now)
+        if many and trusted:
+            sock.close()
+            return self._complain(shown, "too many connections from there wait to authenticate themselves")
+        source.waiting.append((sock, shown))
+        self._queued += 1
+        if not trusted and (many or self._queued > 4 * self.limits.handshakes):
+            self._evict([stranger for stranger in self._strangers.values() if stranger.source is source])
+            return self._begin_waiting(source)
+        return self._serve_waiting(source)
+
+    def _begin_waiting(self, source: Source) -> None:
+        self._queued -= 1
+        self._begin(source, *source.waiting.popleft())
 
     def _begin(self, source: Source, sock: socket.socket, shown: str) -> None:
-        self._make_room(source)
+        strangers = list(self._strangers.values())
+        if len(strangers) >= self.limits.handshakes:
+            any(map(self._evict, self._crowds(strangers)))
         stranger = self._strangers[sock] = Stranger(sock, shown, source, self.loop.now)
         source.strangers += 1
         self.workers.submit(functools.partial(self._handshake, stranger), functools.partial(self._authenticated, stranger))
-
-    def _make_room(self, source: Source) -> None:
-        """At a limit an unauthenticated connection goes."""
-        strangers = list(self._strangers.values())
-        if source.strangers >= self.limits.handshakes_per_source and not source.trusted(self.loop.now):
-            self._evict([stranger for stranger in strangers if stranger.source is source])
-        elif len(strangers) >= self.limits.handshakes:
-            any(map(self._evict, self._crowds(strangers)))
 
     def _crowds(self, strangers: list[Stranger]) -> Iterator[list[Stranger]]:
         """Out of whom one makes room, the first where there is one: those whose source has more than its share; those whose network holds more
@@ -5410,16 +5426,13 @@ class Server(Endpoint):
             victim.sock.shutdown(socket.SHUT_RDWR)
         return True
 
-    @property
-    def _room_for_bursts(self) -> int:
-        """Places that the connections of one client's machine may take; the last ones are for everybody else."""
-        return max(self.limits.handshakes // 2, self.limits.handshakes - self.limits.handshakes_per_source)
-
     def _serve_waiting(self, source: Source) -> None:
-        """Whoever waits takes the place of those who have said nothing for a second."""
-        before = self.loop.now - 1
-        while source.waiting and self._evict([other for other in self._strangers.values() if other.source is source and other.since < before]):
-            self._begin(source, *source.waiting.popleft())
+        """Whoever waits takes the place of those who have said nothing for a second, or did not come to an end within three: a handshake has
+        two round trips, of 0.6 s by satellite."""
+        now = self.loop.now
+        while source.waiting and self._evict([other for other in self._strangers.values()
+                                              if other.source is source and now - other.since > (3 if other.has_begun else 1)]):
+            self._begin_waiting(source)
 
     def _forget(self, stranger: Stranger) -> bool:
         """False where it had to make room before."""
@@ -5482,8 +5495,8 @@ class Server(Endpoint):
     def _authenticated(self, stranger: Stranger, handshake: Handshake | None, error: Exception | None) -> None:
         stayed = self._forget(stranger)
         source = stranger.source
-        if source.waiting and source.strangers < self._room_for_bursts:
-            self._begin(source, *source.waiting.popleft())
+        while source.waiting and source.strangers < self._places(source):
+            self._begin_waiting(source)
         if not stayed and not stranger.left:
             error = RemoteProtocolError("it had not authenticated itself when others needed its place")
         elif handshake and not self._grants(handshake.peer_key, self.loop.now):
@@ -5560,7 +5573,7 @@ class Server(Endpoint):
     def busy(self) -> bool:
         # Whoever was in the middle of a handshake gets its answer; whoever has said nothing for 2 s holds up nobody.
         recent = self.loop.now - 2
-        return super().busy() or any(stranger.since > recent for stranger in self._strangers.values())
+        return super().busy() or self._queued > 0 or any(stranger.since > recent for stranger in self._strangers.values())
 
     # ---- reverse tunnels
 

@@ -225,6 +225,33 @@ def test_one_source_has_its_own_bound(strangers, keys):
 
 
 @linux
+def test_a_burst_of_one_source_waits_for_its_turn(strangers, keys):
+    """A client that a restart has thrown out makes 16 links at once, and the new server does not know its address: none of them goes for another."""
+    _, _, enter = strangers()
+    burst = [peer.Client(enter("127.0.0.2"), seed_of(keys.client)) for _ in range(16)]
+    for client in burst:
+        client.send(first_words(client))
+    for client in burst:
+        client.read_server_preamble()
+        client.send_message(client.client_authentication())
+    for client in burst:
+        client.read_completion()
+
+
+@linux
+def test_a_burst_of_strangers_waits_within_bounds(strangers, keys):
+    """Two of one source in the middle, eight that wait, and from then on its oldest makes room at once, for the one that has waited longest."""
+    _, _, enter = strangers("--max-handshakes-per-source", "2")
+    clients = [half_way(enter("127.0.0.2"), keys).sock for _ in range(2)]
+    clients += [enter("127.0.0.2") for _ in range(8)]
+    first = peer.Client(clients[2], seed_of(keys.client))
+    first.send(first_words(first))
+    enter("127.0.0.2")
+    first.read_server_preamble()
+    assert gone(clients) == [0]
+
+
+@linux
 def test_a_source_with_a_link_may_use_them_all(strangers, keys):
     _, _, enter = strangers("--max-handshakes", "20", "--max-handshakes-per-source", "2", "--handshake-rate", "1")
     link(enter("127.0.0.2"), keys.client)
@@ -232,11 +259,15 @@ def test_a_source_with_a_link_may_use_them_all(strangers, keys):
         link(sock, keys.client)
 
 
+def first_words(client):
+    message = client.client_preamble()
+    return peer.OPENING + len(message).to_bytes(2, "big") + message
+
+
 def half_way(sock, keys):
     """A client whose first message was answered, and who has not said his second."""
     client = peer.Client(sock, seed_of(keys.client))
-    message = client.client_preamble()
-    client.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+    client.send(first_words(client))
     client.read_server_preamble()
     return client
 
