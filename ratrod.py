@@ -4572,10 +4572,13 @@ def listen_for(workers: int, address: Address, kinds: tuple[int, ...] = (socket.
 
 
 class Listener:
-    """A listening TCP socket: accepted(socket, address) for each connection. Pauses when descriptors run out."""
+    """A listening TCP socket: accepted(socket, address) for each connection. Pauses when descriptors run out, and before: each connection
+    needs one more to go on with, and who is in already must not be refused for those that come. On POSIX the lowest free one is taken."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket, Any], None], pause: float):
         self._loop, self.sock, self._accepted, self._pause = loop, sock, accepted, pause
+        limit = descriptor_limit()
+        self._most = limit - min(64, limit // 8) if os.name == "posix" else sys.maxsize
         sock.setblocking(False)
         self._watched = False
 
@@ -4594,15 +4597,19 @@ class Listener:
             except OSError as error:
                 if error.errno not in NO_SUCH_DESCRIPTORS and n < BATCH - 1:
                     continue  # this one was gone before it was accepted; or all of them are, for a socket that is no more fails each time
-                self._starve(error)
+                self._starve(reason(error))
                 return False
+            number = sock.fileno()
             self._accepted(sock, address)
+            if number >= self._most:
+                self._starve("nearly all of the %d descriptors are taken (ulimit -n)" % descriptor_limit())
+                return False
         return True
 
-    def _starve(self, error: OSError) -> None:
+    def _starve(self, why: str) -> None:
         """Lets the connections wait in the system's queue for a moment, and says so once a minute."""
         if self._loop.now - self._loop.starved_at > 60:  # one line for all listeners
-            log.warning("cannot accept connections for now: %s", reason(error))
+            log.warning("cannot accept connections for now: %s", why)
             self._loop.starved_at = self._loop.now
         self._unwatch()
         self._loop.call_later(self._pause, self.start)
@@ -6311,7 +6318,8 @@ class LinkPool:
 
     def _pop(self) -> Link | None:
         while self._idle:
-            _, link = self._idle.pop()
+            # The last used of those that the server has let in: one that it may still refuse takes along what was sent on it.
+            _, link = self._idle.pop(next((n for n in reversed(range(len(self._idle))) if self._idle[n][1].completed), -1))
             link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
             if link.state == IDLE and self._trusts(link) and self._loop.now - link.born < self._limits.link_age:
                 return link

@@ -830,6 +830,39 @@ def test_idle_links(serve, start, keys, tcp_echo, flag):
     ask_and_end(dial(tcp_port(client)))
 
 
+def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target):
+    """One that is made ahead may be refused yet, as by a server that is full: what is sent on it would be lost with it."""
+    begun, one_is_idle, links = threading.Event(), threading.Event(), []
+
+    def serve_link(connection):
+        connection.settimeout(PATIENCE)
+        server = peer.Server(connection, seed_of(keys.server))
+        links.append(server)
+        with contextlib.suppress(peer.LinkEnded):
+            if len(links) == 1:
+                return server.handshake().serve_streams(peer.echo)
+            server.read_opening()
+            server.read_client_preamble()
+            begun.set()
+            one_is_idle.wait(PATIENCE)
+            server.send_message(server.server_preamble())
+            server.read_client_authentication()
+            while server.read_record():  # it is never let in
+                pass
+    client = connect(target(serve_link).port, "-v", "0:good:1")
+    client.wait_for(READY)
+    with dial(tcp_port(client)) as first:
+        ping(first)
+        assert begun.wait(PATIENCE)
+        ask_and_end(first)
+    eventually(lambda: " closed: " in client.output, "the first link is idle")
+    one_is_idle.set()
+    eventually(lambda: client.output.count("cipher: ") >= 3, lambda: "two more links")
+    for n in range(3):
+        eventually(lambda: client.output.count(" closed: ") == n + 1, "the link of the last connection is idle")  # noqa: B023 - called at once
+        ask_and_end(dial(tcp_port(client)))
+
+
 def test_an_old_link_takes_no_new_stream_of_a_client(connect, keys, target, stack):
     """What is open on it goes on; UDP moves to another, and its originator hardly notices."""
     server = AgeServer(keys, target)

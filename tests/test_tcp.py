@@ -533,7 +533,7 @@ def test_descriptors_run_out(limited, start, keys, tcp_echo):
     with contextlib.ExitStack() as stack:
         for _ in range(60):
             stack.enter_context(dial(port))
-        {"serve": server, "connect": client}[limited].wait_for("Too many open files")
+        {"serve": server, "connect": client}[limited].wait_for("cannot accept connections for now: ")
     eventually(lambda: is_answered(port), "an answer after the others left")
     for _ in range(100):
         ask(port)
