@@ -5504,6 +5504,8 @@ class Server(Endpoint):
         source = stranger.source
         while source.waiting and source.strangers < self._places(source):
             self._begin_waiting(source)
+            if len(self._strangers) >= self.limits.handshakes:  # more of them would push out each other
+                break
         if not stayed and not stranger.left:
             error = RemoteProtocolError("it had not authenticated itself when others needed its place")
         elif handshake and not self._grants(handshake.peer_key, self.loop.now):
