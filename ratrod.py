@@ -4580,9 +4580,10 @@ class Listener:
         limit = descriptor_limit()
         self._most = limit - min(64, limit // 8) if os.name == "posix" else sys.maxsize
         sock.setblocking(False)
-        self._watched = False
+        self._watched = self._rests = False
 
     def start(self) -> None:
+        self._rests = False
         if self.sock.fileno() >= 0 and not self._watched:
             self._loop.watch(self.sock, 0, READ, self._on_event)
             self._watched = True
@@ -4612,12 +4613,14 @@ class Listener:
             log.warning("cannot accept connections for now: %s", why)
             self._loop.starved_at = self._loop.now
         self._unwatch()
+        self._rests = True
         self._loop.call_later(self._pause, self.start)
 
     def drain(self) -> None:
-        """Takes those that wait in the system's queue, which closing would reset, and closes."""
+        """Takes those that wait in the system's queue, which closing would reset, and closes. None come after them, so no descriptor is spared."""
+        self._most = sys.maxsize
         for _ in range(BACKLOG // BATCH + 1):  # not for as long as others come: a flood must not hold up the end
-            if not self._watched or not self._on_event(0):
+            if not (self._watched or self._rests) or not self._on_event(0):
                 break
         self.close()
 

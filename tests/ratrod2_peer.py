@@ -741,11 +741,15 @@ class Client(Peer):
 
     def begin_handshake(self):
         """Everything that does not wait for HandshakeCompletion: records may be sent after it."""
-        message = self.client_preamble()
-        self.send(OPENING + struct.pack(">H", len(message)) + message)
+        self.send_client_preamble()
         self.read_server_preamble()
         self.send_message(self.client_authentication())
         return self
+
+    def send_client_preamble(self):
+        """What the server hears first: the opening bytes and message 1."""
+        message = self.client_preamble()
+        self.send(OPENING + struct.pack(">H", len(message)) + message)
 
     def client_preamble(self, payload=None):
         """Message 1, without its length."""

@@ -10,6 +10,7 @@ import pathlib
 import random
 import re
 import selectors
+import signal
 import socket
 import struct
 import sys
@@ -125,6 +126,29 @@ def test_a_server_without_descriptors(limited, connect, keys, tcp_echo, stack):
     assert link.exchange("127.0.0.1:%d" % tcp_echo.port, b"hello") == b"hello"
     ping(sock)
     assert len(complaints(server)) == 1
+
+
+def test_a_server_that_ends_takes_what_waited_for_descriptors(limited, keys, stack):
+    """Few are left, so accepting rests; at the end they are for those that wait, which closing the listener would reset."""
+    server = limited(FEW, FEW, keys.server, "serve", "--handshake-timeout", "60", "--drain", "30", "127.0.0.1:0")
+    port = started(server)
+
+    def enter(n):
+        return stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, (from_address(n), 0)))
+    spared = FEW // 8
+    for n in range(FEW - descriptors(server) - spared + 1):
+        enter(n)
+    server.wait_for("cannot accept connections for now: nearly all of the %d descriptors are taken" % FEW)
+    waiting = [peer.Client(enter(FEW + n), seed_of(keys.client)) for n in range(spared // 2)]
+    for link in waiting:
+        link.send_client_preamble()
+    server.process.send_signal(signal.SIGTERM)
+    for link in waiting:
+        link.read_server_preamble()
+        link.send_message(link.client_authentication())
+        link.read_completion()
+        assert [record.type for record in link.read_to_end()] == [peer.CLOSE]
+    assert server.wait() == 0
 
 
 class Locals:

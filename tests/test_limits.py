@@ -230,7 +230,7 @@ def test_a_burst_of_one_source_waits_for_its_turn(strangers, keys):
     _, _, enter = strangers()
     burst = [peer.Client(enter("127.0.0.2"), seed_of(keys.client)) for _ in range(16)]
     for client in burst:
-        client.send(first_words(client))
+        client.send_client_preamble()
     for client in burst:
         client.read_server_preamble()
         client.send_message(client.client_authentication())
@@ -245,7 +245,7 @@ def test_a_burst_of_strangers_waits_within_bounds(strangers, keys):
     clients = [half_way(enter("127.0.0.2"), keys).sock for _ in range(2)]
     clients += [enter("127.0.0.2") for _ in range(8)]
     first = peer.Client(clients[2], seed_of(keys.client))
-    first.send(first_words(first))
+    first.send_client_preamble()
     enter("127.0.0.2")
     first.read_server_preamble()
     assert gone(clients) == [0]
@@ -259,15 +259,10 @@ def test_a_source_with_a_link_may_use_them_all(strangers, keys):
         link(sock, keys.client)
 
 
-def first_words(client):
-    message = client.client_preamble()
-    return peer.OPENING + len(message).to_bytes(2, "big") + message
-
-
 def half_way(sock, keys):
     """A client whose first message was answered, and who has not said his second."""
     client = peer.Client(sock, seed_of(keys.client))
-    client.send(first_words(client))
+    client.send_client_preamble()
     client.read_server_preamble()
     return client
 
@@ -469,8 +464,7 @@ def test_links_that_are_made_at_once_are_counted_too(serve, keys, stack, flag):
     links = []
     for _ in range(24):
         made = peer.Client(stack.enter_context(dial(port)), seed_of(keys.client))
-        message = made.client_preamble()
-        made.send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+        made.send_client_preamble()
         made.read_server_preamble()
         links.append((made, made.client_authentication()))
     for made, message in links:

@@ -451,8 +451,7 @@ def test_what_the_kernel_has_taken_is_served(serve, keys):
             # Each from an address of its own: none of the limits on one source is what is looked at here.
             sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, ("127.0.77.%d" % (n + 1), 0)))
             links.append(peer.Client(sock, seed_of(keys.client)))
-            message = links[-1].client_preamble()
-            links[-1].send(peer.OPENING + len(message).to_bytes(2, "big") + message)
+            links[-1].send_client_preamble()
         eventually(lambda: queued(port) == 50, lambda: "50 wait, not %d" % queued(port))
         server.process.send_signal(signal.SIGTERM)
         os.kill(server.process.pid, signal.SIGCONT)
