@@ -1,140 +1,19 @@
-"""What every test file shares: the real program as a subprocess, key folders, targets, and a whole tunnel.
+"""The fixtures that every test file shares: programs, key folders, targets, whole tunnels, and another machine."""
 
-Nothing here imports ratrod: keys and targets are made by other means, so that a mistake in the module cannot hide in the tests' own set-up.
-"""
-
-import atexit
-import base64
-import concurrent.futures
 import contextlib
-import ctypes
-import hashlib
 import os
 import pathlib
-import random
 import re
-import selectors
-import shutil
-import signal
 import socket
-import struct
 import subprocess
-import sys
-import tempfile
-import threading
-import time
-from typing import NamedTuple
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Another Python may run the programs than the tests: one of musl's, with which not every package that the tests need works.
-PYTHON = os.environ.get("RATROD_TEST_PYTHON") or sys.executable
-SCRIPT = PYTHON, str(ROOT / "ratrod.py")
-
-
-def compiled():
-    """ratrod.py as that Python's bytecode. A script is compiled at each start, 0.2 s, which was most of what the whole suite cost."""
-    folder = tempfile.mkdtemp(prefix="ratrod-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.chmod(folder, 0o755)  # also for the programs that run as somebody else
-    file = os.path.join(folder, "ratrod.pyc")
-    subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, file], check=True)
-    return file
-
-
-RATROD = PYTHON, compiled()
-CACHE = pathlib.Path(os.environ.get("RATROD_TEST_CACHE") or pathlib.Path.home() / ".cache" / "ratrod-tests")
-RUST = CACHE / "rust" / "bin" / "ratrod"
-# The longest that any awaited event may take. Generous: it bounds a hang on a busy machine and measures nothing.
-PATIENCE = 30.0
-# The exit code of a client that the server does not accept, or that does not accept the server.
-AUTHENTICATION_FAILED = 3
-
-
-class Mode(NamedTuple):
-    """One way of running both ends: the flags of each."""
-
-    name: str
-    serve: tuple = ()
-    connect: tuple = ()
-
-
-LEGACY = Mode("legacy", ("--legacy",), ("--legacy",))
-LEGACY_E = Mode("legacy-e", ("--legacy",), ("--legacy", "-e"))
-RATROD2 = Mode("ratrod2")
-MODES = (RATROD2, LEGACY, LEGACY_E)
-every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
-
-
-def missing(what):
-    """A real peer that is not there: a failure in CI, where all are required, and a visible skip elsewhere."""
-    if os.environ.get("RATROD_REQUIRE_PEERS"):
-        pytest.fail("%s is required here (RATROD_REQUIRE_PEERS is set) and is missing" % what)
-    pytest.skip("%s is not on this machine" % what)
-
-
-def need(program):
-    return shutil.which(program) or missing(program)
-
-
-# ---------------------------------------------------------------------------------------------------- the program
-
-
-class Program:
-    """A running program whose output (both streams, one list of lines) a test can await and search."""
-
-    def __init__(self, command, **options):
-        self.lines = []
-        self._changed = threading.Condition()
-        self._ended = False
-        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                        **{"stdin": subprocess.DEVNULL, **options})
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self):
-        for line in self.process.stdout:
-            with self._changed:
-                self.lines.append(re.sub(r"\x1b\[[0-9;]*m", "", line.decode("utf-8", "replace").rstrip("\n")))
-                self._changed.notify_all()
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    @property
-    def output(self):
-        return "\n".join(self.lines)
-
-    def wait_for(self, pattern, count=1):
-        """The match of the count-th line (from the start of the output) that has `pattern`; fails when the program ends without it."""
-        def found():
-            matches = [match for match in (re.search(pattern, line) for line in self.lines) if match]
-            return matches[count - 1] if len(matches) >= count else None
-        with self._changed:
-            self._changed.wait_for(lambda: found() or self._ended, PATIENCE)
-            match = found()
-        assert match, "no line %r%s in:\n%s" % (pattern, "" if count == 1 else " (%d times)" % count, self.output)
-        return match
-
-    def wait(self):
-        """The exit code, once it has ended by itself and all its output is here."""
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        return code
-
-    def stop(self, sign=signal.SIGTERM):
-        """Ends it as a user would, and returns the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(sign)
-        try:
-            return self.wait()
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.wait()
-            raise AssertionError("did not end on %s:\n%s" % (sign, self.output))
+from support.keys import KeyPairs, make_keys
+from support.namespaces import Namespace
+from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
+from support.sockets import port_of
+from support.targets import Target, UdpEcho, echo
 
 
 @pytest.fixture
@@ -177,57 +56,6 @@ def rust(start):
     return launch
 
 
-# ---------------------------------------------------------------------------------------------------- keys
-
-
-class Keys(NamedTuple):
-    """A key folder: its path, and the public key as its 43 characters."""
-
-    path: pathlib.Path
-    public: str
-
-    def trust(self, other, file):
-        with open(self.path / file, "a") as lines:
-            lines.write(other.public + "\n")
-
-    def write(self, file, text, encoding=None):
-        """What the file says from now on. By renaming: a program that runs sees it neither empty, half written nor unchanged."""
-        new = self.path / "new"
-        with open(new, "w", encoding=encoding, newline="") as lines:
-            lines.write(text)
-        os.replace(new, self.path / file)
-
-
-def base64url(data):
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def make_keys(path, seed=None):
-    """A key folder in the original's format, written by the `cryptography` package: not by the code under test."""
-    private = Ed25519PrivateKey.from_private_bytes(seed) if seed else Ed25519PrivateKey.generate()
-    raw = serialization.Encoding.Raw, serialization.PublicFormat.Raw
-    public = private.public_key().public_bytes(*raw)
-    seed = private.private_bytes(serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption())
-    path.mkdir(mode=0o700, parents=True)
-    (path / "key").touch(mode=0o600)
-    (path / "key").write_text(base64url(bytes.fromhex("3051020101300506032b657004220420") + seed + bytes.fromhex("812100") + public))
-    (path / "key.pub").write_text(base64url(public))
-    (path / "known_hosts").touch(mode=0o600)
-    (path / "authorized_keys").touch(mode=0o600)
-    return Keys(path, base64url(public))
-
-
-def seed_of(keys):
-    """The 32 private bytes in a key folder, from the known place in its file."""
-    text = (keys.path / "key").read_text()
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))[16:48]
-
-
-class KeyPairs(NamedTuple):
-    server: Keys
-    client: Keys
-
-
 @pytest.fixture
 def keys(tmp_path):
     """A server's and a client's key folder that trust each other."""
@@ -246,51 +74,6 @@ def second(keys, tmp_path):
     return made
 
 
-# ---------------------------------------------------------------------------------------------------- targets
-
-
-class Target:
-    """A TCP server on a free port: handle(connection) runs on a thread for each connection, which is closed after it."""
-
-    def __init__(self, handle, host="127.0.0.1"):
-        self._start(handle, socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1000))
-        self.port = port_of(self._listener)
-
-    def _start(self, handle, listener):
-        self._handle, self._listener = handle, listener
-        self.accepted = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.accepted += 1
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection):
-        with connection, contextlib.suppress(OSError):
-            self._handle(connection)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-class UnixTarget(Target):
-    """The same on a Unix socket."""
-
-    def __init__(self, handle, path):
-        self.path = str(path)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.path)
-        listener.listen(100)
-        self._start(handle, listener)
-
-
 @pytest.fixture
 def target():
     """target(handle, host="127.0.0.1") -> Target, closed at the end of the test."""
@@ -300,15 +83,6 @@ def target():
             stack.callback(made.close)
             return made
         yield launch
-
-
-def echo(connection):
-    """Sends back what comes until the peer's end of file; then ends too."""
-    while True:
-        data = connection.recv(65536)
-        if not data:
-            return
-        connection.sendall(data)
 
 
 @pytest.fixture
@@ -347,60 +121,11 @@ def listener():
         yield made
 
 
-class UdpEcho:
-    """A UDP echo on a free port of `host`; `seen` counts the datagrams."""
-
-    def __init__(self, host="127.0.0.1"):
-        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((host, 0))
-        self.port = self.socket.getsockname()[1]
-        self.seen = 0
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self):
-        while True:
-            try:
-                data, address = self.socket.recvfrom(65536)
-                if address[1] == self.port:
-                    return
-                self.seen += 1
-                self.socket.sendto(data, address)
-            except OSError:
-                return
-
-    def close(self):
-        # A datagram to itself ends the thread: closing alone does not wake a blocked recvfrom.
-        with contextlib.suppress(OSError):
-            self.socket.sendto(b"", self.socket.getsockname())
-        self.socket.close()
-
-
 @pytest.fixture
 def udp_echo():
     made = UdpEcho()
     yield made
     made.close()
-
-
-# ---------------------------------------------------------------------------------------------------- a whole tunnel
-
-
-class Tunnel(NamedTuple):
-    """A running server and client of ours: `port` is the client's first listening port, `server_port` the server's."""
-
-    server: Program
-    client: Program
-    server_port: int
-    port: int
-
-    def connect(self, timeout=PATIENCE):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
-
-
-LISTENING = r"\[TCP\] Listening on `.*?:(\d+)`"
-UDP_LISTENING = r"\[UDP\] Listening on `.*?:(\d+)`"
-STARTED = r"Starting server on `.*:(\d+)`"
-READY = r"Test connection successful!"
 
 
 @pytest.fixture
@@ -432,26 +157,6 @@ def tunnel(serve, connect):
     return launch
 
 
-def receive_all(connection):
-    """What comes until the end of file, as bytes."""
-    chunks = []
-    while True:
-        chunk = connection.recv(1 << 20)
-        if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
-
-
-def receive_exactly(connection, n):
-    chunks = []
-    while n:
-        chunk = connection.recv(min(n, 1 << 20))
-        assert chunk, "the connection ended %d bytes too early" % n
-        chunks.append(chunk)
-        n -= len(chunk)
-    return b"".join(chunks)
-
-
 @pytest.fixture
 def forward(serve, ratrod, keys):
     """forward(mode, TUNNEL words..., serve_flags=(), connect_flags=()) -> (server, client): any tunnels, the test connection made."""
@@ -461,165 +166,6 @@ def forward(serve, ratrod, keys):
         client.wait_for(READY)
         return server, client
     return launch
-
-
-def tcp_port(client, n=1):
-    """The port of the client's n-th TCP listener."""
-    return int(client.wait_for(LISTENING, n).group(1))
-
-
-def udp_port(client, n=1):
-    """The port of the client's n-th UDP listener."""
-    return int(client.wait_for(UDP_LISTENING, n).group(1))
-
-
-def udp_originator(client, n=1):
-    """A socket that is connected to the client's n-th UDP listener."""
-    port = udp_port(client, n)
-    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    made.settimeout(PATIENCE)
-    made.connect(("127.0.0.1", port))
-    return made
-
-
-def port_of(sock):
-    return sock.getsockname()[1]
-
-
-def free_port(n=1):
-    """The first of `n` ports in a row that are free for TCP and UDP: for what cannot say which one it got for port 0, and for where nobody
-    is to be. None of those that the system gives out by itself, 32768 and up: one of these soon belongs to another worker's test."""
-    for _ in range(1000):
-        first = random.SystemRandom().randrange(10000, 32000)  # hypothesis seeds the common one
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + n):
-                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                    stack.enter_context(socket.socket(socket.AF_INET, kind)).bind(("", port))
-            return first
-    raise AssertionError("no %d free ports in a row" % n)
-
-
-def dial(port, host="127.0.0.1"):
-    return socket.create_connection((host, port), timeout=PATIENCE)
-
-
-def dial_with(data, client, port):
-    """A connection to `client`, whose `data` is there when it accepts: on a busy machine it could come so late that Open leaves without it."""
-    client.process.send_signal(signal.SIGSTOP)
-    try:
-        connection = dial(port)
-        connection.sendall(data)
-    finally:
-        client.process.send_signal(signal.SIGCONT)
-    return connection
-
-
-def ask_over(connection, question=b"anybody there?"):
-    """A whole exchange with an echo: question, end, answer, end."""
-    with connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
-        assert receive_all(connection) == question
-
-
-def ask(port, question=b"anybody there?", host="127.0.0.1"):
-    """A whole connection to an echo."""
-    ask_over(dial(port, host), question)
-
-
-def reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
-def assert_refused(port):
-    """A connection to `port` is taken and reset at once, nothing having been sent."""
-    with pytest.raises(ConnectionResetError):
-        with dial(port) as connection:
-            connection.recv(1)
-
-
-def check_half_close(ended, other):
-    """`ended` ends its direction. It still receives, for as long as the other side of the connection has something to say."""
-    ended.sendall(b"that is all")
-    ended.shutdown(socket.SHUT_WR)
-    assert receive_all(other) == b"that is all"
-    for size in (1, 1000, 50000):
-        block = os.urandom(size)
-        other.sendall(block)
-        assert receive_exactly(ended, size) == block
-    other.close()
-    assert ended.recv(1) == b""
-
-
-def check_bulk_each_way(ends):
-    """24 MB in each direction of a connection, at the same time; both arrive whole, and end."""
-    # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
-    block = os.urandom((1 << 20) - 3)
-
-    def send(connection):
-        for _ in range(24):
-            connection.sendall(block)
-        connection.shutdown(socket.SHUT_WR)
-
-    def receive(connection):
-        digest = hashlib.sha256()
-        for chunk in iter(lambda: connection.recv(1 << 20), b""):
-            digest.update(chunk)
-        return digest.hexdigest()
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        senders, receivers = [pool.submit(send, end) for end in ends], [pool.submit(receive, end) for end in ends]
-        assert {receiver.result() for receiver in receivers} == {hashlib.sha256(block * 24).hexdigest()}
-        for sender in senders:
-            sender.result()
-
-
-def is_ready(sock, event, timeout):
-    """Whether `event` (selectors.EVENT_READ or EVENT_WRITE) comes on `sock` within so many seconds. select() takes descriptors up to 1023."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, event)
-        return bool(selector.select(timeout))
-
-
-def eventually(condition, what):
-    """Polls for a state that announces itself by no event."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "never came true: %s" % (what() if callable(what) else what,)
-        time.sleep(0.02)
-
-
-def descriptors(program):
-    """How many file descriptors the program has open."""
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("no /proc on this system")
-    return len(os.listdir("/proc/%d/fd" % program.process.pid))
-
-
-# ---------------------------------------------------------------------------------------------------- another machine
-
-
-class Namespace(NamedTuple):
-    """A network namespace behind a pair of virtual cables: as good as another machine. `address` is its own on that cable."""
-
-    name: str
-    address: str
-
-    @property
-    def command(self):
-        """What to put before a command so that it runs inside."""
-        return "ip", "netns", "exec", self.name
-
-    def make(self, function, *args):
-        """The result of function(*args), called inside: a socket made there stays there."""
-        def inside():
-            with open("/run/netns/" + self.name) as handle:
-                if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), 0x40000000):  # CLONE_NEWNET
-                    raise OSError(ctypes.get_errno(), "setns")
-            return function(*args)
-        # On a thread of its own, which ends: setns moves one thread for good.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(inside).result()
 
 
 @pytest.fixture

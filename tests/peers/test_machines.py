@@ -1,0 +1,919 @@
+"""More than one machine: the PROXY protocol, byte by byte; servers that share a key folder behind a real HAProxy; and what the README says of both.
+
+The rates and the load run longer with `RATROD_LONG=1 pytest -n0 -rP tests/test_machines.py` (-rP shows the figures).
+"""
+
+import contextlib
+import copy
+import ipaddress
+import os
+import re
+import selectors
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+
+import pytest
+from test_reverse import bound, works
+from test_udp import ask_until_answered
+
+from support import ratrod2_peer as peer
+from support.checked_load import Load, owner
+from support.keys import make_keys, seed_of
+from support.pressure import LONG, figure, memory
+from support.programs import (
+    LEGACY_E,
+    LISTENING,
+    PATIENCE,
+    RATROD,
+    RATROD2,
+    READY,
+    ROOT,
+    STARTED,
+    descriptors,
+    missing,
+    need,
+    tcp_port,
+    udp_originator,
+)
+from support.sockets import ask, dial, eventually, is_ready, port_of, receive_exactly, reset
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+FOREVER = "600"  # longer than any test waits: what ends before it has not waited for it
+BALANCER, UNLISTED = "127.0.9.1", "127.0.9.2"
+LISTED = BALANCER + ",127.0.10.0/24,::1"
+
+# ---------------------------------------------------------------------------------------------------- PROXY headers
+
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+TCP4, UDP4, TCP6, UDP6, UNIX, UNSPEC = 0x11, 0x12, 0x21, 0x22, 0x31, 0x00
+
+
+def v2(body=b"", family=TCP4, command=1, version=2, length=None):
+    return SIGNATURE + struct.pack(">BBH", version << 4 | command, family, len(body) if length is None else length) + body
+
+
+def addresses(source, port=4711, destination=None):
+    """The part of a version 2 header that names both ends, TCP over IPv4 or IPv6."""
+    packed = [ipaddress.ip_address(text).packed for text in (source, destination or ("::2" if ":" in source else "10.0.0.2"))]
+    return b"".join(packed) + struct.pack(">HH", port, 19000)
+
+
+def introducing(source, port=4711):
+    return v2(addresses(source, port), TCP6 if ":" in source else TCP4)
+
+
+def tlv(kind, value):
+    return struct.pack(">BH", kind, len(value)) + value
+
+
+# What must be taken, and the client's address in the log; None: that of the proxy itself, for the header names none.
+TAKEN = {
+    "v2 TCP4": (introducing("198.51.100.7"), "198.51.100.7:4711"),
+    "v2 TCP6": (introducing("2001:db8::7"), "[2001:db8::7]:4711"),
+    "v2 mapped IPv4": (introducing("::ffff:198.51.100.8"), "198.51.100.8:4711"),
+    "v2 TLVs": (v2(addresses("198.51.100.9") + tlv(0x02, b"example.com") + tlv(0x04, bytes(40)) + tlv(0x20, bytes(60))), "198.51.100.9:4711"),
+    "v2 TCP6 and TLVs": (v2(addresses("2001:db8::9") + tlv(0x05, b"id"), TCP6), "[2001:db8::9]:4711"),
+    "v2 port 0": (introducing("198.51.100.10", 0), "198.51.100.10:0"),
+    "v2 loopback": (introducing("127.0.0.1"), "127.0.0.1:4711"),
+    "v2 a listed source": (introducing(BALANCER), BALANCER + ":4711"),
+    "v2 no address at all": (introducing("0.0.0.0"), "0.0.0.0:4711"),
+    "v2 UNSPEC": (v2(family=UNSPEC), None),
+    "v2 UNSPEC with a body": (v2(bytes(20), UNSPEC), None),
+    "v2 UNIX": (v2(b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0"), UNIX), None),
+    "v1 TCP4": (b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", "198.51.100.11:4711"),
+    "v1 TCP6": (b"PROXY TCP6 2001:db8::11 ::2 4711 19000\r\n", "[2001:db8::11]:4711"),
+    "v1 UNKNOWN": (b"PROXY UNKNOWN\r\n", None),
+    "v1 UNKNOWN and more": (b"PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", None),
+    "v1 the longest": (b"PROXY TCP6 " + b" ".join([b"ffff:" * 7 + b"ffff"] * 2) + b" 65535 65535\r\n",
+                       "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"),
+}
+REFUSED = {
+    "no header": b"",
+    "legacy without a header": b"\0" * 9,
+    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "v2 version 1": v2(addresses("198.51.100.7"), version=1),
+    "v2 version 3": v2(addresses("198.51.100.7"), version=3),
+    "v2 version 0": v2(addresses("198.51.100.7"), version=0),
+    "v2 command 2": v2(addresses("198.51.100.7"), command=2),
+    "v2 command 15": v2(addresses("198.51.100.7"), command=15),
+    "v2 family 4": v2(addresses("198.51.100.7"), 0x41),
+    "v2 family 15": v2(addresses("198.51.100.7"), 0xF1),
+    "v2 transport 3": v2(addresses("198.51.100.7"), 0x13),
+    "v2 TCP4 of length 0": v2(),
+    "v2 TCP4, a byte short": v2(addresses("198.51.100.7")[:-1]),
+    "v2 TCP6 with IPv4's length": v2(addresses("198.51.100.7"), TCP6),
+    "v2 TCP6, a byte short": v2(addresses("2001:db8::7")[:-1], TCP6),
+    "v2 length 65535": v2(addresses("198.51.100.7"), length=65535),
+    "v2 length 65535, whole": v2(addresses("198.51.100.7") + bytes(65535 - 12)),
+    "v2 signature, last byte": SIGNATURE[:-1] + b"\r" + introducing("198.51.100.7")[12:],
+    "v2 twice": introducing("198.51.100.7") * 2,
+    "v2 then v1": introducing("198.51.100.7") + b"PROXY UNKNOWN\r\n",
+    "v1 twice": b"PROXY UNKNOWN\r\n" * 2,
+    "v1 without an end": b"PROXY UNKNOWN " + b"x" * 200,
+    "v1 one byte too long": b"PROXY UNKNOWN " + b"x" * 92 + b"\r\n",
+    "v1 a bare LF": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000\n",
+    "v1 lower case": b"proxy TCP4 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 TCP5": b"PROXY TCP5 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 no protocol": b"PROXY  198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 UDP4": b"PROXY UDP4 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 IPv6 as TCP4": b"PROXY TCP4 2001:db8::7 ::2 4711 19000\r\n",
+    "v1 IPv4 as TCP6": b"PROXY TCP6 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 two spaces": b"PROXY TCP4  198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 a field too many": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000 1\r\n",
+    "v1 a field too few": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711\r\n",
+    "v1 nothing": b"PROXY       \r\n",
+    "v1 an odd address": b"PROXY TCP4 127.1 10.0.0.2 4711 19000\r\n",
+    "v1 zeros in front": b"PROXY TCP4 198.051.100.007 10.0.0.2 4711 19000\r\n",
+    "v1 port 65536": b"PROXY TCP4 198.51.100.7 10.0.0.2 65536 19000\r\n",
+    "v1 port 04711": b"PROXY TCP4 198.51.100.7 10.0.0.2 04711 19000\r\n",
+    "v1 port -1": b"PROXY TCP4 198.51.100.7 10.0.0.2 -1 19000\r\n",
+    "v1 port of other digits": "PROXY TCP4 198.51.100.7 10.0.0.2 ٤٧١١ 19000\r\n".encode(),
+    "v1 not even ASCII": b"PROXY TCP4 \xff\xfe\x80 10.0.0.2 4711 19000\r\n",
+    "v1 escape codes": b"PROXY TCP4 \x1b[31mred 10.0.0.2 4711 19000\r\n",
+}
+
+
+def come_from(port, source, host="127.0.0.1"):
+    return socket.create_connection((host, port), PATIENCE, (source, 0))
+
+
+def introduced(port, header, source=BALANCER):
+    """A connection from the proxy, on which it has said whose it is."""
+    sock = come_from(port, source)
+    sock.sendall(header)
+    return sock
+
+
+def enter(sock, keys):
+    """A whole handshake: the link."""
+    return peer.Client(sock, seed_of(keys.client)).handshake()
+
+
+def silence_of(sock):
+    """What comes until the other side ends the connection, however it does."""
+    heard = b""
+    with contextlib.suppress(ConnectionResetError):
+        for data in iter(lambda: sock.recv(4096), b""):
+            heard += data
+    return heard
+
+
+def still_open(socks):
+    """Those that the other side has not ended; it says nothing on them."""
+    return [sock for sock in socks if not is_ended(sock)]
+
+
+def is_ended(sock):
+    if not is_ready(sock, selectors.EVENT_READ, 0):
+        return False
+    try:
+        return sock.recv(1, socket.MSG_PEEK) == b""
+    except ConnectionResetError:
+        return True
+
+
+@pytest.fixture
+def proxied(serve):
+    """proxied(flags...) -> (server, port): it takes PROXY headers from the listed sources."""
+    return lambda *flags: serve("-v", "--proxy-protocol", LISTED, *flags)
+
+
+def test_every_header_that_must_be_taken(proxied, keys, tcp_echo):
+    """The address in it is the client's own from then on, in the log too."""
+    server, port = proxied("--handshake-timeout", FOREVER)
+    for name, (header, shown) in TAKEN.items():
+        with introduced(port, header) as sock:
+            link = enter(sock, keys)
+            assert link.exchange("127.0.0.1:%d" % tcp_echo.port, name.encode()) == name.encode()
+            shown = shown or "%s:%d" % sock.getsockname()
+            server.wait_for("Accepted `%s`" % re.escape(shown))
+            server.wait_for("`%s` -> " % re.escape(shown))
+    assert "❌" not in server.output
+
+
+def test_every_header_that_cannot_be(proxied, keys):
+    """It ends at once, and in silence: a stranger learns nothing from it. What comes behind the header is not looked at."""
+    server, port = proxied("--handshake-timeout", FOREVER)
+    wrong = []
+    for name, header in REFUSED.items():
+        with introduced(port, header) as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(b"ratrod2\n" + b"\0\x23" + bytes(135))
+            try:
+                if silence_of(sock) != b"":
+                    wrong.append(name + ": it answered")
+            except socket.timeout:
+                wrong.append(name + ": it waited for more")
+    assert not wrong
+    assert "Accepted" not in server.output
+    # It lives, and this source is not what was limited: the address in the header is.
+    with introduced(port, introducing("198.51.100.7")) as sock:
+        enter(sock, keys)
+    server.wait_for("❌ Refused `%s:" % re.escape(BALANCER))
+    assert all(line.isprintable() for line in server.lines)
+
+
+def test_local_is_the_proxys_own(serve):
+    """Health checks: nothing in the log, without -v."""
+    server, port = serve("--proxy-protocol", LISTED)
+    for header in (v2(family=UNSPEC, command=0), v2(addresses("198.51.100.7"), command=0), v2(bytes(300), 0x33, command=0), b""):
+        with introduced(port, header) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            assert silence_of(sock) == b""
+        reset(introduced(port, header))
+    assert server.stop() == 0
+    assert [line for line in server.lines if not re.search("Starting server|The server's key", line)] == []
+
+
+def test_a_header_in_pieces(proxied, keys):
+    """Byte by byte, and at once with what follows it: nothing of that may get lost."""
+    server, port = proxied("--handshake-timeout", FOREVER)
+    for number, (header, _) in enumerate(TAKEN[name] for name in ("v2 TLVs", "v1 TCP6")):
+        with come_from(port, BALANCER) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for n in range(len(header)):
+                sock.sendall(header[n:n + 1])
+            enter(sock, keys)
+        with come_from(port, BALANCER) as sock:
+            client = peer.Client(sock, seed_of(keys.client))
+            message = client.client_preamble()
+            client.send(header + peer.OPENING + struct.pack(">H", len(message)) + message)
+            client.read_server_preamble()
+            client.send_message(client.client_authentication())
+            client.read_completion()
+        server.wait_for("Accepted `", 2 * number + 2)
+
+
+def test_a_header_from_an_unlisted_source(proxied, keys):
+    """Whoever could say so without being believed could be anybody: for those limits, and for the log."""
+    server, port = proxied("--handshake-timeout", FOREVER)
+    for name in ("v2 TCP4", "v1 TCP4", "v2 UNSPEC"):
+        with introduced(port, TAKEN[name][0], UNLISTED) as sock:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(b"ratrod2\n")
+            assert silence_of(sock) == b""
+    server.wait_for("❌ Refused `%s:" % re.escape(UNLISTED))
+    assert "198.51.100" not in server.output
+    # It needs none.
+    with come_from(port, UNLISTED) as sock:
+        enter(sock, keys)
+        server.wait_for("Accepted `%s:%d`" % ((re.escape(UNLISTED), sock.getsockname()[1])))
+
+
+def test_which_sources_are_listed(serve, keys):
+    """Networks, both families, and IPv4 as a listener on [::] sees it."""
+    server, port = serve("-v", "--proxy-protocol", LISTED, "--handshake-timeout", FOREVER, bind="[::]:0")
+    for number, source in enumerate((BALANCER, "127.0.10.1", "127.0.10.255")):
+        with introduced(port, introducing("198.51.100.%d" % number), source) as sock:
+            enter(sock, keys)
+        server.wait_for(r"Accepted `198\.51\.100\.%d:4711`" % number)
+    with come_from(port, "::1", "::1") as sock:
+        sock.sendall(introducing("198.51.100.77"))
+        enter(sock, keys)
+    server.wait_for(r"Accepted `198\.51\.100\.77:4711`")
+    for source in ("127.0.9.3", "127.0.11.1"):
+        with introduced(port, introducing("198.51.100.99"), source) as sock:
+            assert silence_of(sock) == b""
+    assert "198.51.100.99" not in server.output
+
+
+def test_the_originals_wire_behind_a_proxy(serve, ratrod, keys, tcp_echo):
+    """A header goes before any protocol."""
+    server, port = serve("-v", "--legacy", "--proxy-protocol", "127.0.0.1")
+    relay = Introducer(port, introducing("198.51.100.7"))
+    with contextlib.closing(relay):
+        client = ratrod("-k", keys.client.path, "connect", "--legacy", "-e", "127.0.0.1:%d" % relay.port, "0:127.0.0.1:%d" % tcp_echo.port)
+        client.wait_for(READY)
+        ask(tcp_port(client))
+    server.wait_for(r"Accepted `198\.51\.100\.7:4711`")
+
+
+class Introducer:
+    """A relay that puts a header before each connection: the smallest proxy."""
+
+    def __init__(self, to, header):
+        self._to, self._header = to, header
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+        self.port = port_of(self._listener)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self._listener.accept()[0], dial(self._to)
+                far.sendall(self._header)
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    @staticmethod
+    def _pump(source, sink):
+        with contextlib.suppress(OSError):
+            source.settimeout(None)
+            for data in iter(lambda: source.recv(65536), b""):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+# ---------------------------------------------------------------------------------------------------- limits behind a proxy
+
+
+@pytest.mark.parametrize("said", [b"", introducing("198.51.100.7")[:-1], b"PROXY TCP4 198.51", introducing("198.51.100.7")],
+                         ids=["nothing", "v2 but for a byte", "half of v1", "the header alone"])
+def test_cut_at_the_deadline(proxied, said):
+    _, port = proxied("--handshake-timeout", "1")
+    with introduced(port, said) as sock:
+        begun = time.monotonic()
+        assert silence_of(sock) == b""
+        took = time.monotonic() - begun
+    figure("a connection that said %d bytes of a header was cut, with --handshake-timeout 1, after" % len(said), "%.2f s" % took)
+    assert 0.9 < took < 10
+
+
+def test_a_drip_is_cut_at_the_deadline(proxied):
+    """Each byte must not start the time anew."""
+    _, port = proxied("--handshake-timeout", "1")
+    begun = time.monotonic()
+    with introduced(port, b"PROXY UNKNOWN ") as sock:
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(90):
+                sock.sendall(b"x")
+                if is_ended(sock):
+                    raise ConnectionResetError
+                threading.Event().wait(0.1)  # the drip
+    assert time.monotonic() - begun < 8
+
+
+def test_limits_count_the_address_in_the_header(proxied, keys):
+    """Not the proxy's, or one of its clients could keep out all the others."""
+    server, port = proxied("--handshake-timeout", FOREVER, "--max-handshakes-per-source", "3")
+    with contextlib.ExitStack() as stack:
+        def silent(source):
+            return stack.enter_context(introduced(port, introducing(source)))
+        one = [silent("198.51.100.7") for _ in range(10)]
+        eventually(lambda: len(still_open(one)) == 3, lambda: "3 of one address are left, not %d" % len(still_open(one)))
+        others = [silent("198.51.100.%d" % n) for n in range(100, 120)]
+        network = [silent("2001:db8:1:2::%x" % n) for n in range(1, 11)]
+        eventually(lambda: len(still_open(network)) == 3, lambda: "3 of one /64 are left, not %d" % len(still_open(network)))
+        networks = [silent("2001:db8:1:%x::1" % n) for n in range(16, 26)]
+        with introduced(port, introducing("203.0.113.5")) as sock:
+            enter(sock, keys)
+        assert len(still_open(others)) == 20 and len(still_open(networks)) == 10
+    assert server.process.poll() is None
+
+
+def test_the_rate_counts_the_address_in_the_header(proxied, keys):
+    server, port = proxied("--handshake-timeout", FOREVER, "--handshake-rate", "2", "--max-handshakes-per-source", "60")
+    with contextlib.ExitStack() as stack:
+        fast = [stack.enter_context(introduced(port, introducing("198.51.100.7"))) for _ in range(30)]
+        server.wait_for(r"❌ Refused `198\.51\.100\.7:4711`: more than 2 new connections a second from there")
+        eventually(lambda: len(still_open(fast)) < 20, "most are refused")
+        many = [stack.enter_context(introduced(port, introducing("198.51.%d.8" % n))) for n in range(30)]
+        with introduced(port, introducing("203.0.113.5")) as sock:
+            enter(sock, keys)
+        assert len(still_open(many)) == 30
+    assert BALANCER not in server.output
+
+
+def test_a_claimed_address_is_only_an_address(proxied, keys):
+    """127.0.0.1, or that of a listed source: no rights come with it, no second header is asked for, and its limits are its own."""
+    server, port = proxied("--handshake-timeout", FOREVER, "--max-handshakes-per-source", "3")
+    stranger = bytes(range(32))
+    for source in ("127.0.0.1", BALANCER, "127.0.10.7", "::1"):
+        with introduced(port, introducing(source)) as sock:
+            with pytest.raises(peer.PeerError):
+                peer.Client(sock, stranger).handshake()
+        with introduced(port, introducing(source)) as sock:
+            enter(sock, keys)
+    # Whoever pretends to be the proxy takes its own places, not those of the proxy's clients.
+    with contextlib.ExitStack() as stack:
+        fakes = [stack.enter_context(introduced(port, introducing(BALANCER))) for _ in range(50)]
+        with introduced(port, introducing("203.0.113.5")) as sock:
+            enter(sock, keys)
+        assert fakes
+    assert server.process.poll() is None
+
+
+THOUSAND = 1000
+
+
+@pytest.mark.parametrize("header", [lambda n: b"", lambda n: introducing("198.51.100.7")[:-1], lambda n: introducing("10.9.%d.%d" % divmod(n, 200))],
+                         ids=["no header", "half a header", "1000 addresses"])
+def test_a_thousand_silent_ones_from_a_listed_source(proxied, keys, header):
+    """A proxy that has gone mad, or that an attacker hides behind: bounded, and the next honest client is served."""
+    server, port = proxied()
+    with introduced(port, introducing("203.0.113.5")) as sock:
+        enter(sock, keys)
+    files, size = descriptors(server), memory(server)
+    with contextlib.ExitStack() as stack:
+        socks = []
+        for n in range(THOUSAND):
+            socks.append(stack.enter_context(introduced(port, header(n))))
+            if n % 200 == 199:  # within the listener's queue
+                with introduced(port, introducing("203.0.113.6")) as sock:
+                    begun = time.monotonic()
+                    enter(sock, keys)
+                    took = time.monotonic() - begun
+        left, more = len(still_open(socks)), (memory(server) - size) >> 20
+        figure("%d silent connections from a listed source" % THOUSAND, "%d are kept, %d descriptors, %d MiB more; an honest one enters in %.2f s" % (
+            left, descriptors(server) - files, more, took))
+        assert left <= 4 * 64 and descriptors(server) - files <= 4 * 64 + 20 and more < 50
+    eventually(lambda: descriptors(server) <= files + 2, lambda: "what they took is free again: %d" % (descriptors(server) - files))
+
+
+WORDS = ["127.0.0.1,", ",", "localhost", "10.0.0.0/33", "10.0.0.1/8", "127.1", "0x7f000001", "10.0.0.1-10.0.0.9", "::1/129", "fe80::1%lo", "*",
+         "10.0.0.1:80"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_is_no_source(ratrod, keys, word):
+    """A network that nobody meant would let its hosts pretend to be anybody."""
+    program = ratrod("-k", keys.server.path, "serve", "--proxy-protocol", word, "127.0.0.1:0")
+    assert program.wait() == 2
+    program.wait_for("--proxy-protocol")
+
+
+def test_a_port_probe_leaves_nothing_in_the_log(serve):
+    """Connect, and leave: what Kubernetes and balancers without the PROXY protocol do, every few seconds, for ever."""
+    server, port = serve()
+    for _ in range(3):  # fewer than the places that one source has
+        dial(port).close()
+        reset(dial(port))
+    with come_from(port, "127.0.0.77") as sock:  # whoever does say something is in the log: then the others have been looked at
+        sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert silence_of(sock) == b""
+    server.wait_for(r"❌ Refused `127\.0\.0\.77:")
+    assert server.stop() == 0
+    assert not re.search(r"Refused .*`127\.0\.0\.1\b", server.output), server.output
+
+
+# ---------------------------------------------------------------------------------------------------- HAProxy
+
+CONFIGURATION = """
+global
+    maxconn 4000
+    nbthread 1
+defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 1m
+    timeout server 1m
+frontend front
+    bind :19000
+    default_backend ratrod
+backend ratrod
+    balance %s
+    retries 3
+    option redispatch 1
+    default-server check inter 200ms fall 2 rise 1 %s
+%s"""
+
+
+def configuration(ports, balance="roundrobin", send="send-proxy-v2"):
+    """For servers s0, s1 ... on ports of 127.0.0.1."""
+    return CONFIGURATION % (balance, send, "".join("    server s%d 127.0.0.1:%d\n" % pair for pair in enumerate(ports)))
+
+
+class Balancer:
+    """A running HAProxy. The test binds its port and hands it over: HAProxy cannot be told to take a free one."""
+
+    def __init__(self, start, folder, text, host="127.0.0.1"):
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1000) as listener:
+            self.port = port_of(listener)
+            file = folder / ("haproxy-%d.cfg" % self.port)
+            assert "    bind :19000\n" in text
+            file.write_text(text.replace("    bind :19000\n", "    bind fd@%d\n" % listener.fileno()))
+            self.program = start("haproxy", "-db", "-f", file, pass_fds=(listener.fileno(),))
+
+    def saw(self, number, state, count=1):
+        """Waits until its health check has found server sN UP or DOWN, for the count-th time."""
+        self.program.wait_for("Server ratrod/s%d is %s" % (number, state), count)
+
+
+class Machines:
+    """Servers with one key folder, `balancer` before them."""
+
+    def __init__(self, serve, balancer, n, flags, host="127.0.0.1", **options):
+        self._serve = serve
+        self._flags = ("-v", "--proxy-protocol", "127.0.0.1", "--drain", "30", *flags)
+        started = [serve(*self._flags) for _ in range(n)]
+        self.servers = [server for server, _ in started]
+        self.ports = [port for _, port in started]
+        self.balancer = balancer(configuration(self.ports, **options), host)
+        self.port = self.balancer.port
+
+    def restart(self, number):
+        """Another server at the place of one that has ended."""
+        self.servers[number], _ = self._serve(*self._flags, bind="127.0.0.1:%d" % self.ports[number])
+
+    @property
+    def links(self):
+        """How many links each has accepted."""
+        return [sum("Accepted" in line for line in server.lines) for server in self.servers]
+
+
+@pytest.fixture
+def balance(start, tmp_path):
+    """balance(the text of its file, host) -> Balancer"""
+    need("haproxy")
+    return lambda text, host="127.0.0.1": Balancer(start, tmp_path, text, host)
+
+
+@pytest.fixture
+def machines(serve, balance):
+    """machines(n, serve flags..., host and options of configuration()) -> Machines"""
+    return lambda n, *flags, **options: Machines(serve, balance, n, flags, **options)
+
+
+@pytest.fixture
+def client_of(connect):
+    """client_of(machines, TUNNEL words...) -> Program: a client that reaches them through the balancer, its test connection made."""
+    def launch(made, *words):
+        client = connect(made.port, *words)
+        client.wait_for(READY)
+        return client
+    return launch
+
+
+@pytest.mark.parametrize("n, send", [(2, "send-proxy-v2"), (3, "send-proxy-v2"), (2, "send-proxy")])
+def test_tunnels_through_a_balancer(machines, client_of, tcp_echo, udp_echo, n, send):
+    """Each server sees the client's own address, and that alone; UDP goes over one of them."""
+    made = machines(n, send=send)
+    client = client_of(made, "0:127.0.0.1:%d" % tcp_echo.port)
+    port = tcp_port(client)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3 * n):  # held, so that each needs a link of its own
+            connection = stack.enter_context(dial(port))
+            connection.sendall(b"!")
+            assert receive_exactly(connection, 1) == b"!"
+        ask(port, b"?" * 300000)
+    assert all(made.links), made.links
+    udp = client_of(made, "0:127.0.0.1:%d" % udp_echo.port)
+    with udp_originator(udp) as originator:
+        ask_until_answered(originator, b"who is there?")
+
+
+@pytest.mark.parametrize("host, shown", [("127.0.0.1", r"127\.0\.0\.99"), ("::1", r"\[::1\]")])
+def test_the_clients_own_address(machines, keys, host, shown):
+    """HAProxy comes from 127.0.0.1, where it is listed; its client from elsewhere. Without the header the log would show the former."""
+    made = machines(2, host=host)
+    with come_from(made.port, "127.0.0.99" if host == "127.0.0.1" else "::1", host) as sock:
+        link = enter(sock, keys)
+        own = sock.getsockname()[1]
+        eventually(lambda: sum(made.links) == 1, "one server has it")
+        server = made.servers[made.links.index(1)]
+        server.wait_for("Accepted `%s:%d`" % (shown, own))
+        link.finish()
+
+
+def test_limits_behind_a_balancer(machines, client_of, keys, tcp_echo):
+    """A stranger who does everything at once meets his limits at each server; an honest client of the same balancer notices nothing."""
+    made = machines(2, "--handshake-rate", "5")
+    client = client_of(made, "0:127.0.0.1:%d" % tcp_echo.port)
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(come_from(made.port, "127.0.66.6"))
+        for server in made.servers:
+            server.wait_for(r"❌ Refused `127\.0\.66\.6:\d+`: more than 5 new connections a second")
+        for _ in range(20):
+            ask(tcp_port(client))
+        with come_from(made.port, "127.0.66.7") as sock:
+            enter(sock, keys)
+    for server in made.servers:
+        assert not re.search(r"Refused .*`127\.0\.(0\.1|66\.7)\b", server.output)
+
+
+@pytest.mark.parametrize("send", ["send-proxy-v2", "send-proxy"])
+def test_health_checks_leave_nothing_in_the_log(serve, balance, send):
+    """Two of them see the same checks: one with -v, which tells when there have been enough."""
+    loud, loud_port = serve("-v", "--proxy-protocol", "127.0.0.1")
+    quiet, quiet_port = serve("--proxy-protocol", "127.0.0.1")
+    made = balance(configuration([loud_port, quiet_port], send=send))
+    loud.wait_for("DEBUG", 10)
+    assert made.program.process.poll() is None and "DOWN" not in made.program.output
+    assert quiet.stop() == 0
+    assert [line for line in quiet.lines if not re.search("Starting server|The server's key", line)] == []
+
+
+class Held:
+    """A connection through the tunnel that stays open, and the server that carries it."""
+
+    def __init__(self, port, listener, servers):
+        self.originator = dial(port)
+        self.originator.sendall(b"!")
+        self.target, (_, peer_port) = listener.accept()
+        self.target.settimeout(PATIENCE)
+        assert receive_exactly(self.target, 1) == b"!"
+        self.server = owner(servers, peer_port, port_of(listener))
+
+    def talk(self):
+        for one, other in ((self.originator, self.target), (self.target, self.originator)):
+            one.sendall(b"still there?")
+            assert receive_exactly(other, 12) == b"still there?"
+
+    def how_it_ended(self):
+        """(what the originator sees, what the target sees): "reset" or "end"."""
+        return tuple(self._end(sock) for sock in (self.originator, self.target))
+
+    @staticmethod
+    def _end(sock):
+        try:
+            while sock.recv(4096):
+                pass
+            return "end"
+        except ConnectionError:
+            return "reset"
+
+    def close(self):
+        self.originator.close()
+        self.target.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
+@pytest.mark.parametrize("n", [2, 3] if LONG else [3])
+def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener, n):
+    """kill -9: what it carried ends with a reset, not one connection fails once the health check has seen it, the others' streams go on, and it
+    is used again when it is back."""
+    made = machines(n)
+    client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    holder = connect(made.port, "0:127.0.0.1:%d" % port_of(listener))
+    holder.wait_for(READY)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(contextlib.closing(Held(tcp_port(holder), listener, made.servers))) for _ in range(4 * n)]
+        by_server = [[one for one in held if one.server is server] for server in made.servers]
+        assert all(by_server), [len(ones) for ones in by_server]
+        with Load(tcp_port(client)) as load:
+            load.go_on(300)
+            killed = time.monotonic()
+            made.servers[0].process.kill()
+            made.balancer.saw(0, "DOWN")
+            seen = time.monotonic()
+            load.go_on(600 if not LONG else 10000)
+            endings = [one.how_it_ended() for one in by_server[0]]
+            for one in sum(by_server[1:], []):
+                one.talk()
+            made.restart(0)
+            made.balancer.saw(0, "UP")
+            with contextlib.ExitStack() as links:
+                for _ in range(n):
+                    enter(links.enter_context(dial(made.port)), keys)
+                made.servers[0].wait_for("Accepted")
+            load.go_on(300)
+            for one in sum(by_server[1:], []):
+                one.talk()
+    unseen = [failure for failure in load.failures if killed <= failure.at + failure.took and failure.at <= seen]
+    figure("one of %d servers killed under load" % n, load)
+    figure("... the health check saw it after", "%.2f s" % (seen - killed))
+    figure("... connections that it carried", "%d, at the originator %s, at the target %s" % (
+        len(endings), *({how: [pair[side] for pair in endings].count(how) for how in ("reset", "end")} for side in (0, 1))))
+    figure("... connections that failed between the kill and that, and afterwards", (len(unseen), len(load.failures_since(seen))))
+    assert not load.failures_since(seen), load.failures_since(seen)[:10]
+    assert not load.cut and len(load.failures) == len(unseen)
+    assert set(endings) == {("reset", "reset")}
+
+
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY_E], ids=lambda mode: mode.name)
+def test_each_server_restarted_in_turn_under_load(machines, connect, tcp_echo, mode):
+    """SIGTERM, and a new one on the same port: a rolling update. Nothing is lost at all."""
+    made = machines(2, *mode.serve)
+    client = connect(made.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    with Load(tcp_port(client)) as load:
+        for number in range(len(made.servers)) if not LONG else [0, 1] * 10:
+            load.go_on(300)
+            before = made.balancer.program.output.count("ratrod/s%d is DOWN" % number)
+            assert made.servers[number].stop() == 0
+            made.balancer.saw(number, "DOWN", before + 1)
+            load.go_on(300)
+            made.restart(number)
+            made.balancer.saw(number, "UP", before + 1)
+        load.go_on(300)
+    figure("%s: 2 servers behind HAProxy restarted in turn under load" % mode.name, load)
+    assert not load.failures, load.failures[:10]
+
+
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY_E] if LONG else [RATROD2], ids=lambda mode: mode.name)
+def test_rates_with_one_and_two_servers(machines, serve, connect, tcp_echo, mode):
+    """On a machine of few cores all of it shares them, the load too: what shows is what the balancer and the second server cost. Each connection
+    of the original's protocol is a link of its own, which the balancer carries."""
+    def measure(what, server_port, links):
+        client = connect(server_port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+        client.wait_for(READY)
+        with Load(tcp_port(client), threads=8) as load:
+            load.go_on(8000 if LONG else 500)
+        client.stop()
+        figure("%s, %s" % (mode.name, what), "%.0f new tunnel connections/s, on links %s" % (load.rate, links()))
+        assert not load.failures, load.failures[:10]
+    server, port = serve("-v", *mode.serve)
+    measure("one server alone", port, lambda: sum("Accepted" in line for line in server.lines))
+    for n in (1, 2):
+        made = machines(n, *mode.serve)
+        measure("behind HAProxy: %d" % n, made.port, lambda made=made: made.links)
+
+
+# ---------------------------------------------------------------------------------------------------- reverse tunnels behind a balancer
+
+
+def test_reverse_tunnels_want_one_server(machines, client_of, tcp_echo):
+    """What the README says: with all links of a client's address at one server a reverse tunnel works, and moves when that server is gone."""
+    made = machines(2, "--allow-listen", balance="source")
+    client = client_of(made, "R:0:127.0.0.1:%d" % tcp_echo.port)
+    port = bound(client)
+    for _ in range(20):
+        ask(port)
+    assert 0 in made.links, made.links
+    number = next(number for number, links in enumerate(made.links) if links)
+    made.servers[number].process.kill()
+    eventually(lambda: works(port), "it listens at the other server")
+    for _ in range(20):
+        ask(port)
+    assert made.links[1 - number]
+
+
+# ---------------------------------------------------------------------------------------------------- the README
+
+
+def readme(name):
+    """The fenced block of the README under a mark."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^<!-- ci: %s -->\n```\w*\n(.*?)^```$" % name, text, re.MULTILINE | re.DOTALL)
+    if not found:
+        pytest.skip("README.md has no fenced block right under <!-- ci: %s --> yet" % name)
+    return found.group(1)
+
+
+def test_the_readmes_haproxy_file_is_valid(tmp_path):
+    need("haproxy")
+    (tmp_path / "haproxy.cfg").write_text(readme("haproxy"))
+    done = subprocess.run(["haproxy", "-c", "-f", str(tmp_path / "haproxy.cfg")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
+    shown = done.stdout.decode("utf-8", "replace")
+    assert done.returncode == 0 and not re.search("WARNING|ALERT", shown), shown
+
+
+def test_the_readmes_haproxy_file_works(serve, balance, connect, tcp_echo):
+    """With nothing changed but where it listens and where the servers are; one of them is stopped under load."""
+    text = readme("haproxy")
+    names = re.findall(r"^    server (\S+) ", text, re.MULTILINE)
+    started = [serve("--proxy-protocol", "127.0.0.1", "--drain", "30") for _ in names]
+    ports = iter(port for _, port in started)
+    made = balance(re.sub(r"^(    server \S+) \S+", lambda match: "%s 127.0.0.1:%d" % (match.group(1), next(ports)), text, flags=re.MULTILINE))
+    assert len(names) >= 2 and not list(ports)
+    client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    with Load(tcp_port(client)) as load:
+        load.go_on(200)
+        assert started[0][0].stop() == 0
+        made.program.wait_for("Server ratrod/%s is DOWN" % names[0])
+        load.go_on(200)
+    figure("the README's HAProxy file, one of %d servers stopped under load" % len(names), load)
+    assert not load.failures, load.failures[:10]
+
+
+@pytest.fixture
+def manifest():
+    """The README's documents for Kubernetes by their kind."""
+    text = readme("kubernetes")
+    try:
+        import yaml
+    except ImportError:
+        missing("PyYAML")
+    documents = list(yaml.safe_load_all(text))
+    kinds = {document["kind"]: document for document in documents}
+    assert len(kinds) == len(documents) and set(kinds) == {"Secret", "Deployment", "Service"}
+    return kinds
+
+
+def test_the_readmes_manifest_is_valid(manifest):
+    """Against the schemas of the oldest and the newest Kubernetes that the validator carries, where unknown fields are errors."""
+    try:
+        import kubernetes_validate
+    except ImportError:
+        missing("kubernetes-validate")
+    for document in manifest.values():
+        for version in ("1.25", kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_validator_can_refuse(manifest):
+    """Or the test above would say nothing."""
+    try:
+        import kubernetes_validate
+    except ImportError:
+        missing("kubernetes-validate")
+    for damage in (lambda spec: spec.update(replicas="three"), lambda spec: spec["template"]["spec"].update(terminationGracePeriod=45),
+                   lambda spec: spec["template"]["spec"]["containers"][0].pop("name")):
+        document = copy.deepcopy(manifest["Deployment"])
+        damage(document["spec"])
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_what_the_manifest_says_fits_together(manifest):
+    """A schema does not see it."""
+    deployment, service, secret = (manifest[kind] for kind in ("Deployment", "Service", "Secret"))
+    template = deployment["spec"]["template"]
+    pod = template["spec"]
+    container, = pod["containers"]
+    assert deployment["spec"]["replicas"] >= 2
+    assert deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"] == service["spec"]["selector"]
+    volume, = pod["volumes"]
+    mount, = container["volumeMounts"]
+    assert volume["secret"]["secretName"] == secret["metadata"]["name"] and mount["name"] == volume["name"] and mount["readOnly"]
+    assert {"key", "authorized_keys"} <= set(secret["stringData"])
+    # YAML 1.1 reads 0400 as octal. The kubelet adds the group's right to read because of fsGroup: the server runs as another user than root.
+    assert volume["secret"]["defaultMode"] == 0o400 and pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"]
+    context = container["securityContext"]
+    assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"] and context["capabilities"] == {"drop": ["ALL"]}
+    command = [*container["command"], *container.get("args", ())]
+    assert command[command.index("-k") + 1] == mount["mountPath"]
+    before = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > before + int(command[command.index("--drain") + 1])
+    port, = container["ports"]
+    assert command[-1].rpartition(":")[2] == str(port["containerPort"])
+    assert {port["name"]} == {container[probe]["tcpSocket"]["port"] for probe in ("readinessProbe", "livenessProbe")}
+    assert port["name"] == service["spec"]["ports"][0]["targetPort"]
+
+
+class SecretVolume:
+    """A folder as the kubelet makes it from a Secret: files behind two symbolic links, of which one is changed at an update, and of another owner."""
+
+    def __init__(self, path, keys):
+        self.path, self._version = path, 0
+        path.mkdir()
+        self.update(keys)
+        for name in os.listdir(path / "..data"):
+            (path / name).symlink_to(os.path.join("..data", name))
+
+    def update(self, keys):
+        self._version += 1
+        folder = self.path / ("..%d" % self._version)
+        shutil.copytree(keys.path, folder)
+        for name in os.listdir(folder):
+            os.chmod(folder / name, 0o440)
+            os.chown(folder / name, 65531, 65531)
+        (self.path / "..new").symlink_to(folder.name)
+        os.replace(self.path / "..new", self.path / "..data")
+
+
+@pytest.fixture
+def secret_volume(keys, tmp_path):
+    if not hasattr(os, "geteuid") or os.geteuid():
+        missing("the right to give files away (root)")
+    return SecretVolume(tmp_path / "volume", keys.server)
+
+
+READ_ONLY = ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$0"; mount -o remount,ro,bind "$0"; exec "$@"')
+
+
+def test_a_key_folder_that_cannot_be_written(start, connect, secret_volume, keys, tmp_path, tcp_echo):
+    """As in a pod: mounted read-only, its files of another user and readable by the group, which the kubelet's fsGroup does. A key that comes with
+    an update of the Secret is taken, without a restart, and one that goes loses its links."""
+    need("unshare")
+    if subprocess.run([*READ_ONLY, str(tmp_path), "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        missing("permission to mount")
+    server = start(*READ_ONLY, secret_volume.path, *RATROD, "-k", secret_volume.path, "serve", "127.0.0.1:0")
+    port = int(server.wait_for(STARTED).group(1))
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    second = make_keys(tmp_path / "second")
+    second.trust(keys.server, "known_hosts")
+    keys.server.write("authorized_keys", second.public + "\n")
+    secret_volume.update(keys.server)
+    assert client.wait() == 3
+    other = start(*RATROD, "-k", second.path, "connect", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)
+    other.wait_for(READY)
+    ask(int(other.wait_for(LISTENING).group(1)))
+
+
+def test_no_warning_of_a_key_that_is_not_ours(ratrod, secret_volume):
+    """What others may read is theirs to care for: the mode of a file of another user cannot be mended, and ssh is silent about it too."""
+    server = ratrod("-k", secret_volume.path, "serve", "127.0.0.1:0")
+    server.wait_for(STARTED)
+    assert "can be read by others" not in server.output
+
+
+def test_the_manifests_command_runs(start, connect, manifest, secret_volume, tcp_echo):
+    """Its own words, but for the program, the folder and the port."""
+    container = manifest["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    program, *words = [*container["command"], *container.get("args", ())]
+    assert program == "ratrod"
+    words[words.index("-k") + 1] = secret_volume.path
+    words[-1] = "127.0.0.1:0"
+    server = start(*RATROD, *words)
+    port = int(server.wait_for(STARTED).group(1))
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    assert server.stop() == 0

@@ -1,0 +1,913 @@
+"""Hostile names: every odd spelling of an address, name servers that change their mind, and control characters in all that a peer can make us show.
+
+The servers under test stand in a network namespace, whose only name server is the test's own: nothing that these names may lead to is anybody's.
+"""
+
+import ast
+import contextlib
+import ipaddress
+import itertools
+import pathlib
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ratrod as module
+from support import legacy_peer
+from support import ratrod2_peer as peer
+from support.keys import make_keys, seed_of
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, ROOT, STARTED
+from support.sockets import receive_all, receive_exactly
+
+A, CNAME, AAAA, ANY = 1, 5, 28, 255
+REFUSED = "not allowed by this server"
+NXDOMAIN, SERVFAIL = 3, 2
+
+
+# ---------------------------------------------------------------------------------------------------- a name server
+
+
+def encode_name(name):
+    return b"".join(bytes([len(label)]) + label.encode() for label in name.rstrip(".").split(".")) + b"\0"
+
+
+def decode_name(data, at):
+    """(the name at data[at:], where it ends); questions are not compressed."""
+    labels = []
+    while data[at]:
+        labels.append(data[at + 1:at + 1 + data[at]].decode("latin-1"))
+        at += 1 + data[at]
+    return ".".join(labels).lower(), at + 1
+
+
+class Answer:
+    """What a name server says: addresses, in their order, of the name at the end of a chain of CNAMEs; or an error, or nothing, or other bytes."""
+
+    def __init__(self, *addresses, aliases=(), code=0, hangs=False, raw=None):
+        self.addresses = [ipaddress.ip_address(address) for address in addresses]
+        self.aliases, self.code, self.hangs, self.raw = aliases, code, hangs, raw
+
+    def encode(self, number, question, name, kind):
+        records, owner = [], name
+        for alias in self.aliases:
+            records.append(encode_name(owner) + struct.pack(">HHIH", CNAME, 1, 0, len(encode_name(alias))) + encode_name(alias))
+            owner = alias
+        for address in self.addresses:
+            if kind == (A if address.version == 4 else AAAA):
+                records.append(encode_name(owner) + struct.pack(">HHIH", kind, 1, 0, len(address.packed)) + address.packed)
+        return struct.pack(">HHHHHH", number, 0x8180 | self.code, 1, len(records), 0, 0) + question + b"".join(records)
+
+
+class NameServer:
+    """Answers on port 53 of 127.0.0.1 in the namespace. `names[name]`: the Answer of each look-up in turn, the last one for all that follow; any
+    other name has `default`. `asked` counts the questions by (name, kind)."""
+
+    def __init__(self, namespace):
+        self.names, self.default = {}, Answer(code=NXDOMAIN)
+        self.asked = {}
+        self._socket = namespace.make(self._bind)
+        threading.Thread(target=self._run, daemon=True).start()
+
+    @staticmethod
+    def _bind():
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.bind(("127.0.0.1", 53))
+        return made
+
+    def _run(self):
+        while True:
+            data, origin = self._socket.recvfrom(4096)
+            if not data:
+                return
+            name, end = decode_name(data, 12)
+            kind, = struct.unpack_from(">H", data, end)
+            count = self.asked[name, kind] = self.asked.get((name, kind), 0) + 1
+            answers = self.names.get(name, (self.default,))
+            answer = answers[min(count, len(answers)) - 1]
+            if not answer.hangs:
+                number, = struct.unpack_from(">H", data)
+                whole = answer.encode(number, data[12:end + 4], name, kind)
+                self._socket.sendto(whole if answer.raw is None else answer.raw(whole), origin)
+
+    def look_ups(self, name):
+        """How often a name was looked up: the questions for both kinds of addresses are one."""
+        return max(self.asked.get((name, kind), 0) for kind in (A, AAAA))
+
+    def close(self):
+        self._socket.sendto(b"", self._socket.getsockname())
+
+
+# ---------------------------------------------------------------------------------------------------- the ground
+
+
+class Witness:
+    """Listens on all addresses of where it is made, by TCP and UDP, on one port. `seen`: each connection and datagram; both are told `says`."""
+
+    def __init__(self, make, says, host="::", port=0):
+        self.says, self.seen = says, []
+        self.tcp, self.udp = make(self._bind, host, port)
+        self.port = self.tcp.getsockname()[1]
+        for run in (self._accept, self._receive):
+            threading.Thread(target=run, daemon=True).start()
+
+    @staticmethod
+    def _bind(host, port):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        for _ in range(20):
+            tcp = socket.create_server((host, port), family=family, backlog=100, dualstack_ipv6=host == "::")
+            udp = socket.socket(family, socket.SOCK_DGRAM)
+            if host == "::":
+                udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            try:
+                udp.bind((host, tcp.getsockname()[1]))
+                return tcp, udp
+            except OSError:  # another program's, for UDP
+                tcp.close()
+        raise AssertionError("no free port")
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.tcp.accept()
+                self.seen.append(connection.getsockname()[0])
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(self.says)
+
+    def _receive(self):
+        with contextlib.suppress(OSError):
+            while True:
+                data, origin = self.udp.recvfrom(65536)
+                if origin[:2] == self.udp.getsockname()[:2] and not data:
+                    return
+                self.seen.append("udp")
+                self.udp.sendto(self.says, origin)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.tcp.shutdown(socket.SHUT_RDWR)
+        self.tcp.close()
+        host = self.udp.getsockname()[0]
+        with contextlib.suppress(OSError):
+            self.udp.sendto(b"", ("::1" if host == "::" else host, self.port))
+        self.udp.close()
+
+
+class Place:
+    """A machine for servers under test. `inside` sees whatever reaches it, on loopback or otherwise; `outside`, on another machine, is what servers
+    are allowed to reach, on the same port. `names` is its name server."""
+
+    def __init__(self, namespace, names, start, keys):
+        self.namespace, self.names, self._start, self.keys = namespace, names, start, keys
+        self.address = namespace.address
+        self.outer = str(ipaddress.ip_address(namespace.address) - 1)
+        self.outside = Witness(lambda function, *args: function(*args), b"outside", self.outer)
+        self.port = self.outside.port
+        self.inside = Witness(namespace.make, b"inside", port=self.port)
+        self.server = self.server_port = None
+
+    def close(self):
+        for thing in (self.outside, self.inside, self.names):
+            thing.close()
+
+    def serve(self, *flags, options=""):
+        """Starts a server there, whose client may do what `options` of its line say."""
+        text = "%s %s\n" % (self.keys.client.public, options)
+        self.keys.server.write("authorized_keys", text.replace("OUTER", self.outer).replace("PORT", str(self.port)))
+        self.server = self._start(*self.namespace.command, *RATROD, "-v", "-k", self.keys.server.path, "serve", *flags, self.address + ":0")
+        self.server_port = int(self.server.wait_for(STARTED).group(1))
+
+    @contextlib.contextmanager
+    def link(self):
+        with peer.Client.connect(self.server_port, seed_of(self.keys.client), host=self.address) as link:
+            yield link.handshake()
+
+    def tcp(self, host):
+        """What an Open of `host` leads to: who answers, or the text of the refusal."""
+        with self.link() as link:
+            try:
+                stream = link.open(self.target(host))
+                stream.wait_opened()
+                return stream.receive_all()
+            except peer.PeerError as error:
+                return error.text
+
+    def udp(self, hosts):
+        """The same of a session for each of several hosts, on one link."""
+        answers = {}
+        with self.link() as link:
+            link.open_udp()
+            for number, host in enumerate(hosts, 1):
+                link.session(number, self.target(host))
+                link.datagrams((number, b"?"))
+                # One after the other, or the next one's answer may come first.
+                kind, value = link.read_udp()
+                answers[host] = value[2] if kind == peer.SESSION_OVER else value[0][1]
+        return answers
+
+    def legacy(self, host):
+        with contextlib.ExitStack() as stack:
+            sock = socket.create_connection((self.address, self.server_port), timeout=PATIENCE)
+            identity = legacy_peer.Identity.load(self.keys.client.path)
+            client = stack.enter_context(legacy_peer.Client(sock, identity, self.target(host)))
+            try:
+                client.handshake()
+                return client.expect_data(len(b"outside") - (host != self.outer))
+            except legacy_peer.Refused as error:
+                return error.error.text
+
+    def target(self, host):
+        return "%s:%d" % (host, self.port)
+
+
+@pytest.fixture
+def place(namespace, start, keys):
+    folder = pathlib.Path("/etc/netns") / namespace.name
+    folder.mkdir(parents=True)
+    try:
+        (folder / "resolv.conf").write_text("nameserver 127.0.0.1\nsearch search.example\noptions timeout:2 attempts:1\n")
+        (folder / "hosts").write_text("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n")
+        (folder / "nsswitch.conf").write_text("hosts: files dns\n")
+        made = Place(namespace, NameServer(namespace), start, keys)
+        yield made
+        # While the namespace is there: what is in it holds it.
+        for program in start.programs:
+            program.stop()
+            assert_harmless(program)
+        made.close()
+    finally:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------- odd spellings of loopback
+
+# Never a target, whatever the rules: refused before anything is looked up.
+NUMBERS = (
+    "2130706433", "2130706434", "017700000001", "0x7f000001", "0X7F000001", "0x7F.1", "127.1", "127.0.1", "0177.1", "0177.0.0.1", "00177.0.0.1",
+    "0x7f.0.0.1", "0x7f.0x0.0x0.0x1", "127.0.0.0x1", "127.0x0.0.1", "127.000.000.001", "127.0.0.01", "0000127.0.0.1", "127.0.0.1..", ".127.0.0.1",
+    "127..0.1", "127.0.0", "127.0.0.1.0", "127.0.0.257", "383.0.0.1", "0", "00", "0x0", "0.", "0.0", "000.000.000.000",
+    "4294967295", "6425673729", "18446744071545323521", "0x1000000007f000001", "0x" + "0" * 200 + "7f000001", "0" * 200 + "17700000001",
+    "1." * 126 + "1",
+    "0x", "127.0x", "a.0x7f000001", "x.127", "127.0.0.1.127", "7f000001h.1",
+)
+UNICODE = (
+    "\uff11\uff12\uff17.0.0.1", "127\uff0e0\uff0e0\uff0e1", "127\u30020\u30020\u30021", "127\uff610\uff610\uff611", "127\u20240\u20240\u20241",
+    "\u0661\u0662\u0667.\u0660.\u0660.\u0661", "\u0967\u0968\u096d.\u0966.\u0966.\u0967", "\u2460\u2461\u2466.0.0.1", "\u00b9\u00b2\u2077.0.0.1",
+    "\U0001d7cf\U0001d7d0\U0001d7d5.0.0.1", "\u24db\u24de\u24d2\u24d0\u24db\u24d7\u24de\u24e2\u24e3",
+    "\uff4c\uff4f\uff43\uff41\uff4c\uff48\uff4f\uff53\uff54",
+    "local\u00adhost", "local\u200bhost", "loca\u217cho\u017ft", "\u202elocalhost", "127.0.0.1\u00a0", "127.0.0.1\u2028", "\ufeff127.0.0.1",
+    "0\u00d77f000001",
+    "[::\uff11]", "[::ffff:\uff11\uff12\uff17.0.0.1]", "[\uff1a\uff1a1]", "\uff3b::1\uff3d", "fa\u00df.example",
+)
+WRAPPED = (
+    "", " ", ".", "..", "127.0.0.1\0", "127.0.0.1\0.ok.example", "ok.example\x00127.0.0.1", "\x00", "127.0.0.1\n", "\n127.0.0.1", "127.0.0.1\r",
+    "\t127.0.0.1",
+    "127.0.0.1 ", " 127.0.0.1", "127.0.0.1 ok.example", "ok.example 127.0.0.1", "ok.example\n127.0.0.1", "127.0.0.1\x1b", "localhost..", ".localhost",
+    "localhost\0", "%31%32%37.0.0.1", "127%2e0%2e0%2e1", "127.0.0.1%00", "127.0.0.1%lo", "localhost%lo", "%6c%6f%63%61%6c%68%6f%73%74",
+    "user@127.0.0.1",
+    "127.0.0.1/", "127.0.0.1/8", "127.0.0.1#", "127.0.0.1?", "127.0.0.1;", "127.0.0.1,ok.example", "//127.0.0.1", "\\\\127.0.0.1", "http://127.0.0.1",
+    "[127.0.0.1]", "[localhost]", "127.0.0.1]", "[127.0.0.1", "'127.0.0.1'", "$(echo localhost)", "*", "*.ok.example",
+    "a" * 254, ("a" * 63 + ".") * 4 + "a",
+    "127.0.0.1" + "." * 245, "127.0.0.1" + "\0" * 800,
+)
+SIX = (
+    "::1", "[::1", "::1]", "[[::1]]", "[::1].", "[::1]]", "[]", "[::1]:[::1]", "[::1%lo]", "[::1%1]", "[::1%25lo]", "[::1%]", "[::1/128]", "[::1 ]",
+    "[ ::1]", "[::1\0]",
+    "[::1\n]", "[1]", "[0:0:0:0:0:0:1]", "[0:0:0:0:0:0:0:0:1]", "[::00001]", "[::0x1]", "[:::1]", "[::1::]", "[::ffff:127.1]", "[::ffff:0x7f.0.0.1]",
+    "[::ffff:0177.0.0.1]", "[::ffff:127.0.0.01]", "[::ffff:2130706433]", "[::ffff:127.0.0.1%lo]", "[fe80::1%lo]", "[::ffff:127.0.0.1.]",
+    "[127.0.0.1::]",
+    "[localhost::1]", "[g::1]", "[v1.::1]", "[::ffff:127.0.0.256]",
+)
+NEVER = NUMBERS + UNICODE + WRAPPED + SIX
+
+# Loopback itself: an address and what it is written as by whoever is precise. Refused by a rule against loopback, however it is written.
+MORE_LOOPBACK = "127.0.0.2", "127.255.255.254", "[::ffff:127.255.255.254]"
+LOOPBACK = (
+    *MORE_LOOPBACK, "127.0.0.1", "127.0.0.1.", "[::1]", "[0:0:0:0:0:0:0:1]", "[0000:0000:0000:0000:0000:0000:0000:0001]", "[::0001]", "[0::1]",
+    "[::0.0.0.1]", "[::ffff:127.0.0.1]", "[::FFFF:127.0.0.1]", "[::ffff:7f00:1]", "[::FfFf:7F00:0001]", "[0:0:0:0:0:ffff:127.0.0.1]",
+    "[0:0:0:0:0:ffff:7f00:1]", "localhost", "LOCALHOST", "LocalHost.",
+)
+# Names that the machine's own files, or a name server that is against us, resolve to loopback.
+NAMES = (
+    "ip6-localhost", "ip6-loopback", "localhost.localdomain", "localhost.ok.example", "127.0.0.1.ok.example", "evil.ok.example", "EVIL.ok.example.",
+    "evil.example",
+    "a-_b.ok.example", "xn--nxasmq6b.ok.example", "xn--.ok.example", "xn--127-.ok.example", "a" * 63 + ".ok.example",
+    ("a" * 60 + ".") * 4 + "aaaaa", "_.ok.example",
+    "_", "a", "127.0.0.-1", "1e1", "0b1", "0o177", "127.0.0.1e", "127-0-0-1.ok.example", "ok.example",
+)
+# Addresses that only hold one of loopback, as some network would have it; and those that never are anybody's.
+ELSEWHERE = (
+    "[::127.0.0.1]", "[::7f00:1]", "[::ffff:0:127.0.0.1]", "[64:ff9b::127.0.0.1]", "[64:ff9b::7f00:1]", "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]",
+    "[2002:7f00:1::1]", "[2001:0:7f00:1::]", "[2001:0:c000:22d:0:ffff:80ff:fffe]", "[fe80::5efe:127.0.0.1]", "[fe80::1]", "[fec0::1]",
+    "[::2]", "[1::]", "[100::1]",
+)
+UNRESOLVED = ("-", "-2130706433", "-.ok.example")  # names that glibc asks nobody about
+NOWHERE = ("0.0.0.0", "0.0.0.0.", "[::]", "[0:0::0]", "[::0.0.0.0]", "[::ffff:0.0.0.0]", "[::ffff:0:0]", "224.0.0.1", "239.255.255.255",
+           "[ff02::1]", "[ff01::1]",
+           "[::ffff:224.0.0.1]", "255.255.255.255", "[::ffff:255.255.255.255]")
+ODD = NEVER + LOOPBACK + NAMES + ELSEWHERE + UNRESOLVED + NOWHERE
+
+AGAINST_LOOPBACK = r"(?!127\.|localhost|\[?::1).*"
+RULES = {
+    "all but loopback": (("-r", AGAINST_LOOPBACK), ""),
+    "one domain": (("-r", r"(?:.*\.)?ok\.example|198\.18\..*"), ""),
+    "permitopen": ((), 'permitopen="*.ok.example:*" permitopen="ok.example:PORT" permitopen="OUTER:*"'),
+    "both": (("-r", AGAINST_LOOPBACK), 'permitopen="*.ok.example:*" permitopen="OUTER:PORT"'),
+}
+
+
+def test_the_spellings_are_told_apart():
+    """Each list holds what its comment says, by the text alone."""
+    assert len(ODD) == len(set(ODD))
+    for host in NEVER:
+        with pytest.raises(ValueError):
+            module.parse_target("%s:80" % host)
+    for host in ODD[len(NEVER):]:
+        found = module.parse_target("%s:80" % host)
+        assert module.is_address(found.host) == (host not in NAMES + UNRESOLVED and "localhost" not in host.lower())
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_no_spelling_reaches_loopback_past_a_rule(place, rules):
+    """The worst name server: it says loopback to every question."""
+    flags, options = RULES[rules]
+    place.names.default = Answer("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    place.serve("--legacy", *flags, options=options)
+    answers = {host: place.tcp(host) for host in ODD}
+    refused = NEVER + LOOPBACK + NAMES + NOWHERE
+    assert {host: answers[host] for host in refused} == dict.fromkeys(refused, REFUSED)
+    assert all(isinstance(answers[host], str) for host in ELSEWHERE + UNRESOLVED)
+    answers = place.udp(ODD)
+    assert {host: answers[host] for host in refused} == dict.fromkeys(refused, REFUSED)
+    for host in ODD:
+        assert place.legacy(host) == REFUSED or host in ELSEWHERE + UNRESOLVED, host
+    # Nothing that is no name was looked up, not even with a domain behind it.
+    looked_up = {name for name, _ in place.names.asked}
+    names = {host.lower().rstrip(".") for host in NAMES}
+    assert looked_up <= names | {name + ".search.example" for name in names}
+    assert not place.inside.seen
+    # What the rules allow works, with the same witness on the other side.
+    assert place.tcp(place.outer) == place.legacy(place.outer) == b"outside"
+    assert place.udp([place.outer]) == {place.outer: b"outside"}
+    assert len(place.outside.seen) == 3 and not place.inside.seen
+
+
+def test_without_a_rule_only_plain_spellings_lead_there(place):
+    """That they do shows that the other tests would see it."""
+    place.names.default = Answer("127.0.0.1", "::1")
+    place.serve("--legacy")
+    answers = {host: place.tcp(host) for host in ODD}
+    assert {host for host in ODD if answers[host] == b"inside"} == set(LOOPBACK + NAMES)
+    assert {host for host in ODD if answers[host] == REFUSED} == set(NEVER + NOWHERE)
+    place.inside.seen.clear()
+    # The witness answers by UDP from 127.0.0.1 and ::1 only.
+    answers = place.udp(host for host in ODD if host not in ELSEWHERE + UNRESOLVED + MORE_LOOPBACK)
+    assert {host for host in answers if answers[host] == b"inside"} == set(LOOPBACK + NAMES) - set(MORE_LOOPBACK)
+    assert place.inside.seen == ["udp"] * (len(LOOPBACK + NAMES) - len(MORE_LOOPBACK))
+
+
+def socks_requests():
+    """Each spelling as a name, and as an address where it is one: (bytes of the address, what it is)."""
+    for host in ODD:
+        encodings = {host.encode("utf-8"), host.encode("latin-1", "ignore"), host.strip("[]").encode("utf-8")}
+        for name in encodings:
+            if len(name) < 256:
+                yield b"\3" + bytes([len(name)]) + name, host
+        with contextlib.suppress(ValueError):
+            packed = ipaddress.ip_address(host.strip("[]").rstrip(".")).packed
+            yield (b"\1" if len(packed) == 4 else b"\4") + packed, host
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_no_spelling_reaches_loopback_through_a_proxy(place, ratrod, rules):
+    flags, options = RULES[rules]
+    place.names.default = Answer("127.0.0.1", "::1")
+    place.serve(*flags, options=options)
+    client = ratrod("-v", "-k", place.keys.client.path, "connect", "%s:%d" % (place.address, place.server_port), "0:socks")
+    client.wait_for(READY)
+    proxy = int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`").group(1))
+
+    def ask(address):
+        with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
+            connection.sendall(b"\5\1\0\5\1\0" + address + struct.pack(">H", place.port))
+            return receive_all(connection)[2:]
+
+    for address, host in socks_requests():
+        reply = ask(address)
+        assert reply[:1] == b"\5" and reply[1] and b"inside" not in reply or not reply, (host, address, reply)
+    with contextlib.ExitStack() as stack:
+        association = stack.enter_context(socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE))
+        originator = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        association.sendall(b"\5\1\0\5\3\0\1\0\0\0\0\0\0")
+        relay = struct.unpack(">H", receive_exactly(association, 12)[10:])[0]
+        originator.settimeout(PATIENCE)
+        for n, (address, _) in enumerate(socks_requests()):
+            originator.sendto(b"\0\0\0" + address + struct.pack(">H", place.port) + b"?", ("127.0.0.1", relay))
+            if n % 50 == 0 or n < 1:
+                # Awaited now and then, so that none is lost for want of room.
+                honest = b"\0\0\0\1" + socket.inet_aton(place.outer) + struct.pack(">H", place.port)
+                originator.sendto(honest + b"?", ("127.0.0.1", relay))
+                assert originator.recv(100) == honest + b"outside"
+    reply = ask(b"\1" + socket.inet_aton(place.outer))
+    assert reply[1] == 0 and reply.endswith(b"outside")
+    assert not place.inside.seen
+    client.stop()
+    assert_harmless(client)
+
+
+LISTENS = {"127.0.0.1:%d": True, "[::ffff:127.0.0.1]:%d": True, "[::FFFF:7f00:1]:%d": True, "%d": True, "127.0.0.1.:%d": True, "localhost:%d": True,
+           **dict.fromkeys((
+               "0.0.0.0:%d", "[::]:%d", "[::1]:%d", "[::ffff:0.0.0.0]:%d", "127.1:%d", "0:%d", "2130706433:%d", "0x7f000001:%d", "*:%d", ":%d",
+               "[]:%d",
+               "127.0.0.2:%d", "\uff11\uff12\uff17.0.0.1:%d", "127.0.0.1\0:%d", "127.0.0.1:%d\n", "127.0.0.1:0%d", "localhost.ok.example:%d",
+               "evil.example:%d",
+               "unix:/tmp/%d", "/tmp/x:%d", "127.0.0.1:%d:1", "localhost\n:%d", "[localhost]:%d", "\x1b[2J:%d", "[::1%%lo]:%d", ""), False)}
+
+
+def test_no_spelling_listens_past_permitlisten(place):
+    place.names.default = Answer("0.0.0.0", "::")
+    port = place.port - 1
+    place.serve("--allow-listen", options='permitlisten="127.0.0.1:%d"' % port)
+    outcomes = {}
+    for pattern in LISTENS:
+        with place.link() as link:
+            try:
+                outcomes[pattern] = link.listen(pattern % port if "%" in pattern else pattern, b"instance") == "127.0.0.1:%d" % port
+            except peer.PeerError as error:
+                assert error.text == REFUSED
+                outcomes[pattern] = False
+    # localhost may be bound on both of its addresses; the first is what Opened says.
+    outcomes["localhost:%d"] = True
+    assert outcomes == LISTENS
+
+
+# ---------------------------------------------------------------------------------------------------- name servers that are against us
+
+RESTRICTED = ("-r", r"(?:.*\.)?ok\.example|198\.18\..*")
+LEADS_INSIDE = {
+    "loopback": Answer("127.0.0.1"),
+    "another loopback": Answer("127.8.8.8"),
+    "loopback over IPv6": Answer("::1"),
+    "mapped": Answer("::ffff:127.0.0.1"),
+    "mapped, in hexadecimal": Answer("::ffff:7f00:1"),
+    "unspecified": Answer("0.0.0.0"),
+    "unspecified over IPv6": Answer("::"),
+    "mapped unspecified": Answer("::ffff:0.0.0.0"),
+    "link-local": Answer("169.254.169.254"),
+    "link-local over IPv6": Answer("fe80::1"),
+    "mapped link-local": Answer("::ffff:169.254.169.254"),
+    "multicast": Answer("224.0.0.1", "ff02::1"),
+    "broadcast": Answer("255.255.255.255"),
+    "an alias of localhost": Answer("127.0.0.1", "::1", aliases=("localhost",)),
+    "aliases of aliases": Answer("127.0.0.1", aliases=("a.ok.example", "b.example", "localhost")),
+    "many": Answer(*("127.0.0.%d" % n for n in range(1, 13))),
+}
+
+
+@pytest.mark.parametrize("rules", ["regex", "permitopen"])
+def test_no_answer_leads_inside(place, rules):
+    flags, options = (RESTRICTED, "") if rules == "regex" else ((), 'permitopen="*.ok.example:*" permitopen="OUTER:*"')
+    place.serve(*flags, options=options)
+    hosts = {"n%d.ok.example" % n: (what, answer) for n, (what, answer) in enumerate(LEADS_INSIDE.items())}
+    place.names.names = {host: (answer,) for host, (_, answer) in hosts.items()}
+    for host, (what, _) in hosts.items():
+        assert place.tcp(host) == REFUSED, what
+        assert place.names.look_ups(host) == 1, what
+    assert place.udp(hosts) == dict.fromkeys(hosts, REFUSED)
+    assert not place.inside.seen
+    # The same questions by a name of which another answer is fine.
+    place.names.names = {"fine.ok.example": (Answer(place.outer),)}
+    assert place.tcp("fine.ok.example") == b"outside"
+
+
+def test_only_what_is_allowed_of_several_addresses_is_connected_to(place):
+    place.serve(*RESTRICTED)
+    good, bad = place.outer, ("127.0.0.1", "::1", "::ffff:127.0.0.1", "169.254.1.1", "0.0.0.0", "::")
+    place.names.names = {"n%d.ok.example" % n: (Answer(*order),) for n, order in enumerate(
+        [(good, *bad), (*bad, good), (*bad[:3], good, *bad[3:]), ("::1", good), (good, "::1"), ("::ffff:127.0.0.1", "::ffff:" + good)])}
+    for host in place.names.names:
+        assert place.tcp(host) == b"outside"
+    assert set(place.udp(place.names.names).values()) == {b"outside"}
+    assert not place.inside.seen
+
+
+def test_what_does_not_answer_is_not_replaced_by_what_is_forbidden(place):
+    """The allowed address refuses, or says nothing; the next one in the list would answer."""
+    place.serve("--connect-timeout", "2", *RESTRICTED)
+    place.outside.tcp.shutdown(socket.SHUT_RDWR)
+    place.names.names = {"closed.ok.example": (Answer(place.outer, "127.0.0.1", "::1"),),
+                         "silent.ok.example": (Answer("198.18.255.254", "127.0.0.1"),)}
+    # On the cable, where nobody answers.
+    subprocess.run(["ip", "-n", place.namespace.name, "route", "add", "198.18.255.254", "dev", "eth0"], check=True)
+    for host in place.names.names:
+        assert "cannot connect to the remote `%s:%d`" % (host, place.port) in place.tcp(host)
+    assert not place.inside.seen
+
+
+def test_an_answer_that_changes(place):
+    """Rebinding: what was checked is what is connected to, and the next stream is checked anew, however short the answer was to live."""
+    place.serve(*RESTRICTED)
+    good, bad = Answer(place.outer), Answer("127.0.0.1", "::1")
+    turns = (good, bad, good, bad, bad, good)
+    for n, ask in enumerate((place.tcp, lambda host: place.udp([host])[host])):
+        host = "rebound%d.ok.example" % n
+        place.names.names[host] = turns
+        for turn, answer in enumerate(turns, 1):
+            assert ask(host) == (b"outside" if answer is good else REFUSED), turn
+            assert place.names.look_ups(host) == turn, "not exactly one look-up for each"
+    assert not place.inside.seen
+
+
+def test_an_answer_that_changes_between_its_two_kinds(place):
+    """A and AAAA are questions of their own: one is answered with what is allowed, the other with loopback."""
+    place.serve(*RESTRICTED)
+    place.names.names = {"a.ok.example": (Answer(place.outer, "::1"),), "b.ok.example": (Answer("::ffff:" + place.outer, "127.0.0.1"),)}
+    for host in place.names.names:
+        assert place.tcp(host) == b"outside"
+        assert {place.names.asked[host, kind] for kind in (A, AAAA)} == {1}
+    assert not place.inside.seen
+
+
+def test_a_udp_session_stays_with_what_was_checked(place):
+    """The name is looked up once for the session, whatever it would lead to by the time of the next datagram."""
+    place.serve(*RESTRICTED)
+    place.names.names["rebound.ok.example"] = Answer(place.outer), Answer("127.0.0.1")
+    with place.link() as link:
+        link.open_udp()
+        link.session(1, place.target("rebound.ok.example"))
+        for _ in range(5):
+            link.datagrams((1, b"?"))
+            assert link.read_udp() == (peer.DATAGRAMS, [(1, b"outside")])
+        link.session(2, place.target("rebound.ok.example"))
+        assert link.read_udp() == (peer.SESSION_OVER, (2, peer.INVALID_HOST, REFUSED))
+    assert place.names.look_ups("rebound.ok.example") == 2
+    assert not place.inside.seen
+
+
+def cut(answer):
+    return answer[:2] + bytes([answer[2] | 2]) + answer[3:20]
+
+
+MISBEHAVES = {
+    "no such name": Answer(code=NXDOMAIN),
+    "its own failure": Answer(code=SERVFAIL),
+    "no address": Answer(),
+    "a refusal": Answer(code=5),
+    "an alias of itself": Answer(aliases=("n4.ok.example",)),
+    "aliases without an end": Answer(aliases=tuple("a%d.example" % (n % 3) for n in range(50))),
+    "an alias of nothing": Answer(aliases=("nothing.example",)),
+    "an alias that is no name": Answer(aliases=("\x1b[2J", "a b", "localhost\n")),
+    "half an answer": Answer("127.0.0.1", raw=cut),
+    "an answer that promises more": Answer("127.0.0.1", raw=lambda answer: answer[:6] + b"\xff\xff" + answer[8:]),
+    "another name's answer": Answer("127.0.0.1", raw=lambda answer: answer[:13] + b"X" + answer[14:]),
+    "another question's answer": Answer("127.0.0.1", raw=lambda answer: bytes([answer[0] ^ 1]) + answer[1:]),
+    "nonsense": Answer(raw=lambda answer: b"\xff" * 40),
+    "one byte": Answer(raw=lambda answer: b"\0"),
+    "silence": Answer(hangs=True),
+}
+
+
+def test_name_servers_that_misbehave(place):
+    """Each is an Error that names the target, in bounded time, while others are served; all look-ups go on at once."""
+    place.serve("--connect-timeout", "4", *RESTRICTED)
+    assert place.tcp(place.outer) == b"outside"  # from here on this machine is no stranger there, and may knock often
+    hosts = {"n%d.ok.example" % n: what for n, what in enumerate(MISBEHAVES)}
+    place.names.names = {host: (MISBEHAVES[what],) for host, what in hosts.items()}
+    place.names.names["fine.ok.example"] = (Answer(place.outer),)
+    texts = {}
+
+    def ask(host):
+        started = time.monotonic()
+        texts[host] = place.tcp(host), time.monotonic() - started
+
+    threads = [threading.Thread(target=ask, args=(host,)) for host in hosts]
+    for thread in threads:
+        thread.start()
+    assert place.tcp(place.outer) == b"outside"
+    for thread in threads:
+        thread.join(PATIENCE)
+    for host, what in hosts.items():
+        text, seconds = texts[host]
+        assert "cannot connect to the remote `%s:%d`" % (host, place.port) in text, (what, text)
+        assert seconds < 20, what
+    assert place.tcp("fine.ok.example") == b"outside"
+    assert not place.inside.seen
+
+
+# ---------------------------------------------------------------------------------------------------- what a terminal gets to see
+
+FORBIDDEN = [chr(code) for code in (*range(0x20), 0x7f, *range(0x80, 0xa0), *range(0x202a, 0x202f), *range(0x2060, 0x2070))]
+FORBIDDEN += "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\ufeff\U000e0041"
+HOSTILE = "marker-before" + "".join(FORBIDDEN) + "\x1b]0;evil\x07\x1b[2J\x1b[1;31m" + "A" * 300
+SHORT = "marker-before\x1b]0;evil\x07\x1b[2J\r\n\x9b31m\u202e\u2028"
+LONG = "marker-before" + "A" * 600
+
+
+def assert_harmless(program):
+    """What it has written is fit for a terminal, and short."""
+    for line in program.lines:
+        assert not line.startswith("marker"), "a line of somebody else's: %r" % line
+        odd = [character for character in line if not character.isprintable()]
+        assert not odd, "%r in the line %r" % (odd, line)
+        assert len(line) < 1500 and "A" * 201 not in line, line
+    assert not re.search("Traceback|internal error", program.output), program.output
+
+
+@given(st.text())
+def test_whatever_is_made_printable_is(text):
+    shown = module.printable(text)
+    assert shown.isprintable() and len(shown) <= 203
+    assert not set(shown) & set(FORBIDDEN)
+
+
+def test_every_forbidden_character_is_replaced():
+    for character in FORBIDDEN:
+        assert module.printable("a%sb" % character) == "a\N{REPLACEMENT CHARACTER}b", hex(ord(character))
+    assert module.printable("\ud800") != "\ud800"
+
+
+@pytest.fixture
+def shown(start):
+    """Whatever a test does to a program: its output is harmless at the end. shown(program) also: it says what the marker stands for."""
+    def check(program):
+        program.wait_for("marker-before")
+    yield check
+    for program in start.programs:
+        program.stop()
+        assert_harmless(program)
+
+
+@pytest.fixture
+def hostile_server(target, keys):
+    """hostile_server(play) -> port: play(link) does what it will on each link, from the client's first byte on."""
+    def launch(play):
+        def handle(connection):
+            connection.settimeout(PATIENCE)
+            with contextlib.suppress(peer.LinkEnded, peer.ProtocolError, peer.PeerError):
+                play(peer.Server(connection, seed_of(keys.server)))
+            peer.receive_to_end(connection)
+        return target(handle).port
+    return launch
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LONG], ids=["characters", "length"])
+@pytest.mark.parametrize("code", range(5))
+def test_an_error_in_place_of_completion(connect, hostile_server, shown, text, code):
+    program = connect(hostile_server(lambda link: link.begin_handshake().fail(code, text)), "-v")
+    assert program.wait() == (AUTHENTICATION_FAILED if code == peer.INVALID_KEY else 1)
+    shown(program)
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LONG], ids=["characters", "length"])
+def test_what_a_server_says_of_a_listener(connect, hostile_server, shown, text):
+    """Its refusal, the address it claims, and whom it claims a connection to come from."""
+    def answering(answer):
+        def play(link):
+            stream = link.handshake().accept()
+            if stream:  # the first link is only a test
+                answer(link, stream)
+        return connect(hostile_server(play), "-v", "R:0:127.0.0.1:1")
+
+    asked = threading.Event()
+
+    def originate(link, _stream):
+        link.grant_listen("127.0.0.1:9000")
+        link.send_open(peer.TCP, text)
+        link.read_to_end()
+        asked.set()
+
+    refused = answering(lambda link, stream: stream.refuse(peer.INVALID_HOST, text))
+    misled = answering(lambda link, stream: stream.opened(text))
+    assert refused.wait() == misled.wait() == 1
+    connecting = answering(originate)
+    assert asked.wait(PATIENCE)
+    for program in (refused, misled, connecting):
+        shown(program)
+
+
+BANNERS = {
+    "ssh": b"SSH-2.0-marker\x1b[2J\x07\x9b31m\r\n" + b"A" * 500,
+    "http": b"HTTP/1.1 400 Bad\x1b]0;evil\x07\r\n\r\n" + b"A" * 500,
+    "escapes": b"\x1b[2J" * 100,
+    "legacy Error": legacy_peer.frame(legacy_peer.encode(legacy_peer.Error(0, HOSTILE))),
+    "legacy preamble": legacy_peer.frame(legacy_peer.encode(legacy_peer.ServerPreamble(SHORT, b"e" * 32, b"s" * 64, b"c" * 32))),
+    "not UTF-8": legacy_peer.frame(legacy_peer.encode(legacy_peer.Error(0, b"\x1b\xff\x9b\x80"))), "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("flags", [(), ("--legacy",), ("--legacy", "-e")], ids=["ratrod2", "legacy", "legacy-e"])
+@pytest.mark.parametrize("banner", BANNERS)
+def test_what_is_no_server(connect, target, shown, banner, flags):
+    def say(connection):
+        connection.sendall(BANNERS[banner])
+        connection.shutdown(socket.SHUT_WR)
+        receive_all(connection)
+    program = connect(target(say).port, "-v", *flags, "0:127.0.0.1:1")
+    assert program.wait() != 0
+    if banner == "legacy Error" and flags:
+        shown(program)
+
+
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "encrypted"])
+def test_what_a_legacy_server_says_later(connect, target, keys, shown, encrypt):
+    """An Error in place of HandshakeCompletion, and one on a link in use."""
+    identity = legacy_peer.Identity.load(keys.server.path)
+    first = threading.Event()
+
+    def refuse(connection):
+        with contextlib.suppress(ConnectionError), legacy_peer.Server(connection, identity, PATIENCE) as server:
+            server.receive_preamble()
+            server.send_preamble()
+            server.receive_authentication()
+            server.send(legacy_peer.Error(legacy_peer.UNKNOWN, HOSTILE))
+            server.end()
+            server.drain()
+
+    def fail(connection):
+        with contextlib.suppress(ConnectionError), legacy_peer.Server(connection, identity, PATIENCE) as server:
+            server.handshake()
+            if first.is_set():
+                server.send(legacy_peer.Error(legacy_peer.REMOTE_FAILED, HOSTILE))
+            first.set()
+            server.drain()
+
+    flags = ("-v", "--legacy", *(("-e",) if encrypt else ()))
+    refused = connect(target(refuse).port, *flags)
+    assert refused.wait() != 0
+    failing = connect(target(fail).port, *flags, "0:127.0.0.1:1")
+    failing.wait_for(READY)
+    with socket.create_connection(("127.0.0.1", int(failing.wait_for(r"\[TCP\] Listening on `.*?:(\d+)`").group(1))), timeout=PATIENCE) as local:
+        with contextlib.suppress(ConnectionError):
+            receive_all(local)
+    for program in (refused, failing):
+        shown(program)
+
+
+def test_what_a_local_program_asks_a_proxy_for(serve, ratrod, keys, shown):
+    """Names, addresses with zones, and what is no SOCKS at all; the server shows the names too."""
+    server, port = serve("-v")
+    client = ratrod("-v", "-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:socks", "--socks-user", "marker\x1b[2J:wine")
+    client.wait_for(READY)
+    proxy = int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`").group(1))
+    login = b"\5\1\2\1" + bytes([len("marker\x1b[2J")]) + b"marker\x1b[2J\4wine"
+    texts = SHORT, LONG, HOSTILE, "[%s]" % SHORT, "a:" + SHORT, "::%" + SHORT, "::" + "A" * 240, "::\x1b[2J" * 20
+    names = [text.encode("utf-8")[:255] for text in texts]
+    for name, command in itertools.product(names, (1, 3)):
+        with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
+            connection.sendall(login + bytes([5, command, 0, 3, len(name)]) + name + b"\0\x50")
+            connection.shutdown(socket.SHUT_WR)
+            receive_all(connection)
+    for garbage in (SHORT.encode(), b"\5\1\2\1\7" + b"\x1b[2J\x07\r\n\4wine", b"\4\1\0\x50\x1b\x1b\x1b\x1b\x1b[2J\0",
+                    b"GET \x1b[2J HTTP/1.1\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                receive_all(connection)
+    shown(client)
+
+
+def link_to(port, keys):
+    return peer.Client.connect(port, seed_of(keys.client))
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LONG, SHORT], ids=["characters", "length", "short"])
+def test_what_a_client_asks_a_server_for(serve, keys, tcp_echo, shown, text):
+    """Targets of every kind, in both protocols; its Errors; what it says of sessions."""
+    server, port = serve("-v", "--legacy", "--allow-listen")
+    targets = [form % text for form in ("%s:80", "a:%s", "%s", "unix:/%s", "unix:%s", "[%s]:80", "[::1%%%s]:80", "[::%s]:80", "127.0.0.1:%s")]
+    for target in targets:
+        with link_to(port, keys) as link:
+            link.handshake().send_open(peer.TCP, target)
+            assert [record.type for record in link.read_to_end()] == [peer.ERROR]
+        with link_to(port, keys) as link:
+            link.handshake().send_open(peer.LISTEN, target, b"instance")
+            assert [record.type for record in link.read_to_end()] == [peer.ERROR]
+        with legacy_peer.Client(socket.create_connection(("127.0.0.1", port)), legacy_peer.Identity.load(keys.client.path), target) as client:
+            with pytest.raises(legacy_peer.Refused):
+                client.handshake()
+    with link_to(port, keys) as link:
+        link.handshake().open_udp()
+        for number, target in enumerate(targets, 1):
+            link.session(number, target)
+            assert link.read_udp()[0] == peer.SESSION_OVER
+        link.session(100, "127.0.0.1:%d" % tcp_echo.port)
+        link.session_over(100, peer.REMOTE_FAILED, text)
+        link.send_error(peer.REMOTE_FAILED, text)
+    with link_to(port, keys) as link:
+        link.handshake().open("127.0.0.1:%d" % tcp_echo.port).wait_opened()
+        link.fail(peer.REMOTE_FAILED, text)
+    for number in (0, 7, 1 << 40):
+        with link_to(port, keys) as link:
+            link.handshake().send_record(peer.ERROR, peer.varint(number) + peer.encode_str(text))
+            link.read_to_end()
+    shown(server)
+
+
+def test_what_waited_too_long_to_be_looked_at(place, shown):
+    """A target that no policy has seen when its time is up: the only place to connect is held by look-ups that hang."""
+    place.serve("--max-connects-per-key", "1", "--connect-timeout", "1")
+    place.names.names = {name: (Answer(hangs=True),) for name in ("one.example", "two.example")}
+    with place.link() as one, place.link() as two, place.link() as three:
+        one.send_open(peer.TCP, "one.example:80")
+        two.send_open(peer.TCP, "two.example:80")
+        three.send_open(peer.TCP, HOSTILE)
+        answer, = three.read_to_end()
+        assert answer.type == peer.ERROR
+    place.server.wait_for("cannot connect to the remote `marker-before.*: timed out")
+
+
+def test_what_a_stranger_says_to_a_server(serve, shown):
+    """In place of a handshake; each from an address of its own, so that none is only counted."""
+    for flags in ((), ("--legacy",)):
+        server, port = serve("-v", *flags)
+        for n, data in enumerate((*BANNERS.values(), SHORT.encode(), b"ratrod2\n" + SHORT.encode(), b"\0" + bytes(7) + b"\x20" + SHORT.encode()), 2):
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=("127.0.0.%d" % n, 0)) as connection:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionError):
+                    receive_all(connection)
+        server.wait_for("Refused `127.0.0.2:")
+
+
+def test_comments_and_bad_lines_of_authorized_keys(serve, keys, tmp_path, shown):
+    """Whoever asks for access sends the line that an administrator pastes."""
+    other = make_keys(tmp_path / "other")
+    text = SHORT.replace("\r", "").replace("\n", "").replace("\u2028", "")
+    keys.server.write("authorized_keys", "".join(line + "\n" for line in (
+        "%s %s" % (keys.client.public, text), "%s %s" % (keys.client.public, LONG), "%s marker-before permitopen=\x1b[2J" % other.public,
+        '%s permitopen="\x1b[2J:80"' % other.public, '%s permitopen="[::1%%\x1b[2J\x07]:80"' % other.public,
+        '%s permitopen="[\x1b[2J:]:80"' % other.public,
+        '%s permitopen="unix:/\x9b"' % other.public, '%s permitopen="a:\x1b"' % other.public, '%s expires="\u202e"' % other.public,
+        "\x1b[2J", "\u202e" * 43, "%s\u202e" % other.public, "A" * 5000)), encoding="utf-8")
+    server, port = serve("-v")
+    with link_to(port, keys) as link:
+        link.handshake()
+        server.wait_for("Accepted `.*marker-before")
+    shown(server)
+
+
+def test_lines_of_known_hosts_and_key_files(serve, connect, ratrod, keys, shown):
+    _, port = serve()
+    keys.client.write("known_hosts", "\x1b[2J marker\n%s \x1b[2J\u202e\n\u202e\n" % keys.server.public, encoding="utf-8")
+    assert connect(port, "-v").wait() == AUTHENTICATION_FAILED
+    for name in ("key", "key.pub"):
+        for data in (b"\x1b[2J" * 10, b"\xff\x9b" * 50, "\u202e".encode() * 111, b"A" * 5000):
+            folder = make_keys(keys.client.path / ("%s%d" % (name, len(data))))
+            (folder.path / name).write_bytes(data)
+            program = ratrod("-v", "-k", folder.path, "connect", "127.0.0.1:%d" % port)
+            assert program.wait() in (2, AUTHENTICATION_FAILED)
+
+
+PROXY_HEADERS = [b"PROXY TCP6 %s ::1 1 2\r\n" % source for source in (
+    b"fe80::1%\x1b[2J\x07", b"fe80::1%\nmarker", b"::1%]", b"::1%\x9b31m", b"fe80::1%" + b"A" * 60, b"\x1b[2J",
+    b"::ffff:127.0.0.1")] + [
+    b"PROXY TCP4 127.0.0.1 127.0.0.1 \x1b 2\r\n", b"PROXY \x1b[2J\r\n", b"PROXY UNKNOWN \x1b[2J\r\n", b"PROXY TCP4 \xff\x80 1 1 1\r\n",
+    b"PROXY " + b"\x1b" * 101, b"\x1b[2J" * 30,
+    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10\x7f\0\0\1\x7f\0\0\1\0\1\0\2\4\0\1\x1b"]
+
+
+@pytest.mark.parametrize("header", PROXY_HEADERS, ids=repr)
+def test_what_a_proxy_says(serve, keys, shown, header):
+    """Behind it an honest client, if it is let in, and then somebody who says nonsense: both are shown with the address that the proxy gave."""
+    server, port = serve("-v", "--proxy-protocol", "127.0.0.0/8")
+    for seed in (seed_of(keys.client), None):
+        with contextlib.suppress(OSError, peer.ProtocolError):
+            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+                connection.sendall(header)
+                if seed:
+                    peer.Client(connection, seed).handshake().finish()
+                else:
+                    connection.sendall(b"nonsense")
+                    connection.shutdown(socket.SHUT_WR)
+                    receive_all(connection)
+    # It goes on, and its log says so.
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        connection.sendall(b"PROXY TCP4 127.0.0.9 127.0.0.1 1 2\r\n")
+        peer.Client(connection, seed_of(keys.client)).handshake()
+        server.wait_for("Accepted `127.0.0.9:1`")
+
+
+def log_calls():
+    for node in ast.walk(ast.parse((ROOT / "ratrod.py").read_text("utf-8"))):
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "log":
+            if called.attr in ("debug", "info", "warning", "error", "critical", "exception", "log"):
+                yield node, node.args[called.attr == "log":]
+
+
+def test_no_text_is_taken_for_a_format():
+    """`%` in what somebody else has said must not be read as a format: the first argument is a constant, or the only one."""
+    calls = list(log_calls())
+    assert len(calls) > 20
+    for node, (text, *arguments) in calls:
+        assert isinstance(text, ast.Constant) or not arguments, "line %d" % node.lineno

@@ -1,0 +1,338 @@
+"""serve and connect as services: what systemd is told, what the log looks like to a collector, reloading, and the health probe."""
+
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from support.keys import make_keys
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, RATROD2, READY, ROOT, STARTED, missing, tcp_port
+from support.sockets import ask, dial, eventually, port_of, receive_all
+from support.targets import echo
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+
+@pytest.fixture
+def manager(tmp_path):
+    """manager(abstract=False) -> (what NOTIFY_SOCKET is to be, receive() -> the next message's lines as a dict): systemd's end. What is STATUS
+    alone, as it comes from time to time, is passed over, or is what receive(status=True) awaits."""
+    sockets = []
+
+    def make(abstract=False):
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sockets.append(made)
+        name = "ratrod-test-%d-%d" % (os.getpid(), len(sockets)) if abstract else str(tmp_path / ("notify%d" % len(sockets)))
+        made.bind("\0" + name if abstract else name)
+
+        def receive(timeout=PATIENCE, status=False):
+            made.settimeout(timeout)
+            while True:
+                message = dict(line.split("=", 1) for line in made.recv(4096).decode().splitlines())
+                if (list(message) == ["STATUS"]) is status:
+                    return message
+        return ("@" if abstract else "") + name, receive
+    yield make
+    for made in sockets:
+        made.close()
+
+
+def notifying(path):
+    return {"env": {**os.environ, "NOTIFY_SOCKET": path}}
+
+
+# ---------------------------------------------------------------------------------------------------- systemd
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_systemd_hears_how_it_goes(abstract, manager, ratrod, keys, tcp_echo):
+    """READY only when it is: the very next thing is a connection."""
+    if abstract and not sys.platform.startswith("linux"):
+        missing("abstract sockets")
+    path, heard = manager(abstract)
+    server = ratrod("-k", keys.server.path, "serve", "127.0.0.1:0", **notifying(path))
+    message = heard()
+    assert message["READY"] == "1" and message["STATUS"].startswith("Server on `127.0.0.1:")
+    port = int(re.search(r":(\d+)`", message["STATUS"]).group(1))
+    path, heard_of_client = manager(abstract)
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port, **notifying(path))
+    message = heard_of_client()
+    assert message["READY"] == "1" and "connected" in message["STATUS"] and "127.0.0.1:%d" % port in message["STATUS"]
+    ask(tcp_port(client))
+    for program, listen in ((server, heard), (client, heard_of_client)):
+        program.process.send_signal(signal.SIGHUP)
+        message = listen()
+        assert message["RELOADING"] == "1" and int(message["MONOTONIC_USEC"]) > 0
+        assert listen() == {"READY": "1"}
+    ask(tcp_port(client))
+    for program, listen in ((client, heard_of_client), (server, heard)):
+        assert program.stop() == 0
+        assert listen() == {"STOPPING": "1"}
+
+
+def test_a_client_is_ready_when_all_its_tunnels_are(manager, ratrod, keys, tcp_echo, serve):
+    """Reverse tunnels listen elsewhere, and later; while the server is not there it is not ready, and says so to nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        port = port_of(made)
+    path, heard = manager()
+    client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-count", "1000", "--max-retry-interval", "0.2", "127.0.0.1:%d" % port,
+                    "R:0:127.0.0.1:%d" % tcp_echo.port, **notifying(path))
+    client.wait_for("Test connection failed")
+    client.process.send_signal(signal.SIGHUP)
+    client.wait_for("Read again")
+    assert re.match("Client of `127.0.0.1:%d`, connecting for .* refused" % port, heard(status=True)["STATUS"])
+    server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
+    assert heard()["READY"] == "1"
+    assert ", connected for " in heard(status=True)["STATUS"]
+    ask(int(server.wait_for(LISTENING).group(1)))
+
+
+def test_of_several_workers_the_parent_speaks(manager, ratrod, keys, tcp_echo):
+    """systemd believes the main process alone (NotifyAccess=main)."""
+    path, heard = manager()
+    server = ratrod("-k", keys.server.path, "serve", "--workers", "2", "127.0.0.1:0", **notifying(path))
+    assert heard() == {"READY": "1", "STATUS": "2 workers"}
+    port = int(server.wait_for(STARTED).group(1))
+    server.process.send_signal(signal.SIGHUP)
+    assert heard()["RELOADING"] == "1"
+    assert heard()["READY"] == "1"
+    server.wait_for("Read again", 2)
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    server.process.send_signal(signal.SIGUSR1)
+    server.wait_for("📊 Server on", 2)
+    server.process.terminate()
+    assert heard() == {"STOPPING": "1"}
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "", "@", "vsock:2:1234", "relative", "/" + "x" * 200])
+def test_a_manager_that_is_not_there(path, ratrod, keys):
+    program = ratrod("-v", "-k", keys.server.path, "serve", "127.0.0.1:0", **notifying(path))
+    program.wait_for(STARTED)
+    program.process.send_signal(signal.SIGHUP)
+    program.wait_for("Read again")
+    assert program.stop() == 0
+    assert not re.search("WARN|ERROR", program.output)
+
+
+# ---------------------------------------------------------------------------------------------------- unit files
+
+
+def unit(name):
+    """The fenced block of the README under <!-- ci: NAME -->."""
+    found = re.search(r"<!-- ci: %s -->\n```\w*\n(.*?)^```" % re.escape(name), (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    assert found, "README.md has no block %s" % name
+    return found.group(1)
+
+
+@pytest.mark.parametrize("block, name", [("serve.service", "ratrod-serve.service"), ("connect.service", "ratrod-connect@x.service")])
+def test_the_unit_files_of_the_readme(block, name, tmp_path):
+    text = unit(block)
+    for line in ("Type=notify", "Restart=on-failure", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed"):
+        assert re.search("^%s$" % re.escape(line), text, re.M), line
+    if not shutil.which("systemd-analyze"):
+        missing("systemd-analyze")
+    program = tmp_path / "ratrod"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    command = re.search(r"^ExecStart=(\S+)", text, re.M).group(1)
+    assert command.endswith("/ratrod")
+
+    def verify(text):
+        path = tmp_path / name
+        path.write_text(text)
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, timeout=PATIENCE)
+        # Whatever it has to say of this machine's own units is not about these.
+        return [line for line in done.stderr.decode().splitlines() if name.split(".")[0] in line]
+    assert verify(text.replace(command, str(program))) == []
+    # It does look.
+    assert "is not executable" in str(verify(text.replace(command, str(tmp_path / "none"))))
+    assert "Restrat" in str(verify(text.replace(command, str(program)).replace("Restart=", "Restrat=")))
+
+
+# ---------------------------------------------------------------------------------------------------- --log-format
+
+
+def test_a_log_for_machines(serve, connect, keys, tcp_echo, tmp_path):
+    server, port = serve("-v", "--log-format", "json")
+    client = connect(port, "-v", "--log-format=json", "0:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    client.wait_for("✅ .* closed: ")
+    assert client.stop() == server.stop() == 0
+    for program in (client, server):
+        lines = [json.loads(line) for line in program.lines]
+        assert len(lines) > 2 and {tuple(line) for line in lines} == {("time", "level", "message")}
+        for line in lines:
+            when = datetime.datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S.%fZ")
+            assert abs(when - datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)) < datetime.timedelta(minutes=5)
+        assert {line["level"] for line in lines} <= {"DEBUG", "INFO", "WARN", "ERROR"} and "DEBUG" in {line["level"] for line in lines}
+        assert "\x1b" not in program.output
+
+
+def test_what_would_break_a_line_of_it(run_once, tmp_path):
+    """Quotes, backslashes and line ends; also where the locale has no name for a character."""
+    strange = str(tmp_path / 'a "b" \\ \n c\x1b[31m ü')
+    for env in ({}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}):
+        code, output = run_once("-k", strange, "connect", "--check", "--log-format", "json", "127.0.0.1:9", **env)
+        assert code == 2
+        (line,) = output.splitlines()
+        message = json.loads(line)["message"]
+        assert json.loads(line)["level"] == "ERROR" and 'a "b" \\ \n c' in message
+
+
+@pytest.fixture
+def run_once(ratrod):
+    """run_once(words..., NAME=value...) -> (exit code, output)"""
+    def launch(*words, **environment):
+        program = ratrod(*words, env={**os.environ, **environment})
+        return program.wait(), program.output
+    return launch
+
+
+# ---------------------------------------------------------------------------------------------------- SIGHUP
+
+
+def test_hup_reads_the_lists_at_once(serve, connect, ratrod, keys, tcp_echo, tmp_path):
+    stranger = make_keys(tmp_path / "stranger")
+    stranger.trust(keys.server, "known_hosts")
+    server, port = serve()
+    client = connect(port, "0:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    with dial(tcp_port(client)) as connection:
+        connection.sendall(b"?")
+        assert connection.recv(1) == b"?"
+        keys.server.write("authorized_keys", stranger.public + "\n")
+        server.process.send_signal(signal.SIGHUP)
+        assert receive_or_reset(connection) == b""
+        server.wait_for("is not in authorized_keys any more|Read again")
+    # It lives, and serves whom the list names now.
+    other = ratrod("-k", stranger.path, "connect", "127.0.0.1:%d" % port)
+    assert other.wait() == 0, other.output
+    assert server.process.poll() is None
+
+
+def receive_or_reset(connection):
+    try:
+        return receive_all(connection)
+    except ConnectionResetError:
+        return b""
+
+
+def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
+    """A client comes as who it is now; where its file is damaged it stays who it was, and says so."""
+    server, port = serve("-v")
+    client = connect(port, "-v", "0:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    (keys.client.path / "key").rename(tmp_path / "old key")
+    (keys.client.path / "key").write_text("nonsense")
+    client.process.send_signal(signal.SIGHUP)
+    client.wait_for("ERROR .*the key file .* is damaged.*the key that was read before stays in use")
+    ask(tcp_port(client))
+    new = make_keys(tmp_path / "new")
+    keys.server.trust(new, "authorized_keys")
+    for name in ("key", "key.pub"):
+        shutil.copy(new.path / name, keys.client.path / name)
+    client.process.send_signal(signal.SIGHUP)
+    client.wait_for("Read again: .*%s" % re.escape(new.public))
+    ask(tcp_port(client))
+    server.wait_for("Accepted .*%s" % re.escape(new.public))
+    # The server as well: whoever knows the old key alone is warned.
+    other = make_keys(tmp_path / "other")
+    shutil.copy(other.path / "key", keys.server.path / "key")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("WARN .*does not show this key")
+    server.wait_for("Read again: .*%s" % re.escape(other.public))
+    probe = connect(port, "--check")
+    assert probe.wait() == AUTHENTICATION_FAILED and other.public in probe.output
+
+
+def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
+    """With pauses of up to an hour a server that is there again would be found in an hour."""
+    server, port = serve("--allow-listen")
+    client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "3600", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port,
+                    "R:0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for("listens on")
+    server.process.kill()
+    server.wait()
+    client.wait_for("Lost the server")
+
+    def tries():
+        return client.output.count("; trying again")
+    # Each time at once, whatever the pause has grown to: the next would be of over an hour.
+    for _ in range(15):
+        before = tries()
+        client.process.send_signal(signal.SIGHUP)
+        eventually(lambda before=before: tries() > before, lambda: client.output)
+    server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
+    eventually(lambda: client.process.send_signal(signal.SIGHUP) or "Connected to server" in client.output.partition("Lost the server")[2]
+               and "reverse tunnel on" in client.output.partition("Lost the server")[2], lambda: client.output)
+    ask(tcp_port(client))
+
+
+def test_hup_during_a_drain_changes_nothing_about_it(serve, connect, target):
+    server, port = serve("--drain", "60")
+    client = connect(port, "--drain", "60", "0:%d" % target(echo).port)
+    client.wait_for(READY)
+    connection = dial(tcp_port(client))
+    connection.sendall(b"1")
+    assert connection.recv(1) == b"1"
+    client.process.terminate()
+    client.wait_for("Ending")
+    client.process.send_signal(signal.SIGHUP)
+    client.wait_for("Read again")
+    connection.sendall(b"2")
+    assert connection.recv(1) == b"2"
+    connection.close()
+    assert client.wait() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- connect --check
+
+
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+def test_a_good_check(mode, serve, run_once, keys, tcp_echo, manager):
+    """It listens on nothing: the tunnels' ports may be in use, by the very client whose health it is about. And it is not that service."""
+    _, port = serve(*mode.serve)
+    path, heard = manager()
+    words = "-k", str(keys.client.path), "connect", "--check", *mode.connect, "127.0.0.1:%d" % port
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        for tunnels in ([], ["%d:%d" % (port_of(made), tcp_echo.port)], ["stdio:db:1"], ["1080:socks", "unix:/nowhere/x:db:1"]):
+            code, output = run_once(*words, *tunnels, NOTIFY_SOCKET=path)
+            lines = [line for line in output.splitlines() if "in the clear" not in line]
+            assert (code, lines) == (0, ["The server `127.0.0.1:%d` lets this client in." % port]), output
+        # Of several, the one that does.
+        nobody = "127.0.0.1:%d" % port_of(made)
+        made.close()
+        code, output = run_once(*words[:-1], "--log-format", "json", "%s,%s" % (nobody, words[-1]))
+        line = json.loads(output.splitlines()[-1])
+        assert (code, line["level"], line["message"]) == (0, "INFO", "The server `127.0.0.1:%d` lets this client in." % port), output
+    code, output = run_once("-v", *words)
+    assert code == 0 and READY in output and "Signing server challenge" in output
+    with pytest.raises(BlockingIOError):
+        heard(0)
+    assert tcp_echo.accepted == 0
+
+
+def test_bad_checks(serve, run_once, keys, tmp_path):
+    """Each kind of failure has its exit code, and the line that connect has for it; nothing is asked, and nothing is written."""
+    _, port = serve()
+    server = "127.0.0.1:%d" % port
+    stranger, ignorant = make_keys(tmp_path / "stranger"), make_keys(tmp_path / "ignorant")
+    stranger.trust(keys.server, "known_hosts")
+    for folder, words, code, said in (
+            (keys.client.path, ["127.0.0.1:9"], 1, "Connection refused"), (keys.client.path, [server, "nonsense"], 2, "cannot understand the tunnel"),
+            (keys.client.path, ["nonsense"], 2, "cannot understand the server"), (stranger.path, [server], 3, "does not know this client's key"),
+            (ignorant.path, [server], 3, "is not in the known hosts file"), (tmp_path / "none", [server], 2, "no security files in")):
+        got, output = run_once("-k", str(folder), "connect", "--check", *words)
+        assert got == code and len(output.splitlines()) == 1 and said in output, output
+    assert (ignorant.path / "known_hosts").read_text() == "" and not (tmp_path / "none").exists()

@@ -1,0 +1,1 @@
+"""What the tests and the tools share; each thing once."""

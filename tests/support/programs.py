@@ -1,0 +1,167 @@
+"""The real programs as subprocesses: ratrod from this checkout, and what their output says.
+
+Nothing here imports ratrod, so that a mistake in the module cannot hide in the tests' own set-up.
+"""
+
+import atexit
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Another Python may run the programs than the tests: one of musl's, with which not every package that the tests need works.
+PYTHON = os.environ.get("RATROD_TEST_PYTHON") or sys.executable
+SCRIPT = PYTHON, str(ROOT / "ratrod.py")
+
+
+def compiled():
+    """ratrod.py as that Python's bytecode. A script is compiled at each start, 0.2 s, which was most of what the whole suite cost."""
+    folder = tempfile.mkdtemp(prefix="ratrod-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.chmod(folder, 0o755)  # also for the programs that run as somebody else
+    file = os.path.join(folder, "ratrod.pyc")
+    subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, file], check=True)
+    return file
+
+
+RATROD = PYTHON, compiled()
+CACHE = pathlib.Path(os.environ.get("RATROD_TEST_CACHE") or pathlib.Path.home() / ".cache" / "ratrod-tests")
+RUST = CACHE / "rust" / "bin" / "ratrod"
+# The longest that any awaited event may take. Generous: it bounds a hang on a busy machine and measures nothing.
+PATIENCE = 30.0
+# The exit code of a client that the server does not accept, or that does not accept the server.
+AUTHENTICATION_FAILED = 3
+
+
+class Mode(NamedTuple):
+    """One way of running both ends: the flags of each."""
+
+    name: str
+    serve: tuple = ()
+    connect: tuple = ()
+
+
+LEGACY = Mode("legacy", ("--legacy",), ("--legacy",))
+LEGACY_E = Mode("legacy-e", ("--legacy",), ("--legacy", "-e"))
+RATROD2 = Mode("ratrod2")
+MODES = (RATROD2, LEGACY, LEGACY_E)
+every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+
+
+def missing(what):
+    """A real peer that is not there: a failure in CI, where all are required, and a visible skip elsewhere."""
+    if os.environ.get("RATROD_REQUIRE_PEERS"):
+        pytest.fail("%s is required here (RATROD_REQUIRE_PEERS is set) and is missing" % what)
+    pytest.skip("%s is not on this machine" % what)
+
+
+def need(program):
+    return shutil.which(program) or missing(program)
+
+
+class Program:
+    """A running program whose output (both streams, one list of lines) a test can await and search."""
+
+    def __init__(self, command, **options):
+        self.lines = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                        **{"stdin": subprocess.DEVNULL, **options})
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(re.sub(r"\x1b\[[0-9;]*m", "", line.decode("utf-8", "replace").rstrip("\n")))
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    @property
+    def output(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern, count=1):
+        """The match of the count-th line (from the start of the output) that has `pattern`; fails when the program ends without it."""
+        def found():
+            matches = [match for match in (re.search(pattern, line) for line in self.lines) if match]
+            return matches[count - 1] if len(matches) >= count else None
+        with self._changed:
+            self._changed.wait_for(lambda: found() or self._ended, PATIENCE)
+            match = found()
+        assert match, "no line %r%s in:\n%s" % (pattern, "" if count == 1 else " (%d times)" % count, self.output)
+        return match
+
+    def wait(self):
+        """The exit code, once it has ended by itself and all its output is here."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def stop(self, sign=signal.SIGTERM):
+        """Ends it as a user would, and returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(sign)
+        try:
+            return self.wait()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.wait()
+            raise AssertionError("did not end on %s:\n%s" % (sign, self.output))
+
+
+class Tunnel(NamedTuple):
+    """A running server and client of ours: `port` is the client's first listening port, `server_port` the server's."""
+
+    server: Program
+    client: Program
+    server_port: int
+    port: int
+
+    def connect(self, timeout=PATIENCE):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+
+
+LISTENING = r"\[TCP\] Listening on `.*?:(\d+)`"
+UDP_LISTENING = r"\[UDP\] Listening on `.*?:(\d+)`"
+STARTED = r"Starting server on `.*:(\d+)`"
+READY = r"Test connection successful!"
+
+
+def tcp_port(client, n=1):
+    """The port of the client's n-th TCP listener."""
+    return int(client.wait_for(LISTENING, n).group(1))
+
+
+def udp_port(client, n=1):
+    """The port of the client's n-th UDP listener."""
+    return int(client.wait_for(UDP_LISTENING, n).group(1))
+
+
+def udp_originator(client, n=1):
+    """A socket that is connected to the client's n-th UDP listener."""
+    port = udp_port(client, n)
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.settimeout(PATIENCE)
+    made.connect(("127.0.0.1", port))
+    return made
+
+
+def descriptors(program):
+    """How many file descriptors the program has open."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc on this system")
+    return len(os.listdir("/proc/%d/fd" % program.process.pid))

@@ -1,0 +1,143 @@
+"""Sockets as tests use them: dialling, reading to the end, whole exchanges, free ports, waiting for a state."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import random
+import selectors
+import signal
+import socket
+import struct
+import time
+
+import pytest
+
+from support.programs import PATIENCE
+
+
+def receive_all(connection):
+    """What comes until the end of file, as bytes."""
+    chunks = []
+    while True:
+        chunk = connection.recv(1 << 20)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+
+
+def receive_exactly(connection, n):
+    chunks = []
+    while n:
+        chunk = connection.recv(min(n, 1 << 20))
+        assert chunk, "the connection ended %d bytes too early" % n
+        chunks.append(chunk)
+        n -= len(chunk)
+    return b"".join(chunks)
+
+
+def port_of(sock):
+    return sock.getsockname()[1]
+
+
+def free_port(n=1):
+    """The first of `n` ports in a row that are free for TCP and UDP: for what cannot say which one it got for port 0, and for where nobody
+    is to be. None of those that the system gives out by itself, 32768 and up: one of these soon belongs to another worker's test."""
+    for _ in range(1000):
+        first = random.SystemRandom().randrange(10000, 32000)  # hypothesis seeds the common one
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + n):
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    stack.enter_context(socket.socket(socket.AF_INET, kind)).bind(("", port))
+            return first
+    raise AssertionError("no %d free ports in a row" % n)
+
+
+def dial(port, host="127.0.0.1"):
+    return socket.create_connection((host, port), timeout=PATIENCE)
+
+
+def dial_with(data, client, port):
+    """A connection to `client`, whose `data` is there when it accepts: on a busy machine it could come so late that Open leaves without it."""
+    client.process.send_signal(signal.SIGSTOP)
+    try:
+        connection = dial(port)
+        connection.sendall(data)
+    finally:
+        client.process.send_signal(signal.SIGCONT)
+    return connection
+
+
+def ask_over(connection, question=b"anybody there?"):
+    """A whole exchange with an echo: question, end, answer, end."""
+    with connection:
+        connection.sendall(question)
+        connection.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == question
+
+
+def ask(port, question=b"anybody there?", host="127.0.0.1"):
+    """A whole connection to an echo."""
+    ask_over(dial(port, host), question)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def assert_refused(port):
+    """A connection to `port` is taken and reset at once, nothing having been sent."""
+    with pytest.raises(ConnectionResetError):
+        with dial(port) as connection:
+            connection.recv(1)
+
+
+def check_half_close(ended, other):
+    """`ended` ends its direction. It still receives, for as long as the other side of the connection has something to say."""
+    ended.sendall(b"that is all")
+    ended.shutdown(socket.SHUT_WR)
+    assert receive_all(other) == b"that is all"
+    for size in (1, 1000, 50000):
+        block = os.urandom(size)
+        other.sendall(block)
+        assert receive_exactly(ended, size) == block
+    other.close()
+    assert ended.recv(1) == b""
+
+
+def check_bulk_each_way(ends):
+    """24 MB in each direction of a connection, at the same time; both arrive whole, and end."""
+    # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
+    block = os.urandom((1 << 20) - 3)
+
+    def send(connection):
+        for _ in range(24):
+            connection.sendall(block)
+        connection.shutdown(socket.SHUT_WR)
+
+    def receive(connection):
+        digest = hashlib.sha256()
+        for chunk in iter(lambda: connection.recv(1 << 20), b""):
+            digest.update(chunk)
+        return digest.hexdigest()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        senders, receivers = [pool.submit(send, end) for end in ends], [pool.submit(receive, end) for end in ends]
+        assert {receiver.result() for receiver in receivers} == {hashlib.sha256(block * 24).hexdigest()}
+        for sender in senders:
+            sender.result()
+
+
+def is_ready(sock, event, timeout):
+    """Whether `event` (selectors.EVENT_READ or EVENT_WRITE) comes on `sock` within so many seconds. select() takes descriptors up to 1023."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, event)
+        return bool(selector.select(timeout))
+
+
+def eventually(condition, what):
+    """Polls for a state that announces itself by no event."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "never came true: %s" % (what() if callable(what) else what,)
+        time.sleep(0.02)

@@ -1,0 +1,86 @@
+"""What tunnels lead to: TCP, Unix and UDP servers on free ports, each connection on a thread of its own."""
+
+import contextlib
+import socket
+import threading
+
+from support.sockets import port_of
+
+
+class Target:
+    """A TCP server on a free port: handle(connection) runs on a thread for each connection, which is closed after it."""
+
+    def __init__(self, handle, host="127.0.0.1"):
+        self._start(handle, socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1000))
+        self.port = port_of(self._listener)
+
+    def _start(self, handle, listener):
+        self._handle, self._listener = handle, listener
+        self.accepted = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, contextlib.suppress(OSError):
+            self._handle(connection)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class UnixTarget(Target):
+    """The same on a Unix socket."""
+
+    def __init__(self, handle, path):
+        self.path = str(path)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.path)
+        listener.listen(100)
+        self._start(handle, listener)
+
+
+def echo(connection):
+    """Sends back what comes until the peer's end of file; then ends too."""
+    while True:
+        data = connection.recv(65536)
+        if not data:
+            return
+        connection.sendall(data)
+
+
+class UdpEcho:
+    """A UDP echo on a free port of `host`; `seen` counts the datagrams."""
+
+    def __init__(self, host="127.0.0.1"):
+        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.bind((host, 0))
+        self.port = self.socket.getsockname()[1]
+        self.seen = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        while True:
+            try:
+                data, address = self.socket.recvfrom(65536)
+                if address[1] == self.port:
+                    return
+                self.seen += 1
+                self.socket.sendto(data, address)
+            except OSError:
+                return
+
+    def close(self):
+        # A datagram to itself ends the thread: closing alone does not wake a blocked recvfrom.
+        with contextlib.suppress(OSError):
+            self.socket.sendto(b"", self.socket.getsockname())
+        self.socket.close()

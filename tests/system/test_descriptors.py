@@ -1,0 +1,464 @@
+"""Descriptors: as many as there may be, what happens when they run out, and that none is ever left behind.
+
+test_nothing_is_left_behind has 3,000 connections of every kind here. 100,000: RATROD_LONG=1 pytest -n0 -s tests/test_descriptors.py
+"""
+
+import collections
+import contextlib
+import functools
+import pathlib
+import random
+import re
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+
+import pytest
+from test_links import Relay
+from test_ratrod2_negative import cpu_seconds
+
+from support import ratrod2_peer as peer
+from support.keys import seed_of
+from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
+from support.programs import PATIENCE, RATROD, READY, STARTED, descriptors, need, tcp_port, udp_port
+from support.sockets import assert_refused, dial, eventually, is_ready, receive_all, receive_exactly, reset
+from support.targets import echo
+
+pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
+FEW = 64
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as made:
+        yield made
+
+
+@pytest.fixture
+def limited(start, keys):
+    """limited(soft, hard, folder, words...) -> the program, started with these limits of descriptors."""
+    need("prlimit")
+    return lambda soft, hard, folder, *words: start("prlimit", "--nofile=%d:%d" % (soft, hard), *RATROD, "-k", folder.path, *words)
+
+
+def started(server):
+    return int(server.wait_for(STARTED).group(1))
+
+
+def ping(sock, data=b"ping"):
+    sock.sendall(data)
+    assert sock.recv(len(data)) == data
+
+
+# ---------------------------------------------------------------------------------------------------- as many as there may be
+
+
+@pytest.mark.parametrize("end", ["serve", "connect"])
+def test_the_soft_limit_is_raised(limited, serve, keys, end):
+    """Most systems start programs with 1024, which is 500 connections."""
+    if end == "serve":
+        program = limited(256, 4096, keys.server, "serve", "127.0.0.1:0")
+        program.wait_for(STARTED)
+    else:
+        program = limited(256, 4096, keys.client, "connect", "127.0.0.1:%d" % serve()[1], "0:127.0.0.1:9")
+        program.wait_for(READY)
+    limits = pathlib.Path("/proc/%d/limits" % program.process.pid).read_text()
+    assert re.search(r"^Max open files +4096 +4096 ", limits, re.M), limits
+
+
+# ---------------------------------------------------------------------------------------------------- none is left
+
+
+def complaints(program):
+    return [line for line in program.lines if "cannot accept connections for now" in line]
+
+
+def assert_it_rests(program, sock):
+    """A spin can only be seen over time: it takes all that the machine gives it. What is open goes on meanwhile."""
+    used = cpu_seconds(program.process.pid)
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        ping(sock)
+        time.sleep(0.2)
+    used = cpu_seconds(program.process.pid) - used
+    figure("CPU time in 2 s without descriptors, %s" % ("connect" if "connect" in program.process.args else "serve"), "%.2f s" % used)
+    assert used < 0.3
+
+
+def test_a_server_without_descriptors(limited, connect, keys, tcp_echo, stack):
+    server = limited(FEW, FEW, keys.server, "serve", "--handshake-timeout", "60", "127.0.0.1:0")
+    port = started(server)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    sock = stack.enter_context(dial(tcp_port(client)))
+    ping(sock)
+    free = FEW - descriptors(server)
+    strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, (from_address(n), 0))) for n in range(free + 20)]
+    server.wait_for("cannot accept connections for now: ")
+    ping(stack.enter_context(dial(tcp_port(client))))  # on the link that is there: accepting has left it a descriptor for its remote
+    assert_it_rests(server, sock)
+    # One place after the other becomes free, and is taken at once: it is still the same shortage.
+    for stranger in strangers[:3]:
+        stranger.close()
+        time.sleep(1.2)
+    assert len(complaints(server)) == 1
+    for stranger in strangers[3:]:
+        stranger.close()
+    link = peer.Client(stack.enter_context(dial(port)), seed_of(keys.client)).handshake()
+    assert link.exchange("127.0.0.1:%d" % tcp_echo.port, b"hello") == b"hello"
+    ping(sock)
+    assert len(complaints(server)) == 1
+
+
+def test_a_server_that_ends_takes_what_waited_for_descriptors(limited, keys, stack):
+    """Few are left, so accepting rests; at the end they are for those that wait, which closing the listener would reset."""
+    server = limited(FEW, FEW, keys.server, "serve", "--handshake-timeout", "60", "--drain", "30", "127.0.0.1:0")
+    port = started(server)
+
+    def enter(n):
+        return stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, (from_address(n), 0)))
+    spared = FEW // 8
+    for n in range(FEW - descriptors(server) - spared + 1):
+        enter(n)
+    server.wait_for("cannot accept connections for now: nearly all of the %d descriptors are taken" % FEW)
+    waiting = [peer.Client(enter(FEW + n), seed_of(keys.client)) for n in range(spared // 2)]
+    for link in waiting:
+        link.send_client_preamble()
+    server.process.send_signal(signal.SIGTERM)
+    for link in waiting:
+        link.read_server_preamble()
+        link.send_message(link.client_authentication())
+        link.read_completion()
+        assert [record.type for record in link.read_to_end()] == [peer.CLOSE]
+    assert server.wait() == 0
+
+
+class Locals:
+    """Many connections to a client at once, each with a word for the echo: what became of them."""
+
+    def __init__(self, ports, n, stack):
+        self.waiting, self.answered, self.refused = [], [], 0
+        for local in [stack.enter_context(dial(ports[i % len(ports)])) for i in range(n)]:
+            try:
+                local.sendall(b"ping")
+                self.waiting.append(local)
+            except ConnectionResetError:  # it has been refused by now
+                self.refused += 1
+
+    def look(self):
+        """Whether all have been answered or reset."""
+        for local in [local for local in self.waiting if is_ready(local, selectors.EVENT_READ, 0)]:
+            self.waiting.remove(local)
+            try:
+                assert local.recv(4) == b"ping"
+                self.answered.append(local)
+            except ConnectionResetError:
+                self.refused += 1
+        return not self.waiting
+
+
+@pytest.mark.parametrize("tunnels", [1, 3])
+def test_a_client_without_descriptors(limited, serve, keys, tcp_echo, stack, tunnels):
+    """One line, however many tunnels listen. Those that are open go on; the others wait in the system's queue, or are reset where there is
+    no descriptor for their links; and each that ends makes room."""
+    _, port = serve()
+    client = limited(FEW, FEW, keys.client, "connect", "--connect-timeout", "2", "127.0.0.1:%d" % port,
+                     *["0:127.0.0.1:%d" % tcp_echo.port] * tunnels)
+    client.wait_for(READY)
+    ports = [tcp_port(client, n + 1) for n in range(tunnels)]
+    sock = stack.enter_context(dial(ports[0]))
+    ping(sock)
+    many = Locals(ports, 2 * FEW, stack)
+    client.wait_for("cannot accept connections for now: ")
+    assert_it_rests(client, sock)
+    many.look()
+    at_once = len(many.answered)
+
+    def all_had_their_turn():
+        while many.answered:
+            local = many.answered.pop()
+            ping(local, b"still there")
+            local.close()
+        return many.look()
+    eventually(all_had_their_turn, lambda: "%d refused, %d wait:\n%s" % (many.refused, len(many.waiting), client.output))
+    name = "%d connections to %d tunnels of a client with %d descriptors, " % (2 * FEW, tunnels, FEW)
+    figure(name + "served at once", at_once)
+    figure(name + "served in the end", 2 * FEW - many.refused)
+    assert at_once > FEW // 8
+    ping(stack.enter_context(dial(ports[-1])))
+    ping(sock)
+    assert len(complaints(client)) == 1
+    assert "Lost the server" not in client.output
+
+
+# ---------------------------------------------------------------------------------------------------- nothing is left behind
+
+CONNECTIONS = 100_000 if LONG else 3000
+FIRST = 1000  # after which everything has its size
+AT_ONCE = 8
+BATCH = 10  # streams that die together
+WORD = b"a word "
+
+
+def serve_as_told(connection):
+    """The target: what it does is the originator's first byte."""
+    connection.settimeout(PATIENCE)
+    told = connection.recv(1)
+    if told == b"R":
+        reset(connection)
+    elif told == b"H":
+        connection.sendall(WORD)
+        connection.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == WORD
+    elif told == b"E":
+        echo(connection)
+
+
+def clean(port):
+    with dial(port) as local:
+        local.sendall(b"E" + WORD * 100)
+        local.shutdown(socket.SHUT_WR)
+        assert receive_all(local) == WORD * 100
+
+
+def half_closed(port):
+    """The target ends its direction first; the originator's goes on."""
+    with dial(port) as local:
+        local.sendall(b"H")
+        assert receive_all(local) == WORD
+        local.sendall(WORD)
+        local.shutdown(socket.SHUT_WR)
+
+
+def without_a_byte(port):
+    dial(port).close()
+
+
+def reset_by_the_originator(port):
+    local = dial(port)
+    local.sendall(b"E" + WORD * 100)
+    assert local.recv(1)
+    reset(local)
+
+
+def reset_by_the_target(port):
+    with dial(port) as local:
+        local.sendall(b"R")
+        assert_reset(local)
+
+
+def assert_reset(local):
+    with pytest.raises(ConnectionResetError):
+        assert local.recv(1) == b"x", "an end, and no reset"
+
+
+def udp(port):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+        originator.connect(("127.0.0.1", port))
+        originator.settimeout(1)
+        for _ in range(int(PATIENCE)):  # datagrams may be lost
+            originator.send(WORD)
+            with contextlib.suppress(socket.timeout):
+                assert originator.recv(100) == WORD
+                return
+        raise AssertionError("no answer over UDP")
+
+
+def socks_connect(port, remote, answer):
+    local = dial(port)
+    local.sendall(b"\5\1\0" + b"\5\1\0\1" + socket.inet_aton("127.0.0.1") + struct.pack(">H", remote))
+    assert receive_exactly(local, 4) == b"\5\0" + bytes([5, answer])
+    return local
+
+
+def socks(port, remote):
+    with socks_connect(port, remote, 0) as local:
+        receive_exactly(local, 8)
+        local.sendall(b"E" + WORD)
+        local.shutdown(socket.SHUT_WR)
+        assert receive_all(local) == WORD
+
+
+def socks_refused(port, remote):
+    with socks_connect(port, remote, 5) as local:
+        receive_all(local)
+
+
+def socks_udp(port, remote):
+    with dial(port) as local, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+        local.sendall(b"\5\1\0" + b"\5\3\0\1" + bytes(6))
+        assert receive_exactly(local, 6) == b"\5\0\5\0\0\1"
+        host, relay = struct.unpack(">4sH", receive_exactly(local, 6))
+        originator.settimeout(PATIENCE)
+        head = b"\0\0\0\1" + socket.inet_aton("127.0.0.1") + struct.pack(">H", remote)
+        originator.sendto(head + WORD, (socket.inet_ntoa(host), relay))
+        assert originator.recv(100) == head + WORD
+
+
+def socks_that_leaves(port):
+    with dial(port) as local:
+        local.sendall(b"\5\1\0" + b"\5\1")
+
+
+class Ends:
+    """A server and its clients, and a connection of each kind through them."""
+
+    def __init__(self, start, keys, target, udp_echo, stack):
+        self._start, self._keys = start, keys
+        self._echo, self._udp = target(serve_as_told).port, udp_echo.port
+        nobody = stack.enter_context(socket.socket())
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        self._refused, self._forbidden = nobody.getsockname()[1], 9
+        allowed = r"127\.0\.0\.1:(?:%d|%d|%d)" % (self._echo, self._udp, self._refused)
+        self.server = self._run(keys.server, "serve", "--legacy", "-r", allowed, "127.0.0.1:0")
+        self._port = started(self.server)
+        self._relay = Relay(self._port)
+        stack.callback(self._relay.close)
+        self.client = self._connect(self._port)
+        self.legacy = self._connect(self._port, "--legacy", "-e")
+        self.cut = self._connect(self._relay.port)
+        self.programs = {"server": self.server, "client": self.client, "legacy client": self.legacy, "client whose links die": self.cut}
+        self.kinds = {**self._plain("", self.client), **self._plain("legacy ", self.legacy)}
+        # What takes several seconds for a thousand is not every second one.
+        self.weights = [1 if name.startswith("legacy") else 4 for name in self.kinds]
+
+    def _run(self, folder, *words):
+        """Surplus links and UDP sessions go within seconds: else two minutes would have to pass before anything can be compared."""
+        return self._start(*scaled(idle_time=1.0, udp_timeout=1.0), "-k", folder.path, *words[:1], "--udp-timeout", "1", *words[1:])
+
+    def _connect(self, port, *flags):
+        return self._run(self._keys.client, "connect", *flags, "127.0.0.1:%d" % port, "0:socks",
+                         *["0:127.0.0.1:%d" % remote for remote in (self._echo, self._refused, self._forbidden, self._udp)])
+
+    def _plain(self, prefix, client):
+        client.wait_for(READY)
+        proxy = int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`").group(1))
+        to_echo, to_nobody, to_forbidden = (tcp_port(client, n) for n in (1, 2, 3))
+        kinds = {function.__name__: functools.partial(function, to_echo)
+                 for function in (clean, half_closed, without_a_byte, reset_by_the_originator, reset_by_the_target)}
+        kinds.update({"refused": functools.partial(assert_refused, to_nobody), "forbidden": functools.partial(assert_refused, to_forbidden),
+                      "udp": functools.partial(udp, udp_port(client, 4)), "socks": functools.partial(socks, proxy, self._echo),
+                      "socks_refused": functools.partial(socks_refused, proxy, self._refused),
+                      "socks_udp": functools.partial(socks_udp, proxy, self._udp), "socks_that_leaves": functools.partial(socks_that_leaves, proxy)})
+        return {prefix + name: kind for name, kind in kinds.items()}
+
+    def a_batch(self, client, kill):
+        """Streams in whose middle something dies: each of them must show that it was cut."""
+        with contextlib.ExitStack() as stack:
+            port = tcp_port(client)
+            # The client may not have seen yet that its links died in the batch before: what was sent on one of them is lost with it.
+            locals_ = []
+            while len(locals_) < BATCH:
+                with contextlib.suppress(ConnectionResetError):
+                    local = stack.enter_context(dial(port))
+                    local.sendall(b"E" + WORD)
+                    assert receive_exactly(local, len(WORD)) == WORD
+                    locals_.append(local)
+            kill()
+            for local in locals_:
+                assert_reset(local)
+
+    def links_cut(self):
+        def cut():
+            for connection in self._relay.connections:
+                connection.cut(reset=True)
+            self._relay.connections.clear()
+        self.a_batch(self.cut, cut)
+
+    def client_killed(self):
+        client = self._connect(self._port)
+        client.wait_for(READY)
+        self.a_batch(client, client.process.kill)
+        client.wait()
+
+
+class Load:
+    """Connections of random kinds, several at a time, and beside them batches that die."""
+
+    def __init__(self, ends, seed=1):
+        self.counts, self.took = collections.Counter(), 0.0
+        self._ends, self._rng = ends, random.Random(seed)
+        self._errors = []
+
+    def run(self, connections):
+        began = time.monotonic()
+        plans = iter(self._rng.choices(list(self._ends.kinds), self._ends.weights, k=connections * 9 // 10))
+        batches = connections // 10 // BATCH
+        # A client costs more to start than all its streams; some are enough.
+        killed = {batches * (2 * n + 1) // (2 * max(2, batches // 500)) for n in range(max(2, batches // 500))}
+        threads = [threading.Thread(target=self._guarded, args=(self._work, plans)) for _ in range(AT_ONCE)]
+        threads.append(threading.Thread(target=self._guarded, args=(self._die, batches, killed)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.took += time.monotonic() - began
+        if self._errors:
+            raise self._errors[0]
+
+    def _guarded(self, work, *args):
+        try:
+            work(*args)
+        except BaseException as error:
+            self._errors.append(error)
+
+    def _work(self, plans):
+        for name in plans:  # next() of a list's iterator is atomic
+            if self._errors:
+                return
+            try:
+                self._ends.kinds[name]()
+            except BaseException as error:
+                raise AssertionError("%s: %r" % (name, error)) from error
+            self.counts[name] += 1
+
+    def _die(self, batches, killed):
+        for n in range(batches):
+            if self._errors:
+                return
+            name = "client_killed" if n in killed else "links_cut"
+            getattr(self._ends, name)()
+            self.counts[name] += BATCH
+
+
+def used(programs):
+    return {name: descriptors(program) for name, program in programs.items()}
+
+
+def settle(programs, expected=None):
+    """The descriptors of each, once nothing has changed for so long that surplus links and UDP sessions are gone, or once they are as
+    expected."""
+    last, since = used(programs), time.monotonic()
+
+    def settled():
+        nonlocal last, since
+        now = used(programs)
+        if now != last:
+            last, since = now, time.monotonic()
+        return now == expected if expected else time.monotonic() - since > 4
+    eventually(settled, lambda: "the same descriptors: %s, expected %s" % (last, expected))
+    return last
+
+
+@pytest.mark.timeout(3600)
+def test_nothing_is_left_behind(start, keys, target, udp_echo, stack):
+    ends = Ends(start, keys, target, udp_echo, stack)
+    load = Load(ends)
+    load.run(FIRST)
+    before, memory_before = settle(ends.programs), {name: memory(program) for name, program in ends.programs.items()}
+    load.run(CONNECTIONS - FIRST)
+    after = settle(ends.programs, before)
+    total = sum(load.counts.values())
+    figure("connections through one server", "%d, %d a second: %s" % (
+        total, total / load.took, ", ".join("%d %s" % (count, name.replace("_", " ")) for name, count in load.counts.most_common())))
+    growth = {name: memory(program) - memory_before[name] for name, program in ends.programs.items()}
+    for name in ends.programs:
+        figure("descriptors of the %s after %d and after %d connections" % (name, FIRST, total), "%d, %d" % (before[name], after[name]))
+        figure("memory of the %s after %d, and what it grew by until the end" % (name, FIRST),
+               "%s, %s" % (megabytes(memory_before[name]), megabytes(growth[name])))
+    assert set(load.counts) == {*ends.kinds, "links_cut", "client_killed"}
+    assert max(growth.values()) < 4 << 20

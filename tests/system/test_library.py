@@ -1,0 +1,1073 @@
+"""ratrod as a library: tunnel() and serve(), in this process, over real sockets.
+
+What concerns a whole process (its output, its end, its children) runs in one of its own.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import inspect
+import logging
+import multiprocessing
+import os
+import pathlib
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+import ratrod
+from support.keys import make_keys
+from support.programs import PATIENCE, ROOT, missing
+from support.sockets import ask_over, eventually, free_port, receive_all, receive_exactly
+from support.targets import echo
+
+REFUSED = "not allowed by this server"
+ERRORS = ("RatrodError", "ConfigError", "ConnectError", "AuthenticationError", "PolicyError")
+
+
+def dial(address):
+    return socket.create_connection(address, timeout=PATIENCE)
+
+
+def ask(address, question=b"anybody there?"):
+    """A whole connection to an echo."""
+    ask_over(dial(address), question)
+
+
+def ask_by_udp(address, question=b"?"):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.settimeout(PATIENCE)
+        made.connect(address)
+        made.send(question)
+        return made.recv(100) == question
+
+
+def assert_reset(address):
+    """The connection is taken and then reset: what a refused target looks like."""
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        with dial(address) as connection:
+            connection.sendall(b"hello")
+            assert connection.recv(1) == b"", "data out of nowhere"
+            pytest.fail("a clean end")
+
+
+def assert_nobody_listens(address):
+    with pytest.raises(ConnectionRefusedError):
+        dial(address).close()
+
+
+def local(port):
+    return "0:127.0.0.1:%d" % port
+
+
+def threads():
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+def open_files():
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("no /proc on this system")
+    return len(os.listdir("/proc/self/fd"))
+
+
+class Ends:
+    """serve() and tunnel() with the keys of the test, closed at its end."""
+
+    def __init__(self, keys, stack):
+        self.keys = keys
+        self._stack = stack
+
+    def serve(self, bind="127.0.0.1:0", **options):
+        return self._stack.enter_context(ratrod.serve(bind, **{"key_path": str(self.keys.server.path), **options}))
+
+    def tunnel(self, server, *tunnels, **options):
+        """`server`: what serve() gave, or a text."""
+        where = server if isinstance(server, str) else "%s:%d" % server.address
+        return self._stack.enter_context(ratrod.tunnel(where, *tunnels, **{"key_path": str(self.keys.client.path), **options}))
+
+
+@pytest.fixture
+def ends(keys):
+    with contextlib.ExitStack() as stack:
+        yield Ends(keys, stack)
+
+
+@pytest.fixture
+def server(ends):
+    return ends.serve()
+
+
+@pytest.fixture
+def run(keys, tcp_echo):
+    """run(program text, timeout=PATIENCE) -> CompletedProcess of a Python that knows SERVER, CLIENT (key folders) and PORT (an echo's)."""
+    def launch(text, timeout=PATIENCE):
+        head = textwrap.dedent("""\
+            import logging, os, socket, sys, threading, time
+            import ratrod
+            SERVER, CLIENT, PORT = %r, %r, %d
+
+            def ask(address, question=b"anybody there?"):
+                with socket.create_connection(address, 20) as connection:
+                    connection.sendall(question)
+                    connection.shutdown(socket.SHUT_WR)
+                    answer = b"".join(iter(lambda: connection.recv(65536), b""))
+                assert answer == question, answer
+
+            def both():
+                server = ratrod.serve("127.0.0.1:0", key_path=SERVER)
+                return server, ratrod.tunnel("%%s:%%d" %% server.address, "0:127.0.0.1:%%d" %% PORT, key_path=CLIENT)
+            """) % (str(keys.server.path), str(keys.client.path), tcp_echo.port)
+        return subprocess.run([sys.executable, "-c", head + textwrap.dedent(text)], stdin=subprocess.DEVNULL, capture_output=True,
+                              timeout=timeout, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    return launch
+
+
+def assert_silent(done, code=0):
+    """It ended as it should, and nothing was written by anybody."""
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b""), done.stderr.decode()
+
+
+# ---------------------------------------------------------------------------------------------------- what it is for
+
+
+def test_a_tunnel(keys, tcp_echo, udp_echo):
+    """TCP and UDP on one address, as on the command line."""
+    with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
+        host, port = server.address
+        assert (host, type(port)) == ("127.0.0.1", int) and port
+        assert server.error is None
+        with ratrod.tunnel("127.0.0.1:%d" % port, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
+            assert tunnel.address[0] == "127.0.0.1" and tunnel.address[1] not in (0, port, tcp_echo.port)
+            assert list(tunnel.addresses) == [tunnel.address]
+            assert tunnel.error is None
+            for question in (b"?", b"", os.urandom(3_000_000)):
+                ask(tunnel.address, question)
+        assert_nobody_listens(tunnel.address)
+        with ratrod.tunnel("127.0.0.1:%d" % port, local(udp_echo.port), key_path=str(keys.client.path)) as tunnel:
+            assert ask_by_udp(tunnel.address)
+    assert_nobody_listens(server.address)
+
+
+def test_without_with(keys, tcp_echo):
+    server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path))
+    tunnel = ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path))
+    ask(tunnel.address)
+    tunnel.close()
+    assert_nobody_listens(tunnel.address)
+    server.close()
+    assert_nobody_listens(server.address)
+
+
+def test_a_path_object_is_a_path(keys, tcp_echo):
+    with ratrod.serve("127.0.0.1:0", key_path=pathlib.Path(keys.server.path)) as server:
+        with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=pathlib.Path(keys.client.path)) as tunnel:
+            ask(tunnel.address)
+
+
+def test_several_tunnels_of_one_client(ends, target):
+    """Their addresses come in order."""
+    server = ends.serve(allow_listen=True)
+    ports = [target(lambda connection, n=n: connection.sendall(b"%d" % n)).port for n in range(4)]
+    tunnel = ends.tunnel(server, local(ports[0]), "R:" + local(ports[1]), local(ports[2]), "R:127.0.0.1:" + local(ports[3]))
+    assert tunnel.address == tunnel.addresses[0]
+    assert len(set(tunnel.addresses)) == 4
+    for number, address in enumerate(tunnel.addresses):
+        assert address[0] == "127.0.0.1"
+        with dial(address) as connection:
+            assert receive_all(connection) == b"%d" % number
+
+
+def test_a_given_port_is_the_address(ends, server, tcp_echo):
+    port = free_port()
+    tunnel = ends.tunnel(server, "%d:127.0.0.1:%d" % (port, tcp_echo.port))
+    assert tunnel.address == ("127.0.0.1", port)
+    ask(tunnel.address)
+
+
+def test_many_at_once_in_one_process(ends, target):
+    """Each server and each tunnel has a loop of its own; what goes wrong with one leaves the others alone."""
+    pairs = []
+    for number in range(4):
+        server = ends.serve()
+        made = target(lambda connection, n=number: connection.sendall(receive_all(connection) + b"%d" % n))
+        pairs += [(number, server, ends.tunnel(server, local(made.port))) for _ in range(2)]
+    failures = []
+
+    def use(number, tunnel):
+        try:
+            for _ in range(20):
+                with dial(tunnel.address) as connection:
+                    connection.sendall(b"x" * 10_000)
+                    connection.shutdown(socket.SHUT_WR)
+                    assert receive_all(connection) == b"x" * 10_000 + b"%d" % number
+        except Exception as error:
+            failures.append(error)
+    users = [threading.Thread(target=use, args=(number, tunnel)) for number, _, tunnel in pairs]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join(PATIENCE)
+    assert not failures
+    pairs[0][1].close()
+    assert_reset(pairs[0][2].address)
+    with dial(pairs[-1][2].address) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == b"3"
+
+
+def test_a_tunnel_through_a_tunnel(ends, server, tcp_echo):
+    """To a server that is reached through another."""
+    inner = ends.serve()
+    outer_tunnel = ends.tunnel(server, local(inner.address[1]))
+    tunnel = ends.tunnel("%s:%d" % outer_tunnel.address, local(tcp_echo.port))
+    ask(tunnel.address, b"x" * 100_000)
+
+
+@pytest.mark.parametrize("options", [{"legacy": True}, {"legacy": True, "encrypt": True}, {}], ids=["legacy", "legacy -e", "ratrod2"])
+def test_the_wires(ends, tcp_echo, options):
+    server = ends.serve(legacy=True)
+    ask(ends.tunnel(server, local(tcp_echo.port), **options).address)
+
+
+def test_remote_regex(ends, tcp_echo):
+    server = ends.serve(remote_regex=r"127\.0\.0\.1:%d" % tcp_echo.port)
+    tunnel = ends.tunnel(server, local(tcp_echo.port), local(1))
+    ask(tunnel.addresses[0])
+    assert_reset(tunnel.addresses[1])
+
+
+def test_a_socks_user(ends, server, tcp_echo):
+    """RFC 1928 and 1929 by hand: the right password, a wrong one, none."""
+    tunnel = ends.tunnel(server, "0:socks", socks_user="me:secret")
+    for methods, password, good in ((b"\x02", b"secret", True), (b"\x02", b"wrong", False), (b"\x00", b"", False)):
+        with dial(tunnel.address) as connection:
+            connection.sendall(b"\x05\x01" + methods)
+            if methods == b"\x00":
+                assert receive_exactly(connection, 2) == b"\x05\xff"
+                continue
+            assert receive_exactly(connection, 2) == b"\x05\x02"
+            connection.sendall(b"\x01\x02me" + bytes([len(password)]) + password)
+            assert (receive_exactly(connection, 2)[1] == 0) == good
+            if good:
+                connection.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + tcp_echo.port.to_bytes(2, "big"))
+                assert receive_exactly(connection, 10)[:2] == b"\x05\x00"
+                connection.sendall(b"hello")
+                assert receive_exactly(connection, 5) == b"hello"
+
+
+# ---------------------------------------------------------------------------------------------------- its end
+
+
+def test_an_exception_ends_it(keys, tcp_echo):
+    """And passes."""
+    with pytest.raises(ZeroDivisionError):
+        with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
+            with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
+                ask(tunnel.address)
+                raise ZeroDivisionError
+    for end in (tunnel, server):
+        assert_nobody_listens(end.address)
+
+
+def test_closing_ends_what_is_carried(ends, server, target):
+    made = target(lambda connection: (connection.sendall(b"!"), connection.recv(1)))
+    for end in (0, 1):
+        tunnel = ends.tunnel(server, local(made.port))
+        with dial(tunnel.address) as connection:
+            receive_exactly(connection, 1)
+            (tunnel, server)[end].close()
+            with pytest.raises(ConnectionResetError):
+                connection.recv(1)
+
+
+def test_close_twice_and_by_other_threads(keys, tcp_echo):
+    """By several at once too: each returns, and none before all is closed."""
+    server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path))
+    tunnel = ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path))
+    for end in (tunnel, server):
+        ask(tunnel.address) if end is tunnel else None
+        after = queue.Queue()
+
+        def close(end=end, after=after):
+            try:
+                end.close()
+                assert_nobody_listens(end.address)
+                after.put(None)
+            except BaseException as error:
+                after.put(error)
+        closers = [threading.Thread(target=close) for _ in range(5)]
+        for closer in closers:
+            closer.start()
+        assert [after.get(timeout=PATIENCE) for _ in closers] == [None] * 5
+        end.close()
+        assert end.error is None, "closing is no error"
+        with end:
+            pass  # closed already: leaving closes it once more
+
+
+def test_closing_ends_those_who_are_not_in_yet(keys):
+    """Connections that have not authenticated themselves, and those whose turn has not come: none hangs on a server that is gone."""
+    server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path))
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(dial(server.address)) for _ in range(6)]
+        for stranger in strangers[::2]:
+            stranger.sendall(b"ratrod2\n")
+        server.close()
+        for stranger in strangers:
+            stranger.settimeout(3)  # what waits for the handshake's deadline takes 10 s
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+
+
+def test_the_same_port_at_once_again(keys, tcp_echo):
+    """When close() has returned, what was bound is free."""
+    server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path))
+    for _ in range(5):
+        server.close()
+        server = ratrod.serve("127.0.0.1:%d" % server.address[1], key_path=str(keys.server.path))
+    with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
+        ask(tunnel.address)
+    server.close()
+
+
+def test_nothing_is_left_behind(keys, tcp_echo, udp_echo):
+    """Threads and descriptors are what they were, after 30 rounds with traffic and 10 that failed to start."""
+    def round_trip():
+        with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
+            where = "%s:%d" % server.address
+            with ratrod.tunnel(where, local(tcp_echo.port), local(udp_echo.port), key_path=str(keys.client.path)) as tunnel:
+                ask(tunnel.addresses[0])
+                assert ask_by_udp(tunnel.addresses[1])
+        return where
+
+    def failure(where):
+        with pytest.raises(ratrod.RatrodError):
+            ratrod.tunnel(where, local(1), key_path=str(keys.client.path))
+    failure(round_trip())
+    gc.collect()
+    before = len(threads()), open_files()
+    gc.disable()  # what is closed only by the garbage collector is closed too late: until then its other end waits for an answer
+    try:
+        for number in range(30):
+            where = round_trip()
+            if number % 3 == 0:
+                failure(where)
+        # The test's own echoes may not have closed the last connection yet.
+        eventually(lambda: len(threads()) <= before[0] and open_files() <= before[1], lambda: "%s, now %s" % (before, (threads(), open_files())))
+    finally:
+        gc.enable()
+
+
+def test_the_interpreter_ends_without_closing(run):
+    """At once, with a connection open, and quietly."""
+    started = time.monotonic()
+    assert_silent(run("""
+        server, tunnel = both()
+        ask(tunnel.address)
+        held = socket.create_connection(tunnel.address)
+        held.sendall(b"x")
+        assert held.recv(1) == b"x"
+        """))
+    # Python's own start included; what waits for a thread or a timer takes 5 s, 10 s, or for ever.
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("asked", ["", "127.0.0.1:1", "listen 127.0.0.1:0"])
+def test_the_interpreter_ends_while_authorize_hangs(run, asked):
+    """It must not block for long; where it does, the process still ends."""
+    started = time.monotonic()
+    assert_silent(run("""
+        hanging = threading.Event()
+        def allow(key, target):
+            if target == %r:
+                hanging.set()
+                time.sleep(60)
+            return True
+        server = ratrod.serve("127.0.0.1:0", key_path=SERVER, authorize=allow, allow_listen=True)
+        def connect():
+            try:
+                tunnel = ratrod.tunnel("%%s:%%d" %% server.address, "0:127.0.0.1:1", "R:0:127.0.0.1:1", key_path=CLIENT)
+                socket.create_connection(tunnel.address).recv(1)
+            except (ratrod.RatrodError, OSError):
+                pass  # at the end of the interpreter
+        threading.Thread(target=connect, daemon=True).start()
+        assert hanging.wait(20)
+        """ % asked))
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("how, code", [("sys.exit(7)", 7), ("os._exit(8)", 8)])
+def test_the_exit_code_is_the_programs_own(run, how, code):
+    assert_silent(run("server, tunnel = both()\nask(tunnel.address)\n" + how), code)
+
+
+def test_an_exception_that_nobody_catches_is_the_programs_own(run):
+    done = run("server, tunnel = both()\nask(tunnel.address)\n1 / 0")
+    assert done.returncode == 1
+    assert done.stdout == b"" and done.stderr.strip().endswith(b"ZeroDivisionError: division by zero")
+    assert done.stderr.count(b"Traceback") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def assert_error(kind, text, make, *args, **options):
+    """make() raises `kind`, an error of ratrod's, that says `text`."""
+    assert issubclass(kind, ratrod.RatrodError)
+    with pytest.raises(kind, match=text) as caught:
+        make(*args, **options)
+    assert str(caught.value).isprintable()
+    return caught.value
+
+
+def test_missing_keys(tmp_path):
+    """Nothing is asked, made or written."""
+    folder = tmp_path / "nothing"
+    for make in (lambda path: ratrod.serve("127.0.0.1:0", key_path=path), lambda path: ratrod.tunnel("127.0.0.1:1", local(1), key_path=path)):
+        assert_error(ratrod.ConfigError, re.escape(str(folder)), make, str(folder))
+        folder.mkdir(exist_ok=True)
+        assert_error(ratrod.ConfigError, re.escape(str(folder)), make, str(folder))
+        assert not list(folder.iterdir())
+        folder.rmdir()
+
+
+def test_a_key_that_is_none(keys):
+    (keys.client.path / "key").write_text("nonsense")
+    assert_error(ratrod.ConfigError, "key", ratrod.tunnel, "127.0.0.1:1", local(1), key_path=str(keys.client.path))
+
+
+def test_the_default_key_path_is_that_of_the_command(run, tmp_path):
+    """Of the user who runs it: here one without keys."""
+    done = run("""
+        os.environ["HOME"] = %r
+        try:
+            ratrod.tunnel("127.0.0.1:1", "0:127.0.0.1:1")
+        except ratrod.ConfigError as error:
+            assert ".ratrod" in str(error), error
+            sys.exit(5)
+        """ % str(tmp_path))
+    assert_silent(done, 5)
+    assert not (tmp_path / ".ratrod").exists()
+
+
+def test_a_server_that_is_not_known(server, keys):
+    """It says which line to add; nobody is asked."""
+    keys.client.write("known_hosts", "")
+    where = "%s:%d" % server.address
+    assert_error(ratrod.AuthenticationError, "is not in the known hosts file.*%s %s" % (keys.server.public, where),
+                 ratrod.tunnel, where, local(1), key_path=str(keys.client.path))
+    assert not (keys.client.path / "known_hosts").read_text()
+
+
+def test_accept_new_and_a_changed_key(ends, server, keys, tmp_path, tcp_echo):
+    where = "%s:%d" % server.address
+    keys.client.write("known_hosts", "")
+    ask(ends.tunnel(server, local(tcp_echo.port), accept_new=True).address)
+    assert (keys.client.path / "known_hosts").read_text() == "%s %s\n" % (keys.server.public, where)
+    ask(ends.tunnel(server, local(tcp_echo.port)).address)
+    other = make_keys(tmp_path / "other")
+    keys.client.write("known_hosts", "%s %s\n" % (other.public, where))
+    assert_error(ratrod.AuthenticationError, "HAS CHANGED", ratrod.tunnel, where, local(1), key_path=str(keys.client.path), accept_new=True)
+
+
+def test_accept_all_hosts(ends, server, keys, tcp_echo):
+    keys.client.write("known_hosts", "")
+    ask(ends.tunnel(server, local(tcp_echo.port), accept_all_hosts=True).address)
+    assert not (keys.client.path / "known_hosts").read_text()
+
+
+def test_a_client_that_is_not_authorized(server, keys):
+    keys.server.write("authorized_keys", "")
+    assert_error(ratrod.AuthenticationError, "authorized_keys", ratrod.tunnel, "%s:%d" % server.address, local(1), key_path=str(keys.client.path))
+
+
+def test_a_server_that_is_not_there(keys):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        assert_error(ratrod.ConnectError, "Connection refused", ratrod.tunnel, "127.0.0.1:%d" % closed.getsockname()[1], local(1),
+                     key_path=str(keys.client.path))
+    assert_error(ratrod.ConnectError, "no.such.name.invalid", ratrod.tunnel, "no.such.name.invalid:1", local(1), key_path=str(keys.client.path))
+
+
+@pytest.mark.parametrize("text", ["", "x:db:5432", "0:db", "0:db:0", "65536:db:80", "0:127.1:80", "0:db:80\n", "1-3:db:1-2", "R:0:db",
+                                  "0:unix:relative"])
+def test_a_tunnel_text_that_is_wrong(server, keys, text):
+    assert_error(ratrod.ConfigError, ".", ratrod.tunnel, "%s:%d" % server.address, text, key_path=str(keys.client.path))
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:0", "host:x", ":80", "host:80:90"])
+def test_a_server_text_that_is_wrong(keys, text):
+    assert_error(ratrod.ConfigError, ".", ratrod.tunnel, text, local(1), key_path=str(keys.client.path))
+
+
+def test_stdio_is_not_for_a_library(server, keys):
+    """stdin and stdout are the program's own."""
+    assert_error(ratrod.ConfigError, "stdio", ratrod.tunnel, "%s:%d" % server.address, "stdio:127.0.0.1:1", key_path=str(keys.client.path))
+
+
+def test_reverse_over_the_legacy_wire(server, keys):
+    assert_error(ratrod.ConfigError, "legacy", ratrod.tunnel, "%s:%d" % server.address, "R:0:127.0.0.1:1", legacy=True,
+                 key_path=str(keys.client.path))
+
+
+@pytest.mark.parametrize("options", [{"bind": "nonsense"}, {"bind": "127.0.0.1:x"}, {"remote_regex": "("}], ids=str)
+def test_a_serve_that_is_wrong(keys, options):
+    assert_error(ratrod.ConfigError, ".", lambda bind="127.0.0.1:0", **more: ratrod.serve(bind, key_path=str(keys.server.path), **more), **options)
+
+
+def test_a_port_that_is_taken(server, keys):
+    """Of a server, of a tunnel, and of the second of two tunnels: then the first is not left listening."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, other = taken.getsockname()[1], free_port()
+        assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, ratrod.serve, "127.0.0.1:%d" % port, key_path=str(keys.server.path))
+        for tunnels in (["%d:db:1" % port], ["%d:db:1" % other, "%d:db:1" % port]):
+            assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, ratrod.tunnel, "%s:%d" % server.address, *tunnels,
+                         key_path=str(keys.client.path))
+    assert_nobody_listens(("127.0.0.1", other))
+
+
+def test_a_listen_that_is_refused(server, ends, keys):
+    assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % server.address, "R:0:127.0.0.1:1", key_path=str(keys.client.path))
+    allowing = ends.serve(allow_listen=True)
+    keys.server.write("authorized_keys", '%s permitlisten="1"\n' % keys.client.public)
+    error = assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % allowing.address, local(1), "R:0:127.0.0.1:1",
+                         key_path=str(keys.client.path))
+    assert not isinstance(error, ratrod.AuthenticationError)
+
+
+def test_a_server_that_says_nothing(keys, target):
+    """`timeout` bounds the whole start: here one that would take 10 s."""
+    silent = target(lambda connection: connection.recv(1000) and connection.recv(1000))
+    started = time.monotonic()
+    error = assert_error(ratrod.RatrodError, ".", ratrod.tunnel, "127.0.0.1:%d" % silent.port, local(1), key_path=str(keys.client.path), timeout=0.5)
+    assert not isinstance(error, (ratrod.ConfigError, ratrod.AuthenticationError))
+    assert time.monotonic() - started < 5
+
+
+def test_the_death_of_authorization(ends, server, keys, target):
+    """What ended a tunnel meanwhile is its `error`; its port is closed, and closing it is no error."""
+    tunnel = ends.tunnel(server, local(target(echo).port))
+    with dial(tunnel.address) as connection:
+        connection.sendall(b"!")
+        receive_exactly(connection, 1)
+        assert tunnel.error is None
+        keys.server.write("authorized_keys", "# nobody\n")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+
+    def ended():
+        with contextlib.suppress(OSError):
+            dial(tunnel.address).close()
+        return tunnel.error
+    eventually(ended, "the error shows")
+    assert isinstance(tunnel.error, ratrod.RatrodError)
+    assert isinstance(tunnel.error, ratrod.AuthenticationError), repr(tunnel.error)
+    assert "authorized_keys" in str(tunnel.error)
+    eventually(lambda: not listens(tunnel.address), "the port is closed")
+    assert server.error is None
+    tunnel.close()
+    assert isinstance(tunnel.error, ratrod.RatrodError)
+
+
+def listens(address):
+    try:
+        dial(address).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_server_that_comes_back_is_no_error(ends, tcp_echo, keys):
+    """The links of a tunnel may all die: it makes others."""
+    server = ends.serve(allow_listen=True)
+    tunnel = ends.tunnel(server, local(tcp_echo.port), "R:" + local(tcp_echo.port))
+    for address in tunnel.addresses:
+        ask(address)
+    server.close()
+    assert_reset(tunnel.addresses[0])
+    assert_nobody_listens(tunnel.addresses[1])
+    ends.serve("%s:%d" % server.address, allow_listen=True)
+    ask(tunnel.addresses[0])
+    eventually(lambda: listens(tunnel.addresses[1]), "the server listens again")
+    ask(tunnel.addresses[1])
+    assert tunnel.error is None
+
+
+# ---------------------------------------------------------------------------------------------------- a good guest in its process
+
+
+def handlers_of_signals():
+    found = {}
+    for number in signal.valid_signals():
+        with contextlib.suppress(OSError, ValueError):
+            found[number] = signal.getsignal(number)
+    return found
+
+
+def wakeup_fd():
+    """The descriptor that Python writes to when a signal comes; it is set anew to be read."""
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    return descriptor
+
+
+def test_signals_are_left_alone(keys, tcp_echo):
+    before = handlers_of_signals(), wakeup_fd()
+    with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
+        with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
+            ask(tunnel.address)
+            assert (handlers_of_signals(), wakeup_fd()) == before
+    assert (handlers_of_signals(), wakeup_fd()) == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to itself")
+def test_ctrl_c_is_the_programs(run):
+    """Nobody else's: the main thread gets KeyboardInterrupt, and what it cleans up by works until then."""
+    assert_silent(run("""
+        import signal
+        server, tunnel = both()
+        with server, tunnel:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(20)
+            except KeyboardInterrupt:
+                ask(tunnel.address)
+                sys.exit(9)
+        """), 9)
+
+
+def test_what_else_belongs_to_the_process(run):
+    """The limit of descriptors, the garbage collector, the locale, the environment, the working directory, the threads' exception hooks."""
+    assert_silent(run("""
+        import gc, locale, resource
+        def state():
+            return (resource.getrlimit(resource.RLIMIT_NOFILE), gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.callbacks[:],
+                    locale.setlocale(locale.LC_ALL), dict(os.environ), os.getcwd(), sys.excepthook, threading.excepthook, sys.getswitchinterval(),
+                    socket.getdefaulttimeout(), os.umask(0o022))
+        os.umask(0o022)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        before = state()
+        server, tunnel = both()
+        ask(tunnel.address)
+        assert state() == before, (state(), before)
+        tunnel.close()
+        server.close()
+        assert state() == before, (state(), before)
+        """))
+
+
+def test_nothing_is_written_and_no_logging_is_set_up(run):
+    """Neither by what goes well nor by what fails, where a program has set up no logging."""
+    assert_silent(run("""
+        server, tunnel = both()
+        ask(tunnel.address)
+        # A target that refuses, a server and a key that are wrong, and a stranger.
+        with ratrod.tunnel("%s:%d" % server.address, "0:127.0.0.1:1", key_path=CLIENT) as failing:
+            with socket.create_connection(failing.address) as connection:
+                try:
+                    assert connection.recv(1) == b"", "data"
+                except ConnectionResetError:
+                    pass
+        for where, path in (("127.0.0.1:1", CLIENT), ("%s:%d" % server.address, SERVER), ("%s:%d" % server.address, CLIENT + "/none")):
+            try:
+                ratrod.tunnel(where, "0:127.0.0.1:1", key_path=path).close()
+                assert False, "no error"
+            except ratrod.RatrodError:
+                pass
+        with socket.create_connection(server.address) as stranger:
+            stranger.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+            try:
+                stranger.recv(100)
+            except ConnectionResetError:
+                pass
+        os.remove(SERVER + "/authorized_keys")
+        try:
+            ratrod.tunnel("%s:%d" % server.address, "0:127.0.0.1:1", key_path=CLIENT).close()
+            assert False, "no error"
+        except ratrod.AuthenticationError:
+            pass
+        assert not logging.getLogger().handlers
+        own = logging.getLogger("ratrod")
+        assert [type(handler) for handler in own.handlers] == [logging.NullHandler], own.handlers
+        assert own.level == logging.NOTSET and own.propagate and logging.getLogger().level == logging.WARNING
+        """))
+
+
+def test_a_program_that_logs_gets_its_lines(ends, caplog, tcp_echo):
+    """On the logger `ratrod`, through the root logger's handlers as any library's."""
+    with caplog.at_level(logging.INFO):
+        server = ends.serve()
+        tunnel = ends.tunnel(server, local(tcp_echo.port), local(1))
+        ask(tunnel.addresses[0])
+        assert_reset(tunnel.addresses[1])
+        eventually(lambda: "refused" in caplog.text, "the failure is in the log")
+    assert {record.name for record in caplog.records if record.name.startswith("ratrod")} == {"ratrod"}
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_from_another_thread(keys, tcp_echo):
+    """Where signal.signal() and set_wakeup_fd() would fail."""
+    outcome = queue.Queue()
+
+    def work():
+        try:
+            with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
+                with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
+                    ask(tunnel.address)
+            outcome.put(None)
+        except BaseException as error:
+            outcome.put(error)
+    threading.Thread(target=work).start()
+    assert outcome.get(timeout=PATIENCE) is None
+
+
+def test_its_threads_are_daemons(server, ends, tcp_echo):
+    """A program that ends waits for none of them."""
+    before = threads()
+    ask(ends.tunnel(server, local(tcp_echo.port)).address)
+    assert threads() - before
+    assert all(thread.daemon for thread in threads() - {threading.main_thread()} if "ratrod" in thread.name.lower() or thread not in before)
+
+
+def test_made_by_a_pools_thread(run):
+    """A program's other threads use what one of them made, and it lasts longer than that one."""
+    assert_silent(run("""
+        import concurrent.futures
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            server, tunnel = pool.submit(both).result(20)
+            pool.submit(ask, tunnel.address).result(20)
+        ask(tunnel.address)
+        tunnel.close()
+        server.close()
+        """))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_leaves_its_parents_tunnels_alone(run):
+    """However it ends: it has copies of the sockets and of the selector, but no thread that serves them."""
+    assert_silent(run("""
+        import warnings
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # Python's own word on fork()
+        server, tunnel = both()
+        ask(tunnel.address)
+        held = socket.create_connection(tunnel.address, 20)
+        held.sendall(b"x")
+        assert held.recv(1) == b"x"
+        for end in ("os._exit(3)", "sys.exit(3)", "tunnel.close(); server.close(); sys.exit(3)"):
+            pid = os.fork()
+            if pid == 0:
+                exec(end)
+            status = os.waitpid(pid, 0)[1]
+            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 3, (end, status)
+            ask(tunnel.address)
+            held.sendall(b"y")
+            assert held.recv(1) == b"y", end
+        """), 0)
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_multiprocessing_beside_it(run, tmp_path, method):
+    """A pool of a program that has a tunnel, whatever makes its processes."""
+    (tmp_path / "work.py").write_text("def double(n):\n    return 2 * n\n")
+    assert_silent(run("""
+        import multiprocessing
+        sys.path.insert(0, %r)
+        import work
+        server, tunnel = both()
+        with multiprocessing.get_context(%r).Pool(2) as pool:
+            assert pool.map(work.double, range(4)) == [0, 2, 4, 6]
+            ask(tunnel.address)
+        ask(tunnel.address)
+        """ % (str(tmp_path), method)))
+
+
+# ---------------------------------------------------------------------------------------------------- authorize
+
+
+class Judge:
+    """An authorize= that keeps what it was asked, and says what allow(key, target) does."""
+
+    def __init__(self, allow=lambda key, target: True):
+        self._allow = allow
+        self.asked = []
+
+    def __call__(self, key, target):
+        self.asked.append((key, target))
+        return self._allow(key, target)
+
+    def targets(self):
+        return {target for _, target in self.asked}
+
+
+def test_authorize_allows(ends, keys, tcp_echo, udp_echo):
+    """In place of authorized_keys: here that lists nobody."""
+    keys.server.write("authorized_keys", "# nobody\n")
+    judge = Judge()
+    tunnel = ends.tunnel(ends.serve(authorize=judge, allow_listen=True), local(tcp_echo.port), local(udp_echo.port), "R:" + local(tcp_echo.port))
+    ask(tunnel.addresses[0])
+    assert ask_by_udp(tunnel.addresses[1])
+    ask(tunnel.addresses[2])
+    assert judge.asked[0] == (keys.client.public, "")
+    assert {key for key, _ in judge.asked} == {keys.client.public}
+    # After port 0 the client asks for the port that it has.
+    assert judge.targets() - {"listen 127.0.0.1:%d" % tunnel.addresses[2][1]} == {
+        "", "127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen 127.0.0.1:0"}
+
+
+def test_authorize_needs_no_authorized_keys(ends, keys, tcp_echo):
+    (keys.server.path / "authorized_keys").unlink()
+    ask(ends.tunnel(ends.serve(authorize=Judge()), local(tcp_echo.port)).address)
+
+
+def test_authorize_refuses_a_key(ends, keys, second, tcp_echo):
+    """Whatever authorized_keys says: nothing of the client's is asked after that."""
+    judge = Judge(lambda key, target: key == keys.client.public)
+    server = ends.serve(authorize=judge)
+    ask(ends.tunnel(server, local(tcp_echo.port)).address)
+    assert_error(ratrod.AuthenticationError, second.public, ratrod.tunnel, "%s:%d" % server.address, local(tcp_echo.port), key_path=str(second.path))
+    assert {target for key, target in judge.asked if key == second.public} == {""}
+
+
+def test_authorize_refuses_a_target(ends, target, udp_echo, caplog):
+    """As any refusal by policy: a reset at the originator, a reason in the server's log."""
+    watched, good = target(echo), target(echo)
+    judge = Judge(lambda key, target: target in ("", "127.0.0.1:%d" % good.port))
+    server = ends.serve(authorize=judge, allow_listen=True)
+    tunnel = ends.tunnel(server, local(watched.port), local(udp_echo.port), local(good.port))
+    with caplog.at_level(logging.INFO, "ratrod"):
+        assert_reset(tunnel.addresses[0])
+        eventually(lambda: "127.0.0.1:%d" % watched.port in caplog.text and "refused" in caplog.text, "the refusal is in the log")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.connect(tunnel.addresses[1])
+        made.send(b"?")
+        eventually(lambda: "udp 127.0.0.1:%d" % udp_echo.port in judge.targets(), "it was asked")
+    ask(tunnel.addresses[2])
+    assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % server.address, "R:0:127.0.0.1:1", key_path=str(ends.keys.client.path))
+    assert "listen 127.0.0.1:0" in judge.targets()
+    assert (watched.accepted, udp_echo.seen) == (0, 0)
+
+
+def test_authorize_comes_on_top_of_the_regex(ends, tcp_echo):
+    judge = Judge()
+    tunnel = ends.tunnel(ends.serve(authorize=judge, remote_regex="nowhere"), local(tcp_echo.port))
+    assert_reset(tunnel.address)
+    assert tcp_echo.accepted == 0
+
+
+@pytest.mark.parametrize("answer", [None, 0, ""], ids=repr)
+def test_authorize_that_returns_something_false(ends, tcp_echo, answer):
+    """A function that forgets its return does not open the door."""
+    server = ends.serve(authorize=lambda key, target: answer)
+    assert_error(ratrod.AuthenticationError, ".", ratrod.tunnel, "%s:%d" % server.address, local(tcp_echo.port), key_path=str(ends.keys.client.path))
+
+
+def test_authorize_that_raises(ends, tcp_echo, udp_echo, caplog):
+    """Refuses, and is logged with what was raised; the server lives."""
+    broken = set()
+
+    def allow(key, target):
+        if target in broken:
+            raise ZeroDivisionError("of the test")
+        return True
+    server = ends.serve(authorize=Judge(allow), allow_listen=True)
+    tunnel = ends.tunnel(server, local(tcp_echo.port), local(udp_echo.port))
+    ask(tunnel.addresses[0])
+    broken |= {"127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen 127.0.0.1:0"}
+    with caplog.at_level(logging.INFO, "ratrod"):
+        assert_reset(tunnel.addresses[0])
+        eventually(lambda: "of the test" in caplog.text, "it is logged")
+        caplog.clear()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+            made.connect(tunnel.addresses[1])
+            made.send(b"?")
+            eventually(lambda: "of the test" in caplog.text, "it is logged")
+        caplog.clear()
+        where = "%s:%d" % server.address
+        assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, where, "R:0:127.0.0.1:1", key_path=str(ends.keys.client.path))
+        assert "of the test" in caplog.text
+        broken.add("")
+        caplog.clear()
+        assert_error(ratrod.AuthenticationError, "^((?!of the test).)*$", ratrod.tunnel, where, local(1), key_path=str(ends.keys.client.path))
+        eventually(lambda: "of the test" in caplog.text, "it is logged")
+    broken.clear()
+    ask(ends.tunnel(server, local(tcp_echo.port)).address)
+    assert udp_echo.seen == 0
+    assert server.error is None
+
+
+def test_authorize_may_take_its_time(ends, tcp_echo, target):
+    """What is carried goes on while it thinks."""
+    slow = target(echo)
+    thinking, think = threading.Event(), threading.Event()
+
+    def allow(key, target):
+        if target == "127.0.0.1:%d" % slow.port:
+            thinking.set()
+            think.wait(PATIENCE)
+        return True
+    tunnel = ends.tunnel(ends.serve(authorize=allow), local(slow.port), local(tcp_echo.port))
+    with dial(tunnel.addresses[1]) as running:
+        running.sendall(b"!")
+        receive_exactly(running, 1)
+        with dial(tunnel.addresses[0]) as waiting:
+            waiting.sendall(b"?")
+            assert thinking.wait(PATIENCE)
+            running.settimeout(3)
+            try:
+                running.sendall(b"!")
+                receive_exactly(running, 1)
+            finally:
+                think.set()
+            assert receive_exactly(waiting, 1) == b"?"
+
+
+def test_authorize_and_the_servers_own_key(ends):
+    """Is no client's, whatever it says."""
+    server = ends.serve(authorize=Judge())
+    ends.keys.server.trust(ends.keys.server, "known_hosts")
+    assert_error(ratrod.RatrodError, ".", ratrod.tunnel, "%s:%d" % server.address, local(1), key_path=str(ends.keys.server.path))
+
+
+# ---------------------------------------------------------------------------------------------------- the public surface
+
+
+def public():
+    return {name: getattr(ratrod, name) for name in ratrod.__all__}
+
+
+def test_all_is_what_a_star_imports():
+    scope = {}
+    exec("from ratrod import *", scope)
+    assert set(scope) - {"__builtins__"} == set(ratrod.__all__)
+    assert len(set(ratrod.__all__)) == len(ratrod.__all__)
+    assert {"tunnel", "serve", *ERRORS} <= set(ratrod.__all__)
+
+
+def test_all_is_what_the_readme_documents():
+    """Every public name stands in it, and every `ratrod.name` that stands in it is public."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in ratrod.__all__ if not re.search(r"\b%s\b" % re.escape(name), text)] == []
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S)) + "\n".join(re.findall(r"`(ratrod\.[^`\n]+)`", text))
+    named = set(re.findall(r"(?<![\w/.-])ratrod\.([A-Za-z_]\w*)", code)) - {"py", "pyz"}
+    assert named, "the README shows no use as a library"
+    assert named <= set(ratrod.__all__)
+
+
+def test_errors_are_one_family():
+    for name in ERRORS:
+        assert issubclass(getattr(ratrod, name), ratrod.RatrodError)
+    assert not issubclass(ratrod.RatrodError, (OSError, SystemExit))
+    assert issubclass(ratrod.RatrodError, Exception)
+
+
+def what_tunnel_and_serve_give(keys):
+    with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
+        with ratrod.tunnel("%s:%d" % server.address, local(1), key_path=str(keys.client.path)) as tunnel:
+            return type(server), type(tunnel)
+
+
+def members(cls):
+    """The methods and properties that a user sees, as (name, function)."""
+    for base in cls.__mro__:
+        for name, member in vars(base).items() if base.__module__ == "ratrod" else ():
+            member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if inspect.isfunction(member) and not name.startswith("_"):
+                yield name, member
+
+
+def test_all_of_it_is_documented_and_annotated(keys):
+    """Functions, classes, and what their objects show."""
+    undocumented, bare = [], []
+
+    def look_at(name, function):
+        if not inspect.getdoc(function):
+            undocumented.append(name)
+        signature = inspect.signature(function)
+        wanted = [parameter for parameter in signature.parameters.values() if parameter.name not in ("self", "cls")]
+        if any(parameter.annotation is inspect.Parameter.empty for parameter in wanted) or signature.return_annotation is inspect.Signature.empty:
+            bare.append(name)
+    for cls in (*what_tunnel_and_serve_give(keys), *(value for value in public().values() if inspect.isclass(value))):
+        if not (cls.__doc__ or "").strip():
+            undocumented.append(cls.__name__)
+        for name, member in members(cls):
+            look_at("%s.%s" % (cls.__name__, name), member)
+    for name, value in public().items():
+        if inspect.isfunction(value):
+            look_at(name, value)
+    assert (undocumented, bare) == ([], [])
+
+
+def test_the_signatures():
+    """Every option is by name alone: another may come between them one day."""
+    expected = {
+        ratrod.tunnel: {"key_path": None, "accept_new": False, "accept_all_hosts": False, "legacy": False, "encrypt": False, "socks_user": None,
+                        "proxy": None, "ssh_command": None, "retries": None, "timeout": 30.0},
+        ratrod.serve: {"key_path": None, "remote_regex": ".*", "authorize": None, "allow_listen": False, "legacy": False}}
+    for function, options in expected.items():
+        parameters = inspect.signature(function).parameters.values()
+        found = {parameter.name: parameter.default for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+        assert found.pop("limits", ratrod.Limits()) == ratrod.Limits()
+        assert found == options
+
+
+TYPED = """\
+from __future__ import annotations
+
+import socket
+
+import ratrod
+
+
+def allow(key: str, target: str) -> bool:
+    return bool(key) and not target.startswith("udp ")
+
+
+def main() -> tuple[str, int]:
+    with ratrod.serve("127.0.0.1:0", key_path="/k", remote_regex=".*", authorize=allow, allow_listen=True, legacy=False) as s:
+        host, port = s.address
+        try:
+            with ratrod.tunnel("%s:%d" % (host, port), "0:db:5432", "0:socks", key_path=None, accept_new=True, socks_user="a:b", timeout=5) as t:
+                where: tuple[str, int] = t.address
+                socket.create_connection(t.address).close()
+                print(host.upper(), port + 1, t.addresses[-1])
+                error: ratrod.RatrodError | None = t.error
+                print(error)
+                return where
+        except ratrod.AuthenticationError as wrong:
+            print(str(wrong))
+            raise
+        finally:
+            s.close()
+"""
+WRONG = """\
+import ratrod
+
+ratrod.tunnel(1, "0:db:80")
+ratrod.tunnel("host:1", 80)
+ratrod.tunnel("host:1", "0:db:80", tiemout=1)
+ratrod.serve("host:1", authorize=lambda key: True)
+t = ratrod.tunnel("host:1", "0:db:80")
+t.adress
+t.address.foo
+"""
+
+
+def test_mypy_knows_the_types(tmp_path):
+    """A caller that is right passes the strictest check, and one that is wrong does not: so the annotations say something."""
+    if not importlib.util.find_spec("mypy"):
+        missing("mypy")
+    (tmp_path / "typed.py").write_text(TYPED)
+    (tmp_path / "wrong.py").write_text(WRONG)
+    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports", "--config-file=",
+                           "--cache-dir=%s" % (tmp_path / "cache"), "typed.py", "wrong.py"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, timeout=300, check=False)
+    found = re.findall(r"^(\w+)\.py:(\d+): error", done.stdout.decode(), re.M)
+    assert set(found) == {("wrong", str(line)) for line in (3, 4, 5, 6, 8, 9)}, done.stdout.decode()

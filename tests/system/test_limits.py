@@ -1,0 +1,987 @@
+"""Every limit of PROTOCOL.md's table: its flag, its default, and what happens at it. And strangers, thousands of them.
+
+The strangers are 800 here. All 4,000, with the default deadline: RATROD_LONG=1 pytest -n0 -s tests/test_limits.py -k strangers
+"""
+
+import contextlib
+import itertools
+import math
+import re
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from test_ratrod2_negative import cpu_seconds
+from test_udp import remote, waiting_bytes  # noqa: F401 - remote is a fixture
+
+import ratrod as module
+from support import pressure
+from support import ratrod2_peer as peer
+from support.keys import seed_of
+from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
+from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
+from support.sockets import dial, eventually, is_ready, receive_all
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="all of 127.0.0.0/8, /proc, and what a full queue does")
+
+
+@pytest.fixture
+def stack():
+    """Whatever a test opens, closed after it."""
+    with contextlib.ExitStack() as made:
+        yield made
+
+
+def dial_from(source, port, host="127.0.0.1"):
+    return socket.create_connection((host, port), PATIENCE, (source, 0))
+
+
+def is_closed(sock):
+    """Whether the other side has closed a connection on which it says nothing."""
+    if not is_ready(sock, selectors.EVENT_READ, 0):
+        return False
+    with contextlib.suppress(ConnectionResetError):
+        assert sock.recv(1) == b""
+    return True
+
+
+def link(sock, who):
+    """An authorized link of the key folder `who` over `sock`: the independent peer's."""
+    return peer.Client(sock, seed_of(who)).handshake()
+
+
+def ping(sock, data=b"ping"):
+    sock.sendall(data)
+    assert sock.recv(len(data)) == data
+
+
+def was_reset(sock):
+    """Waits for the end; whether it was a reset."""
+    try:
+        return sock.recv(1) != b""
+    except ConnectionResetError:
+        return True
+
+
+# ---------------------------------------------------------------------------------------------------- flags and defaults
+
+BOTH, SERVE, CONNECT = ("serve", "connect"), ("serve",), ("connect",)
+FLAGS = [  # flag, of which commands, the field of Limits, PROTOCOL.md's default (0: it depends on the descriptors)
+    ("--handshake-timeout", BOTH, "handshake_timeout", 10.0),
+    ("--max-handshakes", SERVE, "handshakes", 64),
+    ("--max-handshakes-per-source", SERVE, "handshakes_per_source", 8),
+    ("--handshake-rate", SERVE, "handshake_rate", 20.0),
+    ("--max-links", SERVE, "links", 0),
+    ("--max-links-per-key", SERVE, "links_per_key", 0),
+    ("--max-streams", SERVE, "streams", 0),
+    ("--max-streams-per-key", SERVE, "streams_per_key", 0),
+    ("--idle-links", CONNECT, "idle_links", 8),
+    ("--link-age", BOTH, "link_age", 3600.0),
+    ("--max-connects-per-key", SERVE, "connects_per_key", 32),
+    ("--connect-timeout", BOTH, "connect_timeout", 10.0),
+    ("--max-udp-sessions-per-link", BOTH, "udp_sessions", 256),
+    ("--max-udp-sessions", SERVE, "udp_sessions_in_all", 4096),
+    ("--udp-timeout", BOTH, "udp_timeout", 120.0),
+    ("--udp-backlog", BOTH, "udp_backlog", 262144),
+]
+TIMES = ("--handshake-timeout", "--link-age", "--connect-timeout", "--udp-timeout")
+EACH_FLAG = [(flag, command, field, default) for flag, commands, field, default in FLAGS for command in commands]
+each_flag = pytest.mark.parametrize("flag, command, field, default", EACH_FLAG, ids=["%s %s" % (command, flag) for flag, command, *_ in EACH_FLAG])
+
+
+def parse(*words):
+    return module.parse_command_line(list(words)).limits
+
+
+@each_flag
+def test_a_flag_of_each_limit(flag, command, field, default):
+    for words in ([flag, "7"], [flag + "=7"]):
+        assert getattr(parse(command, *words, "127.0.0.1:1"), field) == 7
+        assert parse(command, *words, "127.0.0.1:1")._replace(**{field: default}) == changed_with(flag, module.Limits())
+    if flag in TIMES:
+        assert getattr(parse(command, flag, "2.5", "127.0.0.1:1"), field) == 2.5
+
+
+def changed_with(flag, limits):
+    """The rate's burst goes with it."""
+    return limits._replace(handshake_burst=14) if flag == "--handshake-rate" else limits
+
+
+@each_flag
+def test_the_default_of_each_limit(flag, command, field, default):
+    assert getattr(module.Limits(), field) == default
+    assert parse(command, "127.0.0.1:1") == module.Limits()
+    if default:
+        help_of_it = re.search(r"^  %s [\s\S]*?(?=\n  \S|\n\n|\Z)" % flag, module.help_text(command), re.M).group()
+        assert re.search(r"(?<![\d.])%g(?![\d.])" % default if default < 1e5 else str(default), help_of_it), help_of_it
+
+
+def test_the_defaults_that_have_no_flag():
+    limits = module.Limits()
+    assert (limits.handshake_burst, limits.idle_time) == (40, 60)
+    assert (limits.listeners_per_key, limits.waiting_links, limits.udp_lag) == (4, 8, 0.2)
+    assert (limits.keepalive, limits.silence, limits.trusted) == (20, 45, 30)
+
+
+@each_flag
+def test_a_wrong_value_of_each_limit(flag, command, field, default):
+    wrong = ["x", "-1", "", "1e3", "+1", "0x10", "1_0", "\uff11", "nan", "inf", "1 ", "9" * 20] + ([] if flag in TIMES else ["1.5"])
+    for value in wrong + ([] if flag == "--idle-links" else ["0"]):
+        with pytest.raises(module.UsageError) as refused:
+            parse(command, "%s=%s" % (flag, value), "127.0.0.1:1")
+        assert flag in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("flag, command", [(flag, commands[0]) for flag, commands, *_ in FLAGS])
+def test_a_wrong_value_is_told_in_one_line(flag, command):
+    done = subprocess.run([*RATROD, command, flag, "x", "127.0.0.1:1"], capture_output=True, timeout=PATIENCE)
+    first, _, rest = done.stderr.decode().partition("\n")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert flag in first and "`x`" in first and rest.strip().startswith("Usage:")
+
+
+# ---------------------------------------------------------------------------------------------------- strangers: who makes room
+
+
+@pytest.fixture
+def strangers(serve, stack):
+    """strangers(flags...) -> (server, port, dial(source) -> a connection that says nothing), with a deadline that comes after the test."""
+    def launch(*flags, deadline=60, **options):
+        server, port = serve("--handshake-timeout", str(deadline), *flags, **options)
+        return server, port, lambda source, host="127.0.0.1": stack.enter_context(dial_from(source, port, host))
+    return launch
+
+
+def gone(silent):
+    """The numbers of the connections that the server has closed; the others still take a byte."""
+    return [number for number, sock in enumerate(silent) if is_closed(sock)]
+
+
+@linux
+def test_the_oldest_stranger_makes_room(strangers, keys):
+    """In all, whatever the sources: those that came last are served."""
+    _, _, enter = strangers("--max-handshakes", "4")
+    silent = [enter("127.0.0.%d" % (n + 2)) for n in range(4)]
+    for n in range(3):
+        silent.append(enter("127.0.0.%d" % (n + 6)))
+        eventually(lambda: is_closed(silent[n]), "the oldest of five has made room")  # noqa: B023 - called before the loop goes on
+    for sock in silent[3:]:
+        link(sock, keys.client)
+
+
+@linux
+def test_the_oldest_makes_room_even_where_its_source_came_late(strangers, keys):
+    """The server knows the source of the last connection longest, and that connection is the newest: it is the last one to go."""
+    _, _, enter = strangers("--max-handshakes", "16")
+    link(enter("127.0.0.2"), keys.client)
+    silent = [enter("127.0.0.%d" % (n + 3)) for n in range(15)]
+    honest = enter("127.0.0.2")
+    silent.append(enter("127.0.0.99"))
+    eventually(lambda: is_closed(silent[0]), "the oldest has made room")
+    link(honest, keys.client)
+
+
+@linux
+def test_several_handshakes_of_one_source_are_no_reason_to_go_first(strangers, keys):
+    """A client begins with three links at once; strangers with an address for each connection must not be served before it."""
+    _, _, enter = strangers("--max-handshakes", "16")
+    silent = [enter("127.0.0.%d" % (n + 3)) for n in range(13)]
+    honest = [enter("127.0.0.2") for _ in range(3)]
+    silent += [enter("127.0.0.%d" % (n + 100)) for n in range(5)]
+    eventually(lambda: len(gone(silent)) >= 5, "five made room")
+    for sock in honest:
+        link(sock, keys.client)
+
+
+@linux
+def test_one_source_has_its_own_bound(strangers, keys):
+    _, _, enter = strangers("--max-handshakes-per-source", "2")
+    silent = [enter("127.0.0.2") for _ in range(2)]
+    others = [enter("127.0.0.3") for _ in range(2)]
+    silent.append(enter("127.0.0.2"))
+    eventually(lambda: is_closed(silent[0]), "the oldest of its own source has made room")
+    for sock in silent[1:] + others:
+        link(sock, keys.client)
+
+
+@linux
+def test_a_burst_of_one_source_waits_for_its_turn(strangers, keys):
+    """A client that a restart has thrown out makes 16 links at once, and the new server does not know its address: none of them goes for another."""
+    _, _, enter = strangers()
+    burst = [peer.Client(enter("127.0.0.2"), seed_of(keys.client)) for _ in range(16)]
+    for client in burst:
+        client.send_client_preamble()
+    for client in burst:
+        client.read_server_preamble()
+        client.send_message(client.client_authentication())
+    for client in burst:
+        client.read_completion()
+
+
+@linux
+def test_a_burst_of_strangers_waits_within_bounds(strangers, keys):
+    """Two of one source in the middle, eight that wait, and from then on its oldest makes room at once, for the one that has waited longest."""
+    _, _, enter = strangers("--max-handshakes-per-source", "2")
+    clients = [half_way(enter("127.0.0.2"), keys).sock for _ in range(2)]
+    clients += [enter("127.0.0.2") for _ in range(8)]
+    first = peer.Client(clients[2], seed_of(keys.client))
+    first.send_client_preamble()
+    enter("127.0.0.2")
+    first.read_server_preamble()
+    assert gone(clients) == [0]
+
+
+@linux
+def test_a_source_with_a_link_may_use_them_all(strangers, keys):
+    _, _, enter = strangers("--max-handshakes", "20", "--max-handshakes-per-source", "2", "--handshake-rate", "1")
+    link(enter("127.0.0.2"), keys.client)
+    for sock in [enter("127.0.0.2") for _ in range(16)]:  # the rate does not concern it either
+        link(sock, keys.client)
+
+
+def half_way(sock, keys):
+    """A client whose first message was answered, and who has not said his second."""
+    client = peer.Client(sock, seed_of(keys.client))
+    client.send_client_preamble()
+    client.read_server_preamble()
+    return client
+
+
+@linux
+def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
+    """Strangers whose keys nobody knows have come as far as one can come; that they stay must not push out who is in the middle."""
+    _, _, enter = strangers("--max-handshakes", "4")
+    honest = half_way(enter("127.0.0.2"), keys)
+    for n in range(8):
+        with pytest.raises(peer.PeerError, match="does not know"):
+            peer.Client(enter("127.0.0.%d" % (n + 3)), bytes([n]) * 32).handshake()  # which stay
+    honest.send_message(honest.client_authentication())
+    honest.read_completion()
+
+
+@linux
+@pytest.mark.parametrize("rest", [b"", b"\0", b"\0\x70", b"\0\x70x"], ids=["nothing", "a byte", "a length", "more"])
+def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest):
+    """Those that were answered once and then say no more, or the beginning of the next message, have no right to stay before one that has just
+    come; nor do those that come after it push it out."""
+    _, _, enter = strangers("--max-handshakes", "8")
+    for n in range(8):
+        half_way(enter("127.0.0.%d" % (n + 3)), keys).sock.sendall(rest)
+    honest = [enter("127.0.0.2"), enter("127.0.0.2")]
+    for sock in honest:
+        link(sock, keys.client)
+
+
+@linux
+def test_whoever_has_a_network_to_himself_pushes_out_his_own(strangers, keys):
+    """An address for each connection, all of one /24: those that stop in the middle, as fast as they come, are no reason why one with a slow
+    path in the middle of his own should go. Nor do they keep each other from more than a quarter of the places where there is room."""
+    _, _, enter = strangers("--max-handshakes", "16")
+    honest = [half_way(enter("127.0.0.2"), keys) for _ in range(3)]
+    stopped = [half_way(enter("127.0.1.%d" % (n + 1)), keys) for n in range(53)]
+    eventually(lambda: gone([client.sock for client in stopped]) == list(range(40)), "the oldest of theirs made room")
+    for client in honest:
+        client.send_message(client.client_authentication())
+        client.read_completion()
+
+
+@linux
+@pytest.mark.parametrize("flags", [("--max-handshakes", "4"), ("--max-handshakes-per-source", "64")], ids=" ".join)
+def test_a_client_is_served_whatever_these_two_are(tunnel, tcp_echo, stack, flags):
+    """A burst of one source waits before it takes everybody's last places; here there are no others, but it must not wait for ever."""
+    made = tunnel(tcp_echo.port, RATROD2, serve_flags=flags)
+    connections = [stack.enter_context(made.connect()) for _ in range(20)]
+    for connection in connections:
+        ping(connection)
+
+
+def test_the_source_of_an_address():
+    """IPv6: whoever has one address there has 2 ** 64 of them."""
+    assert module.Source.name("192.0.2.7") == module.Source.name("::ffff:192.0.2.7") == "192.0.2.7"
+    assert module.Source.name("2001:db8:1:2::7") == module.Source.name("2001:db8:1:2:ffff::1") != module.Source.name("2001:db8:1:3::7")
+    assert module.Source.name("fe80::1%eth0") == module.Source.name("fe80::2%eth1")
+
+
+@linux
+def test_silent_strangers_go_before_a_crowd_of_one_network(strangers, keys):
+    """The clients of an office, all of them in the middle after a restart of the server, while others hold the rest of the places and say nothing."""
+    _, _, enter = strangers("--max-handshakes", "16")
+    silent = [enter("127.0.%d.1" % (n + 1)) for n in range(10)]
+    office = [half_way(enter("127.0.99.%d" % (n + 1)), keys) for n in range(8)]
+    eventually(lambda: gone(silent) == [0, 1], "the oldest of the silent made room")
+    for client in office:
+        client.send_message(client.client_authentication())
+        client.read_completion()
+
+
+def test_the_network_of_a_source():
+    """What one party may well have to himself: a /24, and of IPv6 a /48."""
+    network = lambda host: module.Source(module.Source.name(host), 0.0, module.DEFAULT_LIMITS).network  # noqa: E731
+    assert network("192.0.2.7") == network("::ffff:192.0.2.9") == "192.0.2" != network("192.0.3.7")
+    assert network("2001:db8:1:2::7") == network("2001:db8:1:ffff::7") == "2001:db8:1::/48" != network("2001:db8:2::7")
+    assert network("fe80::1%eth0") == "fe80::/48"
+
+
+def test_all_addresses_of_a_64_are_one_source(namespace, ratrod, start, keys, stack):
+    for address in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::2", "2001:db8:1:3::1"):
+        subprocess.run(["ip", "-n", namespace.name, "addr", "add", address + "/64", "dev", "lo", "nodad"], check=True)
+    server = start(*namespace.command, *RATROD, "-k", keys.server.path, "serve", "--max-handshakes-per-source", "2",
+                   "--handshake-timeout", "60", "[::]:0")
+    port = int(server.wait_for(STARTED).group(1))
+    silent = [stack.enter_context(namespace.make(dial_from, source, port, "2001:db8:1:2::1"))
+              for source in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::2", "2001:db8:1:3::1", "2001:db8:1:2::1")]
+    eventually(lambda: is_closed(silent[0]), "the oldest of its /64 has made room")
+    for sock in silent[1:]:
+        link(sock, keys.client)
+
+
+@linux
+def test_new_strangers_of_one_source_have_a_rate(strangers, keys):
+    """5 a second and 10 at once: one source's flood costs a close each, and another source notices nothing."""
+    server, _, enter = strangers("--handshake-rate", "5", "--max-handshakes-per-source", "40")
+    began = time.monotonic()
+    flood = [enter("127.0.0.2") for _ in range(30)]
+    link(enter("127.0.0.3"), keys.client)  # it stood behind them in the queue
+    took = time.monotonic() - began
+    assert 10 <= len(flood) - len(gone(flood)) <= 10 + math.ceil(5 * took)
+    server.wait_for("more than 5 new connections a second from there")
+
+    def enters_again():
+        sock = enter("127.0.0.2")
+        try:
+            return link(sock, keys.client)
+        except (OSError, peer.LinkEnded):
+            return None
+    eventually(enters_again, "a new connection of that source")
+
+
+@linux
+def test_failures_of_one_source_are_logged_once_a_second(strangers, stack):
+    """A stranger must not fill the disk: five lines at once, then one a second, and the rest as a number."""
+    server, _, enter = strangers("--handshake-rate", "1000", "--max-handshakes-per-source", "60")
+    began = time.monotonic()
+    for _ in range(50):
+        sock = enter("127.0.0.2")
+        with contextlib.suppress(ConnectionResetError):
+            sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            receive_all(sock)
+
+    def counted():
+        shown = len([line for line in server.lines if re.search(r"Refused `127\.0\.0\.2:", line)])
+        return shown + sum(int(n) for n in re.findall(r"Refused (\d+) more connections from `127\.0\.0\.2`", server.output)) == 50
+    eventually(counted, lambda: server.output)
+    assert len([line for line in server.lines if "Refused" in line]) <= 5 + math.ceil(time.monotonic() - began) + 1
+
+
+@linux
+def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, caplog):
+    """Each with lines and a place of its own (an IPv6 host has 2 ** 64 neighbours): bounded in all, and every one of them is counted."""
+    monkeypatch.setattr(module, "SOURCES", 40)
+    monkeypatch.setattr(module, "LOG_BURST_IN_ALL", 30)
+    caplog.set_level("ERROR", "ratrod")
+    with module.serve(key_path=keys.server.path) as server:
+        began, most = time.monotonic(), 0
+        for number in range(300):
+            with dial_from("127.2.%d.%d" % (number // 100, number % 100 + 1), server.address[1]) as sock:
+                sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):
+                    receive_all(sock)
+            most = max(most, len(server._endpoint._sources))
+
+        def counted():
+            said = [record.getMessage() for record in list(caplog.records)]
+            return sum(int(n or 1) for n in re.findall(r"Refused (?:(\d+) more|`127)", "\n".join(said))) == 300
+        eventually(counted, lambda: caplog.text)
+    assert most <= 40 + 1
+    assert len(caplog.records) <= 30 + 10 * (time.monotonic() - began) + 1
+
+
+# ---------------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("flag, whose", [("--max-links", "in all"), ("--max-links-per-key", "of this client")])
+def test_a_link_too_many(serve, keys, second, stack, flag, whose):
+    """The client is told why; another key's is refused by the bound in all alone; and a place that was left is free again."""
+    server, port = serve(flag, "2")
+    links = [link(stack.enter_context(dial(port)), keys.client) for _ in range(2)]
+    text = r"the server has as many connections %s as it takes \(2\)" % whose
+    with pytest.raises(peer.PeerError, match=text) as refused:
+        link(stack.enter_context(dial(port)), keys.client)
+    assert refused.value.code != peer.INVALID_KEY  # which would end the client for good
+    server.wait_for(text)
+    if whose == "in all":
+        with pytest.raises(peer.PeerError, match=text):
+            link(stack.enter_context(dial(port)), second)
+    else:
+        link(stack.enter_context(dial(port)), second)
+    links.pop().sock.close()
+
+    def enters():
+        with dial(port) as sock, contextlib.suppress(peer.PeerError):
+            return link(sock, keys.client)
+    eventually(enters, "the place of the one that left")
+
+
+@linux
+@pytest.mark.parametrize("flag", ["--max-links", "--max-links-per-key"])
+def test_a_refused_link_takes_no_place(serve, keys, stack, flag):
+    """It stays a moment, until its client has read why; those that come in that moment find the place of one that left."""
+    server, port = serve(flag, "2")
+    links = [link(stack.enter_context(dial(port)), keys.client) for _ in range(2)]
+    before = descriptors(server)
+    for _ in range(3):
+        with pytest.raises(peer.PeerError):
+            link(stack.enter_context(dial(port)), keys.client)
+    links.pop().sock.close()
+    eventually(lambda: descriptors(server) < before + 3, "it has left")
+    link(stack.enter_context(dial(port)), keys.client)
+
+
+@pytest.mark.parametrize("flag", ["--max-links", "--max-links-per-key"])
+def test_links_that_are_made_at_once_are_counted_too(serve, keys, stack, flag):
+    """All are in the middle of their handshakes when the first one is in."""
+    _, port = serve(flag, "2", "--max-handshakes-per-source", "32")
+    links = []
+    for _ in range(24):
+        made = peer.Client(stack.enter_context(dial(port)), seed_of(keys.client))
+        made.send_client_preamble()
+        made.read_server_preamble()
+        links.append((made, made.client_authentication()))
+    for made, message in links:
+        made.send_message(message)
+    entered = 0
+    for made, _ in links:
+        with contextlib.suppress(peer.PeerError):
+            made.read_completion()
+            entered += 1
+    assert entered == 2
+
+
+def test_a_refused_link_is_shown_by_the_client(serve, connect, keys, stack):
+    _, port = serve("--max-links-per-key", "1")
+    link(stack.enter_context(dial(port)), keys.client)
+    client = connect(port)
+    assert client.wait() == 1
+    client.wait_for(r"the server has as many connections of this client as it takes \(1\); try again later")
+
+
+@linux
+def test_links_by_the_descriptor_limit(start, keys, stack):
+    """Half of what is left after 64 and the UDP sessions: each link may need a descriptor for its remote."""
+    need("prlimit")
+    server = start("prlimit", "--nofile=200:200", *RATROD, "-k", keys.server.path, "serve", "--max-udp-sessions", "16", "127.0.0.1:0")
+    port = int(server.wait_for(STARTED).group(1))
+    for _ in range((200 - 64 - 16) // 2):
+        link(stack.enter_context(dial(port)), keys.client)
+    with pytest.raises(peer.PeerError, match=r"as many connections in all as it takes \(60\)"):
+        link(stack.enter_context(dial(port)), keys.client)
+
+
+# ---------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("flag, whose", [("--max-streams", "in all"), ("--max-streams-per-key", "of this client")])
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag, whose, mode):
+    """Its local connection is reset and the client says why; those that are open go on, and so does another key."""
+    _, port = serve(*mode.serve, flag, "2")
+    client = connect(port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    other = ratrod("-k", second.path, "connect", *mode.connect, "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)
+    for program in (client, other):
+        program.wait_for(READY)
+    open_ones = [stack.enter_context(dial(tcp_port(client))) for _ in range(2)]
+    for sock in open_ones:
+        ping(sock)
+    one_more = stack.enter_context(dial(tcp_port(client)))
+    one_more.sendall(b"ping")
+    assert was_reset(one_more)
+    client.wait_for(r"as many .*as it takes \(2\)")
+    of_other = stack.enter_context(dial(tcp_port(other)))
+    of_other.sendall(b"ping")
+    if whose == "in all":
+        assert was_reset(of_other)
+        other.wait_for(r"as many .*as it takes \(2\)")
+    else:
+        assert of_other.recv(4) == b"ping"
+    for sock in open_ones:
+        ping(sock, b"still there")
+    open_ones.pop().close()
+
+    def passes():
+        with dial(tcp_port(client)) as sock, contextlib.suppress(ConnectionResetError):
+            sock.sendall(b"ping")
+            return sock.recv(4)
+    eventually(passes, "the place of the one that left")
+
+
+# ---------------------------------------------------------------------------------------------------- connect
+
+
+@pytest.fixture
+def black_hole():
+    made = BlackHole()
+    yield made
+    made.close()
+
+
+@linux
+def test_time_to_connect_to_a_remote(tunnel, black_hole):
+    made = tunnel(black_hole.port, RATROD2, serve_flags=("--connect-timeout", "1"))
+    with made.connect() as local:
+        began = time.monotonic()
+        assert was_reset(local)
+        figure("a remote that never answers, --connect-timeout 1", "%.2f s" % (time.monotonic() - began))
+        assert time.monotonic() - began > 0.9
+    made.client.wait_for("cannot connect to the remote `127.0.0.1:%d`: timed out" % black_hole.port)
+
+
+@linux
+def test_time_to_connect_to_the_server(connect, black_hole):
+    client = connect(black_hole.port, "--connect-timeout", "1", "0:host:80")
+    began = time.monotonic()
+    assert client.wait() == 1
+    assert time.monotonic() - began > 0.9
+    client.wait_for("cannot connect to the server `127.0.0.1:%d`: timed out" % black_hole.port)
+
+
+@linux
+def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole, stack):
+    """Two at a time: a third of that key waits for one of them, and holds up nobody else's."""
+    _, port = serve("--max-connects-per-key", "2", "--connect-timeout", "4")
+    echo, nowhere = "127.0.0.1:%d" % tcp_echo.port, "127.0.0.1:%d" % black_hole.port
+
+    def stream(who, target):
+        return link(stack.enter_context(dial(port)), who).open(target)
+    hanging = [stream(keys.client, nowhere) for _ in range(2)]
+    # Half of their time later, so that there is time left for the third when they fail: it has the same 4 s from its own Open on.
+    assert not is_ready(hanging[0].link.sock, selectors.EVENT_READ, 2)
+    third = stream(keys.client, echo)
+    stream(second, echo).wait_opened()
+    assert not is_ready(third.link.sock, selectors.EVENT_READ, 0)
+    for attempt in hanging:
+        with pytest.raises(peer.PeerError, match="timed out"):
+            attempt.wait_opened()
+    third.wait_opened()
+
+
+@pytest.mark.parametrize("ask", ["sessions", "opens"])
+def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack, ask):
+    """An authorized client must not fill the disk either: 200 lines at once, then ten a second, and the rest as a number."""
+    keys.server.write("authorized_keys", '%s permitopen="192.0.2.1:9"\n' % keys.client.public)
+    server, port = serve()
+    began, n = time.monotonic(), 600
+    if ask == "sessions":
+        asking = link(stack.enter_context(dial(port)), keys.client)
+        asking.open_udp()
+        for number in range(n):
+            asking.session(number, "127.0.0.1:%d" % (number + 1))
+            assert asking.read_udp() == (peer.SESSION_OVER, (number, peer.INVALID_HOST, "not allowed by this server"))
+    else:
+        for number in range(n):
+            with link(dial(port), keys.client) as asking, pytest.raises(peer.PeerError, match="not allowed"):
+                asking.open("127.0.0.1:%d" % (number + 1)).wait_opened()
+
+    def counted():
+        rest = re.findall(r"❌ (\d+) more failures with the key `%s`" % re.escape(keys.client.public), server.output)
+        return len(re.findall("refused: ", server.output)) + sum(map(int, rest)) == n
+    eventually(counted, lambda: server.output)
+    assert len([line for line in server.lines if "❌" in line]) <= 200 + 10 * (time.monotonic() - began) + 1
+
+
+# ---------------------------------------------------------------------------------------------------- UDP
+
+
+class Asking:
+    """An originator; ask(remote) -> the port at which the remote sees it, which is its session's at the server."""
+
+    def __init__(self, client, stack):
+        self._sock = stack.enter_context(udp_originator(client))
+
+    def ask(self, remote):  # noqa: F811 - the fixture's value
+        self._sock.send(b"question")
+        data, address = remote.receive()
+        remote.socket.sendto(data, address)
+        assert self._sock.recv(100) == b"question"
+        return address[1]
+
+
+@pytest.fixture
+def asking(serve, ratrod, keys, remote, stack):  # noqa: F811 - the fixture
+    """asking(n, serve flags, connect flags, who...) -> for each client n originators of UDP through a tunnel to `remote`."""
+    def launch(n, serve_flags=(), connect_flags=(), who=(keys.client,)):
+        _, port = serve(*serve_flags)
+        clients = [ratrod("-k", folder.path, "connect", *connect_flags, "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % remote.port) for folder in who]
+        return [[Asking(client, stack) for _ in range(n)]
+                for client in clients if client.wait_for(READY)]
+    return launch
+
+
+@pytest.mark.parametrize("end, flag", [("serve", "--max-udp-sessions"), ("serve", "--max-udp-sessions-per-link"),
+                                       ("connect", "--max-udp-sessions-per-link")], ids=" ".join)
+def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, flag):  # noqa: F811 - the fixture
+    (first, second, third), = asking(3, **{end + "_flags": (flag, "2")})
+    of_first, of_second = first.ask(remote), second.ask(remote)
+    assert first.ask(remote) == of_first  # now the second one's is the one that was not used for longest
+    of_third = third.ask(remote)
+    assert first.ask(remote) == of_first
+    assert third.ask(remote) == of_third
+    # It has made room, and what it sends next makes it a new session, for which the first one's goes.
+    assert second.ask(remote) not in (of_first, of_second, of_third)
+    assert third.ask(remote) == of_third
+    assert first.ask(remote) != of_first
+
+
+def test_the_key_with_most_udp_sessions_makes_room(asking, remote, keys, second):  # noqa: F811 - the fixture
+    """One client's sessions cost another client none of his, however long those were idle."""
+    quiet, loud = asking(4, serve_flags=("--max-udp-sessions", "3"), who=(second, keys.client))
+    of_quiet = quiet[0].ask(remote)
+    of_loud = [originator.ask(remote) for originator in loud]
+    assert quiet[0].ask(remote) == of_quiet
+    assert loud[3].ask(remote) == of_loud[3]
+    assert loud[0].ask(remote) != of_loud[0]
+
+
+def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_echo, stack):
+    """80,000 empty ones have room in one: others are served in between, and all of them before what follows it."""
+    _, port = serve()
+    nobody = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    nobody.bind(("127.0.0.1", 0))
+    flood, other = link(stack.enter_context(dial(port)), keys.client), link(stack.enter_context(dial(port)), second)
+    stream = other.open("127.0.0.1:%d" % tcp_echo.port)
+    stream.wait_opened()
+    flood.open_udp()
+    assert flood.read_record().type == peer.OPENED
+    flood.session(1, "127.0.0.1:%d" % nobody.getsockname()[1])
+    flood.datagrams(*[(1, b"")] * 80000)
+    flood.session(2, "no target")
+    for _ in range(30):  # it comes in pieces, between which all are served anyway
+        stream.send(b"ping")
+        assert stream.receive() == b"ping"
+    assert not is_ready(flood.sock, selectors.EVENT_READ, 0)
+    assert flood.read_udp()[1][0] == 2
+
+
+class LateServer:
+    """The independent peer as a server that answers the first connection, closes it when it is idle, and makes the others wait for go()."""
+
+    def __init__(self, keys, target):
+        self._seed, self._go = seed_of(keys.server), threading.Event()
+        self.datagrams, self.changed = [], threading.Condition()
+        self.go = self._go.set
+        self.port = target(self._serve).port
+        self._connections = 0
+
+    def _serve(self, connection):
+        connection.settimeout(PATIENCE)
+        self._connections += 1
+        server = peer.Server(connection, self._seed)
+        if self._connections == 1:
+            server.handshake().send_record(peer.CLOSE)
+            return
+        self._go.wait(PATIENCE)
+        server.handshake()
+        with contextlib.suppress(peer.LinkEnded):
+            stream = server.accept()
+            if stream and stream.kind == peer.UDP:
+                stream.link.send_record(peer.OPENED, peer.encode_str(""))
+                while True:
+                    kind, value = stream.link.read_udp()
+                    with self.changed:
+                        self.datagrams += [data for _, data in value] if kind == peer.DATAGRAMS else []
+                        self.changed.notify_all()
+
+
+def wait_until_read(port):
+    eventually(lambda: not waiting_bytes(port), "the client has read what came")
+
+
+@linux
+@pytest.mark.parametrize("together", [1, 8, 32])
+def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
+    """While there is no link the newest datagrams are kept, up to so many bytes: 8 of 1000 bytes with their heads, but not 9."""
+    server = LateServer(keys, target)
+    client = connect(server.port, "--udp-backlog", "8192", "0:127.0.0.1:9")
+    client.wait_for(READY)
+    port = udp_port(client)
+    originator = stack.enter_context(udp_originator(client))
+    for n in range(100 // together):
+        for m in range(together):
+            originator.send(b"%04d" % (n * together + m) + bytes(996))
+        wait_until_read(port)
+    last = b"%04d" % (100 // together * together - 1)
+    server.go()
+    with server.changed:
+        assert server.changed.wait_for(lambda: any(data.startswith(last) for data in server.datagrams), PATIENCE)
+    assert len(server.datagrams) == 8
+    assert server.datagrams == sorted(server.datagrams)
+
+
+@linux
+def test_udp_backlog_of_a_server(serve, keys, remote, stack):  # noqa: F811 - the fixture
+    """A client that does not read: what its remote sends on is dropped, the oldest first, and the server's memory stays what it was."""
+    server, port = serve()
+    udp = link(stack.enter_context(dial(port)), keys.client).open_udp()
+    udp.session(1, "127.0.0.1:%d" % remote.port)
+    udp.datagrams((1, b"begin"))
+    _, session = remote.receive()
+    before = memory_before(server)
+    for number in range(60_000):  # 70 MB: far more than the kernel's buffers of a connection hold
+        remote.socket.sendto(b"%06d" % number + bytes(1194), session)
+    growth = peak_growth(server, before)
+    figure("UDP to a client that does not read, the server's memory grew by", megabytes(growth))
+    assert growth < 8 << 20
+    remote.socket.sendto(b"the newest", session)
+    came = []
+    while not came or came[-1] != b"the newest":
+        kind, pairs = udp.read_udp()
+        assert kind == peer.DATAGRAMS
+        came += [data for _, data in pairs]
+    assert came[:-1] == sorted(came[:-1])
+    figure("UDP to a client that does not read, of 60,000 datagrams it got in the end", len(came) - 1)
+    assert len(came) < 30_000
+
+
+# ---------------------------------------------------------------------------------------------------- links of a client: their number and age
+
+
+class AgeServer:
+    """The independent peer as a server that notes how old a link was when something began or was asked on it."""
+
+    def __init__(self, keys, target):
+        self._seed, self.ages = seed_of(keys.server), []
+        self.port = target(self._serve).port
+
+    def _serve(self, connection):
+        connection.settimeout(PATIENCE)
+        server = peer.Server(connection, self._seed).handshake()
+        born = time.monotonic()
+
+        def note(*_):
+            self.ages.append(time.monotonic() - born)
+
+        def handle(stream):
+            note()
+            if stream.kind == peer.TCP:
+                peer.echo(stream)
+            else:
+                peer.serve_udp(stream, lambda _, data: note() or data)
+        with contextlib.suppress(peer.LinkEnded):
+            server.serve_streams(handle)
+
+
+def ask_and_end(sock):
+    ping(sock)
+    sock.shutdown(socket.SHUT_WR)
+    assert receive_all(sock) == b""
+    sock.close()
+
+
+@pytest.mark.parametrize("flag", [1, 3])
+def test_idle_links(serve, start, keys, tcp_echo, flag):
+    """One that is used and two that are ready are there in any case, and must not be made anew all the time. A burst leaves as many as it
+    needed, and the next one finds them; those that nobody needs are let go."""
+    server, port = serve("-v")
+    without = descriptors(server)
+    client = start(*scaled(idle_time=2.0), "-k", keys.client.path, "connect", "--idle-links", str(flag), "127.0.0.1:%d" % port,
+                   "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+
+    def few():
+        return descriptors(server) - without <= 3
+    for _ in range(10):
+        ask_and_end(dial(tcp_port(client)))
+    eventually(few, lambda: "%d links, for one after the other" % (descriptors(server) - without))
+    for _ in range(3):
+        burst = [dial(tcp_port(client)) for _ in range(12)]
+        for sock in burst:
+            ping(sock)
+        for sock in burst:
+            ask_and_end(sock)
+    made = len(re.findall("Accepted", server.output))
+    figure("links that 10 single connections and 3 bursts of 12 took, --idle-links %d" % flag, made)
+    assert made < 24
+    eventually(few, lambda: "%d links that nobody needs" % (descriptors(server) - without))
+    ask_and_end(dial(tcp_port(client)))
+
+
+def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target):
+    """One that is made ahead may be refused yet, as by a server that is full: what is sent on it would be lost with it."""
+    begun, one_is_idle, links = threading.Event(), threading.Event(), []
+
+    def serve_link(connection):
+        connection.settimeout(PATIENCE)
+        server = peer.Server(connection, seed_of(keys.server))
+        links.append(server)
+        with contextlib.suppress(peer.LinkEnded):
+            if len(links) == 1:
+                return server.handshake().serve_streams(peer.echo)
+            server.read_opening()
+            server.read_client_preamble()
+            begun.set()
+            one_is_idle.wait(PATIENCE)
+            server.send_message(server.server_preamble())
+            server.read_client_authentication()
+            while server.read_record():  # it is never let in
+                pass
+    client = connect(target(serve_link).port, "-v", "0:good:1")
+    client.wait_for(READY)
+    with dial(tcp_port(client)) as first:
+        ping(first)
+        assert begun.wait(PATIENCE)
+        ask_and_end(first)
+    eventually(lambda: " closed: " in client.output, "the first link is idle")
+    one_is_idle.set()
+    eventually(lambda: client.output.count("cipher: ") >= 3, lambda: "two more links")
+    for n in range(3):
+        eventually(lambda: client.output.count(" closed: ") == n + 1, "the link of the last connection is idle")  # noqa: B023 - called at once
+        ask_and_end(dial(tcp_port(client)))
+
+
+def test_an_old_link_takes_no_new_stream_of_a_client(connect, keys, target, stack):
+    """What is open on it goes on; UDP moves to another, and its originator hardly notices."""
+    server = AgeServer(keys, target)
+    client = connect(server.port, "--link-age", "1", "0:good:1")
+    client.wait_for(READY)
+    long_one, originator = (stack.enter_context(made) for made in (dial(tcp_port(client)), udp_originator(client)))
+    originator.settimeout(1)
+    answers, until = 0, time.monotonic() + 4
+    while time.monotonic() < until:
+        ask_and_end(dial(tcp_port(client)))
+        ping(long_one)
+        with contextlib.suppress(socket.timeout):
+            originator.send(b"question")
+            answers += originator.recv(100) == b"question"
+    figure("oldest link that something began or asked on, --link-age 1, of %d" % len(server.ages), "%.2f s" % max(server.ages))
+    # Ages are looked at every second, and a busy machine may see Open late.
+    assert 0.5 < max(server.ages) < 4
+    assert answers > 10
+
+
+def test_an_old_link_is_closed_by_the_server(serve, connect, keys, tcp_echo, stack):
+    """Close says that the Open was not looked at: the client takes another link, and its user notices nothing."""
+    server, port = serve("--link-age", "1")
+    old = link(stack.enter_context(dial(port)), keys.client)
+    client = connect(port, "-v", "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ping(stack.enter_context(dial(tcp_port(client))))
+    time.sleep(1.5)  # an age comes by no event
+    old.open("127.0.0.1:%d" % tcp_echo.port)
+    with pytest.raises(peer.LinkClosed):
+        old.read_record()
+    for _ in range(3):
+        ping(stack.enter_context(dial(tcp_port(client))))
+    assert "❌" not in client.output
+
+
+# ---------------------------------------------------------------------------------------------------- strangers in great number
+
+SILENT = DRIPPING = 2000 if LONG else 400
+RATE = 500  # a second: with 64 places a newcomer has an eighth of one for his first word
+SHORT_DEADLINE = () if LONG else ("--handshake-timeout", "4")
+
+
+class Pinged:
+    """A stream that is used all the time; `worst` is the longest that an answer took."""
+
+    def __init__(self, sock):
+        self.worst, self.count = 0.0, 0
+        self._sock, self._ending, self._good = sock, threading.Event(), False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        with contextlib.suppress(OSError):
+            while not self._ending.wait(0.02):
+                self.worst, self.count = max(self.worst, timed(ping, self._sock)), self.count + 1
+            self._good = True
+
+    def stop(self):
+        """Whether every answer came."""
+        self._ending.set()
+        self._thread.join(PATIENCE)
+        return self._good
+
+
+def timed(action, *args):
+    """Seconds that it takes."""
+    began = time.monotonic()
+    action(*args)
+    return time.monotonic() - began
+
+
+@linux
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("again", [0, 200], ids=["who stay away", "who come back"])
+def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
+    """They hold the few places that strangers have, and nothing else. Those that come back take them from each other, not from
+    those who have begun a handshake."""
+    server, port = serve(*SHORT_DEADLINE)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    newcomers = itertools.count()
+
+    def whole_connect():
+        program = connect(port)
+        if program.wait():
+            raise ConnectionError(program.output)
+
+    def newcomer():
+        """From an address that the server has never seen: it has no more rights than the strangers."""
+        number = next(newcomers)
+        with dial_from("127.1.%d.%d" % (number // 250, number % 250 + 1), port) as sock:
+            link(sock, keys.client)
+
+    def entering(action):
+        """Seconds until it is in. On a machine that is so busy that its first word takes long it may be pushed out, and tries again."""
+        nonlocal tries, pushed_out
+        began = time.monotonic()
+        while True:
+            tries += 1
+            try:
+                action()
+                return time.monotonic() - began
+            except ConnectionError:
+                assert time.monotonic() < began + PATIENCE
+                pushed_out += 1
+    tries = pushed_out = 0
+    with dial(tcp_port(client)) as sock:
+        ping(sock)
+        quiet = entering(whole_connect), entering(newcomer)
+        own, before, cpu, began = descriptors(server), memory_before(server), cpu_seconds(server.process.pid), time.monotonic()
+        pinged = Pinged(sock)
+        crowd = start(sys.executable, pressure.__file__, str(port), str(SILENT), str(DRIPPING), str(RATE), str(again))
+        crowd.wait_for("first one is connected")
+        times, handshakes = [entering(whole_connect)], []
+        while not re.search("all connected", crowd.output):
+            handshakes.append(entering(newcomer))
+        for _ in range(4):
+            times.append(entering(whole_connect))
+            handshakes += [entering(newcomer) for _ in range(10)]
+        used, took = cpu_seconds(server.process.pid) - cpu, time.monotonic() - began
+        if again:
+            crowd.stop()
+        else:
+            crowd.wait_for("all gone")
+            assert crowd.wait() == 0
+        eventually(lambda: descriptors(server) <= own, lambda: "%d descriptors, as before: %d" % (descriptors(server), own))
+        assert pinged.stop() and pinged.count > 10
+        name = "%d strangers%s" % (SILENT + DRIPPING, " who come back, %d a second" % again if again else "")
+        figure(name + ", connected after", crowd.wait_for("all connected after (.*)").group(1))
+        if not again:
+            figure(name + ", gone after", crowd.wait_for("all gone after (.*)").group(1))
+        figure(name + ", an honest connect, longest of %d" % len(times), "%.2f s (%.2f s without them)" % (max(times), quiet[0]))
+        figure(name + ", a newcomer's handshake, longest of %d" % len(handshakes), "%.3f s (%.3f s without them)" % (max(handshakes), quiet[1]))
+        figure(name + ", a round trip of an open stream, longest of %d" % pinged.count, "%.0f ms" % (1000 * pinged.worst))
+        figure(name + ", the server's memory grew by at most", megabytes(peak_growth(server, before)))
+        figure(name + ", the server's CPU time", "%.2f s of %.2f s" % (used, took))
+        ping(sock)
+        figure(name + ", tries that were pushed out", "%d of %d" % (pushed_out, tries))
+    assert max(times + handshakes) < 5
+    assert pushed_out <= 1 + tries // 20
+    assert peak_growth(server, before) < 32 << 20
+    assert "❌" not in client.output

@@ -1,0 +1,2222 @@
+"""The negative tests of PROTOCOL.md that concern ratrod2, by their numbers there, over real sockets: the real `serve` or `connect` against the
+independent peer.
+
+The missing number, 3, is legacy's.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import queue
+import re
+import select
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+
+import pytest
+
+from support import ratrod2_peer as peer
+from support.keys import base64url, make_keys, seed_of
+from support.pressure import memory_before, peak_growth
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY
+from support.ratrod2_peer import (
+    AEGIS,
+    BULK_LIMIT,
+    CHACHA,
+    CLOSE,
+    DATA,
+    DATAGRAMS,
+    END,
+    ERROR,
+    HANDSHAKE_COMPLETION,
+    KEEPALIVE,
+    LISTEN,
+    OPEN,
+    OPENED,
+    OPENING,
+    OVER,
+    SESSION,
+    SESSION_OVER,
+    TCP,
+    UDP,
+    Client,
+    Identity,
+    PeerError,
+    ProtocolError,
+    Recorder,
+    Server,
+    encode_open,
+    encode_session,
+    receive_to_end,
+)
+from support.sockets import is_ready, receive_all, receive_exactly
+
+SHORT_HANDSHAKE = ("--handshake-timeout", "1")
+STOLEN = b"\x5a" * 32
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+# They last two minutes by their nature.
+long = pytest.mark.skipif(not os.environ.get("RATROD_LONG"), reason="takes 120 s: RATROD_LONG is not set")
+hostile_text = "marker-before\x1b]0;evil\x07\x1b[2J\r\n\x00\x9b\u202e marker-after " + "A" * 800
+
+
+def identity_of(keys):
+    return Identity.from_seed(seed_of(keys)).public
+
+
+def flip(data, at, bits=1):
+    return data[:at] + bytes([data[at] ^ bits]) + data[at + 1:]
+
+
+def framed(message):
+    return struct.pack(">H", len(message)) + message
+
+
+def how_it_ended(connection):
+    """Waits until both directions are over; the error that a reset has left, or 0."""
+    poller = select.poll()
+    poller.register(connection, 0)
+    events = poller.poll(PATIENCE * 1000)
+    return connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events and events[0][1] & select.POLLERR else 0
+
+
+def is_reset(error, after_end=False):
+    """True for a reset and nothing but a reset. Linux leaves EPIPE where a FIN came before it: only after an End may it have."""
+    return error == errno.ECONNRESET or bool(error) and (after_end or not sys.platform.startswith("linux"))
+
+
+def was_reset(connection, after_end=False):
+    return is_reset(how_it_ended(connection), after_end)
+
+
+# ---------------------------------------------------------------------------------------------------- the programs under test
+
+
+def check_output(program):
+    assert "Traceback" not in program.output
+    odd = [line for line in program.lines if not line.replace("\t", " ").isprintable()]
+    assert not odd, "control characters in the output: %r" % odd
+
+
+def still_serves(end):
+    """The program under test (a Served or a Connected) still does its work, on a new connection, and has shown no traceback."""
+    end.work()
+    assert end.program.process.poll() is None
+    check_output(end.program)
+
+
+@pytest.fixture(autouse=True)
+def every_output(start):
+    """The whole output of every program is checked once it has ended, whatever was done to it."""
+    yield
+    for program in start.programs:
+        program.stop()
+        check_output(program)
+
+
+class Served:
+    """A real server, and a target that echoes; `host` is the target's name."""
+
+    def __init__(self, program, port, keys, target, host):
+        self.program = program
+        self.port = port
+        self.keys = keys
+        self.target = target
+        self.host = host
+        self.stack = contextlib.ExitStack()
+
+    def client(self, seed=None, **options):
+        """A connected peer that has sent nothing yet."""
+        return self.stack.enter_context(Client.connect(self.port, seed or seed_of(self.keys.client), **options))
+
+    def link(self, seed=None, **options):
+        return self.client(seed, server=identity_of(self.keys.server), **options).handshake()
+
+    def socket(self):
+        return self.stack.enter_context(socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE))
+
+    @property
+    def address(self):
+        return "%s:%d" % (self.host, self.target.port)
+
+    def work(self):
+        with self.link() as link:
+            assert link.exchange(self.address, b"still here") == b"still here"
+
+
+@pytest.fixture
+def served(serve, keys, tcp_echo):
+    """served(flags...) -> Served."""
+    with contextlib.ExitStack() as stack:
+        def launch(*flags, host="127.0.0.1", **options):
+            made = Served(*serve(*flags, **options), keys, tcp_echo, host)
+            stack.callback(made.stack.close)
+            # A source with an authorized link is not slowed down: a test may make many bad connections.
+            made.anchor = made.link()
+            return made
+        yield launch
+
+
+class Watched:
+    """A target that reads nothing and tells of each of its connections how it ended."""
+
+    def __init__(self, target):
+        self._ends = queue.Queue()
+        self._target = target(lambda connection: self._ends.put(how_it_ended(connection)))
+        self.address = "127.0.0.1:%d" % self._target.port
+
+    @property
+    def accepted(self):
+        return self._target.accepted
+
+    def assert_reset(self, after_end=False):
+        error = self._ends.get(timeout=2 * PATIENCE)
+        assert is_reset(error, after_end), "the target's connection was not reset, or ended cleanly before: %s" % errno.errorcode.get(error)
+
+
+@pytest.fixture
+def watched(target):
+    return Watched(target)
+
+
+class Connected:
+    """A real client whose server is the peer, with a tunnel to `good:1`, which echoes, and one to `evil:1`."""
+
+    def __init__(self, program):
+        self.program = program
+        self.good, self.evil = (int(program.wait_for(r"\[TCP\] Listening on `.*?:(\d+)`.* to `%s:1`" % name).group(1)) for name in ("good", "evil"))
+        self.stack = contextlib.ExitStack()
+
+    def originate(self, first=b"hello"):
+        """A new connection to the evil tunnel, which has sent `first`."""
+        connection = self.stack.enter_context(socket.create_connection(("127.0.0.1", self.evil), timeout=PATIENCE))
+        connection.sendall(first)
+        return connection
+
+    def work(self):
+        with socket.create_connection(("127.0.0.1", self.good), timeout=PATIENCE) as connection:
+            connection.sendall(b"still here")
+            connection.shutdown(socket.SHUT_WR)
+            assert receive_all(connection) == b"still here"
+
+
+WELL = object()
+
+
+class EvilServer:
+    """What the peer does for each link of a real client: all well, but for streams to `evil:1`, and for UDP where evil_udp is given.
+
+    After evil(stream) nothing more is sent, and `ends` gets the records that the client still sends up to its end of the link; but where it returns
+    WELL, the link goes on. `problems` gets what the client did against the protocol.
+    """
+
+    def __init__(self, keys, evil, evil_udp, suites):
+        self._keys = keys
+        self._evil = evil
+        self._evil_udp = evil_udp
+        self._suites = suites
+        self.ends = queue.Queue()
+        self.problems = []
+
+    def handle(self, connection):
+        connection.settimeout(4 * PATIENCE)
+        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)], suites=self._suites)
+        try:
+            server.handshake().serve_streams(self._dispatch)
+        except PeerError:
+            # A client may fail a stream: its originator may be gone.
+            pass
+        except ProtocolError as error:
+            self.problems.append(error)
+        finally:
+            # The test's process still has the socket in its Target: without this a thread that still sends would keep the link open.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _dispatch(self, stream):
+        evil = self._evil_udp if stream.kind == UDP else self._evil if stream.target == "evil:1" else None
+        if not evil:
+            return peer.serve(stream)
+        try:
+            if evil(stream) is WELL:
+                return None
+            self.ends.put(stream.link.read_to_end())
+        except Exception as error:
+            self.ends.put(error)
+            raise
+        raise peer.LinkEnded("after the evil step")
+
+    def end(self):
+        """What the client still sent on the link of an evil stream, once it has ended it."""
+        end = self.ends.get(timeout=2 * PATIENCE)
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+
+@pytest.fixture
+def connected(ratrod, keys, target):
+    """connected(evil, flags..., evil_udp=None) -> (Connected, EvilServer)."""
+    with contextlib.ExitStack() as stack:
+        def launch(evil, *flags, evil_udp=None, suites=None):
+            evil_server = EvilServer(keys, evil, evil_udp, suites)
+            port = target(evil_server.handle).port
+            program = ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % port, "0:good:1", "0:evil:1")
+            program.wait_for(READY)
+            made = Connected(program)
+            stack.callback(made.stack.close)
+            stack.callback(lambda: check_problems(evil_server))
+            return made, evil_server
+        yield launch
+
+
+def check_problems(evil_server):
+    assert not evil_server.problems, "the client broke the protocol: %r" % evil_server.problems
+
+
+class Impostor:
+    """A port where behave(server) answers each connection; `said` gets what the client sends after that, up to its end."""
+
+    def __init__(self, keys, target, behave, **options):
+        self._keys = keys
+        self._behave = behave
+        self._options = options
+        self.said = queue.Queue()
+        self.port = target(self._handle).port
+
+    def _handle(self, connection):
+        connection.settimeout(PATIENCE)
+        try:
+            self._behave(Server(connection, seed_of(self._keys.server), **self._options))
+        except Exception as error:
+            self.said.put(error)
+            raise
+        self.said.put(receive_to_end(connection))
+
+    def assert_client_said_nothing_more(self):
+        """Of every connection that was made; there is at least one."""
+        said = [self.said.get(timeout=PATIENCE)]
+        while not self.said.empty():
+            said.append(self.said.get())
+        assert said == [b""] * len(said)
+
+
+@pytest.fixture
+def impostor(keys, target):
+    def launch(behave, **options):
+        return Impostor(keys, target, behave, **options)
+    return launch
+
+
+def up_to_server_preamble(server):
+    server.read_opening()
+    server.read_client_preamble()
+    server.send_message(server.server_preamble())
+
+
+def assert_client_gives_up(program, code=None):
+    """It ends by itself, with an exit code that says so and a line that can be read."""
+    ended = program.wait()
+    assert ended == code if code is not None else ended not in (0, None)
+    assert program.lines
+    check_output(program)
+
+
+def assert_refused(client):
+    """Error in place of HandshakeCompletion, which names the client's own key; then the end."""
+    with pytest.raises(PeerError) as caught:
+        client.read_completion()
+    assert caught.value.code == peer.INVALID_KEY
+    assert base64url(client.claimed) in caught.value.text
+    assert client.read_to_end() == []
+
+
+def assert_ended(link, allowed=(ERROR, KEEPALIVE)):
+    """The server ends the link; of what it still said nothing is an answer to the evil step."""
+    assert {record.type for record in link.read_to_end()} <= set(allowed)
+
+
+def assert_no_answer(client):
+    assert receive_to_end(client.sock) == b""
+
+
+def read_error(link):
+    """The Error that must come next (Keepalive apart), as the link's last record."""
+    with pytest.raises(PeerError) as caught:
+        link.read_record()
+    assert link.read_to_end() == []
+    return caught.value
+
+
+# ---------------------------------------------------------------------------------------------------- name look-ups of a real server
+
+
+# Runs in the program's process before the program. Names that resolve as a test wants them cannot be had from a real resolver without being root:
+# this alone is replaced.
+SITECUSTOMIZE = '''
+import json, os, socket, sys
+folder = os.environ["TEST_RESOLVER"]
+names = json.load(open(os.path.join(folder, "names")))
+real = socket.getaddrinfo
+
+def note(host):
+    host = host.decode("utf-8", "replace") if isinstance(host, (bytes, bytearray)) else host
+    with open(os.path.join(folder, "lookups"), "a") as lookups:
+        lookups.write(json.dumps(host) + "\\n")
+    return host
+
+def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
+    name = note(host)
+    if name == "hang.example":
+        open(os.path.join(folder, "release")).read()
+    if name in names:
+        found = []
+        for address in names[name]:
+            try:
+                found += real(address, port, family, type, proto, flags)
+            except socket.gaierror:
+                pass
+        if found:
+            return found
+    if name in names or isinstance(name, str) and name.endswith((".example", ".test")):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return real(host, port, family, type, proto, flags)
+
+socket.getaddrinfo = getaddrinfo
+sys.addaudithook(lambda event, args: note(args[0]) if event in ("socket.gethostbyname", "socket.gethostbyaddr") else None)
+'''
+
+
+class Resolver:
+    """What the server under test looks up: `lookups`, and the addresses of the names given. A look-up of `hang.example` lasts until release()."""
+
+    def __init__(self, folder, names):
+        self._folder = folder
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        (folder / "names").write_text(json.dumps(names))
+        (folder / "lookups").touch()
+        os.mkfifo(folder / "release")
+        self.environment = {**os.environ, "PYTHONPATH": str(folder), "TEST_RESOLVER": str(folder)}
+
+    @property
+    def lookups(self):
+        return [json.loads(line) for line in (self._folder / "lookups").read_text().splitlines()]
+
+    def release(self):
+        # Without a reader this open() fails: then nothing hangs.
+        with contextlib.suppress(OSError):
+            os.close(os.open(self._folder / "release", os.O_WRONLY | os.O_NONBLOCK))
+
+
+@pytest.fixture
+def resolver(tmp_path):
+    made = []
+    def launch(**names):
+        made.append(Resolver(tmp_path / ("resolver%d" % len(made)), {name.replace("_", "."): addresses for name, addresses in names.items()}))
+        return made[-1]
+    yield launch
+    for resolver in made:
+        resolver.release()
+
+
+# ---------------------------------------------------------------------------------------------------- 1-2: who speaks at all
+
+
+def test_01_the_servers_own_key_is_no_client(served):
+    end = served()
+    end.keys.server.trust(end.keys.server, "authorized_keys")
+    client = end.client(seed_of(end.keys.server)).begin_handshake()
+    assert_refused(client)
+    still_serves(end)
+
+
+def test_01_a_client_that_meets_its_own_key_says_so(connect, keys, target):
+    def behave(server):
+        # handshake() refuses the server's own key, as a real server does: for a client that leaves it to the server.
+        with contextlib.suppress(PeerError, ConnectionError):
+            server.handshake()
+    keys.client.trust(keys.client, "known_hosts")
+    program = connect(Impostor(keys._replace(server=keys.client), target, behave).port)
+    assert_client_gives_up(program)
+    assert "same key" in program.output
+
+
+def legacy_error(text):
+    message = peer.varint(6) + peer.encode_error(peer.UNKNOWN, text)
+    return b"\x00" + struct.pack(">Q", len(message)) + message
+
+
+LEGACY_ANSWERS = {
+    "closes": b"",
+    "resets": None,
+    "Error": legacy_error("what is this"),
+    "long Error": legacy_error("x" * 2000),
+    "ServerPreamble": b"\x00" + struct.pack(">Q", 500) + b"\x01" * 500,
+}
+
+
+@pytest.mark.parametrize("how", LEGACY_ANSWERS)
+def test_02_a_legacy_server_is_named_and_there_is_no_fallback(connect, target, how):
+    openings = queue.Queue()
+
+    def handle(connection):
+        # As Rust's: it takes a flag and a size from the opening bytes, and understands nothing.
+        openings.put(receive_exactly(connection, 9))
+        if LEGACY_ANSWERS[how] is None:
+            peer.reset(connection)
+        else:
+            connection.sendall(LEGACY_ANSWERS[how])
+    program = connect(target(handle).port)
+    assert_client_gives_up(program)
+    assert "--legacy" in program.output
+    seen = [openings.get(timeout=PATIENCE)]
+    while not openings.empty():
+        seen.append(openings.get())
+    assert all(opening.startswith(OPENING) for opening in seen)
+
+
+@pytest.mark.parametrize("first", [
+    b"\x00" + struct.pack(">Q", 80) + b"\x00" + b"\x20" + b"e" * 32 + b"\x04a:80" + b"\x20" + b"c" * 32 + b"\x00\x00",
+    b"\x01" + bytes(12) + struct.pack(">Q", 80),
+], ids=["flag 0", "flag 1"])
+def test_02_a_legacy_client_is_told(served, first):
+    end = served()
+    sock = end.socket()
+    sock.sendall(first)
+    answer = receive_to_end(sock)
+    assert answer[:1] == b"\x00"
+    assert int.from_bytes(answer[1:9], "big") == len(answer) - 9
+    decoder = peer.Decoder(answer[9:])
+    assert (decoder.varint(), decoder.varint()) == (6, peer.UNKNOWN)
+    assert "--legacy" in decoder.str()
+    decoder.end()
+    still_serves(end)
+
+
+@pytest.mark.parametrize("first", [
+    b"GET / HTTP/1.1\r\n\r\n", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"\x02" * 8, b"ratrod3\n", b"\xff" * 100], ids=repr)
+def test_02_anything_else_is_closed_without_an_answer(served, first):
+    end = served()
+    sock = end.socket()
+    sock.sendall(first)
+    assert receive_to_end(sock) == b""
+    still_serves(end)
+
+
+# ---------------------------------------------------------------------------------------------------- 4-9: the handshake
+
+
+def test_04_each_byte_of_the_opening_flipped(served):
+    end = served()
+    for at in range(len(OPENING)):
+        client = end.client()
+        client.send(flip(OPENING, at) + framed(client.client_preamble()))
+        assert_no_answer(client)
+    still_serves(end)
+
+
+def test_04_each_byte_of_client_preamble_flipped(served):
+    """Noise cannot refuse most of these at once: nobody must be able to go on from the answer."""
+    end = served()
+    for at in range(35):
+        client = end.client(suites=(1, 2))
+        client.send(OPENING)
+        client.send_message(flip(client.client_preamble(), at))
+        with pytest.raises((ProtocolError, peer.LinkEnded)):
+            client.read_server_preamble()
+        # What this client would have said next, made with a wrong transcript: the server must end without a record.
+        client.send_message(b"\x00" * 96)
+        assert_no_answer(client)
+    still_serves(end)
+
+
+def test_04_each_byte_of_client_authentication_flipped(served):
+    end = served()
+    for at in range(96):
+        client = end.client()
+        client.send(OPENING)
+        client.send_message(client.client_preamble())
+        client.read_server_preamble()
+        message = client.client_authentication()
+        assert len(message) == 96
+        client.send_message(flip(message, at))
+        assert_no_answer(client)
+    still_serves(end)
+
+
+@pytest.mark.parametrize("at, bits", [(0, 1), (31, 1), (31, 0x80), (32, 1), (33, 3), (-1, 1)])
+def test_04_client_preamble_flipped_on_its_way(connect, impostor, at, bits):
+    def behave(server):
+        server.read_opening()
+        message = server.read_message()
+        message = flip(message, at % len(message), bits)
+        # The impostor goes on whatever the payload now says.
+        server.handshaker.read_message(message)
+        server.suite = CHACHA
+        server.send_message(server.server_preamble())
+    fake = impostor(behave)
+    assert_client_gives_up(connect(fake.port))
+    fake.assert_client_said_nothing_more()
+
+
+def test_04_a_suite_stripped_on_its_way(connect, impostor):
+    def behave(server):
+        server.read_opening()
+        message = server.read_message()
+        if message[32:] == b"\x01\x02":
+            # This client has no AEGIS to be stripped of: put one in.
+            changed = message[:32] + b"\x02\x01\x02"
+        else:
+            changed = message[:32] + b"\x01\x02"
+        server.read_client_preamble(changed)
+        server.suite = CHACHA
+        server.send_message(server.server_preamble())
+    fake = impostor(behave)
+    assert_client_gives_up(connect(fake.port))
+    fake.assert_client_said_nothing_more()
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, 63, 64, 79, 80, 111, 112, 113, 128])
+def test_04_server_preamble_flipped(connect, impostor, at):
+    def behave(server):
+        server.read_opening()
+        server.read_client_preamble()
+        message = server.server_preamble()
+        assert len(message) == 129
+        server.send_message(flip(message, at))
+    fake = impostor(behave)
+    assert_client_gives_up(connect(fake.port))
+    fake.assert_client_said_nothing_more()
+
+
+@pytest.mark.parametrize("suite_id", [0, 3, 255])
+def test_05_a_suite_that_was_not_offered(connect, impostor, suite_id):
+    def behave(server):
+        server.read_opening()
+        server.read_client_preamble()
+        server.send_message(server.server_preamble(server.identity.public + bytes([suite_id])))
+    fake = impostor(behave)
+    assert_client_gives_up(connect(fake.port))
+    fake.assert_client_said_nothing_more()
+
+
+@pytest.mark.parametrize("payload", [b"\x01\x01", b"\x01\x03", b"\x00", b"", b"\x02\x01", b"\x03\x01\x02", b"\x02\x01\x03\x02", b"\xff\x02"],
+                         ids=lambda payload: payload.hex() or "empty")
+def test_06_a_list_without_suite_2(served, payload):
+    """Or one shorter than its count; in b"\\x02\\x01\\x03\\x02" suite 2 stands behind the list's end."""
+    end = served()
+    client = end.client()
+    client.send(OPENING)
+    client.send_message(client.client_preamble(payload))
+    assert_no_answer(client)
+    still_serves(end)
+
+
+@pytest.mark.parametrize("payload", [b"\x01\x02", b"\x02\x02\x02", b"\x04\x09\x02\xff\x01", b"\x01\x02what a later version adds"], ids=bytes.hex)
+def test_06_lists_that_are_good(served, payload):
+    """So that the refusals above are not of everything unusual: unknown suites are passed over, and what follows the list is ignored."""
+    end = served()
+    client = end.client(suites=tuple(payload[1:1 + payload[0]]))
+    client.send(OPENING)
+    client.send_message(client.client_preamble(payload))
+    assert client.read_server_preamble().suite == CHACHA.id
+    client.send_message(client.client_authentication(client.identity.public + b"what a later version adds"))
+    client.read_completion()
+    assert client.exchange(end.address, b"hello") == b"hello"
+    still_serves(end)
+
+
+@pytest.mark.parametrize("point", peer.SMALL_ORDER_POINTS, ids=lambda point: point.hex()[:8])
+def test_07_small_order_e_of_a_client(served, point):
+    end = served()
+    client = end.client(ephemeral=peer.odd_keypair(point), attacker=True)
+    client.send(OPENING)
+    client.send_message(client.client_preamble())
+    assert_no_answer(client)
+    still_serves(end)
+
+
+@pytest.mark.parametrize("point", peer.SMALL_ORDER_POINTS, ids=lambda point: point.hex()[:8])
+def test_07_small_order_s_of_a_client(served, point):
+    """The attacker computes all keys, so that a record of a server that went on would be read here."""
+    end = served()
+    client = end.client(static=peer.odd_keypair(point), claimed=peer.SMALL_ORDER_IDENTITY, attacker=True).begin_handshake()
+    assert client.read_to_end() == []
+    still_serves(end)
+
+
+@pytest.mark.parametrize("point", peer.SMALL_ORDER_POINTS[::3], ids=lambda point: point.hex()[:8])
+@pytest.mark.parametrize("which", ["e", "s"])
+def test_07_small_order_key_of_a_server(connect, impostor, which, point):
+    options = {"ephemeral": peer.odd_keypair(point)} if which == "e" else {"static": peer.odd_keypair(point), "claimed": peer.SMALL_ORDER_IDENTITY}
+    fake = impostor(up_to_server_preamble, attacker=True, **options)
+    # -a: what stops the client must be the key, not known_hosts.
+    assert_client_gives_up(connect(fake.port, "-a"))
+    fake.assert_client_said_nothing_more()
+
+
+def top_bit_set(identity):
+    """The identity's key pair, its public key in the other form that X25519 takes for the same."""
+    return peer.odd_keypair(identity.static_public[:31] + bytes([identity.static_public[31] | 0x80]), identity.static_private)
+
+
+@pytest.mark.parametrize("wrong", ["another key's", "top bit"])
+def test_08_static_key_that_is_not_the_clients_identity(served, wrong):
+    end = served()
+    identity = Identity.from_seed(seed_of(end.keys.client))
+    options = {"static": STOLEN} if wrong == "another key's" else {"static": top_bit_set(identity)}
+    client = end.client(**options).begin_handshake()
+    assert client.claimed == identity.public
+    assert client.read_to_end() == []
+    still_serves(end)
+
+
+@pytest.mark.parametrize("claimed", [b"\xff" * 32, peer.SMALL_ORDER_IDENTITY, b"", bytes(31)],
+                         ids=["not a point", "neutral element", "empty", "31 bytes"])
+def test_08_what_is_no_identity_of_a_client(served, claimed):
+    end = served()
+    client = end.client(claimed=claimed).begin_handshake()
+    assert client.read_to_end() == []
+    still_serves(end)
+
+
+@pytest.mark.parametrize("wrong", ["another key's", "top bit"])
+@pytest.mark.parametrize("flags", [(), ("-a",)], ids=["known", "-a"])
+def test_08_static_key_that_is_not_the_servers_identity(connect, impostor, keys, wrong, flags):
+    identity = Identity.from_seed(seed_of(keys.server))
+    fake = impostor(up_to_server_preamble, static=STOLEN if wrong == "another key's" else top_bit_set(identity))
+    assert_client_gives_up(connect(fake.port, *flags))
+    fake.assert_client_said_nothing_more()
+
+
+@pytest.mark.parametrize("claimed", [b"\xff" * 32, peer.SMALL_ORDER_IDENTITY, bytes(20)], ids=["not a point", "neutral element", "20 bytes"])
+def test_08_what_is_no_identity_of_a_server(connect, impostor, claimed):
+    fake = impostor(up_to_server_preamble, claimed=claimed)
+    assert_client_gives_up(connect(fake.port, "-a"))
+    fake.assert_client_said_nothing_more()
+
+
+def test_09_the_negative_of_a_listed_client(served):
+    """-P has P's X25519 form, and P's owner can compute with it; but it is not what the list names."""
+    end = served()
+    client = end.client(claimed=peer.negative(identity_of(end.keys.client))).begin_handshake()
+    assert_refused(client)
+    still_serves(end)
+
+
+def test_09_the_negative_of_a_known_server(connect, impostor, keys):
+    fake = impostor(up_to_server_preamble, claimed=peer.negative(identity_of(keys.server)))
+    assert_client_gives_up(connect(fake.port), AUTHENTICATION_FAILED)
+    fake.assert_client_said_nothing_more()
+
+
+@pytest.mark.parametrize("lines, known", [
+    ("{server} elsewhere.example:19000\n", False),
+    ("{server} 127.0.0.1:1\n", False),
+    ("{other} 127.0.0.1:{port}\n{server}\n", False),
+    ("{server}\n{other} 127.0.0.1:{port}\n", False),
+    ("{server} 127.0.0.1:{port}\n", True),
+    ("{other} elsewhere.example:19000\n{server}\n", True),
+], ids=["another host", "another port", "bound to another key, first", "bound to another key, last", "bound", "bare"])
+def test_10_server_key_bound_to_another_address(connect, impostor, keys, tmp_path, lines, known):
+    def behave(server):
+        if known:
+            server.handshake()
+        else:
+            up_to_server_preamble(server)
+    fake = impostor(behave)
+    other = make_keys(tmp_path / "other")
+    keys.client.write("known_hosts", lines.format(server=keys.server.public, other=other.public, port=fake.port))
+    program = connect(fake.port)
+    if known:
+        assert program.wait() == 0
+    else:
+        assert_client_gives_up(program, AUTHENTICATION_FAILED)
+    fake.assert_client_said_nothing_more()
+
+
+# ---------------------------------------------------------------------------------------------------- 11-14: lengths, time, order of the handshake
+
+
+@pytest.mark.parametrize("length", [0, 1025, 65535])
+def test_11_handshake_length_of_a_client(served, length):
+    end = served()
+    client = end.client()
+    client.send(OPENING)
+    client.send_message(client.client_preamble(), length=length)
+    assert_no_answer(client)
+    client = end.client()
+    client.send(OPENING)
+    client.send_message(client.client_preamble())
+    client.read_server_preamble()
+    client.send_message(client.client_authentication(), length=length)
+    assert_no_answer(client)
+    still_serves(end)
+
+
+def test_11_the_longest_messages_that_are_taken(served):
+    end = served()
+    client = end.client(suites=(CHACHA.id,))
+    client.send(OPENING)
+    client.send_message(client.client_preamble(b"\x01\x02" + bytes(1024 - 34)))
+    client.read_server_preamble()
+    client.send_message(client.client_authentication(client.identity.public + bytes(1024 - 96)))
+    client.read_completion()
+    assert client.exchange(end.address, b"hello") == b"hello"
+    still_serves(end)
+
+
+@pytest.mark.parametrize("length", [0, 1025, 65535])
+def test_11_handshake_length_of_a_server(connect, impostor, length):
+    def behave(server):
+        server.read_opening()
+        server.read_client_preamble()
+        server.send_message(server.server_preamble(), length=length)
+    fake = impostor(behave)
+    assert_client_gives_up(connect(fake.port))
+    fake.assert_client_said_nothing_more()
+
+
+def dribble(sock, data):
+    """Sends a byte now and then until the other end answers or ends; how many went out. A pause is far below the deadline, all of them far above."""
+    for count in range(len(data)):
+        try:
+            sock.sendall(data[count:count + 1])
+        except ConnectionError:
+            return count
+        if is_ready(sock, selectors.EVENT_READ, 0.2):
+            return count + 1
+    return len(data)
+
+
+def test_12_a_byte_at_a_time_from_a_client(served):
+    end = served(*SHORT_HANDSHAKE)
+    client = end.client()
+    data = OPENING + framed(client.client_preamble())
+    assert dribble(client.sock, data) < len(data)
+    assert_no_answer(client)
+    client = end.client()
+    client.send(OPENING)
+    client.send_message(client.client_preamble())
+    client.read_server_preamble()
+    data = framed(client.client_authentication())
+    assert dribble(client.sock, data) < len(data)
+    assert_no_answer(client)
+    still_serves(end)
+
+
+def test_12_a_client_that_says_nothing(served):
+    end = served(*SHORT_HANDSHAKE)
+    silent, half = end.client(), end.client()
+    half.send(OPENING)
+    half.send_message(half.client_preamble())
+    half.read_server_preamble()
+    assert_no_answer(silent)
+    assert_no_answer(half)
+    still_serves(end)
+
+
+def test_12_a_byte_at_a_time_from_a_server(connect, impostor):
+    counts = queue.Queue()
+
+    def behave(server):
+        server.read_opening()
+        server.read_client_preamble()
+        counts.put(dribble(server.sock, framed(server.server_preamble())))
+    fake = impostor(behave)
+    assert_client_gives_up(connect(fake.port, *SHORT_HANDSHAKE, "80"))
+    assert counts.get(timeout=PATIENCE) < 2 + 129
+    fake.assert_client_said_nothing_more()
+
+
+def test_12_a_server_that_never_completes(connect, impostor):
+    """The client's deadline covers everything up to HandshakeCompletion."""
+    fake = impostor(lambda server: server.begin_handshake())
+    assert_client_gives_up(connect(fake.port, *SHORT_HANDSHAKE, "80"))
+
+
+def test_13_an_unauthorized_key_that_pipelines_open(served, watched, resolver):
+    names = resolver(pipelined_example=["127.0.0.1"], resolved_example=["127.0.0.1"])
+    end = served(env=names.environment, host="resolved.example")
+    still_serves(end)
+    assert "resolved.example" in names.lookups, "this test would not see a look-up"
+    for target in (watched.address, "pipelined.example:%s" % watched.address.rpartition(":")[2]):
+        client = end.client(STOLEN).begin_handshake()
+        client.send_open(TCP, target)
+        client.send_record(DATA, b"hello")
+        client.send_record(END)
+        assert_refused(client)
+    udp = end.client(STOLEN).begin_handshake()
+    udp.send_open(UDP)
+    udp.send_record(SESSION, encode_session(1, "pipelined.example:53"))
+    assert_refused(udp)
+    # A stream of somebody authorized passes through all the same steps: what the server did not do before it, it will not do.
+    still_serves(end)
+    assert watched.accepted == 0
+    assert "pipelined.example" not in names.lookups
+
+
+def test_14_a_whole_session_replayed_to_a_server(served):
+    end = served()
+    recorded = end.link(wrap=Recorder)
+    assert recorded.exchange(end.address, b"hello") == b"hello"
+    recorded.finish()
+    accepted = end.target.accepted
+    sock = end.socket()
+    sock.sendall(recorded.sock.sent)
+    # A fresh ServerPreamble, and the end.
+    assert len(receive_to_end(sock)) in (0, 2 + 129)
+    still_serves(end)
+    assert end.target.accepted == accepted + 1
+
+
+def test_14_a_whole_session_replayed_to_a_client(connect, impostor, keys):
+    recorders = queue.Queue()
+
+    def honest(server):
+        server.sock = Recorder(server.sock)
+        server.handshake()
+        recorders.put(server.sock)
+    assert connect(impostor(honest).port).wait() == 0
+    recorded = bytes(recorders.get(timeout=PATIENCE).sent)
+
+    def replay(server):
+        server.read_opening()
+        server.read_message()
+        server.send(recorded)
+    fake = impostor(replay)
+    assert_client_gives_up(connect(fake.port))
+    fake.assert_client_said_nothing_more()
+
+
+# ---------------------------------------------------------------------------------------------------- 15-16: records
+
+
+FILLER = bytes(BULK_LIMIT + 1024)
+
+
+def seal(link, *record, **wrong):
+    return link.writer.seal(*record, **wrong)
+
+
+def seal_with_the_others_key(link):
+    to_server, to_client = link.handshaker.record_keys(link.suite)
+    return peer.RecordWriter(link.suite, to_client if link.initiator else to_server).seal(DATA, b"x", number=link.writer.number)
+
+
+def flip_length(link, bit):
+    """The filler completes the record that a greater length promises, so that what ends the link is the tag and not a FIN."""
+    return flip(seal(link, DATA, b"x" * 100), 3 - bit // 8, 1 << bit % 8) + FILLER
+
+
+# Each: (the link, its first Data as it went out, a record of the other end as it came) -> what is sent next.
+TAMPERED = {
+    "replayed": lambda link, ours, theirs: ours,
+    "reordered": lambda link, ours, theirs: seal(link, DATA, b"b", number=link.writer.number + 1) + seal(link, DATA, b"a", number=link.writer.number),
+    "one left out": lambda link, ours, theirs: seal(link, DATA, b"b", number=link.writer.number + 1),
+    "reflected": lambda link, ours, theirs: theirs,
+    "reflected with our number": lambda link, ours, theirs: seal_with_the_others_key(link),
+    "first byte of the text": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4),
+    "last byte of the text": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4 + 100),
+    "last byte of the tag": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4 + 100 + link.suite.tag_length),
+    "all zeros": lambda link, ours, theirs: struct.pack(">I", 100) + bytes(100),
+    **{"length bit %d" % bit: lambda link, ours, theirs, bit=bit: flip_length(link, bit) for bit in (0, 1, 6, 7, 8, 15, 16, 18)},
+}
+# Each: (the suite) -> the first four bytes of a record that cannot be.
+IMPOSSIBLE_LENGTHS = {
+    "0": lambda suite: 0,
+    "1": lambda suite: 1,
+    "one short of a tag": lambda suite: suite.tag_length - 1,
+    "a tag without a type": lambda suite: suite.tag_length,
+    "one over the limit": lambda suite: 1 + BULK_LIMIT + suite.tag_length + 1,
+    "16 MiB": lambda suite: 1 << 24,
+    "2^31": lambda suite: 1 << 31,
+    "2^32 - 1": lambda suite: (1 << 32) - 1,
+}
+
+
+# Both suites, where this box has both; a program that does not offer AEGIS ends up with ChaCha.
+OFFERS = [(AEGIS.id, CHACHA.id), (CHACHA.id,)] if peer.HAS_AEGIS else [(CHACHA.id,)]
+every_suite = pytest.mark.parametrize("suites", OFFERS, ids=lambda suites: "suite %d" % suites[0])
+
+
+def tampered(link, ours, theirs, how):
+    with contextlib.suppress(ConnectionError):
+        link.send(TAMPERED[how](link, ours, theirs))
+
+
+def send_length(link, how):
+    with contextlib.suppress(ConnectionError):
+        link.send(struct.pack(">I", IMPOSSIBLE_LENGTHS[how](link.suite)) + bytes(64))
+
+
+@every_suite
+@pytest.mark.parametrize("how", TAMPERED)
+def test_15_a_record_to_the_server(served, watched, suites, how):
+    end = served()
+    link = end.link(suites=suites)
+    link.open(watched.address)
+    theirs = link.read_record()
+    assert theirs.type == OPENED
+    ours = link.send_record(DATA, b"hello")
+    tampered(link, ours, theirs.wire, how)
+    assert_ended(link)
+    watched.assert_reset()
+    still_serves(end)
+
+
+def first_data(stream):
+    """The client's first Data, read before Opened (which an acceptor does not do): with it the Open is no case for another try."""
+    record = stream.link.read_any_record()
+    while record.type == KEEPALIVE:
+        record = stream.link.read_any_record()
+    assert record.type == DATA
+    return record
+
+
+def opened_with_data(stream):
+    """As an acceptor: opens, takes the first Data, sends some; both records as they went over the wire."""
+    theirs = first_data(stream)
+    stream.opened()
+    return stream.link.send_record(DATA, b"hello"), theirs.wire
+
+
+@every_suite
+@pytest.mark.parametrize("how", TAMPERED)
+def test_15_a_record_to_the_client(connected, suites, how):
+    end, evil = connected(lambda stream: tampered(stream.link, *opened_with_data(stream), how), suites=suites)
+    assert was_reset(end.originate())
+    evil.end()
+    still_serves(end)
+
+
+@every_suite
+@pytest.mark.parametrize("how", IMPOSSIBLE_LENGTHS)
+def test_16_a_record_to_the_server_that_cannot_be(served, watched, suites, how):
+    end = served()
+    idle = end.link(suites=suites)
+    send_length(idle, how)
+    assert_ended(idle)
+    link = end.link(suites=suites)
+    link.open(watched.address).wait_opened()
+    send_length(link, how)
+    assert_ended(link)
+    watched.assert_reset()
+    still_serves(end)
+
+
+@every_suite
+@pytest.mark.parametrize("how", IMPOSSIBLE_LENGTHS)
+def test_16_a_record_to_the_client_that_cannot_be(connected, suites, how):
+    def misbehave(stream):
+        opened_with_data(stream)
+        send_length(stream.link, how)
+    end, evil = connected(misbehave, suites=suites)
+    assert was_reset(end.originate())
+    evil.end()
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", ["0", "one short of a tag", "2^32 - 1"])
+def test_16_instead_of_the_completion(connect, impostor, how):
+    """Even the very first record of a server."""
+    def behave(server):
+        server.begin_handshake()
+        send_length(server, how)
+    assert_client_gives_up(connect(impostor(behave).port))
+
+
+# Well sealed, but what they hold is too much, or too little. All are sent on a stream, but the Opens.
+BAD_CONTENTS = {
+    "Data over the limit": (DATA, bytes(BULK_LIMIT + 1)),
+    "empty Data": (DATA, b""),
+    "End with content": (END, b"x"),
+    "Keepalive with content": (KEEPALIVE, b"x"),
+    "Keepalive of 2 KiB": (KEEPALIVE, bytes(2048)),
+    "Error with bytes left over": (ERROR, peer.encode_error(peer.UNKNOWN, "x") + b"x"),
+    "Error cut short": (ERROR, b"\x03\x05abc"),
+    "Error of no known code": (ERROR, peer.encode_error(77, "x")),
+    "Error of 2 KiB": (ERROR, peer.encode_error(peer.UNKNOWN, "x" * 2048)),
+    "Error with text that is not UTF-8": (ERROR, b"\x03\x02\xff\xfe"),
+}
+# Each: (a target that could be reached) -> an Open's content.
+BAD_OPENS = {
+    "empty": lambda target: b"",
+    "kind 0": lambda target: encode_open(0, target),
+    "kind 4": lambda target: encode_open(4, target),
+    "no target": lambda target: b"\x01",
+    "target cut short": lambda target: encode_open(TCP, target)[:-1],
+    "target not UTF-8": lambda target: b"\x01\x02\xff\xfe",
+    "bytes left over": lambda target: encode_open(TCP, target) + b"x",
+    "2 KiB": lambda target: encode_open(TCP, "a" * 2048),
+    "an endless varint": lambda target: b"\x01\xfd" + b"\xff" * 8,
+    "a varint mark that is none": lambda target: b"\x01\xff",
+    "UDP with bytes left over": lambda target: encode_open(UDP, "") + b"x",
+    "Listen with a short instance": lambda target: encode_open(LISTEN, "127.0.0.1:0", b"7 bytes"),
+}
+
+
+@pytest.mark.parametrize("how", BAD_CONTENTS)
+def test_16_a_content_to_the_server_that_cannot_be(served, watched, how):
+    end = served()
+    link = end.link()
+    link.open(watched.address).wait_opened()
+    with contextlib.suppress(ConnectionError):
+        link.send_record(*BAD_CONTENTS[how])
+    assert_ended(link)
+    watched.assert_reset()
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", BAD_CONTENTS)
+def test_16_a_content_to_the_client_that_cannot_be(connected, how):
+    def misbehave(stream):
+        opened_with_data(stream)
+        with contextlib.suppress(ConnectionError):
+            stream.link.send_record(*BAD_CONTENTS[how])
+    end, evil = connected(misbehave)
+    assert was_reset(end.originate())
+    evil.end()
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", BAD_OPENS)
+def test_16_an_open_that_cannot_be(served, watched, how):
+    end = served()
+    link = end.link()
+    link.send_record(OPEN, BAD_OPENS[how](watched.address))
+    assert_ended(link)
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+def test_16_the_largest_data_is_taken(served):
+    end = served()
+    link = end.link()
+    stream = link.open(end.address)
+    stream.wait_opened()
+    data = bytes(range(256)) * (BULK_LIMIT // 256)
+    sender = threading.Thread(target=lambda: (link.send_record(DATA, data), stream.end()), daemon=True)
+    sender.start()
+    assert stream.receive_all() == data
+    stream.over()
+    still_serves(end)
+
+
+# ---------------------------------------------------------------------------------------------------- 17-19: the state table
+
+
+def fin(link):
+    link.sock.shutdown(socket.SHUT_WR)
+
+
+# What breaks a link in the middle of a stream.
+BREAKS = {
+    "FIN": fin,
+    "FIN inside a record": lambda link: (link.send(seal(link, DATA, b"x" * 100)[:50]), fin(link)),
+    "FIN inside a length": lambda link: (link.send(seal(link, DATA, b"x" * 100)[:2]), fin(link)),
+    "reset": lambda link: peer.reset(link.sock),
+    "FIN after our End": lambda link: (link.send_record(END), fin(link)),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_17_fin_of_a_client_during_a_stream(served, watched, how):
+    end = served()
+    link = end.link()
+    link.open(watched.address).wait_opened()
+    link.send_record(DATA, b"hello")
+    BREAKS[how](link)
+    watched.assert_reset(after_end=how == "FIN after our End")
+    still_serves(end)
+
+
+def test_17_fin_of_a_client_before_opened(served, target):
+    """The acceptor reads no more before it is connected; what it then finds is an abort all the same."""
+    end = served()
+    watched = Watched(target)
+    link = end.link()
+    link.send_open(TCP, watched.address)
+    link.send_record(DATA, b"hello")
+    fin(link)
+    watched.assert_reset()
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", BREAKS)
+def test_17_fin_of_a_server_during_a_stream(connected, how):
+    def misbehave(stream):
+        opened_with_data(stream)
+        BREAKS[how](stream.link)
+        if how == "reset":
+            raise peer.LinkEnded("there is nothing more to read")
+    end, _ = connected(misbehave)
+    assert was_reset(end.originate(), after_end=how == "FIN after our End")
+    still_serves(end)
+
+
+def test_17_fin_of_a_server_that_has_had_data_is_no_reason_to_try_again(connected):
+    """Only a bare Open may be tried again: here Data went with it, and a second try could deliver it twice."""
+    opens = []
+
+    def misbehave(stream):
+        opens.append(stream)
+        first_data(stream)
+        fin(stream.link)
+    end, evil = connected(misbehave)
+    assert was_reset(end.originate())
+    still_serves(end)
+    assert len(opens) == 1
+
+
+def test_17_a_bare_open_is_tried_three_times_at_most(connected):
+    opens = []
+
+    def misbehave(stream):
+        opens.append(stream)
+        fin(stream.link)
+    end, evil = connected(misbehave)
+    assert was_reset(end.originate(b""))
+    still_serves(end)
+    assert 1 <= len(opens) <= 3
+
+
+ANOTHER_OPEN = OPEN, encode_open(TCP, "127.0.0.1:1")
+SOME_DATA = DATA, b"x"
+AN_END = END, b""
+AN_OVER = OVER, b""
+AN_OPENED = OPENED, b"\x00"
+A_COMPLETION = HANDSHAKE_COMPLETION, b"\x01v"
+A_SESSION = SESSION, encode_session(1, "127.0.0.1:1")
+SOME_DATAGRAMS = DATAGRAMS, peer.encode_datagrams([(1, b"x")])
+A_SESSION_OVER = SESSION_OVER, peer.encode_session_over(1)
+A_CLOSE = CLOSE, b""
+UNKNOWN_TYPE = 0x7f, b""
+
+# Name -> what the client sends on a stream after Opened; the last is the first that is wrong.
+WRONG_FROM_OPENER = {
+    "Data after End": [AN_END, SOME_DATA],
+    "End after End": [AN_END, AN_END],
+    "Over": [AN_OVER],
+    "Over after End": [AN_END, AN_OVER],
+    "Opened": [AN_OPENED],
+    "HandshakeCompletion": [A_COMPLETION],
+    "Close": [A_CLOSE],
+    "Session": [A_SESSION],
+    "Datagrams": [SOME_DATAGRAMS],
+    "SessionOver": [A_SESSION_OVER],
+    "an unknown type": [UNKNOWN_TYPE],
+}
+WRONG_WHEN_IDLE = {"Data": SOME_DATA, "End": AN_END, "Over": AN_OVER, "Opened": AN_OPENED, "HandshakeCompletion": A_COMPLETION, "Session": A_SESSION,
+                   "Datagrams": SOME_DATAGRAMS, "SessionOver": A_SESSION_OVER, "an unknown type": UNKNOWN_TYPE}
+
+
+@pytest.mark.parametrize("before", [[], [SOME_DATA], [AN_END]], ids=["Both", "Both, with Data", "Got"])
+def test_18_open_during_a_stream(served, watched, before):
+    end = served()
+    link = end.link()
+    link.open(watched.address).wait_opened()
+    for record in (*before, ANOTHER_OPEN):
+        link.send_record(*record)
+    assert_ended(link)
+    watched.assert_reset(after_end=AN_END in before)
+    still_serves(end)
+
+
+def test_18_open_before_opened(served, watched):
+    end = served()
+    link = end.link()
+    link.send_open(TCP, watched.address)
+    link.send_open(TCP, watched.address)
+    assert_ended(link, (OPENED, ERROR, KEEPALIVE))
+    watched.assert_reset()
+    still_serves(end)
+    assert watched.accepted == 1
+
+
+@pytest.mark.parametrize("kind", [TCP, UDP, LISTEN])
+def test_18_open_from_the_server_on_an_idle_link(connected, kind):
+    def misbehave(stream):
+        peer.echo(stream)
+        stream.over()
+        stream.link.send_open(kind, "127.0.0.1:1", b"instance" if kind == LISTEN else b"")
+    end, evil = connected(misbehave)
+    connection = end.originate()
+    connection.shutdown(socket.SHUT_WR)
+    assert receive_all(connection) == b"hello"
+    assert evil.end() == []
+    still_serves(end)
+
+
+def test_18_open_from_the_server_during_a_stream(connected, watched):
+    def misbehave(stream):
+        opened_with_data(stream)
+        stream.link.send_open(TCP, watched.address)
+    end, evil = connected(misbehave)
+    assert was_reset(end.originate())
+    evil.end()
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+def test_18_open_on_a_udp_link(served, watched):
+    end = served()
+    link = end.link().open_udp()
+    link.send_open(TCP, watched.address)
+    assert_ended(link, (OPENED, ERROR, KEEPALIVE))
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+@pytest.mark.parametrize("how", WRONG_FROM_OPENER)
+def test_19_what_an_opener_may_not_send(served, watched, how):
+    end = served()
+    link = end.link()
+    link.open(watched.address).wait_opened()
+    link.send_record(*SOME_DATA)
+    with contextlib.suppress(ConnectionError):
+        for record in WRONG_FROM_OPENER[how]:
+            link.send_record(*record)
+    assert_ended(link)
+    watched.assert_reset(after_end=AN_END in WRONG_FROM_OPENER[how])
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", sorted({**WRONG_WHEN_IDLE, "Close": A_CLOSE}))
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_19_what_a_client_may_not_send_on_an_idle_link(served, how, used):
+    end = served()
+    link = end.link()
+    if used:
+        assert link.exchange(end.address, b"hello") == b"hello"
+    link.send_record(*{**WRONG_WHEN_IDLE, "Close": A_CLOSE}[how])
+    assert_ended(link)
+    still_serves(end)
+
+
+@pytest.mark.parametrize("record", [SOME_DATA, AN_END, AN_OVER, AN_OPENED, A_COMPLETION, A_CLOSE, UNKNOWN_TYPE],
+                         ids=lambda record: "%02x" % record[0])
+def test_19_what_does_not_belong_on_a_udp_link(served, udp_echo, record):
+    end = served()
+    link = end.link().open_udp()
+    link.session(1, "127.0.0.1:%d" % udp_echo.port)
+    link.datagrams((1, b"hello"))
+    assert link.read_udp() == (DATAGRAMS, [(1, b"hello")])
+    link.send_record(*record)
+    assert_ended(link)
+    still_serves(end)
+
+
+# Name -> (what the server sends in answer to Open and Data; the last is the first that is wrong).
+WRONG_FROM_ACCEPTOR = {
+    "Data before Opened": [SOME_DATA],
+    "End before Opened": [AN_END],
+    "Over before Opened": [AN_OVER],
+    "HandshakeCompletion again": [A_COMPLETION],
+    "Opened twice": [AN_OPENED, AN_OPENED],
+    "Over before any End": [AN_OPENED, SOME_DATA, AN_OVER],
+    "Over after its own End only": [AN_OPENED, AN_END, AN_OVER],
+    "Data after End": [AN_OPENED, AN_END, SOME_DATA],
+    "End after End": [AN_OPENED, AN_END, AN_END],
+    "Close during the stream": [AN_OPENED, A_CLOSE],
+    "HandshakeCompletion during the stream": [AN_OPENED, A_COMPLETION],
+    "Session": [AN_OPENED, A_SESSION],
+    "Datagrams": [AN_OPENED, SOME_DATAGRAMS],
+    "SessionOver": [AN_OPENED, A_SESSION_OVER],
+    "an unknown type": [AN_OPENED, UNKNOWN_TYPE],
+    "Opened with bytes left over": [(OPENED, b"\x00x")],
+    "Opened without its address": [(OPENED, b"")],
+}
+
+
+@pytest.mark.parametrize("how", WRONG_FROM_ACCEPTOR)
+def test_19_what_an_acceptor_may_not_send(connected, how):
+    def misbehave(stream):
+        first_data(stream)
+        with contextlib.suppress(ConnectionError):
+            for record in WRONG_FROM_ACCEPTOR[how]:
+                stream.link.send_record(*record)
+    end, evil = connected(misbehave)
+    assert was_reset(end.originate(), after_end=AN_END in WRONG_FROM_ACCEPTOR[how][:-1])
+    evil.end()
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", WRONG_WHEN_IDLE)
+def test_19_what_a_server_may_not_send_on_an_idle_link(connected, how):
+    def misbehave(stream):
+        peer.echo(stream)
+        stream.over()
+        stream.link.send_record(*WRONG_WHEN_IDLE[how])
+    end, evil = connected(misbehave)
+    connection = end.originate()
+    connection.shutdown(socket.SHUT_WR)
+    assert receive_all(connection) == b"hello"
+    assert {record.type for record in evil.end()} <= {KEEPALIVE, ERROR}
+    still_serves(end)
+
+
+@pytest.mark.parametrize("record", [SOME_DATA, AN_OPENED, A_CLOSE, KEEPALIVE], ids=["Data", "Opened", "Close", "Keepalive"])
+def test_19_a_first_record_that_is_not_the_completion(connect, impostor, record):
+    def behave(server):
+        server.begin_handshake()
+        server.send_record(*(record if record != KEEPALIVE else (KEEPALIVE,)))
+    assert_client_gives_up(connect(impostor(behave).port))
+
+
+# ---------------------------------------------------------------------------------------------------- 20-21: Listen links
+
+
+class Reversed:
+    """A real client with a reverse tunnel to the echo, whose server is the peer. `links` gets its Listen links, granted; `problems` what it did
+    against the protocol."""
+
+    def __init__(self, keys, target):
+        self._keys = keys
+        self._over = threading.Event()
+        self.links = queue.Queue()
+        self.problems = []
+        self.port = target(self._handle).port
+
+    def _handle(self, connection):
+        connection.settimeout(PATIENCE)
+        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)])
+        try:
+            stream = server.handshake().accept()
+            if stream and stream.kind == LISTEN:
+                server.grant_listen("127.0.0.1:40123")
+                self.links.put(server)
+                self._over.wait(4 * PATIENCE)
+        except ProtocolError as error:
+            self.problems.append(error)
+
+    def link(self):
+        return self.links.get(timeout=PATIENCE)
+
+    def work(self):
+        assert self.link().exchange("203.0.113.9:5000", b"still here") == b"still here"
+
+    def close(self):
+        self._over.set()
+
+
+@pytest.fixture
+def reversed_client(keys, target, tcp_echo, ratrod):
+    """reversed_client(options...) -> Reversed"""
+    with contextlib.ExitStack() as stack:
+        def launch(**options):
+            made = Reversed(keys, target)
+            stack.callback(made.close)
+            made.program = ratrod("-k", keys.client.path, "-v", "connect", "127.0.0.1:%d" % made.port, "R:0:127.0.0.1:%d" % tcp_echo.port, **options)
+            return made
+        yield launch
+
+
+def test_20_the_servers_open_names_a_target(reversed_client, watched, tcp_echo, resolver):
+    """It is the originator's address, as information: the client dials its own target alone, and looks nothing up."""
+    names = resolver(evil_example=["127.0.0.1"])
+    end = reversed_client(env=names.environment)
+    port = int(watched.address.rpartition(":")[2])
+    link = end.link()
+    lookups = set(names.lookups)
+    targets = watched.address, "localhost:%d" % port, "evil.example:%d" % port, "[::ffff:127.0.0.1]:%d" % port, "unix:/dev/log", "203.0.113.9:5000"
+    for target in targets:
+        assert link.exchange(target, target.encode()) == target.encode()
+    assert set(names.lookups) <= lookups | {"127.0.0.1"}
+    assert watched.accepted == 0
+    assert tcp_echo.accepted == len(targets)
+    still_serves(end)
+    assert not end.problems
+
+
+@pytest.mark.parametrize("name", ["", hostile_text, "\x00", b"\xff\xfe"], ids=["empty", "hostile", "NUL", "no UTF-8"])
+def test_20_the_servers_open_names_nonsense(reversed_client, name):
+    """Taken as the information that it is, or for a broken server: nothing else comes of it."""
+    end = reversed_client()
+    link = end.link()
+    stream = link.open(name)
+    with contextlib.suppress(PeerError, peer.LinkEnded):
+        stream.wait_opened()
+        stream.send(b"hello")
+        assert stream.receive() == b"hello"
+    still_serves(end)
+    assert not end.problems
+
+
+@pytest.fixture
+def stranger(keys, tmp_path):
+    """Another client that the server knows."""
+    made = make_keys(tmp_path / "stranger")
+    keys.server.trust(made, "authorized_keys")
+    return made
+
+
+def originator(stack, address):
+    return stack.enter_context(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=PATIENCE))
+
+
+def answer(link, connection):
+    """The next stream of a Listen link is this connection's, and works."""
+    connection.sendall(b"hello")
+    connection.shutdown(socket.SHUT_WR)
+    stream = link.accept()
+    assert stream.target == "127.0.0.1:%d" % connection.getsockname()[1]
+    peer.echo(stream)
+    assert receive_all(connection) == b"hello"
+    stream.over()
+
+
+def test_21_a_listen_link_serves_no_other_client(served, stranger):
+    """Neither where the other has no link that waits, nor where it has none at all any more."""
+    end = served("--allow-listen")
+    mine, theirs = end.link(), end.link(seed_of(stranger))
+    addresses = mine.listen("127.0.0.1:0", b"instance"), theirs.listen("127.0.0.1:0", b"instance")
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            answer(mine, originator(stack, addresses[0]))
+            answer(theirs, originator(stack, addresses[1]))
+        # One link, two connections: the second waits, though another's link is idle.
+        busy, waiting = originator(stack, addresses[0]), originator(stack, addresses[0])
+        stream = mine.accept()
+        assert stream.target == "127.0.0.1:%d" % busy.getsockname()[1]
+        stream.opened()
+        answer(theirs, originator(stack, addresses[1]))
+        busy.shutdown(socket.SHUT_WR)
+        stream.finish()
+        answer(mine, waiting)
+        # The whole client goes, and its last connection with it.
+        last = originator(stack, addresses[0])
+        assert mine.accept().target == "127.0.0.1:%d" % last.getsockname()[1]
+        mine.finish()
+        assert was_reset(last)
+        answer(theirs, originator(stack, addresses[1]))
+    still_serves(end)
+
+
+@pytest.mark.parametrize("instance", [b"instance", b"another!"])
+def test_21_a_listen_link_of_another_key_joins_no_pool(served, stranger, instance):
+    """Not even with the right address and instance."""
+    end = served("--allow-listen")
+    mine = end.link()
+    address = mine.listen("127.0.0.1:0", b"instance")
+    theirs = end.link(seed_of(stranger))
+    theirs.send_open(LISTEN, address, instance)
+    assert read_error(theirs).text
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            answer(mine, originator(stack, address))
+    still_serves(end)
+
+
+def test_21_a_pool_has_one_address(served):
+    """Two listeners of one client and one instance: each connection takes a link of its own listener."""
+    end = served("--allow-listen")
+    links = end.link(), end.link()
+    addresses = [link.listen("127.0.0.1:0", b"instance") for link in links]
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            for link, address in zip(links, addresses):
+                answer(link, originator(stack, address))
+    still_serves(end)
+
+
+# ---------------------------------------------------------------------------------------------------- 22-26: policy
+
+
+@pytest.mark.parametrize("options", ["", 'permitlisten="127.0.0.1:*"'])
+def test_22_listen_without_permission(served, options):
+    """A key's own permission does not make up for the server's."""
+    end = served()
+    end.keys.server.write("authorized_keys", "%s %s\n" % (end.keys.client.public, options))
+    for address in ("127.0.0.1:0", "0", "0.0.0.0:0"):
+        link = end.link()
+        link.send_open(LISTEN, address, b"instance")
+        assert read_error(link).text
+    still_serves(end)
+
+
+def test_22_listen_with_permission(served):
+    end = served("--allow-listen")
+    with contextlib.ExitStack() as stack:
+        for address in ("127.0.0.1:0", "0"):
+            link = end.link()
+            bound = link.listen(address, b"instance")
+            assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d+", bound)
+            answer(link, originator(stack, bound))
+    still_serves(end)
+
+
+def test_22_listen_with_permission_for_something_else(served):
+    """The refusal says what every refusal says."""
+    end = served("--allow-listen")
+    end.keys.server.write("authorized_keys", '%s permitlisten="127.0.0.1:*" permitlisten="127.0.0.2:9"\n' % end.keys.client.public)
+    common = refusal_of(end, TCP, "224.0.0.1:80")
+    for address in ("0.0.0.0:0", "127.0.0.2:0", "127.0.0.2:8", "[::]:0", "[::1]:0"):
+        assert refusal_of(end, LISTEN, address, b"instance") == common
+    with contextlib.ExitStack() as stack:
+        link = end.link()
+        answer(link, originator(stack, link.listen("127.0.0.1:0", b"instance")))
+    still_serves(end)
+
+
+def refusal_of(end, kind, target, instance=b""):
+    link = end.link()
+    link.send_open(kind, target, instance)
+    error = read_error(link)
+    return error.code, error.text
+
+
+MALFORMED_TARGETS = [
+    # what surrounds
+    "a:80\n", "127.0.0.1:{port}\n", "\n127.0.0.1:{port}", "127.0.0.1:{port} ", " 127.0.0.1:{port}", "127.0.0.1 :{port}", "127.0.0.1:{port}\x00",
+    "127.0.0.1\x00:{port}",
+    # numbers that inet_aton() takes for an address
+    "127.1:{port}", "127.0.1:{port}", "2130706433:{port}", "0x7f000001:{port}", "0x7f.0.0.1:{port}", "0177.0.0.1:{port}", "127.0.0.01:{port}",
+    "127.0.0.256:{port}", "a.0x7f:{port}",
+    # digits and letters that are not ASCII
+    "\uff11\uff12\uff17.0.0.1:{port}", "\u0661\u0662\u0667.0.0.1:{port}", "127\u30020.0.1:{port}", "loc\u24d0lhost:{port}",
+    "ex\u00e4mple.example:{port}", "127.0.0.1:\uff18\uff10", "127.0.0.1:\u0668\u0660", "127.0.0.1:8\u0660",
+    # ports
+    "127.0.0.1:0{port}", "127.0.0.1:+{port}", "127.0.0.1:-1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:99999999999999999999", "127.0.0.1:",
+    "127.0.0.1", "127.0.0.1:http", "127.0.0.1:0x50", "127.0.0.1:1_0", "127.0.0.1:{port}:1",
+    # no host, and brackets
+    "", ":", ":{port}", "[]:{port}", "*:{port}", "::1:{port}", "[::1]{port}", "[::1:{port}", "::1]:{port}", "[127.0.0.1]:{port}",
+    "[localhost]:{port}", "[fe80::1%lo]:{port}", "[::1%1]:{port}", "[::1]]:{port}", "[[::1]]:{port}", "[::ffff:127.1]:{port}",
+    # characters and lengths
+    "a b:{port}", "a/b:{port}", "user@127.0.0.1:{port}", "a,b:{port}", "a" * 254 + ":{port}",
+    # what nobody has permitted
+    "unix:/nowhere", "unix:", "unix:relative", "unix:/nowhere:{port}",
+]
+
+
+def test_23_targets_that_are_malformed(served, watched, resolver):
+    names = resolver(resolved_example=["127.0.0.1"])
+    end = served(env=names.environment, host="resolved.example")
+    still_serves(end)
+    assert "resolved.example" in names.lookups, "this test would not see a look-up"
+    port = int(watched.address.rpartition(":")[2])
+    for pattern in MALFORMED_TARGETS:
+        target = pattern.format(port=port)
+        link = end.link()
+        lookups = names.lookups
+        link.send_open(TCP, target)
+        error = read_error(link)
+        assert error.text, "no text for %r" % target
+        assert names.lookups == lookups, "%r was looked up" % target
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+def test_23_malformed_targets_of_udp_sessions(served, udp_echo, resolver):
+    """One bad session never ends the link: the next one works."""
+    names = resolver()
+    end = served(env=names.environment)
+    link = end.link().open_udp()
+    lookups = names.lookups
+    for number, pattern in enumerate(MALFORMED_TARGETS, 1):
+        link.session(number, pattern.format(port=udp_echo.port))
+        link.datagrams((number, b"lost"))
+        kind, (over, _, text) = link.read_udp()
+        assert (kind, over) == (SESSION_OVER, number) and text
+    assert names.lookups == lookups
+    link.session(1000, "127.0.0.1:%d" % udp_echo.port)
+    link.datagrams((1000, b"hello"))
+    assert link.read_udp() == (DATAGRAMS, [(1000, b"hello")])
+    still_serves(end)
+    assert udp_echo.seen == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "[::ffff:0.0.0.0]", "224.0.0.1", "[ff02::1]", "unspecified.example", "multicast.example"])
+def test_23_unspecified_and_multicast_addresses(served, watched, resolver, host):
+    """Connecting to the unspecified address reaches loopback."""
+    names = resolver(unspecified_example=["0.0.0.0"], multicast_example=["224.0.0.1"])
+    end = served(env=names.environment)
+    link = end.link()
+    link.send_open(TCP, "%s:%s" % (host, watched.address.rpartition(":")[2]))
+    read_error(link)
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+def refusal(end, target):
+    link = end.link()
+    link.send_open(TCP, target)
+    return read_error(link)
+
+
+def test_24_an_allowed_name_that_resolves_to_loopback_or_link_local(served, watched, resolver):
+    names = resolver(
+        loopback_example=["127.0.0.1"], other_loopback_example=["127.8.8.8"], six_example=["::1"], mapped_example=["::ffff:127.0.0.1"],
+        local_example=["169.254.169.254"], localsix_example=["fe80::1"], mappedlocal_example=["::ffff:169.254.169.254"], localhost=["127.0.0.1"])
+    end = served("-r", r"[a-z.]*\.example|localhost", env=names.environment, host="localhost")
+    port = watched.address.rpartition(":")[2]
+    common = refusal(end, "forbidden.test:%s" % port)
+    assert "forbidden.test" not in names.lookups
+    for name in ("loopback", "other.loopback", "six", "mapped", "local", "localsix", "mappedlocal"):
+        error = refusal(end, "%s.example:%s" % (name, port))
+        assert (error.code, error.text) == (common.code, common.text), name
+        assert "%s.example" % name in names.lookups
+    # The regex never goes to a client.
+    assert "[a-z" not in common.text
+    # A literal address is no way round either; and localhost, by its own name, is allowed.
+    assert refusal(end, watched.address).text == common.text
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+def test_24_the_address_may_be_allowed_too(served, resolver):
+    names = resolver(loopback_example=["127.0.0.1"])
+    still_serves(served("-r", r"loopback\.example|127\.0\.0\.1", env=names.environment, host="loopback.example"))
+
+
+def test_24_a_regex_must_match_the_whole(served, watched):
+    end = served("-r", r"localhost", host="localhost")
+    common = refusal(end, watched.address)
+    for host in ("xlocalhost", "localhost.test", "localhost.localhost"):
+        assert refusal(end, "%s:%s" % (host, watched.address.rpartition(":")[2])).text == common.text
+    still_serves(end)
+    assert watched.accepted == 0
+
+
+def authorize(keys, *clients):
+    keys.server.write("authorized_keys", "".join(client.public + "\n" for client in clients))
+
+
+def test_25_a_key_removed_during_a_stream(served, watched, tmp_path, target):
+    end = served()
+    other = make_keys(tmp_path / "other")
+    authorize(end.keys, end.keys.client, other)
+    removed, staying = end.link(seed_of(other)), end.link()
+    idle, udp = end.link(seed_of(other)), end.link(seed_of(other)).open_udp()
+    removed.open(watched.address).wait_opened()
+    stream = staying.open(end.address)
+    stream.wait_opened()
+    authorize(end.keys, end.keys.client)
+    for link in (removed, idle, udp):
+        assert {record.type for record in link.read_to_end()} <= {ERROR, KEEPALIVE, CLOSE, OPENED}
+    watched.assert_reset()
+    # One line for all of its links, in place of one each.
+    end.program.wait_for("WARN The client's key `%s` is not in authorized_keys any more: 3 links of it ended" % other.public)
+    assert not [line for line in end.program.lines if "idle link" in line and "ERROR" in line]
+    refused = end.client(seed_of(other)).begin_handshake()
+    assert_refused(refused)
+    # Another key's stream was not touched.
+    stream.send(b"hello")
+    assert stream.receive() == b"hello"
+    stream.finish()
+    still_serves(end)
+
+
+def test_25_a_key_whose_line_expires_during_a_stream(served, watched, tmp_path):
+    """It is said to be that, at both ends: adding the line again would not help."""
+    end = served()
+    other = make_keys(tmp_path / "other")
+    authorize(end.keys, end.keys.client, other)
+    end.link(seed_of(other)).open(watched.address).wait_opened()
+    end.keys.server.write("authorized_keys", '%s\n%s expires="2020-01-01"\n' % (end.keys.client.public, other.public))
+    watched.assert_reset()
+    end.program.wait_for("WARN The client's key `%s` has expired: 1 link of it ended" % other.public)
+    with pytest.raises(peer.PeerError, match="line 2 of the server's authorized_keys is this client's, and has expired"):
+        end.client(seed_of(other)).handshake()
+
+
+
+@pytest.mark.parametrize("how", ["gone", "a folder", "a loop"])
+def test_26_authorized_keys_unreadable(served, watched, how):
+    end = served()
+    path = end.keys.server.path / "authorized_keys"
+    text = path.read_text()
+    link = end.link()
+    link.open(watched.address).wait_opened()
+    path.unlink()
+    # Taking the permission away would not stop a test that runs as root.
+    if how == "a folder":
+        path.mkdir()
+    elif how == "a loop":
+        path.symlink_to(path)
+    assert_refused(end.client().begin_handshake())
+    assert {record.type for record in link.read_to_end()} <= {ERROR, KEEPALIVE}
+    watched.assert_reset()
+    assert end.program.process.poll() is None
+    if how == "a folder":
+        path.rmdir()
+    elif how == "a loop":
+        path.unlink()
+    path.write_text(text)
+    still_serves(end)
+
+
+# ---------------------------------------------------------------------------------------------------- 27-29: UDP
+
+
+SESSIONS = 100_000
+SESSIONS_OF_A_LINK = 256
+
+
+def udp_round(link, number, data):
+    link.datagrams((number, data))
+    assert link.read_udp() == (DATAGRAMS, [(number, data)])
+
+
+def flood_sessions(link, target):
+    for start in range(1, SESSIONS + 1, 1000):
+        link.send(b"".join(seal(link, SESSION, encode_session(number, target)) for number in range(start, start + 1000)))
+    link.send_record(DATAGRAMS, peer.encode_datagrams([(SESSIONS, b"last")]))
+
+
+@pytest.mark.timeout(300)
+def test_27_100000_new_udp_sessions(served, udp_echo, tmp_path):
+    end = served()
+    other = make_keys(tmp_path / "other")
+    end.keys.server.trust(other, "authorized_keys")
+    target = "127.0.0.1:%d" % udp_echo.port
+    quiet, loud = end.link(seed_of(other)).open_udp(), end.link().open_udp()
+    quiet.session(1, target)
+    udp_round(quiet, 1, b"before")
+    loud.sock.settimeout(4 * PATIENCE)
+    threading.Thread(target=flood_sessions, args=(loud, target), daemon=True).start()
+    over = 0
+    while True:
+        kind, value = loud.read_udp()
+        if kind == DATAGRAMS:
+            break
+        over += 1
+        if over % 10_000 == 0:
+            # The session from before, by its number: it was not evicted.
+            udp_round(quiet, 1, b"during %d" % over)
+    # The last session lives, so at most the cap's others do; each of the rest was said to be over.
+    assert value == [(SESSIONS, b"last")]
+    assert SESSIONS - SESSIONS_OF_A_LINK <= over < SESSIONS
+    if sys.platform.startswith("linux"):
+        assert len(os.listdir("/proc/%d/fd" % end.program.process.pid)) < 2 * SESSIONS_OF_A_LINK
+    udp_round(quiet, 1, b"after")
+    still_serves(end)
+
+
+def udp_originator(end):
+    sock = end.stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sock.settimeout(PATIENCE)
+    sock.connect(("127.0.0.1", end.evil))
+    return sock
+
+
+def ask(sock, data):
+    sock.send(data)
+    return sock.recv(65536)
+
+
+def read_first_datagram(link):
+    """The session's number and the bytes of the client's first datagram."""
+    kind, (number, _) = link.read_udp()
+    assert kind == SESSION
+    kind, ((same, data),) = link.read_udp()
+    assert (kind, same) == (DATAGRAMS, number)
+    return number, data
+
+
+def test_28_datagram_of_an_unknown_session_to_the_client(connected):
+    def misbehave(stream):
+        link = stream.link
+        link.send_record(OPENED, b"\x00")
+        number, data = read_first_datagram(link)
+        link.send_record(SESSION_OVER, peer.encode_session_over(number + 1000))
+        # The stray ones stand before the true one: had they been delivered, they would have come first.
+        link.datagrams((number + 1000, b"stray"), (0, b"stray"), (2**32 - 1, b"stray"), (number, data))
+        assert link.read_udp() == (DATAGRAMS, [(number, b"two")])
+        link.datagrams((number + 1, b"stray"), (number, b"two"))
+    end, _ = connected(None, evil_udp=misbehave)
+    sock = udp_originator(end)
+    assert ask(sock, b"one") == b"one"
+    assert ask(sock, b"two") == b"two"
+    still_serves(end)
+
+
+def test_28_datagram_of_an_unknown_session_to_the_server(served, udp_echo):
+    end = served()
+    link = end.link().open_udp()
+    link.datagrams((7, b"stray"))
+    link.session_over(8)
+    link.session(1, "127.0.0.1:%d" % udp_echo.port)
+    link.datagrams((7, b"stray"), (1, b"hello"), (0, b""))
+    assert link.read_udp() == (DATAGRAMS, [(1, b"hello")])
+    link.session_over(1)
+    link.datagrams((1, b"stray"))
+    link.session(2, "127.0.0.1:%d" % udp_echo.port)
+    udp_round(link, 2, b"again")
+    still_serves(end)
+    assert udp_echo.seen == 2
+
+
+BAD_DATAGRAMS = {
+    "length past the record": struct.pack(">IH", 1, 10) + b"short",
+    "one byte past the record": struct.pack(">IH", 1, 6) + b"short",
+    "the second past the record": peer.encode_datagrams([(1, b"first")]) + struct.pack(">IH", 1, 65535),
+    "header cut short": struct.pack(">IH", 1, 10)[:5],
+    "a byte after the last": peer.encode_datagrams([(1, b"first")]) + b"\x00",
+}
+
+
+@pytest.mark.parametrize("how", BAD_DATAGRAMS)
+def test_29_a_datagram_past_its_record_to_the_server(served, udp_echo, how):
+    end = served()
+    link = end.link().open_udp()
+    link.session(1, "127.0.0.1:%d" % udp_echo.port)
+    udp_round(link, 1, b"hello")
+    link.send_record(DATAGRAMS, BAD_DATAGRAMS[how])
+    # A first datagram that was good may have been carried before the second was looked at.
+    assert_ended(link, (ERROR, KEEPALIVE, DATAGRAMS))
+    still_serves(end)
+
+
+@pytest.mark.parametrize("how", BAD_DATAGRAMS)
+def test_29_a_datagram_past_its_record_to_the_client(connected, how):
+    links = []
+
+    def misbehave(stream):
+        links.append(stream.link)
+        if len(links) > 1:
+            return peer.serve_udp(stream)
+        stream.link.send_record(OPENED, b"\x00")
+        read_first_datagram(stream.link)
+        # Number 9 is never the client's, so that a good first datagram goes nowhere.
+        stream.link.send_record(DATAGRAMS, BAD_DATAGRAMS[how].replace(struct.pack(">I", 1), struct.pack(">I", 9)))
+    end, evil = connected(None, evil_udp=misbehave)
+    sock = udp_originator(end)
+    sock.send(b"one")
+    evil.end()
+    # The link is gone and the socket of the originator is not: its next datagram makes a new session on a new link.
+    assert ask(sock, b"two") == b"two"
+    assert len(links) == 2
+    still_serves(end)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\x00\x00", encode_session(5, "a:1")[:4], encode_session(5, "a:1")[:-1], encode_session(5, "a:1") + b"x", encode_session(5, b"\xff\xfe"),
+], ids=bytes.hex)
+def test_29_a_session_that_cannot_be(served, content):
+    end = served()
+    link = end.link().open_udp()
+    link.send_record(SESSION, content)
+    assert_ended(link, (OPENED, ERROR, KEEPALIVE))
+    still_serves(end)
+
+
+def test_29_a_session_number_used_twice(served, udp_echo):
+    """The client never uses a number twice on a link; a server that took it would leak the first socket, or answer the wrong one."""
+    end = served()
+    link = end.link().open_udp()
+    link.session(1, "127.0.0.1:%d" % udp_echo.port)
+    udp_round(link, 1, b"hello")
+    link.session(1, "127.0.0.1:%d" % udp_echo.port)
+    assert_ended(link)
+    still_serves(end)
+
+
+# ---------------------------------------------------------------------------------------------------- 30-33: resources
+
+
+class Flood:
+    """Far more than every buffer on the way: Data, and Keepalive between. run(stream) blocks until all of it went out."""
+
+    CHUNKS, KEEPALIVES = 512, 100
+
+    def __init__(self):
+        self.progress = 0
+        self.done = threading.Event()
+
+    @property
+    def size(self):
+        return self.CHUNKS * peer.CHUNK
+
+    def run(self, stream):
+        data = bytes(peer.CHUNK)
+        with contextlib.suppress(OSError):
+            for _ in range(self.CHUNKS):
+                stream.send(data)
+                stream.link.send(b"".join(seal(stream.link, KEEPALIVE) for _ in range(self.KEEPALIVES)))
+                self.progress += 1
+            stream.end()
+        self.done.set()
+
+    def start(self, stream):
+        threading.Thread(target=self.run, args=(stream,), daemon=True).start()
+
+    def until_stuck(self, end):
+        """Until nothing more leaves while `end` does other work again and again; or, where nothing holds it back, until all has left."""
+        rounds = 0
+        while rounds < 10 and not self.done.is_set():
+            before = self.progress
+            still_serves(end)
+            rounds = rounds + 1 if self.progress == before else 0
+
+
+def stalled(ready, sizes):
+    """A target that reads nothing until `ready`, then everything."""
+    def handle(connection):
+        assert ready.wait(10 * PATIENCE)
+        sizes.put(len(receive_all(connection)))
+    return handle
+
+
+MEMORY = 16 << 20
+
+
+def slow_stream(end, target, ready, sizes):
+    link = end.link()
+    link.sock.settimeout(10 * PATIENCE)
+    stream = link.open("127.0.0.1:%d" % target(stalled(ready, sizes)).port)
+    stream.wait_opened()
+    return stream
+
+
+@linux
+def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
+    end = served()
+    ready, sizes, flood = threading.Event(), queue.Queue(), Flood()
+    stream = slow_stream(end, target, ready, sizes)
+    before = memory_before(end.program)
+    flood.start(stream)
+    flood.until_stuck(end)
+    assert peak_growth(end.program, before) < MEMORY
+    ready.set()
+    assert sizes.get(timeout=4 * PATIENCE) == flood.size
+    assert stream.receive_all() == b""
+    stream.over()
+    still_serves(end)
+
+
+@linux
+def test_30_keepalive_flood_while_the_client_does_not_read(connected):
+    flood = Flood()
+
+    def misbehave(stream):
+        opened_with_data(stream)
+        flood.run(stream)
+        stream.finish()
+        return WELL
+    end, _ = connected(misbehave)
+    connection = end.originate()
+    assert receive_exactly(connection, 5) == b"hello"
+    before = memory_before(end.program)
+    flood.until_stuck(end)
+    assert peak_growth(end.program, before) < MEMORY
+    connection.settimeout(4 * PATIENCE)
+    connection.shutdown(socket.SHUT_WR)
+    assert len(receive_all(connection)) == flood.size
+    still_serves(end)
+
+
+@linux
+def test_30_keepalive_flood_from_a_client_that_does_not_read(served):
+    """Nothing answers Keepalive: there is nothing that could pile up."""
+    end = served()
+    link = end.link()
+    before = memory_before(end.program)
+    for _ in range(200):
+        link.send(b"".join(seal(link, KEEPALIVE) for _ in range(1000)))
+    assert link.exchange(end.address, b"hello") == b"hello"
+    assert peak_growth(end.program, before) < MEMORY
+    still_serves(end)
+
+
+def count_keepalives(link, n):
+    """Reads n Keepalives: one comes every 20 s."""
+    for _ in range(n):
+        assert link.read_any_record().type == KEEPALIVE
+
+
+@long
+@pytest.mark.timeout(600)
+def test_31_a_target_stalled_for_120_s(served, target):
+    end = served()
+    ready, sizes, flood = threading.Event(), queue.Queue(), Flood()
+    stream = slow_stream(end, target, ready, sizes)
+    flood.start(stream)
+    flood.until_stuck(end)
+    assert not flood.done.is_set()
+    count_keepalives(stream.link, 6)
+    ready.set()
+    assert sizes.get(timeout=4 * PATIENCE) == flood.size
+    assert stream.receive_all() == b""
+    stream.over()
+    still_serves(end)
+
+
+@long
+@pytest.mark.timeout(600)
+def test_31_an_originator_stalled_for_120_s(connected):
+    flood, patient = Flood(), threading.Event()
+
+    def misbehave(stream):
+        stream.link.sock.settimeout(10 * PATIENCE)
+        opened_with_data(stream)
+        flood.start(stream)
+        count_keepalives(stream.link, 6)
+        patient.set()
+        flood.done.wait(4 * PATIENCE)
+        stream.finish()
+        return WELL
+    end, _ = connected(misbehave)
+    connection = end.originate()
+    assert patient.wait(10 * PATIENCE)
+    assert not flood.done.is_set()
+    connection.settimeout(4 * PATIENCE)
+    connection.shutdown(socket.SHUT_WR)
+    assert len(receive_all(connection)) == len(b"hello") + flood.size
+    still_serves(end)
+
+
+def test_32_a_look_up_that_hangs(served, resolver, tmp_path):
+    names = resolver(resolved_example=["127.0.0.1"])
+    end = served(env=names.environment)
+    other = make_keys(tmp_path / "other")
+    end.keys.server.trust(other, "authorized_keys")
+    moving = end.link().open(end.address)
+    moving.wait_opened()
+    # As many as one key's look-ups may be under way at once, and some more; the tenth of a UDP session.
+    hanging = [end.link() for _ in range(9)]
+    for link in hanging:
+        link.send_open(TCP, "hang.example:80")
+    udp = end.link().open_udp()
+    udp.session(1, "hang.example:80")
+    # An open stream, a new one to an address, and another key's name.
+    for _ in range(10):
+        moving.send(b"hello")
+        assert moving.receive() == b"hello"
+        still_serves(end)
+        with end.link(seed_of(other)) as link:
+            assert link.exchange("resolved.example:%d" % end.target.port, b"hello") == b"hello"
+    assert "hang.example" in names.lookups
+    # The time for look-up and connect is over at last.
+    for link in hanging:
+        read_error(link)
+    moving.finish()
+    still_serves(end)
+
+
+def lowest_free_descriptor(pid):
+    used = {int(name) for name in os.listdir("/proc/%d/fd" % pid)}
+    return next(number for number in range(len(used) + 1) if number not in used)
+
+
+def cpu_seconds(pid):
+    fields = pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@linux
+def test_33_descriptors_exhausted(served):
+    import resource
+    end = served()
+    pid = end.program.process.pid
+    stream = end.link().open(end.address)
+    stream.wait_opened()
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    # From here on the process cannot open anything, and what it has open works.
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(pid), limits[1]))
+    waiting = [end.client() for _ in range(3)]
+    waiting[0].send(OPENING)
+    stream.send(b"hello")
+    assert stream.receive() == b"hello"
+    # A spin can only be seen over time. It takes what the machine gives it; a pause takes nothing.
+    start, used = time.monotonic(), cpu_seconds(pid)
+    time.sleep(1)
+    assert cpu_seconds(pid) - used < (time.monotonic() - start) / 10
+    stream.send(b"hello")
+    assert stream.receive() == b"hello"
+    assert len([line for line in end.program.lines if re.search("descriptor|too many open files", line, re.I)]) <= 1
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    # Who waited in the meantime is served as well.
+    waiting[0].send_message(waiting[0].client_preamble())
+    waiting[0].read_server_preamble()
+    for client in waiting[1:]:
+        assert client.handshake().exchange(end.address, b"waited") == b"waited"
+    stream.finish()
+    still_serves(end)
+
+
+# ---------------------------------------------------------------------------------------------------- 34: text
+
+
+def assert_harmless(program):
+    check_output(program)
+    assert not re.search("A{201}", program.output)
+
+
+@pytest.mark.parametrize("code, exit_code", [(peer.INVALID_KEY, AUTHENTICATION_FAILED), (peer.UNKNOWN, None)])
+def test_34_escape_codes_in_a_refusal(connect, impostor, code, exit_code):
+    fake = impostor(lambda server: server.begin_handshake().fail(code, hostile_text))
+    program = connect(fake.port)
+    assert_client_gives_up(program, exit_code)
+    assert "marker-before" in program.output
+    assert_harmless(program)
+
+
+def test_34_escape_codes_in_a_version(connect, impostor):
+    fake = impostor(lambda server: (server.begin_handshake(), server.send_completion(hostile_text)))
+    program = connect(fake.port, "-v")
+    program.wait()
+    assert_harmless(program)
+
+
+def test_34_escape_codes_in_the_error_of_a_stream(connected):
+    def misbehave(stream):
+        first_data(stream)
+        stream.link.send_error(peer.REMOTE_FAILED, hostile_text)
+        fin(stream.link)
+    end, _ = connected(misbehave, "-v")
+    assert was_reset(end.originate())
+    end.program.wait_for("marker-before")
+    assert_harmless(end.program)
+    still_serves(end)
+
+
+def test_34_escape_codes_in_opened(connected):
+    end, _ = connected(lambda stream: (stream.opened(hostile_text), stream.finish(), WELL)[-1], "-v")
+    connection = end.originate()
+    connection.shutdown(socket.SHUT_WR)
+    assert receive_all(connection) == b""
+    assert_harmless(end.program)
+    still_serves(end)
+
+
+def test_34_escape_codes_in_session_over(connected):
+    def misbehave(stream):
+        stream.link.send_record(OPENED, b"\x00")
+        number, _ = read_first_datagram(stream.link)
+        stream.link.session_over(number, peer.REMOTE_FAILED, hostile_text)
+    end, _ = connected(None, "-v", evil_udp=misbehave)
+    udp_originator(end).send(b"one")
+    end.program.wait_for("marker-before")
+    assert_harmless(end.program)
+    still_serves(end)
+
+
+def test_34_escape_codes_from_a_client(served, watched):
+    end = served("-v")
+    link = end.link()
+    link.open(watched.address).wait_opened()
+    link.send_error(peer.REMOTE_FAILED, hostile_text)
+    fin(link)
+    assert_ended(link)
+    watched.assert_reset()
+    end.program.wait_for("marker-before")
+    for target in (hostile_text + ":80", "a:" + hostile_text, "unix:/" + hostile_text):
+        link = end.link()
+        link.send_open(TCP, target)
+        read_error(link)
+    udp = end.link().open_udp()
+    udp.session(1, hostile_text + ":80")
+    assert udp.read_udp()[0] == SESSION_OVER
+    udp.session_over(9, peer.UNKNOWN, hostile_text)
+    listen = end.link()
+    listen.send_open(LISTEN, hostile_text, b"instance")
+    read_error(listen)
+    assert_harmless(end.program)
+    still_serves(end)

@@ -1,0 +1,787 @@
+"""Servers and clients that go away and come back: what is lost shows, what is new works, and nothing is left behind.
+
+Whole, with 100 kills of each side, about 5 minutes:
+
+    RATROD_LONG=1 pytest -n0 -s --timeout=1200 tests/test_reconnect.py
+"""
+
+import contextlib
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import ratrod as module
+from support import ratrod2_peer as peer
+from support.keys import make_keys, seed_of
+from support.pressure import LONG, figure
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, tcp_port, udp_originator
+from support.sockets import ask, dial, eventually, is_ready, port_of, receive_all, receive_exactly, reset
+from support.traffic import RESET, Traffic
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+KILLS = 100 if LONG else 10
+# What is promised within 2 s gets five times that on a busy machine.
+SOON = 10
+FAILED, WRONG = 1, 2
+LOST = r"❌ Lost the server"
+AGAIN = r"✅ Connected to server `([^`]*)` again, after (\d+) (?:try|tries) in [\d.]+ s"
+GAVE_UP = r"❌ Giving up after (\d+) (?:try|tries) in [\d.]+ s: "
+
+both_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+
+
+def kill(program):
+    program.process.kill()
+    program.wait()
+
+
+def count(pattern, program):
+    return sum(bool(re.search(pattern, line)) for line in program.lines)
+
+
+# ---------------------------------------------------------------------------------------------------- a door
+
+
+class Door:
+    """The address that a client knows as its server's. It passes connections on to the port `to`; shut, it resets them. `tries`: when each
+    came."""
+
+    def __init__(self, target, to=None):
+        self.to, self.tries = to, []
+        self.cut_next = False  # ends the link that the client says the next thing on
+        self.port = target(self._handle).port
+
+    def _handle(self, near):
+        self.tries.append(time.monotonic())
+        if self.to is None:
+            return reset(near)
+        with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as selector:
+            selector.register(near, selectors.EVENT_READ, far)
+            selector.register(far, selectors.EVENT_READ, near)
+            try:
+                while selector.get_map():
+                    for key, _ in selector.select():
+                        self._pass(selector, key, near)
+            except OSError:
+                for sock in (near, far):
+                    reset(sock)
+
+    def _pass(self, selector, key, near):
+        data = key.fileobj.recv(1 << 16)
+        if key.fileobj is near and data and self.cut_next:
+            self.cut_next = False
+            raise ConnectionResetError
+        if data:
+            return key.data.sendall(data)
+        selector.unregister(key.fileobj)
+        return key.data.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def door(target):
+    return Door(target)
+
+
+@pytest.fixture
+def connect_to(ratrod, keys):
+    """connect_to(ports, mode, words...) -> the client of one or several servers on 127.0.0.1, not yet awaited."""
+    def launch(ports, mode, *words, **options):
+        return ratrod("-k", keys.client.path, "connect", *mode.connect, ",".join("127.0.0.1:%d" % port for port in ports), *words, **options)
+    return launch
+
+
+def pauses(times):
+    return [after - before for before, after in zip(times, times[1:])]
+
+
+# ---------------------------------------------------------------------------------------------------- killed
+
+
+def ask_within(port, seconds=SOON):
+    """How long a whole new connection takes."""
+    since = time.monotonic()
+    ask(port)
+    took = time.monotonic() - since
+    assert took < seconds
+    return took
+
+
+@pytest.mark.timeout(1200)
+def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, listener):
+    """Each time the open streams are visibly reset, new ones work soon after it is back, the log says it twice, and nothing leaks."""
+    server, port = serve()
+    client = connect_to([port], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % port_of(listener))
+    client.wait_for(READY)
+    ports = [tcp_port(client, n) for n in (1, 2)]
+    ask(ports[0])
+    at_start, after, waited = descriptors(client), [], []
+    for number in range(KILLS):
+        with Traffic() as traffic:
+            quiet, sends, receives = (traffic.stream(lambda: dial(ports[1]), listener, name) for name in ("quiet", "sends", "receives"))
+            for stream in traffic.streams:
+                stream.flow(1000)
+            traffic.wait_until(lambda: all(stream.all_arrived for stream in traffic.streams), "bytes both ways")  # noqa: B023 - called at once
+            sends.flow()
+            sends.target.may_send = 0
+            receives.flow()
+            receives.originator.may_send = 0
+            traffic.wait_until(lambda: min(sends.target.received, receives.originator.received) > 1 << 20, "bulk")  # noqa: B023
+            kill(server)
+            traffic.wait_until(lambda: all(stream.originator.over for stream in traffic.streams), "each stream has ended")  # noqa: B023
+            assert [stream.originator.over for stream in traffic.streams] == [RESET] * 3, traffic.streams
+        with dial(ports[0]) as early:  # it waits for the server
+            early.sendall(b"early")
+            client.wait_for(LOST, number + 1)
+            server, _ = serve(bind="127.0.0.1:%d" % port)
+            there = time.monotonic()
+            after.append(ask_within(ports[0]))
+            assert receive_exactly(early, 5) == b"early"
+            waited.append(time.monotonic() - there)
+        client.wait_for(AGAIN, number + 1)
+    figure("server killed %d times" % KILLS, "worst new connection after it is back %.2f s, worst one that waited for it %.2f s" % (
+        max(after), max(waited)))
+    assert max(waited) < SOON
+    assert (count(LOST, client), count(AGAIN, client)) == (KILLS, KILLS)
+    # Up to eight idle links are kept; a leak of one for each stream or kill would be more.
+    eventually(lambda: descriptors(client) <= at_start + 8, lambda: "%d descriptors after %d at the start" % (descriptors(client), at_start))
+    figure("descriptors of the client after %d kills" % KILLS, "%d, %d at the start" % (descriptors(client), at_start))
+
+
+@pytest.mark.timeout(1200)
+def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, listener):
+    """The server lets go of its links, streams, remotes, UDP sessions and listeners at once."""
+    server, port = serve("--allow-listen")
+    at_start, worst = None, 0.0
+    remote = "127.0.0.1:%d" % port_of(listener)
+    for number in range(KILLS if LONG else 3):
+        client = connect_to([port], RATROD2, "0:" + remote, "0:127.0.0.1:%d" % udp_echo.port, "R:0:" + remote)
+        client.wait_for(READY)
+        reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1))
+        with Traffic() as traffic, contextlib.closing(udp_originator(client, 2)) as originator:
+            streams = [traffic.stream(lambda: dial(tcp_port(client)), listener, name) for name in ("quiet", "busy")]  # noqa: B023
+            back = traffic.stream(lambda: dial(reverse_port), listener, "reverse")  # noqa: B023 - called at once
+            for stream in traffic.streams:
+                stream.flow(1000)
+            originator.send(b"datagram")
+            assert originator.recv(100) == b"datagram"
+            traffic.wait_until(lambda: all(stream.all_arrived for stream in traffic.streams), "bytes both ways")  # noqa: B023
+            streams[1].flow()
+            traffic.wait_until(lambda: streams[1].target.received > 1 << 20, "bulk")  # noqa: B023
+            kill(client)
+            since = time.monotonic()
+            # What the server itself ends is a reset. Of the sockets of a killed process the kernel says what it likes.
+            ended_here = [stream.target for stream in streams] + [back.originator]
+            traffic.wait_until(lambda: all(end.over for end in ended_here), "each stream has ended")  # noqa: B023
+            assert [end.over for end in ended_here] == [RESET] * 3, traffic.streams
+        eventually(lambda: refuses(reverse_port), "the reverse listener is gone")  # noqa: B023
+        if number == 0:  # what is loaded on first use is counted in
+            at_start = settled(lambda: descriptors(server))
+        eventually(lambda: descriptors(server) <= at_start, lambda: "%d descriptors after %d" % (descriptors(server), at_start))  # noqa: B023
+        worst = max(worst, time.monotonic() - since if number else 0)
+    figure("client killed", "server has let go of everything after %.2f s at worst; %d descriptors" % (worst, descriptors(server)))
+    assert worst < SOON
+    assert at_start < 16  # nothing but the program's own
+
+
+def refuses(port):
+    try:
+        dial(port).close()
+        return False
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:  # it listened when this began
+        return False
+
+
+def settled(value):
+    """What it is once it has not changed for a second."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() - since < 1:
+        time.sleep(0.05)
+        if value() != last:
+            last, since = value(), time.monotonic()
+    return last
+
+
+# ---------------------------------------------------------------------------------------------------- tries
+
+
+@both_wires
+def test_the_first_failure_ends_it_at_once(connect, closed, door, mode):
+    """Whoever mistyped the address wants to know now."""
+    for port in (closed, door.port):
+        client = connect(port, *mode.connect, "0:127.0.0.1:1")
+        assert client.wait() == FAILED
+        assert count("Test connection failed", client) == 1, client.output
+    assert len(door.tries) == 1
+
+
+@both_wires
+def test_so_many_tries_at_the_start(connect, door, mode):
+    client = connect(door.port, *mode.connect, "--max-retry-count", "3", "0:127.0.0.1:1")
+    assert client.wait() == FAILED
+    assert len(door.tries) == 4
+    failures = [line for line in client.lines if "❌" in line]
+    assert len(failures) == 2 and "trying again" in failures[0], client.output
+    assert re.search(GAVE_UP, failures[1]).group(1) == "3"
+
+
+@both_wires
+def test_a_server_that_comes_late(serve, connect, tcp_echo, door, mode):
+    """With a count the first connection may take its time too."""
+    client = connect(door.port, *mode.connect, "--max-retry-count", "1000", "0:127.0.0.1:%d" % tcp_echo.port)
+    eventually(lambda: len(door.tries) > 2, "three tries")
+    door.to = serve(*mode.serve)[1]
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    assert count("❌", client) == 1, client.output
+
+
+@both_wires
+def test_no_tries_at_all(serve, connect, tcp_echo, door, mode):
+    client = connect(door.port, *mode.connect, "--max-retry-count", "0", "0:127.0.0.1:%d" % tcp_echo.port)
+    assert client.wait() == FAILED
+    assert len(door.tries) == 1
+    server, door.to = serve(*mode.serve)
+    client = connect(door.port, *mode.connect, "--max-retry-count", "0", "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    kill(server)
+    if mode is LEGACY:  # it has no link that could tell
+        with contextlib.suppress(ConnectionResetError):
+            ask(tcp_port(client))
+    assert client.wait() == FAILED
+    assert count("❌", client) == 1, client.output
+
+
+@both_wires
+def test_so_many_tries_after_a_loss(serve, connect, tcp_echo, door, mode):
+    """That many idle links died at once is one loss."""
+    server, door.to = serve(*mode.serve)
+    client = connect(door.port, *mode.connect, "--max-retry-count", "3", "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    with contextlib.ExitStack() as stack:
+        for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(6)]:
+            connection.sendall(b"x")
+            assert connection.recv(1) == b"x"
+    before, door.to = settled(lambda: len(door.tries)), None
+    kill(server)
+    if mode is LEGACY:  # it has no link that could tell
+        with pytest.raises(ConnectionResetError):
+            ask(tcp_port(client))
+    assert client.wait() == FAILED
+    assert client.wait_for(GAVE_UP).group(1) == "3"
+    # The loss itself may be noticed by a try or two, for the links that are to be ready.
+    assert 3 <= len(door.tries) - before <= 5
+    assert count("trying again", client) == count(GAVE_UP, client) == 1, client.output
+
+
+@pytest.mark.parametrize("flag, word", [
+    *(("--max-retry-count", word) for word in ("-1", "1.5", "x", "", "٣", "9999999999")),
+    *(("--max-retry-interval", word) for word in ("-1", "0", "x", "nan", "inf"))])
+def test_wrong_numbers(connect, closed, flag, word):
+    client = connect(closed, "%s=%s" % (flag, word), "0:127.0.0.1:1")
+    assert client.wait() == WRONG
+    assert flag in client.output
+
+
+def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
+    """The pauses double and are drawn at random from their upper half: what the clients of a server that was started anew need most. And the
+    log has two lines."""
+    longest, tries = 1.0, 8
+    server, door.to = serve()
+    client = connect(door.port, "--max-retry-interval", "%g" % longest, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    # A handshake that is under way when the server dies would be one more failed try.
+    lines, before, door.to = len(client.lines), settled(lambda: len(door.tries)), None
+    kill(server)
+    client.wait_for(LOST)
+    eventually(lambda: len(door.tries) >= before + tries + 2, "it goes on trying")
+    times = door.tries[before:]
+    while times[1] - times[0] < 0.06:  # tries at once, by which the loss was noticed
+        del times[0]
+    taken = pauses(times)[:tries]
+    whole = [min(longest, 0.25 * 2 ** n) for n in range(tries)]
+    figure("pauses between tries, s", " ".join("%.2f" % pause for pause in taken))
+    assert all(pause > 0.5 * most - 0.02 for pause, most in zip(taken, whole)), taken
+    assert all(pause < most + 1 for pause, most in zip(taken, whole)), taken
+    shares = [pause / most for pause, most in zip(taken, whole)]
+    assert max(shares) - min(shares) > 0.1, "no jitter: %r" % taken
+    noticed = len(door.tries[before:]) - len(times)
+    _, door.to = serve()
+    found = client.wait_for(AGAIN)
+    assert found.group(1) == "127.0.0.1:%d" % door.port
+    # As many as came to the door after the loss was noticed, but for the links that follow the first good one. Of the tries that notice it
+    # at the same moment one counts, or on a busy machine each.
+    came = len(door.tries) - before
+    assert came - noticed - 4 <= int(found.group(2)) <= came
+    ask(tcp_port(client))
+    assert len(client.lines) == lines + 2, client.output
+
+
+def test_verbose_says_each_try(serve, connect, door):
+    server, door.to = serve()
+    client = connect(door.port, "-v", "--max-retry-interval", "0.5", "0:127.0.0.1:1")
+    client.wait_for(READY)
+    door.to = None
+    kill(server)
+    client.wait_for("trying again", 4)
+
+# ---------------------------------------------------------------------------------------------------- who waits
+
+
+@both_wires
+def test_who_waits_is_served(serve, connect, tcp_echo, door, mode):
+    """However long the pauses have grown, they are a second at most while somebody waits."""
+    server, door.to = serve(*mode.serve)
+    client = connect(door.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    before, door.to = len(door.tries), None
+    kill(server)
+    if mode is RATROD2:
+        eventually(lambda: len(door.tries) == before + 4, "0.25, 0.5, 1 and 2 s")
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(dial(tcp_port(client))) for _ in range(3)]
+        for n, connection in enumerate(waiting):
+            connection.sendall(b"%d" % n)
+        began, tried = time.monotonic(), len(door.tries)
+        more = 8 if mode is LEGACY else 3  # legacy tries for each of them at first
+        eventually(lambda: len(door.tries) >= tried + more, "more tries")
+        gaps = pauses([began, *door.tries[tried:tried + more]])
+        assert max(gaps) < 3, "the next pauses would have been 2 to 4, 4 to 8, 8 to 16 s: %r" % gaps
+        assert sum(gaps) > 0.5, "it does not pause: %r" % gaps
+        _, door.to = serve(*mode.serve)
+        since = time.monotonic()
+        for n, connection in enumerate(waiting):
+            assert connection.recv(10) == b"%d" % n
+    figure("waited for the server (%s)" % mode.name, "answered %.2f s after it was back; tries meanwhile every %s s" % (
+        time.monotonic() - since, " ".join("%.2f" % gap for gap in gaps)))
+
+
+@both_wires
+def test_who_waits_too_long_is_reset_and_told_why(serve, connect, tcp_echo, mode):
+    server, port = serve(*mode.serve)
+    client = connect(port, *mode.connect, "--connect-timeout", "1", "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    kill(server)
+    since = time.monotonic()
+    with dial(tcp_port(client)) as connection:
+        connection.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        address = "127.0.0.1:%d" % port_of(connection)
+    took = time.monotonic() - since
+    assert 0.9 < took < 1 + SOON
+    line = client.wait_for(r"❌ \[\w+\] `%s` -> .*" % re.escape(address)).group()
+    assert "127.0.0.1:%d" % port in line and "Connection refused" in line, line
+    figure("reset with --connect-timeout 1 (%s)" % mode.name, "after %.2f s: %s" % (took, line))
+
+
+def test_a_socks_client_that_waits_too_long_is_told(serve, connect, tcp_echo):
+    server, port = serve()
+    client = connect(port, "--connect-timeout", "1", "0:socks")
+    client.wait_for(READY)
+    kill(server)
+    assert socks_connect(client, tcp_echo.port)[0] == 1  # general failure
+
+
+def socks_connect(client, port, n=1):
+    """(the reply's code, the connection) of a CONNECT through the n-th SOCKS tunnel."""
+    local_port = int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`", n).group(1))
+    connection = dial(local_port)
+    connection.sendall(b"\x05\x01\x00")
+    assert receive_exactly(connection, 2) == b"\x05\x00"
+    connection.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + port.to_bytes(2, "big"))
+    return receive_exactly(connection, 10)[1], connection
+
+
+def test_retry_is_invisible_after_a_restart_that_nobody_saw(serve, connect, tcp_echo):
+    """The server was killed and started anew while the client was stopped: whoever connects then finds only dead links."""
+    server, port = serve()
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    client.process.send_signal(signal.SIGSTOP)
+    try:
+        kill(server)
+        serve(bind="127.0.0.1:%d" % port)
+        with dial(tcp_port(client)) as connection:
+            connection.sendall(b"anybody there?")
+            client.process.send_signal(signal.SIGCONT)
+            assert receive_exactly(connection, 14) == b"anybody there?"
+    finally:
+        client.process.send_signal(signal.SIGCONT)
+    assert not count(r"❌ \[", client), client.output
+
+
+def test_retry_of_an_unused_open_is_invisible(serve, connect, target, door):
+    """The link breaks under the Open itself, which went out alone: the target speaks first."""
+    _, door.to = serve()
+    client = connect(door.port, "-v", "0:127.0.0.1:%d" % target(lambda connection: connection.sendall(b"hello")).port)
+    client.wait_for(READY)
+    for number in range(5):
+        made = count("link to .* cipher", client)
+        door.cut_next = True
+        with dial(tcp_port(client)) as connection:
+            assert receive_all(connection) == b"hello"
+        assert not door.cut_next
+        client.wait_for(" closed: ", number + 1)  # nothing of this stream is still to be said
+        client.wait_for("link to .* cipher", made + 1)  # nor of a handshake
+    assert not count(r"❌ \[", client), client.output
+
+
+# ---------------------------------------------------------------------------------------------------- keys that changed meanwhile
+
+
+def wake(client, mode):
+    """Legacy has no link that waits: a local connection makes it try."""
+    if mode is LEGACY:
+        with contextlib.suppress(ConnectionResetError), dial(tcp_port(client)) as connection:
+            connection.recv(1)
+
+
+@both_wires
+def test_a_key_that_was_removed_meanwhile_ends_it(serve, connect, keys, tcp_echo, mode):
+    """Trying for ever would be an attack on the log of the server, and its user would not know why nothing works."""
+    server, port = serve(*mode.serve)
+    client = connect(port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    kill(server)
+    keys.server.write("authorized_keys", "")
+    serve(*mode.serve, bind="127.0.0.1:%d" % port)
+    since = time.monotonic()
+    wake(client, mode)
+    assert client.wait() == AUTHENTICATION_FAILED
+    figure("a removed key ends the client (%s)" % mode.name, "%.2f s after the server is back" % (time.monotonic() - since))
+    assert keys.client.public in client.output
+
+
+@both_wires
+@pytest.mark.parametrize("bound", [False, True], ids=["bare line", "bound line"])
+def test_another_host_key_ends_it(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode, bound):
+    server, port = serve(*mode.serve)
+    if bound:
+        keys.client.write("known_hosts", "%s 127.0.0.1:%d\n" % (keys.server.public, port))
+    client = connect(port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    kill(server)
+    other = make_keys(tmp_path / "other")
+    other.trust(keys.client, "authorized_keys")
+    ratrod("-k", other.path, "serve", *mode.serve, "127.0.0.1:%d" % port).wait_for(STARTED)
+    wake(client, mode)
+    assert client.wait() == AUTHENTICATION_FAILED
+    assert other.public in client.output
+    assert ("HAS CHANGED" in client.output) == bound
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+# A name whose address stands in a file, as a dynamic name's does somewhere else.
+DYNAMIC = """
+import os, socket, sys
+sys.path.insert(0, %r)
+import ratrod
+def look_up(host, *rest, real=socket.getaddrinfo, **named):
+    return real(open(os.environ["ADDRESS_FILE"]).read() if host == "moves.test" else host, *rest, **named)
+socket.getaddrinfo = look_up
+sys.exit(ratrod.main())
+""" % str(ROOT)
+
+
+@both_wires
+def test_names_are_resolved_for_each_try(serve, start, keys, tmp_path, tcp_echo, mode):
+    """A server that moves keeps its name."""
+    server, port = serve(*mode.serve)
+    address = tmp_path / "address"
+    address.write_text("127.0.0.1")
+    client = start(sys.executable, "-c", DYNAMIC, "-k", keys.client.path, "connect", *mode.connect, "moves.test:%d" % port,
+                   "0:127.0.0.1:%d" % tcp_echo.port, env={**os.environ, "ADDRESS_FILE": str(address)})
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    kill(server)
+    if mode is RATROD2:
+        client.wait_for(LOST)
+    serve(*mode.serve, bind="127.0.0.2:%d" % port)
+    address.write_text("127.0.0.2")
+    ask_within(tcp_port(client))
+
+
+# ---------------------------------------------------------------------------------------------------- several servers
+
+
+@pytest.mark.parametrize("servers", ["127.0.0.1:1,", ",127.0.0.1:1", "127.0.0.1:1,,127.0.0.1:2", ",", "127.0.0.1:1;127.0.0.1:2", "127.0.0.1:1,x",
+                                     "127.0.0.1:1,x:0", "127.0.0.1:1,x:65536", "127.0.0.1:1,:2", "127.0.0.1,127.0.0.1:2"])
+def test_lists_of_servers_that_are_none(ratrod, keys, servers):
+    client = ratrod("-k", keys.client.path, "connect", servers, "0:127.0.0.1:1")
+    assert client.wait() == WRONG
+    assert "server" in client.output
+
+
+def test_one_that_is_named_twice_is_tried_once(connect_to, door):
+    assert connect_to([door.port] * 3, RATROD2).wait() == FAILED
+    assert len(door.tries) == 1
+
+
+@both_wires
+def test_the_first_of_them_is_dead_at_the_start(serve, connect_to, tcp_echo, closed, mode):
+    _, port = serve(*mode.serve)
+    client = connect_to([closed, port], mode, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
+    assert "❌" not in client.output
+
+
+@both_wires
+def test_all_of_them_are_dead_at_the_start(connect_to, closed, door, mode):
+    client = connect_to([closed, door.port], mode, "0:127.0.0.1:1")
+    assert client.wait() == FAILED
+    assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: .*").group() for port in (closed, door.port))
+
+
+def assert_all_kinds_work(client, mode, tcp_echo, udp_originator_, reverse_port):
+    """Every kind of tunnel: a whole connection, or a datagram there and back."""
+    ask(tcp_port(client))
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        udp_originator_.send(b"datagram")
+        if is_ready(udp_originator_, selectors.EVENT_READ, 0.2):
+            assert udp_originator_.recv(100) == b"datagram"
+            break
+        assert time.monotonic() < deadline, "no datagram comes back"
+    code, connection = socks_connect(client, tcp_echo.port)
+    with connection:
+        assert code == 0
+        connection.sendall(b"through SOCKS")
+        assert receive_exactly(connection, 13) == b"through SOCKS"
+    if reverse_port:
+        # Whoever listens there asks again in its own time.
+        eventually(lambda: not refuses(reverse_port), "the reverse tunnel is there")
+        ask(reverse_port)
+
+
+@both_wires
+def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_echo, mode):
+    """Through the one that answers: the second where the first is killed, and back; none for a while; and the log names who it is."""
+    flags = [*mode.serve, *(["--allow-listen"] if mode is RATROD2 else [])]
+    servers, ports = map(list, zip(*(serve(*flags) for _ in range(2))))
+    reverse = ["R:0:127.0.0.1:%d" % tcp_echo.port] if mode is RATROD2 else []
+    client = connect_to(ports, mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse)
+    client.wait_for(READY)
+    reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1)) if reverse else None
+    with contextlib.closing(udp_originator(client, 2)) as originator:
+        def works():
+            since = time.monotonic()
+            assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port)
+            figure("every kind of tunnel works through another server (%s)" % mode.name, "%.2f s" % (time.monotonic() - since))
+        works()
+        kill(servers[0])  # fail-over
+        works()
+        servers[0], _ = serve(*flags, bind="127.0.0.1:%d" % ports[0])
+        kill(servers[1])  # and back
+        works()
+        kill(servers[0])  # nobody
+        if mode is RATROD2:
+            line = client.wait_for(LOST + ".*", count(LOST, client) + (count(LOST, client) == count(AGAIN, client))).group()
+            assert all("127.0.0.1:%d" % port in line for port in ports)
+        servers[1], _ = serve(*flags, bind="127.0.0.1:%d" % ports[1])
+        works()
+    if mode is RATROD2:
+        assert client.wait_for(AGAIN, count(LOST, client)).group(1) == "127.0.0.1:%d" % ports[1]
+
+
+def test_the_one_that_worked_last_stays_in_use(serve, connect_to, tcp_echo, target):
+    """The first one coming back is no reason to leave the second."""
+    server, port = serve()
+    first, second = Door(target), Door(target, port)
+    client = connect_to([first.port, second.port], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    tried = len(first.tries)
+    assert tried == 1
+    first.to = port
+    with contextlib.ExitStack() as stack:
+        for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(10)]:  # more than there are idle links
+            connection.sendall(b"x")
+            assert connection.recv(1) == b"x"
+    assert len(first.tries) == tried
+    assert len(second.tries) >= 10
+
+
+@both_wires
+@pytest.mark.parametrize("first", ["wrong", "dead", "killed"])
+def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, closed, mode, first):
+    """Whoever pretends to be one of them must not be passed over in silence. "wrong": it is asked first, and a good one is there too; "dead":
+    the good one never was there; "killed": ... no longer."""
+    other = make_keys(tmp_path / "other")
+    other.trust(keys.client, "authorized_keys")
+    server, good = serve(*mode.serve)
+    bad = int(ratrod("-k", other.path, "serve", *mode.serve, "127.0.0.1:0").wait_for(STARTED).group(1))
+    client = connect_to({"wrong": [bad, good], "dead": [closed, bad], "killed": [good, bad]}[first], mode, "0:127.0.0.1:%d" % tcp_echo.port)
+    if first == "killed":
+        client.wait_for(READY)
+        kill(server)
+        wake(client, mode)
+    assert client.wait() == AUTHENTICATION_FAILED
+    assert other.public in client.output
+
+
+@both_wires
+def test_stdio_through_the_second_server(serve, ratrod, keys, tcp_echo, closed, mode):
+    _, port = serve(*mode.serve)
+    client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d,127.0.0.1:%d" % (closed, port),
+                    "stdio:127.0.0.1:%d" % tcp_echo.port, stdin=subprocess.PIPE)
+    client.process.stdin.write(b"anybody there?\n")
+    client.process.stdin.close()
+    assert client.wait() == 0
+    assert "anybody there?" in client.lines
+
+
+@both_wires
+def test_stdio_ends_with_its_server(serve, ratrod, keys, tcp_echo, mode):
+    """It is one connection: what was lost of it does not come back, and its user must not take the end for the whole."""
+    server, port = serve(*mode.serve)
+    client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d" % port, "stdio:127.0.0.1:%d" % tcp_echo.port,
+                    stdin=subprocess.PIPE)
+    client.process.stdin.write(b"anybody there?\n")
+    client.process.stdin.flush()
+    client.wait_for("anybody there?")
+    kill(server)
+    if mode is LEGACY:  # its wire has no sign for it: FIN is all that a killed server leaves
+        client.process.stdin.close()
+        client.wait()
+    else:
+        assert client.wait() == FAILED
+        client.process.stdin.close()
+
+
+# ---------------------------------------------------------------------------------------------------- as a library
+
+
+def test_a_tunnel_of_the_library_through_several_servers(serve, keys, tcp_echo, closed):
+    server, port = serve()
+    with module.tunnel("127.0.0.1:%d,127.0.0.1:%d" % (closed, port), "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path),
+                       limits=module.DEFAULT_LIMITS._replace(retry_interval=0.5), retries=1000) as tunnel:
+        ask(tunnel.address[1])
+        kill(server)
+        serve(bind="127.0.0.1:%d" % port)
+        ask_within(tunnel.address[1])
+        assert tunnel.error is None
+
+
+def test_a_tunnel_of_the_library_that_gives_up(serve, keys, tcp_echo, door):
+    with pytest.raises(module.RatrodError):
+        module.tunnel("127.0.0.1:%d" % door.port, "0:127.0.0.1:1", key_path=str(keys.client.path), retries=2)
+    assert len(door.tries) == 3
+    server, door.to = serve()
+    with module.tunnel("127.0.0.1:%d" % door.port, "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path), retries=2) as tunnel:
+        ask(tunnel.address[1])
+        door.to = None
+        kill(server)
+        eventually(lambda: tunnel.error is not None, "it says that it has given up")
+        assert "Giving up after 2 tries" in str(tunnel.error)
+        assert refuses(tunnel.address[1])
+
+
+def test_a_link_that_the_server_ends_each_time_does_not_spin(connect, keys, target):
+    """A server that takes the client in and closes the link at once: every try counts as one, with its pause."""
+    seen = []
+
+    def handle(connection):
+        connection.settimeout(PATIENCE)
+        seen.append(time.monotonic())
+        peer.Server(connection, seed_of(keys.server)).handshake()
+        if len(seen) == 1:
+            time.sleep(0.6)  # long enough to be worth another
+    client = connect(target(handle).port, "0:127.0.0.1:1")
+    client.wait_for(READY)
+    eventually(lambda: len(seen) >= 3, "it tries again")
+    began = len(seen)
+    time.sleep(3)  # nothing is awaited: it is counted what comes
+    figure("a server that ends each link at once", "%d tries in 3 s" % (len(seen) - began))
+    assert len(seen) - began < 30
+
+
+# ---------------------------------------------------------------------------------------------------- servers that are there and are no help
+
+
+def test_what_a_frozen_server_used_up_is_not_the_next_ones(serve, keys, tcp_echo, target, monkeypatch):
+    """It takes the connection and says nothing. On loopback a millisecond is enough to connect; on a real path the next one needs its share."""
+    silent = target(lambda connection: connection.recv(1 << 16) and connection.recv(1))
+    _, port = serve()
+    shares = []
+    reach = module.Client._reach
+    monkeypatch.setattr(module.Client, "_reach", staticmethod(lambda where, timeout, *rest: shares.append(timeout) or reach(where, timeout, *rest)))
+    limits = module.Limits(handshake_timeout=2.0, connect_timeout=2.0)
+    with module.tunnel("127.0.0.1:%d,127.0.0.1:%d" % (silent.port, port), "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path),
+                       limits=limits) as tunnel:
+        ask(tunnel.address[1])
+    assert len(shares) > 1 and min(shares[:2]) >= 0.9, shares
+
+
+def test_a_full_server_is_passed_by(serve, connect_to, keys, tcp_echo):
+    """At the start, and for new links."""
+    _, port = serve("--max-links", "1")
+    with peer.Client.connect(port, seed_of(keys.client)) as link:
+        link.handshake()
+        _, other = serve()
+        client = connect_to([port, other], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
+        client.wait_for(READY)
+        ask(tcp_port(client))
+
+
+def test_all_servers_are_full(serve, connect_to, keys):
+    ports = [serve("--max-links", "1")[1] for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(peer.Client.connect(port, seed_of(keys.client))).handshake()
+        client = connect_to(ports, RATROD2)
+        assert client.wait() == 1
+        client.wait_for("as many connections in all as it takes")
+
+
+def test_who_has_only_reverse_tunnels_knows_that_the_server_is_away(serve, keys, tcp_echo):
+    server, port = serve("--allow-listen")
+    with module.tunnel("127.0.0.1:%d" % port, "R:0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path)) as tunnel:
+        client = tunnel._endpoint
+        assert client.connected
+        kill(server)
+        eventually(lambda: not client.connected, "it knows that it is away")
+        serve("--allow-listen", bind="127.0.0.1:%d" % port)
+        eventually(lambda: client.connected, "it knows that it is back")
+        assert client.counters.reconnects == 1
+
+
+def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo, monkeypatch):
+    """Its originator never falls silent, as WireGuard does not; its session is not to stay deaf for that."""
+    asked = []
+
+    def look_up(address, *rest):
+        asked.append(address.host)
+        if len(asked) == 1:
+            raise module.ConnectError("cannot resolve `later.example`")
+        return [(socket.AF_INET, ("127.0.0.1", address.port))]
+    real = module.look_up
+    monkeypatch.setattr(module, "look_up", lambda address, *rest: (look_up if address.host == "later.example" else real)(address, *rest))
+    monkeypatch.setattr(module, "UDP_REST", 0.2)
+    with module.serve(key_path=str(keys.server.path)) as server, module.tunnel(
+            "127.0.0.1:%d" % server.address[1], "0:later.example:%d" % udp_echo.port, key_path=str(keys.client.path)) as tunnel:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+            originator.settimeout(0.05)
+            originator.connect(tunnel.address)
+
+            def answered():
+                with contextlib.suppress(socket.timeout):
+                    originator.send(b"anybody there?")
+                    return originator.recv(100) == b"anybody there?"
+            eventually(answered, "an answer to one of the questions")
+    assert len(asked) == 2

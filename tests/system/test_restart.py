@@ -1,0 +1,611 @@
+"""The end of a server or a client that loses nothing: SIGTERM drains, and with --reuse-port the next server takes over meanwhile.
+
+The restarts under load: five by default, twenty and more load with `RATROD_LONG=1 pytest -n0 -rP tests/test_restart.py` (-rP shows the figures).
+"""
+
+import collections
+import contextlib
+import hashlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import pytest
+from test_reverse import bound, digest, refused, works
+from test_udp import ask_until_answered
+
+from support import ratrod2_peer as peer
+from support.checked_load import Load, exchange, queued
+from support.keys import seed_of
+from support.pressure import LONG, figure
+from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, every_mode, tcp_port, udp_originator
+from support.sockets import dial, eventually, port_of, receive_all, receive_exactly
+
+pytestmark = [
+    pytest.mark.usefixtures("no_traceback"),
+    pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on"),
+]
+
+# Longer than any test waits: what ends before it has not waited for it.
+FOREVER = "600"
+ENDING = r"🛑 Ending: (\d+) connections? may go on for %s s; a second signal ends at once"
+BULK = 30 << 20
+each_signal = pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+either_side = pytest.mark.parametrize("side", ["server", "client"])
+needs_reuse_port = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="no SO_REUSEPORT here")
+
+
+class Joined(NamedTuple):
+    """A tunnel with one connection through it, whose both outer ends the test has; `ending` is the program that is to be ended."""
+
+    ending: Program
+    server_port: int
+    port: int
+    originator: socket.socket
+    target: socket.socket
+
+    def talk(self):
+        """A few bytes each way: it lives."""
+        for sender, receiver in ((self.originator, self.target), (self.target, self.originator)):
+            sender.sendall(b"still there?")
+            assert receive_exactly(receiver, 12) == b"still there?"
+
+    def send(self, sign=signal.SIGTERM):
+        self.ending.process.send_signal(sign)
+
+    def drain(self, sign=signal.SIGTERM):
+        """Signals, and waits until it is about to end."""
+        self.send(sign)
+        assert self.ending.wait_for(ENDING % FOREVER).group(1) == "1"
+
+    def end(self):
+        """Brings the connection to its regular end."""
+        self.originator.shutdown(socket.SHUT_WR)
+        assert receive_all(self.target) == b""
+        self.target.shutdown(socket.SHUT_WR)
+        assert receive_all(self.originator) == b""
+
+
+@pytest.fixture
+def joined(tunnel, listener):
+    """joined(side, drain, mode) -> Joined: a connection through a tunnel, whose server or client has --drain."""
+    with contextlib.ExitStack() as stack:
+        def launch(side, drain=FOREVER, mode=RATROD2):
+            flags = () if drain is None else ("--drain", drain)
+            made = tunnel(port_of(listener), mode, **{"%s_flags" % {"server": "serve", "client": "connect"}[side]: flags})
+            near = stack.enter_context(made.connect())
+            near.sendall(b"!")
+            far = stack.enter_context(listener.accept()[0])
+            far.settimeout(PATIENCE)
+            assert receive_exactly(far, 1) == b"!"
+            return Joined(getattr(made, side), made.server_port, made.port, near, far)
+        yield launch
+
+
+def assert_reset(*connections):
+    for connection in connections:
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while connection.recv(65536):
+                pass
+
+
+def elapsed(action):
+    begun = time.monotonic()
+    action()
+    return time.monotonic() - begun
+
+
+# ---------------------------------------------------------------------------------------------------- nothing is open
+
+
+@each_signal
+def test_nothing_is_open(serve, sign, code):
+    server, _ = serve("--drain", FOREVER)
+    assert server.stop(sign) == code
+    assert "may go on" not in server.output
+
+
+@every_mode
+@each_signal
+def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel, mode, sign, code):
+    made = tunnel(tcp_echo.port, mode, serve_flags=("--drain", FOREVER))
+    exchange(made.port, b"before")
+    figure("%s: a server with idle links alone ended after" % mode.name, "%.2f s" % elapsed(lambda: made.server.stop(sign)))
+    assert made.server.process.returncode == code
+    assert made.client.process.poll() is None, made.client.output
+
+
+def test_an_idle_link_is_told(serve, keys):
+    """Close, then FIN, never a reset: a client that is sending an Open at this moment reads that it was not looked at."""
+    server, port = serve("--drain", FOREVER)
+    with peer.Client.connect(port, seed_of(keys.client)).handshake() as link:
+        server.process.send_signal(signal.SIGTERM)
+        assert link.read_any_record().type == peer.CLOSE
+        with pytest.raises(peer.LinkEnded) as end:
+            link.read_any_record()
+        assert not isinstance(end.value, peer.LinkBroken)
+    assert server.wait() == 0
+
+
+def test_strangers_do_not_hold_it(serve):
+    """Whoever has said nothing would keep it for as long as a handshake may take, again and again."""
+    server, port = serve("--drain", FOREVER, "--handshake-timeout", FOREVER)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(dial(port)) for _ in range(5)]
+        silent[0].sendall(b"ratrod2\n")
+        eventually(lambda: not queued(port), "all are accepted")
+        figure("a server with 5 silent strangers ended after", "%.2f s" % elapsed(lambda: server.stop()))
+    assert server.process.returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------- what is open goes on
+
+
+@every_mode
+@either_side
+def test_what_is_open_goes_on_and_nothing_new_begins(joined, side, mode):
+    made = joined(side, mode=mode)
+    made.drain()
+    made.talk()
+    # The listener is gone: that of the client for local connections, that of the server for links.
+    eventually(lambda: refused(made.port if side == "client" else made.server_port), "nobody listens any more")
+    made.talk()
+    assert made.ending.process.poll() is None
+    made.end()
+    figure("%s: after its last connection the %s ended in" % (mode.name, side), "%.2f s" % elapsed(made.ending.wait))
+    assert made.ending.process.returncode == 0, made.ending.output
+
+
+@either_side
+@each_signal
+def test_the_exit_code_is_that_of_the_signal(joined, side, sign, code):
+    made = joined(side)
+    made.drain(sign)
+    made.end()
+    assert made.ending.wait() == code
+
+
+@every_mode
+@either_side
+def test_what_takes_too_long_is_reset(joined, side, mode):
+    """At once it would be a connection lost, at a clean end one cut short."""
+    made = joined(side, drain="1", mode=mode)
+    made.send()
+    made.ending.wait_for(ENDING % 1)
+    made.talk()
+    took = elapsed(made.ending.wait)
+    assert made.ending.process.returncode == 0, made.ending.output
+    # On the original's wire a reset has no sign: what left is whole or the link's own end.
+    assert_reset(*((made.originator, made.target) if mode is RATROD2 else (made.target,) if side == "server" else (made.originator,)))
+    figure("%s: a %s with --drain 1 ended after" % (mode.name, side), "%.2f s" % took)
+
+
+@either_side
+def test_no_time_at_all(joined, side):
+    made = joined(side, drain="0")
+    assert made.ending.stop() == 0
+    assert_reset(made.originator, made.target)
+
+
+def test_a_client_ends_at_once_by_default(joined):
+    """Whoever presses Ctrl-C on the client means it."""
+    made = joined("client", drain=None)
+    assert made.ending.stop(signal.SIGINT) == 130
+    assert_reset(made.originator, made.target)
+    assert "may go on" not in made.ending.output
+
+
+def test_a_server_waits_by_default(joined):
+    made = joined("server", drain=None)
+    made.send()
+    made.ending.wait_for(ENDING % 10)
+    made.talk()
+    made.end()
+    assert made.ending.wait() == 0
+
+
+@either_side
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_at_once(joined, side, second):
+    made = joined(side)
+    made.drain()
+    made.talk()
+    assert made.ending.stop(second) == 128 + second
+    assert_reset(made.originator, made.target)
+
+
+@either_side
+def test_what_ends_meanwhile_is_whole(tunnel, target, side):
+    """Bulk both ways that was on its way as the signal came: its last byte counts, and the target's half goes on after the originator's end."""
+    up, down, seen = os.urandom(BULK), os.urandom(BULK), []
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def half_duplex(connection):
+        heard = hashlib.sha256(receive_exactly(connection, BULK // 2))
+        halfway.set()
+        assert go_on.wait(PATIENCE)
+        heard.update(receive_all(connection))
+        seen.append(heard.hexdigest())
+        connection.sendall(down)
+    flags = {"%s_flags" % {"server": "serve", "client": "connect"}[side]: ("--drain", FOREVER)}
+    made = tunnel(target(half_duplex).port, RATROD2, **flags)
+    ending = getattr(made, side)
+    with made.connect() as connection:
+        def say():
+            connection.sendall(up)
+            connection.shutdown(socket.SHUT_WR)
+        speaker = threading.Thread(target=say, daemon=True)
+        speaker.start()
+        assert halfway.wait(PATIENCE)
+        ending.process.send_signal(signal.SIGTERM)
+        ending.wait_for(ENDING % FOREVER)
+        go_on.set()
+        assert digest(receive_all(connection)) == digest(down)
+        speaker.join(PATIENCE)
+    assert seen == [digest(up)]
+    assert ending.wait() == 0
+
+
+def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
+    """One identity, two links: that which carries nothing leaves at once, the other one says Close in place of Over."""
+    server, port = serve("--drain", FOREVER)
+    with peer.Client.connect(port, seed_of(keys.client)).handshake() as idle, peer.Client.connect(port, seed_of(keys.client)).handshake() as busy:
+        stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
+        stream.wait_opened()
+        server.process.send_signal(signal.SIGTERM)
+        assert [record.type for record in idle.read_to_end()] == [peer.CLOSE]
+        stream.send(b"still there?")
+        assert stream.receive() == b"still there?"
+        stream.end()
+        assert stream.receive() == b""
+        assert [record.type for record in busy.read_to_end()] == [peer.CLOSE]
+    assert server.wait() == 0
+
+
+def test_an_open_that_crosses_the_close(serve, keys, tcp_echo):
+    """It is answered by the Close that was on its way, as if never looked at: nothing of it may reach the target."""
+    server, port = serve("--drain", FOREVER)
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(peer.Client.connect(port, seed_of(keys.client)).handshake()) for _ in range(4)]
+        # Frozen, so that all the Opens are there before it looks at anything: the signal is the first that it sees as it goes on.
+        os.kill(server.process.pid, signal.SIGSTOP)
+        for link in links:
+            link.send_open(peer.TCP, "127.0.0.1:%d" % tcp_echo.port)
+        server.process.send_signal(signal.SIGTERM)
+        os.kill(server.process.pid, signal.SIGCONT)
+        for link in links:
+            records = [link.read_any_record()]
+            if records[0].type == peer.OPENED:  # the socket was read before the signal was: then it is a stream like any other
+                link.send_record(peer.END)
+                records = link.read_to_end()
+            else:
+                records += link.read_to_end()
+            assert records[-1].type == peer.CLOSE, records
+    assert server.wait() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- one port, two servers
+
+
+class Servers:
+    """Servers that follow each other on one port: `current`, and its `port`."""
+
+    def __init__(self, serve, *flags):
+        self._serve, self._flags = serve, (*flags, "--reuse-port")
+        self.current, self.port = serve(*self._flags)
+
+    def add(self):
+        """The next one beside the current one, which is returned."""
+        old = self.current
+        self.current, _ = self._serve(*self._flags, bind="127.0.0.1:%d" % self.port)
+        return old
+
+    def replace(self):
+        """The next one takes over; the one that is to end is returned."""
+        old = self.add()
+        old.process.send_signal(signal.SIGTERM)
+        return old
+
+
+@pytest.fixture
+def servers(serve):
+    """servers(flags...) -> Servers"""
+    return lambda *flags: Servers(serve, *flags)
+
+
+def test_a_busy_port_stays_an_error(ratrod, keys, serve):
+    """Two servers without a word about it, where one is a mistake, would each get half of the connections. The kernel asks both."""
+    _, port = serve()
+    for flags in ((), ("--reuse-port",)):
+        other = ratrod("-k", keys.server.path, "serve", *flags, "127.0.0.1:%d" % port)
+        assert other.wait() == 1
+        other.wait_for("cannot listen on `127.0.0.1:%d`" % port)
+
+
+@needs_reuse_port
+def test_sharing_takes_two(ratrod, keys, servers):
+    shared = servers()
+    other = ratrod("-k", keys.server.path, "serve", "127.0.0.1:%d" % shared.port)
+    assert other.wait() == 1
+    other.wait_for("cannot listen on `127.0.0.1:%d`" % shared.port)
+    assert shared.current.process.poll() is None
+
+
+def test_the_port_is_free_while_the_old_one_drains(joined, serve):
+    """Without --reuse-port too: what runs one after the other need not wait for the drain."""
+    made = joined("server")
+    made.drain()
+    eventually(lambda: refused(made.server_port), "the listener is closed")
+    serve(bind="127.0.0.1:%d" % made.server_port)
+    made.talk()
+    made.end()
+    assert made.ending.wait() == 0
+
+
+RESTARTS = 20 if LONG else 5
+CONNECTIONS = 1000 if LONG else 200  # whole ones between two restarts
+UNDER_LOAD = [(RATROD2, ()), (RATROD2, ("--workers", "2")), (LEGACY_E, ())]
+
+
+@needs_reuse_port
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mode, flags", UNDER_LOAD, ids=["ratrod2", "ratrod2-workers", "legacy-e"])
+def test_restarts_under_load_lose_nothing(servers, connect, tcp_echo, mode, flags):
+    """What --reuse-port is for. Every connection is new, and whole or a failure."""
+    chain = servers(*mode.serve, *flags, "--drain", "30")
+    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    olds = []
+    with Load(tcp_port(client)) as load:
+        load.go_on(CONNECTIONS)
+        for _ in range(RESTARTS):
+            olds.append(chain.replace())
+            assert olds[-1].wait() == 0, olds[-1].output
+            load.go_on(CONNECTIONS)
+    figure("%d restarts under load, %s" % (len(olds), " ".join((mode.name, *flags))), load)
+    assert not load.failures, (load.failures[:10], client.output)
+    # A bound on nothing but a standstill: 200/s and more are expected, on a machine that has nothing else to do.
+    assert load.rate > 20
+    assert "❌" not in client.output
+
+
+@needs_reuse_port
+def test_restarts_under_load_of_both_ends_at_once(servers, connect, tcp_echo):
+    """Two servers that share a port for long, one of which is always about to end: an unlucky client meets the ending one twice in a row."""
+    chain = servers("--drain", "30")
+    client = connect(chain.port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    with Load(tcp_port(client)) as load:
+        for _ in range(RESTARTS):
+            first, second = chain.add(), chain.add()
+            load.go_on(CONNECTIONS // 2)
+            for old in (first, second):
+                old.process.send_signal(signal.SIGTERM)
+            assert [first.wait(), second.wait()] == [0, 0], first.output + second.output
+    figure("%d times two of three servers ended at once under load" % RESTARTS, load)
+    assert not load.failures, (load.failures[:10], client.output)
+
+
+@needs_reuse_port
+def test_what_is_open_stays_at_the_old_one(servers, connect, target):
+    """Long streams keep the old server alive while all that is new goes to the next one; each ends whole."""
+    chain = servers("--drain", FOREVER)
+    told = [b"%03d" % n for n in range(20)]
+    rest = threading.Event()
+
+    def tell(connection):
+        connection.sendall(told[0])
+        assert rest.wait(PATIENCE)
+        for part in told[1:]:
+            connection.sendall(part)
+    client = connect(chain.port, "0:127.0.0.1:%d" % target(tell).port)
+    client.wait_for(READY)
+    port = tcp_port(client)
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(dial(port)) for _ in range(3)]
+        for connection in connections:
+            assert receive_exactly(connection, 3) == told[0]
+        old = chain.replace()
+        assert old.wait_for(ENDING % FOREVER).group(1) == "3"
+        fresh = stack.enter_context(dial(port))
+        assert receive_exactly(fresh, 3) == told[0]
+        assert old.process.poll() is None
+        rest.set()
+        assert [receive_all(connection) for connection in (fresh, *connections)] == [b"".join(told[1:])] * 4
+    assert old.wait() == 0
+    assert chain.current.process.poll() is None
+
+
+# ---------------------------------------------------------------------------------------------------- what waits to be accepted
+
+
+@needs_reuse_port
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
+def test_what_the_kernel_has_taken_is_served(serve, keys):
+    """A connection that waits in the accept queue as the listener is closed is reset by the kernel: 50 of them, taken while the server was frozen,
+    each hear an orderly end instead, which tells a client to go elsewhere."""
+    server, port = serve("--drain", FOREVER)
+    os.kill(server.process.pid, signal.SIGSTOP)
+    outcomes = collections.Counter()
+    with contextlib.ExitStack() as stack:
+        links = []
+        for n in range(50):
+            # Each from an address of its own: none of the limits on one source is what is looked at here.
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, ("127.0.77.%d" % (n + 1), 0)))
+            links.append(peer.Client(sock, seed_of(keys.client)))
+            links[-1].send_client_preamble()
+        eventually(lambda: queued(port) == 50, lambda: "50 wait, not %d" % queued(port))
+        server.process.send_signal(signal.SIGTERM)
+        os.kill(server.process.pid, signal.SIGCONT)
+        for link in links:
+            try:
+                link.read_server_preamble()
+                link.send_message(link.client_authentication())
+                link.read_completion()
+                outcomes["Close" if [record.type for record in link.read_to_end()] == [peer.CLOSE] else "no Close"] += 1
+            except peer.LinkBroken as error:
+                outcomes["reset: %s" % error] += 1
+            except peer.LinkEnded:
+                outcomes["FIN"] += 1
+            except OSError as error:
+                outcomes["reset: %s" % error] += 1
+    figure("50 links in the accept queue of a server that ends", dict(outcomes))
+    assert outcomes == {"Close": 50}, (outcomes, server.output)
+    assert server.wait() == 0
+
+
+@needs_reuse_port
+@every_mode
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
+def test_what_a_frozen_server_had_taken(servers, connect, tcp_echo, mode):
+    """The same from the client's side: 50 local connections at once meet a server that is frozen, and then ends. The next one has them all."""
+    chain = servers(*mode.serve, "--drain", "30")
+    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    port, failures = tcp_port(client), []
+    exchange(port, b"before")
+    os.kill(chain.current.process.pid, signal.SIGSTOP)
+
+    def one(n):
+        try:
+            exchange(port, b"%d" % n * (n * 100))
+        except Exception as error:
+            failures.append("%d: %r" % (n, error))
+    threads = [threading.Thread(target=one, args=(n,), daemon=True) for n in range(50)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: queued(chain.port) >= 8, lambda: "links wait to be accepted, not %d" % queued(chain.port))
+    waiting = queued(chain.port)
+    old = chain.replace()
+    os.kill(old.process.pid, signal.SIGCONT)
+    for thread in threads:
+        thread.join(2 * PATIENCE)
+    figure("%s: failed of 50 connections, %d links of theirs in the accept queue of a server that ends" % (mode.name, waiting), len(failures))
+    assert not failures and not any(thread.is_alive() for thread in threads), (failures, client.output)
+    assert old.wait() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- UDP and reverse tunnels
+
+
+@needs_reuse_port
+@every_mode
+def test_udp_sessions_move_to_the_next_server(servers, connect, udp_echo, mode):
+    """UDP may lose, but not its way: sessions are not what a server waits for."""
+    chain = servers(*mode.serve, "--drain", FOREVER)
+    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % udp_echo.port)
+    client.wait_for(READY)
+    with contextlib.ExitStack() as stack:
+        several = [stack.enter_context(udp_originator(client)) for _ in range(3)]
+        for n, one in enumerate(several):
+            ask_until_answered(one, b"%d" % n)
+        old = chain.replace()
+        assert old.wait() == 0
+        begun = time.monotonic()
+        for n, one in enumerate(several):
+            ask_until_answered(one, b"%d again" % n)
+        figure("%s: 3 UDP sessions are answered by the next server after" % mode.name, "%.2f s" % (time.monotonic() - begun))
+    assert "❌" not in client.output
+    assert client.process.poll() is None
+
+
+@needs_reuse_port
+def test_reverse_tunnels_move_to_the_next_server(servers, ratrod, keys, tcp_echo, slow):
+    """The same port at the next server, at once, while a connection of the old one's goes on."""
+    chain = servers("--allow-listen", "--drain", FOREVER)
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % chain.port,
+                    "R:0:127.0.0.1:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % slow.port)
+    port, slow_port = (bound(client, ":%d" % made.port) for made in (tcp_echo, slow))
+    exchange(port, b"before")
+    with dial(slow_port) as connection:
+        assert receive_exactly(connection, 5) == b"first"
+        old = chain.replace()
+        old.wait_for(ENDING % FOREVER)
+        figure("a reverse tunnel listens at the next server after", "%.2f s" % elapsed(lambda: eventually(lambda: works(port), "it listens")))
+        assert old.process.poll() is None
+        exchange(port, b"after")
+        slow.go_on.set()
+        assert receive_all(connection) == b"last"
+    assert old.wait() == 0
+    assert client.process.poll() is None
+
+
+@pytest.fixture
+def slow(target):
+    """A target that says "first", and once `go_on` is set "last"."""
+    go_on = threading.Event()
+
+    def handle(connection):
+        connection.sendall(b"first")
+        assert go_on.wait(PATIENCE)
+        connection.sendall(b"last")
+    made = target(handle)
+    made.go_on = go_on
+    return made
+
+
+def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow):
+    _, server_port = serve("--allow-listen")
+    client = connect(server_port, "--drain", FOREVER, "R:0:127.0.0.1:%d" % slow.port)
+    with dial(bound(client)) as connection:
+        assert receive_exactly(connection, 5) == b"first"
+        client.process.send_signal(signal.SIGTERM)
+        assert client.wait_for(ENDING % FOREVER).group(1) == "1"
+        slow.go_on.set()
+        assert receive_all(connection) == b"last"
+    assert client.wait() == 0
+
+
+# ---------------------------------------------------------------------------------------------------- workers
+
+
+def test_workers_drain_each(serve, connect, slow):
+    """The parent passes the signal on and waits for the last of them."""
+    server, server_port = serve("--workers", "2", "--drain", FOREVER)
+    client = connect(server_port, "0:127.0.0.1:%d" % slow.port)
+    client.wait_for(READY)
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
+        for connection in connections:
+            assert receive_exactly(connection, 5) == b"first"
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(r"🛑 Ending")
+        eventually(lambda: refused(server_port), "nobody listens any more")
+        slow.go_on.set()
+        assert [receive_all(connection) for connection in connections] == [b"last"] * 8
+    assert server.wait() == 0
+
+
+def test_workers_end_on_a_second_signal(serve, connect, target):
+    server, server_port = serve("--workers", "2", "--drain", FOREVER)
+    client = connect(server_port, "0:127.0.0.1:%d" % target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port)
+    client.wait_for(READY)
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
+        for connection in connections:
+            assert receive_exactly(connection, 1) == b"!"
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(r"🛑 Ending")
+        # Each worker takes the two signals by itself. One may still be at the first: two that wait are one to the kernel, so it is sent again.
+        while True:
+            server.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert server.process.wait(0.2) in (0, 143)
+                break
+        assert_reset(*connections)
+
+
+# ---------------------------------------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize("word", ["-1", "x", "nan", "inf", "1e400", ""])
+def test_no_time_to_drain(ratrod, keys, word):
+    program = ratrod("-k", keys.server.path, "serve", "--drain=" + word, "127.0.0.1:0")
+    assert program.wait() == 2
+    assert re.search("--drain", program.output), program.output

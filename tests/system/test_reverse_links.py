@@ -1,0 +1,595 @@
+"""Listen links: each of ours against the independent peer, which sees how they use them. Whole reverse tunnels are in test_reverse.py."""
+
+import contextlib
+import queue
+import selectors
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+from test_reverse import (
+    REFUSED,
+    assert_start_fails,
+    bound,
+    handshakes,
+    identity_of,
+    permit,
+    refused,
+    says,
+)
+
+from support import ratrod2_peer as peer
+from support.keys import make_keys, seed_of
+from support.programs import PATIENCE, RATROD, descriptors
+from support.ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, UDP, LinkEnded, PeerError, encode_open
+from support.sockets import dial, eventually, free_port, port_of, receive_all, receive_exactly, reset
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+WAITING_LINKS = 8
+
+
+# ---------------------------------------------------------------------------------------------------- our server, the independent client
+
+
+@pytest.fixture
+def second(keys, tmp_path):
+    """Another client that the server knows."""
+    made = make_keys(tmp_path / "second")
+    keys.server.trust(made, "authorized_keys")
+    return made
+
+
+@pytest.fixture
+def link(serve, keys):
+    """link(who=Keys) -> a link of the independent client to our server with --allow-listen, which is `link.port`."""
+    with contextlib.ExitStack() as stack:
+        def make(who=None):
+            if not hasattr(make, "port"):
+                make.server, make.port = serve("-v", "--allow-listen")
+            made = peer.Client.connect(make.port, seed_of(who or keys.client), server=identity_of(keys.server))
+            return stack.enter_context(made).handshake()
+        yield make
+
+
+def port_in(address):
+    return int(address.rpartition(":")[2])
+
+
+def serve_one(link, originator):
+    """The next stream of a Listen link, which must be the one of `originator`: echoed to the end."""
+    originator.sendall(b"hello")
+    originator.shutdown(socket.SHUT_WR)
+    stream = link.accept()
+    assert (stream.kind, stream.target) == (TCP, "127.0.0.1:%d" % port_of(originator))
+    peer.echo(stream)
+    assert receive_all(originator) == b"hello"
+    stream.over()
+
+
+def assert_fin(link):
+    """The server has no more streams for it, and nothing against it."""
+    assert link.accept() is None
+
+
+def test_a_listen_link_carries_one_stream_after_another(link):
+    listening = link()
+    address = listening.listen("127.0.0.1:0", b"instance")
+    for _ in range(5):
+        with dial(port_in(address)) as originator:
+            serve_one(listening, originator)
+    assert handshakes(link.server) == 1
+
+
+def test_waiting_links_form_a_pool(link):
+    """Each takes a connection; one more than there are links waits for the first that is free again."""
+    first = link()
+    address = first.listen("127.0.0.1:0", b"instance")
+    links = [first, link(), link()]
+    for made in links[1:]:
+        assert made.listen(address, b"instance") == address
+    with contextlib.ExitStack() as stack:
+        originators = {}
+        for _ in range(4):
+            originator = stack.enter_context(dial(port_in(address)))
+            originators["127.0.0.1:%d" % port_of(originator)] = originator
+        streams = [made.accept() for made in links]
+        for stream in streams:
+            originator = originators.pop(stream.target)
+            stream.opened()
+            originator.sendall(stream.target.encode())
+            assert stream.receive() == stream.target.encode()
+            originator.close()
+        last, = originators.values()
+        streams[1].finish()
+        serve_one(links[1], last)
+
+
+def test_a_listener_lives_while_its_links_are_busy(link):
+    """No link waits, and who connects is served once one does."""
+    listening = link()
+    address = listening.listen("127.0.0.1:0", b"instance")
+    with dial(port_in(address)) as first, dial(port_in(address)) as second:
+        stream = listening.accept()
+        stream.opened()
+        first.sendall(b"?")
+        assert stream.receive() == b"?"
+        another = link()
+        assert another.listen(address, b"instance") == address
+        serve_one(another, second)
+        another.finish()
+        with dial(port_in(address)) as third:
+            first.shutdown(socket.SHUT_WR)
+            stream.finish()
+            serve_one(listening, third)
+    listening.finish()
+    eventually(lambda: refused(port_in(address)), "the listener is gone")
+
+
+def test_a_waiting_link_that_left_is_not_used(link):
+    first = link()
+    address = first.listen("127.0.0.1:0", b"instance")
+    others = [link() for _ in range(3)]
+    for made in others:
+        made.listen(address, b"instance")
+    others[0].finish()
+    peer.reset(others[1].sock)
+    others[2].send_record(CLOSE)
+    others[2].finish()
+    for _ in range(4):
+        with dial(port_in(address)) as originator:
+            serve_one(first, originator)
+
+
+def test_close_moves_a_connection_to_another_link(link):
+    """As the first answer to an Open it says that the Open was never looked at. Data that came with it moves too."""
+    first = link()
+    address = first.listen("127.0.0.1:0", b"instance")
+    second = link()
+    second.listen(address, b"instance")
+    links = {first.sock: first, second.sock: second}
+    with dial(port_in(address)) as originator:
+        originator.sendall(b"hel")
+        with selectors.DefaultSelector() as selector:
+            for sock in links:
+                selector.register(sock, selectors.EVENT_READ)
+            (chosen, _), = selector.select(PATIENCE)
+        declining = links.pop(chosen.fileobj)
+        assert declining.accept().kind == TCP
+        declining.send_record(CLOSE)
+        declining.finish()
+        stream = next(iter(links.values())).accept()
+        assert stream.target == "127.0.0.1:%d" % port_of(originator)
+        stream.opened()
+        originator.sendall(b"lo")
+        originator.shutdown(socket.SHUT_WR)
+        assert stream.receive_all() == b"hello"
+        stream.end()
+        assert receive_all(originator) == b""
+        stream.over()
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["waiting", "busy"])
+def test_the_next_instance_takes_over(link, busy):
+    """The old one's waiting links get FIN; what it carries goes on, and its link is let go after that."""
+    old = link()
+    address = old.listen("127.0.0.1:0", b"instance")
+    with contextlib.ExitStack() as stack:
+        if busy:
+            originator = stack.enter_context(dial(port_in(address)))
+            stream = old.accept()
+            stream.opened()
+        waiting = link()
+        waiting.listen(address, b"instance")
+        new = link()
+        assert new.listen(address, b"instanc2") == address
+        assert_fin(waiting)
+        if busy:
+            originator.sendall(b"still here?")
+            assert stream.receive() == b"still here?"
+            stream.send(b"yes")
+            assert receive_exactly(originator, 3) == b"yes"
+            originator.shutdown(socket.SHUT_WR)
+            stream.finish()
+            assert receive_all(originator) == b""
+        assert_fin(old)
+        for _ in range(2):
+            with dial(port_in(address)) as originator:
+                serve_one(new, originator)
+
+
+def test_a_key_has_one_instance_at_an_address(link, second):
+    """Another key gets an error, with the address of somebody else as with its instance too."""
+    mine = link()
+    address = mine.listen("127.0.0.1:0", b"instance")
+    for instance in (b"instance", b"instanc2"):
+        theirs = link(second)
+        with pytest.raises(PeerError, match="in use"):
+            theirs.listen(address, instance)
+        assert theirs.read_to_end() == []
+    with dial(port_in(address)) as originator:
+        serve_one(mine, originator)
+
+
+def test_more_waiting_links_than_a_listener_may_have(link):
+    first = link()
+    address = first.listen("127.0.0.1:0", b"instance")
+    others = [link() for _ in range(WAITING_LINKS - 1)]
+    for made in others:
+        assert made.listen(address, b"instance") == address
+    surplus = link()
+    with contextlib.suppress(PeerError, LinkEnded):  # refused, or granted and then let go
+        surplus.listen(address, b"instance")
+        assert_fin(surplus)
+    with contextlib.ExitStack() as stack:
+        originators = [stack.enter_context(dial(port_in(address))) for _ in range(WAITING_LINKS)]
+        targets = {made.accept().target for made in (first, *others)}
+        assert targets == {"127.0.0.1:%d" % port_of(originator) for originator in originators}
+
+
+def test_four_listeners_of_one_instance(link):
+    """An instance says nothing of how many: each address is a listener of its own."""
+    links = [link() for _ in range(4)]
+    ports = {port_in(made.listen("127.0.0.1:0", b"instance")) for made in links}
+    assert len(ports) == 4
+    with pytest.raises(PeerError):
+        link().listen("127.0.0.1:0", b"instance")
+    links[0].finish()
+
+    def allowed():
+        with contextlib.suppress(PeerError):
+            return link().listen("127.0.0.1:0", b"instance")
+    eventually(allowed, "there is room again")
+
+
+def test_an_error_in_place_of_opened_resets_the_originator(link):
+    listening = link()
+    address = listening.listen("127.0.0.1:0", b"instance")
+    another = link()
+    another.listen(address, b"instance")
+    with dial(port_in(address)) as originator:
+        with selectors.DefaultSelector() as selector:
+            for made in (listening, another):
+                selector.register(made.sock, selectors.EVENT_READ, made)
+            (chosen, _), = selector.select(PATIENCE)
+        chosen.data.accept().refuse(REMOTE_FAILED, "Connection refused")
+        with pytest.raises(ConnectionResetError):
+            originator.recv(1)
+    rest = another if chosen.data is listening else listening
+    with dial(port_in(address)) as originator:
+        serve_one(rest, originator)
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST", "Error"])
+def test_a_link_lost_during_a_stream_resets_the_originator(link, how):
+    listening = link()
+    address = listening.listen("127.0.0.1:0", b"instance")
+    with dial(port_in(address)) as originator:
+        stream = listening.accept()
+        stream.opened()
+        stream.send(b"so far")
+        assert receive_exactly(originator, 6) == b"so far"
+        if how == "Error":
+            stream.fail(REMOTE_FAILED, "Broken pipe")
+        elif how == "FIN":
+            listening.finish()
+        else:
+            peer.reset(listening.sock)
+        with pytest.raises(ConnectionResetError):
+            originator.recv(1)
+
+
+def test_a_reset_of_the_originator_is_an_error_on_the_link(link):
+    listening = link()
+    address = listening.listen("127.0.0.1:0", b"instance")
+    originator = dial(port_in(address))
+    stream = listening.accept()
+    stream.opened()
+    stream.send(b"!")
+    receive_exactly(originator, 1)
+    reset(originator)
+    with pytest.raises(PeerError):
+        stream.receive()
+    assert listening.read_to_end() == []
+
+
+@pytest.mark.parametrize("record", [(DATA, b"x"), (OPEN, encode_open(TCP, "127.0.0.1:1")), (OPEN, encode_open(UDP)),
+                                    (OPEN, encode_open(LISTEN, "127.0.0.1:0", b"instance"))], ids=["Data", "Open", "Open UDP", "Open Listen"])
+def test_a_client_opens_nothing_on_a_listen_link(link, record):
+    listening, good = link(), link()
+    listening.listen("127.0.0.1:0", b"instance")
+    address = good.listen("127.0.0.1:0", b"instance")
+    listening.send_record(*record)
+    assert {record.type for record in listening.read_to_end()} <= {peer.ERROR, peer.KEEPALIVE}
+    with dial(port_in(address)) as originator:
+        serve_one(good, originator)
+
+
+BAD_ADDRESSES = ["", ":", ":0", "127.0.0.1", "127.0.0.1:", "127.1:0", "0x7f000001:0", "127.0.0.1:0\n", "127.0.0.1:00", "127.0.0.1:65536",
+                 "127.0.0.1:-1", "127.0.0.1:\u0660", "[::1", "[fe80::1%lo]:0", "*:0", "a b:0", "unix:/tmp/x", "no.such.name.invalid:0"]
+
+
+def test_addresses_to_listen_on_that_are_none(link):
+    for address in BAD_ADDRESSES:
+        with pytest.raises(PeerError) as caught:
+            link().listen(address, b"instance")
+            pytest.fail("%r was taken" % address)
+        assert caught.value.text
+    assert link().listen("127.0.0.1:0", b"instance")
+
+
+PERMISSIONS = [
+    ('permitlisten="127.0.0.1:{port}"', "{port}", True),
+    ('permitlisten="127.0.0.1:{port}"', "127.0.0.1:{port}", True),
+    ('permitlisten="{port}"', "{port}", True),
+    ('permitlisten="{port}"', "localhost:{port}", True),
+    ('permitlisten="127.0.0.1:*"', "{port}", True),
+    ('permitlisten="127.0.0.1:*"', "0", True),
+    ('permitlisten="*:{port}"', "{port}", True),
+    ('permitlisten="*:*"', "0.0.0.0:{port}", True),
+    ('permitlisten="127.0.0.1:1" permitlisten="{port}"', "{port}", True),
+    ('permitopen="nowhere:1" no-udp', "{port}", True),
+    ('permitlisten="127.0.0.1:1"', "{port}", False),
+    ('permitlisten="127.0.0.1:1"', "0", False),
+    ('permitlisten="127.0.0.1:{port}"', "0", False),
+    ('permitlisten="127.0.0.2:{port}"', "{port}", False),
+    ('permitlisten="{port}"', "0.0.0.0:{port}", False),
+    ('permitlisten="127.0.0.1:*"', "0.0.0.0:{port}", False),
+    ('permitlisten="127.0.0.1:*"', "127.0.0.2:{port}", False),
+    ('permitlisten="[::1]:*"', "{port}", False),
+]
+
+
+def test_what_permitlisten_permits(link, keys):
+    """All refusals share one text."""
+    port = free_port()
+    for option, address, allowed in PERMISSIONS:
+        permit(keys, option.format(port=port))
+        made = link()
+        case = "%s: %s" % (option, address)
+        try:
+            made.listen(address.format(port=port), b"instance")
+        except PeerError as error:
+            assert not allowed, case
+            assert (error.code, error.text) == (peer.INVALID_HOST, REFUSED), case
+        else:
+            assert allowed, case
+            made.finish()
+            eventually(lambda: refused(port), case)
+
+
+# ---------------------------------------------------------------------------------------------------- our client, the independent server
+
+
+class Grants:
+    """The independent server. `asked` gets each link on which the client asks to listen, as (link, stream); the test answers. Its other links
+    are served as everywhere."""
+
+    def __init__(self, keys, target):
+        self._keys = keys
+        self._over = threading.Event()
+        self.asked = queue.Queue()
+        self.problems = []
+        self.port = target(self.handle).port
+
+    def handle(self, connection):
+        connection.settimeout(2 * PATIENCE)
+        try:
+            with contextlib.suppress(LinkEnded, PeerError):
+                made = peer.Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)]).handshake()
+                stream = made.accept()
+                if stream and stream.kind == LISTEN:
+                    self.asked.put((made, stream))
+                    self._over.wait(4 * PATIENCE)
+                elif stream:
+                    peer.serve(stream)
+        except peer.ProtocolError as error:
+            self.problems.append(error)
+
+    def next(self):
+        return self.asked.get(timeout=PATIENCE)
+
+    def grant(self, address="127.0.0.1:40123"):
+        """The next link that asks, granted."""
+        made, stream = self.next()
+        made.grant_listen(address)
+        return made, stream
+
+    def close(self):
+        self._over.set()
+        assert not self.problems, "the client broke the protocol: %r" % self.problems
+
+
+@pytest.fixture
+def client(ratrod, keys):
+    """client(server_port, TUNNEL words..., flags=()) -> Program, not yet awaited."""
+    def launch(server_port, *tunnels, flags=()):
+        return ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
+    return launch
+
+
+@pytest.fixture
+def grants(keys, target):
+    made = Grants(keys, target)
+    yield made
+    made.close()
+
+
+def test_a_client_asks_and_is_granted(grants, client, tcp_echo):
+    """With one instance on all its links; after port 0 it asks for the port that was bound."""
+    program = client(grants.port, "R:0:127.0.0.1:%d" % tcp_echo.port)
+    listening, asked = grants.grant()
+    assert asked.target in ("0", "127.0.0.1:0")  # a bare port is loopback
+    assert bound(program, ":%d" % tcp_echo.port) == 40123
+    # It takes several streams one after the other, and says Over after each.
+    for n in range(3):
+        assert listening.exchange("203.0.113.9:%d" % (5000 + n), b"hello") == b"hello"
+    # While it is busy there is another that waits.
+    stream = listening.open("203.0.113.9:6000")
+    stream.wait_opened()
+    another, again = grants.grant()
+    assert (again.target, again.instance) == ("127.0.0.1:40123", asked.instance)
+    assert another.exchange("203.0.113.9:6001", b"hello") == b"hello"
+    stream.send(b"!")
+    assert stream.receive() == b"!"
+    stream.finish()
+
+
+def test_each_run_of_a_client_is_an_instance(grants, client):
+    instances = set()
+    for _ in range(2):
+        program = client(grants.port, "R:40123:127.0.0.1:1")
+        instances.add(grants.grant()[1].instance)
+        bound(program)
+        program.stop()
+        while not grants.asked.empty():
+            grants.asked.get()
+    assert len(instances) == 2
+
+
+def test_two_tunnels_of_a_client_are_told_apart(grants, client, target):
+    """By the address that each asked for: what comes on its links goes to its own target, and to no other."""
+    ports = [target(says(word)).port for word in (b"zero", b"one")]
+    client(grants.port, *["R:%d:127.0.0.1:%d" % (40123 + n, port) for n, port in enumerate(ports)])
+    words = {}
+    while len(words) < 2:
+        made, asked = grants.next()
+        made.grant_listen("127.0.0.1:%d" % port_in(asked.target))
+        stream = made.open("203.0.113.9:5000")
+        words[port_in(asked.target)] = stream.receive_all()
+        stream.finish()
+    assert words == {40123: b"zero", 40124: b"one"}
+
+
+def test_a_client_whose_target_refuses_says_so(grants, client):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        program = client(grants.port, "R:0:127.0.0.1:%d" % port_of(closed))
+        listening, _ = grants.grant()
+        with pytest.raises(PeerError) as caught:
+            listening.open("203.0.113.9:5000").wait_opened()
+        assert caught.value.code == REMOTE_FAILED
+        assert listening.read_to_end() == []
+        # Another link comes in its place.
+        another, asked = grants.grant()
+        assert asked.target == "127.0.0.1:40123"
+        with pytest.raises(PeerError):
+            another.open("203.0.113.9:5000").wait_opened()
+    assert program.process.poll() is None
+
+
+def test_a_client_that_is_refused_at_start(grants, client):
+    program = client(grants.port, "R:40123:127.0.0.1:1")
+    made, stream = grants.next()
+    stream.refuse(peer.INVALID_HOST, "not today")
+    assert_start_fails(program, "not today", "40123")
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST", "Close", "Error"])
+def test_a_client_asks_again(grants, client, tcp_echo, how):
+    """For the port that it had."""
+    program = client(grants.port, "R:0:127.0.0.1:%d" % tcp_echo.port)
+    listening, first = grants.grant()
+    bound(program)
+    if how == "RST":
+        peer.reset(listening.sock)
+    else:
+        if how == "Close":  # an acceptor's alone: from the server it is as any other wrong record
+            listening.send_record(CLOSE)
+        if how == "Error":
+            listening.send_error(peer.UNKNOWN, "going down")
+        listening.finish()
+    again, asked = grants.grant()
+    assert (asked.target, asked.instance) == ("127.0.0.1:40123", first.instance)
+    assert again.exchange("203.0.113.9:5000", b"hello") == b"hello"
+    assert program.process.poll() is None
+
+
+@pytest.mark.parametrize("record", [(OPEN, encode_open(UDP)), (OPEN, encode_open(LISTEN, "127.0.0.1:0", b"instance")), (DATA, b"x"), (peer.OVER,),
+                                    (peer.OPENED, b"\x00"), (peer.SESSION, peer.encode_session(1, "127.0.0.1:1"))],
+                         ids=["Open UDP", "Open Listen", "Data", "Over", "Opened", "Session"])
+def test_what_a_server_may_not_send_on_a_waiting_link(grants, client, tcp_echo, record):
+    program = client(grants.port, "R:0:127.0.0.1:%d" % tcp_echo.port)
+    listening, _ = grants.grant()
+    bound(program)
+    listening.send_record(*record)
+    assert {record.type for record in listening.read_to_end()} <= {peer.ERROR, peer.KEEPALIVE}
+    again, _ = grants.grant()
+    assert again.exchange("203.0.113.9:5000", b"hello") == b"hello"
+
+
+def test_a_server_that_opens_before_it_has_granted(grants, client, target):
+    """It must not get through to the target by that."""
+    watched = target(says(b"!"))
+    program = client(grants.port, "R:0:127.0.0.1:%d" % watched.port)
+    made, _ = grants.next()
+    made.send_open(TCP, "203.0.113.9:5000")
+    assert {record.type for record in made.read_to_end()} <= {peer.ERROR, peer.KEEPALIVE}
+    assert watched.accepted == 0
+    program.stop()
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "127.0.0.1:0", "127.0.0.1:99999", "127.0.0.1:\x1b[2J", "A" * 1000])
+def test_a_server_that_bound_nonsense(grants, client, address):
+    """The client shows what it is told, harmlessly, or takes it for a broken server. A traceback would be shown by no_traceback."""
+    program = client(grants.port, "R:0:127.0.0.1:1", flags=("-v",))
+    made, _ = grants.next()
+    made.send_record(peer.OPENED, peer.encode_str(address))
+    eventually(lambda: "listens on" in program.output or "❌" in program.output, lambda: "something is said: %s" % program.output)
+    program.stop()
+    assert all(line.replace("\t", " ").isprintable() for line in program.lines), program.lines
+
+
+def test_the_links_end_with_the_client(grants, client, tcp_echo):
+    program = client(grants.port, "R:0:127.0.0.1:%d" % tcp_echo.port)
+    listening, _ = grants.grant()
+    bound(program)
+    ended = queue.Queue()
+    threading.Thread(target=lambda: ended.put(listening.read_to_end()), daemon=True).start()
+    assert program.stop() == 0
+    assert {record.type for record in ended.get(timeout=PATIENCE)} <= {CLOSE, peer.KEEPALIVE}
+
+
+def test_links_that_the_server_ends_at_once_do_not_spin(keys, ratrod, target):
+    """One waits; every further one is ended as soon as it waits too. The client asks again, but not as fast as it can."""
+    asked = []
+
+    def handle(connection):
+        connection.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError), peer.Server(connection, seed_of(keys.server)) as link:
+            stream = link.handshake().accept()
+            if stream is None:  # the test connection
+                return
+            asked.append(stream)
+            link.grant_listen("127.0.0.1:9")
+            if len(asked) == 1:
+                link.accept()
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % target(handle).port, "R:0:127.0.0.1:1")
+    bound(client)
+    eventually(lambda: len(asked) > 2, "it asks again")
+    before = len(asked)
+    time.sleep(3)  # nothing is awaited: it is counted what comes
+    assert len(asked) - before < 30
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="prlimit of util-linux sets the limit")
+def test_a_server_that_opens_all_links_leaves_some_descriptors(keys, start, target, tcp_echo):
+    """They are as many as the server says; the client's other tunnels need some of its 128 too."""
+    opened = []
+
+    def handle(connection):
+        connection.settimeout(PATIENCE)
+        with contextlib.suppress(ConnectionError), peer.Server(connection, seed_of(keys.server)) as link:
+            if link.handshake().accept():
+                link.grant_listen("127.0.0.1:9")
+                link.open("nobody").wait_opened()
+                opened.append(link)
+                link.read_to_end()
+    client = start("prlimit", "--nofile=128:128", *RATROD, "-k", keys.client.path, "connect", "127.0.0.1:%d" % target(handle).port,
+                   "R:0:127.0.0.1:%d" % tcp_echo.port)
+    bound(client, host=".*")
+    eventually(lambda: len(opened) >= 32, lambda: "%d opened" % len(opened))
+    time.sleep(1)  # nothing is awaited: it is counted what comes
+    assert len(opened) <= 32 and descriptors(client) < 90

@@ -1,0 +1,215 @@
+"""Ten seconds of the soak, what it would find, and the script that makes the README's table "What it withstands".
+
+The whole soak: python tests/tools/soak.py --seconds 3600
+"""
+
+import ast
+import contextlib
+import math
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from test_reconnect import Door
+
+import withstand
+from soak import HOST, Relay
+from support import ratrod2_peer as peer
+from support.keys import seed_of
+from support.pressure import scaled
+from support.programs import LEGACY_E, PATIENCE, READY, ROOT, STARTED, tcp_port
+from support.sockets import ask, ask_over, dial, eventually, receive_exactly, reset
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")
+
+
+def soak(*words):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "soak.py"), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=200)
+    output = done.stdout.decode("utf-8", "replace")
+    print(output)
+    return done.returncode, output
+
+
+@on_linux
+def test_streams_are_whole_or_visibly_reset():
+    code, output = soak("--seconds", "10")
+    assert code == 0 and "FAILED" not in output, output
+    figures = dict(withstand.figures_in(output))
+    assert int(figures["soak streams whole"]) and int(figures["soak streams reset"]) and figures["soak streams wrong, cut short or hanging"] == "0"
+
+
+@on_linux
+@pytest.mark.parametrize("deed, failure", [("fin", "A CLEAN END, .* bytes too early"), ("flip", "(wrong bytes|its header names)"),
+                                           ("half a rst", "HANGS")])
+def test_the_soak_finds_what_is_wrong(deed, failure):
+    """With nothing between the ends that would notice, the same relay makes clean ends that are too early, wrong bytes, and streams that hang."""
+    pattern = re.compile("FAILED, seed .*: " + failure)
+    # Three seconds of a busy machine may be too few for the relay to do it.
+    found = next((pair for pair in (soak("--bare", "--seconds", "3", "--deeds", deed) for _ in range(4)) if pattern.search(pair[1])), None)
+    assert found and found[0] == 1
+
+
+def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target):
+    """Found by the soak: where a length on the wire was made greater, or bytes are missing inside a record, what follows is taken for the rest
+    of it: signs of life, 37 bytes each, so that nothing ever ended that link. The stream on it stood still for hours."""
+    server = start(*scaled(keepalive=0.5, silence=1.1, trusted=0.8), "-k", keys.server.path, "serve", "127.0.0.1:0")
+    ended = threading.Event()
+
+    def wait_for_reset(connection):
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b"x" and not connection.recv(1)
+        ended.set()
+    remote = target(wait_for_reset)
+    with peer.Client.connect(int(server.wait_for(STARTED).group(1)), seed_of(keys.client)).handshake() as client:
+        client.open("127.0.0.1:%d" % remote.port)
+        client.send_record(peer.DATA, b"x")
+        whole = client.writer.seal(peer.DATA, bytes(300))
+        # Bit 16 of the length: 64 KiB more, well within the limit.
+        client.send(bytes((whole[0], whole[1] ^ 1)) + whole[2:])
+        with client.keeping_alive(0.2):
+            assert ended.wait(PATIENCE), "the server still waits for the rest of the record:\n" + server.output
+            client.read_to_end()
+
+
+class SlowDoor(Door):
+    """One that holds connections up until `opened`."""
+
+    def __init__(self, target):
+        self.opened, self.held = threading.Event(), 0
+        super().__init__(target)
+
+    def _handle(self, near):
+        if self.to:
+            self.held += not self.opened.is_set()
+            self.opened.wait(PATIENCE)
+        super()._handle(near)
+
+
+def test_tries_that_were_held_up_are_no_empty_connections(serve, connect, target):
+    """Found by the soak: while somebody waits, a client of a server that is away tries again each second, and a legacy try names its target.
+    When a path that had held several of them up went on, the target saw a connection for each: one had the bytes, the others ended cleanly
+    without any, as a connection does whose sender had nothing to say."""
+    ends = []
+
+    def read(connection):
+        received = b""
+        try:
+            for data in iter(lambda: connection.recv(1000), b""):
+                received += data
+                connection.sendall(data)
+            ends.append(received)
+        except OSError:
+            ends.append("reset")
+    remote, door = target(read), SlowDoor(target)
+    _, door.to = serve(*LEGACY_E.serve)
+    door.opened.set()
+    client = connect(door.port, *LEGACY_E.connect, "0:127.0.0.1:%d" % remote.port)
+    client.wait_for(READY)
+    server_port, door.to = door.to, None
+    with dial(tcp_port(client)) as originator:
+        eventually(lambda: len(door.tries) > 1, "the client finds its server away")
+        door.opened.clear()
+        door.to = server_port
+        eventually(lambda: door.held > 2, "three tries are held up")
+        door.opened.set()
+        ask_over(originator)
+    eventually(lambda: remote.accepted == len(ends), "they end")
+    assert set(ends) - {"reset"} == {b"anybody there?"}, ends
+
+
+class PathWithLinks(Relay):
+    """A quiet relay: the test looks at its links and cuts them. `closed`: new ones are reset; `tries` counts those."""
+
+    def __init__(self, server_port):
+        super().__init__(random.Random(0), server_port, silence=45)
+        self.next_rough, self.closed, self.tries = math.inf, False, 0
+
+    def _accept(self, listener, flavour):
+        if not self.closed:
+            return super()._accept(listener, flavour)
+        self.tries += 1
+        return reset(listener.accept()[0])
+
+    def carried(self):
+        return {wire: wire.up.seen + wire.down.seen for wire in list(self.wires)}
+
+    @staticmethod
+    def cut(wires):
+        for wire in wires:
+            wire.reset_at = 0.0
+
+
+@on_linux
+def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod, keys, tcp_echo):
+    """Found by the soak: all waiting links were lost, a try to make another failed while a connection had just given its link back, and then
+    that link was lost too. Each of the three thought that another one of them would see to it, and the tunnel never came back."""
+    _, server_port = serve("--allow-listen", bind=HOST + ":0")
+    path = PathWithLinks(server_port)
+    path.start()
+    client = ratrod("-k", keys.client.path, "connect", "--max-retry-interval", "1", "%s:%d" % (HOST, path.ports["ratrod2"]),
+                    "R:0:127.0.0.1:%d" % tcp_echo.port)
+    port = int(client.wait_for(r"listens on `.*?:(\d+)`").group(1))
+    with dial(port) as connection:
+        def used():
+            before = path.carried()
+            connection.sendall(b"x")
+            assert receive_exactly(connection, 1) == b"x"
+            return [wire for wire, n in path.carried().items() if n != before.get(wire)]
+        eventually(lambda: len(used()) == 1, "its own link alone carries something: no others are being made")
+        busy = used()
+        path.closed = True
+        path.cut(set(path.wires) - set(busy))
+        eventually(lambda: path.tries > 1 and not path.wires - set(busy), "it tries again")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    tries = path.tries
+    eventually(lambda: path.tries > tries + 1, "it still tries, though a link waits")
+    path.cut(busy)
+    path.closed = False
+
+    def works():
+        with contextlib.suppress(OSError):
+            ask(port)
+            return True
+    eventually(works, lambda: "it listens again:\n" + client.output)
+    path.stopping = True
+
+
+# ---------------------------------------------------------------------------------------------------- withstand.py
+
+
+def test_figures_are_found_in_what_tests_and_scripts_print():
+    output = ("seed 5\nfigure: soak streams whole = 86\n.figure: after the outage (a = b) = 1.5 s = fine\nnot a figure: x = 1\n"
+              "..sfigure: three = 3 MB | 4 MB\n1 passed in 2 s\n")
+    assert withstand.figures_in(output) == [("soak streams whole", "86"), ("after the outage (a", "b) = 1.5 s = fine"), ("three", "3 MB | 4 MB")]
+
+
+def test_a_row_of_the_table():
+    measure = withstand.MEASURES["kill"]
+    assert withstand.row("kill", measure, [("x", "1|2"), ("y", "3")], 0, True) == (
+        "| %s | x: 1\\|2<br>y: 3 | `python tests/tools/withstand.py kill --whole` |" % measure.done)
+    assert "**failed**<br>no figures" in withstand.row("kill", measure, [], 1, False)
+
+
+@pytest.mark.parametrize("name", withstand.MEASURES)
+def test_it_knows_only_tests_that_exist(name):
+    measure = withstand.MEASURES[name]
+    tree = ast.parse((ROOT / "tests" / measure.file).read_text())
+    if measure.short:
+        flags = {word for word in measure.short + measure.whole if word.startswith("--")}
+        assert flags and all(any(isinstance(node, ast.Constant) and node.value == flag for node in ast.walk(tree)) for flag in flags)
+        return
+    tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    for word in measure.which.split(" or "):
+        assert any(word in test for test in tests), "no test of %s has %r in its name" % (measure.file, word)
+
+
+def test_a_measure_that_it_does_not_know():
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "withstand.py"), "weather"],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 2 and b"strangers" in done.stdout

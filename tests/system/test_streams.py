@@ -1,0 +1,856 @@
+"""Streams on links that are reused, from end to end: random ends, few handshakes, round trips, a man in the middle, links that die, keys that go.
+
+Real processes, and where the path matters a relay of the test's own between them.
+"""
+
+import collections
+import contextlib
+import errno
+import functools
+import os
+import queue
+import random
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import pytest
+
+from support import legacy_peer
+from support import ratrod2_peer as peer
+from support.keys import make_keys, seed_of
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, ROOT, tcp_port, udp_originator
+from support.sockets import ask, dial, dial_with, eventually, port_of, receive_all, receive_exactly
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+STREAMS = 20_000 if os.environ.get("RATROD_TEST_WHOLE") else 2_000
+CONNECTIONS = 5_000
+BULK = 300_000
+SMALL = 16_384  # smaller ones make TCP wait for its timers
+CLIENT, SERVER = "client", "server"
+SERVER_PREAMBLE = 2 + 129
+CLIENT_AUTHENTICATION = 2 + 96
+
+
+def shrink(sock, size):
+    """Small kernel buffers, where a size is given."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF) if size else ():
+        sock.setsockopt(socket.SOL_SOCKET, option, size)
+    return sock
+
+
+@pytest.fixture
+def closed():
+    """A port of 127.0.0.1 that is taken, and where nobody listens."""
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        yield made
+
+
+def identity_of(keys):
+    return peer.Identity.from_seed(seed_of(keys)).public
+
+
+def accepted(server):
+    """How many handshakes `serve -v` has completed."""
+    return sum("Accepted" in line for line in server.lines)
+
+
+# ---------------------------------------------------------------------------------------------------- a relay between client and server
+
+
+class Passage:
+    """One connection through a Relay. `flights` are its turns of direction: [whose, all their bytes]."""
+
+    def __init__(self, relay, near, far):
+        self.relay = relay
+        self.sockets = {CLIENT: near, SERVER: far}
+        self.flights = []
+        self.forgotten = self.silent = self.is_cut = False
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self.carry, args=(whose,), daemon=True) for whose in self.sockets]
+        for thread in self._threads:
+            thread.start()
+
+    def carry(self, whose):
+        """All that `whose` side says, to the other; then its end."""
+        source = self.sockets[whose]
+        sink = self.sockets[SERVER if whose == CLIENT else CLIENT]
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                if self.forgotten:
+                    return peer.reset(source)
+                if self.silent:
+                    continue
+                self.relay.hold(self, whose)
+                data = self.relay.change(self, whose, data)
+                self.note(whose, data)
+                sink.sendall(data)
+            if not self.is_cut:
+                sink.shutdown(socket.SHUT_WR)
+
+    def wait(self):
+        for thread in self._threads:
+            thread.join()
+
+    def note(self, whose, data):
+        with self._lock:
+            if not self.flights or self.flights[-1][0] != whose:
+                self.flights.append([whose, b""])
+            self.flights[-1][1] += data
+
+    def said(self, whose):
+        return b"".join(data for who, data in self.flights if who == whose)
+
+    def turns(self, start=0):
+        return [whose for whose, _ in self.flights[start:]]
+
+    def cut(self, how):
+        """Ends both connections by how(socket)."""
+        self.is_cut = True
+        # Nothing is sent by this: it ends the threads, and a socket in whose recv() there is a thread cannot be closed.
+        for sock in self.sockets.values():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
+        self.wait()
+        for sock in self.sockets.values():
+            how(sock)
+
+
+class Relay:
+    """What stands on the path between a client and the server at `to`. hold(passage, whose) may wait before it lets bytes pass, change(passage,
+    whose, data) may give others in their place."""
+
+    def __init__(self, to, target, size=None):
+        self.to, self._size = to, size
+        self.passages = []
+        self.port = target(self.handle).port
+
+    def hold(self, passage, whose):
+        """Lets all pass."""
+
+    def change(self, passage, whose, data):
+        return data
+
+    def handle(self, near):
+        with socket.create_connection(("127.0.0.1", self.to)) as far:
+            for sock in (near, far):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                shrink(sock, self._size)
+            passage = Passage(self, near, far)
+            self.passages.append(passage)
+            passage.wait()
+
+
+class Path(NamedTuple):
+    """A server, a client, the relay between them, and the ports of the client's tunnels."""
+
+    server: object
+    client: object
+    relay: Relay
+    ports: list
+
+    @property
+    def port(self):
+        return self.ports[0]
+
+
+# Limits has it all in one place so that a test can scale it: here a server's silence is taken for its death sooner.
+IMPATIENT = """
+import sys, ratrod
+ratrod.DEFAULT_LIMITS = ratrod.DEFAULT_LIMITS._replace(connect_timeout=1.0)
+sys.exit(ratrod.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def path(serve, start, target, keys):
+    """path(target ports..., size=None, program=RATROD) -> Path: `serve -v`, a relay, and `connect -v` with a tunnel to each port."""
+    def launch(*remotes, size=None, program=RATROD, flags=()):
+        server, port = serve("-v")
+        relay = Relay(port, target, size)
+        client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port,
+                       *("0:127.0.0.1:%d" % remote for remote in remotes), env={**os.environ, "PYTHONPATH": str(ROOT)})
+        client.wait_for(READY)
+        return Path(server, client, relay, [tcp_port(client, n) for n in range(1, len(remotes) + 1)])
+    return launch
+
+
+# ---------------------------------------------------------------------------------------------------- random ends
+
+
+@functools.lru_cache(maxsize=None)
+def noise():
+    return random.Random(0).getrandbits(8 * 2 * BULK).to_bytes(2 * BULK, "big")
+
+
+class Part(NamedTuple):
+    """One side's part in a stream: it says text[:says], in pieces, then ends, or resets the connection in place of that. It may wait for the other's
+    end first, and read late (once nothing moves any more) or in small pieces."""
+
+    text: bytes
+    says: int
+    piece: int
+    resets: bool
+    waits: bool
+    late: bool
+    sips: bool
+
+
+class Plan:
+    """Stream `number`: both parts, and whether its remote refuses. Every text is of that stream and side alone: what strays shows."""
+
+    def __init__(self, number):
+        self.number = number
+        rng = random.Random(number)
+        waits = rng.choice((None, None, "up", "down"))  # never both
+        self.refused = rng.random() < 0.05
+        self.up, self.down = (self._part(rng, way, way == waits) for way in ("up", "down"))
+
+    def _part(self, rng, way, waits):
+        tag = struct.pack(">I", self.number) + way[:1].encode()
+        says = rng.choice((0, 1, 100, 100, 3000, 3000, 20_000, 70_000)) if rng.random() < 0.97 else BULK
+        begin = rng.randrange(1000)
+        # The number comes first: by it the target finds its part.
+        text = tag[:4] + b"".join(tag + noise()[at:at + 59] for at in range(begin, begin + says, 59))
+        return Part(text, 4 + says if way == "up" else says, rng.choice((100, 5000, 100_000)) if says < BULK else BULK, rng.random() < 0.08,
+                    waits, rng.random() < 0.1, rng.random() < 0.2)
+
+
+class Side:
+    """One side of a running stream, on a socket that does not block."""
+
+    def __init__(self, sock, part):
+        self.socket, self.part = sock, part
+        self.said = 0
+        self.heard = bytearray()
+        self.sips = 20
+        self.late = part.late
+        self.ended = False
+        self.outcome = None
+
+    @property
+    def over(self):
+        return self.outcome in ("reset", "gone") or self.ended and self.outcome == "end"
+
+    @property
+    def wants(self):
+        speaks = self.said < self.part.says
+        reads = self.outcome is None and not self.late
+        writes = not self.ended and (speaks or self.outcome == "end" or not self.part.waits)
+        return (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if writes else 0)
+
+    def on_event(self, mask):
+        try:
+            if mask & selectors.EVENT_WRITE & self.wants:
+                self.speak()
+            if mask & selectors.EVENT_READ & self.wants and not self.over:
+                self.listen()
+        except BlockingIOError:
+            pass
+        except (ConnectionResetError, BrokenPipeError):
+            # Where the other's End has come, a reset after it shows in a send alone.
+            self.outcome = "reset"
+        except OSError as error:
+            assert error.errno == errno.ENOTCONN, error
+            self.outcome = "reset"
+
+    def speak(self):
+        part = self.part
+        if self.said < part.says:
+            self.said += self.socket.send(part.text[self.said:min(self.said + part.piece, part.says)])
+        elif part.resets:
+            peer.reset(self.socket)
+            self.outcome = "gone"
+        else:
+            self.socket.shutdown(socket.SHUT_WR)
+            self.ended = True
+
+    def listen(self):
+        sips = self.part.sips and self.sips > 0
+        self.sips -= 1
+        data = self.socket.recv(50 if sips else 65536)
+        self.heard += data
+        if not data:
+            self.outcome = "end"
+
+    def leave(self):
+        self.socket.close()
+
+
+class Stage:
+    """Runs streams, some at a time, on one selector: originators that dial, and the target that they reach."""
+
+    AT_ONCE = 8
+
+    def __init__(self):
+        self.selector = selectors.DefaultSelector()
+        self.originators, self.targets = {}, {}
+        self.live = set()
+        self.listener = shrink(socket.socket(), SMALL)
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(100)
+        self.listener.setblocking(False)
+        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
+        self.port = self.listener.getsockname()[1]
+
+    def accept(self, _mask):
+        sock, _ = self.listener.accept()
+        sock.setblocking(False)
+        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self.welcome(sock))
+
+    def welcome(self, sock):
+        """The number has come, or a reset in its place."""
+        try:
+            number = sock.recv(4, socket.MSG_PEEK)
+            assert number, "a clean end before the number"
+        except ConnectionResetError:
+            self.selector.unregister(sock)
+            return sock.close()
+        if len(number) == 4:
+            self.selector.unregister(sock)
+            plan = Plan(int.from_bytes(number, "big"))
+            assert plan.number not in self.targets, "stream %d came twice" % plan.number
+            self.targets[plan.number] = self.add(Side(sock, plan.down))
+
+    def originate(self, plan, port):
+        sock = shrink(socket.socket(), SMALL)
+        sock.setblocking(False)
+        # A remote that refuses may reset it at once: the first send shows it.
+        assert sock.connect_ex(("127.0.0.1", port)) in (0, errno.EINPROGRESS, errno.ECONNRESET)
+        self.originators[plan.number] = self.add(Side(sock, plan.up))
+
+    def add(self, side):
+        self.live.add(side)
+        self.watch(side, 0)
+        return side
+
+    def watch(self, side, before):
+        """Goes on waiting for what `side` wants, which was `before`."""
+        if before and not side.wants:
+            self.selector.unregister(side.socket)
+        elif before != side.wants:
+            (self.selector.modify if before else self.selector.register)(side.socket, side.wants, lambda mask: self.step(side, mask))
+
+    def step(self, side, mask):
+        before, key = side.wants, self.selector.get_key(side.socket)
+        side.on_event(mask)
+        if side.over:
+            self.live.discard(side)
+            self.selector.unregister(key.fileobj)
+            side.leave()
+        else:
+            self.watch(side, before)
+
+    def wake(self):
+        """Nothing moves any more: those who read late do it now."""
+        late = [side for side in self.live if side.late]
+        stuck = [(side.said, len(side.heard), side.outcome, side.part[1:]) for side in self.live]
+        assert late or self.selector.select(PATIENCE), "nothing moves: %r" % stuck
+        for side in late:
+            before = side.wants
+            side.late = False
+            self.watch(side, before)
+
+    def run(self, plans, port, refusing):
+        waiting = collections.deque(plans)
+        while waiting or self.live:
+            while waiting and len(self.live) < 2 * self.AT_ONCE:
+                plan = waiting.popleft()
+                self.originate(plan, refusing if plan.refused else port)
+            ready = self.selector.select(0.05)
+            for key, mask in ready:
+                key.data(mask)
+            if not ready:
+                self.wake()
+
+
+def check_heard(side, words):
+    """What one side heard of the other's Part."""
+    assert side.heard == words.text[:len(side.heard)]
+    if side.outcome == "end":
+        assert not words.resets and len(side.heard) == words.says, "cut off, with a clean end"
+
+
+def check_stream(plan, originator, target):
+    broken = plan.refused or plan.up.resets or plan.down.resets
+    check_heard(originator, plan.down)
+    if plan.refused:
+        assert target is None and originator.outcome in ("reset", "gone")
+    elif not broken:
+        assert target and (originator.outcome, target.outcome) == ("end", "end")
+    if target:
+        check_heard(target, plan.up)
+    return broken
+
+
+@pytest.mark.timeout(3600)
+def test_random_ends(path, closed):
+    """Every byte is accounted for on both sides: delivered whole or visibly reset. Only a stream that failed takes its link with it."""
+    stage = Stage()
+    made = path(stage.port, port_of(closed), size=SMALL)
+    plans = [Plan(number) for number in range(STREAMS)]
+    stage.run(plans, *made.ports)
+    broken = sum(check_stream(plan, stage.originators[plan.number], stage.targets.get(plan.number)) for plan in plans)
+    assert STREAMS / 10 < broken < STREAMS / 2
+    assert len(made.relay.passages) <= broken + 3 * Stage.AT_ONCE
+
+
+def test_handshakes_do_not_grow_with_the_connections(path, target):
+    made = path(target(lambda connection: connection.sendall(connection.recv(1))).port)
+    for _ in range(CONNECTIONS):
+        with dial(made.port) as connection:
+            connection.sendall(b"!")
+            assert receive_all(connection) == b"!"
+    assert len(made.relay.passages) < 10
+    assert accepted(made.server) == len(made.relay.passages)
+
+
+# ---------------------------------------------------------------------------------------------------- round trips
+
+
+class Gate:
+    """A Relay.hold: what the server says passes only once the target has seen the stream's first byte, but for `before` flights of a passage.
+
+    It stands for a long path, and needs no time: a client that waited for an answer before it went on would wait for the gate.
+    """
+
+    def __init__(self, relay, before):
+        self.seen = threading.Event()
+        self._before = before
+        relay.hold = self.hold
+
+    def hold(self, passage, whose):
+        if whose == SERVER and len(passage.turns()) > self._before:
+            self.seen.wait(PATIENCE)
+
+
+@pytest.fixture
+def gated(path, target):
+    """gated() -> (Path, the list for its Gate)"""
+    def launch():
+        gates = []
+
+        def handle(connection):
+            data = receive_exactly(connection, 1)
+            gates[0].seen.set()
+            connection.sendall(data)
+        return path(target(handle).port), gates
+    return launch
+
+
+def first_byte(made, look=lambda: None):
+    """What look() says while the connection is still open: its end would be one turn more."""
+    with dial_with(b"!", made.client, made.port) as connection:
+        assert receive_exactly(connection, 1) == b"!"
+        return look()
+
+
+def test_a_ready_link_takes_one_round_trip(gated):
+    made, gates = gated()
+    ready, = made.relay.passages
+    eventually(lambda: ready.turns() == [CLIENT, SERVER] * 2, "the handshake is done")
+    gates.append(Gate(made.relay, before=4))
+    assert first_byte(made, lambda: ready.turns(4)) == [CLIENT, SERVER]
+
+
+def test_a_fresh_link_takes_two_round_trips(gated):
+    """Open and the first byte leave behind ClientAuthentication: the client does not wait for HandshakeCompletion."""
+    made, gates = gated()
+    cut_all(made, 0, socket.socket.close)
+    gates.append(Gate(made.relay, before=2))
+    first_byte(made)
+    used, = (passage for passage in made.relay.passages[1:] if len(passage.said(CLIENT)) > 8 + 2 + 35 + CLIENT_AUTHENTICATION)
+    assert used.turns()[:4] == [CLIENT, SERVER, CLIENT, SERVER]  # the fifth is the end of the stream, if that was as fast
+    assert len(used.flights[1][1]) == SERVER_PREAMBLE
+
+
+# ---------------------------------------------------------------------------------------------------- links that die
+
+
+def all_idle(made, streams):
+    """Waits until no link does anything: each handshake is done, and `streams` streams are over, as the client sees it."""
+    eventually(lambda: made.client.output.count(" closed: ") == streams, "every stream is over")
+    eventually(lambda: all(len(passage.turns()) >= 4 for passage in made.relay.passages if not passage.is_cut), "every handshake is done")
+
+
+def cut_all(made, streams, how):
+    """Ends every link by how(socket), once all are idle."""
+    all_idle(made, streams)
+    # Not those that are made meanwhile in place of the first ones: their handshake would be cut.
+    for passage in [one for one in made.relay.passages if not one.is_cut and len(one.turns()) >= 4]:
+        passage.cut(how)
+
+
+def speaks_first(connection):
+    """A target that waits for nothing: all that its originators need is an Open."""
+    connection.sendall(b"hello")
+
+
+def assert_greeted(port):
+    with dial(port) as connection:
+        assert receive_all(connection) == b"hello"
+
+
+@pytest.mark.parametrize("how", [socket.socket.close, peer.reset], ids=["FIN", "RST"])
+def test_idle_links_that_ended_are_not_used(path, tcp_echo, how):
+    """The client knows, and data that goes with the Open is safe too."""
+    made = path(tcp_echo.port)
+    for streams in range(4):
+        cut_all(made, streams, how)
+        ask(made.port)
+    made.client.wait_for(" closed: ", 4)
+    assert "❌" not in made.client.output
+
+
+@pytest.mark.parametrize("streams", [0, 1, 8])
+def test_links_that_the_path_forgot_are_replaced(path, target, streams):
+    """As a NAT that lost its table: nobody hears of it before the next byte, which is answered with a reset. The Open went out alone."""
+    made = path(target(speaks_first).port)
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(dial(made.port)) for _ in range(streams)]
+        for connection in connections:
+            assert receive_all(connection) == b"hello"
+    all_idle(made, streams)
+    for passage in made.relay.passages:
+        passage.forgotten = True
+    assert_greeted(made.port)
+    made.client.wait_for(" closed: ", streams + 1)
+    assert "❌" not in made.client.output
+
+
+def test_a_link_that_fell_silent_is_replaced(path, target):
+    """Nobody ever hears of it: no answer comes."""
+    made = path(target(speaks_first).port, program=(sys.executable, "-c", IMPATIENT), flags=("--handshake-timeout", "2"))
+    all_idle(made, 0)
+    for passage in made.relay.passages:
+        passage.silent = True
+    assert_greeted(made.port)
+
+
+class Scripted:
+    """The independent server on a port: each link goes to behave(link, number) after its handshake. `problems`: what clients did wrong."""
+
+    def __init__(self, keys, target, behave, clients=None):
+        self._keys, self._behave = keys, behave
+        self._clients = clients or [keys.client]
+        self._numbers = iter(range(10_000))
+        self.problems = []
+        self.port = target(self.handle).port
+
+    def handle(self, connection):
+        connection.settimeout(PATIENCE)
+        link = peer.Server(connection, seed_of(self._keys.server), authorized=[identity_of(client) for client in self._clients])
+        try:
+            with contextlib.suppress(peer.LinkEnded, peer.PeerError):
+                self._behave(link.handshake(), next(self._numbers))
+        except Exception as error:
+            self.problems.append(error)
+            raise
+
+
+@pytest.mark.parametrize("size", [0, 1, 200_000])
+def test_close_moves_open_and_kept_data_to_another_link(connect, keys, target, size):
+    """Close as the first answer: the Open was never looked at. Here after all the Data that may come before it."""
+    opens = []
+
+    def behave(link, number):
+        stream = link.accept()
+        if not stream:
+            return
+        opens.append((number, stream.target))
+        if len(opens) > 1:
+            peer.echo(stream)
+            return stream.finish()
+        kept = min(size, peer.BEFORE_OPENED)
+        while kept:
+            kept -= len(link.read_any_record().content)
+        link.send_record(peer.CLOSE)
+        link.finish()
+    server = Scripted(keys, target, behave)
+    client = connect(server.port, "0:good:1")
+    client.wait_for(READY)
+    ask(tcp_port(client), os.urandom(size))
+    assert [where for _, where in opens] == ["good:1"] * 2
+    assert opens[0][0] != opens[1][0]
+    assert not server.problems
+
+
+HARD_OF_HEARING = """
+import sys, ratrod
+ratrod.DEFAULT_LIMITS = ratrod.DEFAULT_LIMITS._replace(keepalive=0.4, silence=1.0, sweep_interval=0.1)
+sys.exit(ratrod.main(sys.argv[1:]))
+"""
+
+
+def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
+    """The client is not woken for each piece of a long record, but what trickles in is a sign of life: here for three times `silence`."""
+    text = noise()[:400_000]
+
+    def behave(link, number):
+        stream = link.accept()
+        if stream:
+            stream.opened()
+            wire = link.writer.seal(peer.DATA, text)
+            for at in range(0, 200_000, 5_000):
+                link.sock.sendall(wire[at:at + 5_000])
+                time.sleep(0.075)
+            link.sock.sendall(wire[200_000:])
+            stream.finish()
+            link.accept()  # as long as the client is there: its Keepalives unread, closing would be a reset
+    server = Scripted(keys, target, behave)
+    client = start(sys.executable, "-c", HARD_OF_HEARING, "-k", keys.client.path, "-v", "connect", "127.0.0.1:%d" % server.port, "0:good:1",
+                   env={**os.environ, "PYTHONPATH": str(ROOT)})
+    client.wait_for(READY)
+    with dial(tcp_port(client)) as connection:
+        connection.sendall(b"!")
+        connection.shutdown(socket.SHUT_WR)
+        assert receive_all(connection) == text
+    assert not server.problems
+
+
+def test_a_refused_remote_is_a_reset_at_once(path, closed):
+    made = path(port_of(closed))
+    for first in (b"", b"hello", noise()[:250_000]):
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            with dial(made.port) as connection:
+                connection.sendall(first)
+                connection.recv(1)
+    for program in (made.server, made.client):
+        program.wait_for("❌.*127.0.0.1:%d.*Connection refused" % port_of(closed), 3)
+
+
+# ---------------------------------------------------------------------------------------------------- keys that come and go
+
+
+def asks_by_udp(originator, question):
+    originator.send(question)
+    return originator.recv(100) == question
+
+
+def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target):
+    """Removed: links, streams and UDP sessions end, the client too once it is refused. Back again: a new client is as good as any."""
+    ends = queue.Queue()
+
+    def handle(connection):
+        connection.sendall(b"!")
+        try:
+            ends.put(connection.recv(1))
+        except ConnectionResetError as error:
+            ends.put(error)
+    server, server_port = serve("-v")
+    client = connect(server_port, "0:%d" % target(handle).port)
+    udp_client = connect(server_port, "0:%d" % udp_echo.port)
+    for program in (client, udp_client):
+        program.wait_for(READY)
+    with dial(tcp_port(client)) as connection, udp_originator(udp_client) as originator:
+        receive_exactly(connection, 1)
+        assert asks_by_udp(originator, b"?")
+        keys.server.write("authorized_keys", "# nobody\n")
+        # Within a second, by the server. The client may hear it before, of a link that it makes just then, and end all that it has.
+        server.wait_for("is not in authorized_keys any more|❌ Refused .*(its key was removed|does not know this client)")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        assert isinstance(ends.get(timeout=PATIENCE), ConnectionResetError)
+        # Each needs a link again: the one for a connection, the other for its session.
+        assert_refused_until_it_ends(client, lambda: dial(tcp_port(client)).close())
+        assert_refused_until_it_ends(udp_client, lambda: originator.send(b"?"))
+    assert udp_echo.seen == 1
+    keys.server.trust(keys.client, "authorized_keys")
+    again = connect(server_port, "0:%d" % udp_echo.port)
+    again.wait_for(READY)
+    with udp_originator(again) as originator:
+        assert asks_by_udp(originator, b"back")
+    assert udp_echo.seen == 2
+
+
+def assert_refused_until_it_ends(client, poke):
+    def ended():
+        with contextlib.suppress(OSError):
+            poke()
+        return client.process.poll() is not None
+    eventually(ended, "the client ended")
+    assert client.wait() == AUTHENTICATION_FAILED
+    client.wait_for("authorized_keys")
+
+
+@pytest.mark.parametrize("lines, code", [
+    ("{server} {address}\n", 0),
+    ("{server} 127.0.0.1:1\n", AUTHENTICATION_FAILED),
+    ("{server}\n{other} {address}\n", AUTHENTICATION_FAILED),
+    ("{other} {address}\n{server} {address}\n", 0),
+], ids=["right", "wrong address", "another key bound to this address", "two keys bound to this address"])
+def test_known_hosts_that_are_bound_to_an_address(serve, connect, keys, tmp_path, lines, code):
+    server, port = serve("-v")
+    other = make_keys(tmp_path / "other")
+    keys.client.write("known_hosts", lines.format(server=keys.server.public, other=other.public, address="127.0.0.1:%d" % port))
+    assert connect(port).wait() == code
+    assert accepted(server) == (code == 0)
+
+
+# ---------------------------------------------------------------------------------------------------- one link for all UDP
+
+
+def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, tmp_path):
+    """Those of all its tunnels; a second client has its own."""
+    links = collections.Counter()
+    second = make_keys(tmp_path / "second")
+    second.trust(keys.server, "known_hosts")
+
+    def behave(link, _number):
+        stream = link.accept()
+        if stream:
+            assert stream.kind == peer.UDP
+            links[link.remote_identity] += 1
+            peer.serve_udp(stream)
+    server = Scripted(keys, target, behave, [keys.client, second])
+    with contextlib.ExitStack() as stack:
+        for who in (keys.client, second):
+            client = ratrod("-k", who.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1", "0:good:2")
+            client.wait_for(READY)
+            for n in range(10):
+                assert asks_by_udp(stack.enter_context(udp_originator(client, 1 + n % 2)), b"%d" % n)
+    assert links == {identity_of(keys.client): 1, identity_of(second): 1}
+    assert not server.problems
+
+
+# ---------------------------------------------------------------------------------------------------- a man in the middle
+
+
+class Middleman:
+    """Speaks Noise of his own with each side: as himself, or under the names of the other two. `near` and `far`: how that ended."""
+
+    def __init__(self, keys, server_port, target, lies):
+        self._keys, self._server_port, self._lies = keys, server_port, lies
+        self.near, self.far = queue.Queue(), queue.Queue()
+        self.port = target(self.handle).port
+
+    def handle(self, connection):
+        connection.settimeout(PATIENCE)
+        claimed = {"claimed": identity_of(self._keys.server)} if self._lies else {}
+        self.near.put(self.outcome(peer.Server(connection, b"m" * 32, **claimed).begin_handshake))
+        claimed = {"claimed": identity_of(self._keys.client)} if self._lies else {}
+        with peer.Client.connect(self._server_port, b"m" * 32, **claimed) as far:
+            self.far.put(self.outcome(far.handshake))
+
+    @staticmethod
+    def outcome(handshake):
+        try:
+            return handshake()
+        except Exception as error:
+            return error
+
+
+@pytest.mark.parametrize("lies", [False, True], ids=["as himself", "under their names"])
+def test_a_man_in_the_middle_with_keys_of_his_own(serve, connect, keys, target, tcp_echo, lies):
+    server, port = serve("-v")
+    man = Middleman(keys, port, target, lies)
+    client = connect(man.port, "0:%d" % tcp_echo.port)
+    assert client.wait() == AUTHENTICATION_FAILED
+    assert isinstance(man.near.get(timeout=PATIENCE), peer.LinkEnded)
+    assert isinstance(man.far.get(timeout=PATIENCE), (peer.PeerError, peer.LinkEnded))
+    assert (accepted(server), tcp_echo.accepted) == (0, 0)
+
+
+def other_ephemeral(at):
+    """A Relay.change: another key in place of the one at `at` of a handshake message."""
+    return lambda data: data[:at] + peer.Identity.from_seed(b"m" * 32).static_public + data[at + 32:]
+
+
+def other_suites(data):
+    """The offer without AEGIS; or with it, where this machine has none to strip."""
+    at = len(peer.OPENING) + 2 + 32
+    offer = b"\x02\x01\x02" if data[at:] == b"\x01\x02" else b"\x01\x02"
+    return peer.OPENING + struct.pack(">H", 32 + len(offer)) + data[at - 32:at] + offer
+
+
+CHANGES = {
+    "the client's ephemeral key": (CLIENT, other_ephemeral(len(peer.OPENING) + 2)),
+    "the server's ephemeral key": (SERVER, other_ephemeral(2)),
+    "the suites": (CLIENT, other_suites),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_man_in_the_middle_who_changes_the_handshake(serve, connect, target, tcp_echo, what):
+    who, change = CHANGES[what]
+    server, port = serve("-v")
+    relay = Relay(port, target)
+    relay.change = lambda passage, whose, data: change(data) if whose == who and not passage.said(whose) else data
+    client = connect(relay.port, "0:%d" % tcp_echo.port)
+    assert client.wait() not in (0, None)
+    passage, = relay.passages
+    assert passage.turns() == [CLIENT, SERVER]
+    assert (accepted(server), tcp_echo.accepted) == (0, 0)
+
+
+def test_a_whole_session_that_is_played_again(path, tcp_echo):
+    """To the same server: its answer is a new one, and nothing that was said fits it."""
+    made = path(tcp_echo.port)
+    ask(made.port)
+    said = made.relay.passages[0].said(CLIENT)
+    made.client.stop()
+    before = accepted(made.server), tcp_echo.accepted
+    with dial(made.relay.to) as again:
+        again.sendall(said)
+        assert len(peer.receive_to_end(again)) in (0, SERVER_PREAMBLE)
+    made.server.wait_for("Refused")
+    assert (accepted(made.server), tcp_echo.accepted) == before
+
+
+def test_a_man_in_the_middle_who_offers_legacy(serve, connect, keys, target, tcp_echo):
+    """To a client that would be better off with it, and a server that takes it from those it knows."""
+    server, port = serve("-v", "--legacy")
+    identity = legacy_peer.Identity()
+    said = queue.Queue()
+
+    def handle(connection):
+        connection.settimeout(PATIENCE)
+        opening = connection.recv(65536)
+        near = legacy_peer.Server(connection, identity)
+        near.client = legacy_peer.ClientPreamble(b"e" * 32, "", b"c" * 32, False, False)
+        near.send_preamble()
+        said.put((opening, near.drain()))
+    client = connect(target(handle).port, "0:%d" % tcp_echo.port)
+    assert client.wait() not in (0, None)
+    client.wait_for("--legacy")
+    opening, rest = said.get(timeout=PATIENCE)
+    assert opening.startswith(peer.OPENING) and not rest
+    assert said.empty()
+    with legacy_peer.Client(dial(port), identity, "127.0.0.1:%d" % tcp_echo.port) as far:
+        with pytest.raises(legacy_peer.Refused):
+            far.handshake()
+    assert (accepted(server), tcp_echo.accepted) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- both wires
+
+
+def test_a_legacy_server_serves_both_wires_on_one_port(serve, connect, tcp_echo):
+    _, port = serve("--legacy")
+    for flags in ((), ("--legacy",), ("--legacy", "-e")):
+        client = connect(port, *flags, "0:%d" % tcp_echo.port)
+        client.wait_for(READY)
+        ask(tcp_port(client))
+
+
+def test_a_legacy_client_is_told_what_is_missing(serve, keys, tcp_echo):
+    _, port = serve()
+    with legacy_peer.Client(dial(port), legacy_peer.Identity.load(keys.client.path), "127.0.0.1:%d" % tcp_echo.port) as client:
+        with pytest.raises(legacy_peer.Refused, match="--legacy") as refused:
+            client.handshake()
+    assert refused.value.error.code == legacy_peer.UNKNOWN
+    assert tcp_echo.accepted == 0
+
+
+def test_a_server_that_closes_at_once_may_be_a_legacy_one(connect, target):
+    made = target(lambda connection: connection.recv(1))
+    client = connect(made.port)
+    assert client.wait() not in (0, None)
+    client.wait_for("--legacy")
+    assert made.accepted == 1, "it tried again"

@@ -1,0 +1,615 @@
+"""Section 3 of ratrod.py: keys and key files, addresses and policy, against PROTOCOL.md."""
+
+import errno
+import itertools
+import os
+import re
+import stat
+import time
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ratrod
+from ratrod import Address, ConfigError, KeyPair, KnownHosts, PolicyError
+from support.keys import base64url, make_keys
+from test_core import flipped, unlimited
+
+SEEDS = [bytes(32), b"\xff" * 32, bytes(range(32))]
+SEED = SEEDS[2]
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+
+def texts_of(folder):
+    return (folder.path / "key").read_text(), (folder.path / "key.pub").read_text()
+
+
+@pytest.mark.parametrize("seed", SEEDS, ids=bytes.hex)
+def test_a_key_pair_is_that_of_the_cryptography_package(tmp_path, seed):
+    made = make_keys(tmp_path / "keys", seed)
+    key_text, public_text = texts_of(made)
+    pair = KeyPair.decode(key_text)
+    assert (pair.seed, ratrod.encode_key(pair.public)) == (seed, public_text)
+    assert pair == KeyPair.from_seed(seed) == ratrod.KeyFolder(str(made.path)).load()
+    assert pair.encode() == key_text
+    assert (len(key_text), len(public_text)) == (111, 43)
+    assert pair.sign(b"message") == Ed25519PrivateKey.from_private_bytes(seed).sign(b"message")
+
+
+def test_what_is_generated_is_read_by_the_cryptography_package(tmp_path):
+    folder = ratrod.KeyFolder(str(tmp_path / "new" / "keys"))
+    pair = folder.generate()
+    assert make_keys(tmp_path / "twin", pair.seed).public == ratrod.encode_key(pair.public)
+    for name in ratrod.KEY_FILES:
+        assert (tmp_path / "new" / "keys" / name).read_bytes() == (tmp_path / "twin" / name).read_bytes()
+    assert folder.load() == pair and not folder.warnings
+    if os.name == "posix":
+        modes = [stat.S_IMODE(os.stat(path).st_mode) for path in (folder.path, folder.key_file)]
+        assert modes == [0o700, 0o600]
+    # Whoever knows this key would no longer let its owner in.
+    before = texts_of(make_keys(tmp_path / "other"))
+    pytest.raises(ConfigError, ratrod.KeyFolder(str(tmp_path / "other")).generate)
+    assert before == ((tmp_path / "other" / "key").read_text(), (tmp_path / "other" / "key.pub").read_text())
+
+
+def test_no_repr_shows_the_seed():
+    # A repr ends in logs.
+    pair = KeyPair.from_seed(SEED)
+    for shown in (repr(pair), str(pair), "%s %r" % (pair, pair), "{} {!r}".format(pair, pair), repr([pair]), repr({"keys": pair})):
+        assert ratrod.encode_key(pair.public) in shown
+        for secret in (repr(SEED)[2:-1], SEED.hex(), base64url(SEED), pair.encode()):
+            assert secret not in shown
+
+
+@unlimited
+@given(st.binary(min_size=1, max_size=90))
+def test_decode_key_takes_what_encode_key_gives(raw):
+    assert ratrod.encode_key(raw) == base64url(raw)
+    assert ratrod.decode_key(base64url(raw), len(raw)) == raw
+    pytest.raises(ValueError, ratrod.decode_key, base64url(raw), len(raw) + 1)
+
+
+def changed(text):
+    """`text` with every character replaced by every other of the alphabet, and by some of no alphabet."""
+    for at, character in itertools.product(range(len(text)), ALPHABET + "+/=. \n\t\0\u00e9\uff21\u0665"):
+        if character != text[at]:
+            yield text[:at] + character + text[at + 1:]
+
+
+def test_every_changed_character_of_a_public_key_is_another_key_or_none():
+    # One text for each key, or "the same key" would mean two things.
+    text = base64url(SEED)
+    taken = {}
+    for wrong in changed(text):
+        try:
+            taken[wrong] = ratrod.decode_key(wrong)
+        except ValueError:
+            continue
+    assert SEED not in taken.values()
+    assert len(set(taken.values())) == len(taken) == 42 * 63 + 15  # the last character has four bits, of 16 values
+    assert all(base64url(raw) == wrong for wrong, raw in taken.items())
+
+
+@pytest.mark.parametrize("change", ["{}=", "{}==", "{}\n", "\n{}", " {}", "{} ", "\ufeff{}", "{}\0"])
+def test_padding_and_white_space_are_refused(change):
+    # Also where they make up for a character that is missing.
+    text = base64url(SEED)
+    for rest in (text, text[1:], text[:-1]):
+        pytest.raises(ValueError, ratrod.decode_key, change.format(rest))
+
+
+NO_KEYS = ["", "A", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 42 + "D", "A" * 42 + "_", "/" * 42 + "8", "+" * 42 + "8", "=" * 43, "\u00e9" * 43]
+
+
+@pytest.mark.parametrize("text", NO_KEYS)
+def test_texts_that_are_no_key(text):
+    pytest.raises(ValueError, ratrod.decode_key, text)
+
+
+def test_every_changed_character_of_a_private_key_is_refused():
+    # The public half must belong to the private one, so a key file with a slip of the pen is no key at all.
+    for wrong in changed(KeyPair.from_seed(SEED).encode()):
+        pytest.raises(ValueError, KeyPair.decode, wrong)
+
+
+def test_every_flipped_bit_of_a_private_key_is_refused():
+    for _, wrong in flipped(ratrod.decode_key(KeyPair.from_seed(SEED).encode(), 83)):
+        pytest.raises(ValueError, KeyPair.decode, base64url(wrong))
+
+
+def test_signatures():
+    pair = KeyPair.from_seed(SEED)
+    signature = pair.sign(b"challenge")
+    assert ratrod.verify(pair.public, b"challenge", signature)
+    for _, wrong in flipped(signature):
+        assert not ratrod.verify(pair.public, b"challenge", wrong)
+    for _, wrong in flipped(pair.public):
+        assert not ratrod.verify(wrong, b"challenge", signature)
+    assert not ratrod.verify(pair.public, b"another", signature)
+    for size in (0, 1, 31, 33, 63, 65):
+        assert not ratrod.verify(pair.public.ljust(size, b"\0")[:size], b"challenge", signature)
+        assert not ratrod.verify(pair.public, b"challenge", signature.ljust(size, b"\0")[:size])
+
+
+# ---------------------------------------------------------------------------------------------------- lists of keys
+
+A, B, C = (bytes((n,)) * 32 for n in (1, 2, 3))
+LONG_AGO = 10 ** 9 * 10 ** 9  # ns: a time that a cache may trust
+
+
+def put(path, *lines, when=None):
+    path.write_text("".join("%s\n" % line for line in lines))
+    if when:
+        os.utime(path, ns=(when, when))
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """(a KnownHosts, put(lines...), its path)."""
+    path = tmp_path / "list"
+    return KnownHosts(str(path)), lambda *lines, **options: put(path, *lines, **options), path
+
+
+@pytest.mark.parametrize("when", [None, LONG_AGO], ids=["just now", "long ago"])
+def test_a_list_is_read_again_whenever_it_changed(listed, when):
+    # Within the same mtime too: an editor or rsync may keep it, and a clock has ticks. Both texts have one size.
+    lines, write, _ = listed
+    for key in (A, B, C, A):
+        write(base64url(key), when=when)
+        assert list(lines.read()) == [key]
+        assert lines.read() is lines.read()  # whoever looks for changes sees none
+
+
+def test_a_list_that_is_replaced_is_read_again(listed):
+    lines, write, path = listed
+    write(base64url(A), when=LONG_AGO)
+    assert list(lines.read()) == [A]
+    put(path.with_name("new"), base64url(B), when=LONG_AGO)
+    os.replace(path.with_name("new"), path)
+    assert list(lines.read()) == [B]
+
+
+def test_a_list_that_says_the_same_again_is_the_same_object(listed):
+    # The server compares by identity every second: only a change makes it go through its links.
+    lines, write, _ = listed
+    write(base64url(A), base64url(B), when=LONG_AGO)
+    before = lines.read()
+    write(base64url(A), base64url(B))
+    assert lines.read() is before
+
+
+def test_a_list_that_is_being_written_is_not_empty(listed):
+    """An editor empties it, and then writes: for a second what it said before holds. What is renamed into its place is whole."""
+    lines, write, path = listed
+    write(base64url(A), when=LONG_AGO)
+    before = lines.read()
+    assert list(before) == [A]
+    write()
+    assert lines.read() is before
+    write(base64url(B))
+    assert list(lines.read()) == [B]
+    write()
+    lines.forget()  # by a SIGHUP, which means what is there now
+    assert not lines.read()
+    write(base64url(B))
+    assert list(lines.read()) == [B]
+    write(when=time.time_ns() - 1_100_000_000)
+    assert not lines.read()
+    write(base64url(A))
+    assert list(lines.read()) == [A]
+    write(when=time.time_ns() + 60_000_000_000)  # by a clock that is ahead
+    assert not lines.read()
+    write(base64url(A))
+    assert list(lines.read()) == [A]
+    put(path.with_name("new"))
+    os.replace(path.with_name("new"), path)
+    assert not lines.read()
+
+
+def make_nothing(path):
+    path.unlink()
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def make_loop(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+def make_dangling(path):
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere"))
+
+
+@pytest.mark.parametrize("unmake", [make_nothing, make_folder, make_loop, make_dangling])
+def test_a_list_that_cannot_be_read_lists_nobody(listed, unmake):
+    lines, write, path = listed
+    write(base64url(A), when=LONG_AGO)
+    assert lines.read()
+    unmake(path)
+    assert lines.read() == {}
+    assert not knows(lines, A, "a:1")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
+def test_a_server_without_descriptors_throws_nobody_out(listed, monkeypatch, number):
+    # But only the list that was read counts: one that changed meanwhile might have lost a key.
+    lines, write, _ = listed
+
+    def unable(*_args, **_options):
+        raise OSError(number, os.strerror(number))
+    write(base64url(A))
+    assert lines.read()
+    monkeypatch.setattr(ratrod, "open", unable, raising=False)
+    assert list(lines.read()) == ([A] if number == errno.EMFILE else [])
+    write(base64url(A), base64url(B))
+    assert lines.read() == {}
+
+
+def test_lines_that_are_none_harm_no_other(listed):
+    lines, _, path = listed
+    a, b, c = (base64url(key).encode() for key in (A, B, C))
+    path.write_bytes(b"\n".join([
+        b"# a comment", b"", b"   ", a + b" \xff\xfe", b"\xff" * 43, b + b"=", b"\t" + c + b"\tx y\r", b"ssh-ed25519 " + b, c]))
+    assert lines.read() == {A: ((4, "\ufffd\ufffd"),), C: ((7, "x"), (9, None))}
+    assert [int(re.search(r"line (\d+) of", problem).group(1)) for problem in lines.problems] == [5, 6, 8]
+
+
+def test_two_keys_in_one_line_are_named_as_that(listed):
+    """key.pub ends without a newline: `cat one >> authorized_keys; cat two >> authorized_keys` joins them."""
+    lines, _, path = listed
+    path.write_text(base64url(A) + base64url(B))
+    assert lines.read() == {}
+    assert "looks like two keys in one line; each needs a line of its own" in lines.problems[0]
+
+
+def knows(lines, key, address):
+    try:
+        lines.check(key, address)
+    except ratrod.AuthenticationError as error:
+        assert base64url(key) in str(error)
+        return False
+    return True
+
+
+KNOWN_HOSTS = [base64url(A), base64url(B) + " server:1", base64url(C) + " server:1", base64url(C) + " [::1]:1", base64url(A) + " other:1"]
+KNOWS = {"server:1": {B, C}, "[::1]:1": {C}, "other:1": {A}, "server:2": {A}, "server:11": {A}, "SERVER": {A}, "": {A}}
+
+
+@pytest.mark.parametrize("address", KNOWS)
+def test_lines_bound_to_an_address_count_alone_for_it(listed, address):
+    lines, write, _ = listed
+    write(*KNOWN_HOSTS)
+    assert {key for key in (A, B, C) if knows(lines, key, address)} == KNOWS[address]
+
+
+def test_a_bound_key_is_known_nowhere_else(listed):
+    lines, write, _ = listed
+    write(base64url(A) + " server:1")
+    assert knows(lines, A, "server:1")
+    for address in ("server:2", "server", "", "xserver:1"):
+        assert not knows(lines, A, address)
+    assert not knows(lines, B, "server:1")
+
+
+# ---------------------------------------------------------------------------------------------------- addresses
+
+PIECES = {
+    "": [""], "80": ["80"], "a:80": ["a", "80"], "[::1]:80": ["::1", "80"], ":80": ["", "80"], "a:": ["a", ""], "a:1:b:2": ["a", "1", "b", "2"],
+    "[::1]:2000:[2001:db8::7]:80": ["::1", "2000", "2001:db8::7", "80"], "::1": ["", "", "1"], "[::]:0:x": ["::", "0", "x"], "a:[b:c]": ["a", "b:c"],
+}
+BAD_BRACKETS = ["[::1", "::1]", "[]:80", "[a]:80", "[::1]80", "x[::1]:80", "[::1]x:80", "[[::1]]:80", "[::1]:[80", "[1:2]:3]", "[::1]]:80", "]:["]
+
+
+@pytest.mark.parametrize("text", PIECES)
+def test_split_host_port(text):
+    assert ratrod.split_host_port(text) == PIECES[text]
+
+
+@pytest.mark.parametrize("text", BAD_BRACKETS)
+def test_brackets_that_do_not_fit(text):
+    pytest.raises(ValueError, ratrod.split_host_port, text)
+    pytest.raises(ValueError, ratrod.parse_target, text)
+    pytest.raises(ConfigError, ratrod.parse_tunnel, text)
+
+
+plain_pieces = st.text(st.characters(blacklist_characters=":[]"), max_size=5)
+v6_pieces = st.text("0123456789abcdef:", max_size=8).map(lambda text: text + ":")
+
+
+@unlimited
+@given(st.lists(st.one_of(plain_pieces, v6_pieces), min_size=1, max_size=5))
+def test_split_host_port_puts_nothing_in_another_place(pieces):
+    assert ratrod.split_host_port(":".join("[%s]" % piece if ":" in piece else piece for piece in pieces)) == pieces
+
+
+PORTS = {"1": 1, "80": 80, "65535": 65535}
+BAD_PORTS = ["", "00", "01", "080", "65536", "70000", "99999", "100000", "-1", "+1", " 1", "1 ", "1\n", "\n1", "1_0", "0x1", "1.0", "1e1",
+             "\uff18\uff10", "\u0665", "\u00b2", "http", "1" * 5000]
+
+
+def test_ports():
+    assert {text: ratrod.parse_port(text) for text in PORTS} == PORTS
+    assert ratrod.parse_port("0", lowest=0) == 0
+    pytest.raises(ValueError, ratrod.parse_port, "0")
+
+
+@pytest.mark.parametrize("text", BAD_PORTS, ids=ascii)
+def test_texts_that_are_no_port(text):
+    pytest.raises(ValueError, ratrod.parse_port, text)
+    pytest.raises(ValueError, ratrod.parse_port, text, lowest=0)
+
+
+HOSTS = {
+    "db": "db", "DB.Example.ORG": "db.example.org", "db.": "db", "localhost.": "localhost", "_srv.a-b.c": "_srv.a-b.c", "unix": "unix",
+    "1.2.3.4": "1.2.3.4", "0.0.0.0": "0.0.0.0", "255.255.255.255": "255.255.255.255", "127.0.0.1.": "127.0.0.1", "3com": "3com",
+    "1.2.3.4a": "1.2.3.4a", "0x7f.example": "0x7f.example", "a" * 253: "a" * 253, "::1": "::1", "0:0:0:0:0:0:0:1": "::1", "::": "::",
+    "2001:DB8::7": "2001:db8::7", "::ffff:127.0.0.1": "127.0.0.1", "::FFFF:7f00:1": "127.0.0.1", "0:0:0:0:0:ffff:10.0.0.1": "10.0.0.1",
+    "fe80::1": "fe80::1",
+}
+BAD_HOSTS = [
+    "", ".", "..", "a..b", "a..", "127.0.0.1..",  # empty labels, and an empty host, which connect() takes for loopback
+    # What only some resolvers take for an address:
+    "127.1", "127.0.1", "2130706433", "017700000001", "0x7f000001", "0X7F000001", "0x7f.1", "127.0.0.0x1", "1.2.3.4.5", "0177.0.0.1", "127.0.0.01",
+    "127.0.0.256", "999.1.1.1", "00.0.0.0", "1.0x", "127.1.", "a.0", "a.0x1", "example.127",
+    # What IDNA would make of it:
+    "\uff11\uff12\uff17.0.0.1", "\uff11", "127\u30020\u30020\u30021", "127.0.0.\u0661", "\u00e9.org", "\u217a", "loc\u00adalhost",
+    "a b", " a", "a ", "a\n", "\na", "a\0", "a\t", "a/b", "a@b", "a%b", "a*", "a,b", "'a'", "\x1b[2J", "a" * 254, "/run/socket",
+    "fe80::1%eth0", "::1%1", "::1%", "1::2::3", ":::", "::g", "::1\n", " ::1", "::1 ", "::\uff11", "1:2:3:4:5:6:7:8:9", "::1/128",
+    "::ffff:127.1", "::ffff:0x7f.0.0.1", "12345::", "::ffff:127.0.0.1.", ":",
+]
+BAD_TARGETS = ["", "a", "80", "a:", ":80", "a:80:", "a:80:80", "::1", "[::1]", "::1:80", "a:80\n", "a:\uff18\uff10", "a:0", "a:65536",
+               "unix:path", "unix:", "unix:/", "unix:/a/../b", "a:080", "a: 80", "a:+80"]
+
+
+@pytest.mark.parametrize("text", HOSTS, ids=lambda text: text[:40])
+def test_hosts_in_canonical_form(text):
+    assert ratrod.parse_host(text) == HOSTS[text]
+    assert ratrod.parse_host(HOSTS[text]) == HOSTS[text]
+    target = Address(HOSTS[text], 80)
+    assert ratrod.parse_target("[%s]:80" % text if ":" in text else text + ":80") == target
+    assert ratrod.parse_target(str(target)) == target
+
+
+@pytest.mark.parametrize("text", BAD_HOSTS, ids=ascii)
+def test_texts_that_are_no_host(text):
+    pytest.raises(ValueError, ratrod.parse_host, text)
+    for target in (text + ":80", "[%s]:80" % text):
+        pytest.raises(ValueError, ratrod.parse_target, target)
+        pytest.raises(PolicyError, ratrod.Policy().check, target)
+
+
+@pytest.mark.parametrize("text", BAD_TARGETS, ids=ascii)
+def test_texts_that_are_no_target(text):
+    pytest.raises(ValueError, ratrod.parse_target, text)
+    pytest.raises(PolicyError, ratrod.Policy().check, text)
+
+
+@unlimited
+@given(st.text(max_size=30))
+def test_no_target_raises_anything_else(text):
+    for policy in (ratrod.Policy(), ratrod.Policy("a")):
+        try:
+            target = policy.check(text)
+        except PolicyError:
+            continue
+        assert ratrod.parse_target(str(target)) == target and str(target).isascii()
+
+
+TUNNELS = {
+    "80": ("127.0.0.1", 80, "127.0.0.1", 80),
+    "2000:80": ("127.0.0.1", 2000, "127.0.0.1", 80),
+    "0:80": ("127.0.0.1", 0, "127.0.0.1", 80),
+    "2000:db:5432": ("127.0.0.1", 2000, "db", 5432),
+    "2000:[2001:db8::7]:80": ("127.0.0.1", 2000, "2001:db8::7", 80),
+    "0.0.0.0:2000:db:5432": ("0.0.0.0", 2000, "db", 5432),
+    "[::1]:2000:[2001:DB8::7]:80": ("::1", 2000, "2001:db8::7", 80),
+    "[::]:0:DB:80": ("::", 0, "db", 80),
+    "localhost:1:localhost:2": ("localhost", 1, "localhost", 2),
+    "a:1:[::ffff:1.2.3.4]:2": ("a", 1, "1.2.3.4", 2),
+}
+BAD_TUNNELS = ["", "0", "x", "70000", "-1", "1:0", "x:80", "80:", ":80", "::80", "1::80", "1:db:", "1:db:0", "db:80", "db:1:2", ":1:db:2", "a:x:db:1",
+               "a:1:b:2:c", "1:2:3:4:5", "::1:80:db:80", "1:127.1:80", "1:0x7f000001:80", "1:a b:80", "1:db:80\n", "\uff11:80",
+               "1:[fe80::1%eth0]:80", "1:2001:db8::7:80"]
+
+
+@pytest.mark.parametrize("text", TUNNELS)
+def test_tunnels_of_every_form(text):
+    local_host, local_port, remote_host, remote_port = TUNNELS[text]
+    assert ratrod.parse_tunnel(text) == (Address(local_host, local_port), Address(remote_host, remote_port), ratrod.FORWARD)
+
+
+@pytest.mark.parametrize("text", BAD_TUNNELS, ids=ascii)
+def test_texts_that_are_no_tunnel(text):
+    with pytest.raises(ConfigError, match="The forms are"):
+        ratrod.parse_tunnel(text)
+
+
+@pytest.mark.parametrize(("text", "address"), [("0.0.0.0:19000", ("0.0.0.0", 19000)), ("[::]:1", ("::", 1)), ("Host:1", ("Host", 1))])
+def test_endpoints(text, address):
+    assert ratrod.parse_endpoint(text, "server") == address
+
+
+@pytest.mark.parametrize("text", ["", "a", "1", ":1", "a:0", "a:b", "a:1:2", "::1", "[::1]", "a:\uff11"], ids=ascii)
+def test_texts_that_are_no_endpoint(text):
+    with pytest.raises(ConfigError, match="host:port"):
+        ratrod.parse_endpoint(text, "server")
+
+
+@pytest.mark.parametrize(("address", "shown"), [(Address("db", 1), "db:1"), (Address("1.2.3.4", 1), "1.2.3.4:1"), (Address("::1", 1), "[::1]:1")])
+def test_addresses_are_shown_with_the_brackets_they_need(address, shown):
+    assert str(address) == shown
+    assert ratrod.parse_target(shown) == address
+    assert ratrod.is_address(address.host) == (address.host != "db")
+
+
+# ---------------------------------------------------------------------------------------------------- policy
+
+# regex -> targets it allows, and targets it does not.
+RULES = {
+    ".*": (["db:1", "127.0.0.1:1", "[::1]:65535", "a.b.c:80"], []),
+    "db": (["db:1", "DB:2", "db.:3"], ["adb:1", "dbb:1", "x.db:1", "db.x:1"]),
+    "db:80": (["db:80", "DB:80"], ["db:8", "db:8080", "db:81", "adb:80"]),
+    "db|web:443": (["db:1", "web:443"], ["web:80", "xdb:1", "webb:443"]),
+    "db:80|": (["db:80"], ["db:81"]),
+    "^db$": (["db:1"], ["dbx:1"]),
+    r"10\.0\.0\.\d+": (["10.0.0.7:1", "[::ffff:10.0.0.7]:1"], ["10.0.1.7:1", "10.0.0.7x:1"]),
+    r"127\.0\.0\.1": (["127.0.0.1:1", "127.0.0.1.:1", "[::ffff:7f00:1]:1"], ["localhost:1", "[::1]:1"]),
+    "::1": (["[::1]:1", "[0:0::1]:1"], ["[::2]:1"]),
+    r"\[::1\]:80": (["[::1]:80"], ["[::1]:81"]),
+    "Example.ORG": (["example.org:1", "EXAMPLE.org:1"], ["example.com:1"]),
+    "(?-i:DB)": ([], ["db:1", "DB:1"]),  # names are compared in lower case, whatever the pattern asks for
+}
+
+
+@pytest.mark.parametrize("regex", RULES)
+def test_a_regex_must_match_the_whole_host_or_the_whole_target(regex):
+    policy = ratrod.Policy(regex)
+    allowed, forbidden = RULES[regex]
+    for text in allowed:
+        assert policy.check(text) == ratrod.parse_target(text)
+    for text in forbidden:
+        with pytest.raises(PolicyError, match="does not match"):
+            policy.check(text)
+
+
+# The first ones compile, with a FutureWarning, into something else than they say: a rule that is misread lets strangers in.
+BAD_PATTERNS = ["[[:alpha:]]+", "[a--b]", "[a&&b]", "[a||b]", "[a~~b]", "(", "*", "[", "a**", "(?P<a>.)(?P<a>.)", "\\", "(?z)", "(" * 3000,
+                "a{99999999999999999999}"]
+
+
+@pytest.mark.parametrize("regex", BAD_PATTERNS, ids=lambda regex: regex[:30])
+def test_patterns_that_are_wrong_or_mean_something_else_are_refused(regex):
+    for _ in range(2):  # re keeps what it has compiled
+        pytest.raises(ConfigError, ratrod.Policy, regex)
+
+
+def test_a_refusal_never_shows_the_regex():
+    policy = ratrod.Policy("only-the-owner-knows-this")
+    for text in ("db:1", "127.1:1", "x"):
+        with pytest.raises(PolicyError) as caught:
+            policy.check(text)
+        assert "only-the-owner" not in str(caught.value)
+    with pytest.raises(PolicyError) as caught:
+        reached(policy, Address("db", 1), "127.0.0.1")
+    assert "only-the-owner" not in str(caught.value)
+
+
+# host, what it resolves to -> what may be connected to: without a regex, and under one that allows the host.
+NEVER = ["0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "239.1.2.3", "255.255.255.255", "ff02::1", "ff02::1%eth0", "::ffff:224.0.0.1"]
+INSIDE = ["127.0.0.1", "127.1.2.3", "::1", "169.254.169.254", "fe80::1", "fe80::1%eth0", "::ffff:127.0.0.1", "::ffff:169.254.169.254"]
+OUTSIDE = {"10.0.0.1": "10.0.0.1", "192.0.2.7": "192.0.2.7", "2001:db8::7": "2001:db8::7", "::ffff:10.0.0.1": "10.0.0.1"}
+# The same addresses in the form that no resolver here gives, but another system's might.
+HEX_MAPPED = {"::ffff:7f00:1": "127.0.0.1", "0:0:0:0:0:ffff:127.0.0.1": "127.0.0.1", "::ffff:a9fe:a9fe": "169.254.169.254", "::ffff:0:0": "0.0.0.0"}
+OPEN, NARROW = ratrod.Policy(), ratrod.Policy(r"(db|localhost|10\..*|127\.0\.0\.1)(:\d+)?")
+DB = Address("db", 5432)
+
+
+def reached(policy, target, *found):
+    """What may be connected to of the addresses that were found for the target."""
+    return list(policy.check_addresses(target, found))
+
+
+@pytest.mark.parametrize("found", NEVER)
+@pytest.mark.parametrize("policy", [OPEN, NARROW], ids=["open", "narrow"])
+def test_unspecified_and_multicast_addresses_are_never_opened(policy, found):
+    for host in ("db", "localhost", ratrod.unmapped(found).split("%")[0]):
+        pytest.raises(PolicyError, reached, policy, Address(host, 80), found)
+
+
+@pytest.mark.parametrize("found", INSIDE)
+def test_a_name_that_resolves_inside_needs_that_address_to_be_allowed(found):
+    # A name under somebody else's control can resolve to anything.
+    address = ratrod.unmapped(found.split("%")[0])
+    assert reached(OPEN, DB, found) == [address]
+    assert reached(NARROW, Address("localhost", 80), found) == [address]
+    if address == "127.0.0.1":
+        assert reached(NARROW, DB, found) == [address]
+    else:
+        pytest.raises(PolicyError, reached, NARROW, DB, found)
+    assert reached(ratrod.Policy(re.escape(address)), Address(address, 80), found) == [address]
+
+
+@pytest.mark.parametrize("found", OUTSIDE)
+def test_a_name_may_resolve_to_anywhere_else(found):
+    assert reached(OPEN, DB, found) == reached(NARROW, DB, found) == [OUTSIDE[found]]
+
+
+@pytest.mark.parametrize("found", HEX_MAPPED)
+def test_a_mapped_address_is_unwrapped_however_it_is_written(found):
+    address = HEX_MAPPED[found]
+    pytest.raises(PolicyError, reached, ratrod.Policy("db"), DB, found)
+    if address == "0.0.0.0":
+        pytest.raises(PolicyError, reached, OPEN, DB, found)
+    else:
+        assert reached(OPEN, DB, found) == [address]
+
+
+def test_an_address_may_be_allowed_with_its_port_only():
+    policy = ratrod.Policy(r"db|127\.0\.0\.1:80|\[::1\]:80")
+    for found in ("127.0.0.1", "::1"):
+        assert reached(policy, Address("db", 80), found) == [found]
+        pytest.raises(PolicyError, reached, policy, Address("db", 81), found)
+
+
+def test_only_the_addresses_that_may_be_opened_are_left():
+    found = ("127.0.0.1", "10.0.0.1", "0.0.0.0", "fe80::1%eth0", "2001:db8::7")
+    for _ in range(2):  # what is remembered must not have lost what a caller took out of it
+        assert reached(ratrod.Policy("db"), DB, *found) == ["10.0.0.1", "2001:db8::7"]
+    pytest.raises(PolicyError, reached, OPEN, DB)
+
+
+@pytest.mark.parametrize("text", ["localhost:80", "127.0.0.1:80", "[::1]:80"])
+def test_what_a_regex_allows_by_itself_needs_no_second_permission(text):
+    policy = ratrod.Policy(r"localhost|127\.0\.0\.1|::1")
+    target = policy.check(text)
+    for found in ("127.0.0.1", "::1"):
+        if target.host in ("localhost", found):
+            assert reached(policy, target, found) == [found]
+
+
+@pytest.mark.parametrize("event", ["reload", "edit"])
+def test_a_list_without_a_descriptor_to_read_it(tmp_path, monkeypatch, event):
+    """A reload then throws nobody out, for the file is the one that was read. One that has changed may say anything, so that it counts as
+    empty; but only until it can be read again, whatever its times say."""
+    path = tmp_path / "authorized_keys"
+    first, second = (ratrod.encode_key(bytes([n]) * 32) for n in (1, 2))
+    path.write_text(first + "\n")
+    os.utime(path, (1, 1))
+    lines = ratrod.KeyLines(str(path), ratrod.parse_grant)
+    assert set(lines.read()) == {bytes([1]) * 32}
+
+    def no_descriptor(*_args, **_named):
+        raise OSError(errno.EMFILE, "Too many open files")
+    if event == "reload":
+        lines.forget()
+    else:
+        path.write_text("%s\n%s\n" % (first, second))
+        os.utime(path, (2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod, "open", no_descriptor, raising=False)
+        assert len(lines.read()) == (1 if event == "reload" else 0)
+    assert len(lines.read()) == (1 if event == "reload" else 2)
+    assert not lines.problems
+
+
+def test_a_list_that_cannot_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "authorized_keys"
+    path.write_text(ratrod.encode_key(bytes([1]) * 32) + "\n")
+    os.utime(path, (1, 1))
+    lines = ratrod.KeyLines(str(path), ratrod.parse_grant)
+
+    def broken(*_args, **_named):
+        raise OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod, "open", broken, raising=False)
+        assert not lines.read()
+    assert len(lines.read()) == 1
