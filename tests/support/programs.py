@@ -30,7 +30,8 @@ def compiled():
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.chmod(folder, 0o755)  # also for the programs that run as somebody else
     file = os.path.join(folder, "ratrod.pyc")
-    subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, file], check=True)
+    # Under its own name, so that a traceback shows its lines and coverage finds them.
+    subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, SCRIPT[1]], check=True)
     return file
 
 
