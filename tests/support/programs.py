@@ -29,7 +29,7 @@ def compiled():
     folder = tempfile.mkdtemp(prefix="ratrod-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.chmod(folder, 0o755)  # also for the programs that run as somebody else
-    file = os.path.join(folder, "ratrod.pyc")
+    file = os.path.join(folder, "program.pyc")  # another base name: coverage otherwise looks for the source beside this file
     # Under its own name, so that a traceback shows its lines and coverage finds them.
     subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, SCRIPT[1]], check=True)
     return file
