@@ -13,7 +13,7 @@ from support.keys import KeyPairs, make_keys
 from support.namespaces import Namespace
 from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
 from support.sockets import port_of
-from support.targets import Target, UdpEcho, echo
+from support.targets import Target, UdpEcho, UdpRemote, echo
 
 
 @pytest.fixture
@@ -118,6 +118,20 @@ def listener():
     """A bare target: connections to it wait for the test to accept them."""
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as made:
         made.settimeout(PATIENCE)
+        yield made
+
+
+@pytest.fixture
+def stack():
+    """Whatever a test opens, closed after it."""
+    with contextlib.ExitStack() as made:
+        yield made
+
+
+@pytest.fixture
+def remote():
+    """A UDP target in the hands of the test."""
+    with contextlib.closing(UdpRemote()) as made:
         yield made
 
 

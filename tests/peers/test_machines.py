@@ -17,11 +17,10 @@ import threading
 import time
 
 import pytest
-from test_reverse import bound, works
-from test_udp import ask_until_answered
 
 from support import ratrod2_peer as peer
-from support.checked_load import Load, owner
+from support.checked_load import Load
+from support.kernel import owner
 from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure, memory
 from support.programs import (
@@ -33,13 +32,14 @@ from support.programs import (
     READY,
     ROOT,
     STARTED,
+    bound,
     descriptors,
     missing,
     need,
     tcp_port,
     udp_originator,
 )
-from support.sockets import ask, dial, eventually, is_ready, port_of, receive_exactly, reset
+from support.sockets import ask, ask_until_answered, dial, eventually, is_ready, port_of, receive_exactly, reset, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 

@@ -1,10 +1,7 @@
 """Connections to an echo, one after another from several threads, each checked to its last byte: what neither a restart nor a dead machine may break.
-
-Also a few looks into the kernel's tables that no tool gives.
 """
 
 import os
-import pathlib
 import random
 import socket
 import threading
@@ -99,48 +96,3 @@ class Load:
     def __str__(self):
         return "%d tunnel connections at %.0f/s, %d failed, %d of these without showing it, the slowest took %.2f s" % (
             self.whole + len(self.failures), self.rate, len(self.failures), len(self.cut), self.slowest)
-
-
-# ---------------------------------------------------------------------------------------------------- the kernel's tables
-
-ESTABLISHED, LISTEN = "01", "0A"
-
-
-class Row(NamedTuple):
-    """A TCP socket over IPv4 of this machine."""
-
-    state: str
-    local: int
-    remote: int
-    waiting: int  # bytes to read; of a listener: connections to accept
-    inode: str
-
-
-def rows():
-    for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        words = line.split()
-        local, remote = (int(word.rpartition(":")[2], 16) for word in words[1:3])
-        yield Row(words[3], local, remote, int(words[4].partition(":")[2], 16), words[9])
-
-
-def queued(port):
-    """How many connections wait to be accepted at a port of this machine."""
-    return sum(row.waiting for row in rows() if row.state == LISTEN and row.local == port)
-
-
-def sockets_of(program):
-    """The inodes of a program's sockets."""
-    folder = "/proc/%d/fd" % program.process.pid
-    found = set()
-    for name in os.listdir(folder):
-        try:
-            found.add(os.readlink(os.path.join(folder, name)))
-        except FileNotFoundError:  # closed meanwhile
-            pass
-    return {name[len("socket:["):-1] for name in found if name.startswith("socket:[")}
-
-
-def owner(programs, local, remote):
-    """Which of the programs has the TCP connection from port `local` to port `remote`."""
-    inodes = {row.inode for row in rows() if (row.local, row.remote) == (local, remote)}
-    return next(program for program in programs if inodes & sockets_of(program))

@@ -161,6 +161,11 @@ def udp_originator(client, n=1):
     return made
 
 
+def bound(client, remote="", host=r"127\.0\.0\.1"):
+    """The port at which the server listens for the R: tunnel to `remote`."""
+    return int(client.wait_for(r"\[TCP\] `.*?` listens on `%s:(\d+)`, and routing back to `.*?%s` \.\.\." % (host, re.escape(remote))).group(1))
+
+
 def descriptors(program):
     """How many file descriptors the program has open."""
     if not os.path.isdir("/proc/self/fd"):

@@ -141,3 +141,75 @@ def eventually(condition, what):
     while not condition():
         assert time.monotonic() < deadline, "never came true: %s" % (what() if callable(what) else what,)
         time.sleep(0.02)
+
+
+def works(port):
+    """Whether a whole connection to an echo succeeds, for eventually()."""
+    try:
+        ask(port)
+    except (OSError, AssertionError):
+        return False
+    return True
+
+
+def refused(port):
+    """Whether nobody listens there."""
+    try:
+        dial(port).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # it listened when this began
+        pass
+    return False
+
+
+def outcome_of(port, question=b"anybody there?"):
+    """What comes of a new connection to an echo: "answered", "end" (a clean one), "reset" or what else the kernel says.
+
+    A connection that is refused may be reset before create_connection has returned, or while the question is sent: each is the same outcome.
+    """
+    try:
+        with dial(port) as connection:
+            connection.sendall(question)
+            answer = connection.recv(len(question))
+        return "answered" if answer == question else "end"
+    except (ConnectionResetError, BrokenPipeError):
+        return "reset"
+    except OSError as error:
+        return str(error)
+
+
+def assert_reset(*connections):
+    """Each ends with a reset, whatever came before it."""
+    for connection in connections:
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            while connection.recv(65536):
+                pass
+
+
+def ask_until_answered(connected, question):
+    """For where UDP may lose: sends again until an answer comes, then waits for the rest of the answers to pass."""
+    def answered():
+        connected.send(question)
+        with contextlib.suppress(socket.timeout, ConnectionRefusedError):
+            return connected.recv(65536) == question
+    connected.settimeout(0.2)
+    eventually(answered, "an answer to %r" % question)
+    connected.settimeout(PATIENCE)
+
+
+def push_until_stuck(connection):
+    """Sends to a reader that does not read until no more is taken. What was taken, as its size and hash."""
+    connection.setblocking(False)
+    # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
+    block = os.urandom((1 << 20) - 3)
+    digest, sent = hashlib.sha256(), 0
+    # Nothing announces that no room will come any more. A second without is taken for it; where that is too short, the test is weaker, not wrong.
+    while is_ready(connection, selectors.EVENT_WRITE, 1.0):
+        piece = memoryview(block)[sent % len(block):]
+        n = connection.send(piece)
+        digest.update(piece[:n])
+        sent += n
+        assert sent < 256 << 20, "a reader that reads nothing never held up its sender"
+    connection.settimeout(PATIENCE)
+    return sent, digest.hexdigest()

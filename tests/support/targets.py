@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 
+from support.programs import PATIENCE
 from support.sockets import port_of
 
 
@@ -56,6 +57,22 @@ def echo(connection):
         if not data:
             return
         connection.sendall(data)
+
+
+class UdpRemote:
+    """A UDP target in the hands of the test."""
+
+    def __init__(self, host="127.0.0.1"):
+        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.settimeout(PATIENCE)
+        self.socket.bind((host, 0))
+        self.port = port_of(self.socket)
+
+    def receive(self):
+        return self.socket.recvfrom(65536)
+
+    def close(self):
+        self.socket.close()
 
 
 class UdpEcho:

@@ -19,12 +19,11 @@ import time
 from typing import NamedTuple
 
 import pytest
-from test_tcp import push_until_stuck
 
 import ratrod
 from support.pressure import LONG, figure, scaled
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, READY, STARTED, missing, need, tcp_port, udp_port
-from support.sockets import ask, dial, port_of, reset
+from support.sockets import ask, dial, port_of, push_until_stuck, reset
 from support.targets import Target, UdpEcho, echo
 from support.traffic import ALL, END, RESET, Traffic
 

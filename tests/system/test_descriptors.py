@@ -18,24 +18,18 @@ import threading
 import time
 
 import pytest
-from test_links import Relay
-from test_ratrod2_negative import cpu_seconds
 
 from support import ratrod2_peer as peer
+from support.kernel import cpu_seconds
 from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
 from support.programs import PATIENCE, RATROD, READY, STARTED, descriptors, need, tcp_port, udp_port
+from support.relays import Door
 from support.sockets import assert_refused, dial, eventually, is_ready, receive_all, receive_exactly, reset
 from support.targets import echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
 FEW = 64
-
-
-@pytest.fixture
-def stack():
-    with contextlib.ExitStack() as made:
-        yield made
 
 
 @pytest.fixture
@@ -316,11 +310,10 @@ class Ends:
         allowed = r"127\.0\.0\.1:(?:%d|%d|%d)" % (self._echo, self._udp, self._refused)
         self.server = self._run(keys.server, "serve", "--legacy", "-r", allowed, "127.0.0.1:0")
         self._port = started(self.server)
-        self._relay = Relay(self._port)
-        stack.callback(self._relay.close)
+        self._door = Door(target, self._port)
         self.client = self._connect(self._port)
         self.legacy = self._connect(self._port, "--legacy", "-e")
-        self.cut = self._connect(self._relay.port)
+        self.cut = self._connect(self._door.port)
         self.programs = {"server": self.server, "client": self.client, "legacy client": self.legacy, "client whose links die": self.cut}
         self.kinds = {**self._plain("", self.client), **self._plain("legacy ", self.legacy)}
         # What takes several seconds for a thousand is not every second one.
@@ -363,11 +356,7 @@ class Ends:
                 assert_reset(local)
 
     def links_cut(self):
-        def cut():
-            for connection in self._relay.connections:
-                connection.cut(reset=True)
-            self._relay.connections.clear()
-        self.a_batch(self.cut, cut)
+        self.a_batch(self.cut, self._door.cut_all)
 
     def client_killed(self):
         client = self._connect(self._port)

@@ -15,12 +15,11 @@ import threading
 import time
 
 import pytest
-from test_ratrod2_negative import cpu_seconds
-from test_udp import remote, waiting_bytes  # noqa: F401 - remote is a fixture
 
 import ratrod as module
 from support import pressure
 from support import ratrod2_peer as peer
+from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
@@ -28,13 +27,6 @@ from support.sockets import dial, eventually, is_ready, receive_all
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="all of 127.0.0.0/8, /proc, and what a full queue does")
-
-
-@pytest.fixture
-def stack():
-    """Whatever a test opens, closed after it."""
-    with contextlib.ExitStack() as made:
-        yield made
 
 
 def dial_from(source, port, host="127.0.0.1"):
@@ -602,7 +594,7 @@ class Asking:
     def __init__(self, client, stack):
         self._sock = stack.enter_context(udp_originator(client))
 
-    def ask(self, remote):  # noqa: F811 - the fixture's value
+    def ask(self, remote):
         self._sock.send(b"question")
         data, address = remote.receive()
         remote.socket.sendto(data, address)
@@ -611,7 +603,7 @@ class Asking:
 
 
 @pytest.fixture
-def asking(serve, ratrod, keys, remote, stack):  # noqa: F811 - the fixture
+def asking(serve, ratrod, keys, remote, stack):
     """asking(n, serve flags, connect flags, who...) -> for each client n originators of UDP through a tunnel to `remote`."""
     def launch(n, serve_flags=(), connect_flags=(), who=(keys.client,)):
         _, port = serve(*serve_flags)
@@ -623,7 +615,7 @@ def asking(serve, ratrod, keys, remote, stack):  # noqa: F811 - the fixture
 
 @pytest.mark.parametrize("end, flag", [("serve", "--max-udp-sessions"), ("serve", "--max-udp-sessions-per-link"),
                                        ("connect", "--max-udp-sessions-per-link")], ids=" ".join)
-def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, flag):  # noqa: F811 - the fixture
+def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, flag):
     (first, second, third), = asking(3, **{end + "_flags": (flag, "2")})
     of_first, of_second = first.ask(remote), second.ask(remote)
     assert first.ask(remote) == of_first  # now the second one's is the one that was not used for longest
@@ -636,7 +628,7 @@ def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, fla
     assert first.ask(remote) != of_first
 
 
-def test_the_key_with_most_udp_sessions_makes_room(asking, remote, keys, second):  # noqa: F811 - the fixture
+def test_the_key_with_most_udp_sessions_makes_room(asking, remote, keys, second):
     """One client's sessions cost another client none of his, however long those were idle."""
     quiet, loud = asking(4, serve_flags=("--max-udp-sessions", "3"), who=(second, keys.client))
     of_quiet = quiet[0].ask(remote)
@@ -722,7 +714,7 @@ def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
 
 
 @linux
-def test_udp_backlog_of_a_server(serve, keys, remote, stack):  # noqa: F811 - the fixture
+def test_udp_backlog_of_a_server(serve, keys, remote, stack):
     """A client that does not read: what its remote sends on is dropped, the oldest first, and the server's memory stays what it was."""
     server, port = serve()
     udp = link(stack.enter_context(dial(port)), keys.client).open_udp()

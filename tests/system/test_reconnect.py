@@ -22,7 +22,8 @@ from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, tcp_port, udp_originator
-from support.sockets import ask, dial, eventually, is_ready, port_of, receive_all, receive_exactly, reset
+from support.relays import Door
+from support.sockets import ask, dial, eventually, is_ready, port_of, receive_all, receive_exactly
 from support.traffic import RESET, Traffic
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -45,44 +46,6 @@ def kill(program):
 
 def count(pattern, program):
     return sum(bool(re.search(pattern, line)) for line in program.lines)
-
-
-# ---------------------------------------------------------------------------------------------------- a door
-
-
-class Door:
-    """The address that a client knows as its server's. It passes connections on to the port `to`; shut, it resets them. `tries`: when each
-    came."""
-
-    def __init__(self, target, to=None):
-        self.to, self.tries = to, []
-        self.cut_next = False  # ends the link that the client says the next thing on
-        self.port = target(self._handle).port
-
-    def _handle(self, near):
-        self.tries.append(time.monotonic())
-        if self.to is None:
-            return reset(near)
-        with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as selector:
-            selector.register(near, selectors.EVENT_READ, far)
-            selector.register(far, selectors.EVENT_READ, near)
-            try:
-                while selector.get_map():
-                    for key, _ in selector.select():
-                        self._pass(selector, key, near)
-            except OSError:
-                for sock in (near, far):
-                    reset(sock)
-
-    def _pass(self, selector, key, near):
-        data = key.fileobj.recv(1 << 16)
-        if key.fileobj is near and data and self.cut_next:
-            self.cut_next = False
-            raise ConnectionResetError
-        if data:
-            return key.data.sendall(data)
-        selector.unregister(key.fileobj)
-        return key.data.shutdown(socket.SHUT_WR)
 
 
 @pytest.fixture

@@ -17,15 +17,14 @@ import time
 from typing import NamedTuple
 
 import pytest
-from test_reverse import bound, digest, refused, works
-from test_udp import ask_until_answered
 
 from support import ratrod2_peer as peer
-from support.checked_load import Load, exchange, queued
+from support.checked_load import Load, exchange
+from support.kernel import queued
 from support.keys import seed_of
 from support.pressure import LONG, figure
-from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, every_mode, tcp_port, udp_originator
-from support.sockets import dial, eventually, port_of, receive_all, receive_exactly
+from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, bound, every_mode, tcp_port, udp_originator
+from support.sockets import ask_until_answered, assert_reset, dial, eventually, port_of, receive_all, receive_exactly, refused, works
 
 pytestmark = [
     pytest.mark.usefixtures("no_traceback"),
@@ -88,11 +87,8 @@ def joined(tunnel, listener):
         yield launch
 
 
-def assert_reset(*connections):
-    for connection in connections:
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while connection.recv(65536):
-                pass
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def elapsed(action):

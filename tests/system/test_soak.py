@@ -14,7 +14,6 @@ import sys
 import threading
 
 import pytest
-from test_reconnect import Door
 
 import withstand
 from soak import HOST, Relay
@@ -22,6 +21,7 @@ from support import ratrod2_peer as peer
 from support.keys import seed_of
 from support.pressure import scaled
 from support.programs import LEGACY_E, PATIENCE, READY, ROOT, STARTED, tcp_port
+from support.relays import Door
 from support.sockets import ask, ask_over, dial, eventually, receive_exactly, reset
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")

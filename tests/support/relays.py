@@ -1,0 +1,59 @@
+"""Relays between a client and its server that a test opens, shuts and cuts."""
+
+import contextlib
+import selectors
+import socket
+import time
+
+from support.sockets import reset
+
+
+class Door:
+    """The address that a client knows as its server's. It passes connections on to the port `to`; shut (None), it resets them.
+
+    `tries`: when each connection came. `cut_next`: the next connection that the client says something on is reset. cut_all() resets all.
+    """
+
+    def __init__(self, target, to=None):
+        self.to, self.tries = to, []
+        self.cut_next = False
+        self._passing = set()  # the near ends of what is passed on
+        self.port = target(self._handle).port
+
+    def _handle(self, near):
+        self.tries.append(time.monotonic())
+        if self.to is None:
+            return reset(near)
+        self._passing.add(near)
+        with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as selector:
+            selector.register(near, selectors.EVENT_READ, far)
+            selector.register(far, selectors.EVENT_READ, near)
+            try:
+                while selector.get_map():
+                    for key, _ in selector.select():
+                        self._pass(selector, key, near)
+            except OSError:
+                for sock in (near, far):
+                    reset(sock)
+            finally:
+                self._passing.discard(near)
+
+    def _pass(self, selector, key, near):
+        data = key.fileobj.recv(1 << 16)
+        if self._is_cut(near) or key.fileobj is near and data and self.cut_next:
+            self.cut_next = False
+            raise ConnectionResetError
+        if data:
+            return key.data.sendall(data)
+        selector.unregister(key.fileobj)
+        return key.data.shutdown(socket.SHUT_WR)
+
+    def _is_cut(self, near):
+        return near not in self._passing
+
+    def cut_all(self):
+        """Resets what is passed on now, at both ends."""
+        for near in list(self._passing):
+            self._passing.discard(near)
+            with contextlib.suppress(OSError):
+                near.shutdown(socket.SHUT_RD)  # wakes the thread that waits for it
