@@ -1,19 +1,17 @@
 """The end of a server or a client that loses nothing: SIGTERM drains, and with --reuse-port the next server takes over meanwhile.
 
-The restarts under load: five by default, twenty and more load with `RATROD_LONG=1 pytest -n0 -rP tests/test_restart.py` (-rP shows the figures).
+The restarts under load are three here. Twenty, and more load: RATROD_LONG=1 pytest -n0 -rP tests/system/test_restart.py (-rP shows the figures).
 """
 
 import collections
 import contextlib
 import hashlib
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from typing import NamedTuple
 
 import pytest
@@ -22,8 +20,9 @@ from support import ratrod2_peer as peer
 from support.checked_load import Load, exchange
 from support.kernel import queued
 from support.keys import seed_of
+from support.many_lines import run_each
 from support.pressure import LONG, figure
-from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, bound, every_mode, tcp_port, udp_originator
+from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, bound, tcp_port, udp_originator
 from support.sockets import ask_until_answered, assert_reset, dial, eventually, port_of, receive_all, receive_exactly, refused, works
 
 pytestmark = [
@@ -34,9 +33,12 @@ pytestmark = [
 # Longer than any test waits: what ends before it has not waited for it.
 FOREVER = "600"
 ENDING = r"🛑 Ending: (\d+) connections? may go on for %s s; a second signal ends at once"
-BULK = 30 << 20
-each_signal = pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+BULK = 10 << 20  # more than the buffers on the way take
+TERM, INT = signal.SIGTERM, signal.SIGINT
+CODE = {TERM: 0, INT: 130}  # the exit code after an orderly end
+two_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY_E], ids=lambda mode: mode.name)
 either_side = pytest.mark.parametrize("side", ["server", "client"])
+linux = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
 needs_reuse_port = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="no SO_REUSEPORT here")
 
 
@@ -55,12 +57,9 @@ class Joined(NamedTuple):
             sender.sendall(b"still there?")
             assert receive_exactly(receiver, 12) == b"still there?"
 
-    def send(self, sign=signal.SIGTERM):
-        self.ending.process.send_signal(sign)
-
-    def drain(self, sign=signal.SIGTERM):
+    def drain(self, sign=TERM):
         """Signals, and waits until it is about to end."""
-        self.send(sign)
+        self.ending.process.send_signal(sign)
         assert self.ending.wait_for(ENDING % FOREVER).group(1) == "1"
 
     def end(self):
@@ -91,123 +90,101 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def elapsed(action):
-    begun = time.monotonic()
-    action()
-    return time.monotonic() - begun
-
-
 # ---------------------------------------------------------------------------------------------------- nothing is open
 
 
-@each_signal
-def test_nothing_is_open(serve, sign, code):
-    server, _ = serve("--drain", FOREVER)
-    assert server.stop(sign) == code
+@pytest.mark.parametrize("sign, strangers", [(TERM, 5), (INT, 0)])
+def test_nothing_is_open(serve, sign, strangers):
+    """Strangers do not count: a silent one would keep the server for as long as a handshake may take, again and again."""
+    server, port = serve("--drain", FOREVER, "--handshake-timeout", FOREVER)
+    with contextlib.ExitStack() as stack:
+        for silent in [stack.enter_context(dial(port)) for _ in range(strangers)][:1]:
+            silent.sendall(b"ratrod2\n")
+        eventually(lambda: not queued(port), "all are accepted")
+        assert server.stop(sign) == CODE[sign]
     assert "may go on" not in server.output
 
 
-@every_mode
-@each_signal
-def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel, mode, sign, code):
+@two_wires
+def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel, mode):
     made = tunnel(tcp_echo.port, mode, serve_flags=("--drain", FOREVER))
     exchange(made.port, b"before")
-    figure("%s: a server with idle links alone ended after" % mode.name, "%.2f s" % elapsed(lambda: made.server.stop(sign)))
-    assert made.server.process.returncode == code
+    assert made.server.stop() == 0
     assert made.client.process.poll() is None, made.client.output
 
 
-def test_an_idle_link_is_told(serve, keys):
-    """Close, then FIN, never a reset: a client that is sending an Open at this moment reads that it was not looked at."""
+def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
+    """One identity, two links. The idle one hears Close and then FIN, never a reset: a client that is sending an Open at this moment reads that it
+    was not looked at. The busy one goes on, and hears Close in place of Over."""
     server, port = serve("--drain", FOREVER)
-    with peer.Client.connect(port, seed_of(keys.client)).handshake() as link:
-        server.process.send_signal(signal.SIGTERM)
-        assert link.read_any_record().type == peer.CLOSE
+    with peer.Client.connect(port, seed_of(keys.client)).handshake() as idle, peer.Client.connect(port, seed_of(keys.client)).handshake() as busy:
+        stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
+        stream.wait_opened()
+        server.process.send_signal(TERM)
+        assert idle.read_any_record().type == peer.CLOSE
         with pytest.raises(peer.LinkEnded) as end:
-            link.read_any_record()
+            idle.read_any_record()
         assert not isinstance(end.value, peer.LinkBroken)
+        stream.send(b"still there?")
+        assert stream.receive() == b"still there?"
+        stream.end()
+        assert stream.receive() == b""
+        assert [record.type for record in busy.read_to_end()] == [peer.CLOSE]
     assert server.wait() == 0
-
-
-def test_strangers_do_not_hold_it(serve):
-    """Whoever has said nothing would keep it for as long as a handshake may take, again and again."""
-    server, port = serve("--drain", FOREVER, "--handshake-timeout", FOREVER)
-    with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(dial(port)) for _ in range(5)]
-        silent[0].sendall(b"ratrod2\n")
-        eventually(lambda: not queued(port), "all are accepted")
-        figure("a server with 5 silent strangers ended after", "%.2f s" % elapsed(lambda: server.stop()))
-    assert server.process.returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------- what is open goes on
 
 
-@every_mode
-@either_side
-def test_what_is_open_goes_on_and_nothing_new_begins(joined, side, mode):
+@pytest.mark.parametrize("mode, side, sign", [
+    (RATROD2, "server", TERM), (RATROD2, "client", INT), (LEGACY_E, "server", INT), (LEGACY_E, "client", TERM)],
+    ids=lambda value: getattr(value, "name", value))
+def test_what_is_open_goes_on_and_nothing_new_begins(joined, serve, mode, side, sign):
     made = joined(side, mode=mode)
-    made.drain()
+    made.drain(sign)
     made.talk()
     # The listener is gone: that of the client for local connections, that of the server for links.
     eventually(lambda: refused(made.port if side == "client" else made.server_port), "nobody listens any more")
     made.talk()
     assert made.ending.process.poll() is None
+    if side == "server":  # What runs one after the other need not wait for the drain: without --reuse-port too the port is free.
+        serve(*mode.serve, bind="127.0.0.1:%d" % made.server_port)
+        made.talk()
     made.end()
-    figure("%s: after its last connection the %s ended in" % (mode.name, side), "%.2f s" % elapsed(made.ending.wait))
-    assert made.ending.process.returncode == 0, made.ending.output
+    assert made.ending.wait() == CODE[sign], made.ending.output
 
 
-@either_side
-@each_signal
-def test_the_exit_code_is_that_of_the_signal(joined, side, sign, code):
-    made = joined(side)
-    made.drain(sign)
-    made.end()
-    assert made.ending.wait() == code
-
-
-@every_mode
+@two_wires
 @either_side
 def test_what_takes_too_long_is_reset(joined, side, mode):
     """At once it would be a connection lost, at a clean end one cut short."""
-    made = joined(side, drain="1", mode=mode)
-    made.send()
-    made.ending.wait_for(ENDING % 1)
-    made.talk()
-    took = elapsed(made.ending.wait)
-    assert made.ending.process.returncode == 0, made.ending.output
+    made = joined(side, drain="0.3", mode=mode)
+    made.ending.process.send_signal(TERM)
+    made.ending.wait_for(ENDING % r"0\.3")
+    assert made.ending.wait() == 0, made.ending.output
     # On the original's wire a reset has no sign: what left is whole or the link's own end.
     assert_reset(*((made.originator, made.target) if mode is RATROD2 else (made.target,) if side == "server" else (made.originator,)))
-    figure("%s: a %s with --drain 1 ended after" % (mode.name, side), "%.2f s" % took)
 
 
-@either_side
-def test_no_time_at_all(joined, side):
-    made = joined(side, drain="0")
-    assert made.ending.stop() == 0
-    assert_reset(made.originator, made.target)
-
-
-def test_a_client_ends_at_once_by_default(joined):
-    """Whoever presses Ctrl-C on the client means it."""
-    made = joined("client", drain=None)
-    assert made.ending.stop(signal.SIGINT) == 130
+@pytest.mark.parametrize("side, drain, sign", [("server", "0", TERM), ("client", "0", TERM), ("client", None, INT)])
+def test_no_time_at_all(joined, side, drain, sign):
+    """A client has none by default: whoever presses Ctrl-C on it means it."""
+    made = joined(side, drain=drain)
+    assert made.ending.stop(sign) == CODE[sign]
     assert_reset(made.originator, made.target)
     assert "may go on" not in made.ending.output
 
 
 def test_a_server_waits_by_default(joined):
+    """For 10 s, of which this connection needs none."""
     made = joined("server", drain=None)
-    made.send()
+    made.ending.process.send_signal(TERM)
     made.ending.wait_for(ENDING % 10)
-    made.talk()
     made.end()
     assert made.ending.wait() == 0
 
 
-@either_side
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("side, second", [("server", TERM), ("client", INT)])
 def test_a_second_signal_ends_at_once(joined, side, second):
     made = joined(side)
     made.drain()
@@ -239,7 +216,7 @@ def test_what_ends_meanwhile_is_whole(tunnel, target, side):
         speaker = threading.Thread(target=say, daemon=True)
         speaker.start()
         assert halfway.wait(PATIENCE)
-        ending.process.send_signal(signal.SIGTERM)
+        ending.process.send_signal(TERM)
         ending.wait_for(ENDING % FOREVER)
         go_on.set()
         assert digest(receive_all(connection)) == digest(down)
@@ -248,33 +225,17 @@ def test_what_ends_meanwhile_is_whole(tunnel, target, side):
     assert ending.wait() == 0
 
 
-def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
-    """One identity, two links: that which carries nothing leaves at once, the other one says Close in place of Over."""
-    server, port = serve("--drain", FOREVER)
-    with peer.Client.connect(port, seed_of(keys.client)).handshake() as idle, peer.Client.connect(port, seed_of(keys.client)).handshake() as busy:
-        stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
-        stream.wait_opened()
-        server.process.send_signal(signal.SIGTERM)
-        assert [record.type for record in idle.read_to_end()] == [peer.CLOSE]
-        stream.send(b"still there?")
-        assert stream.receive() == b"still there?"
-        stream.end()
-        assert stream.receive() == b""
-        assert [record.type for record in busy.read_to_end()] == [peer.CLOSE]
-    assert server.wait() == 0
-
-
 def test_an_open_that_crosses_the_close(serve, keys, tcp_echo):
     """It is answered by the Close that was on its way, as if never looked at: nothing of it may reach the target."""
     server, port = serve("--drain", FOREVER)
     with contextlib.ExitStack() as stack:
         links = [stack.enter_context(peer.Client.connect(port, seed_of(keys.client)).handshake()) for _ in range(4)]
         # Frozen, so that all the Opens are there before it looks at anything: the signal is the first that it sees as it goes on.
-        os.kill(server.process.pid, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGSTOP)
         for link in links:
             link.send_open(peer.TCP, "127.0.0.1:%d" % tcp_echo.port)
-        server.process.send_signal(signal.SIGTERM)
-        os.kill(server.process.pid, signal.SIGCONT)
+        server.process.send_signal(TERM)
+        server.process.send_signal(signal.SIGCONT)
         for link in links:
             records = [link.read_any_record()]
             if records[0].type == peer.OPENED:  # the socket was read before the signal was: then it is a stream like any other
@@ -305,7 +266,7 @@ class Servers:
     def replace(self):
         """The next one takes over; the one that is to end is returned."""
         old = self.add()
-        old.process.send_signal(signal.SIGTERM)
+        old.process.send_signal(TERM)
         return old
 
 
@@ -315,37 +276,20 @@ def servers(serve):
     return lambda *flags: Servers(serve, *flags)
 
 
-def test_a_busy_port_stays_an_error(ratrod, keys, serve):
-    """Two servers without a word about it, where one is a mistake, would each get half of the connections. The kernel asks both."""
-    _, port = serve()
-    for flags in ((), ("--reuse-port",)):
-        other = ratrod("-k", keys.server.path, "serve", *flags, "127.0.0.1:%d" % port)
-        assert other.wait() == 1
-        other.wait_for("cannot listen on `127.0.0.1:%d`" % port)
-
-
 @needs_reuse_port
-def test_sharing_takes_two(ratrod, keys, servers):
+def test_sharing_takes_two(ratrod, keys, serve, servers):
+    """Two servers on one port without a word about it, where one is a mistake, would each get half of the connections. The kernel asks both."""
+    _, alone = serve()
     shared = servers()
-    other = ratrod("-k", keys.server.path, "serve", "127.0.0.1:%d" % shared.port)
-    assert other.wait() == 1
-    other.wait_for("cannot listen on `127.0.0.1:%d`" % shared.port)
+    for port, flags in ((alone, ()), (alone, ("--reuse-port",)), (shared.port, ())):
+        other = ratrod("-k", keys.server.path, "serve", *flags, "127.0.0.1:%d" % port)
+        assert other.wait() == 1, (port == alone, flags)
+        other.wait_for("cannot listen on `127.0.0.1:%d`" % port)
     assert shared.current.process.poll() is None
 
 
-def test_the_port_is_free_while_the_old_one_drains(joined, serve):
-    """Without --reuse-port too: what runs one after the other need not wait for the drain."""
-    made = joined("server")
-    made.drain()
-    eventually(lambda: refused(made.server_port), "the listener is closed")
-    serve(bind="127.0.0.1:%d" % made.server_port)
-    made.talk()
-    made.end()
-    assert made.ending.wait() == 0
-
-
-RESTARTS = 20 if LONG else 5
-CONNECTIONS = 1000 if LONG else 200  # whole ones between two restarts
+RESTARTS = 20 if LONG else 3
+CONNECTIONS = 1000 if LONG else 100  # whole ones between two restarts
 UNDER_LOAD = [(RATROD2, ()), (RATROD2, ("--workers", "2")), (LEGACY_E, ())]
 
 
@@ -366,8 +310,6 @@ def test_restarts_under_load_lose_nothing(servers, connect, tcp_echo, mode, flag
             load.go_on(CONNECTIONS)
     figure("%d restarts under load, %s" % (len(olds), " ".join((mode.name, *flags))), load)
     assert not load.failures, (load.failures[:10], client.output)
-    # A bound on nothing but a standstill: 200/s and more are expected, on a machine that has nothing else to do.
-    assert load.rate > 20
     assert "❌" not in client.output
 
 
@@ -382,7 +324,7 @@ def test_restarts_under_load_of_both_ends_at_once(servers, connect, tcp_echo):
             first, second = chain.add(), chain.add()
             load.go_on(CONNECTIONS // 2)
             for old in (first, second):
-                old.process.send_signal(signal.SIGTERM)
+                old.process.send_signal(TERM)
             assert [first.wait(), second.wait()] == [0, 0], first.output + second.output
     figure("%d times two of three servers ended at once under load" % RESTARTS, load)
     assert not load.failures, (load.failures[:10], client.output)
@@ -422,12 +364,12 @@ def test_what_is_open_stays_at_the_old_one(servers, connect, target):
 
 
 @needs_reuse_port
-@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
+@linux
 def test_what_the_kernel_has_taken_is_served(serve, keys):
     """A connection that waits in the accept queue as the listener is closed is reset by the kernel: 50 of them, taken while the server was frozen,
     each hear an orderly end instead, which tells a client to go elsewhere."""
     server, port = serve("--drain", FOREVER)
-    os.kill(server.process.pid, signal.SIGSTOP)
+    server.process.send_signal(signal.SIGSTOP)
     outcomes = collections.Counter()
     with contextlib.ExitStack() as stack:
         links = []
@@ -437,8 +379,8 @@ def test_what_the_kernel_has_taken_is_served(serve, keys):
             links.append(peer.Client(sock, seed_of(keys.client)))
             links[-1].send_client_preamble()
         eventually(lambda: queued(port) == 50, lambda: "50 wait, not %d" % queued(port))
-        server.process.send_signal(signal.SIGTERM)
-        os.kill(server.process.pid, signal.SIGCONT)
+        server.process.send_signal(TERM)
+        server.process.send_signal(signal.SIGCONT)
         for link in links:
             try:
                 link.read_server_preamble()
@@ -457,8 +399,8 @@ def test_what_the_kernel_has_taken_is_served(serve, keys):
 
 
 @needs_reuse_port
-@every_mode
-@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
+@two_wires
+@linux
 def test_what_a_frozen_server_had_taken(servers, connect, tcp_echo, mode):
     """The same from the client's side: 50 local connections at once meet a server that is frozen, and then ends. The next one has them all."""
     chain = servers(*mode.serve, "--drain", "30")
@@ -491,7 +433,7 @@ def test_what_a_frozen_server_had_taken(servers, connect, tcp_echo, mode):
 
 
 @needs_reuse_port
-@every_mode
+@two_wires
 def test_udp_sessions_move_to_the_next_server(servers, connect, udp_echo, mode):
     """UDP may lose, but not its way: sessions are not what a server waits for."""
     chain = servers(*mode.serve, "--drain", FOREVER)
@@ -503,10 +445,8 @@ def test_udp_sessions_move_to_the_next_server(servers, connect, udp_echo, mode):
             ask_until_answered(one, b"%d" % n)
         old = chain.replace()
         assert old.wait() == 0
-        begun = time.monotonic()
         for n, one in enumerate(several):
             ask_until_answered(one, b"%d again" % n)
-        figure("%s: 3 UDP sessions are answered by the next server after" % mode.name, "%.2f s" % (time.monotonic() - begun))
     assert "❌" not in client.output
     assert client.process.poll() is None
 
@@ -523,7 +463,7 @@ def test_reverse_tunnels_move_to_the_next_server(servers, ratrod, keys, tcp_echo
         assert receive_exactly(connection, 5) == b"first"
         old = chain.replace()
         old.wait_for(ENDING % FOREVER)
-        figure("a reverse tunnel listens at the next server after", "%.2f s" % elapsed(lambda: eventually(lambda: works(port), "it listens")))
+        eventually(lambda: works(port), "it listens at the next server")
         assert old.process.poll() is None
         exchange(port, b"after")
         slow.go_on.set()
@@ -551,7 +491,7 @@ def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow
     client = connect(server_port, "--drain", FOREVER, "R:0:127.0.0.1:%d" % slow.port)
     with dial(bound(client)) as connection:
         assert receive_exactly(connection, 5) == b"first"
-        client.process.send_signal(signal.SIGTERM)
+        client.process.send_signal(TERM)
         assert client.wait_for(ENDING % FOREVER).group(1) == "1"
         slow.go_on.set()
         assert receive_all(connection) == b"last"
@@ -570,7 +510,7 @@ def test_workers_drain_each(serve, connect, slow):
         connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
         for connection in connections:
             assert receive_exactly(connection, 5) == b"first"
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(TERM)
         server.wait_for(r"🛑 Ending")
         eventually(lambda: refused(server_port), "nobody listens any more")
         slow.go_on.set()
@@ -586,11 +526,11 @@ def test_workers_end_on_a_second_signal(serve, connect, target):
         connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
         for connection in connections:
             assert receive_exactly(connection, 1) == b"!"
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(TERM)
         server.wait_for(r"🛑 Ending")
         # Each worker takes the two signals by itself. One may still be at the first: two that wait are one to the kernel, so it is sent again.
         while True:
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(TERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 assert server.process.wait(0.2) in (0, 143)
                 break
@@ -600,8 +540,7 @@ def test_workers_end_on_a_second_signal(serve, connect, target):
 # ---------------------------------------------------------------------------------------------------- what cannot be
 
 
-@pytest.mark.parametrize("word", ["-1", "x", "nan", "inf", "1e400", ""])
-def test_no_time_to_drain(ratrod, keys, word):
-    program = ratrod("-k", keys.server.path, "serve", "--drain=" + word, "127.0.0.1:0")
-    assert program.wait() == 2
-    assert re.search("--drain", program.output), program.output
+def test_no_time_to_drain(keys):
+    words = ["-1", "x", "nan", "inf", "1e400", ""]
+    for word, (code, shown) in zip(words, run_each(["-k", keys.server.path, "serve", "--drain=" + word, "127.0.0.1:0"] for word in words)):
+        assert code == 2 and "--drain" in shown, (word, code, shown)
