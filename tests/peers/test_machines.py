@@ -1,11 +1,12 @@
 """More than one machine: the PROXY protocol, byte by byte; servers that share a key folder behind a real HAProxy; and what the README says of both.
 
-The rates and the load run longer with `RATROD_LONG=1 pytest -n0 -rP tests/test_machines.py` (-rP shows the figures).
+Every form of a PROXY header is in tests/unit/test_proxy_header.py; here are those of which more than the header counts.
+
+The rates and the load run longer with `RATROD_LONG=1 pytest -n0 -rP tests/peers/test_machines.py` (-rP shows the figures).
 """
 
 import contextlib
 import copy
-import ipaddress
 import os
 import re
 import selectors
@@ -22,6 +23,7 @@ from support import ratrod2_peer as peer
 from support.checked_load import Load
 from support.kernel import owner
 from support.keys import make_keys, seed_of
+from support.many_lines import run_each
 from support.pressure import LONG, figure, memory
 from support.programs import (
     LEGACY_E,
@@ -39,101 +41,35 @@ from support.programs import (
     tcp_port,
     udp_originator,
 )
+from support.proxy_headers import UNSPEC, addresses, introducing, tlv, v2
 from support.sockets import ask, ask_until_answered, dial, eventually, is_ready, port_of, receive_exactly, reset, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
+LOAD = 300 if LONG else 100  # whole connections before and after each event
 FOREVER = "600"  # longer than any test waits: what ends before it has not waited for it
 BALANCER, UNLISTED = "127.0.9.1", "127.0.9.2"
 LISTED = BALANCER + ",127.0.10.0/24,::1"
 
 # ---------------------------------------------------------------------------------------------------- PROXY headers
 
-SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-TCP4, UDP4, TCP6, UDP6, UNIX, UNSPEC = 0x11, 0x12, 0x21, 0x22, 0x31, 0x00
-
-
-def v2(body=b"", family=TCP4, command=1, version=2, length=None):
-    return SIGNATURE + struct.pack(">BBH", version << 4 | command, family, len(body) if length is None else length) + body
-
-
-def addresses(source, port=4711, destination=None):
-    """The part of a version 2 header that names both ends, TCP over IPv4 or IPv6."""
-    packed = [ipaddress.ip_address(text).packed for text in (source, destination or ("::2" if ":" in source else "10.0.0.2"))]
-    return b"".join(packed) + struct.pack(">HH", port, 19000)
-
-
-def introducing(source, port=4711):
-    return v2(addresses(source, port), TCP6 if ":" in source else TCP4)
-
-
-def tlv(kind, value):
-    return struct.pack(">BH", kind, len(value)) + value
-
-
 # What must be taken, and the client's address in the log; None: that of the proxy itself, for the header names none.
 TAKEN = {
     "v2 TCP4": (introducing("198.51.100.7"), "198.51.100.7:4711"),
-    "v2 TCP6": (introducing("2001:db8::7"), "[2001:db8::7]:4711"),
-    "v2 mapped IPv4": (introducing("::ffff:198.51.100.8"), "198.51.100.8:4711"),
     "v2 TLVs": (v2(addresses("198.51.100.9") + tlv(0x02, b"example.com") + tlv(0x04, bytes(40)) + tlv(0x20, bytes(60))), "198.51.100.9:4711"),
-    "v2 TCP6 and TLVs": (v2(addresses("2001:db8::9") + tlv(0x05, b"id"), TCP6), "[2001:db8::9]:4711"),
-    "v2 port 0": (introducing("198.51.100.10", 0), "198.51.100.10:0"),
-    "v2 loopback": (introducing("127.0.0.1"), "127.0.0.1:4711"),
     "v2 a listed source": (introducing(BALANCER), BALANCER + ":4711"),
-    "v2 no address at all": (introducing("0.0.0.0"), "0.0.0.0:4711"),
-    "v2 UNSPEC": (v2(family=UNSPEC), None),
-    "v2 UNSPEC with a body": (v2(bytes(20), UNSPEC), None),
-    "v2 UNIX": (v2(b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0"), UNIX), None),
-    "v1 TCP4": (b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", "198.51.100.11:4711"),
+    "v2 UNSPEC": (v2(bytes(20), UNSPEC), None),
     "v1 TCP6": (b"PROXY TCP6 2001:db8::11 ::2 4711 19000\r\n", "[2001:db8::11]:4711"),
     "v1 UNKNOWN": (b"PROXY UNKNOWN\r\n", None),
-    "v1 UNKNOWN and more": (b"PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", None),
-    "v1 the longest": (b"PROXY TCP6 " + b" ".join([b"ffff:" * 7 + b"ffff"] * 2) + b" 65535 65535\r\n",
-                       "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"),
 }
 REFUSED = {
     "no header": b"",
     "legacy without a header": b"\0" * 9,
-    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "v2 version 1": v2(addresses("198.51.100.7"), version=1),
-    "v2 version 3": v2(addresses("198.51.100.7"), version=3),
-    "v2 version 0": v2(addresses("198.51.100.7"), version=0),
-    "v2 command 2": v2(addresses("198.51.100.7"), command=2),
-    "v2 command 15": v2(addresses("198.51.100.7"), command=15),
-    "v2 family 4": v2(addresses("198.51.100.7"), 0x41),
-    "v2 family 15": v2(addresses("198.51.100.7"), 0xF1),
-    "v2 transport 3": v2(addresses("198.51.100.7"), 0x13),
-    "v2 TCP4 of length 0": v2(),
-    "v2 TCP4, a byte short": v2(addresses("198.51.100.7")[:-1]),
-    "v2 TCP6 with IPv4's length": v2(addresses("198.51.100.7"), TCP6),
-    "v2 TCP6, a byte short": v2(addresses("2001:db8::7")[:-1], TCP6),
-    "v2 length 65535": v2(addresses("198.51.100.7"), length=65535),
     "v2 length 65535, whole": v2(addresses("198.51.100.7") + bytes(65535 - 12)),
-    "v2 signature, last byte": SIGNATURE[:-1] + b"\r" + introducing("198.51.100.7")[12:],
     "v2 twice": introducing("198.51.100.7") * 2,
     "v2 then v1": introducing("198.51.100.7") + b"PROXY UNKNOWN\r\n",
     "v1 twice": b"PROXY UNKNOWN\r\n" * 2,
     "v1 without an end": b"PROXY UNKNOWN " + b"x" * 200,
-    "v1 one byte too long": b"PROXY UNKNOWN " + b"x" * 92 + b"\r\n",
-    "v1 a bare LF": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000\n",
-    "v1 lower case": b"proxy TCP4 198.51.100.7 10.0.0.2 4711 19000\r\n",
-    "v1 TCP5": b"PROXY TCP5 198.51.100.7 10.0.0.2 4711 19000\r\n",
-    "v1 no protocol": b"PROXY  198.51.100.7 10.0.0.2 4711 19000\r\n",
-    "v1 UDP4": b"PROXY UDP4 198.51.100.7 10.0.0.2 4711 19000\r\n",
-    "v1 IPv6 as TCP4": b"PROXY TCP4 2001:db8::7 ::2 4711 19000\r\n",
-    "v1 IPv4 as TCP6": b"PROXY TCP6 198.51.100.7 10.0.0.2 4711 19000\r\n",
-    "v1 two spaces": b"PROXY TCP4  198.51.100.7 10.0.0.2 4711 19000\r\n",
-    "v1 a field too many": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000 1\r\n",
-    "v1 a field too few": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711\r\n",
-    "v1 nothing": b"PROXY       \r\n",
-    "v1 an odd address": b"PROXY TCP4 127.1 10.0.0.2 4711 19000\r\n",
-    "v1 zeros in front": b"PROXY TCP4 198.051.100.007 10.0.0.2 4711 19000\r\n",
-    "v1 port 65536": b"PROXY TCP4 198.51.100.7 10.0.0.2 65536 19000\r\n",
-    "v1 port 04711": b"PROXY TCP4 198.51.100.7 10.0.0.2 04711 19000\r\n",
-    "v1 port -1": b"PROXY TCP4 198.51.100.7 10.0.0.2 -1 19000\r\n",
-    "v1 port of other digits": "PROXY TCP4 198.51.100.7 10.0.0.2 ٤٧١١ 19000\r\n".encode(),
-    "v1 not even ASCII": b"PROXY TCP4 \xff\xfe\x80 10.0.0.2 4711 19000\r\n",
     "v1 escape codes": b"PROXY TCP4 \x1b[31mred 10.0.0.2 4711 19000\r\n",
 }
 
@@ -252,8 +188,8 @@ def test_a_header_in_pieces(proxied, keys):
 def test_a_header_from_an_unlisted_source(proxied, keys):
     """Whoever could say so without being believed could be anybody: for those limits, and for the log."""
     server, port = proxied("--handshake-timeout", FOREVER)
-    for name in ("v2 TCP4", "v1 TCP4", "v2 UNSPEC"):
-        with introduced(port, TAKEN[name][0], UNLISTED) as sock:
+    for header in (introducing("198.51.100.7"), b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", v2(family=UNSPEC)):
+        with introduced(port, header, UNLISTED) as sock:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(b"ratrod2\n")
             assert silence_of(sock) == b""
@@ -327,43 +263,32 @@ class Introducer:
 # ---------------------------------------------------------------------------------------------------- limits behind a proxy
 
 
-@pytest.mark.parametrize("said", [b"", introducing("198.51.100.7")[:-1], b"PROXY TCP4 198.51", introducing("198.51.100.7")],
-                         ids=["nothing", "v2 but for a byte", "half of v1", "the header alone"])
-def test_cut_at_the_deadline(proxied, said):
-    _, port = proxied("--handshake-timeout", "1")
-    with introduced(port, said) as sock:
-        begun = time.monotonic()
-        assert silence_of(sock) == b""
-        took = time.monotonic() - begun
-    figure("a connection that said %d bytes of a header was cut, with --handshake-timeout 1, after" % len(said), "%.2f s" % took)
-    assert 0.9 < took < 10
-
-
-def test_a_drip_is_cut_at_the_deadline(proxied):
-    """Each byte must not start the time anew."""
-    _, port = proxied("--handshake-timeout", "1")
-    begun = time.monotonic()
-    with introduced(port, b"PROXY UNKNOWN ") as sock:
+def test_cut_at_the_deadline(proxied):
+    """Whatever part of it has been said; and a byte now and then must not start the time anew."""
+    _, port = proxied("--handshake-timeout", "0.5")
+    with contextlib.ExitStack() as stack:
+        drip, *silent = [stack.enter_context(introduced(port, said)) for said in (
+            b"PROXY UNKNOWN ", b"", introducing("198.51.100.7")[:-1], b"PROXY TCP4 198.51", introducing("198.51.100.7"))]
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             for _ in range(90):
-                sock.sendall(b"x")
-                if is_ended(sock):
+                drip.sendall(b"x")
+                if is_ended(drip):
                     raise ConnectionResetError
                 threading.Event().wait(0.1)  # the drip
-    assert time.monotonic() - begun < 8
+        assert [silence_of(sock) for sock in silent] == [b""] * len(silent)
 
 
 def test_limits_count_the_address_in_the_header(proxied, keys):
-    """Not the proxy's, or one of its clients could keep out all the others."""
-    server, port = proxied("--handshake-timeout", FOREVER, "--max-handshakes-per-source", "3")
+    """Not the proxy's, or one of its clients could keep out all the others. One authenticates itself and four wait; each more makes room."""
+    server, port = proxied("--handshake-timeout", FOREVER, "--max-handshakes-per-source", "1")
     with contextlib.ExitStack() as stack:
         def silent(source):
             return stack.enter_context(introduced(port, introducing(source)))
         one = [silent("198.51.100.7") for _ in range(10)]
-        eventually(lambda: len(still_open(one)) == 3, lambda: "3 of one address are left, not %d" % len(still_open(one)))
+        eventually(lambda: len(still_open(one)) <= 5, lambda: "5 of one address are left, not %d" % len(still_open(one)))
         others = [silent("198.51.100.%d" % n) for n in range(100, 120)]
         network = [silent("2001:db8:1:2::%x" % n) for n in range(1, 11)]
-        eventually(lambda: len(still_open(network)) == 3, lambda: "3 of one /64 are left, not %d" % len(still_open(network)))
+        eventually(lambda: len(still_open(network)) <= 5, lambda: "5 of one /64 are left, not %d" % len(still_open(network)))
         networks = [silent("2001:db8:1:%x::1" % n) for n in range(16, 26)]
         with introduced(port, introducing("203.0.113.5")) as sock:
             enter(sock, keys)
@@ -403,43 +328,39 @@ def test_a_claimed_address_is_only_an_address(proxied, keys):
     assert server.process.poll() is None
 
 
-THOUSAND = 1000
+MANY = 1000 if LONG else 300
 
 
-@pytest.mark.parametrize("header", [lambda n: b"", lambda n: introducing("198.51.100.7")[:-1], lambda n: introducing("10.9.%d.%d" % divmod(n, 200))],
-                         ids=["no header", "half a header", "1000 addresses"])
-def test_a_thousand_silent_ones_from_a_listed_source(proxied, keys, header):
+def test_many_silent_ones_from_a_listed_source(proxied, keys):
     """A proxy that has gone mad, or that an attacker hides behind: bounded, and the next honest client is served."""
     server, port = proxied()
     with introduced(port, introducing("203.0.113.5")) as sock:
         enter(sock, keys)
     files, size = descriptors(server), memory(server)
-    with contextlib.ExitStack() as stack:
-        socks = []
-        for n in range(THOUSAND):
-            socks.append(stack.enter_context(introduced(port, header(n))))
-            if n % 200 == 199:  # within the listener's queue
-                with introduced(port, introducing("203.0.113.6")) as sock:
-                    begun = time.monotonic()
-                    enter(sock, keys)
-                    took = time.monotonic() - begun
-        left, more = len(still_open(socks)), (memory(server) - size) >> 20
-        figure("%d silent connections from a listed source" % THOUSAND, "%d are kept, %d descriptors, %d MiB more; an honest one enters in %.2f s" % (
-            left, descriptors(server) - files, more, took))
-        assert left <= 4 * 64 and descriptors(server) - files <= 4 * 64 + 20 and more < 50
-    eventually(lambda: descriptors(server) <= files + 2, lambda: "what they took is free again: %d" % (descriptors(server) - files))
+    for what, header in (("no header", lambda n: b""), ("half a header", lambda n: introducing("198.51.100.7")[:-1]),
+                         ("an address each", lambda n: introducing("10.9.%d.%d" % divmod(n, 200)))):
+        with contextlib.ExitStack() as stack:
+            socks = []
+            for n in range(MANY):
+                socks.append(stack.enter_context(introduced(port, header(n))))
+                if n % 150 == 149:  # within the listener's queue
+                    with introduced(port, introducing("203.0.113.6")) as sock:
+                        enter(sock, keys)
+            left, more = len(still_open(socks)), (memory(server) - size) >> 20
+            seen = "%d are kept, %d descriptors, %d MiB more" % (left, descriptors(server) - files, more)
+            figure("%d silent connections from a listed source, %s" % (MANY, what), seen)
+            assert left <= 4 * 64 and descriptors(server) - files <= 4 * 64 + 20 and more < 50, (what, seen)
+        eventually(lambda: descriptors(server) <= files + 2, lambda: "what they took is free again: %d" % (descriptors(server) - files))
 
 
 WORDS = ["127.0.0.1,", ",", "localhost", "10.0.0.0/33", "10.0.0.1/8", "127.1", "0x7f000001", "10.0.0.1-10.0.0.9", "::1/129", "fe80::1%lo", "*",
          "10.0.0.1:80"]
 
 
-@pytest.mark.parametrize("word", WORDS)
-def test_what_is_no_source(ratrod, keys, word):
+def test_what_is_no_source(keys):
     """A network that nobody meant would let its hosts pretend to be anybody."""
-    program = ratrod("-k", keys.server.path, "serve", "--proxy-protocol", word, "127.0.0.1:0")
-    assert program.wait() == 2
-    program.wait_for("--proxy-protocol")
+    for word, (code, shown) in zip(WORDS, run_each(["-k", keys.server.path, "serve", "--proxy-protocol", word, "127.0.0.1:0"] for word in WORDS)):
+        assert code == 2 and "--proxy-protocol" in shown, (word, code, shown)
 
 
 def test_a_port_probe_leaves_nothing_in_the_log(serve):
@@ -544,7 +465,7 @@ def client_of(connect):
     return launch
 
 
-@pytest.mark.parametrize("n, send", [(2, "send-proxy-v2"), (3, "send-proxy-v2"), (2, "send-proxy")])
+@pytest.mark.parametrize("n, send", [(3, "send-proxy-v2"), (2, "send-proxy")])
 def test_tunnels_through_a_balancer(machines, client_of, tcp_echo, udp_echo, n, send):
     """Each server sees the client's own address, and that alone; UDP goes over one of them."""
     made = machines(n, send=send)
@@ -598,7 +519,7 @@ def test_health_checks_leave_nothing_in_the_log(serve, balance, send):
     loud, loud_port = serve("-v", "--proxy-protocol", "127.0.0.1")
     quiet, quiet_port = serve("--proxy-protocol", "127.0.0.1")
     made = balance(configuration([loud_port, quiet_port], send=send))
-    loud.wait_for("DEBUG", 10)
+    loud.wait_for("DEBUG", 4)
     assert made.program.process.poll() is None and "DOWN" not in made.program.output
     assert quiet.stop() == 0
     assert [line for line in quiet.lines if not re.search("Starting server|The server's key", line)] == []
@@ -653,12 +574,12 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
         by_server = [[one for one in held if one.server is server] for server in made.servers]
         assert all(by_server), [len(ones) for ones in by_server]
         with Load(tcp_port(client)) as load:
-            load.go_on(300)
+            load.go_on(LOAD)
             killed = time.monotonic()
             made.servers[0].process.kill()
             made.balancer.saw(0, "DOWN")
             seen = time.monotonic()
-            load.go_on(600 if not LONG else 10000)
+            load.go_on(2 * LOAD if not LONG else 10000)
             endings = [one.how_it_ended() for one in by_server[0]]
             for one in sum(by_server[1:], []):
                 one.talk()
@@ -668,7 +589,7 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
                 for _ in range(n):
                     enter(links.enter_context(dial(made.port)), keys)
                 made.servers[0].wait_for("Accepted")
-            load.go_on(300)
+            load.go_on(LOAD)
             for one in sum(by_server[1:], []):
                 one.talk()
     unseen = [failure for failure in load.failures if killed <= failure.at + failure.took and failure.at <= seen]
@@ -690,33 +611,34 @@ def test_each_server_restarted_in_turn_under_load(machines, connect, tcp_echo, m
     client.wait_for(READY)
     with Load(tcp_port(client)) as load:
         for number in range(len(made.servers)) if not LONG else [0, 1] * 10:
-            load.go_on(300)
+            load.go_on(LOAD)
             before = made.balancer.program.output.count("ratrod/s%d is DOWN" % number)
             assert made.servers[number].stop() == 0
             made.balancer.saw(number, "DOWN", before + 1)
-            load.go_on(300)
+            load.go_on(LOAD)
             made.restart(number)
             made.balancer.saw(number, "UP", before + 1)
-        load.go_on(300)
+        load.go_on(LOAD)
     figure("%s: 2 servers behind HAProxy restarted in turn under load" % mode.name, load)
     assert not load.failures, load.failures[:10]
 
 
 @pytest.mark.parametrize("mode", [RATROD2, LEGACY_E] if LONG else [RATROD2], ids=lambda mode: mode.name)
 def test_rates_with_one_and_two_servers(machines, serve, connect, tcp_echo, mode):
-    """On a machine of few cores all of it shares them, the load too: what shows is what the balancer and the second server cost. Each connection
-    of the original's protocol is a link of its own, which the balancer carries."""
+    """Figures, and a load that none of these may lose. On a machine of few cores all of it shares them, the load too: what shows is what the
+    balancer and the second server cost. Each connection of the original's protocol is a link of its own, which the balancer carries."""
     def measure(what, server_port, links):
         client = connect(server_port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
         client.wait_for(READY)
         with Load(tcp_port(client), threads=8) as load:
-            load.go_on(8000 if LONG else 500)
+            load.go_on(8000 if LONG else LOAD)
         client.stop()
         figure("%s, %s" % (mode.name, what), "%.0f new tunnel connections/s, on links %s" % (load.rate, links()))
         assert not load.failures, load.failures[:10]
-    server, port = serve("-v", *mode.serve)
-    measure("one server alone", port, lambda: sum("Accepted" in line for line in server.lines))
-    for n in (1, 2):
+    if LONG:
+        server, port = serve("-v", *mode.serve)
+        measure("one server alone", port, lambda: sum("Accepted" in line for line in server.lines))
+    for n in (1, 2) if LONG else (2,):
         made = machines(n, *mode.serve)
         measure("behind HAProxy: %d" % n, made.port, lambda made=made: made.links)
 
@@ -771,10 +693,10 @@ def test_the_readmes_haproxy_file_works(serve, balance, connect, tcp_echo):
     client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port)
     client.wait_for(READY)
     with Load(tcp_port(client)) as load:
-        load.go_on(200)
+        load.go_on(LOAD)
         assert started[0][0].stop() == 0
         made.program.wait_for("Server ratrod/%s is DOWN" % names[0])
-        load.go_on(200)
+        load.go_on(LOAD)
     figure("the README's HAProxy file, one of %d servers stopped under load" % len(names), load)
     assert not load.failures, load.failures[:10]
 

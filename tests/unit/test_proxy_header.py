@@ -1,0 +1,102 @@
+"""The PROXY headers of HAProxy's proxy-protocol.txt, versions 1 and 2, in memory: which are taken, with what address, and which are refused."""
+
+import pytest
+
+import ratrod
+from support.proxy_headers import SIGNATURE, TCP6, UNIX, UNSPEC, addresses, introducing, tlv, v2
+
+# What must be taken, and the client's address; None: the header names none.
+TAKEN = {
+    "v2 TCP4": (introducing("198.51.100.7"), ("198.51.100.7", 4711)),
+    "v2 TCP6": (introducing("2001:db8::7"), ("2001:db8::7", 4711)),
+    "v2 mapped IPv4": (introducing("::ffff:198.51.100.8"), ("198.51.100.8", 4711)),
+    "v2 TLVs": (v2(addresses("198.51.100.9") + tlv(0x02, b"example.com") + tlv(0x04, bytes(40)) + tlv(0x20, bytes(60))), ("198.51.100.9", 4711)),
+    "v2 TCP6 and TLVs": (v2(addresses("2001:db8::9") + tlv(0x05, b"id"), TCP6), ("2001:db8::9", 4711)),
+    "v2 port 0": (introducing("198.51.100.10", 0), ("198.51.100.10", 0)),
+    "v2 loopback": (introducing("127.0.0.1"), ("127.0.0.1", 4711)),
+    "v2 a listed source": (introducing("127.0.9.1"), ("127.0.9.1", 4711)),
+    "v2 no address at all": (introducing("0.0.0.0"), ("0.0.0.0", 4711)),
+    "v2 UNSPEC": (v2(family=UNSPEC), None),
+    "v2 UNSPEC with a body": (v2(bytes(20), UNSPEC), None),
+    "v2 UNIX": (v2(b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0"), UNIX), None),
+    "v1 TCP4": (b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", ("198.51.100.11", 4711)),
+    "v1 TCP6": (b"PROXY TCP6 2001:db8::11 ::2 4711 19000\r\n", ("2001:db8::11", 4711)),
+    "v1 UNKNOWN": (b"PROXY UNKNOWN\r\n", None),
+    "v1 UNKNOWN and more": (b"PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", None),
+    "v1 the longest": (b"PROXY TCP6 " + b" ".join([b"ffff:" * 7 + b"ffff"] * 2) + b" 65535 65535\r\n",
+                       ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 65535)),
+}
+REFUSED = {
+    "no header": b"",
+    "legacy without a header": b"\0" * 9,
+    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "v2 version 1": v2(addresses("198.51.100.7"), version=1),
+    "v2 version 3": v2(addresses("198.51.100.7"), version=3),
+    "v2 version 0": v2(addresses("198.51.100.7"), version=0),
+    "v2 command 2": v2(addresses("198.51.100.7"), command=2),
+    "v2 command 15": v2(addresses("198.51.100.7"), command=15),
+    "v2 family 4": v2(addresses("198.51.100.7"), 0x41),
+    "v2 family 15": v2(addresses("198.51.100.7"), 0xF1),
+    "v2 transport 3": v2(addresses("198.51.100.7"), 0x13),
+    "v2 TCP4 of length 0": v2(),
+    "v2 TCP4, a byte short": v2(addresses("198.51.100.7")[:-1]),
+    "v2 TCP6 with IPv4's length": v2(addresses("198.51.100.7"), TCP6),
+    "v2 TCP6, a byte short": v2(addresses("2001:db8::7")[:-1], TCP6),
+    "v2 length 65535": v2(addresses("198.51.100.7"), length=65535),
+    "v2 length 65535, whole": v2(addresses("198.51.100.7") + bytes(65535 - 12)),
+    "v2 signature, last byte": SIGNATURE[:-1] + b"\r" + introducing("198.51.100.7")[12:],
+    "v1 without an end": b"PROXY UNKNOWN " + b"x" * 200,
+    "v1 one byte too long": b"PROXY UNKNOWN " + b"x" * 92 + b"\r\n",
+    "v1 a bare LF": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000\n",
+    "v1 lower case": b"proxy TCP4 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 TCP5": b"PROXY TCP5 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 no protocol": b"PROXY  198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 UDP4": b"PROXY UDP4 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 IPv6 as TCP4": b"PROXY TCP4 2001:db8::7 ::2 4711 19000\r\n",
+    "v1 IPv4 as TCP6": b"PROXY TCP6 198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 two spaces": b"PROXY TCP4  198.51.100.7 10.0.0.2 4711 19000\r\n",
+    "v1 a field too many": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000 1\r\n",
+    "v1 a field too few": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711\r\n",
+    "v1 nothing": b"PROXY       \r\n",
+    "v1 an odd address": b"PROXY TCP4 127.1 10.0.0.2 4711 19000\r\n",
+    "v1 zeros in front": b"PROXY TCP4 198.051.100.007 10.0.0.2 4711 19000\r\n",
+    "v1 port 65536": b"PROXY TCP4 198.51.100.7 10.0.0.2 65536 19000\r\n",
+    "v1 port 04711": b"PROXY TCP4 198.51.100.7 10.0.0.2 04711 19000\r\n",
+    "v1 port -1": b"PROXY TCP4 198.51.100.7 10.0.0.2 -1 19000\r\n",
+    "v1 port of other digits": "PROXY TCP4 198.51.100.7 10.0.0.2 ٤٧١١ 19000\r\n".encode(),
+    "v1 not even ASCII": b"PROXY TCP4 \xff\xfe\x80 10.0.0.2 4711 19000\r\n",
+    "v1 escape codes": b"PROXY TCP4 \x1b[31mred 10.0.0.2 4711 19000\r\n",
+}
+WHAT_FOLLOWS = b"ratrod2\n" + b"\0\x23" + bytes(135)
+
+
+def read(data, most=1 << 20):
+    """(the header, how many bytes of `data` it took) where it gets at most `most` at a time."""
+    header, at = ratrod.ProxyHeader(), 0
+    while header.wanted and at < len(data):
+        n = min(header.wanted, most)
+        header.receive_data(data[at:at + n])
+        at += n
+    return header, at
+
+
+@pytest.mark.parametrize("most", [1, 1 << 20], ids=["byte by byte", "at once"])
+def test_every_header_that_must_be_taken(most):
+    """Nothing of what follows is read: it is the client's."""
+    for name, (data, source) in TAKEN.items():
+        header, took = read(data + WHAT_FOLLOWS, most)
+        assert (header.wanted, took, header.source, header.is_local) == (0, len(data), source, False), name
+
+
+def test_every_header_that_cannot_be():
+    for name, data in REFUSED.items():
+        with pytest.raises(ratrod.RemoteProtocolError):
+            header, took = read(data + WHAT_FOLLOWS)
+            pytest.fail("%s: it took %d bytes, wants %d more, and names %s" % (name, took, header.wanted, header.source))
+
+
+def test_local_is_the_proxys_own():
+    """A health check names nobody, whatever its addresses say."""
+    for data in (v2(family=UNSPEC, command=0), v2(addresses("198.51.100.7"), command=0), v2(bytes(300), 0x33, command=0)):
+        header, took = read(data + WHAT_FOLLOWS)
+        assert (header.wanted, took, header.source, header.is_local) == (0, len(data), None, True), data
