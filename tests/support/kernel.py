@@ -10,7 +10,7 @@ ESTABLISHED, LISTEN = "01", "0A"
 
 
 class Row(NamedTuple):
-    """A TCP socket over IPv4 of this machine."""
+    """A TCP socket over IPv4."""
 
     state: str
     local: int
@@ -19,8 +19,9 @@ class Row(NamedTuple):
     inode: str
 
 
-def rows():
-    for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+def rows(pid="self"):
+    """The TCP sockets over IPv4 of a process' network namespace."""
+    for line in pathlib.Path("/proc/%s/net/tcp" % pid).read_text().splitlines()[1:]:
         words = line.split()
         local, remote = (int(word.rpartition(":")[2], 16) for word in words[1:3])
         yield Row(words[3], local, remote, int(words[4].partition(":")[2], 16), words[9])

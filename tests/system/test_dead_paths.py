@@ -1,15 +1,13 @@
 """Paths and programs that fall silent without a word: packets that are dropped, and processes that are stopped.
 
 The path is a namespace's own loopback: client, server, originators and targets are all inside, and nftables drops what arrives for the
-link's port. In CI the times are a tenth of PROTOCOL.md's. Whole, with the real times, about 6 minutes:
+link's port. Here the times are about a twentieth of PROTOCOL.md's. Whole, with the real times, about 6 minutes:
 
-    RATROD_LONG=1 pytest -n0 -s --timeout=1200 tests/test_dead_paths.py
+    RATROD_LONG=1 pytest -n0 -s --timeout=1200 tests/system/test_dead_paths.py
 """
 
 import concurrent.futures
 import contextlib
-import pathlib
-import re
 import select
 import signal
 import socket
@@ -21,23 +19,23 @@ from typing import NamedTuple
 import pytest
 
 import ratrod
+from support.kernel import ESTABLISHED, LISTEN, rows
 from support.pressure import LONG, figure, scaled
-from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, READY, STARTED, missing, need, tcp_port, udp_port
-from support.sockets import ask, dial, port_of, push_until_stuck, reset
+from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, STARTED, missing, need, tcp_port, udp_port
+from support.sockets import ask, dial, outcome_of, port_of, push_until_stuck, reset
 from support.targets import Target, UdpEcho, echo
-from support.traffic import ALL, END, RESET, Traffic
+from support.traffic import ALL, RESET, Traffic
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-TENTH = {"keepalive": 2.0, "silence": 4.5, "trusted": 3.0}
-REAL = {"keepalive": 20.0, "silence": 45.0, "trusted": 30.0}
+# As short as a busy machine allows: a program may stand still for `silence` less `keepalive`, 1.7 s, and nobody takes it for dead.
+SHORT = {"keepalive": 0.8, "silence": 2.5, "trusted": 1.8, "sweep_interval": 0.2}
+REAL = {"keepalive": 20.0, "silence": 45.0, "trusted": 30.0, "sweep_interval": 1.0}
 OFTEN = {**REAL, "keepalive": 1.0}  # an outage meets Keepalives on every link: those are sent again ever more rarely, and hold up what follows
-TIMES = REAL if LONG else TENTH
-# PROTOCOL.md promises 60 s. A tenth of that, twice the second that a look at all links takes and does not scale, and a second for a busy
-# machine: less than twice the silence.
-NOTICED_WITHIN = 60 if LONG else 9
+TIMES = REAL if LONG else SHORT
+# PROTOCOL.md promises 60 s. Of the short times: the silence, two looks at all links, and as much again for a busy machine.
+NOTICED_WITHIN = 60 if LONG else 6
 LISTENS_BACK = r"listens on `[^`]*:(\d+)`"
-ESTABLISHED, LISTENS = "01", "0A"  # in /proc/net/tcp
 
 
 # ---------------------------------------------------------------------------------------------------- a silent path
@@ -94,9 +92,7 @@ def site(namespace, start, keys):
 
 def tcp_sockets(program, state):
     """(local port, remote port) of all TCP sockets in the program's namespace that are in this state."""
-    found = re.findall(r"^ *\d+: [0-9A-F]+:([0-9A-F]{4}) [0-9A-F]+:([0-9A-F]{4}) %s " % state,
-                       pathlib.Path("/proc/%d/net/tcp" % program.process.pid).read_text(), re.M)
-    return {(int(local, 16), int(remote, 16)) for local, remote in found}
+    return {(row.local, row.remote) for row in rows(program.process.pid) if row.state == state}
 
 
 # ---------------------------------------------------------------------------------------------------- keepalive, state by state
@@ -181,13 +177,13 @@ def test_a_dead_path_is_noticed_in_each_state(site):
         links = Links(server, port, traffic.streams)
         listens_until = None
         with silence(site.namespace, port) as dark:
-            time.sleep(0.5)  # both sides hold back when the path dies, and read on after it
+            time.sleep(0.3)  # both sides hold back when the path dies, and read on after it
             for state in BOTH_GO_ON:
                 streams[state].flow()
             awaited = [end for state, stream in streams.items() if state is not BOTH_HOLD for end in stream.ends]
             while time.monotonic() < dark + 1.5 * NOTICED_WITHIN:
                 links.look()
-                if listens_until is None and (reverse_port, 0) not in tcp_sockets(server, LISTENS):
+                if listens_until is None and (reverse_port, 0) not in tcp_sockets(server, LISTEN):
                     listens_until = time.monotonic()
                 if all(end.over for end in awaited) and len(links.since) == 2 and listens_until:
                     break
@@ -209,16 +205,16 @@ def test_a_dead_path_is_noticed_in_each_state(site):
     assert listens_until, "the server listens for a client that is gone"
     times = [end.when - dark for end in awaited] + [when - dark for when in links.since.values()]
     assert max(times) < NOTICED_WITHIN
-    # What was heard last may be a Keepalive and the second of a look at all links old.
-    assert min(times) > TIMES["silence"] - TIMES["keepalive"] - 1.2
+    # What was heard last may be a Keepalive and a look at all links old.
+    assert min(times) > TIMES["silence"] - TIMES["keepalive"] - TIMES["sweep_interval"] - 0.2
 
 
 @pytest.mark.timeout(400)
 def test_a_slow_reader_is_never_cut(site):
     """Stalls longer than `silence`, then a byte now and then: whoever holds back does not judge by time, and the other
     side hears its Keepalives."""
-    stall, pause = (60, 5.0) if LONG else (6, 0.5)
-    size = 24 << 20
+    stall, pause = (60, 5.0) if LONG else (3.5, 0.3)
+    size = 20 << 20
     _, port = site.serve(limits=TIMES)
     listener = site.listener()
     local_port = tcp_port(site.connect(port, "0:127.0.0.1:%d" % port_of(listener), limits=TIMES))
@@ -275,14 +271,17 @@ class Outage(NamedTuple):
             self.mode.name, self.limits["keepalive"], self.limits["silence"], self.seconds, "connections" if self.comes else "nothing")
 
 
-OUTAGES = [Outage(seconds, mode, limits, comes)
-           for mode, limits, times in (
-               (RATROD2, REAL, (1, 5, 15, 24) if LONG else (1, 5)),
-               (RATROD2, TENTH, (1, 5, 15) if LONG else (8,)),
-               (RATROD2, OFTEN, (5, 15) if LONG else (15,)),
-               (LEGACY, REAL, (1, 5, 15) if LONG else (5,)),
-               (LEGACY_E, REAL, (5,) if LONG else ()))
-           for seconds in times for comes in (False, True)]
+def outages(mode, limits, *times, comes=(False, True)):
+    return [Outage(seconds, mode, limits, come) for seconds in times for come in comes]
+
+
+# TCP tries again 6.3 s after what was lost first, and then after 12.7 s: a link that somebody waits for at 7.4 s answers 5 s later.
+OUTAGES = [
+    *outages(RATROD2, REAL, 1, 5, 15, 24), *outages(RATROD2, SHORT, 1, 3, 8), *outages(RATROD2, OFTEN, 5, 15),
+    *outages(LEGACY, REAL, 1, 5, 15), *outages(LEGACY_E, REAL, 5),
+] if LONG else [
+    *outages(RATROD2, REAL, 4), *outages(RATROD2, SHORT, 4, comes=(True,)), *outages(RATROD2, OFTEN, 7.4), *outages(LEGACY, REAL, 4, comes=(True,)),
+]
 
 
 class Answers:
@@ -297,16 +296,7 @@ class Answers:
         self._asked.append(self._pool.submit(self._ask, time.monotonic()))
 
     def _ask(self, since):
-        try:
-            with socket.create_connection(("127.0.0.1", self._port), timeout=PATIENCE) as connection:
-                connection.sendall(b"anybody there?")
-                answer = connection.recv(100)
-            how = "answered" if answer == b"anybody there?" else END
-        except ConnectionResetError:
-            how = RESET
-        except OSError as error:
-            how = str(error)
-        return how, since, time.monotonic()
+        return outcome_of(self._port), since, time.monotonic()
 
     def all(self):
         return [asked.result() for asked in self._asked]
@@ -399,8 +389,8 @@ class Recovery:
             "; meanwhile %d answered, %d reset" % tuple(sum(how == wanted for how, _, _ in meanwhile) for wanted in ("answered", RESET))
             if meanwhile else ""))
         assert [how for how, _, _ in before + after] == ["answered"] * (1 + len(after)), (self.outage, before, after)
-        # Two seconds are promised; five times that on a busy machine.
-        assert max(when - since for _, since, when in after) < 10, self.outage
+        # Two seconds are promised; more on a busy machine, but less than a link would take whose last bytes are still being sent again.
+        assert max(when - since for _, since, when in after) < (10 if LONG else 5), self.outage
         assert None not in others.values() and max(others.values()) < 10, (self.outage, others)
         if TRIES_SOON and self.outage.mode is RATROD2 and went_on:  # within five seconds, and the two that were spent on new connections
             assert went_on < 14, self.outage
@@ -429,7 +419,7 @@ class Suspended:
 
     def __init__(self, who, limits, start, keys, listener_port, echo_port):
         self.who, self.limits = who, limits
-        program = RATROD if limits is REAL else scaled(**limits)
+        program = scaled(**limits)
         self.server = start(*program, "-k", keys.server.path, "serve", "127.0.0.1:0")
         port = int(self.server.wait_for(STARTED).group(1))
         self.client = start(*program, "-k", keys.client.path, "connect", "127.0.0.1:%d" % port,
@@ -451,10 +441,10 @@ class Suspended:
 
 @pytest.mark.timeout(400)
 def test_a_suspended_process(start, keys, tcp_echo, listener):
-    """SIGSTOP for 12 s: within the real times nothing may be lost; with a tenth of them, and after 2 minutes, the other side has given up, and
+    """SIGSTOP for 5 s: within the real times nothing may be lost; with the short ones, and after 2 minutes, the other side has given up, and
     whatever was in flight shows that. New connections work at once after it."""
-    seconds = 120 if LONG else 12
-    pairs = [Suspended(who, limits, start, keys, port_of(listener), tcp_echo.port) for who in ("server", "client") for limits in (REAL, TENTH)]
+    seconds = 120 if LONG else 5
+    pairs = [Suspended(who, limits, start, keys, port_of(listener), tcp_echo.port) for who in ("server", "client") for limits in (REAL, SHORT)]
     with Traffic() as traffic:
         for pair in pairs:
             pair.begin(traffic, listener)
@@ -492,18 +482,18 @@ def test_a_suspended_process(start, keys, tcp_echo, listener):
 # ---------------------------------------------------------------------------------------------------- a reset that nobody reads
 
 
-@pytest.mark.parametrize("side", ["originator", "target"])
-def test_a_reset_reaches_who_does_not_read(start, keys, listener, side):
+def test_a_reset_reaches_who_does_not_read(start, keys, listener):
     """Nobody reads the socket that is reset, because what it sent before has not been taken, nor the link for the same reason."""
-    program = scaled(keepalive=1.0, drain_timeout=0.5)
+    program = scaled(keepalive=0.5, drain_timeout=0.5, sweep_interval=0.2)
     server = start(*program, "-k", keys.server.path, "serve", "127.0.0.1:0")
     client = start(*program, "-k", keys.client.path, "connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1),
                    "0:127.0.0.1:%d" % port_of(listener))
     client.wait_for(READY)
-    with dial(tcp_port(client)) as originator, listener.accept()[0] as target:
-        sender, reader = (originator, target) if side == "originator" else (target, originator)
-        push_until_stuck(sender)
-        reset(sender)
-        poll = select.poll()
-        poll.register(reader, 0)  # errors alone
-        assert poll.poll(1000 * PATIENCE), "nobody has told it"
+    for side in ("originator", "target"):
+        with dial(tcp_port(client)) as originator, listener.accept()[0] as target:
+            sender, reader = (originator, target) if side == "originator" else (target, originator)
+            push_until_stuck(sender)
+            reset(sender)
+            poll = select.poll()
+            poll.register(reader, 0)  # errors alone
+            assert poll.poll(1000 * PATIENCE), "nobody has told it of the reset by the %s" % side
