@@ -377,3 +377,9 @@ class Server(Peer):
         self.receive_authentication()
         self.send_completion()
         return self
+
+    def echo(self):
+        """The handshake, then whatever comes, back."""
+        self.handshake()
+        for message in iter(self.receive, None):
+            self.send(message)
