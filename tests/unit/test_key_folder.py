@@ -1,0 +1,349 @@
+"""A key folder: what is written into a new one, what is wrong with one, known_hosts, and the two questions that are asked of a user."""
+
+import base64
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import signal
+import stat
+import threading
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import ratrod
+from ratrod import AuthenticationError, ConfigError, KeyFolder, KnownHosts
+from support.keys import base64url, make_keys
+
+posix = pytest.mark.skipif(os.name != "posix", reason="other systems have other permissions")
+
+
+def snapshot(folder):
+    """Every path under `folder` with its contents: what must be the same afterwards."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+# ---------------------------------------------------------------------------------------------------- making one
+
+
+def test_keys_are_in_the_home_folder_or_where_k_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    pair = KeyFolder().generate()
+    # The folder, or the key file itself.
+    for path in (None, "~/.ratrod", str(tmp_path / ".ratrod"), str(tmp_path / ".ratrod" / "key")):
+        assert KeyFolder(path).load() == pair and KeyFolder(path).path == str(tmp_path / ".ratrod"), path
+    assert KeyFolder(str(tmp_path / "deep" / "new")).generate() != pair, "two runs made the same key"
+
+
+def test_what_is_there_already_is_kept(tmp_path):
+    """Somebody who prepared the lists first must not lose them, and the folder's other files are none of ratrod's business."""
+    (tmp_path / "authorized_keys").write_text("# prepared\n")
+    (tmp_path / "notes").write_text("mine\n")
+    KeyFolder(str(tmp_path)).generate()
+    assert (tmp_path / "authorized_keys").read_text() == "# prepared\n" and (tmp_path / "notes").read_text() == "mine\n"
+    assert {path.name for path in tmp_path.iterdir()} == {*ratrod.KEY_FILES, "notes"}
+
+
+def test_a_public_key_without_its_key_is_not_overwritten(tmp_path):
+    """Whoever lost `key` may still want to know which one it was."""
+    (tmp_path / "key.pub").write_text("x" * 43)
+    with pytest.raises(ConfigError, match="key.pub"):
+        KeyFolder(str(tmp_path)).generate()
+    assert snapshot(tmp_path) == {"key.pub": b"x" * 43}
+
+
+def test_keys_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (str(tmp_path / "file" / "sub"), "/proc/no-such-folder"):
+        with pytest.raises(ConfigError, match=path):
+            KeyFolder(path).generate()
+
+
+# ---------------------------------------------------------------------------------------------------- reading one
+
+
+def public_of(seed):
+    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+
+
+def der(seed, public, prefix="3051020101300506032b657004220420", middle="812100"):
+    return base64url(bytes.fromhex(prefix) + seed + bytes.fromhex(middle) + public)
+
+
+SEED = bytes(range(32))
+GOOD = der(SEED, public_of(SEED))
+BAD_KEY_FILES = {
+    "empty": b"",
+    "short": GOOD[:-1].encode(),
+    "long": GOOD.encode() + b"A",
+    "four characters more": GOOD.encode() + b"AAAA",
+    "padded": GOOD.encode() + b"=",
+    "not base64url": GOOD[:50].encode() + b"!" + GOOD[51:].encode(),
+    "the other alphabet": GOOD[:50].encode() + b"+" + GOOD[51:].encode(),
+    # Python's decoder skips what it does not know: the length alone would not show these.
+    "a character to skip inside": GOOD[:50].encode() + b" " + GOOD[50:].encode(),
+    "a line end inside": GOOD[:50].encode() + b"\n" + GOOD[50:].encode(),
+    # 83 bytes leave two bits of the last character unused: it decodes to the same bytes, but is not the same text.
+    "unused bits set": GOOD[:-1].encode() + bytes([GOOD[-1].encode()[0] + 1]),
+    "not text": b"\xff\xfe" + GOOD[2:].encode(),
+    "a null byte": GOOD.encode() + b"\0",
+    "another kind of key": der(SEED, public_of(SEED), prefix="3051020101300506032b656e04220420").encode(),
+    "no public half": base64url(bytes.fromhex("302e020100300506032b657004220420") + SEED).encode(),
+    "another key's public half": der(SEED, public_of(SEED[::-1])).encode(),
+    "the public key": base64url(public_of(SEED)).encode(),
+    "an OpenSSH key": b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_KEY_FILES)
+def test_a_bad_key_file(tmp_path, name):
+    (tmp_path / "key").write_bytes(BAD_KEY_FILES[name])
+    folder = KeyFolder(str(tmp_path))
+    # It is not taken for a missing one, which would be overwritten.
+    assert folder.exists()
+    pytest.raises(ConfigError, folder.generate)
+    with pytest.raises(ConfigError) as raised:
+        folder.load()
+    assert str(tmp_path / "key") in str(raised.value)
+    assert GOOD[22:60] not in str(raised.value), "a part of a private key was shown"
+    assert snapshot(tmp_path) == {"key": BAD_KEY_FILES[name]}
+
+
+def test_a_good_key_file_and_white_space_around_it(tmp_path):
+    """White space is an editor's, and the original's reader strips it too."""
+    keys = make_keys(tmp_path / "keys", SEED)
+    for around in ("%s", "%s\n", "%s\r\n", " %s\t\n\n"):
+        for file, text in (("key", GOOD), ("key.pub", keys.public)):
+            (keys.path / file).write_bytes((around % text).encode())
+        folder = KeyFolder(str(keys.path))
+        assert folder.load().seed == SEED and not folder.warnings, around
+
+
+def test_a_key_pub_that_does_not_belong(tmp_path):
+    """The identity is always derived from the seed. A wrong key.pub misleads only the person who copies it, so that person is told."""
+    keys = make_keys(tmp_path / "keys", SEED)
+    for public in (make_keys(tmp_path / "other").public, "garbage\n", "", None):
+        (keys.path / "key.pub").unlink()
+        if public is not None:
+            (keys.path / "key.pub").write_text(public)
+        before = snapshot(keys.path)
+        folder = KeyFolder(str(keys.path))
+        assert folder.load().public == public_of(SEED)
+        assert len(folder.warnings) == 1 and "key.pub" in folder.warnings[0] and folder.warnings[0].endswith(keys.public), public
+        assert snapshot(keys.path) == before
+        (keys.path / "key.pub").touch()
+
+
+@posix
+@pytest.mark.parametrize("modes, warned", [
+    ({}, None),
+    # Only warned: the original itself writes 0644, and its keys must keep working.
+    ({"key": 0o644}, "key"),
+    # Whoever can change the lists lets himself in, or sends clients to another server.
+    ({"authorized_keys": 0o620}, "authorized_keys"),
+    ({"known_hosts": 0o602}, "known_hosts"),
+    ({"": 0o720}, ""),
+    ({"authorized_keys": 0o644}, None),
+    ({"": 0o755}, None),
+    # In a folder as /tmp nobody replaces what is another's; a sticky file is no such folder.
+    ({"": 0o1777}, None),
+    ({"known_hosts": 0o1666}, "known_hosts"),
+    # With umask 002, which some systems have, what an editor makes can be written by a group. Others cannot reach it here.
+    ({"": 0o700, "authorized_keys": 0o664}, None),
+], ids=lambda value: ",".join("%s %o" % item for item in value.items()) if isinstance(value, dict) else "-")
+def test_what_others_can_read_or_change_is_warned_about(tmp_path, modes, warned):
+    keys = make_keys(tmp_path / "keys")
+    for name, mode in {"": 0o755, **modes}.items():
+        (keys.path / name).chmod(mode)
+    folder = KeyFolder(str(keys.path))
+    folder.load()
+    path = keys.path / warned if warned is not None else None
+    expected = [] if path is None else ["`%s` can be %s by others (mode %04o)" % (path, "read" if warned == "key" else "changed", modes[warned])]
+    assert len(folder.warnings) == len(expected), folder.warnings
+    for text, warning in zip(expected, folder.warnings):
+        assert text in warning and warning.endswith("chmod %s %s" % ("600" if warned == "key" else "go-w", path)), warning
+    assert all(stat.S_IMODE((keys.path / name).stat().st_mode) == mode for name, mode in modes.items())
+
+
+# ---------------------------------------------------------------------------------------------------- known_hosts
+
+SERVER, OTHER = (base64url(bytes((n,)) * 32) for n in (1, 2))
+UNKNOWN, CHANGED = "is not in the known hosts file", "HAS CHANGED"
+VERDICTS = {
+    UNKNOWN: ["", "{other}", "{other} {address}0", "{server} elsewhere:1", "{server} {address}0", "# {server} {address}", "{server}x {address}",
+              "{address} {server}", "{other}\n{server} elsewhere:1"],
+    # A bare key counts only where no line is bound to the address.
+    CHANGED: ["{other} {address}", "{server}\n{other} {address}", "{other} {address}\n{server}", "{server} elsewhere:1\n{other} {address}"],
+    "": ["{server} {address}", "{server}", "  {server}\t{address}\r", "{server}\n{other} elsewhere:1", "{other}\n{server}",
+         "{other} {address}\n{server} {address}"],
+}
+
+
+def verdict(known, key=SERVER, address="127.0.0.1:1"):
+    try:
+        known.check(ratrod.decode_key(key), address)
+    except AuthenticationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("expected", VERDICTS, ids=["unknown", "changed", "known"])
+def test_what_a_file_says_of_a_server(tmp_path, expected):
+    path = tmp_path / "known_hosts"
+    for lines in VERDICTS[expected]:
+        path.write_bytes(lines.format(server=SERVER, other=OTHER, address="127.0.0.1:1").encode() + b"\n")
+        said = verdict(KnownHosts(str(path)))
+        assert expected in said and bool(said) == bool(expected), (lines, said)
+
+
+def test_of_several_changed_lines_one_is_named(tmp_path):
+    path, third = tmp_path / "known_hosts", base64url(b"\3" * 32)
+    path.write_text("%s 127.0.0.1:1\n# both\n%s 127.0.0.1:1\n" % (OTHER, third))
+    said = verdict(KnownHosts(str(path)))
+    assert "line 1 of `%s` says `%s`" % (path, OTHER) in said or "line 3 of `%s` says `%s`" % (path, third) in said, said
+
+
+def test_what_is_in_the_file_stays(tmp_path):
+    """In a file without a last newline too, the last line must not grow, nor the new one be lost in it. It is found again behind any of them."""
+    path = tmp_path / "known_hosts"
+    other, line = OTHER.encode(), b"%s 127.0.0.1:1\n" % SERVER.encode()
+    for before in (None, b"", b"\n", b"# my servers", other + b" elsewhere:1", other + b" elsewhere:1\n", other + b" elsewhere:1\r\n", other,
+                   b"\xff\xfe not text \x00", other + b" elsewhere:1\n\n# end", b"x" * 100_000):
+        if before is not None:
+            path.write_bytes(before)
+            path.chmod(0o644)
+        assert KnownHosts(str(path)).add(b"\1" * 32, "127.0.0.1:1") == ""
+        assert path.read_bytes() == (before or b"") + (b"\n" if before and not before.endswith(b"\n") else b"") + line
+        assert stat.S_IMODE(path.stat().st_mode) == (0o600 if before is None else 0o644)
+        assert verdict(KnownHosts(str(path))) == "", before
+
+
+def test_a_link_in_its_place_stays_one(tmp_path):
+    """Whoever keeps the file elsewhere, as in a repository of their settings, finds the new line there."""
+    path = tmp_path / "known_hosts"
+    path.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("")
+    assert KnownHosts(str(path)).add(b"\1" * 32, "127.0.0.1:1") == ""
+    assert path.is_symlink() and (tmp_path / "elsewhere").read_text() == SERVER + " 127.0.0.1:1\n"
+
+
+def test_several_clients_write_at_once(tmp_path):
+    """Different servers, one file: no line is lost or mixed with another."""
+    path = tmp_path / "known_hosts"
+    path.write_text("# no newline")
+    together = threading.Barrier(8)
+
+    def add(n):
+        known = KnownHosts(str(path))
+        together.wait()
+        for port in range(1, 21):
+            known.add(bytes((n,)) * 32, "127.0.0.1:%d" % port)
+    threads = [threading.Thread(target=add, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Each of them that saw no newline at the end has begun with one.
+    lines = [line for line in path.read_text().split("\n") if line]
+    assert lines[0] == "# no newline"
+    assert sorted(lines[1:]) == sorted("%s 127.0.0.1:%d" % (base64url(bytes((n,)) * 32), port) for n in range(8) for port in range(1, 21))
+
+
+def test_a_file_that_cannot_be_written_holds_for_this_run(tmp_path):
+    """With that key alone: also a file that cannot be written must not become -a."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "no" / "folder")
+    for name in ("folder", "dangling"):
+        known = KnownHosts(str(tmp_path / name))
+        assert "cannot write to `%s`" % (tmp_path / name) in known.add(b"\1" * 32, "127.0.0.1:1")
+        assert verdict(known) == "" and UNKNOWN in verdict(known, address="127.0.0.1:2")
+        said = verdict(known, OTHER)
+        assert CHANGED in said and "what was accepted before says `%s`" % SERVER in said
+        assert UNKNOWN in verdict(KnownHosts(str(tmp_path / name)))
+
+
+# ---------------------------------------------------------------------------------------------------- the questions
+
+
+@pytest.fixture
+def typing(monkeypatch):
+    """typing(text): what comes from stdin from now on, and then its end."""
+    return lambda text: monkeypatch.setattr("sys.stdin", None if text is None else io.StringIO(text))
+
+
+def test_the_first_run_declined(tmp_path, typing, capsys):
+    for typed in ("n\n", "", "\n", "perhaps\n", "y es\n", None):
+        typing(typed)
+        # What to do instead is part of a clear error.
+        with pytest.raises(ConfigError, match="`%s`.*ratrod keygen" % (tmp_path / "new")):
+            ratrod.ensure_keys(KeyFolder(str(tmp_path / "new")))
+        assert ratrod.QUESTION in capsys.readouterr().out
+        assert not (tmp_path / "new").exists(), typed
+
+
+def test_the_first_run_accepted(tmp_path, typing, capsys):
+    for n, typed in enumerate(("y\n", "Y\r\n", " yes", "YES\n")):
+        typing(typed)
+        folder = KeyFolder(str(tmp_path / str(n)))
+        for _ in range(2):  # the second run finds them, and asks nothing
+            ratrod.ensure_keys(folder)
+            folder.load()
+        assert capsys.readouterr().out.count(ratrod.QUESTION) == 1
+
+
+def fingerprint(public):
+    """As `ssh-keygen -l` shows one: of the 32 raw bytes of the key."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(ratrod.decode_key(public)).digest()).rstrip(b"=").decode()
+
+
+RIGHT, WRONG = fingerprint(SERVER), fingerprint(OTHER)
+# Above all a fingerprint that somebody pasted and that is another one's: it must not be taken for a yes, nor end it.
+ASKED_AGAIN = ["", "y", "perhaps", "yes please", "no!", "SHA256:", RIGHT.partition(":")[0], WRONG, RIGHT[:-1], RIGHT + "x", RIGHT.lower(), OTHER,
+               SERVER[:-1], "\u00fc\u6771", "\x00", "\x1b[A", "y" * 2000]
+
+
+def test_the_question_about_an_unknown_server(typing, capsys):
+    error = ratrod.UnknownHost(b"\1" * 32, "127.0.0.1:1", "known_hosts")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for answer, accepted in (("yes", True), ("YES", True), ("yes ", True), (" yes", True), ("\tyes", True), (RIGHT, True), (SERVER, True),
+                             ("no", False), ("n", False), (" No", False)):
+        for before in ([], ASKED_AGAIN):
+            typing("".join(line + "\n" for line in [*before, answer]))
+            assert ratrod.ask_host(error) is accepted, answer
+            shown = capsys.readouterr().err
+            assert shown.count("(yes/no/[fingerprint])? ") == 1
+            assert shown.count("Please type 'yes', 'no' or the fingerprint: ") == len(before)
+            assert "127.0.0.1:1" in shown and SERVER in shown and RIGHT + "." in shown
+    # An end of file declines, also behind an answer that is none.
+    for typed in ("", "maybe\n"):
+        typing(typed)
+        assert ratrod.ask_host(error) is False
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+# ---------------------------------------------------------------------------------------------------- the log
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream, variable, coloured", [(Terminal, "", True), (Terminal, "1", False), (io.StringIO, "", False)])
+def test_colour_only_on_a_terminal(monkeypatch, stream, variable, coloured):
+    monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setattr("sys.stderr", stream())
+    before = ratrod.log.handlers[:], ratrod.log.propagate, ratrod.log.level
+    with contextlib.ExitStack() as stack:
+        stack.callback(ratrod.log.setLevel, before[2])
+        stack.callback(setattr, ratrod.log, "propagate", before[1])
+        stack.callback(ratrod.log.handlers.__setitem__, slice(None), before[0])
+        ratrod.set_up_logging(logging.INFO)
+        ratrod.log.debug("not shown")
+        ratrod.log.warning("shown")
+        text = ratrod.sys.stderr.getvalue()
+    assert ("\x1b[" in text) == coloured and "shown" in text and "not shown" not in text

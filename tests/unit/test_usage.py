@@ -1,0 +1,452 @@
+"""What words mean: command lines under each of the three readers, files of arguments (@file), RATROD_* in the environment, help, ranges of ports.
+
+The readers are compared on a sample of 2,000 command lines; RATROD_LONG=1 takes all of them (30 s).
+"""
+
+import importlib.util
+import os
+import random
+import re
+import sys
+import threading
+import warnings
+
+import docopt
+import pytest
+
+import ratrod
+from ratrod import Address, ConfigError, UsageError
+from support.old_docopt import old_docopt
+
+# ---------------------------------------------------------------------------------------------------- the three readers
+
+OPTIONS = {"command": None, "key_path": None, "verbose": False, "bind": "", "remote_regex": ".*", "server": "", "tunnels": (),
+           "accept_all_hosts": False, "encrypt": False, "legacy": False, "udp_timeout": 120, "handshake_timeout": 10, "topic": None}
+
+
+def serving(bind="S:1", **others):
+    return dict(OPTIONS, command="serve", bind=bind, **others)
+
+
+def connecting(server="S:1", *tunnels, **others):
+    return dict(OPTIONS, command="connect", server=server, tunnels=tunnels, **others)
+
+
+# Words → what they mean. The same for docopt-ng, docopt 0.6.2 and the built-in fallback.
+COMMAND_LINES = [
+    ("serve S:1", serving()),
+    ("-k keys serve S:1", serving(key_path="keys")),
+    ("serve -k keys S:1", serving(key_path="keys")),
+    ("serve S:1 -k keys", serving(key_path="keys")),
+    ("serve S:1 -kkeys", serving(key_path="keys")),
+    ("--key-path keys serve S:1", serving(key_path="keys")),
+    ("--key-path=keys serve S:1", serving(key_path="keys")),
+    ("--key-path=a=b serve S:1", serving(key_path="a=b")),
+    ("serve S:1 --key-path=keys", serving(key_path="keys")),
+    ("-v serve S:1", serving(verbose=True)),
+    ("serve S:1 --verbose", serving(verbose=True)),
+    ("-vkkeys serve S:1", serving(verbose=True, key_path="keys")),
+    ("-vk keys serve S:1", serving(verbose=True, key_path="keys")),
+    ("-r x serve S:1", serving(remote_regex="x")),
+    ("serve -r x S:1", serving(remote_regex="x")),
+    ("serve --remote-regex=x S:1", serving(remote_regex="x")),
+    ("serve --remote-regex= S:1", serving(remote_regex="")),
+    ("serve -r -x S:1", serving(remote_regex="-x")),
+    ("serve --legacy S:1", serving(legacy=True)),
+    ("--legacy serve S:1", serving(legacy=True)),
+    ("serve --handshake-timeout 2.5 S:1", serving(handshake_timeout=2.5)),
+    ("serve --udp-timeout=3 S:1", serving(udp_timeout=3)),
+    ("connect S:1", connecting()),
+    ("connect S:1 80", connecting("S:1", "80")),
+    ("connect S:1 80 1:2 0:h:3", connecting("S:1", "80", "1:2", "0:h:3")),
+    ("connect -a S:1 80", connecting("S:1", "80", accept_all_hosts=True)),
+    ("connect S:1 -a 80", connecting("S:1", "80", accept_all_hosts=True)),
+    ("connect S:1 80 -a", connecting("S:1", "80", accept_all_hosts=True)),
+    ("connect S:1 80 --accept-all-hosts 81", connecting("S:1", "80", "81", accept_all_hosts=True)),
+    ("-a -e connect S:1", connecting(accept_all_hosts=True, encrypt=True)),
+    ("connect -ae S:1", connecting(accept_all_hosts=True, encrypt=True)),
+    ("connect -eav S:1", connecting(accept_all_hosts=True, encrypt=True, verbose=True)),
+    ("connect -aek keys S:1", connecting(accept_all_hosts=True, encrypt=True, key_path="keys")),
+    ("connect --encrypt --legacy S:1", connecting(encrypt=True, legacy=True)),
+    ("connect S:1 --udp-timeout 5", connecting(udp_timeout=5)),
+    ("connect --udp-timeout=0.5 S:1 --handshake-timeout=10.0", connecting(udp_timeout=0.5)),
+    ("-k keys -v connect -a -e --legacy S:1 80", connecting("S:1", "80", key_path="keys", verbose=True, accept_all_hosts=True, encrypt=True,
+                                                            legacy=True)),
+    # "--" ends the options: what follows is taken as it stands.
+    ("serve -- S:1", serving()),
+    ("serve -v -- S:1", serving(verbose=True)),
+    ("serve -- -h", serving("-h")),
+    ("serve -- -v", serving("-v")),
+    ("connect -- S:1 80", connecting("S:1", "80")),
+    ("connect S:1 -- 80", connecting("S:1", "80")),
+    ("connect -a S:1 -- -e", connecting("S:1", "-e", accept_all_hosts=True)),
+    ("connect S:1 --", connecting()),
+    # Given twice: flags say it again, of values the last counts, as with ssh.
+    ("-v -v serve S:1", serving(verbose=True)),
+    ("-vv serve S:1 -v", serving(verbose=True)),
+    ("-k a -k b serve S:1", serving(key_path="b")),
+    ("-k a serve S:1 --key-path=b", serving(key_path="b")),
+    ("--key-path=b serve S:1 -k a", serving(key_path="a")),
+    ("serve -r a -r b S:1 -r c", serving(remote_regex="c")),
+    ("connect -a -a -e -e --legacy --legacy S:1", connecting(accept_all_hosts=True, encrypt=True, legacy=True)),
+    ("connect --udp-timeout 1 --udp-timeout 2 S:1", connecting(udp_timeout=2)),
+    ("keygen", dict(OPTIONS, command="keygen")),
+    ("keygen -k keys", dict(OPTIONS, command="keygen", key_path="keys")),
+    ("-k keys keygen", dict(OPTIONS, command="keygen", key_path="keys")),
+    ("demo", dict(OPTIONS, command="demo")),
+    ("help", dict(OPTIONS, command="help")),
+    ("help serve", dict(OPTIONS, command="help", topic="serve")),
+    ("help demo", dict(OPTIONS, command="help", topic="demo")),
+    # A word that is also a command's name is still just a word where a word belongs.
+    ("serve connect", serving("connect")),
+    ("connect serve help", connecting("serve", "help")),
+    ("connect demo:1 demo", connecting("demo:1", "demo")),
+    # Which topics there are is not a matter of parsing.
+    ("help bogus", dict(OPTIONS, command="help", topic="bogus")),
+    # Whoever asks for an explanation gets it, whatever else stands there.
+    ("-h", dict(OPTIONS, command="help")),
+    ("--help", dict(OPTIONS, command="help")),
+    ("serve -h", dict(OPTIONS, command="help", topic="serve")),
+    ("-h serve", dict(OPTIONS, command="help", topic="serve")),
+    ("-v serve -h", dict(OPTIONS, command="help", topic="serve")),
+    ("serve 127.0.0.1:0 -h", dict(OPTIONS, command="help", topic="serve")),
+    ("connect --help", dict(OPTIONS, command="help", topic="connect")),
+    ("-V", dict(OPTIONS, command="version")),
+    ("--version", dict(OPTIONS, command="version")),
+]
+
+# Wrong words → what the error names, one of these.
+USAGE_ERRORS = [
+    ("", "command"),
+    ("bogus", "bogus"),
+    ("--bogus", "--bogus"),
+    ("-x serve 127.0.0.1:0", "-x"),
+    ("serve --bogus 127.0.0.1:0", "--bogus"),
+    ("serve 127.0.0.1:0 -vx", "-x"),
+    ("serve", "BIND"),
+    ("serve -v", "BIND"),
+    ("serve --", "BIND"),
+    ("connect", "SERVER"),
+    ("-k keys connect -a", "SERVER"),
+    ("-k", "-k|--key-path"),
+    ("serve 127.0.0.1:0 -k", "-k|--key-path"),
+    ("serve 127.0.0.1:0 -r", "-r|--remote-regex"),
+    ("serve 127.0.0.1:0 --remote-regex", "--remote-regex"),
+    ("serve --verbose=yes 127.0.0.1:0", "--verbose"),
+    ("serve 127.0.0.1:0 more", "more"),
+    ("keygen more", "more"),
+    ("demo more", "more"),
+    ("help serve more", "more"),
+    # Another command's option is as wrong as an unknown one.
+    ("serve -a 127.0.0.1:0", "-a|--accept-all-hosts"),
+    ("serve -e 127.0.0.1:0", "-e|--encrypt"),
+    ("connect -r .* 127.0.0.1:9", "-r|--remote-regex"),
+    ("keygen -e", "-e|--encrypt"),
+    # A value that is no time, or one that would break a timer.
+    ("connect --udp-timeout soon 127.0.0.1:9", "soon|--udp-timeout"),
+    ("connect --udp-timeout=-1 127.0.0.1:9", "-1|--udp-timeout"),
+    ("connect --udp-timeout 0 127.0.0.1:9", "--udp-timeout"),
+    ("connect --udp-timeout= 127.0.0.1:9", "--udp-timeout"),
+    ("connect --udp-timeout nan 127.0.0.1:9", "nan|--udp-timeout"),
+    ("connect --handshake-timeout inf 127.0.0.1:9", "inf|--handshake-timeout"),
+    ("serve --handshake-timeout=0 127.0.0.1:0", "--handshake-timeout"),
+]
+
+READERS = ("docopt-ng", "docopt 0.6.2", "fallback")
+
+
+@pytest.fixture(scope="module")
+def readers():
+    """The module `docopt` of each reader, by its name; None where ratrod reads by itself."""
+    spec = importlib.util.spec_from_file_location("docopt", str(old_docopt() / "docopt.py"))
+    old = importlib.util.module_from_spec(spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has escapes in its source that the newest Pythons complain about
+        spec.loader.exec_module(old)
+    assert old.__version__ == "0.6.2" and docopt.__version__ != "0.6.2"
+    return dict(zip(READERS, (docopt, old, None)))
+
+
+def read(words):
+    """What parse_command_line() makes of these words: the OPTIONS, or the error as a text."""
+    try:
+        options = ratrod.parse_command_line(words)
+    except UsageError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return {name: getattr(options, name) if hasattr(options, name) else getattr(options.limits, name) for name in OPTIONS}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_understands_the_same(name, readers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "docopt", readers[name])
+    for line, expected in COMMAND_LINES:
+        assert read(line.split()) == expected, line
+    for line, named in USAGE_ERRORS:
+        error = read(line.split())
+        assert isinstance(error, str) and re.search(r"(?<![\w-])(?:%s)(?!\w)" % named, error), (line, error)
+
+
+def test_the_readers_agree_on_lines_that_nobody_would_have_thought_of(readers, monkeypatch):
+    """Ours is measured by docopt's own judgement."""
+    words = ("serve connect help keygen demo -k --key-path --key-path=p -kp -k=p -v -vv -vk -h --help -V --version -r --remote-regex=x -a -e -ae -ea "
+             "--legacy --udp-timeout --udp-timeout=7 --handshake-timeout=x -- - -x --bogus --bogus=1 -v=1 --verbose --verb --key S:1 80 2 "
+             "--hel --versi --help=1 --version=x -hv -hk").split()
+    dice = random.Random(20250312)
+    lines = [[dice.choice(words) for _ in range(dice.randrange(6))] for _ in range(1000)]
+    # Lines that begin well: of the blind ones nearly all are wrong.
+    lines += [[dice.choice(("serve", "connect", "connect", "help"))] + [dice.choice(words) for _ in range(dice.randrange(5))] for _ in range(1000)]
+    if not os.environ.get("RATROD_LONG"):
+        lines = dice.sample(lines, 80)
+
+    def judge(name, line):
+        monkeypatch.setitem(sys.modules, "docopt", readers[name])
+        outcome = read(line)
+        return "error" if isinstance(outcome, str) else outcome
+    understood = 0
+    for line in lines:
+        ng, old, ours = (judge(name, line) for name in READERS)
+        assert ng == old, line
+        # docopt knows "--" only where the usage text has it, there also twice. The fallback takes the first one, anywhere: that does no harm.
+        if not (line.count("--") > 1 or "--" in line and (ng == "error" or ng["command"] not in ("serve", "connect"))):
+            assert ours == ng, line
+        understood += ng != "error"
+    assert understood > len(lines) // 20, "these lines test next to nothing"
+
+
+# ---------------------------------------------------------------------------------------------------- help, and the line below an error
+
+
+def test_help_explains_one_command_or_all():
+    for topic, promised in (
+        (None, "serve connect keygen demo help --key-path --verbose --version"),
+        ("serve", "BIND -r --remote-regex --handshake-timeout"),
+        ("connect", "SERVER TUNNEL -a --accept-all-hosts -e --encrypt --legacy --udp-timeout"),
+        ("keygen", "keygen --key-path"), ("demo", "demo --verbose"), ("help", "help COMMAND"),
+    ):
+        text = ratrod.help_text(topic)
+        for word in promised.split():
+            assert re.search(r"(?<![\w-])%s(?![\w-])" % re.escape(word), text), (topic, word)
+        assert "Usage:" in text and max(map(len, text.splitlines())) <= 120, topic
+    assert "--remote-regex" not in ratrod.help_text("connect") and "TUNNEL" not in ratrod.help_text("serve")
+    with pytest.raises(UsageError, match="bogus"):
+        ratrod.help_text("bogus")
+
+
+def test_an_error_comes_with_the_usage_of_its_command():
+    assert ratrod.usage_hint(["-v", "serve"]).startswith("Usage:\n  ratrod [-k KEY_PATH]") and "BIND" in ratrod.usage_hint(["-v", "serve"])
+    assert "SERVER" in ratrod.usage_hint(["connect"]) and "BIND" not in ratrod.usage_hint(["connect"])
+    for words in ([], ["bogus"]):
+        assert all("\n  %s " % command in ratrod.usage_hint(words) for command in ratrod.COMMANDS)
+
+
+# ---------------------------------------------------------------------------------------------------- well formed, but not to be meant
+
+
+def bind(text):
+    return ratrod.parse_endpoint(text, "address to bind", lowest=0)
+
+
+@pytest.mark.parametrize("parse, texts", [
+    (bind, ["", "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:x", "[::1:5", "[::1]", "-h"]),
+    (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9"]),
+    (ratrod.parse_tunnels, [
+        "a:b:c:d:e", "1:2:3:4:5", "70000", "65536:80", "0", "2000:host:0", "x", "x:80", "[::1:5", "::1:2000:host:80", "2000:host:080",
+        "2000:host:8_0", "2000:host:+80", "2000:host:\uff18\uff10", "2000::80", "2000:host:", "2000:host:bad", "2000:127.1:80", "", " 80", "80\n",
+        "2000:a host:80", "2000:host\n:80"]),
+], ids=["BIND", "SERVER", "TUNNEL"])
+def test_what_cannot_be_meant_is_named(parse, texts):
+    for text in texts:
+        with pytest.raises(ConfigError) as raised:
+            parse(text)
+        assert "`%s`" % ratrod.printable(text) in str(raised.value) and str(raised.value).isprintable(), (text, raised.value)
+
+
+# ---------------------------------------------------------------------------------------------------- ranges of ports
+
+
+@pytest.mark.parametrize("text, local, remote", [
+    ("8000-8002:db:9000-9002", "127.0.0.1:%d", "db:%d"),
+    ("8000-8002:9000-9002", "127.0.0.1:%d", "127.0.0.1:%d"),
+    ("127.0.0.2:8000-8002:db:9000-9002", "127.0.0.2:%d", "db:%d"),
+    ("[::1]:8000-8002:[2001:db8::1]:9000-9002", "[::1]:%d", "[2001:db8::1]:%d"),
+])
+def test_a_range_is_a_tunnel_for_each_port(text, local, remote):
+    specs = ratrod.parse_tunnels(text)
+    assert [(str(spec.local), str(spec.remote)) for spec in specs] == [(local % (8000 + n), remote % (9000 + n)) for n in range(3)]
+    assert {spec.kind for spec in specs} == {ratrod.FORWARD}
+
+
+def test_the_edges_of_ranges():
+    # The shortest form has the same ports at both ends.
+    assert ratrod.parse_tunnels("8000-8002") == [(Address("127.0.0.1", port),) * 2 + (ratrod.FORWARD,) for port in (8000, 8001, 8002)]
+    # A range of one, the highest port, and as many as there may be.
+    assert ratrod.parse_tunnels("80-80:db:81-81") == ratrod.parse_tunnels("80:db:81")
+    assert [spec.remote.port for spec in ratrod.parse_tunnels("1-2:db:65534-65535")] == [65534, 65535]
+    assert len(ratrod.parse_tunnels("1000-1999")) == 1000
+    assert [spec.kind for spec in ratrod.parse_tunnels("R:80-81:db:90-91")] == [ratrod.REVERSE] * 2
+
+
+NO_RANGES = [
+    "8000-8001:db:8000-8002", "8000-8002:db:8000-8001", "8000-8002:db:80", "8000:db:80-82", "0:db:80-82", "80-82:90", "80:90-92",
+    "8002-8000:db:9002-9000", "8000-8002:db:9002-9000", "8002-8000:db:9000-9002", "8002-8000", "8002-8000:9002-9000",
+    "8000-9000:db:8000-9000", "1-65535", "1000-2000",
+    "0-2:db:80-82", "0-2", "8000-8002:db:0-2", "65534-65536:db:80-82", "80-82:db:65534-65536", "65534-65536", "65536-65538",
+    "8000-:db:8000-", "8000-", "8000-8002-8004:db:8000-8002-8004", "8000--8002", "8000-8002-", "a-c:db:a-c", "a-c", "8000-8002:db:a-c", "8000-800x",
+    "08000-08002", "8000-+8002", "8000- 8002", "8000 -8002", "8000_1-8000_3", "8000–8002", "٨٠-٨٢", "8000:8002:db:80-82:1",
+    "80-82:db:", "80-82::90-92", "80-82:db:90-92:1", ":80-82:db:90-92",
+    "8000-8002:socks", "8000-8002:unix:/a", "unix:/a:db:80-82", "stdio:db:80-82",
+]
+
+
+def test_ranges_that_are_none():
+    """What was typed is named, not one of the tunnels that it would have been."""
+    for text in NO_RANGES:
+        with pytest.raises(ConfigError) as raised:
+            ratrod.parse_tunnels(text)
+        assert "`%s`" % text in str(raised.value) and ":" in str(raised.value).replace(text, ""), text
+
+
+# ---------------------------------------------------------------------------------------------------- @file
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file(name, text or bytes) -> its path"""
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+    return write
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """parse(words..., NAME=value...) -> ratrod.Options, or why not; files of arguments are in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def launch(*words, **environment):
+        try:
+            return ratrod.parse_command_line(list(ratrod.expand_arguments(words)), environment)
+        except UsageError as error:
+            return str(error)
+    return launch
+
+
+def test_at_signs_that_are_meant(parse, file):
+    assert parse("serve", "@@there").bind == "@there"
+    # Everywhere, as argparse has it: also after --, and where an option's value stands.
+    file("there", "'@@@x'")
+    assert parse("serve", "--", "@there").bind == "@@x"
+    assert parse("serve", "x@there").bind == "x@there"
+    file("count", "3")
+    assert parse("serve", "--max-links", "@count", "S:1").limits.links == 3
+    # With "=" it is one word, and does not begin with it.
+    assert parse("serve", "--remote-regex=@count", "S:1").remote_regex == "@count"
+
+
+def test_what_a_file_may_hold(parse, file):
+    for content, tunnels in (("\n# nothing\n", ()), ("", ()), ("a b\tc\r\nd", tuple("abcd")), ("'a b' \"c d\" e\\ f", ("a b", "c d", "e f")),
+                             ("a#b c\nd", ("a", "d")), ("'a#b' 'two\nlines' ''", ("a#b", "two\nlines", "")), ("\ufeffa ü 📻", ("a", "ü", "📻"))):
+        file("words", content)
+        assert parse("connect", "S:1", "@words").tunnels == tunnels, content
+    file("bytes", b"a\xff")
+    assert parse("connect", "S:1", "@bytes").tunnels == ("a\udcff",)  # as the system gives such words of a command line
+    file("words", "serve -h")
+    assert (parse("@words").command, parse("@words").topic) == ("help", "serve")
+
+
+def test_a_pipe_is_a_file(parse, tmp_path):
+    """As `ratrod @<(generate)`: it has no size, and cannot be read twice."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    threading.Thread(target=path.write_text, args=("-k keys connect S:1",), daemon=True).start()
+    assert parse("@pipe") == parse("-k", "keys", "connect", "S:1")
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"a\n# it's fine\n\nb 'c\nd\n", "line 4 of the arguments in `F`: no closing quotation"),
+    (b"a b\n\\", "line 2 of the arguments in `F`: no escaped character"),
+    (b'"', "line 1 of the arguments in `F`: no closing quotation"),
+    (b"a\nb\0c", "line 2 of the arguments in `F`: a NUL character"),
+    (b"x" * (1 << 20) + b"x", "line 1 of the arguments in `F`: more than a file of arguments may be"),
+    (b"serve @nowhere", "cannot read the arguments in `nowhere`: No such file or directory"),
+    (b"serve @.", "cannot read the arguments in `.`: Is a directory"),
+    (b"serve @", "cannot read the arguments in ``: No such file or directory"),
+    (b"serve @./F", "the arguments in `./F` name that file again"),
+], ids=["quote", "escape", "first line", "NUL", "too long", "missing", "folder", "no name", "loop"])
+def test_files_that_cannot_be_used(parse, file, content, said):
+    file("F", content)
+    assert parse("@F") == said
+
+
+def test_files_inside_each_other(parse, file):
+    file("0", "help")
+    for n in range(1, 11):
+        file(str(n), "@%d" % (n - 1))
+    assert parse("@9") == parse("help")
+    assert parse("@10") == "`0` is the eleventh file of arguments inside each other"
+    # A loop through another file, and the same file twice, which is none.
+    file("a", "@b")
+    file("b", "@a")
+    assert parse("@a") == "the arguments in `a` name that file again"
+    file("twice", "-k keys")
+    assert parse("@twice", "@twice", "connect", "x") == parse("-k", "keys", "connect", "x")
+
+
+# ---------------------------------------------------------------------------------------------------- RATROD_*
+
+
+def test_usual_options_that_mean_nothing_here_are_no_error():
+    servers = ratrod.parse_servers("ssh://far"), ratrod.parse_servers("near:1")
+    given = {"RATROD_KEY_PATH": "k", "RATROD_ACCEPT_NEW": "1", "RATROD_ACCEPT_ALL_HOSTS": "1", "RATROD_SSH_COMMAND": "ssh -v",
+             "RATROD_PROXY": "http://p"}
+    options = ratrod.parse_command_line(["connect", "S:1"], given)
+    through, straight = (ratrod.forget_useless(options, server) for server in servers)
+    assert (through.key_path, through.accept_new, through.accept_all_hosts, through.ssh_command, through.proxy) == (
+        None, False, False, "ssh -v", "http://p")
+    assert (straight.key_path, straight.accept_new, straight.accept_all_hosts, straight.ssh_command) == ("k", True, True, None)
+    typed = ratrod.parse_command_line(["-k", "typed", "connect", "--ssh-command", "typed", "S:1"], given)
+    assert [ratrod.forget_useless(typed, server).key_path for server in servers] == ["typed"] * 2
+    assert [ratrod.forget_useless(typed, server).ssh_command for server in servers] == ["typed"] * 2
+
+
+def test_a_flag(parse):
+    for value, legacy in (("1", True), ("true", True), ("YES", True), ("0", False), ("false", False), ("No", False), ("", False)):
+        assert parse("connect", "S:1", RATROD_LEGACY=value).legacy is legacy, value
+        assert parse("connect", "--legacy", "S:1", RATROD_LEGACY=value).legacy, value
+
+
+def test_values(parse):
+    options = parse("serve", "S:1", RATROD_MAX_LINKS="10", RATROD_DRAIN="0", RATROD_HANDSHAKE_RATE="5", RATROD_REMOTE_REGEX="@a b",
+                    RATROD_KEY_PATH="", RATROD_LOG_FORMAT="json", RATROD_METRICS="127.0.0.1:1", RATROD_WORKERS="2")
+    assert (options.limits.links, options.drain, options.limits.handshake_burst, options.remote_regex, options.key_path, options.log_format,
+            options.metrics, options.workers) == (10, 0.0, 10, "@a b", None, "json", "127.0.0.1:1", 2)
+    # The command line wins, in whichever form.
+    for words in (["--max-links=3", "-r", "x"], ["--max-links", "3", "--remote-regex=x"]):
+        options = parse("serve", *words, "S:1", RATROD_MAX_LINKS="nonsense", RATROD_REMOTE_REGEX="y")
+        assert (options.limits.links, options.remote_regex) == (3, "x")
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("RATROD_MAX_LINKS", "many", "`--max-links` takes a whole number above 0, not `many`"),
+    ("RATROD_MAX_LINKS", "0", "`--max-links` takes a whole number above 0, not `0`"),
+    ("RATROD_DRAIN", "-1", "`--drain` takes seconds, a number from 0 on, not `-1`"),
+    ("RATROD_HANDSHAKE_TIMEOUT", "1e3", "`--handshake-timeout` takes seconds"),
+    ("RATROD_LEGACY", "maybe", "it is 1 or 0, true or false, yes or no, not `maybe`"),
+    ("RATROD_LOG_FORMAT", "xml", "`--log-format` takes text or json, not `xml`"),
+    ("RATROD_LEGACY", "\x1b[31m", "not `\ufffd[31m`"),
+])
+def test_a_wrong_value_names_its_variable(parse, name, value, said):
+    error = parse("serve", "S:1", **{name: value})
+    assert error.startswith("%s in the environment: " % name) and said in error
+    # An explanation is never kept from anybody.
+    assert parse("serve", "-h", **{name: value}) == parse("-h", "serve")
+    assert parse("--version", **{name: value}).command == "version" and parse("help", **{name: value}).command == "help"
+
+
+def test_only_the_options_of_the_command_count(parse):
+    words = "-k", "keys", "connect", "S:1"
+    other = {"RATROD_MAX_LINKS": "many", "RATROD_ALLOW_LISTEN": "maybe", "RATROD_BOGUS": "1", "RATROD_": "1", "RATROD_SERVER": "x",
+             "RATROD_MAX_RETRY_INTERVAL": "", "RATROD_HELP": "1", "RATROD_VERSION": "1", "RATROD_K": "x"}
+    assert parse(*words, **other) == parse(*words)
