@@ -1,0 +1,547 @@
+"""A SOCKS5 proxy at the client, spoken by hand over the real programs: replies, streams, associations.
+
+What its parser takes and refuses is in unit/test_socks5.py, real users of it are in peers/test_socks.py.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import ipaddress
+import os
+import re
+import signal
+import socket
+import struct
+import tempfile
+from typing import NamedTuple
+
+import pytest
+
+from support.kernel import sockets_of
+from support.programs import LEGACY, PATIENCE, RATROD2, READY, Program, descriptors, every_mode
+from support.rows import row
+from support.sockets import check_bulk_each_way, check_half_close, eventually, free_port, port_of, receive_all, receive_exactly, reset
+from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
+from support.targets import UdpEcho
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+# For what happens beside the wire: one mode is enough.
+ANY = RATROD2
+BLOCK = os.urandom((1 << 20) - 3)
+LOGIN = b"\5\1\2" + b"\1\5alice\6secret"
+WITH_A_PASSWORD = "--socks-user", "alice:secret"
+
+
+class Proxy(NamedTuple):
+    """A running server and client of ours; `port` is where the client speaks SOCKS."""
+
+    server: Program
+    client: Program
+    port: int
+
+    def dial(self):
+        made = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return made
+
+    def ask(self, asked):
+        """(connection, code of the reply) after this request."""
+        return ask_socks(self.port, asked)[:2]
+
+    def open(self, port, host="127.0.0.1"):
+        """A connection to a target, through all of it."""
+        made, code = self.ask(request(host, port))
+        assert code == 0
+        return made
+
+    def try_echo(self, port, host="127.0.0.1", question=b"anybody there?"):
+        with self.open(port, host) as connection:
+            connection.sendall(question)
+            connection.shutdown(socket.SHUT_WR)
+            assert receive_all(connection) == question
+
+
+@pytest.fixture
+def proxy(forward):
+    """proxy(mode, tunnel="0:socks", serve_flags=(), connect_flags=()) -> Proxy"""
+    def launch(mode, tunnel="0:socks", **flags):
+        server, client = forward(mode, tunnel, **flags)
+        return Proxy(server, client, socks_port(client))
+    return launch
+
+
+def assert_ended(connection):
+    """Nothing more comes. Whether that shows as an end or as a reset depends on what was unread."""
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(100) == b""
+
+
+# ---------------------------------------------------------------------------------------------------- what is said at the start
+
+
+def test_several_proxies(forward, tcp_echo):
+    """Each has a line that says so and a port of its own, beside a plain tunnel; the password counts for all of them."""
+    _, client = forward(ANY, "0:127.0.0.1:%d" % tcp_echo.port, "[::1]:0:socks", "127.0.0.2:0:socks", connect_flags=WITH_A_PASSWORD)
+    client.wait_for(r"📻 \[SOCKS\] Listening on `\[::1\]:\d+`, and routing through `127\.0\.0\.1:\d+` \.\.\.$")
+    for n, host in ((1, "::1"), (2, "127.0.0.2")):
+        for said, answer in ((GREETING, b"\5\xff"), (LOGIN, b"\5\2\1\0")):
+            with row((host, said)), socket.create_connection((host, socks_port(client, n)), PATIENCE) as connection:
+                connection.sendall(said + request("127.0.0.1", tcp_echo.port))
+                assert receive_exactly(connection, len(answer)) == answer
+                if said == LOGIN:
+                    assert read_reply(connection)[0] == 0
+    # UDP has its own sockets, one for each association: the plain tunnel's are the only ones that are announced.
+    assert len(re.findall(r"\[(?:TCP|UDP)\] Listening", client.output)) == 2
+
+
+def test_usable_from_the_first_moment(serve, connect, udp_echo, tcp_echo):
+    """The line that says it listens is what a script waits for."""
+    _, port = serve()
+    client = connect(port, "0:socks")
+    made = Proxy(None, client, socks_port(client))
+    with associate(made) as asking:
+        made.try_echo(tcp_echo.port)
+        assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+    client.wait_for(READY)
+
+
+def test_a_proxy_on_a_unix_socket(forward, tcp_echo):
+    """Its user has no address that datagrams could come from: an association is refused, and connections go on."""
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
+        _, client = forward(ANY, "unix:%s/socks:socks" % folder)
+        client.wait_for(r"\[SOCKS\] Listening on `unix:%s/socks`, and routing through `127\.0\.0\.1:\d+` \.\.\.$" % re.escape(folder))
+        assert os.stat(folder + "/socks").st_mode & 0o777 == 0o600
+        for command, codes in ((ASSOCIATE, (1, 7)), (CONNECT, (0,))):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(PATIENCE)
+                connection.connect(folder + "/socks")
+                connection.sendall(GREETING + request("127.0.0.1", tcp_echo.port, command))
+                assert receive_exactly(connection, 2) == b"\5\0" and read_reply(connection)[0] in codes
+
+
+def test_two_workers(proxy, tcp_echo, udp_echo):
+    """And every way to write an address."""
+    made = proxy(ANY, connect_flags=("--workers", "2"))
+    for host in ("127.0.0.1", "localhost", "LOCALHOST", b"127.0.0.1", "localhost.", "::ffff:127.0.0.1") * 2:
+        with row(host):
+            made.try_echo(tcp_echo.port, host)
+        with associate(made) as asking:
+            assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+
+
+# ---------------------------------------------------------------------------------------------------- replies
+
+
+@every_mode
+def test_replies(mode, proxy, tcp_echo, closed):
+    """Each says what went wrong; then the connection ends, and the next one works."""
+    made = proxy(mode, serve_flags=("-r", r"(?!10\.).*"))
+    for asked, expected in (
+        (request("10.1.2.3", 80), 2),
+        (request("127.0.0.1", closed), 5),
+        (request("localhost", closed), 5),
+        (request("nobody.invalid", 80), 4),
+        (request("%s.invalid" % ("a" * 63), 80), 4),
+        (request("127.0.0.1", tcp_echo.port, BIND), 7),
+        (request("127.0.0.1", tcp_echo.port, 9), 7),
+        (request("127.0.0.1", tcp_echo.port), 0),
+    ):
+        with row(asked):
+            connection, code = made.ask(asked)
+            with connection:
+                assert code == expected
+                if code:
+                    assert_ended(connection)
+    # The one that got a 0. The target may hear of it later than its client.
+    eventually(lambda: tcp_echo.accepted == 1, "one connection arrived")
+    made.server.wait_for(r"refused.*10\.1\.2\.3:80")
+    made.client.wait_for("not allowed by this server")
+    # The reply arrives where more was said than it answers, too: unread data must not turn it into a reset.
+    for _ in range(10):
+        with greet(made.dial()) as connection:
+            connection.sendall(request("127.0.0.1", closed) + b"GET / HTTP/1.0\r\n\r\n")
+            assert read_reply(connection)[0] == 5
+    # A user of the proxy who leaves while the server connects.
+    os.kill(made.server.process.pid, signal.SIGSTOP)
+    try:
+        for leave in (socket.socket.close, reset):
+            with greet(made.dial()) as connection:
+                connection.sendall(request("127.0.0.1", tcp_echo.port))
+                leave(connection)
+    finally:
+        os.kill(made.server.process.pid, signal.SIGCONT)
+    made.try_echo(tcp_echo.port)
+
+
+# Samples: (what is sent, all that may come). The tables are in unit/test_socks5.py.
+NO_REQUESTS = [
+    (b"\4\1\0\x50\x7f\0\0\1user\0", [b""]), (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", [b""]), (b"\1" + BLOCK, [b""]),
+    (b"\5\0", [b""]), (b"\5\1\1", [b"\5\xff"]), (GREETING + b"\4\1\0\1\x7f\0\0\1\0\x50", [b"\5\0\5\1\0\1" + bytes(6), b"\5\0"]),
+    *((GREETING + request(name, 80), [b"\5\0\5\1\0\1" + bytes(6)]) for name in (b"a\nb", b"\xff\xfe", b"\x1b[2J", b"127.1", b"::1%lo")),
+    (GREETING + request("localhost", 0), [b"\5\0\5\1\0\1" + bytes(6)]),
+]
+
+
+def test_what_is_no_request_is_closed(proxy, tcp_echo):
+    """Neither a resolver makes something of it, nor does a log show it as it stands."""
+    made = proxy(ANY, connect_flags=("-v",), serve_flags=("-v",))
+    for data, answers in NO_REQUESTS:
+        with row(data[:100]), made.dial() as connection:
+            received = b""
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                connection.sendall(data)
+            with contextlib.suppress(ConnectionResetError):
+                received = receive_all(connection)
+            assert received in answers
+    made.try_echo(tcp_echo.port)
+    assert tcp_echo.accepted == 1
+    for program in (made.server, made.client):
+        assert all(line.isprintable() for line in program.lines), program.lines
+
+
+def test_a_name_is_no_way_to_a_unix_socket(proxy):
+    """Whoever may use the proxy for hosts has not been given the server's files, although the server's rule has a place for both."""
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as secret:
+        secret.bind(folder + "/s")
+        secret.listen(1)
+        secret.setblocking(False)
+        made = proxy(ANY, serve_flags=("-r", "(?:unix:)?.*"))
+        for name in ("unix:%s/s", "%s/s"):
+            connection, code = made.ask(request(name % folder, 80))
+            with connection:
+                assert code, name
+                with pytest.raises(BlockingIOError):
+                    secret.accept()
+
+
+# ---------------------------------------------------------------------------------------------------- in the handshake
+
+
+@every_mode
+def test_all_at_once(mode, proxy, tcp_echo):
+    """Greeting, password, request and data together, before any answer: none of it may be lost, or be taken for something else."""
+    made = proxy(mode, connect_flags=WITH_A_PASSWORD)
+    for size in (1, 1000, 70000, 3 << 20):
+        data = (BLOCK * 4)[:size]
+        with row(size), made.dial() as connection, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(connection.sendall, LOGIN + request("localhost", tcp_echo.port) + data)
+            assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
+            assert receive_exactly(connection, size) == data
+            sent.result()
+    # Fifty connections, all in the same step of the handshake at the same time.
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(made.dial()) for _ in range(50)]
+        for connection in connections:
+            connection.sendall(LOGIN)
+        for connection in connections:
+            assert receive_exactly(connection, 4) == b"\5\2\1\0"
+            connection.sendall(request("localhost", tcp_echo.port))
+        for n, connection in enumerate(connections):
+            assert read_reply(connection)[0] == 0
+            connection.sendall(b"number %02d" % n)
+        for n, connection in enumerate(connections):
+            assert receive_exactly(connection, 9) == b"number %02d" % n
+
+
+def test_users_of_the_proxy_that_vanish_in_the_handshake(proxy, tcp_echo):
+    """At every byte, by an end and by a reset. Nothing is left of them, and nobody is disturbed. Nor do those that stay silent hold up anybody."""
+    made = proxy(ANY, connect_flags=("-v", "--socks-user", "alice:secret"))
+    whole = b"\5\2\0\2" + LOGIN[3:] + request("localhost", tcp_echo.port)
+
+    def complete():
+        """One byte at a time."""
+        with made.dial() as connection:
+            for byte in whole + b"!":
+                connection.sendall(bytes([byte]))
+            assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
+            assert receive_exactly(connection, 1) == b"!"
+    complete()
+    before = {program: descriptors(program) for program in (made.server, made.client)}
+    for n in range(len(whole) + 1):
+        for leave in (socket.socket.close, reset):
+            connection = made.dial()
+            connection.sendall(whole[:n])
+            leave(connection)
+    for program, count in before.items():
+        # A few links may be kept; one descriptor in ten would be a leak.
+        eventually(functools.partial(lambda program, count: descriptors(program) <= count + 7, program, count), "the descriptors came back")
+    with contextlib.ExitStack() as stack:
+        for n in range(100):
+            stack.enter_context(made.dial()).sendall(whole[:n % 4])
+        complete()
+    assert "secret" not in made.client.output
+
+
+def test_times(proxy, tcp_echo, udp_echo):
+    """Whoever says nothing more is closed when the handshake's time is over. A connection or an association that is through the handshake may be
+    silent for longer, and an association outlives its idle sessions."""
+    made = proxy(ANY, serve_flags=("--udp-timeout", "0.3"), connect_flags=("--udp-timeout", "0.3", "--handshake-timeout", "0.3"))
+    with made.open(tcp_echo.port) as through, associate(made) as asking, contextlib.ExitStack() as stack:
+        assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+        assert udp_sockets(made.server) == 1
+        waiting = []
+        for said in (b"", b"\5", b"\5\2\0", GREETING, GREETING + b"\5\1\0", GREETING + request("localhost", 80)[:-1]):
+            waiting.append((said, stack.enter_context(made.dial())))
+            waiting[-1][1].sendall(said)
+        for said, connection in waiting:
+            assert receive_all(connection) == (b"\5\0" if said.startswith(GREETING) else b""), said
+        # The time is for all of the handshake, not for each byte of it: this one trickles, and hears of the end meanwhile.
+        trickling = stack.enter_context(greet(made.dial()))
+        trickling.settimeout(0.05)
+        slow, ended = iter(request("x" * 255, 80)), False
+        while not ended:
+            with contextlib.suppress(socket.timeout):
+                try:
+                    trickling.sendall(bytes([next(slow)]))
+                    ended = trickling.recv(1) == b""
+                except (ConnectionResetError, BrokenPipeError):
+                    ended = True
+        assert len(list(slow)) > 150
+        eventually(lambda: not udp_sockets(made.server), "the session was forgotten")
+        assert asking.ask("127.0.0.1", udp_echo.port, b"hello again") == b"hello again"
+        through.sendall(b"still here")
+        assert receive_exactly(through, 10) == b"still here"
+
+
+# ---------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+def test_streams(mode, proxy, listener, target):
+    """The ends, without all modes: they meet the wire in the tests of plain tunnels."""
+    made = proxy(mode)
+
+    @contextlib.contextmanager
+    def joined():
+        with made.open(port_of(listener)) as originator, listener.accept()[0] as remote:
+            remote.settimeout(PATIENCE)
+            yield originator, remote
+    for order in (1, -1):
+        with joined() as ends:
+            check_half_close(*ends[::order])
+        with joined() as ends:  # a reset is seen as a reset
+            leaving, staying = ends[::order]
+            leaving.sendall(b"half of")
+            assert receive_exactly(staying, 7) == b"half of"
+            reset(leaving)
+            with pytest.raises(ConnectionResetError):
+                staying.recv(1)
+    # Where the target speaks first, its first bytes come right behind the reply, never before or inside it.
+    greeting = target(lambda connection: connection.sendall(b"220 ready\r\n"))
+    for _ in range(10):
+        with made.open(greeting.port) as connection:
+            assert receive_all(connection) == b"220 ready\r\n"
+    with joined() as ends:
+        check_bulk_each_way(ends, 8)
+
+
+# ---------------------------------------------------------------------------------------------------- UDP
+
+
+class Association:
+    """A UDP ASSOCIATE by hand: its TCP connection, where its datagrams go, and the socket they come from."""
+
+    def __init__(self, connection, relay):
+        self.connection, self.relay = connection, relay
+        self.socket = socket.socket(socket.AF_INET6 if ":" in relay[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.settimeout(PATIENCE)
+        # Connected: what comes from elsewhere than where it was sent to does not count.
+        self.socket.connect(relay)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.connection.close()
+        self.socket.close()
+
+    def send(self, host, port, data, frag=0):
+        self.socket.send(b"\0\0" + bytes([frag]) + encode_address(host, port) + data)
+
+    def receive(self):
+        """(data, (host, port) of its source)"""
+        datagram = self.socket.recv(65536)
+        assert datagram[:3] == b"\0\0\0" and datagram[3] in (1, 3, 4), datagram[:20]
+        start = {1: 4, 3: 5, 4: 4}[datagram[3]]
+        end = start + {1: 4, 3: datagram[4], 4: 16}[datagram[3]]
+        host = datagram[start:end].decode() if datagram[3] == 3 else str(ipaddress.ip_address(datagram[start:end]))
+        return datagram[end + 2:], (host, struct.unpack(">H", datagram[end:end + 2])[0])
+
+    def ask(self, host, port, question):
+        self.send(host, port, question)
+        answer, source = self.receive()
+        assert source[1] == port
+        return answer
+
+    def is_over(self):
+        """Nobody is there any more: the system refuses."""
+        try:
+            self.socket.send(b"?")
+            self.socket.settimeout(0.05)
+            self.socket.recv(1)
+        except ConnectionRefusedError:
+            return True
+        except socket.timeout:
+            pass
+        return False
+
+
+def associate(made, host="127.0.0.1", claimed=("0.0.0.0", 0)):
+    connection, code, (bound, port) = ask_socks(made.port, request(*claimed, ASSOCIATE), host)
+    assert code == 0 and port
+    # What is bound to every address is reached where the proxy is.
+    return Association(connection, (host if bound in ("0.0.0.0", "::") else bound, port))
+
+
+@every_mode
+def test_datagrams(mode, proxy, udp_echo, remote):
+    """Of every size: a datagram stays one datagram, and 65497 is what SOCKS' own header leaves of the largest one. To every kind of address, in one
+    association: each answer says whose it is. And from twenty associations at once."""
+    made = proxy(mode)
+    with contextlib.closing(UdpEcho("::1")) as over_ipv6, associate(made) as asking:
+        for size in (5, 0, 1, 512, 1200, 9000, 65497, 65496, 0):
+            with row(size):
+                asking.send("127.0.0.1", udp_echo.port, BLOCK[:size])
+                assert asking.receive() == (BLOCK[:size], ("127.0.0.1", udp_echo.port))
+        assert udp_echo.seen == 9
+        for host, port in (("127.0.0.1", udp_echo.port), ("::1", over_ipv6.port), ("localhost", udp_echo.port)) * 2:
+            with row((host, port)):
+                asking.send(host, port, b"for %s" % host.encode())
+                answer, source = asking.receive()
+                assert answer == b"for %s" % host.encode()
+                assert source in ([("localhost", port), ("127.0.0.1", port)] if host == "localhost" else [(host, port)])
+        asking.send("127.0.0.1", remote.port, b"and another target, that answers three times")
+        data, source = remote.receive()
+        assert data == b"and another target, that answers three times"
+        for n in range(3):
+            remote.socket.sendto(b"%d" % n, source)
+            assert asking.receive() == (b"%d" % n, ("127.0.0.1", remote.port))
+        # The largest datagram of all has no room for the header of its answer: it is lost, and nothing else.
+        for size in (65507, 65498, 65497, 3):
+            remote.socket.sendto(BLOCK[:size], source)
+        assert [asking.receive()[0] for _ in range(2)] == [BLOCK[:65497], BLOCK[:3]]
+    with contextlib.ExitStack() as stack:
+        several = [stack.enter_context(associate(made)) for _ in range(20)]
+        for turn in range(3):
+            for n, one in enumerate(several):
+                one.send("127.0.0.1", udp_echo.port, b"%d of %d" % (turn, n))
+            for n, one in enumerate(several):
+                assert one.receive()[0] == b"%d of %d" % (turn, n)
+
+
+@every_mode
+def test_targets_that_fail_disturb_no_other(mode, proxy, udp_echo, remote):
+    """Not allowed, without an address, nobody there: UDP has no way to say so, but the log has."""
+    nobody = free_port()
+    made = proxy(mode, serve_flags=("-r", r"(?!.*:%d$).*:.*" % remote.port))
+    with associate(made) as asking:
+        for turn in range(3):
+            for host, port in (("127.0.0.1", remote.port), ("nobody.invalid", 53), ("127.0.0.1", nobody)):
+                asking.send(host, port, b"?")
+                assert asking.ask("127.0.0.1", udp_echo.port, b"%d" % turn) == b"%d" % turn
+    made.server.wait_for("refused.*127.0.0.1:%d" % remote.port)
+    made.client.wait_for("not allowed by this server")
+    remote.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        remote.receive()
+
+
+def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
+    made = proxy(ANY)
+    with associate(made) as asking, associate(made) as noisy, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        # A piece of a datagram must not pass for the whole. The table of all that is no datagram is in unit/test_socks5.py.
+        for frag in (1, 128, 255):
+            asking.send("127.0.0.1", remote.port, b"a piece", frag)
+        for datagram in (b"", b"\0\0\0\3\xffabc", b"\xff" * 1000, b"\0\0\0\3\x0funix:/tmp/x.sock\0\x50data", b"\0\0\0\1\x7f\0\0\1\0\0port zero"):
+            asking.socket.send(datagram)
+        asking.send("127.0.0.1", remote.port, b"the whole")
+        assert remote.receive()[0] == b"the whole"
+        # Those from another address: else everybody who reaches the port would use the tunnel; with a password even more so.
+        stranger.bind(("127.0.0.2", 0))
+        stranger.setblocking(False)
+        for data in (b"before", b"after"):
+            stranger.sendto(b"\0\0\0" + encode_address("127.0.0.1", remote.port) + b"forged", asking.relay)
+            asking.send("127.0.0.1", remote.port, data)
+            received, source = remote.receive()
+            assert received == data
+            remote.socket.sendto(data, source)
+            assert asking.receive()[0] == data
+        with pytest.raises(BlockingIOError):
+            stranger.recv(100)
+        # What is sent on the connection of an association is not for anybody; it may end the association, and must do no more than that.
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            noisy.connection.sendall(BLOCK)
+        assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+
+
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+def test_an_association_ends_with_its_connection(mode, proxy, udp_echo, remote):
+    made = proxy(mode)
+    with associate(made) as first:
+        assert first.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+        before = {program: descriptors(program) for program in (made.server, made.client)}
+        for leave in (socket.socket.close, reset):
+            with associate(made) as asking:
+                assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+                asking.send("127.0.0.1", remote.port, b"hello")
+                source = remote.receive()[1]
+                leave(asking.connection)
+                eventually(asking.is_over, "the association ended")
+                # Nor has it left anything at either end. In legacy each session has a link of its own, of which a few may be kept.
+                for program, count in before.items():
+                    eventually(functools.partial(lambda program, count: descriptors(program) <= count + 3, program, count), "its sockets are closed")
+                # What is still under way to it goes nowhere, in particular not to another one.
+                remote.socket.sendto(b"late", source)
+            assert first.ask("127.0.0.1", udp_echo.port, b"still here") == b"still here"
+
+
+def udp_sockets(program):
+    """How many UDP sockets over IPv4 the program has."""
+    if not os.path.exists("/proc/net/udp"):
+        pytest.skip("no /proc on this system")
+    held = sockets_of(program)
+    with open("/proc/net/udp") as table:
+        return sum(line.split()[9] in held for line in table)
+
+
+@every_mode
+def test_a_server_that_is_gone_and_comes_back(mode, proxy, serve, udp_echo, tcp_echo):
+    """An association outlives it. How long a connection waits for it is in test_reconnect.py."""
+    made = proxy(mode, connect_flags=("--connect-timeout", "0.3"))
+    where = re.search(r"routing through `(.+?)`", made.client.output).group(1)
+    with associate(made) as asking:
+        assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+        made.try_echo(tcp_echo.port)
+        made.server.stop(signal.SIGKILL)
+        asking.send("127.0.0.1", udp_echo.port, b"into the void")
+        connection, code = made.ask(request("127.0.0.1", tcp_echo.port))
+        with connection:
+            assert code == 1
+            assert_ended(connection)
+        serve(*mode.serve, bind=where)
+        asking.socket.settimeout(0.2)
+
+        def answered():
+            with contextlib.suppress(socket.timeout):
+                return asking.ask("127.0.0.1", udp_echo.port, b"are you back?") == b"are you back?"
+        eventually(answered, "an answer")
+    made.try_echo(tcp_echo.port)
+
+
+def test_datagrams_go_where_the_connection_went(forward, udp_echo):
+    """Answers come from there, too. The connection is the only hint to which of the machine's addresses the user can reach."""
+    tunnels = {"[::1]": ["::1"], "127.0.0.3": ["127.0.0.3"], "0.0.0.0": ["127.0.0.1", "127.0.0.3"], "[::]": ["::1", "127.0.0.1"]}
+    _, client = forward(ANY, *("%s:0:socks" % bound for bound in tunnels))
+    for n, (bound, hosts) in enumerate(tunnels.items(), 1):
+        for host in hosts:
+            with row((bound, host)), associate(Proxy(None, client, socks_port(client, n)), host) as asking:
+                assert asking.relay[0] == host
+                assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
+    # RFC 1928: a user of the proxy may say where its datagrams will come from.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
+        ours.bind(("127.0.0.1", 0))
+        ours.settimeout(PATIENCE)
+        with associate(Proxy(None, client, socks_port(client, 3)), claimed=ours.getsockname()) as association:
+            ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + b"hello", association.relay)
+            assert ours.recv(100).endswith(b"hello")

@@ -1,0 +1,152 @@
+"""The SOCKS5 that a client of ratrod's serves, in memory: RFC 1928, RFC 1929 and the header of its datagrams, byte by byte and all at once."""
+
+import pytest
+
+import ratrod
+from ratrod import RemoteProtocolError, parse_target
+from support.rows import row
+from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, encode_address, request
+
+# The corners of RFC 1929: the longest password that there can be, with a colon in it, both words beyond ASCII.
+USER, PASSWORD = "ä" * 10, ":" + "ß" * 127
+LOGIN = "%s:%s" % (USER, PASSWORD)
+
+
+def password(user, word, version=1):
+    return bytes([version, len(user)]) + user + bytes([len(word)]) + word
+
+
+GOOD = password(USER.encode(), PASSWORD.encode())
+HELLO = GREETING + request("localhost", 80)
+
+
+class Served:
+    """A Socks5Handshake that was fed `data`, at most `most` bytes at a time, until it was done or refused it: `error`, or None."""
+
+    def __init__(self, data, user=None, most=1 << 20):
+        self.handshake, self.took, self.answers, self.error = ratrod.Socks5Handshake(user), 0, b"", None
+        while self.error is None and self.handshake.wanted and self.took < len(data):
+            piece = data[self.took:self.took + min(self.handshake.wanted, most)]
+            self.took += len(piece)
+            try:
+                self.handshake.receive_data(piece)
+            except RemoteProtocolError as error:
+                self.error = error
+            self.answers += self.handshake.data_to_send()
+
+
+# What a client says: (the target, the answers before the reply, the command).
+TAKEN = [
+    (None, HELLO, b"\5\0", "localhost:80", CONNECT),
+    (None, GREETING + request("127.0.0.1", 65535), b"\5\0", "127.0.0.1:65535", CONNECT),
+    (None, GREETING + request("2001:db8::7", 1), b"\5\0", "[2001:db8::7]:1", CONNECT),
+    (None, GREETING + request(b"x" * 255, 80), b"\5\0", "x" * 255 + ":80", CONNECT),
+    (None, GREETING + request("0.0.0.0", 0, ASSOCIATE), b"\5\0", "0.0.0.0:0", ASSOCIATE),
+    (None, GREETING + request("db", 80, BIND), b"\5\0", "db:80", BIND),
+    (None, GREETING + request("db", 80, 9), b"\5\0", "db:80", 9),
+    (LOGIN, b"\5\1\2" + GOOD + request("db", 80), b"\5\2\1\0", "db:80", CONNECT),
+    (LOGIN, b"\5\2\0\2" + GOOD + request("db", 80), b"\5\2\1\0", "db:80", CONNECT),
+    # The method is found among many.
+    *((None, bytes([5, len(methods)]) + methods + request("db", 80), b"\5\0", "db:80", CONNECT) for methods in (
+        b"\0\1\2", b"\2\1\0", bytes(range(255)), bytes(reversed(range(255))), b"\0" * 255)),
+]
+
+
+@pytest.mark.parametrize("most", [1, 1 << 20], ids=["byte by byte", "at once"])
+def test_every_request_that_must_be_taken(most):
+    """Nothing of what follows it is read: it is the target's."""
+    for user, data, answers, target, command in TAKEN:
+        with row(data):
+            for length in range(len(data)):
+                assert Served(data[:length], user, most).handshake.wanted, length
+            served = Served(data + b"what follows", user, most)
+            assert (served.error, served.handshake.wanted, served.took, served.answers) == (None, 0, len(data), answers)
+            assert (served.handshake.target, served.handshake.command) == (target, command)
+
+
+BAD_LOGIN = b"\5\2\1\1"
+REFUSED = [
+    # SOCKS4, SOCKS4a, HTTP, TLS, noise: without an answer.
+    *((None, data, b"") for data in (
+        b"\4\1\0\x50\x7f\0\0\1user\0", b"\4\1\0\x50\0\0\0\1user\0localhost\0", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\3\1\2\0\1\0\1\xfc\3\3", b"CONNECT localhost:80 HTTP/1.1\r\n\r\n", b"\0" * 5000, b"\xff" * 5000, b"\r\n", b"\1" * 5000, b"\5\0")),
+    # RFC 1928: X'FF' where there is no method to choose from.
+    *((None, bytes([5, len(methods)]) + methods, b"\5\xff") for methods in (b"\1", b"\2", b"\xff", b"\1\2", b"\x80\x81\x82", bytes(range(1, 256)))),
+    # The method without a password is not to be had where one is asked for, nor by a request that follows at once.
+    (LOGIN, HELLO, b"\5\xff"),
+    # An address type that there is not, and an empty name: code 8.
+    *((None, GREETING + bytes([5, 1, 0, kind]) + b"\x7f\0\0\1\0\x50", b"\5\0\5\x08\0\1\0\0\0\0\0\0") for kind in (0, 2, 5, 255)),
+    (None, GREETING + request(b"", 80), b"\5\0\5\x08\0\1\0\0\0\0\0\0"),
+    # A version that is another's, after a greeting that was right.
+    *((None, GREETING + bytes([version]) + request("127.0.0.1", 80)[1:], b"\5\0\5\1\0\1\0\0\0\0\0\0") for version in (0, 4, 6, 255)),
+    *((LOGIN, b"\5\1\2" + password(*words), BAD_LOGIN) for good in [(USER.encode(), PASSWORD.encode())] for words in (
+        (b"", b""), (good[0], b""), (b"", good[1]), (good[0], good[1][:-1]), (good[0][:-1], good[1]), (good[1], good[0]), (good[0], b"x" * 255),
+        (b"\xff" * 255, b"\xff" * 255), (good[0] + b"\0", good[1]), (b"a" + good[0][1:], good[1]), (*good, 5), (*good, 0))),
+]
+
+
+@pytest.mark.parametrize("most", [1, 1 << 20], ids=["byte by byte", "at once"])
+def test_everything_that_must_be_refused(most):
+    for user, data, answers in REFUSED:
+        with row(data[:100]):
+            served = Served(data, user, most)
+            assert served.error and served.answers == answers
+            assert not served.handshake.done and str(served.error).isprintable()
+
+
+NAMES_THAT_ARE_NONE = (b".", b"a b", b"a\nb", b"a\0b", b"\xff\xfe", b"\x1b[2J", b"x" * 255, b"a..b", b"127.1", b"0x7f.1", b"a/b", b"user@host",
+                       b"*", b"[::1]", b"localhost:1", b"::1%lo", b":")
+
+
+def test_names_that_are_none():
+    """They must not reach a resolver that makes something of them. What a request or a datagram names goes through parse_target."""
+    for name in NAMES_THAT_ARE_NONE:
+        with row(name):
+            datagram = memoryview(b"\0\0\0" + encode_address(name, 80) + b"data")
+            for target in (Served(GREETING + request(name, 80)).handshake.target, ratrod.split_socks_datagram(datagram)[0]):
+                pytest.raises(ValueError, parse_target, target)
+
+
+def test_a_name_is_no_way_to_a_unix_socket():
+    """A user of the proxy has been given the server's network, not the server's files."""
+    for name in ("unix:/run/s", "/run/s", "unix:/run/s#", "x:unix:/run/s", "UNIX:/run/s"):
+        pytest.raises(ValueError, parse_target, Served(GREETING + request(name, 80)).handshake.target)
+
+
+def test_every_way_to_write_an_address():
+    for host, port, target in (("localhost", 80, "localhost:80"), ("LOCALHOST", 80, "localhost:80"), (b"127.0.0.1", 80, "127.0.0.1:80"),
+                               ("localhost.", 80, "localhost:80"), ("::ffff:127.0.0.1", 80, "127.0.0.1:80"), (b"::1", 80, "[::1]:80"),
+                               ("::1", 80, "[::1]:80")):
+        with row(host):
+            parsed = parse_target(Served(GREETING + request(host, port)).handshake.target)
+            assert str(parsed) == target
+
+
+DATAGRAMS_THAT_ARE_NONE = [
+    b"", b"\0", b"\0\0\0", b"\0\0\0\1", b"\0\0\0\1\x7f\0\0", b"\0\0\0\1\x7f\0\0\1\0", b"\0\0\0\4" + bytes(15), b"\0\0\0\3", b"\0\0\0\3\0\0\x50data",
+    b"\0\0\0\3\xffabc", b"\0\0\0\3\1a\0", b"\0\0\0\2\x7f\0\0\1\0\x50data", b"\0\0\0\xff", b"\0\0\0\1\x7f\0\0\1\0\0port zero", b"\xff" * 1000,
+    b"\0\0\0\3\4\xff\xfe\n\0\0\x50data", b"\0\0\0\3\5a b\0c\0\x50data", b"\0\0\0\3\x0funix:/tmp/x.sock\0\x50data", b"\0\0\0\7" + bytes(65503),
+    # RFC 1928: fragments may be dropped where reassembly is not implemented; a piece must not pass for the whole.
+    *(b"\0\0" + bytes([frag]) + encode_address("127.0.0.1", 80) + b"a piece" for frag in (1, 2, 127, 128, 0x81, 255)),
+]
+
+
+def test_datagrams():
+    for datagram in DATAGRAMS_THAT_ARE_NONE:
+        with row(datagram[:50]), pytest.raises(ValueError):
+            parse_target(ratrod.split_socks_datagram(memoryview(datagram))[0])
+    for host, target in (("127.0.0.1", "127.0.0.1:80"), ("::1", "[::1]:80"), ("localhost", "localhost:80"), (b"a" * 255, "a" * 255 + ":80")):
+        for data in (b"", b"x", b"x" * 65000):
+            named, start = ratrod.split_socks_datagram(memoryview(b"\0\0\0" + encode_address(host, 80) + data))
+            assert (named, start) == (target, 3 + len(encode_address(host, 80))), host
+        if host[0] != 97:  # and written again it is the same
+            assert ratrod.socks_address(parse_target(target)) == encode_address(host, 80)
+
+
+def test_users_that_are_none():
+    """RFC 1929 has no room for them (its lengths are 1 to 255): no client could ever give them."""
+    for user in ("alice", "", ":", ":secret", "alice:", "a" * 256 + ":b", "a:" + "b" * 256, "ä" * 128 + ":b"):
+        with row(user), pytest.raises(ratrod.ConfigError, match="--socks-user"):
+            ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)
+    for user in ("a:b", "a" * 255 + ":" + "b" * 255, "a::", LOGIN):
+        assert len(ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)) == 1
