@@ -48,6 +48,11 @@ class Door:
         selector.unregister(key.fileobj)
         return key.data.shutdown(socket.SHUT_WR)
 
+    @property
+    def passing(self):
+        """How many connections are passed on now."""
+        return len(self._passing)
+
     def _is_cut(self, near):
         return near not in self._passing
 
