@@ -55,3 +55,8 @@ def seed_of(keys):
 class KeyPairs(NamedTuple):
     server: Keys
     client: Keys
+
+
+def permit(keys, options):
+    """Makes the client's key the only line of authorized_keys, with these options."""
+    keys.server.write("authorized_keys", "%s %s\n" % (keys.client.public, options))

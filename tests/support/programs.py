@@ -166,6 +166,17 @@ def bound(client, remote="", host=r"127\.0\.0\.1"):
     return int(client.wait_for(r"\[TCP\] `.*?` listens on `%s:(\d+)`, and routing back to `.*?%s` \.\.\." % (host, re.escape(remote))).group(1))
 
 
+def handshakes(server):
+    """How many handshakes `serve -v` has completed."""
+    return sum("Accepted" in line for line in server.lines)
+
+
+def assert_start_fails(program, *patterns):
+    """It ends with code 1, and one line of its output has all of these."""
+    assert program.wait() == 1, program.output
+    assert any(all(re.search(pattern, line) for pattern in patterns) for line in program.lines), program.output
+
+
 def descriptors(program):
     """How many file descriptors the program has open."""
     if not os.path.isdir("/proc/self/fd"):

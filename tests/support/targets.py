@@ -50,6 +50,11 @@ class UnixTarget(Target):
         self._start(handle, listener)
 
 
+def says(word):
+    """What a target that waits for nothing does with a connection."""
+    return lambda connection: connection.sendall(word)
+
+
 def echo(connection):
     """Sends back what comes until the peer's end of file; then ends too."""
     while True:

@@ -1,9 +1,8 @@
 """Reverse tunnels (`R:`): the server listens, and the client connects to what its own command line names.
 
-Whole programs. What passes on their links is in test_reverse_links.py.
+Whole programs. What passes on their links is in test_reverse_links.py, what permitlisten permits in unit/test_core_grants.py.
 """
 
-import collections
 import contextlib
 import hashlib
 import os
@@ -20,45 +19,43 @@ from typing import NamedTuple
 import pytest
 
 from support import ratrod2_peer as peer
-from support.keys import seed_of
+from support.keys import permit, seed_of
+from support.many_lines import run_lines
 from support.pressure import memory_before, peak_growth
-from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY, descriptors, tcp_port
-from support.sockets import ask, dial, eventually, free_port, port_of, receive_all, receive_exactly, reset
+from support.programs import (
+    AUTHENTICATION_FAILED,
+    PATIENCE,
+    READY,
+    assert_start_fails,
+    bound,
+    descriptors,
+    handshakes,
+    tcp_port,
+)
+from support.sockets import (
+    ask,
+    assert_refused,
+    dial,
+    eventually,
+    free_port,
+    port_of,
+    receive_all,
+    receive_exactly,
+    refused,
+    reset,
+    works,
+)
+from support.targets import UnixTarget, echo, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 REFUSED = "not allowed by this server"  # the same for every reason: it teaches a prober nothing
-BULK = 20 << 20
+BULK = 8 << 20
 
 
-def works(port):
-    """Whether a whole connection to an echo succeeds, for eventually()."""
-    try:
-        ask(port)
-    except (OSError, AssertionError):
-        return False
-    return True
-
-
-def refused(port):
-    """Whether nobody listens there."""
-    try:
-        dial(port).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-def greeting(port):
-    with dial(port) as connection:
+def greeting(port, host="127.0.0.1"):
+    with dial(port, host) as connection:
         return receive_all(connection)
-
-
-def says(word):
-    """A target that waits for nothing."""
-    return lambda connection: connection.sendall(word)
 
 
 def converse(connection, words):
@@ -75,25 +72,6 @@ def converse(connection, words):
 
 def digest(data):
     return hashlib.sha256(data).hexdigest()
-
-
-def bound(client, remote="", host=r"127\.0\.0\.1"):
-    """The port at which the server listens for the R: tunnel to `remote`."""
-    return int(client.wait_for(r"\[TCP\] `.*?` listens on `%s:(\d+)`, and routing back to `.*?%s` \.\.\." % (host, re.escape(remote))).group(1))
-
-
-def handshakes(server):
-    """How many handshakes `serve -v` has completed."""
-    return sum("Accepted" in line for line in server.lines)
-
-
-def identity_of(keys):
-    return peer.Identity.from_seed(seed_of(keys)).public
-
-
-def permit(keys, options):
-    """Makes the client's key the only line of authorized_keys, with these options."""
-    keys.server.write("authorized_keys", "%s %s\n" % (keys.client.public, options))
 
 
 @pytest.fixture
@@ -126,82 +104,84 @@ def reverse(serve, client):
     return launch
 
 
+class Stage:
+    """A target that plays what the test puts on, one connection each."""
+
+    def __init__(self, target):
+        self.heard, self._plays = queue.Queue(), queue.Queue()
+        self.port = target(lambda connection: self._plays.get(timeout=PATIENCE)(connection)).port
+
+    def play(self, handle):
+        self._plays.put(handle)
+
+    def hears(self):
+        return self.heard.get(timeout=PATIENCE)
+
+
+@pytest.fixture
+def stage(target):
+    return Stage(target)
+
+
 # ---------------------------------------------------------------------------------------------------- streams
 
 
-def test_an_echo(reverse, tcp_echo):
-    made = reverse(tcp_echo.port)
-    assert made.port not in (0, tcp_echo.port, made.server_port)
-    for question in (b"?", b"", b"x" * 100_000):
-        ask(made.port, question)
-
-
-def test_the_server_side_listens_on_loopback_alone(reverse, tcp_echo):
-    """A bare port is loopback: what another address of this machine gives is no listener of ours."""
-    made = reverse(tcp_echo.port)
+def test_streams_and_how_they_end(reverse, stage):
+    """Whoever speaks, ends or resets first, the other side learns it as without a tunnel."""
+    made = reverse(stage.port)
+    assert made.port not in (0, stage.port, made.server_port)
+    # A bare port is loopback: what another address of this machine gives is no listener of ours.
     with pytest.raises(OSError):
         dial(made.port, "127.0.0.2").close()
-
-
-def test_bulk_both_ways_at_once(reverse, target):
-    up, down = os.urandom(BULK), os.urandom(BULK)
-    heard = queue.Queue()
-    made = reverse(target(lambda connection: heard.put(digest(converse(connection, down)))).port)
-    with made.dial() as connection:
-        assert digest(converse(connection, up)) == digest(down)
-    assert heard.get(timeout=PATIENCE) == digest(up)
-
-
-def test_the_originator_ends_first(reverse, target):
-    made = reverse(target(lambda connection: connection.sendall(receive_all(connection)[::-1])).port)
+    for question in (b"?", b"", b"x" * 100_000):
+        stage.play(echo)
+        ask(made.port, question)
+    # The target speaks first, and waits for nothing.
+    stage.play(says(b"220 hello\r\n"))
+    assert greeting(made.port) == b"220 hello\r\n"
+    # The originator ends first.
+    stage.play(lambda connection: connection.sendall(receive_all(connection)[::-1]))
     with made.dial() as connection:
         connection.sendall(b"hello")
         connection.shutdown(socket.SHUT_WR)
         assert receive_all(connection) == b"olleh"
 
-
-def test_the_target_ends_first(reverse, target):
-    heard = queue.Queue()
-
-    def handle(connection):
+    # The target ends first.
+    def end_first(connection):
         connection.sendall(b"bye")
         connection.shutdown(socket.SHUT_WR)
-        heard.put(receive_all(connection))
-    made = reverse(target(handle).port)
+        stage.heard.put(receive_all(connection))
+    stage.play(end_first)
     with made.dial() as connection:
         assert receive_all(connection) == b"bye"
         connection.sendall(b"wait, there is more")
         connection.shutdown(socket.SHUT_WR)
-        assert heard.get(timeout=PATIENCE) == b"wait, there is more"
+        assert stage.hears() == b"wait, there is more"
 
-
-def test_a_reset_of_the_originator_reaches_the_target(reverse, target):
-    ends = queue.Queue()
-
-    def handle(connection):
+    # The originator resets.
+    def await_reset(connection):
         connection.sendall(b"!")
         try:
-            ends.put(connection.recv(1))
+            stage.heard.put(connection.recv(1))
         except OSError as error:
-            ends.put(error)
-    made = reverse(target(handle).port)
+            stage.heard.put(error)
+    stage.play(await_reset)
     connection = made.dial()
     receive_exactly(connection, 1)
     reset(connection)
-    assert isinstance(ends.get(timeout=PATIENCE), ConnectionResetError)
-
-
-def test_a_reset_of_the_target_reaches_the_originator(reverse, target):
-    made = reverse(target(lambda connection: (receive_exactly(connection, 1), reset(connection))).port)
+    assert isinstance(stage.hears(), ConnectionResetError)
+    # The target resets.
+    stage.play(lambda connection: (receive_exactly(connection, 1), reset(connection)))
     with made.dial() as connection:
         connection.sendall(b"!")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
-
-
-def test_the_target_speaks_first(reverse, target):
-    made = reverse(target(says(b"220 hello\r\n")).port)
-    assert [greeting(made.port) for _ in range(3)] == [b"220 hello\r\n"] * 3
+    # Bulk both ways at once.
+    up, down = os.urandom(BULK), os.urandom(BULK)
+    stage.play(lambda connection: stage.heard.put(digest(converse(connection, down))))
+    with made.dial() as connection:
+        assert digest(converse(connection, up)) == digest(down)
+    assert stage.hears() == digest(up)
 
 
 def test_a_target_that_refuses_is_a_reset(reverse):
@@ -209,7 +189,7 @@ def test_a_target_that_refuses_is_a_reset(reverse):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         made = reverse(port_of(closed))
-        for _ in range(20):
+        for _ in range(10):
             with pytest.raises((ConnectionResetError, BrokenPipeError)):
                 with made.dial() as connection:
                     connection.sendall(b"hello")
@@ -235,84 +215,70 @@ def come_to_rest(count):
     eventually(rests, "it comes to rest")
 
 
-def test_a_slow_reader_holds_up_its_own_stream_alone(reverse, target):
+def test_a_slow_reader_holds_up_its_own_stream_alone(reverse, stage):
     """What it does not read stays with the target: neither program keeps it."""
-    block, blocks = os.urandom(1 << 20), 100
+    block, blocks = os.urandom(1 << 20), 64
     sent = []
 
-    def handle(connection):
-        if receive_exactly(connection, 1) == b"q":
-            return connection.sendall(b"q")
+    def send_much(connection):
         for _ in range(blocks):
             connection.sendall(block)
             sent.append(1)
-    made = reverse(target(handle).port)
+    made = reverse(stage.port)
+    stage.play(send_much)
     with made.dial() as slow:
         before = [(program, memory_before(program)) for program in (made.server, made.client)]
-        slow.sendall(b"s")
         come_to_rest(lambda: len(sent))
         assert len(sent) < blocks, "somebody holds %d MB" % blocks
-        with made.dial() as quick:
-            quick.sendall(b"q")
-            assert receive_all(quick) == b"q"
+        stage.play(says(b"q"))
+        assert greeting(made.port) == b"q"
         assert all(peak_growth(*each) < 16 << 20 for each in before)
         for _ in range(blocks):
             assert digest(receive_exactly(slow, len(block))) == digest(block)
         assert slow.recv(1) == b""
 
 
-def test_100_connections_at_once(reverse, target):
-    """The target answers none before it has all: many more than there are waiting links."""
-    everybody = threading.Barrier(100)
+def test_many_in_a_row_and_many_at_once(reverse, stage):
+    """A link that comes back is used again, and does not come on top of the one that has replaced it; a burst gets more links than wait."""
+    made = reverse(stage.port)
 
-    def handle(connection):
+    def many(n):
+        for _ in range(n):
+            stage.play(echo)
+            ask(made.port)
+    many(20)
+    before = [descriptors(program) for program in (made.server, made.client)]
+    shaken = handshakes(made.server)
+    many(150)
+    eventually(lambda: all(descriptors(program) <= n + 4 for program, n in zip((made.server, made.client), before)),
+               lambda: "back to about %s descriptors: %s" % (before, [descriptors(program) for program in (made.server, made.client)]))
+    assert handshakes(made.server) - shaken <= 30
+    # 100 at once, of which the target answers none before it has all.
+    everybody, may_end = threading.Barrier(100), threading.Event()
+
+    def answer_together(connection):
         data = receive_exactly(connection, 4)
         everybody.wait(PATIENCE)
         connection.sendall(data)
-    made = reverse(target(handle).port)
+        may_end.wait(PATIENCE)
     with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stage.play(answer_together)
         connections = [stack.enter_context(made.dial()) for _ in range(100)]
         for number, connection in enumerate(connections):
             connection.sendall(struct.pack(">I", number))
         for number, connection in enumerate(connections):
-            assert receive_all(connection) == struct.pack(">I", number)
-
-
-def test_many_in_a_row_share_a_few_links(reverse, tcp_echo):
-    """A link that comes back is used again, and does not come on top of the one that has replaced it: neither handshakes nor descriptors grow."""
-    made = reverse(tcp_echo.port)
-    for _ in range(20):
-        ask(made.port)
-    before = [descriptors(program) for program in (made.server, made.client)]
-    shaken = handshakes(made.server)
-    for _ in range(300):
-        ask(made.port)
-    eventually(lambda: all(descriptors(program) <= n + 4 for program, n in zip((made.server, made.client), before)),
-               lambda: "back to about %s descriptors: %s" % (before, [descriptors(program) for program in (made.server, made.client)]))
-    assert handshakes(made.server) - shaken <= 30
-
-
-def test_a_burst_leaves_no_links_behind(reverse, tcp_echo):
-    """No more than the waiting links that a listener may have, and what the client keeps for itself."""
-    made = reverse(tcp_echo.port)
-    ask(made.port)
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(made.dial()) for _ in range(50)]
-        for connection in connections:
-            connection.sendall(b"?")
-            receive_exactly(connection, 1)
+            assert receive_exactly(connection, 4) == struct.pack(">I", number)
         held = descriptors(made.client)
-    eventually(lambda: descriptors(made.client) < held - 50, lambda: "%d at the peak, %d now" % (held, descriptors(made.client)))
-    ask(made.port)
+        may_end.set()
+        for connection in connections:
+            assert connection.recv(1) == b""
+    # No more links are left than may wait for a listener, and what the client keeps for itself.
+    eventually(lambda: descriptors(made.client) < held - 100, lambda: "%d at the peak, %d now" % (held, descriptors(made.client)))
+    many(1)
 
 
 # ---------------------------------------------------------------------------------------------------- permission
-
-
-def assert_start_fails(program, *patterns):
-    """It ends with code 1, and one line of its output has all of these."""
-    assert program.wait() == 1, program.output
-    assert any(all(re.search(pattern, line) for pattern in patterns) for line in program.lines), program.output
 
 
 def test_a_server_that_was_not_started_for_it(serve, client, tcp_echo):
@@ -325,28 +291,20 @@ def test_a_server_that_was_not_started_for_it(serve, client, tcp_echo):
     ask(tcp_port(ordinary))
 
 
-def test_one_refusal_ends_the_client_with_all_its_tunnels(serve, client, keys, tcp_echo):
-    """A service that was asked for and is not there must not look like one that is."""
-    permit(keys, 'permitlisten="127.0.0.1:1"')
-    _, server_port = serve("--allow-listen")
-    assert_start_fails(client(server_port, "0:127.0.0.1:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % tcp_echo.port), REFUSED)
-
-
-@pytest.mark.parametrize("option, allowed", [('permitlisten="127.0.0.1:1" permitlisten="{port}"', True), ('permitlisten="127.0.0.1:1"', False)])
-def test_permitlisten(serve, client, keys, tcp_echo, option, allowed):
+def test_permitlisten(serve, client, keys, tcp_echo):
     port = free_port()
-    permit(keys, option.format(port=port))
+    permit(keys, 'permitlisten="127.0.0.1:1"')
     server, server_port = serve("--allow-listen")
-    program = client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port))
-    if allowed:
-        ask(bound(program))
-    else:
-        assert_start_fails(program, REFUSED)
-        server.wait_for("❌.* refused: ")
-        assert refused(port)
+    assert_start_fails(client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port)), REFUSED)
+    server.wait_for("❌.* refused: ")
+    assert refused(port)
+    # A service that was asked for and is not there must not look like one that is: one refusal ends the client with all its tunnels.
+    assert_start_fails(client(server_port, "0:127.0.0.1:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % tcp_echo.port), REFUSED)
+    permit(keys, 'permitlisten="127.0.0.1:1" permitlisten="%d"' % port)
+    ask(bound(client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port))))
 
 
-def test_four_listeners_for_a_key(serve, client, tcp_echo, target):
+def test_four_listeners_for_a_key(serve, client, second, target):
     """For all its clients together; another key has four of its own."""
     _, server_port = serve("--allow-listen")
     ports = [target(says(b"%d" % number)).port for number in range(5)]
@@ -355,14 +313,8 @@ def test_four_listeners_for_a_key(serve, client, tcp_echo, target):
     four = client(server_port, *tunnels[:4])
     bounds = [bound(four, ":%d" % port) for port in ports[:4]]
     assert_start_fails(client(server_port, tunnels[4]), ".")
-    assert [greeting(port) for port in bounds] == [b"0", b"1", b"2", b"3"]
-
-
-def test_four_listeners_of_each_key(serve, client, second, keys, target):
-    _, server_port = serve("--allow-listen")
-    ports = [target(says(b"%d" % number)).port for number in range(4)]
-    programs = [client(server_port, *["R:0:127.0.0.1:%d" % port for port in ports], who=who) for who in (keys.client, second)]
-    bounds = [bound(program, ":%d" % port) for program in programs for port in ports]
+    others = client(server_port, *tunnels[:4], who=second)
+    bounds += [bound(others, ":%d" % port) for port in ports[:4]]
     assert len(set(bounds)) == 8
     assert [greeting(port) for port in bounds] == [b"0", b"1", b"2", b"3"] * 2
 
@@ -376,34 +328,22 @@ def test_streams_have_a_bound_here_too(serve, client, tcp_echo, flag):
         for connection in (first, second):
             connection.sendall(b"ping")
             assert connection.recv(4) == b"ping"
-        with dial(reverse) as third, pytest.raises(ConnectionResetError):
-            third.recv(1)
+        assert_refused(reverse)
         server.wait_for("carries as many streams .* as it takes \\(2\\)")
-
-    def passes():
-        with dial(reverse) as again, contextlib.suppress(ConnectionResetError):
-            again.sendall(b"ping")
-            return again.recv(4) == b"ping"
-    eventually(passes, "there is room again")
+    eventually(lambda: works(reverse), "there is room again")
 
 
-def test_two_keys_want_one_port(reverse, client, second, tcp_echo):
+def test_where_a_server_cannot_listen(reverse, keys, second, tcp_echo):
+    """Another key's port, another program's, and an address from 192.0.2.0/24, which nobody has."""
     made = reverse(tcp_echo.port)
-    assert_start_fails(client(made.server_port, "R:%d:127.0.0.1:1" % made.port, who=second), "in use", "%d" % made.port)
-    ask(made.port)
-
-
-def test_a_port_that_another_program_has(serve, client):
-    _, server_port = serve("--allow-listen")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert_start_fails(client(server_port, "R:%d:127.0.0.1:1" % port_of(taken)), "in use", "%d" % port_of(taken))
-
-
-def test_an_address_that_the_server_does_not_have(serve, client):
-    server, server_port = serve("--allow-listen")
-    # From 192.0.2.0/24, which nobody has.
-    assert_start_fails(client(server_port, "R:192.0.2.1:0:127.0.0.1:1"), "192.0.2.1")
-    assert server.process.poll() is None
+        cases = [(second, made.port, "%d" % made.port, "in use"), (keys.client, port_of(taken), "%d" % port_of(taken), "in use"),
+                 (keys.client, "192.0.2.1:0", "192.0.2.1", "")]
+        outcomes = run_lines([["-k", who.path, "connect", "127.0.0.1:%d" % made.server_port, "R:%s:127.0.0.1:1" % where]
+                              for who, where, _, _ in cases])
+    for (_, _, name, why), outcome in zip(cases, outcomes):
+        assert outcome.code == 1 and [line for line in outcome.err.splitlines() if name in line and why in line], outcome
+    ask(made.port)
 
 
 def test_a_key_that_is_removed(reverse, keys, target):
@@ -432,13 +372,15 @@ def test_permission_to_listen_that_is_withdrawn(reverse, keys, tcp_echo):
 # ---------------------------------------------------------------------------------------------------- who has the port
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_the_listener_ends_with_its_client(reverse, tcp_echo, sign):
-    made = reverse(tcp_echo.port)
-    ask(made.port)
-    made.client.stop(sign)
-    eventually(lambda: refused(made.port), "the listener is gone")
-    assert made.server.process.poll() is None
+def test_the_listener_ends_with_its_client(serve, client, tcp_echo):
+    server, server_port = serve("--allow-listen")
+    clients = {sign: client(server_port, "R:0:127.0.0.1:%d" % tcp_echo.port) for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
+    ports = {sign: bound(program) for sign, program in clients.items()}
+    for sign, program in clients.items():
+        ask(ports[sign])
+        program.stop(sign)
+    eventually(lambda: all(map(refused, ports.values())), lambda: "the listeners are gone: %s" % {sign: refused(ports[sign]) for sign in ports})
+    assert server.process.poll() is None
 
 
 class Callers:
@@ -475,127 +417,92 @@ def test_a_second_client_of_the_key_takes_the_port_over(reverse, client, target)
         connection.shutdown(socket.SHUT_WR)
         heard.put(receive_all(connection))
     made = reverse(target(old).port)
-    with made.dial() as connection, Callers(made.port) as callers:
-        assert receive_all(connection) == b"old"
-        eventually(lambda: len(callers.heard) > 3, "they are answered")
-        newcomer = client(made.server_port, "R:%d:127.0.0.1:%d" % (made.port, target(says(b"new")).port))
-        assert bound(newcomer) == made.port
-        assert greeting(made.port) == b"new"
-        eventually(lambda: callers.heard[-3:] == [b"new"] * 3, lambda: "the new one answers: %r" % callers.heard)
-        connection.sendall(b"still here")
-        connection.shutdown(socket.SHUT_WR)
-        eventually(lambda: heard.get(timeout=PATIENCE) == b"still here", "what was begun goes on")
+    with Callers(made.port) as callers:
+        with made.dial() as connection:
+            assert receive_all(connection) == b"old"
+            eventually(lambda: len(callers.heard) > 3, "they are answered")
+            newcomer = client(made.server_port, "R:%d:127.0.0.1:%d" % (made.port, target(says(b"new")).port))
+            assert bound(newcomer) == made.port
+            assert greeting(made.port) == b"new"
+            eventually(lambda: callers.heard[-3:] == [b"new"] * 3, lambda: "the new one answers: %r" % callers.heard)
+            connection.sendall(b"still here")
+            connection.shutdown(socket.SHUT_WR)
+            eventually(lambda: heard.get(timeout=PATIENCE) == b"still here", "what was begun goes on")
+        # The first one lives on, and asks for the port again and again, which SIGHUP hurries: it does not get it back.
+        for n in range(1, 4):
+            eventually(lambda n=n: made.client.process.send_signal(signal.SIGHUP) or made.client.output.count("; trying again") >= n,
+                       lambda: "it asks again: %s" % made.client.output)
+        so_far = len(callers.heard)
+        eventually(lambda: len(callers.heard) > so_far + 10, "they are answered")
     assert set(callers.heard) == {b"old", b"new"}, callers.heard
     assert callers.heard == sorted(callers.heard, reverse=True), "the old one answered after the new one"
 
 
-def test_who_came_last_keeps_the_port(reverse, client, target):
-    """The first one lives on, and does not take it back. That nothing happens announces itself by nothing: 4 s are longer than its first pauses."""
-    made = reverse(target(says(b"old")).port)
-    assert greeting(made.port) == b"old"
-    newcomer = client(made.server_port, "R:%d:127.0.0.1:%d" % (made.port, target(says(b"new")).port))
-    assert bound(newcomer) == made.port
-    until = time.monotonic() + 4
-    heard = collections.Counter()
-    while time.monotonic() < until:
-        heard[greeting(made.port)] += 1
-        time.sleep(0.02)
-    assert set(heard) == {b"new"}
+def test_a_client_that_comes_back_has_its_port_at_once(reverse, client, stage, target):
+    """Cut off with its machine, which the server does not hear: for it the old sockets are alive, as those of a stopped one; and after a crash."""
+    made = reverse(stage.port)
 
-
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_client_that_comes_back_has_its_port_at_once(reverse, client, target, sign):
-    """After a crash; and cut off with its machine, which the server does not hear: for it the old sockets are alive, as those of a stopped one."""
-    made = reverse(target(says(b"old")).port)
-    with made.dial() as connection:
-        receive_exactly(connection, 3)
-        made.client.process.send_signal(sign)
-        try:
-            again = client(made.server_port, "R:%d:127.0.0.1:%d" % (made.port, target(says(b"new")).port))
-            assert bound(again) == made.port
-            assert [greeting(made.port) for _ in range(5)] == [b"new"] * 5
-        finally:
-            made.client.process.send_signal(signal.SIGCONT)
-
-
-def test_a_client_that_crashed_resets_what_it_carried(reverse, target):
-    made = reverse(target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port)
+    def comes_back(word):
+        again = client(made.server_port, "R:%d:127.0.0.1:%d" % (made.port, target(says(word)).port))
+        assert bound(again) == made.port
+        assert [greeting(made.port) for _ in range(5)] == [word] * 5
+        return again
+    stage.play(lambda connection: (connection.sendall(b"!"), connection.recv(1)))
     with made.dial() as connection:
         receive_exactly(connection, 1)
+        made.client.process.send_signal(signal.SIGSTOP)
+        try:
+            second = comes_back(b"second")
+        finally:
+            made.client.process.send_signal(signal.SIGCONT)
+        second.process.kill()
+        third = comes_back(b"third")
+        # What a client carried that crashed is reset.
         made.client.process.kill()
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
+    assert third.process.poll() is None and greeting(made.port) == b"third"
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_server_that_was_started_anew(reverse, serve, tcp_echo, sign):
+def test_a_server_that_was_started_anew(reverse, serve, tcp_echo):
     """The client asks again by itself, for the port that it had."""
     made = reverse(tcp_echo.port)
     ask(made.port)
-    made.server.stop(sign)
-    eventually(lambda: refused(made.port), "the listener is gone")
-    server, _ = serve("-v", "--allow-listen", bind="127.0.0.1:%d" % made.server_port)
-    eventually(lambda: works(made.port), "it listens again")
-    ask(made.port)
+    server = made.server
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        server.stop(sign)
+        eventually(lambda: refused(made.port), "the listener is gone")
+        server, _ = serve("-v", "--allow-listen", bind="127.0.0.1:%d" % made.server_port)
+        eventually(lambda: works(made.port), "it listens again")
+        ask(made.port)
     assert made.client.process.poll() is None
 
 
 # ---------------------------------------------------------------------------------------------------- forms
 
 
-def test_ready_comes_before_or_with_the_listener(serve, client, tcp_echo):
-    """Both lines come, and the program goes on, with nothing but a reverse tunnel."""
+def test_forms(serve, client, target, second):
+    """Tunnels of both kinds, to a Unix socket, of IPv6 and in ranges, of one client or of two; and with nothing but a reverse tunnel it is ready."""
     _, server_port = serve("--allow-listen")
-    program = client(server_port, "R:0:127.0.0.1:%d" % tcp_echo.port)
-    program.wait_for(READY)
-    ask(bound(program))
-    assert program.process.poll() is None
-
-
-@pytest.fixture
-def unix_echo():
-    """The path of a Unix socket that echoes. In a short folder: such paths have an end."""
-    with tempfile.TemporaryDirectory(prefix="rt") as folder:
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(os.path.join(folder, "echo"))
-        listener.listen()
-
-        def run():
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = listener.accept()
-                    with connection:
-                        connection.sendall(receive_all(connection))
-        threading.Thread(target=run, daemon=True).start()
-        yield os.path.join(folder, "echo")
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-
-
-@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
-def test_back_to_a_unix_socket(serve, client, unix_echo):
-    """It is the client's own: no permission of the server is needed."""
-    _, server_port = serve("--allow-listen")
-    program = client(server_port, "R:0:unix:%s" % unix_echo)
-    ask(bound(program, "unix:%s" % unix_echo))
-
-
-def test_several_tunnels_of_both_kinds(serve, client, target, udp_echo):
-    server, server_port = serve("--allow-listen")
     ports = [target(says(b"%d" % number)).port for number in range(4)]
-    program = client(server_port, "R:0:127.0.0.1:%d" % ports[0], "0:127.0.0.1:%d" % ports[1], "R:127.0.0.1:0:127.0.0.1:%d" % ports[2],
-                     "0:127.0.0.1:%d" % ports[3])
-    reached = [bound(program, ":%d" % ports[0]), tcp_port(program), bound(program, ":%d" % ports[2]), tcp_port(program, 2)]
-    for _ in range(3):
-        assert [greeting(port) for port in reached] == [b"0", b"1", b"2", b"3"]
-
-
-def test_a_range(serve, client):
-    _, server_port = serve("--allow-listen")
+    try:
+        six = target(says(b"six"), host="::1").port
+    except OSError:
+        pytest.skip("no IPv6 here")
+    # In a short folder: such paths have an end. It is the client's own: no permission of the server is needed.
+    with tempfile.TemporaryDirectory(prefix="rt") as folder, contextlib.closing(UnixTarget(says(b"unix"), os.path.join(folder, "it"))) as unix:
+        program = client(server_port, "R:0:127.0.0.1:%d" % ports[0], "0:127.0.0.1:%d" % ports[1], "R:127.0.0.1:0:127.0.0.1:%d" % ports[2],
+                         "0:127.0.0.1:%d" % ports[3], "R:0:unix:%s" % unix.path, "R:[::1]:0:[::1]:%d" % six)
+        reached = [bound(program, ":%d" % ports[0]), tcp_port(program), bound(program, ":%d" % ports[2]), tcp_port(program, 2),
+                   bound(program, "unix:" + unix.path)]
+        for _ in range(2):
+            assert [greeting(port) for port in reached] == [b"0", b"1", b"2", b"3", b"unix"]
+        assert greeting(bound(program, host=r"\[::1\]"), "::1") == b"six"
+    near, far = free_port(3), free_port(3)
     with contextlib.ExitStack() as stack:
-        near, far = free_port(3), free_port(3)
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", near + n))) for n in range(3)]
-        program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2))
+        program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2), who=second)
+        program.wait_for(READY)
         for n, listener in enumerate(listeners):
             assert bound(program, ":%d" % (near + n)) == far + n
             listener.settimeout(PATIENCE)
@@ -604,40 +511,19 @@ def test_a_range(serve, client):
                 there, _ = listener.accept()
                 with there:
                     assert receive_exactly(there, 1) == b"%d" % n
-
-
-def test_ipv6(serve, client, target):
-    try:
-        made = target(says(b"six"), host="::1")
-    except OSError:
-        pytest.skip("no IPv6 here")
-    _, server_port = serve("--allow-listen")
-    program = client(server_port, "R:[::1]:0:[::1]:%d" % made.port)
-    port = bound(program, host=r"\[::1\]")
-    with dial(port, "::1") as connection:
-        assert receive_all(connection) == b"six"
-
-
-@pytest.mark.parametrize("flags", [("--legacy",), ("--legacy", "-e")])
-def test_the_legacy_wire_has_nothing_for_it(client, flags):
-    program = client(1, "R:0:127.0.0.1:1", flags=flags)
-    assert program.wait() == 2
-    program.wait_for("--legacy")
-
-
-def test_workers_cannot_share_a_listener(ratrod, keys):
-    """Each has connections of its own, and knows nothing of another's waiting links."""
-    program = ratrod("-k", keys.server.path, "serve", "--allow-listen", "--workers", "2", "127.0.0.1:0")
-    assert program.wait() == 2
-    program.wait_for("--allow-listen.*--workers|--workers.*--allow-listen")
+        assert program.process.poll() is None
 
 
 BAD_TUNNELS = ["R:", "R:0", "R:0:127.0.0.1", "R:x:127.0.0.1:1", "R:65536:127.0.0.1:1", "R:0:127.0.0.1:0", "R:0:127.1:1", "R:0:unix:relative",
                "R:0:socks", "R:stdio:127.0.0.1:1", "R:unix:/tmp/a:127.0.0.1:1", "R:1-3:127.0.0.1:1-2", "R:3-1:127.0.0.1:3-1"]
 
 
-def test_what_is_no_reverse_tunnel(client):
-    """The forms are shown: all of them, or that of ranges."""
-    for text, program in [(text, client(1, text)) for text in BAD_TUNNELS]:
-        assert program.wait() == 2, text
-        assert re.search(r"R:\[host:\]port:|8000-8010:host:", program.output), text
+def test_command_lines_that_are_wrong(keys):
+    """What is no reverse tunnel, which shows all forms or that of ranges; and what it does not go with."""
+    forms = r"R:\[host:\]port:|8000-8010:host:"
+    cases = [(["connect", "127.0.0.1:1", text], forms) for text in BAD_TUNNELS]
+    cases += [(["connect", *flags, "127.0.0.1:1", "R:0:127.0.0.1:1"], "--legacy") for flags in (["--legacy"], ["--legacy", "-e"])]
+    # Each worker has connections of its own, and knows nothing of another's waiting links.
+    cases += [(["serve", "--allow-listen", "--workers", "2", "127.0.0.1:0"], "--allow-listen.*--workers|--workers.*--allow-listen")]
+    for (words, said), outcome in zip(cases, run_lines([["-k", keys.client.path, *words] for words, _ in cases])):
+        assert outcome.code == 2 and re.search(said, outcome.err), (words, outcome)
