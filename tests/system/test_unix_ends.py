@@ -1,0 +1,272 @@
+"""Unix sockets at either end of a tunnel: bytes and ends, who may reach them, and the local one's life as a file.
+
+Which paths a server's rule or a key's line allows is a table in unit/test_core_grants.py, what a local socket replaces and leaves alone one in
+unit/test_unix_listener.py, how tunnels are written in unit/test_special_tunnels.py; a real Redis is in peers/test_unix.py.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import tempfile
+import threading
+
+import pytest
+
+from support.keys import seed_of
+from support.programs import PATIENCE, RATROD2, READY, descriptors, every_mode, tcp_port
+from support.ratrod2_peer import DATAGRAMS, INVALID_HOST, SESSION_OVER, Client, PeerError
+from support.rows import row
+from support.sockets import ask, ask_over, assert_reset, check_bulk_each_way, check_half_close, dial, eventually, receive_all, receive_exactly
+from support.targets import UnixTarget, echo
+
+pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")]
+
+# For what happens beside the wire: one mode is enough.
+ANY = RATROD2
+UNIX_LISTENING = r"\[UNIX\] Listening on `unix:(.+?)`"
+BLOCK = os.urandom((1 << 20) - 3)
+NOT_ALLOWED = "not allowed by this server"
+
+
+@pytest.fixture
+def short():
+    """A folder whose path is short: a socket's may have 100 bytes, which pytest's own folders nearly use up."""
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
+        yield pathlib.Path(folder)
+
+
+@pytest.fixture
+def unix_echo(short):
+    with contextlib.closing(UnixTarget(echo, short / "echo.sock")) as made:
+        yield made
+
+
+def dial_unix(path):
+    made = socket.socket(socket.AF_UNIX)
+    made.settimeout(PATIENCE)
+    made.connect(str(path))
+    return made
+
+
+def assert_refused(port):
+    """The connection is reset, nothing having come. An echo that was reached after all would say so at once."""
+    with dial(port) as connection:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_WR)
+        assert_reset(connection)
+
+
+# ---------------------------------------------------------------------------------------------------- bytes and ends
+
+
+@every_mode
+def test_streams(mode, forward, short, stack):
+    """From a Unix socket to a Unix socket."""
+    listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+    listener.bind(str(short / "target.sock"))
+    listener.listen(100)
+    listener.settimeout(PATIENCE)
+    _, client = forward(mode, "unix:%s/local.sock:unix:%s/target.sock" % (short, short), serve_flags=("-r", "unix:%s/.*" % short))
+    client.wait_for(UNIX_LISTENING)
+
+    def joined():
+        originator = stack.enter_context(dial_unix(short / "local.sock"))
+        target = stack.enter_context(listener.accept()[0])
+        target.settimeout(PATIENCE)
+        return originator, target
+    for order in (1, -1):
+        check_half_close(*joined()[::order])
+    check_bulk_each_way(joined(), 8)
+    if mode is RATROD2:
+        # Leaving with bytes unread is a Unix socket's only kind of reset. A clean end at the other side would pass for an exchange that is complete.
+        originator, target = joined()
+        originator.sendall(b"read this")
+        assert receive_exactly(target, 1) == b"r"
+        target.close()
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            assert originator.recv(1) == b""
+            while True:
+                originator.sendall(BLOCK)
+
+
+def test_nothing_is_left_behind(forward, unix_echo, short):
+    server, client = forward(ANY, "unix:%s/local.sock:unix:%s" % (short, unix_echo.path), serve_flags=("-r", "unix:.*"))
+    client.wait_for(UNIX_LISTENING)
+    ask_over(dial_unix(short / "local.sock"))
+    before = {program: descriptors(program) for program in (server, client)}
+    for n in range(200):
+        ask_over(dial_unix(short / "local.sock"), b"%d" % n)
+    for program in (server, client):
+        # A few links may be kept; one descriptor in twenty would be a leak.
+        eventually(lambda program=program: descriptors(program) <= before[program] + 10, "the descriptors came back")
+
+
+def test_two_workers_share_a_unix_socket(forward, unix_echo, short):
+    """SO_REUSEPORT is for ports only: the workers have to share the one socket."""
+    server, client = forward(ANY, "unix:%s/local.sock:unix:%s" % (short, unix_echo.path), serve_flags=("-r", "unix:.*", "--workers", "2"),
+                             connect_flags=("--workers", "2"))
+    client.wait_for(UNIX_LISTENING)
+    for n in range(20):
+        ask_over(dial_unix(short / "local.sock"), b"%d" % n)
+    assert client.stop() == 0 and not (short / "local.sock").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- what the server allows
+
+
+@every_mode
+def test_paths_are_closed_unless_named(mode, forward, unix_echo):
+    """A server that lets clients reach every host and port has not thought of paths."""
+    server, client = forward(mode, "0:unix:%s" % unix_echo.path)
+    assert_refused(tcp_port(client))
+    client.wait_for(NOT_ALLOWED)
+    server.wait_for("refused.*%s|%s.*refused" % ((re.escape(unix_echo.path),) * 2))
+    assert unix_echo.accepted == 0
+
+
+def test_paths_that_a_rule_or_a_key_names(keys, forward, unix_echo, tcp_echo, short):
+    """A rule of paths opens no host. Host names have no case, which is why a rule has none; files have."""
+    upper = UnixTarget(echo, short / "ECHO.sock")
+    tunnels = "0:unix:%s" % unix_echo.path, "0:unix:%s" % upper.path, "0:127.0.0.1:%d" % tcp_echo.port
+    with contextlib.closing(upper):
+        server, client = forward(ANY, *tunnels, serve_flags=("-r", "unix:%s/echo.sock" % short))
+        ask(tcp_port(client))
+        for n in (2, 3):
+            assert_refused(tcp_port(client, n))
+        # A stream only: there is no UDP to a path.
+        line = client.wait_for(r"\[TCP\] Listening on").string
+        assert "to `unix:%s`" % unix_echo.path in line
+        assert client.output.count("[UDP] Listening") == 1
+        for program in (client, server):
+            program.stop()
+        keys.server.write("authorized_keys", '%s permitopen="127.0.0.1:*" permitopen="unix:%s" alice@laptop\n' % (keys.client.public, unix_echo.path))
+        _, client = forward(ANY, *tunnels)
+        ask(tcp_port(client))
+        assert_refused(tcp_port(client, 2))
+        ask(tcp_port(client, 3))
+    assert (unix_echo.accepted, upper.accepted, tcp_echo.accepted) == (2, 0, 1)
+
+
+def test_a_client_that_is_not_ours(serve, keys, short, unix_echo, udp_echo):
+    """It sends what ours would not. The rule is one that an owner may write, and `..` would lead out of it."""
+    (short / "app").mkdir()
+    server, port = serve("-r", "unix:%s/app/.*|unix:/?%s/echo.sock.+|.*:.*" % (short, short))
+    for crooked in ("unix:{0}/app/../echo.sock", "unix:/{0}/echo.sock", "unix:{0}/echo.sock/", "unix:{0}/app/x\0/../../echo.sock",
+                    "unix:{0}/echo.sock\0", "unix:{0}/echo.sock\n"):
+        with row(crooked), Client.connect(port, seed_of(keys.client)) as link:
+            with pytest.raises(PeerError) as refusal:
+                link.handshake().open(crooked.format(short)).wait_opened()
+            assert (refusal.value.code, refusal.value.text) == (INVALID_HOST, NOT_ALLOWED)
+    # There is no UDP to a path, on a link that also has a session that is right.
+    with Client.connect(port, seed_of(keys.client)) as link:
+        link.handshake().open_udp()
+        link.session(1, "unix:%s/app/x" % short)
+        link.session(2, "127.0.0.1:%d" % udp_echo.port)
+        link.datagrams((1, b"to the path"), (2, b"to the echo"))
+        seen = {}
+        while len(seen) < 2:
+            record, content = link.read_udp()
+            for number, *what in content if record == DATAGRAMS else [content]:
+                seen[number] = record, what
+        assert seen[1][0] == SESSION_OVER and seen[2] == (DATAGRAMS, [b"to the echo"])
+    assert unix_echo.accepted == 0 and server.process.poll() is None
+    assert all(line.isprintable() for line in server.lines), server.lines
+
+
+# ---------------------------------------------------------------------------------------------------- targets that fail
+
+
+def test_targets_that_are_no_sockets(forward, unix_echo, short):
+    (short / "file").write_text("not a socket")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(short / "stale.sock"))
+    names = "missing.sock", "file", "stale.sock", "no/such/folder.sock"
+    server, client = forward(ANY, *["0:unix:%s/%s" % (short, name) for name in names], "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
+    for n, name in enumerate(names, 1):
+        with row(name):
+            assert_refused(tcp_port(client, n))
+            for program in (server, client):
+                program.wait_for("ERROR.*%s/%s" % (re.escape(str(short)), name))
+    ask(tcp_port(client, len(names) + 1))
+    # One that comes up later is found.
+    with contextlib.closing(UnixTarget(echo, short / "missing.sock")):
+        ask(tcp_port(client))
+
+
+def test_target_whose_queue_is_full(forward, short, unix_echo):
+    """A Unix socket answers "try again" where a TCP one would wait: some are refused or wait; nothing may hang or fail for good."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(short / "busy.sock"))
+        listener.listen(1)
+        listener.settimeout(PATIENCE)
+        server, client = forward(ANY, "0:unix:%s/busy.sock" % short, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
+            ask(tcp_port(client, 2))
+            threading.Thread(target=serve_all, args=(listener,), daemon=True).start()
+            answered = sum(is_answered(connection) for connection in waiting)
+        assert answered >= 1
+        ask(tcp_port(client))
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+
+
+def serve_all(listener):
+    with contextlib.suppress(OSError):
+        while True:
+            # Each on its own: the order in which they come through is nobody's promise.
+            threading.Thread(target=serve_one, args=(listener.accept()[0],), daemon=True).start()
+
+
+def serve_one(connection):
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(PATIENCE)
+        echo(connection)
+
+
+def is_answered(connection):
+    with contextlib.suppress(ConnectionError, OSError):
+        connection.sendall(b"?")
+        connection.shutdown(socket.SHUT_WR)
+        return receive_all(connection) == b"?"
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------- the local socket as a file
+
+
+def test_its_life(serve, ratrod, keys, tcp_echo, short):
+    """A line says so, others cannot have it while it is in use, and it is removed at the end, or replaced where its client was killed."""
+    path, tunnel = short / "local.sock", "unix:%s/%s.sock:127.0.0.1:%d"
+    _, port = serve()
+    for sign, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 130)):
+        with row(sign):
+            client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port,
+                            *(tunnel % (short, name, tcp_echo.port) for name in ("local", "second")))
+            assert client.wait_for(r"📻 \[UNIX\] Listening on `unix:%s/local\.sock`, and routing through `127\.0\.0\.1:%d` to `127.0.0.1:%d` \.\.\.$"
+                                   % (re.escape(str(short)), port, tcp_echo.port))
+            client.wait_for(READY)
+            ask_over(dial_unix(path))
+            assert path.stat().st_mode & 0o777 == 0o600
+            assert sorted(file.name for file in short.iterdir()) == ["local.sock", "second.sock"]
+            assert client.stop(sign) == code
+            assert list(short.iterdir()) == [] or sign == signal.SIGKILL
+            # A stream only: there is no such thing as UDP here.
+            assert "[UDP]" not in client.output
+
+
+def test_starts_that_fail(serve, ratrod, keys, closed, short):
+    """Half of what was asked for is nothing that can be left running. Nothing of it may stay, or the next start of something else would find it."""
+    (short / "file").write_text("of value")
+    _, port = serve()
+    good = "unix:%s/good.sock:db:5432" % short
+    for server, tunnels, named in ((port, [good, "unix:%s/file:db:5432" % short], short / "file"), (port, [good, good], short / "good.sock"),
+                                   (port, [good, "unix:%s/no/such.sock:db:5432" % short], short / "no/such.sock"), (closed, [good], "")):
+        with row(tunnels):
+            client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % server, *tunnels)
+            assert client.wait() == 1, client.output
+            client.wait_for("ERROR.*%s" % re.escape(str(named)))
+            assert [path.name for path in short.iterdir()] == ["file"]

@@ -1,0 +1,43 @@
+"""TUNNEL words of Unix sockets, SOCKS proxies and standard input and output: which there are not, and what does not go together."""
+
+import pytest
+
+import ratrod
+from support.rows import row
+
+NO_TUNNELS = [
+    # Unix sockets.
+    "unix:", "unix:/", "unix:/a", "unix:relative:db:80", "unix:./a:db:80", "unix:/a/../b:db:80", "unix:/a/./b:db:80", "unix://a:db:80",
+    "unix:/a//b:db:80", "unix:/a/..:db:80", "unix:/a/:db:80",
+    "unix:/%s:db:80" % ("a" * 100), "unix:/%s:db:80" % ("ä" * 50), "unix:/a\nb:db:80", "unix:/a\x7fb:db:80",
+    "unix:/a:db:0", "unix:/a:db:http", "unix:/a:db:70000", "unix:/a::80", "unix:/a:db:80:90", "unix:/a:::", "unix:/a:unix:", "unix:/a:unix:b",
+    "unix:/a:unix:/b:c", "unix:/a:unix:/b/../c",
+    "0:unix:", "0:unix:/", "0:unix:relative", "0:unix:/a/../b", "0:unix://a", "0:unix:/%s" % ("a" * 100), "0:unix:/a\x1bb", "0:unix:/a:80",
+    "70000:unix:/a", "x:unix:/a", ":0:unix:/a", "-1:unix:/a",
+    # SOCKS proxies.
+    "socks", "70000:socks", "x:socks", ":socks", "-1:socks", "[::1]:socks", "h:x:socks", ":0:socks", "1:2:3:socks", "0:socks:", "R:0:socks",
+    "unix::socks", "unix:x:socks", "unix:/a/../b:socks",
+    # Standard input and output.
+    "stdio:", "stdio:80", "stdio:db", "stdio:db:0", "stdio:db:70000", "stdio:db:http", "stdio::80", "stdio:db:80:90", "stdio:socks", "stdio:unix:",
+    "stdio:unix:a", "stdio:unix:/a/../b", "stdio:unix:/a:80", "stdio:db:80-82",
+]
+
+
+def test_tunnels_that_are_none():
+    """What was typed is named, so that a terminal can show it, with the forms that there are."""
+    for text in NO_TUNNELS:
+        with row(text):
+            with pytest.raises(ratrod.ConfigError) as error:
+                ratrod.parse_tunnels(text)
+            said = str(error.value)
+            assert "`%s`" % ratrod.printable(text) in said and said.isprintable()
+            without = said.replace("`%s`" % ratrod.printable(text), "")
+            assert all(form in without for form in ("[host:]port:socks", "stdio:host:port", "unix:/path")) or "ranges of ports" in without
+
+
+def test_tunnels_that_do_not_go_together():
+    """Standard input and output are one tunnel's only, and one process's."""
+    for texts, workers in ((["stdio:db:80", "stdio:db:81"], 1), (["stdio:db:80"] * 2, 1), (["0:db:80", "stdio:db:80", "stdio:unix:/a"], 1),
+                           (["stdio:db:80"], 2)):
+        with row(texts), pytest.raises(ratrod.ConfigError, match="stdio:"):
+            ratrod.check_tunnels(texts, legacy=False, workers=workers)
