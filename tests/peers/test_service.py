@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
+import ratrod as ratrod_module
 from support.keys import make_keys
-from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, RATROD2, READY, ROOT, STARTED, missing, tcp_port
+from support.many_lines import run_lines
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, tcp_port
 from support.sockets import ask, dial, eventually, port_of, receive_all
 from support.targets import echo
 
@@ -44,6 +47,10 @@ def manager(tmp_path):
         made.close()
 
 
+# Says how it is far more often than every 5 s.
+TALKATIVE = sys.executable, "-c", "import sys, ratrod; ratrod.STATUS_INTERVAL = 0.2; sys.exit(ratrod.main())"
+
+
 def notifying(path):
     return {"env": {**os.environ, "NOTIFY_SOCKET": path}}
 
@@ -51,17 +58,14 @@ def notifying(path):
 # ---------------------------------------------------------------------------------------------------- systemd
 
 
-@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
-def test_systemd_hears_how_it_goes(abstract, manager, ratrod, keys, tcp_echo):
-    """READY only when it is: the very next thing is a connection."""
-    if abstract and not sys.platform.startswith("linux"):
-        missing("abstract sockets")
-    path, heard = manager(abstract)
+def test_systemd_hears_how_it_goes(manager, ratrod, keys, tcp_echo):
+    """READY only when it is: the very next thing is a connection. The server has a path, and the client, where there are such, an abstract one."""
+    path, heard = manager()
     server = ratrod("-k", keys.server.path, "serve", "127.0.0.1:0", **notifying(path))
     message = heard()
     assert message["READY"] == "1" and message["STATUS"].startswith("Server on `127.0.0.1:")
     port = int(re.search(r":(\d+)`", message["STATUS"]).group(1))
-    path, heard_of_client = manager(abstract)
+    path, heard_of_client = manager(abstract=sys.platform.startswith("linux"))
     client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port, **notifying(path))
     message = heard_of_client()
     assert message["READY"] == "1" and "connected" in message["STATUS"] and "127.0.0.1:%d" % port in message["STATUS"]
@@ -77,20 +81,21 @@ def test_systemd_hears_how_it_goes(abstract, manager, ratrod, keys, tcp_echo):
         assert listen() == {"STOPPING": "1"}
 
 
-def test_a_client_is_ready_when_all_its_tunnels_are(manager, ratrod, keys, tcp_echo, serve):
+def test_a_client_is_ready_when_all_its_tunnels_are(manager, start, keys, tcp_echo, serve):
     """Reverse tunnels listen elsewhere, and later; while the server is not there it is not ready, and says so to nobody."""
     with socket.create_server(("127.0.0.1", 0)) as made:
         port = port_of(made)
     path, heard = manager()
-    client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-count", "1000", "--max-retry-interval", "0.2", "127.0.0.1:%d" % port,
-                    "R:0:127.0.0.1:%d" % tcp_echo.port, **notifying(path))
+    client = start(*TALKATIVE, "-v", "-k", keys.client.path, "connect", "--max-retry-count", "1000", "--max-retry-interval", "0.2",
+                   "127.0.0.1:%d" % port, "R:0:127.0.0.1:%d" % tcp_echo.port, cwd=str(ROOT), **notifying(path))
     client.wait_for("Test connection failed")
     client.process.send_signal(signal.SIGHUP)
     client.wait_for("Read again")
-    assert re.match("Client of `127.0.0.1:%d`, connecting for .* refused" % port, heard(status=True)["STATUS"])
+    away = "Client of `127.0.0.1:%d`, connecting for .* refused" % port
+    eventually(lambda: re.match(away, heard(status=True)["STATUS"]), away)
     server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
     assert heard()["READY"] == "1"
-    assert ", connected for " in heard(status=True)["STATUS"]
+    eventually(lambda: ", connected for " in heard(status=True)["STATUS"], "it says that it is connected")
     ask(int(server.wait_for(LISTENING).group(1)))
 
 
@@ -114,14 +119,18 @@ def test_of_several_workers_the_parent_speaks(manager, ratrod, keys, tcp_echo):
     assert server.wait() == 0
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "", "@", "vsock:2:1234", "relative", "/" + "x" * 200])
-def test_a_manager_that_is_not_there(path, ratrod, keys):
-    program = ratrod("-v", "-k", keys.server.path, "serve", "127.0.0.1:0", **notifying(path))
+def test_a_manager_that_is_not_there(ratrod, keys, caplog):
+    program = ratrod("-v", "-k", keys.server.path, "serve", "127.0.0.1:0", **notifying("/nowhere/at/all"))
     program.wait_for(STARTED)
     program.process.send_signal(signal.SIGHUP)
     program.wait_for("Read again")
     assert program.stop() == 0
     assert not re.search("WARN|ERROR", program.output)
+    # Other names of sockets, in this process.
+    for path in ("", "@", "vsock:2:1234", "relative", "/" + "x" * 200):
+        with mock.patch.dict(os.environ, NOTIFY_SOCKET=path), caplog.at_level("DEBUG"):
+            ratrod_module.notify_systemd("READY=1")
+    assert {record.levelname for record in caplog.records} <= {"DEBUG"}
 
 
 # ---------------------------------------------------------------------------------------------------- unit files
@@ -299,40 +308,47 @@ def test_hup_during_a_drain_changes_nothing_about_it(serve, connect, target):
 # ---------------------------------------------------------------------------------------------------- connect --check
 
 
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
-def test_a_good_check(mode, serve, run_once, keys, tcp_echo, manager):
+LETS_IN = "The server `127.0.0.1:%d` lets this client in."
+
+
+def test_a_good_check(serve, keys, tcp_echo, manager):
     """It listens on nothing: the tunnels' ports may be in use, by the very client whose health it is about. And it is not that service."""
-    _, port = serve(*mode.serve)
+    _, port = serve(*LEGACY.serve)
     path, heard = manager()
-    words = "-k", str(keys.client.path), "connect", "--check", *mode.connect, "127.0.0.1:%d" % port
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        for tunnels in ([], ["%d:%d" % (port_of(made), tcp_echo.port)], ["stdio:db:1"], ["1080:socks", "unix:/nowhere/x:db:1"]):
-            code, output = run_once(*words, *tunnels, NOTIFY_SOCKET=path)
-            lines = [line for line in output.splitlines() if "in the clear" not in line]
-            assert (code, lines) == (0, ["The server `127.0.0.1:%d` lets this client in." % port]), output
-        # Of several, the one that does.
-        nobody = "127.0.0.1:%d" % port_of(made)
-        made.close()
-        code, output = run_once(*words[:-1], "--log-format", "json", "%s,%s" % (nobody, words[-1]))
-        line = json.loads(output.splitlines()[-1])
-        assert (code, line["level"], line["message"]) == (0, "INFO", "The server `127.0.0.1:%d` lets this client in." % port), output
-    code, output = run_once("-v", *words)
-    assert code == 0 and READY in output and "Signing server challenge" in output
+    where = "127.0.0.1:%d" % port
+    with socket.create_server(("127.0.0.1", 0)) as made, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        plain = [[where], [where, "%d:%d" % (port_of(made), tcp_echo.port)], [where, "stdio:db:1"], [where, "1080:socks", "unix:/nowhere/x:db:1"],
+                 [*LEGACY.connect, where]]
+        # Of several servers, the one that lets it in.
+        others = [["--log-format", "json", "127.0.0.1:%d,%s" % (port_of(closed), where)], ["-v", where]]
+        outcomes = run_lines([["-k", keys.client.path, "connect", "--check", *words] for words in plain + others],
+                             env={**os.environ, "NOTIFY_SOCKET": path})
+    assert {outcome.code for outcome in outcomes} == {0}, outcomes
+    for outcome in outcomes[:len(plain)]:
+        lines = [line for line in (outcome.out + outcome.err).splitlines() if "in the clear" not in line]
+        assert lines == [LETS_IN % port], outcome
+    as_json, verbose = [outcome.out + outcome.err for outcome in outcomes[len(plain):]]
+    line = json.loads(as_json.splitlines()[-1])
+    assert (line["level"], line["message"]) == ("INFO", LETS_IN % port)
+    assert READY in verbose and "Signing server challenge" in verbose
     with pytest.raises(BlockingIOError):
         heard(0)
     assert tcp_echo.accepted == 0
 
 
-def test_bad_checks(serve, run_once, keys, tmp_path):
+def test_bad_checks(serve, keys, tmp_path):
     """Each kind of failure has its exit code, and the line that connect has for it; nothing is asked, and nothing is written."""
     _, port = serve()
     server = "127.0.0.1:%d" % port
     stranger, ignorant = make_keys(tmp_path / "stranger"), make_keys(tmp_path / "ignorant")
     stranger.trust(keys.server, "known_hosts")
-    for folder, words, code, said in (
-            (keys.client.path, ["127.0.0.1:9"], 1, "Connection refused"), (keys.client.path, [server, "nonsense"], 2, "cannot understand the tunnel"),
-            (keys.client.path, ["nonsense"], 2, "cannot understand the server"), (stranger.path, [server], 3, "does not know this client's key"),
-            (ignorant.path, [server], 3, "is not in the known hosts file"), (tmp_path / "none", [server], 2, "no security files in")):
-        got, output = run_once("-k", str(folder), "connect", "--check", *words)
-        assert got == code and len(output.splitlines()) == 1 and said in output, output
+    own = keys.client.path
+    cases = [(own, ["127.0.0.1:9"], 1, "Connection refused"), (own, [server, "nonsense"], 2, "cannot understand the tunnel"),
+             (own, ["nonsense"], 2, "cannot understand the server"), (stranger.path, [server], 3, "does not know this client's key"),
+             (ignorant.path, [server], 3, "is not in the known hosts file"), (tmp_path / "none", [server], 2, "no security files in")]
+    outcomes = run_lines([["-k", folder, "connect", "--check", *words] for folder, words, _, _ in cases])
+    for (_, words, code, said), outcome in zip(cases, outcomes):
+        output = outcome.out + outcome.err
+        assert outcome.code == code and len(output.splitlines()) == 1 and said in output, (words, outcome)
     assert (ignorant.path / "known_hosts").read_text() == "" and not (tmp_path / "none").exists()
