@@ -1,6 +1,6 @@
 """Every limit of PROTOCOL.md's table: its flag, its default, and what happens at it. And strangers, thousands of them.
 
-The strangers are 800 here. All 4,000, with the default deadline: RATROD_LONG=1 pytest -n0 -s tests/test_limits.py -k strangers
+The strangers are 500 here. All 4,000, with the default deadline: RATROD_LONG=1 pytest -n0 -s tests/system/test_limits.py -k thousands
 """
 
 import contextlib
@@ -21,9 +21,10 @@ from support import pressure
 from support import ratrod2_peer as peer
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
+from support.many_lines import run_each
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
-from support.sockets import dial, eventually, is_ready, receive_all
+from support.sockets import dial, eventually, is_ready, outcome_of, receive_all
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="all of 127.0.0.0/8, /proc, and what a full queue does")
@@ -52,14 +53,6 @@ def ping(sock, data=b"ping"):
     assert sock.recv(len(data)) == data
 
 
-def was_reset(sock):
-    """Waits for the end; whether it was a reset."""
-    try:
-        return sock.recv(1) != b""
-    except ConnectionResetError:
-        return True
-
-
 # ---------------------------------------------------------------------------------------------------- flags and defaults
 
 BOTH, SERVE, CONNECT = ("serve", "connect"), ("serve",), ("connect",)
@@ -83,58 +76,57 @@ FLAGS = [  # flag, of which commands, the field of Limits, PROTOCOL.md's default
 ]
 TIMES = ("--handshake-timeout", "--link-age", "--connect-timeout", "--udp-timeout")
 EACH_FLAG = [(flag, command, field, default) for flag, commands, field, default in FLAGS for command in commands]
-each_flag = pytest.mark.parametrize("flag, command, field, default", EACH_FLAG, ids=["%s %s" % (command, flag) for flag, command, *_ in EACH_FLAG])
 
 
 def parse(*words):
     return module.parse_command_line(list(words)).limits
 
 
-@each_flag
-def test_a_flag_of_each_limit(flag, command, field, default):
-    for words in ([flag, "7"], [flag + "=7"]):
-        assert getattr(parse(command, *words, "127.0.0.1:1"), field) == 7
-        assert parse(command, *words, "127.0.0.1:1")._replace(**{field: default}) == changed_with(flag, module.Limits())
-    if flag in TIMES:
-        assert getattr(parse(command, flag, "2.5", "127.0.0.1:1"), field) == 2.5
+def test_a_flag_of_each_limit():
+    for flag, command, field, default in EACH_FLAG:
+        # The rate's burst goes with it.
+        others = module.Limits()._replace(handshake_burst=14) if flag == "--handshake-rate" else module.Limits()
+        for words in ([flag, "7"], [flag + "=7"]):
+            limits = parse(command, *words, "127.0.0.1:1")
+            assert getattr(limits, field) == 7, (command, flag)
+            assert limits._replace(**{field: default}) == others, (command, flag)
+        if flag in TIMES:
+            assert getattr(parse(command, flag, "2.5", "127.0.0.1:1"), field) == 2.5, (command, flag)
 
 
-def changed_with(flag, limits):
-    """The rate's burst goes with it."""
-    return limits._replace(handshake_burst=14) if flag == "--handshake-rate" else limits
-
-
-@each_flag
-def test_the_default_of_each_limit(flag, command, field, default):
-    assert getattr(module.Limits(), field) == default
-    assert parse(command, "127.0.0.1:1") == module.Limits()
-    if default:
-        help_of_it = re.search(r"^  %s [\s\S]*?(?=\n  \S|\n\n|\Z)" % flag, module.help_text(command), re.M).group()
-        assert re.search(r"(?<![\d.])%g(?![\d.])" % default if default < 1e5 else str(default), help_of_it), help_of_it
-
-
-def test_the_defaults_that_have_no_flag():
-    limits = module.Limits()
+def test_the_default_of_each_limit():
+    """In the code and in the help."""
+    for flag, command, field, default in EACH_FLAG:
+        assert getattr(module.Limits(), field) == default, field
+        assert parse(command, "127.0.0.1:1") == module.Limits()
+        if default:
+            help_of_it = re.search(r"^  %s [\s\S]*?(?=\n  \S|\n\n|\Z)" % flag, module.help_text(command), re.M).group()
+            assert re.search(r"(?<![\d.])%g(?![\d.])" % default if default < 1e5 else str(default), help_of_it), help_of_it
+    limits = module.Limits()  # those that have no flag
     assert (limits.handshake_burst, limits.idle_time) == (40, 60)
     assert (limits.listeners_per_key, limits.waiting_links, limits.udp_lag) == (4, 8, 0.2)
     assert (limits.keepalive, limits.silence, limits.trusted) == (20, 45, 30)
 
 
-@each_flag
-def test_a_wrong_value_of_each_limit(flag, command, field, default):
-    wrong = ["x", "-1", "", "1e3", "+1", "0x10", "1_0", "\uff11", "nan", "inf", "1 ", "9" * 20] + ([] if flag in TIMES else ["1.5"])
-    for value in wrong + ([] if flag == "--idle-links" else ["0"]):
+def test_a_wrong_value_of_each_limit():
+    """All that is no number, for a time and for a count; and of each flag which numbers it does not take."""
+    no_numbers = ["-1", "", "1e3", "+1", "0x10", "1_0", "\uff11", "nan", "inf", "1 ", "9" * 20]
+    rows = [(flag, "serve", value) for flag in ("--handshake-timeout", "--max-links") for value in no_numbers]
+    rows += [(flag, command, "x") for flag, command, *_ in EACH_FLAG]
+    rows += [(flag, command, "1.5") for flag, command, *_ in EACH_FLAG if flag not in TIMES]
+    rows += [(flag, command, "0") for flag, command, *_ in EACH_FLAG if flag != "--idle-links"]
+    for flag, command, value in rows:
         with pytest.raises(module.UsageError) as refused:
             parse(command, "%s=%s" % (flag, value), "127.0.0.1:1")
-        assert flag in str(refused.value) and "\n" not in str(refused.value)
+            pytest.fail("%s %s=%s is taken" % (command, flag, value))
+        assert flag in str(refused.value) and "\n" not in str(refused.value), (command, flag, value)
 
 
-@pytest.mark.parametrize("flag, command", [(flag, commands[0]) for flag, commands, *_ in FLAGS])
-def test_a_wrong_value_is_told_in_one_line(flag, command):
-    done = subprocess.run([*RATROD, command, flag, "x", "127.0.0.1:1"], capture_output=True, timeout=PATIENCE)
-    first, _, rest = done.stderr.decode().partition("\n")
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert flag in first and "`x`" in first and rest.strip().startswith("Usage:")
+def test_a_wrong_value_is_told_in_one_line():
+    lines = [[commands[0], flag, "x", "127.0.0.1:1"] for flag, commands, *_ in FLAGS]
+    for line, (code, shown) in zip(lines, run_each(lines)):
+        first, _, rest = shown.partition("\n")
+        assert code == 2 and line[1] in first and "`x`" in first and rest.strip().startswith("Usage:"), (line, code, shown)
 
 
 # ---------------------------------------------------------------------------------------------------- strangers: who makes room
@@ -376,9 +368,10 @@ def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, ca
     monkeypatch.setattr(module, "SOURCES", 40)
     monkeypatch.setattr(module, "LOG_BURST_IN_ALL", 30)
     caplog.set_level("ERROR", "ratrod")
-    with module.serve(key_path=keys.server.path) as server:
+    # The rest is said each sweep: the first one after all have come.
+    with module.serve(key_path=keys.server.path, limits=module.DEFAULT_LIMITS._replace(sweep_interval=1.5)) as server:
         began, most = time.monotonic(), 0
-        for number in range(300):
+        for number in range(130):
             with dial_from("127.2.%d.%d" % (number // 100, number % 100 + 1), server.address[1]) as sock:
                 sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
                 with contextlib.suppress(ConnectionResetError):
@@ -387,7 +380,7 @@ def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, ca
 
         def counted():
             said = [record.getMessage() for record in list(caplog.records)]
-            return sum(int(n or 1) for n in re.findall(r"Refused (?:(\d+) more|`127)", "\n".join(said))) == 300
+            return sum(int(n or 1) for n in re.findall(r"Refused (?:(\d+) more|`127)", "\n".join(said))) == 130
         eventually(counted, lambda: caplog.text)
     assert most <= 40 + 1
     assert len(caplog.records) <= 30 + 10 * (time.monotonic() - began) + 1
@@ -396,41 +389,31 @@ def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, ca
 # ---------------------------------------------------------------------------------------------------- links
 
 
+@linux
 @pytest.mark.parametrize("flag, whose", [("--max-links", "in all"), ("--max-links-per-key", "of this client")])
-def test_a_link_too_many(serve, keys, second, stack, flag, whose):
-    """The client is told why; another key's is refused by the bound in all alone; and a place that was left is free again."""
+def test_a_link_too_many(serve, connect, keys, second, stack, flag, whose):
+    """The client is told why; another key's is refused by the bound in all alone. A refused link stays a moment, until its client has read why, but
+    takes no place: those that come in that moment find the place of one that left."""
     server, port = serve(flag, "2")
     links = [link(stack.enter_context(dial(port)), keys.client) for _ in range(2)]
     text = r"the server has as many connections %s as it takes \(2\)" % whose
-    with pytest.raises(peer.PeerError, match=text) as refused:
-        link(stack.enter_context(dial(port)), keys.client)
-    assert refused.value.code != peer.INVALID_KEY  # which would end the client for good
+    client = connect(port)
+    assert client.wait() == 1
+    client.wait_for(text + "; try again later")
+    before = descriptors(server)
+    for _ in range(3):
+        with pytest.raises(peer.PeerError, match=text) as refused:
+            link(stack.enter_context(dial(port)), keys.client)
+        assert refused.value.code != peer.INVALID_KEY  # which would end the client for good
     server.wait_for(text)
     if whose == "in all":
         with pytest.raises(peer.PeerError, match=text):
             link(stack.enter_context(dial(port)), second)
     else:
         link(stack.enter_context(dial(port)), second)
+    held = before + 4
     links.pop().sock.close()
-
-    def enters():
-        with dial(port) as sock, contextlib.suppress(peer.PeerError):
-            return link(sock, keys.client)
-    eventually(enters, "the place of the one that left")
-
-
-@linux
-@pytest.mark.parametrize("flag", ["--max-links", "--max-links-per-key"])
-def test_a_refused_link_takes_no_place(serve, keys, stack, flag):
-    """It stays a moment, until its client has read why; those that come in that moment find the place of one that left."""
-    server, port = serve(flag, "2")
-    links = [link(stack.enter_context(dial(port)), keys.client) for _ in range(2)]
-    before = descriptors(server)
-    for _ in range(3):
-        with pytest.raises(peer.PeerError):
-            link(stack.enter_context(dial(port)), keys.client)
-    links.pop().sock.close()
-    eventually(lambda: descriptors(server) < before + 3, "it has left")
+    eventually(lambda: descriptors(server) < held, "it has left")
     link(stack.enter_context(dial(port)), keys.client)
 
 
@@ -454,14 +437,6 @@ def test_links_that_are_made_at_once_are_counted_too(serve, keys, stack, flag):
     assert entered == 2
 
 
-def test_a_refused_link_is_shown_by_the_client(serve, connect, keys, stack):
-    _, port = serve("--max-links-per-key", "1")
-    link(stack.enter_context(dial(port)), keys.client)
-    client = connect(port)
-    assert client.wait() == 1
-    client.wait_for(r"the server has as many connections of this client as it takes \(1\); try again later")
-
-
 @linux
 def test_links_by_the_descriptor_limit(start, keys, stack):
     """Half of what is left after 64 and the UDP sessions: each link may need a descriptor for its remote."""
@@ -477,9 +452,9 @@ def test_links_by_the_descriptor_limit(start, keys, stack):
 # ---------------------------------------------------------------------------------------------------- streams
 
 
-@pytest.mark.parametrize("flag, whose", [("--max-streams", "in all"), ("--max-streams-per-key", "of this client")])
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
-def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag, whose, mode):
+@pytest.mark.parametrize("flag, in_all, mode", [("--max-streams", True, RATROD2), ("--max-streams-per-key", False, LEGACY)],
+                         ids=["ratrod2 --max-streams", "legacy --max-streams-per-key"])
+def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag, in_all, mode):
     """Its local connection is reset and the client says why; those that are open go on, and so does another key."""
     _, port = serve(*mode.serve, flag, "2")
     client = connect(port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
@@ -489,26 +464,17 @@ def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag
     open_ones = [stack.enter_context(dial(tcp_port(client))) for _ in range(2)]
     for sock in open_ones:
         ping(sock)
-    one_more = stack.enter_context(dial(tcp_port(client)))
-    one_more.sendall(b"ping")
-    assert was_reset(one_more)
+    assert outcome_of(tcp_port(client)) == "reset"
     client.wait_for(r"as many .*as it takes \(2\)")
-    of_other = stack.enter_context(dial(tcp_port(other)))
-    of_other.sendall(b"ping")
-    if whose == "in all":
-        assert was_reset(of_other)
+    if in_all:
+        assert outcome_of(tcp_port(other)) == "reset"
         other.wait_for(r"as many .*as it takes \(2\)")
     else:
-        assert of_other.recv(4) == b"ping"
+        assert outcome_of(tcp_port(other)) == "answered"
     for sock in open_ones:
         ping(sock, b"still there")
     open_ones.pop().close()
-
-    def passes():
-        with dial(tcp_port(client)) as sock, contextlib.suppress(ConnectionResetError):
-            sock.sendall(b"ping")
-            return sock.recv(4)
-    eventually(passes, "the place of the one that left")
+    eventually(lambda: outcome_of(tcp_port(client)) == "answered", "the place of the one that left")
 
 
 # ---------------------------------------------------------------------------------------------------- connect
@@ -522,36 +488,31 @@ def black_hole():
 
 
 @linux
-def test_time_to_connect_to_a_remote(tunnel, black_hole):
-    made = tunnel(black_hole.port, RATROD2, serve_flags=("--connect-timeout", "1"))
-    with made.connect() as local:
-        began = time.monotonic()
-        assert was_reset(local)
-        figure("a remote that never answers, --connect-timeout 1", "%.2f s" % (time.monotonic() - began))
-        assert time.monotonic() - began > 0.9
-    made.client.wait_for("cannot connect to the remote `127.0.0.1:%d`: timed out" % black_hole.port)
-
-
-@linux
-def test_time_to_connect_to_the_server(connect, black_hole):
-    client = connect(black_hole.port, "--connect-timeout", "1", "0:host:80")
+def test_time_to_connect(tunnel, connect, black_hole):
+    """Of a server to a remote, and of a client to its server."""
+    made = tunnel(black_hole.port, RATROD2, serve_flags=("--connect-timeout", "0.5"))
     began = time.monotonic()
+    assert outcome_of(made.port) == "reset"
+    assert time.monotonic() - began > 0.4
+    made.client.wait_for("cannot connect to the remote `127.0.0.1:%d`: timed out" % black_hole.port)
+    began = time.monotonic()
+    client = connect(black_hole.port, "--connect-timeout", "0.5", "0:host:80")
     assert client.wait() == 1
-    assert time.monotonic() - began > 0.9
+    assert time.monotonic() - began > 0.4
     client.wait_for("cannot connect to the server `127.0.0.1:%d`: timed out" % black_hole.port)
 
 
 @linux
 def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole, stack):
     """Two at a time: a third of that key waits for one of them, and holds up nobody else's."""
-    _, port = serve("--max-connects-per-key", "2", "--connect-timeout", "4")
+    _, port = serve("--max-connects-per-key", "2", "--connect-timeout", "2.4")
     echo, nowhere = "127.0.0.1:%d" % tcp_echo.port, "127.0.0.1:%d" % black_hole.port
 
     def stream(who, target):
         return link(stack.enter_context(dial(port)), who).open(target)
     hanging = [stream(keys.client, nowhere) for _ in range(2)]
-    # Half of their time later, so that there is time left for the third when they fail: it has the same 4 s from its own Open on.
-    assert not is_ready(hanging[0].link.sock, selectors.EVENT_READ, 2)
+    # Half of their time later, so that there is time left for the third when they fail: it has the same 2.4 s from its own Open on.
+    assert not is_ready(hanging[0].link.sock, selectors.EVENT_READ, 1.2)
     third = stream(keys.client, echo)
     stream(second, echo).wait_opened()
     assert not is_ready(third.link.sock, selectors.EVENT_READ, 0)
@@ -561,26 +522,23 @@ def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole
     third.wait_opened()
 
 
-@pytest.mark.parametrize("ask", ["sessions", "opens"])
-def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack, ask):
+def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack):
     """An authorized client must not fill the disk either: 200 lines at once, then ten a second, and the rest as a number."""
     keys.server.write("authorized_keys", '%s permitopen="192.0.2.1:9"\n' % keys.client.public)
     server, port = serve()
-    began, n = time.monotonic(), 600
-    if ask == "sessions":
-        asking = link(stack.enter_context(dial(port)), keys.client)
-        asking.open_udp()
-        for number in range(n):
-            asking.session(number, "127.0.0.1:%d" % (number + 1))
-            assert asking.read_udp() == (peer.SESSION_OVER, (number, peer.INVALID_HOST, "not allowed by this server"))
-    else:
-        for number in range(n):
-            with link(dial(port), keys.client) as asking, pytest.raises(peer.PeerError, match="not allowed"):
-                asking.open("127.0.0.1:%d" % (number + 1)).wait_opened()
+    began, sessions, opens = time.monotonic(), 400, 40
+    asking = link(stack.enter_context(dial(port)), keys.client)
+    asking.open_udp()
+    for number in range(sessions):
+        asking.session(number, "127.0.0.1:%d" % (number + 1))
+        assert asking.read_udp() == (peer.SESSION_OVER, (number, peer.INVALID_HOST, "not allowed by this server"))
+    for number in range(opens):
+        with link(dial(port), keys.client) as asking, pytest.raises(peer.PeerError, match="not allowed"):
+            asking.open("127.0.0.1:%d" % (number + 1)).wait_opened()
 
     def counted():
         rest = re.findall(r"❌ (\d+) more failures with the key `%s`" % re.escape(keys.client.public), server.output)
-        return len(re.findall("refused: ", server.output)) + sum(map(int, rest)) == n
+        return len(re.findall("refused: ", server.output)) + sum(map(int, rest)) == sessions + opens
     eventually(counted, lambda: server.output)
     assert len([line for line in server.lines if "❌" in line]) <= 200 + 10 * (time.monotonic() - began) + 1
 
@@ -693,7 +651,7 @@ def wait_until_read(port):
 
 
 @linux
-@pytest.mark.parametrize("together", [1, 8, 32])
+@pytest.mark.parametrize("together", [1, 32])
 def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
     """While there is no link the newest datagrams are kept, up to so many bytes: 8 of 1000 bytes with their heads, but not 9."""
     server = LateServer(keys, target)
@@ -722,7 +680,7 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
     udp.datagrams((1, b"begin"))
     _, session = remote.receive()
     before = memory_before(server)
-    for number in range(60_000):  # 70 MB: far more than the kernel's buffers of a connection hold
+    for number in range(20_000):  # 24 MB: far more than the kernel's buffers of a connection hold
         remote.socket.sendto(b"%06d" % number + bytes(1194), session)
     growth = peak_growth(server, before)
     figure("UDP to a client that does not read, the server's memory grew by", megabytes(growth))
@@ -734,8 +692,8 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
         assert kind == peer.DATAGRAMS
         came += [data for _, data in pairs]
     assert came[:-1] == sorted(came[:-1])
-    figure("UDP to a client that does not read, of 60,000 datagrams it got in the end", len(came) - 1)
-    assert len(came) < 30_000
+    figure("UDP to a client that does not read, of 20,000 datagrams it got in the end", len(came) - 1)
+    assert len(came) < 13_000
 
 
 # ---------------------------------------------------------------------------------------------------- links of a client: their number and age
@@ -745,13 +703,14 @@ class AgeServer:
     """The independent peer as a server that notes how old a link was when something began or was asked on it."""
 
     def __init__(self, keys, target):
-        self._seed, self.ages = seed_of(keys.server), []
+        self._seed, self.ages, self.links = seed_of(keys.server), [], 0
         self.port = target(self._serve).port
 
     def _serve(self, connection):
         connection.settimeout(PATIENCE)
         server = peer.Server(connection, self._seed).handshake()
         born = time.monotonic()
+        self.links += 1
 
         def note(*_):
             self.ages.append(time.monotonic() - born)
@@ -779,7 +738,7 @@ def test_idle_links(serve, start, keys, tcp_echo, flag):
     needed, and the next one finds them; those that nobody needs are let go."""
     server, port = serve("-v")
     without = descriptors(server)
-    client = start(*scaled(idle_time=2.0), "-k", keys.client.path, "connect", "--idle-links", str(flag), "127.0.0.1:%d" % port,
+    client = start(*scaled(idle_time=1.0, sweep_interval=0.2), "-k", keys.client.path, "connect", "--idle-links", str(flag), "127.0.0.1:%d" % port,
                    "0:127.0.0.1:%d" % tcp_echo.port)
     client.wait_for(READY)
 
@@ -834,34 +793,35 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target)
         ask_and_end(dial(tcp_port(client)))
 
 
-def test_an_old_link_takes_no_new_stream_of_a_client(connect, keys, target, stack):
+def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack):
     """What is open on it goes on; UDP moves to another, and its originator hardly notices."""
     server = AgeServer(keys, target)
-    client = connect(server.port, "--link-age", "1", "0:good:1")
+    client = start(*scaled(link_age=0.4, sweep_interval=0.1), "-k", keys.client.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1")
     client.wait_for(READY)
     long_one, originator = (stack.enter_context(made) for made in (dial(tcp_port(client)), udp_originator(client)))
     originator.settimeout(1)
-    answers, until = 0, time.monotonic() + 4
-    while time.monotonic() < until:
+    answers, until = 0, time.monotonic() + 2.5
+    while time.monotonic() < until or server.links < 5:
         ask_and_end(dial(tcp_port(client)))
         ping(long_one)
         with contextlib.suppress(socket.timeout):
             originator.send(b"question")
             answers += originator.recv(100) == b"question"
-    figure("oldest link that something began or asked on, --link-age 1, of %d" % len(server.ages), "%.2f s" % max(server.ages))
-    # Ages are looked at every second, and a busy machine may see Open late.
-    assert 0.5 < max(server.ages) < 4
+    figure("oldest link that something began or asked on, --link-age 0.4, of %d" % len(server.ages), "%.2f s" % max(server.ages))
+    # Ages are looked at now and then, and a busy machine may see Open late.
+    assert 0.2 < max(server.ages) < 2
     assert answers > 10
 
 
-def test_an_old_link_is_closed_by_the_server(serve, connect, keys, tcp_echo, stack):
+def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, stack):
     """Close says that the Open was not looked at: the client takes another link, and its user notices nothing."""
-    server, port = serve("--link-age", "1")
+    server = start(*scaled(link_age=0.4), "-k", keys.server.path, "serve", "127.0.0.1:0")
+    port = int(server.wait_for(STARTED).group(1))
     old = link(stack.enter_context(dial(port)), keys.client)
     client = connect(port, "-v", "0:127.0.0.1:%d" % tcp_echo.port)
     client.wait_for(READY)
     ping(stack.enter_context(dial(tcp_port(client))))
-    time.sleep(1.5)  # an age comes by no event
+    time.sleep(0.6)  # an age comes by no event
     old.open("127.0.0.1:%d" % tcp_echo.port)
     with pytest.raises(peer.LinkClosed):
         old.read_record()
@@ -872,9 +832,9 @@ def test_an_old_link_is_closed_by_the_server(serve, connect, keys, tcp_echo, sta
 
 # ---------------------------------------------------------------------------------------------------- strangers in great number
 
-SILENT = DRIPPING = 2000 if LONG else 400
+SILENT = DRIPPING = 2000 if LONG else 250
 RATE = 500  # a second: with 64 places a newcomer has an eighth of one for his first word
-SHORT_DEADLINE = () if LONG else ("--handshake-timeout", "4")
+SHORT_DEADLINE = () if LONG else ("--handshake-timeout", "2")
 
 
 class Pinged:
