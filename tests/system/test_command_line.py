@@ -317,10 +317,11 @@ def test_interrupted_at_the_question(environment, tmp_path):
 
 def test_keygen(run_all, tmp_path):
     folder = tmp_path / "deep" / "new"
-    (_, made), (_, again) = run_all(["-k %s keygen" % folder] * 2)
+    (_, made), (_, again), (_, nowhere) = run_all(["-k %s keygen" % path for path in (folder, folder, "/proc/no-such-folder")])
     # The public key alone on stdout: `ratrod keygen >> authorized_keys` is what it is for.
     assert made.code == 0 and made.out == check_key_files(folder) + "\n" and QUESTION not in made.err
     assert (again.code, again.out) == (2, "") and str(folder) in again.err
+    assert (nowhere.code, nowhere.out) == (2, "") and "/proc/no-such-folder" in nowhere.err
 
 
 def test_a_bad_key_file_and_warnings_are_shown(run_all, serve, keys, tmp_path):
