@@ -228,22 +228,25 @@ def test_killed_target(mode, start, forward):
 
 
 @either_wire
-def test_killed_server_and_killed_client(mode, tunnel, serve, listener, join):
-    made = tunnel(port_of(listener), mode, connect_flags=("--connect-timeout", "0.3"))  # seconds that each connection waits for a server
-    originator, target = join(made.port)
+def test_killed_server_and_killed_client(mode, forward, serve, listener, join, tcp_echo):
+    server, client = forward(mode, "0:%d" % port_of(listener), "0:%d" % tcp_echo.port,
+                             connect_flags=("--connect-timeout", "0.3"))  # seconds that each connection waits for a server
+    port, server_port = tcp_port(client), int(server.wait_for(STARTED).group(1))
+    originator, target = join(port)
     talk(originator, target)
-    made.server.stop(signal.SIGKILL)
+    server.stop(signal.SIGKILL)
     assert_ended(originator)
     send_until_cut(originator)
     for _ in range(3):
-        assert_refused(made.port)
-    says(made.client, "127.0.0.1:%d" % made.server_port, "refused")
+        assert_refused(port)
+    says(client, "127.0.0.1:%d" % server_port, "refused")
     # A client is started once and left alone for months: its server's restart must not end it.
-    server, _ = serve(*mode.serve, bind="127.0.0.1:%d" % made.server_port)
-    originator, target = join(made.port)
+    server, _ = serve(*mode.serve, bind="127.0.0.1:%d" % server_port)
+    eventually(lambda: works(tcp_port(client, 2)), "the client reached the server that came back")
+    originator, target = join(port)
     talk(originator, target)
     before = descriptors(server)
-    made.client.stop(signal.SIGKILL)
+    client.stop(signal.SIGKILL)
     assert_ended(target)
     send_until_cut(target)
     eventually(lambda: descriptors(server) < before, "the server let go of the connection")
