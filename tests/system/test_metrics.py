@@ -11,8 +11,9 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from support.many_lines import run_lines
 from support.programs import LEGACY, LISTENING, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
-from support.sockets import ask, dial, eventually, port_of, receive_all, receive_exactly, reset
+from support.sockets import ask, dial, eventually, free_port, port_of, receive_all, receive_exactly, reset
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -143,8 +144,7 @@ def test_a_server_that_goes_away_and_strangers(forward, serve, keys, second, rat
 
 def test_reverse_tunnels_and_one_that_waits_for_its_server(serve, ratrod, keys, tcp_echo):
     """It answers from the first moment on: a client that is not there yet is what an alarm is about."""
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        port = port_of(made)
+    port = free_port()
     client = ratrod("-k", keys.client.path, "connect", *METRICS, "--max-retry-count", "1000", "--max-retry-interval", "0.2", "127.0.0.1:%d" % port,
                     "R:0:127.0.0.1:%d" % tcp_echo.port)
     becomes(client, {("ratrod_connected",): 0})
@@ -155,19 +155,14 @@ def test_reverse_tunnels_and_one_that_waits_for_its_server(serve, ratrod, keys, 
     becomes(client, {("ratrod_connected",): 1})
 
 
-def test_curl_reads_it(serve):
-    need("curl")
-    server, _ = serve(*METRICS)
-    done = subprocess.run(["curl", "-sS", "-i", "--max-time", "20", "http://127.0.0.1:%d/metrics?x=1" % metrics_port(server)], capture_output=True)
-    assert done.returncode == 0 and done.stdout.startswith(b"HTTP/1.1 200 OK\r\n") and b"ratrod_info{" in done.stdout
-
-
 # ---------------------------------------------------------------------------------------------------- not a scrape
 
 
 def test_other_requests(serve):
     server, _ = serve(*METRICS)
     port = metrics_port(server)
+    done = subprocess.run([need("curl"), "-sS", "-i", "--max-time", "20", "http://127.0.0.1:%d/metrics?x=1" % port], capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith(b"HTTP/1.1 200 OK\r\n") and b"ratrod_info{" in done.stdout
     status, _, text = get(port, "/")
     assert status == 200 and "/metrics" in text
     assert [get(port, path)[0] for path in ("/metric", "/metrics/", "/../metrics", "/Metrics")] == [404] * 4
@@ -210,17 +205,8 @@ def test_those_who_say_nothing_make_room(serve):
 # ---------------------------------------------------------------------------------------------------- where it listens
 
 
-def two_neighbours():
-    """A port that is free, as is the next one."""
-    for _ in range(100):
-        with contextlib.suppress(OSError, OverflowError):
-            with socket.create_server(("127.0.0.1", 0)) as made, socket.create_server(("127.0.0.1", port_of(made) + 1)):
-                return port_of(made)
-    raise AssertionError("no two neighbours are free")
-
-
 def test_workers_have_ports_one_after_the_other(ratrod, keys, tcp_echo):
-    port = two_neighbours()
+    port = free_port(2)
     server = ratrod("-k", keys.server.path, "serve", "--workers", "2", "--metrics", "127.0.0.1:%d" % port, "127.0.0.1:0")
     assert sorted(metrics_port(server, n) for n in (1, 2)) == [port, port + 1]
     assert scrape(port) and scrape(port + 1)
@@ -232,8 +218,7 @@ def test_workers_have_ports_one_after_the_other(ratrod, keys, tcp_echo):
 
 def test_a_new_server_beside_one_that_drains(serve, connect, tcp_echo):
     """--reuse-port shares the port of the metrics as well, or the new one could not begin; and who drains leaves it to the new one."""
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        port = port_of(made)
+    port = free_port()
     words = "--reuse-port", "--drain", "60", "--metrics", "127.0.0.1:%d" % port
     old, server_port = serve(*words)
     client = connect(server_port, "0:%d" % tcp_echo.port)
@@ -249,18 +234,13 @@ def test_a_new_server_beside_one_that_drains(serve, connect, tcp_echo):
     assert old.wait() == 0
 
 
-@pytest.mark.parametrize("command", ["serve", "connect"])
-def test_where_it_cannot_listen(command, ratrod, keys, serve):
-    if command == "connect":
-        _, port = serve()
-        words = "-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:127.0.0.1:9"
-    else:
-        words = "-k", keys.server.path, "serve", "127.0.0.1:0"
+def test_where_it_cannot_listen(keys, serve):
+    _, port = serve()
+    commands = (["-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:127.0.0.1:9"], ["-k", keys.server.path, "serve", "127.0.0.1:0"])
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        for where, code, said in (("127.0.0.1:%d" % port_of(taken), 1, "cannot listen on `127.0.0.1:%d`: Address already in use" % port_of(taken)),
-                                  ("9100", 2, "cannot understand the address for metrics `9100`"), (":1", 2, "its host is empty"),
-                                  ("127.0.0.1:65536", 2, "is not a port")):
-            program = ratrod(*words, "--metrics", where)
-            assert program.wait() == code and said in program.output, program.output
-    program = ratrod(*words, "--workers", "2", "--metrics", "127.0.0.1:65535")
-    assert program.wait() == 2 and "--metrics" in program.output
+        cases = [([*command, "--metrics", where], code, said) for command in commands for where, code, said in (
+            ("127.0.0.1:%d" % port_of(taken), 1, "cannot listen on `127.0.0.1:%d`: Address already in use" % port_of(taken)),
+            ("9100", 2, "cannot understand the address for metrics `9100`"), (":1", 2, "its host is empty"), ("127.0.0.1:65536", 2, "is not a port"))]
+        cases += [([*command, "--workers", "2", "--metrics", "127.0.0.1:65535"], 2, "--metrics") for command in commands]
+        for (words, code, said), outcome in zip(cases, run_lines([words for words, _, _ in cases])):
+            assert outcome.code == code and said in outcome.err, (words, outcome)
