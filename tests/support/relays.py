@@ -11,11 +11,12 @@ from support.sockets import reset
 class Door:
     """The address that a client knows as its server's. It passes connections on to the port `to`; shut (None), it resets them.
 
-    `tries`: when each connection came. `cut_next`: the next connection that the client says something on is reset. cut_all() resets all.
+    `tries`: when each connection came. `header`: what goes before each, as a proxy's word. `cut_next`: the next connection that the client says
+    something on is reset. cut_all() resets all.
     """
 
-    def __init__(self, target, to=None):
-        self.to, self.tries = to, []
+    def __init__(self, target, to=None, header=b""):
+        self.to, self.tries, self.header = to, [], header
         self.cut_next = False
         self._passing = set()  # the near ends of what is passed on
         self.port = target(self._handle).port
@@ -26,6 +27,7 @@ class Door:
             return reset(near)
         self._passing.add(near)
         with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as selector:
+            far.sendall(self.header)
             selector.register(near, selectors.EVENT_READ, far)
             selector.register(far, selectors.EVENT_READ, near)
             try:

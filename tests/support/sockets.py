@@ -53,8 +53,9 @@ def free_port(n=1):
     raise AssertionError("no %d free ports in a row" % n)
 
 
-def dial(port, host="127.0.0.1"):
-    return socket.create_connection((host, port), timeout=PATIENCE)
+def dial(port, host="127.0.0.1", source=None):
+    """`source`: the address that the connection comes from."""
+    return socket.create_connection((host, port), PATIENCE, source and (source, 0))
 
 
 def dial_with(data, client, port):
@@ -74,6 +75,12 @@ def ask_over(connection, question=b"anybody there?"):
         connection.sendall(question)
         connection.shutdown(socket.SHUT_WR)
         assert receive_all(connection) == question
+
+
+def ping(connection, word=b"ping"):
+    """A word to an echo, which answers at once: the connection lives."""
+    connection.sendall(word)
+    assert receive_exactly(connection, len(word)) == word
 
 
 def ask(port, question=b"anybody there?", host="127.0.0.1"):

@@ -25,7 +25,7 @@ from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
 from support.programs import PATIENCE, READY, STARTED, descriptors, need, tcp_port, udp_port
 from support.relays import Door
-from support.sockets import assert_refused, dial, eventually, is_ready, receive_all, receive_exactly, reset
+from support.sockets import assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
 from support.targets import echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -43,11 +43,6 @@ def limited(start, keys):
 
 def started(server):
     return int(server.wait_for(STARTED).group(1))
-
-
-def ping(sock, data=b"ping"):
-    sock.sendall(data)
-    assert sock.recv(len(data)) == data
 
 
 # ---------------------------------------------------------------------------------------------------- as many as there may be
@@ -90,7 +85,7 @@ def test_a_server_without_descriptors(limited, connect, keys, tcp_echo, stack):
     sock = stack.enter_context(dial(tcp_port(client)))
     ping(sock)
     free = FEW - descriptors(server)
-    strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, (from_address(n), 0))) for n in range(free + 20)]
+    strangers = [stack.enter_context(dial(port, source=from_address(n))) for n in range(free + 20)]
     server.wait_for("cannot accept connections for now: ")
     ping(stack.enter_context(dial(tcp_port(client))))  # on the link that is there: accepting has left it a descriptor for its remote
     assert_it_rests(server, sock)
@@ -113,7 +108,7 @@ def test_a_server_that_ends_takes_what_waited_for_descriptors(limited, keys, sta
     port = started(server)
 
     def enter(n):
-        return stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE, (from_address(n), 0)))
+        return stack.enter_context(dial(port, source=from_address(n)))
     spared = FEW // 8
     for n in range(FEW - descriptors(server) - spared + 1):
         enter(n)
@@ -243,11 +238,6 @@ def reset_by_the_target(port):
     with dial(port) as local:
         local.sendall(b"R")
         assert_reset(local)
-
-
-def assert_reset(local):
-    with pytest.raises(ConnectionResetError):
-        assert local.recv(1) == b"x", "an end, and no reset"
 
 
 def udp(port):

@@ -24,14 +24,10 @@ from support.keys import seed_of
 from support.many_lines import run_each
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
-from support.sockets import dial, eventually, is_ready, outcome_of, receive_all
+from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="all of 127.0.0.0/8, /proc, and what a full queue does")
-
-
-def dial_from(source, port, host="127.0.0.1"):
-    return socket.create_connection((host, port), PATIENCE, (source, 0))
 
 
 def is_closed(sock):
@@ -46,11 +42,6 @@ def is_closed(sock):
 def link(sock, who):
     """An authorized link of the key folder `who` over `sock`: the independent peer's."""
     return peer.Client(sock, seed_of(who)).handshake()
-
-
-def ping(sock, data=b"ping"):
-    sock.sendall(data)
-    assert sock.recv(len(data)) == data
 
 
 # ---------------------------------------------------------------------------------------------------- flags and defaults
@@ -137,7 +128,7 @@ def strangers(serve, stack):
     """strangers(flags...) -> (server, port, dial(source) -> a connection that says nothing), with a deadline that comes after the test."""
     def launch(*flags, deadline=60, **options):
         server, port = serve("--handshake-timeout", str(deadline), *flags, **options)
-        return server, port, lambda source, host="127.0.0.1": stack.enter_context(dial_from(source, port, host))
+        return server, port, lambda source, host="127.0.0.1": stack.enter_context(dial(port, host, source))
     return launch
 
 
@@ -317,7 +308,7 @@ def test_all_addresses_of_a_64_are_one_source(namespace, ratrod, start, keys, st
     server = start(*namespace.command, *RATROD, "-k", keys.server.path, "serve", "--max-handshakes-per-source", "2",
                    "--handshake-timeout", "60", "[::]:0")
     port = int(server.wait_for(STARTED).group(1))
-    silent = [stack.enter_context(namespace.make(dial_from, source, port, "2001:db8:1:2::1"))
+    silent = [stack.enter_context(namespace.make(dial, port, "2001:db8:1:2::1", source))
               for source in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::2", "2001:db8:1:3::1", "2001:db8:1:2::1")]
     eventually(lambda: is_closed(silent[0]), "the oldest of its /64 has made room")
     for sock in silent[1:]:
@@ -372,7 +363,7 @@ def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, ca
     with module.serve(key_path=keys.server.path, limits=module.DEFAULT_LIMITS._replace(sweep_interval=1.5)) as server:
         began, most = time.monotonic(), 0
         for number in range(130):
-            with dial_from("127.2.%d.%d" % (number // 100, number % 100 + 1), server.address[1]) as sock:
+            with dial(server.address[1], source="127.2.%d.%d" % (number // 100, number % 100 + 1)) as sock:
                 sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
                 with contextlib.suppress(ConnectionResetError):
                     receive_all(sock)
@@ -683,7 +674,6 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
     for number in range(20_000):  # 24 MB: far more than the kernel's buffers of a connection hold
         remote.socket.sendto(b"%06d" % number + bytes(1194), session)
     growth = peak_growth(server, before)
-    figure("UDP to a client that does not read, the server's memory grew by", megabytes(growth))
     assert growth < 8 << 20
     remote.socket.sendto(b"the newest", session)
     came = []
@@ -692,7 +682,6 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
         assert kind == peer.DATAGRAMS
         came += [data for _, data in pairs]
     assert came[:-1] == sorted(came[:-1])
-    figure("UDP to a client that does not read, of 20,000 datagrams it got in the end", len(came) - 1)
     assert len(came) < 13_000
 
 
@@ -725,13 +714,6 @@ class AgeServer:
             server.serve_streams(handle)
 
 
-def ask_and_end(sock):
-    ping(sock)
-    sock.shutdown(socket.SHUT_WR)
-    assert receive_all(sock) == b""
-    sock.close()
-
-
 @pytest.mark.parametrize("flag", [1, 3])
 def test_idle_links(serve, start, keys, tcp_echo, flag):
     """One that is used and two that are ready are there in any case, and must not be made anew all the time. A burst leaves as many as it
@@ -745,19 +727,18 @@ def test_idle_links(serve, start, keys, tcp_echo, flag):
     def few():
         return descriptors(server) - without <= 3
     for _ in range(10):
-        ask_and_end(dial(tcp_port(client)))
+        ask(tcp_port(client))
     eventually(few, lambda: "%d links, for one after the other" % (descriptors(server) - without))
     for _ in range(3):
         burst = [dial(tcp_port(client)) for _ in range(12)]
         for sock in burst:
             ping(sock)
         for sock in burst:
-            ask_and_end(sock)
+            ask_over(sock)
     made = len(re.findall("Accepted", server.output))
-    figure("links that 10 single connections and 3 bursts of 12 took, --idle-links %d" % flag, made)
     assert made < 24
     eventually(few, lambda: "%d links that nobody needs" % (descriptors(server) - without))
-    ask_and_end(dial(tcp_port(client)))
+    ask(tcp_port(client))
 
 
 def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target):
@@ -784,13 +765,13 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target)
     with dial(tcp_port(client)) as first:
         ping(first)
         assert begun.wait(PATIENCE)
-        ask_and_end(first)
+        ask_over(first)
     eventually(lambda: " closed: " in client.output, "the first link is idle")
     one_is_idle.set()
     eventually(lambda: client.output.count("cipher: ") >= 3, lambda: "two more links")
     for n in range(3):
         eventually(lambda: client.output.count(" closed: ") == n + 1, "the link of the last connection is idle")  # noqa: B023 - called at once
-        ask_and_end(dial(tcp_port(client)))
+        ask(tcp_port(client))
 
 
 def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack):
@@ -802,12 +783,11 @@ def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack)
     originator.settimeout(1)
     answers, until = 0, time.monotonic() + 2.5
     while time.monotonic() < until or server.links < 5:
-        ask_and_end(dial(tcp_port(client)))
+        ask(tcp_port(client))
         ping(long_one)
         with contextlib.suppress(socket.timeout):
             originator.send(b"question")
             answers += originator.recv(100) == b"question"
-    figure("oldest link that something began or asked on, --link-age 0.4, of %d" % len(server.ages), "%.2f s" % max(server.ages))
     # Ages are looked at now and then, and a busy machine may see Open late.
     assert 0.2 < max(server.ages) < 2
     assert answers > 10
@@ -885,7 +865,7 @@ def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
     def newcomer():
         """From an address that the server has never seen: it has no more rights than the strangers."""
         number = next(newcomers)
-        with dial_from("127.1.%d.%d" % (number // 250, number % 250 + 1), port) as sock:
+        with dial(port, source="127.1.%d.%d" % (number // 250, number % 250 + 1)) as sock:
             link(sock, keys.client)
 
     def entering(action):

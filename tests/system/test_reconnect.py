@@ -28,7 +28,7 @@ from support.traffic import RESET, Traffic
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-KILLS = 100 if LONG else 3
+KILLS = 100 if LONG else 5
 OFTEN = "--max-retry-interval", "0.3"  # tries come soon
 # What is promised within 2 s gets five times that on a busy machine.
 SOON = 10
@@ -82,7 +82,7 @@ def ask_within(port, seconds=SOON):
 def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, listener):
     """Each time the open streams are visibly reset, new ones work soon after it is back, the log says it twice, and nothing leaks."""
     server, port = serve()
-    client = connect_to([port], RATROD2, *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % port_of(listener))
+    client = connect_to([port], RATROD2, *OFTEN, "--idle-links", "1", "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % port_of(listener))
     client.wait_for(READY)
     ports = [tcp_port(client, n) for n in (1, 2)]
     ask(ports[0])
@@ -114,8 +114,8 @@ def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, li
         max(after), max(waited)))
     assert max(waited) < SOON
     assert (count(LOST, client), count(AGAIN, client)) == (KILLS, KILLS)
-    # Up to eight idle links are kept; a leak of one for each stream or kill would be more.
-    eventually(lambda: descriptors(client) <= at_start + 8, lambda: "%d descriptors after %d at the start" % (descriptors(client), at_start))
+    # Some idle links are kept; a leak of one for each kill would be more.
+    eventually(lambda: descriptors(client) <= at_start + 4, lambda: "%d descriptors after %d at the start" % (descriptors(client), at_start))
     figure("descriptors of the client after %d kills" % KILLS, "%d, %d at the start" % (descriptors(client), at_start))
 
 
@@ -259,7 +259,6 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
         del times[0]
     taken = pauses(times)[:tries]
     whole = [min(longest, 0.25 * 2 ** n) for n in range(tries)]
-    figure("pauses between tries, s", " ".join("%.2f" % pause for pause in taken))
     assert all(pause > 0.5 * most - 0.02 for pause, most in zip(taken, whole)), taken
     assert all(pause < most + 1 for pause, most in zip(taken, whole)), taken
     shares = [pause / most for pause, most in zip(taken, whole)]
@@ -623,8 +622,7 @@ def test_a_link_that_the_server_ends_each_time_does_not_spin(connect, keys, targ
     eventually(lambda: len(seen) >= 3, "it tries again")
     began = len(seen)
     time.sleep(1.5)  # nothing is awaited: it is counted what comes
-    figure("a server that ends each link at once", "%d tries in 1.5 s" % (len(seen) - began))
-    assert len(seen) - began < 20
+    assert len(seen) - began < 20  # about 7, where each is a try with its pause; 40 without
 
 
 # ---------------------------------------------------------------------------------------------------- servers that are there and are no help
