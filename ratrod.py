@@ -2803,7 +2803,7 @@ class EventLoop:
     def _on_bug(call: Callable[..., None], error: Exception) -> None:
         trace, line = error.__traceback__, 0
         while trace:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == __file__ else line
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == EventLoop.run.__code__.co_filename else line
             trace = trace.tb_next
         log.error("❌ internal error in line %d, please report it: %r", line, error)
         end = getattr(getattr(call, "__self__", None), "abort", None)
@@ -4743,7 +4743,7 @@ class Stream(LinkUser):
                 link.send(self._new_record(n))
             if n == BULK_READ and self.keeps and not is_straight and self.link:
                 window.expect_bulk()
-            if link.state == ASKED or not self._room():
+            if self.link and (link.state == ASKED or not self._room()):
                 self.on_update()
         elif n == 0:
             self._has_eof = True
@@ -5866,7 +5866,7 @@ class SshLinks:
             with contextlib.ExitStack() as stack:
                 stack.callback(self._give_back, master)
                 ours, theirs = map(stack.enter_context, socket.socketpair())
-                errors = stack.enter_context(tempfile.TemporaryFile("a+b"))
+                errors = stack.enter_context(tempfile.TemporaryFile("a+b"))  # noqa: SIM115 - reap() closes it
                 # ProxyCommand: where the shared connection is gone, ssh must not make one of its own.
                 options = ["-oControlMaster=no", "-oProxyCommand=false", "-oBatchMode=yes"]
                 process = self._run(options, master.path, boot, stdin=theirs, stdout=theirs, stderr=errors,
@@ -7019,7 +7019,7 @@ class Admission:
     def __init__(self, server: Server):
         self._server, self._loop, self._limits = server, server.loop, server.limits
         self.most = self._limits.handshakes or max(16, min(4096, descriptor_limit() // 8))
-        self._most_of_source = self._limits.handshakes_per_source or max(4, self.most // 4)
+        self._most_of_source = self._limits.handshakes_per_source or max(16, self.most // 4)
         self._strangers: collections.OrderedDict[Negotiation, str] = collections.OrderedDict()  # the oldest first, with their sources
         self._sources: dict[str, Source] = {}
         self._most_sources = SOURCES
@@ -7218,9 +7218,9 @@ class Server(Endpoint):
         self.admission = Admission(self)
         # Each stream needs a descriptor for its link and one for its remote, each UDP session one.
         most = limits.links or max(min(16, descriptors // 8), (descriptors - 64 - self._udp_cap - self.admission.most) // 2)
-        self._links_of = Quota(most, limits.links_per_key or max(1, most // 2), "has as many connections")
+        self._links_of = Quota(most, limits.links_per_key or max(min(most, 16), most // 2), "has as many connections")
         most = limits.streams or most
-        self.streams = Quota(most, limits.streams_per_key or max(1, most // 2), "carries as many streams")
+        self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
         self._admitted: dict[Any, bytes] = {}  # links and handshakes that count, by whose key
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
