@@ -43,12 +43,12 @@ class Ends:
         client, server = make_keys(folder / "client", CLIENT_KEYS.seed), make_keys(folder / "server", SERVER_KEYS.seed)
         server.trust(client, "authorized_keys")
         nowhere = ratrod.Address("127.0.0.1", 0)
-        self.server = ratrod.Server(self.loop, ratrod.KeyFolder(str(server.path)), nowhere, ratrod.Policy(), limits, allow_listen=True)
+        self.server = ratrod.Server(self.loop, ratrod.KeyFolder(str(server.path)), limits, ratrod.ServerOptions(nowhere, ratrod.Policy(), allow_listen=True), ratrod.Callbacks())
         self.stack.callback(self.server.close)
         self.ready, self.ended = [], []
         Client.ends = self
-        self.client = Client(self.loop, ratrod.KeyFolder(str(client.path)), [nowhere], [ratrod.parse_tunnel(tunnel) for tunnel in tunnels], limits,
-                             started=lambda: self.ready.append(True), finished=self.ended.append)
+        self.client = Client(self.loop, ratrod.KeyFolder(str(client.path)), limits, ratrod.ClientOptions([nowhere], [ratrod.parse_tunnel(tunnel) for tunnel in tunnels]),
+                             ratrod.Callbacks(lambda: self.ready.append(True), self.ended.append))
         self.stack.callback(self.client.close)
         self.client.start()
         self.rounds(20)

@@ -280,8 +280,8 @@ def knows(lines, key, address):
     return True
 
 
-KNOWN_HOSTS = [base64url(A), base64url(B) + " server:1", base64url(C) + " server:1", base64url(C) + " [::1]:1", base64url(A) + " other:1"]
-KNOWS = {"server:1": {B, C}, "[::1]:1": {C}, "other:1": {A}, "server:2": {A}, "server:11": {A}, "SERVER": {A}, "": {A}}
+KNOWN_HOSTS = [base64url(A), base64url(B) + " server:1", base64url(C) + " Server:1", base64url(C) + " [::1]:1", base64url(A) + " other:1"]
+KNOWS = {"server:1": {B, C}, "SERVER:1": {B, C}, "[::1]:1": {C}, "other:1": {A}, "server:2": {A}, "server:11": {A}, "SERVER": {A}, "": {A}}
 
 
 @pytest.mark.parametrize("address", KNOWS)
@@ -289,6 +289,19 @@ def test_lines_bound_to_an_address_count_alone_for_it(listed, address):
     lines, write, _ = listed
     write(*KNOWN_HOSTS)
     assert {key for key in (A, B, C) if knows(lines, key, address)} == KNOWS[address]
+
+
+def test_a_name_is_the_same_in_capitals(listed):
+    # Or a key that has changed would count as one that is new.
+    lines, _, path = listed
+    assert lines.add(A, "Server:1") == ""
+    path.write_text("")  # what was accepted counts all the same
+    for again in (lines, KnownHosts(str(path))):
+        if again is not lines:
+            path.write_text(base64url(A) + " Server:1")
+        assert knows(again, A, "sERVER:1")
+        with pytest.raises(ratrod.AuthenticationError, match="HAS CHANGED: it shows .*replace that line by: .* SERVER:1"):
+            again.check(B, "SERVER:1")
 
 
 def test_a_bound_key_is_known_nowhere_else(listed):
@@ -318,7 +331,7 @@ def test_split_host_port(text):
 def test_brackets_that_do_not_fit(text):
     pytest.raises(ValueError, ratrod.split_host_port, text)
     pytest.raises(ValueError, ratrod.parse_target, text)
-    pytest.raises(ConfigError, ratrod.parse_tunnel, text)
+    pytest.raises(ConfigError, ratrod.parse_tunnels, text)
 
 
 plain_pieces = st.text(st.characters(blacklist_characters=":[]"), max_size=5)
@@ -416,7 +429,8 @@ TUNNELS = {
     "localhost:1:localhost:2": ("localhost", 1, "localhost", 2),
     "a:1:[::ffff:1.2.3.4]:2": ("a", 1, "1.2.3.4", 2),
 }
-BAD_TUNNELS = ["", "0", "x", "70000", "-1", "1:0", "x:80", "80:", ":80", "::80", "1::80", "1:db:", "1:db:0", "db:80", "db:1:2", ":1:db:2", "a:x:db:1",
+BAD_TUNNELS = ["R", "R:", "stdio", "stdio:", "socks",
+               "", "0", "x", "70000", "-1", "1:0", "x:80", "80:", ":80", "::80", "1::80", "1:db:", "1:db:0", "db:80", "db:1:2", ":1:db:2", "a:x:db:1",
                "a:1:b:2:c", "1:2:3:4:5", "::1:80:db:80", "1:127.1:80", "1:0x7f000001:80", "1:a b:80", "1:db:80\n", "\uff11:80",
                "1:[fe80::1%eth0]:80", "1:2001:db8::7:80"]
 
@@ -424,13 +438,13 @@ BAD_TUNNELS = ["", "0", "x", "70000", "-1", "1:0", "x:80", "80:", ":80", "::80",
 @pytest.mark.parametrize("text", TUNNELS)
 def test_tunnels_of_every_form(text):
     local_host, local_port, remote_host, remote_port = TUNNELS[text]
-    assert ratrod.parse_tunnel(text) == (Address(local_host, local_port), Address(remote_host, remote_port), ratrod.FORWARD)
+    assert ratrod.parse_tunnels(text) == [(Address(local_host, local_port), Address(remote_host, remote_port), ratrod.FORWARD)]
 
 
 @pytest.mark.parametrize("text", BAD_TUNNELS, ids=ascii)
 def test_texts_that_are_no_tunnel(text):
     with pytest.raises(ConfigError, match="The forms are"):
-        ratrod.parse_tunnel(text)
+        ratrod.parse_tunnels(text)
 
 
 @pytest.mark.parametrize(("text", "address"), [("0.0.0.0:19000", ("0.0.0.0", 19000)), ("[::]:1", ("::", 1)), ("Host:1", ("Host", 1))])
