@@ -1087,7 +1087,7 @@ class Server(Peer):
 class Stream:
     """One stream, for its opener or its acceptor; `link` carries it now. One thread may send while another receives.
 
-    The methods down to resend() send no Ack by themselves; chunks(), and what stands on it, send those that are due.
+    Only chunks(), over() and what stands on them (receive_all(), finish(), the handlers) send Acks: those that are due.
     """
 
     def __init__(self, opening):
@@ -1103,6 +1103,7 @@ class Stream:
         self.is_over = False
         self.said = 0  # the last `taken` that this end has told
         self._pending = collections.deque()
+        self._acker = None
 
     @property
     def taken(self):
@@ -1216,6 +1217,8 @@ class Stream:
 
     def over(self, ack=True):
         """The acceptor sends Over. The opener awaits it, or Close (LinkClosed), and sends the Ack that is due."""
+        if self._acker:
+            self._acker.join(PATIENCE)
         if not self.link.opener:
             self.link.write(OVER)
             return
@@ -1238,29 +1241,26 @@ class Stream:
 
         The Acks have a thread of their own: the other end may send nothing on, and read nothing, before this one reads.
         """
-        acks, acker = queue.Queue(), None
+        acks, self._acker = queue.Queue(), None
         try:
-            while not self.incoming.is_done:
+            while not self.incoming.is_done and not self.is_over:
                 data = self.receive()
                 if data:
                     yield data
                 if self.taken - self.said >= ACK_DUE and not self.incoming.is_done:
-                    if acker is None:
-                        acker = threading.Thread(target=self._send_acks, args=(acks,), daemon=True)
-                        acker.start()
+                    if not self._acker:
+                        self._acker = threading.Thread(target=self._send_acks, args=(self.link, acks), daemon=True)
+                        self._acker.start()
                     self.said = self.taken
                     acks.put(self.said)
-                if self.is_over:
-                    return
         finally:
-            if acker:
-                acks.put(None)
-                acker.join(PATIENCE)
+            acks.put(None)
 
-    def _send_acks(self, acks):
+    @staticmethod
+    def _send_acks(link, acks):
         with contextlib.suppress(OSError):
             for taken in iter(acks.get, None):
-                self.link.write(ACK, encode_ack(taken))
+                link.write(ACK, encode_ack(taken))
 
     def receive_all(self):
         return b"".join(self.chunks())

@@ -13,7 +13,7 @@ import pytest
 
 from support import ratrod2_peer as peer
 from support.programs import PATIENCE
-from support.ratrod2_peer import CHACHA, SUITES, Client, Handshake, Identity, LinkEnded, PeerError, ProtocolError, Server
+from support.ratrod2_peer import CHACHA, SUITES, Client, Handshake, Identity, PeerError, ProtocolError, Server
 
 VECTORS = pathlib.Path(__file__).resolve().parents[1] / "support" / "vectors"
 NOISE = json.loads((VECTORS / "noise_xx_25519_chachapoly_sha256.json").read_text())
@@ -314,7 +314,7 @@ def test_error_ends_the_link():
 def test_fin_during_a_stream_and_inside_a_record():
     joined = Joined(serving(peer.echo))
     joined.client.handshake().open("a:1").wait_opened()
-    assert isinstance(joined.outcome(), LinkEnded)
+    assert isinstance(joined.outcome(), peer.LinkEnded)
     joined = Joined(serving(peer.echo))
     client = joined.client.handshake()
     client.send(client.writer.seal(peer.KEEPALIVE)[:-1])
@@ -384,7 +384,7 @@ def test_a_stream_goes_on_over_another_link():
     assert stream.receive() == b"abcdef"
     first.sock.shutdown(socket.SHUT_RD)  # what the server answers from here on is lost
     stream.send(b"ghi")
-    assert isinstance(joined.outcome(), (LinkEnded, OSError))
+    assert isinstance(joined.outcome(), (peer.LinkEnded, OSError))
     with pytest.raises(OSError):
         stream.send(b"jkl")  # kept
     second, joined = links.link()
@@ -445,6 +445,28 @@ def test_acks_are_said_and_awaited():
         stream.wait_acknowledged(4)
     assert stream._pending[0].content == b"!"
     assert joined.outcome() == []
+
+
+def test_acks_leave_while_a_direction_is_read_to_its_end():
+    """And the opener's next Open acknowledges what no Ack has."""
+    def serve(server):
+        stream = server.handshake().accept()
+        stream.opened()
+        stream.send(b"x" * 100_000)
+        stream.wait_acknowledged(peer.ACK_DUE)
+        before = stream.acknowledged
+        stream.finish()
+        server.accept()
+        return before, stream.acknowledged
+    joined = Joined(serve)
+    client = joined.client.handshake()
+    stream = client.open("a:1")
+    assert stream.receive_all() == b"x" * 100_000
+    stream.end()
+    stream.over(ack=False)
+    client.open("b:1")
+    before, after = joined.outcome()
+    assert peer.ACK_DUE <= before <= 100_000 and after == 100_001
 
 
 def test_the_last_ack_belongs_to_the_stream_before():
@@ -565,7 +587,7 @@ def test_small_order_points_really_are(point):
     unchecked = Joined(serving(peer.echo), options, {"attacker": True})
     assert unchecked.client.handshake().exchange("a:1", b"hello") == b"hello"
     checked = Joined(lambda server: server.begin_handshake(), options)
-    with pytest.raises((LinkEnded, ProtocolError)):
+    with pytest.raises((peer.LinkEnded, ProtocolError)):
         checked.client.begin_handshake()
     assert isinstance(checked.outcome(), ProtocolError)
 
@@ -654,7 +676,7 @@ def test_what_the_table_forbids_an_acceptor(steps):
             server.send_record(*step)
     joined = Joined(serve)
     stream = joined.client.handshake().open("a:1")
-    with pytest.raises(LinkEnded if steps == [AN_OPENED] else ProtocolError):
+    with pytest.raises(peer.LinkEnded if steps == [AN_OPENED] else ProtocolError):
         while True:
             stream.receive()
 
