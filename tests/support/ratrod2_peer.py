@@ -1,16 +1,20 @@
 """An independent `ratrod2` peer, client and server: blocking, on plain sockets, for tests.
 
-Written from PROTOCOL.md, Part 2, alone, on the PyPI packages `noiseprotocol`, `cryptography` and PyNaCl. It never imports ratrod, so that a mistake
-that both of ratrod's own ends make alike shows here. Its second use is to misbehave: every step is a call of its own, and what a step sends can be
-replaced by something wrong.
+It was written from PROTOCOL.md, Part 2, alone, on the PyPI packages `noiseprotocol`, `cryptography` and PyNaCl. It
+never imports ratrod: a mistake that both of ratrod's own ends make alike shows here. Its second use is to misbehave:
+every step is a call of its own, and a test can replace what a step sends by something wrong.
 
-From the bottom up: encoding, identities, Handshake (bytes in, bytes out), suites and records, Peer (one end of a link; Client and Server), Stream,
-handlers.
+From the bottom up: encoding, identities, Handshake (bytes in, bytes out), suites and records, the two directions of a
+stream, Peer (one end of a link; Client and Server), Stream, handlers.
 """
 
+import collections
 import contextlib
 import hashlib
 import hmac
+import os
+import queue
+import re
 import socket
 import struct
 import threading
@@ -29,8 +33,8 @@ NOISE_NAME = b"Noise_XX_25519_ChaChaPoly_SHA256"
 HANDSHAKE_LIMIT = 1024
 
 HANDSHAKE_COMPLETION, ERROR = 0x00, 0x01
-OPEN, OPENED, DATA, END, OVER = 0x10, 0x11, 0x12, 0x13, 0x14
-DATAGRAMS, SESSION, SESSION_OVER = 0x20, 0x21, 0x22
+OPEN, OPENED, DATA, END, OVER, ACK, ABANDON = range(0x10, 0x17)
+DATAGRAMS, SESSION, SESSION_OVER, SESSION_ADDRESS = range(0x20, 0x24)
 KEEPALIVE, CLOSE = 0x30, 0x3f
 
 TCP, UDP, LISTEN = 1, 2, 3
@@ -40,6 +44,10 @@ BULK_LIMIT = 512 * 1024
 SMALL_LIMIT = 1024
 BEFORE_OPENED = 64 * 1024
 CHUNK = 64 * 1024
+# An Ack is due when so many bytes have been taken since the last one.
+ACK_DUE = 32 * 1024
+# What a Server shows by default, so that all links of a test lead to one run: 6 random bytes, 1 worker, number 0.
+INSTANCE = os.urandom(6) + b"\x01\x00"
 # The longest that a blocking call of this peer waits. It bounds a hang and measures nothing.
 PATIENCE = 30.0
 
@@ -128,50 +136,102 @@ class Decoder:
             raise ProtocolError("%d bytes left over in a content" % self.left)
 
 
+def decode(content, *fields):
+    """The values of a whole content. A field is "str", "varint", or the size of an unsigned integer."""
+    decoder = Decoder(content)
+    values = tuple(decoder.unsigned(field) if isinstance(field, int) else getattr(decoder, field)() for field in fields)
+    decoder.end()
+    return values
+
+
+def decode_str(content):
+    return decode(content, "str")[0]
+
+
 def encode_error(code, text):
     return varint(code) + encode_str(text)
 
 
 def decode_error(content):
-    decoder = Decoder(content)
-    code, text = decoder.varint(), decoder.str()
-    decoder.end()
+    code, text = decode(content, "varint", "str")
     if code > UNKNOWN:
         raise ProtocolError("Error of code %d" % code)
     return code, text
 
 
-def encode_open(kind, target="", instance=b""):
-    return bytes([kind]) + encode_str(target) + instance
+class Open(NamedTuple):
+    """What an Open says. `instance` is there for kind 3 alone, the fields from `stream` on for kind 1 alone."""
+
+    kind: int
+    target: str
+    instance: bytes = b""
+    stream: bytes = b""
+    attempt: int = 0
+    at: int = 0
+    taken: int = 0
+
+
+def encode_open(kind, target="", instance=b"", stream=None, attempt=1, at=0, taken=0):
+    """By default the first Open of a new stream, whose number is drawn here."""
+    content = bytes([kind]) + encode_str(target) + instance
+    if kind != TCP:
+        return content
+    return content + (os.urandom(16) if stream is None else stream) + struct.pack(">IQQ", attempt, at, taken)
 
 
 def decode_open(content):
-    """(kind, target, instance); instance is empty but for kind 3."""
     decoder = Decoder(content)
     kind, target = decoder.unsigned(1), decoder.str()
     if kind not in (TCP, UDP, LISTEN):
         raise ProtocolError("Open of kind %d" % kind)
-    instance = decoder.raw(8) if kind == LISTEN else b""
+    opening = Open(kind, target)
+    if kind == LISTEN:
+        opening = Open(kind, target, decoder.raw(8))
+    elif kind == TCP:
+        opening = Open(kind, target, b"", decoder.raw(16), *(decoder.unsigned(size) for size in (4, 8, 8)))
     decoder.end()
-    return kind, target, instance
+    return opening
 
 
-def decode_str(content):
-    decoder = Decoder(content)
-    text = decoder.str()
-    decoder.end()
-    return text
+def encode_opened(bound="", taken=0):
+    """Without `taken` (None) for the kinds 2 and 3."""
+    return encode_str(bound) + (b"" if taken is None else encode_ack(taken))
 
 
-def encode_session(number, target):
-    return struct.pack(">I", number) + encode_str(target)
+def decode_opened(content, kind=TCP):
+    """(bound address, taken); taken is None for the kinds 2 and 3."""
+    return decode(content, "str", 8) if kind == TCP else (decode_str(content), None)
+
+
+def encode_ack(taken):
+    return struct.pack(">Q", taken)
+
+
+def decode_ack(content):
+    return decode(content, 8)[0]
+
+
+def decode_abandon(content):
+    if len(content) != 16:
+        raise ProtocolError("Abandon of %d bytes" % len(content))
+    return content
+
+
+def encode_session(number, target, outer=0):
+    return struct.pack(">I", number) + encode_str(target) + struct.pack(">I", outer)
 
 
 def decode_session(content):
-    decoder = Decoder(content)
-    number, target = decoder.unsigned(4), decoder.str()
-    decoder.end()
-    return number, target
+    """(number, target, outer)"""
+    return decode(content, 4, "str", 4)
+
+
+def encode_session_address(number, address):
+    return struct.pack(">I", number) + encode_str(address)
+
+
+def decode_session_address(content):
+    return decode(content, 4, "str")
 
 
 def encode_session_over(number, code=UNKNOWN, text=""):
@@ -234,7 +294,10 @@ def keypair(private):
 
 
 def odd_keypair(public_bytes, private=None):
-    """A key pair whose public bytes are not what the private key gives. Without one they are a point of small order: all secrets are zero."""
+    """A key pair whose public bytes are not what the private key gives.
+
+    Without a private key they are meant to be a point of small order: all secrets are zero.
+    """
     honest = keypair(private) if private else KeyPair25519()
     return KeyPair25519(honest.private, honest.public, public_bytes)
 
@@ -274,8 +337,8 @@ class Handshake:
         self._connection = NoiseConnection.from_name(NOISE_NAME)
         self._connection.set_prologue(prologue)
         (self._connection.set_as_initiator if initiator else self._connection.set_as_responder)()
-        # Any static key satisfies start_handshake(). The real ones are put in after it: noiseprotocol warns of a given ephemeral key, and would
-        # derive the public keys itself.
+        # Any static key satisfies start_handshake(). The real keys are put in after it: noiseprotocol warns of a given
+        # ephemeral key, and would derive the public keys itself.
         self._connection.set_keypair_from_private_bytes(Keypair.STATIC, b"\x01" * 32)
         self._connection.start_handshake()
         # noiseprotocol drops its reference when the handshake is done; the remote static key is read from this one.
@@ -310,7 +373,8 @@ class Handshake:
     @property
     def split_keys(self):
         """k1 (client to server) and k2 (server to client) of Noise's Split()."""
-        ours, theirs = self._connection.noise_protocol.cipher_state_encrypt.k, self._connection.noise_protocol.cipher_state_decrypt.k
+        protocol = self._connection.noise_protocol
+        ours, theirs = protocol.cipher_state_encrypt.k, protocol.cipher_state_decrypt.k
         return (ours, theirs) if self.initiator else (theirs, ours)
 
     def record_keys(self, suite):
@@ -319,7 +383,7 @@ class Handshake:
         return tuple(hmac.new(k, label, hashlib.sha256).digest()[:suite.key_length] for k in self.split_keys)
 
 
-# ---------------------------------------------------------------------------------------------------- suites and records
+# ---------------------------------------------------------------------------------------------------- records
 
 
 class _Aegis128L:
@@ -362,7 +426,7 @@ class Record(NamedTuple):
 
 
 class RecordWriter:
-    """Seals the records of one direction. `number` is the next record's; to give it changes the order, and counts nothing."""
+    """Seals the records of one direction. `number` is the next record's."""
 
     def __init__(self, suite, key):
         self.suite = suite
@@ -370,7 +434,10 @@ class RecordWriter:
         self._cipher = suite.cipher(key)
 
     def seal(self, record_type, content=b"", number=None, length=None):
-        """The record as it goes over the wire. `length` replaces the true length, in the header and so in the AAD."""
+        """The record as it goes over the wire.
+
+        A `number` changes the order, and counts nothing; `length` replaces the true length, in the header and the AAD.
+        """
         plaintext = bytes([record_type]) + content
         header = struct.pack(">I", len(plaintext) + self.suite.tag_length if length is None else length)
         if number is None:
@@ -463,49 +530,141 @@ class Recorder:
         return getattr(self._sock, name)
 
 
+# ---------------------------------------------------------------------------------------------------- positions
+
+
+class Outgoing:
+    """The direction of a stream that this end sends. A position counts bytes of Data, and one more for End."""
+
+    def __init__(self):
+        self.position = 0  # of all that is to be sent
+        self.sent = 0  # of all that any link has carried
+        self.acknowledged = 0
+        self.next = 0  # where the current link goes on
+        self.ended = False
+        self._kept = bytearray()
+
+    @property
+    def is_done(self):
+        """End has been sent, and the current link need not carry it again."""
+        return self.ended and self.next >= self.position
+
+    def keep(self, data):
+        self._kept += data
+        self.position += len(data)
+
+    def count(self, record_type, content):
+        """Counts a record that is about to leave. What an earlier link has carried is not new."""
+        self.next += len(content) if record_type == DATA else 1
+        new = max(self.next - self.position, 0)
+        if record_type == DATA:
+            self.keep(content[len(content) - new:])
+        else:
+            self.position += new
+            self.ended = True
+        self.sent = max(self.sent, self.next)
+
+    def missing(self):
+        """The Data that the current link still has to carry."""
+        return bytes(self._kept[self.next:])
+
+    def acknowledge(self, taken):
+        if not self.acknowledged <= taken <= self.sent:
+            raise ProtocolError("%d taken, of %d sent and %d acknowledged" % (taken, self.sent, self.acknowledged))
+        self.acknowledged = taken
+
+
+class Incoming:
+    """The direction of a stream that this end receives."""
+
+    def __init__(self):
+        self.taken = 0
+        self.next = 0  # the position of what the current link brings next
+        self.ended = False
+
+    @property
+    def is_done(self):
+        """End has been taken, and the current link does not bring it again."""
+        return self.ended and self.next >= self.taken
+
+    def take(self, record_type, content):
+        """The part of a Data that had not been taken before. An End gives nothing."""
+        self.next += len(content) if record_type == DATA else 1
+        new = self.next - self.taken
+        if record_type == END and new != (0 if self.ended else 1):
+            raise ProtocolError("End at %d, where %d were taken" % (self.next, self.taken))
+        if record_type == DATA and self.ended and new >= 0:
+            raise ProtocolError("Data behind the End that an earlier link brought")
+        self.ended = self.ended or record_type == END
+        self.taken = max(self.taken, self.next)
+        return content[-new:] if record_type == DATA and new > 0 else b""
+
+
 # ---------------------------------------------------------------------------------------------------- one end of a link
 
-# The table of PROTOCOL.md, as (state, record) -> the next state. Opener and acceptor differ in the states they can reach, and in Idle and Done.
+# The table of PROTOCOL.md, as (state, record) -> the next state. Where both ends have the same states: Both (Data may
+# pass either way), Sent (this end has sent End), Got (it has got End), Done (both).
+_BUSY = ("Both", "Sent", "Got", "Done")
 _RECEIVED = {
-    ("Asked", OPENED): "Both", ("AskedEnd", OPENED): "Sent",
     ("Both", DATA): "Both", ("Sent", DATA): "Sent",
     ("Both", END): "Got", ("Sent", END): "Done",
-    ("UdpAsked", OPENED): "Udp",
-    **{(state, record): state for state in ("UdpAsked", "Udp") for record in (DATAGRAMS, SESSION_OVER)},
+    **{(state, ACK): state for state in _BUSY},
+    **{("Udp", record): "Udp" for record in (DATAGRAMS, SESSION_OVER)},
 }
-_RECEIVED_BY_OPENER = {**_RECEIVED, ("Done", OVER): "Idle"}
-_RECEIVED_BY_ACCEPTOR = {**_RECEIVED, ("Idle", OPEN): "Connecting", ("Udp", SESSION): "Udp"}
-_CLOSE_ALLOWED = ("Idle", "Asked", "AskedEnd", "Done")
+_RECEIVED_BY_OPENER = {
+    **_RECEIVED, ("Asked", OPENED): "Both", ("AskedEnd", OPENED): "Sent", ("UdpAsked", OPENED): "Udp",
+    **{(state, OVER): "Idle" for state in ("Done", "Asked", "AskedEnd")}, ("Udp", SESSION_ADDRESS): "Udp",
+}
+_RECEIVED_BY_ACCEPTOR = {
+    **_RECEIVED, ("Idle", OPEN): "Connecting", ("Idle", ACK): "Idle", ("Idle", ABANDON): "Idle",
+    ("Udp", SESSION): "Udp",
+}
+_CLOSE_ALLOWED = ("Idle", "Asked", "AskedEnd", "UdpAsked", "Done")
 _SENT = {
     ("Asked", DATA): "Asked", ("Both", DATA): "Both", ("Got", DATA): "Got",
     ("Asked", END): "AskedEnd", ("Both", END): "Sent", ("Got", END): "Done",
     ("Connecting", OPENED): "Both", ("Idle", OPEN): "Asked", ("Done", OVER): "Idle",
+    **{(state, ACK): state for state in (*_BUSY, "Idle")}, ("Idle", ABANDON): "Idle",
     **{(state, record): state for state in ("UdpAsked", "Udp") for record in (DATAGRAMS, SESSION, SESSION_OVER)},
+    ("Udp", SESSION_ADDRESS): "Udp",
 }
+# What a record makes of the state where this end's End, or the other's, has passed on an earlier link.
+_END_SENT = {"Asked": "AskedEnd", "Both": "Sent"}
+_END_GOT = {"Both": "Got", "Sent": "Done"}
 
 
 class Peer:
     """One end of a link. `opener` says who begins streams: the client, but for a Listen link.
 
-    Misbehaviour, for both ends: `static` and `ephemeral` (32 private bytes or a key pair) and `claimed` (the identity in message 2 or 3) replace what
-    the seed gives; `attacker` goes on with zero shared secrets; `suites` is the offer, best first. send() and send_record() check nothing and change
-    no state.
+    `instance` is the server's, at both ends. `stream` is the stream that the link carries, or carried last. `streams`
+    (number -> Stream, or None once the opener has given it up) may be shared by the links of an acceptor: accept()
+    attaches a stream that stands in it. `abandoned` lists the numbers that this link was told to give up.
+
+    Misbehaviour, for both ends: `static` and `ephemeral` (32 private bytes or a key pair) and `claimed` (the identity
+    in message 2 or 3) replace what the seed gives; `attacker` goes on with zero shared secrets; `suites` is the offer,
+    best first. send() and send_record() check nothing and change no state.
     """
 
     initiator = False
 
-    def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, opener=None):
+    def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, opener=None,
+                 streams=None):
         self.sock = sock
         self.identity = Identity.from_seed(seed)
         self.claimed = self.identity.public if claimed is None else claimed
         self.suites = tuple(SUITES if suites is None else suites)
         self.opener = self.initiator if opener is None else opener
-        self.handshaker = Handshake(self.identity.static_private if static is None else static, self.initiator, ephemeral, attacker=attacker)
+        static = self.identity.static_private if static is None else static
+        self.handshaker = Handshake(static, self.initiator, ephemeral, attacker=attacker)
         self.remote_identity = None
         self.suite = None
         self.writer = None
         self.reader = None
         self.state = "Idle"
+        self.instance = None
+        self.stream = None
+        self.streams = {} if streams is None else streams
+        self.abandoned = []
         # Two locks: a reader must be able to note what it read while a sender is blocked in sendall().
         self._sending = threading.Lock()
         self._changing = threading.Lock()
@@ -548,7 +707,9 @@ class Peer:
     # ------------------------------------------------------------------ records, unchecked
 
     def send_record(self, record_type, content=b"", number=None, length=None):
-        """Seals and sends, whatever the state; returns the bytes sent."""
+        """Seals and sends, whatever the state; returns the bytes sent. Data and End count in the stream's position."""
+        if self.stream and record_type in (DATA, END):
+            self.stream.outgoing.count(record_type, content)
         with self._sending:
             wire = self.writer.seal(record_type, content, number, length)
             self.sock.sendall(wire)
@@ -561,8 +722,15 @@ class Peer:
     def send_error(self, code, text):
         return self.send_record(ERROR, encode_error(code, text))
 
-    def send_open(self, kind, target="", instance=b""):
-        return self.send_record(OPEN, encode_open(kind, target, instance))
+    def send_open(self, kind, target="", instance=b"", **fields):
+        return self.send_record(OPEN, encode_open(kind, target, instance, **fields))
+
+    def send_ack(self, taken):
+        return self.send_record(ACK, encode_ack(taken))
+
+    def send_abandon(self, stream):
+        """`stream` is a number."""
+        return self.send_record(ABANDON, stream)
 
     def send_keepalive(self):
         return self.send_record(KEEPALIVE)
@@ -610,15 +778,27 @@ class Peer:
     def write(self, record_type, content=b""):
         """Sends a record that the state allows."""
         with self._changing:
-            if (self.state, record_type) not in _SENT:
+            openers_alone = self.state == "Idle" and record_type in (OPEN, ACK, ABANDON)
+            if (self.state, record_type) not in _SENT or openers_alone and not self.opener:
                 raise RuntimeError("a mistake of the test: record 0x%02x in state %s" % (record_type, self.state))
             self.state = _SENT[self.state, record_type]
+            if record_type in (OPEN, OPENED) and self.stream:
+                self.state = self._with_earlier_ends(self.state)
             if record_type == OPEN and content[0] == UDP:
                 self.state = "UdpAsked"
         self.send_record(record_type, content)
 
-    def read_record(self):
-        """The next record but Keepalive; one that the state does not allow is a ProtocolError, Error a PeerError, Close LinkClosed."""
+    def _with_earlier_ends(self, state):
+        """`state` is the one of a new stream on this link."""
+        if self.stream.outgoing.is_done:
+            state = _END_SENT.get(state, state)
+        return _END_GOT.get(state, state) if self.stream.incoming.is_done else state
+
+    def read_record(self, acks=False):
+        """The next record but Keepalive (and Ack, which is noted, unless `acks` asks for it).
+
+        A record that the state does not allow is a ProtocolError, Error a PeerError, Close LinkClosed.
+        """
         while True:
             record = self.read_any_record()
             if record.type == KEEPALIVE:
@@ -626,7 +806,8 @@ class Peer:
                     raise ProtocolError("Keepalive with content")
                 continue
             self._received(record)
-            return record
+            if record.type != ACK or acks:
+                return record
 
     def _received(self, record):
         if record.type == ERROR:
@@ -637,39 +818,68 @@ class Peer:
             if record.type == CLOSE and self.opener and self.state in _CLOSE_ALLOWED:
                 raise LinkClosed(self.state)
             allowed = _RECEIVED_BY_OPENER if self.opener else _RECEIVED_BY_ACCEPTOR
-            if (self.state, record.type) not in allowed:
+            # On an idle link Ack belongs to the stream before; a fresh link has none.
+            if (self.state, record.type) not in allowed or record.type == ACK and not self.stream:
                 raise ProtocolError("record 0x%02x in state %s" % (record.type, self.state))
             self.state = allowed[self.state, record.type]
+            if record.type == OPENED and self.stream and self.stream.incoming.is_done:
+                self.state = _END_GOT.get(self.state, self.state)
             if record.type == OPEN and record.content[:1] == bytes([UDP]):
                 self.state = "Udp"
+        if record.type == ACK:
+            self.stream.outgoing.acknowledge(decode_ack(record.content))
+        # Over acknowledges all of the opener's direction, the next Open all of the acceptor's.
+        elif record.type in (OVER, OPEN) and self.stream:
+            self.stream.outgoing.acknowledge(self.stream.outgoing.sent)
 
     # ------------------------------------------------------------------ streams
 
-    def open(self, target, kind=TCP, instance=b""):
-        """Starts a stream, without waiting for Opened."""
-        self.write(OPEN, encode_open(kind, target, instance))
-        return Stream(self, kind, target, instance)
+    def open(self, target, kind=TCP, instance=b"", number=None):
+        """Starts a stream, without waiting for Opened. `number` is drawn where it is not given."""
+        stream = Stream(Open(kind, target, instance, os.urandom(16) if number is None else number))
+        return stream.attach(self)
+
+    def read_open(self):
+        """The next Open, looked at by nobody. An Abandon before it is noted."""
+        while True:
+            record = self.read_record()
+            if record.type == OPEN:
+                return decode_open(record.content)
+            self.abandoned.append(decode_abandon(record.content))
+            self.streams[self.abandoned[-1]] = None
 
     def accept(self):
-        """The next stream that the other end opens; None after its FIN."""
+        """The next stream that the other end opens, or attaches; None after its FIN.
+
+        A stream that was given up, or that is not new though nobody here knows it, is refused: PeerError.
+        """
         try:
-            record = self.read_record()
+            opening = self.read_open()
         except LinkBroken:
             raise
         except LinkEnded:
             return None
-        return Stream(self, *decode_open(record.content))
+        known = self.streams.get(opening.stream)
+        if known:
+            return known.attached(self, opening)
+        if opening.stream in self.streams or opening.at or opening.taken:
+            self.fail(UNKNOWN, "no stream of that number")
+            raise PeerError(UNKNOWN, "refused a stream that is not known")
+        stream = Stream(opening)
+        if opening.kind == TCP:
+            self.streams[opening.stream] = stream
+        return stream.move(self, 0, 0)
 
     def listen(self, address, instance):
         """A client's: makes this a Listen link, on which the server is the opener; returns the bound address."""
         bound = self.open(address, LISTEN, instance).wait_opened()
-        self.opener, self.state = False, "Idle"
+        self.opener, self.state, self.stream = False, "Idle", None
         return bound
 
     def grant_listen(self, bound):
         """A server's: answers Open kind 3 with the bound address, and is the opener from then on."""
-        self.write(OPENED, encode_str(bound))
-        self.opener, self.state = True, "Idle"
+        self.write(OPENED, encode_opened(bound, None))
+        self.opener, self.state, self.stream = True, "Idle", None
 
     def exchange(self, target, data):
         """A whole stream that sends `data`, ends, and returns what came back."""
@@ -687,11 +897,14 @@ class Peer:
 
     def open_udp(self):
         """Makes this the UDP link; sessions and datagrams may follow at once."""
-        self.write(OPEN, encode_open(UDP, ""))
+        self.open("", UDP)
         return self
 
-    def session(self, number, target):
-        self.write(SESSION, encode_session(number, target))
+    def session(self, number, target, outer=0):
+        self.write(SESSION, encode_session(number, target, outer))
+
+    def session_address(self, number, address):
+        self.write(SESSION_ADDRESS, encode_session_address(number, address))
 
     def datagrams(self, *datagrams):
         """Sends (session number, bytes) pairs, together in one record."""
@@ -701,25 +914,30 @@ class Peer:
         self.write(SESSION_OVER, encode_session_over(number, code, text))
 
     def read_udp(self):
-        """What came next on a UDP link: (DATAGRAMS, pairs), (SESSION, (number, target)) or (SESSION_OVER, (number, code, text)). Not Opened."""
+        """What came next on a UDP link but Opened: (DATAGRAMS, pairs), (SESSION, (number, target, outer)),
+        (SESSION_ADDRESS, (number, address)) or (SESSION_OVER, (number, code, text))."""
         while True:
             record = self.read_record()
-            if record.type == DATAGRAMS:
-                return record.type, decode_datagrams(record.content)
-            if record.type == SESSION:
-                return record.type, decode_session(record.content)
-            if record.type == SESSION_OVER:
-                return record.type, decode_session_over(record.content)
-            decode_str(record.content)
+            if record.type != OPENED:
+                return record.type, _UDP_CONTENTS[record.type](record.content)
+            decode_opened(record.content, UDP)
+
+
+_UDP_CONTENTS = {DATAGRAMS: decode_datagrams, SESSION: decode_session, SESSION_ADDRESS: decode_session_address,
+                 SESSION_OVER: decode_session_over}
 
 
 class ServerPreamble(NamedTuple):
     identity: bytes
     suite: int
+    instance: bytes
 
 
 class Client(Peer):
-    """The client of a link. `server` (32 bytes), where given, is the only identity it takes. handshake() is made of steps to be called alone."""
+    """The client of a link. `server` (32 bytes), where given, is the only identity that it takes.
+
+    handshake() is made of steps that can be called alone.
+    """
 
     initiator = True
 
@@ -758,15 +976,16 @@ class Client(Peer):
     def read_server_preamble(self, message=None):
         """Reads (or takes) message 2 and checks it as a client must, but for what `server` leaves open."""
         payload = self.handshaker.read_message(self.read_message() if message is None else message)
-        if len(payload) < 33:
+        if len(payload) < 41:
             raise ProtocolError("a ServerPreamble of %d bytes" % len(payload))
-        preamble = ServerPreamble(payload[:32], payload[32])
+        preamble = ServerPreamble(payload[:32], payload[32], payload[33:41])
         self._check_identity(preamble.identity)
         if preamble.suite not in self.suites:
             raise ProtocolError("suite %d was not offered" % preamble.suite)
         if self.server not in (None, preamble.identity):
             raise ProtocolError("not the expected server")
         self.suite = SUITES[preamble.suite]
+        self.instance = preamble.instance
         return preamble
 
     def client_authentication(self, payload=None):
@@ -786,10 +1005,14 @@ class Client(Peer):
 
 
 class Server(Peer):
-    """The server of a link. `authorized`: the clients' identities, or None for anybody. handshake() is made of steps that can be called alone."""
+    """The server of a link. `authorized`: the clients' identities, or None for anybody.
 
-    def __init__(self, sock, seed, authorized=None, version="peer", **options):
+    handshake() is made of steps that can be called alone.
+    """
+
+    def __init__(self, sock, seed, authorized=None, version="peer", instance=INSTANCE, **options):
         super().__init__(sock, seed, **options)
+        self.instance = instance
         self.authorized = authorized
         self.version = version
         self.offered = ()
@@ -797,7 +1020,8 @@ class Server(Peer):
     def handshake(self):
         """Raises PeerError for a client that it refused (and told so)."""
         self.begin_handshake()
-        if self.authorized is not None and self.remote_identity not in self.authorized or self.remote_identity == self.identity.public:
+        known = self.authorized is None or self.remote_identity in self.authorized
+        if not known or self.remote_identity == self.identity.public:
             self.fail(INVALID_KEY, "not authorized: %s" % self.remote_identity.hex())
             raise PeerError(INVALID_KEY, "refused a client")
         self.send_completion()
@@ -827,7 +1051,8 @@ class Server(Peer):
 
     def server_preamble(self, payload=None):
         """Message 2, without its length."""
-        return self.handshaker.write_message(self.claimed + bytes([self.suite.id]) if payload is None else payload)
+        honest = self.claimed + bytes([self.suite.id]) + self.instance
+        return self.handshaker.write_message(honest if payload is None else payload)
 
     def read_client_authentication(self, message=None):
         """Reads (or takes) message 3. The record keys are there after it."""
@@ -842,7 +1067,10 @@ class Server(Peer):
         return self.send_record(HANDSHAKE_COMPLETION, encode_str(self.version if version is None else version))
 
     def serve_streams(self, handler):
-        """Each stream to handler(stream), one after the other, until the client's FIN. What a handler left of a TCP stream is passed over."""
+        """Each stream to handler(stream), one after the other, until the client's FIN.
+
+        What a handler left of a TCP stream is passed over.
+        """
         while True:
             stream = self.accept()
             if stream is None:
@@ -853,146 +1081,255 @@ class Server(Peer):
             stream.finish()
 
 
-# ---------------------------------------------------------------------------------------------------- streams and their handlers
+# ---------------------------------------------------------------------------------------------------- streams
 
 
 class Stream:
-    """One stream on a link, for its opener or its acceptor. One thread may send while another receives."""
+    """One stream, for its opener or its acceptor; `link` carries it now. One thread may send while another receives.
 
-    def __init__(self, link, kind, target, instance=b""):
-        self.link = link
-        self.kind = kind
-        self.target = target
-        self.instance = instance
+    Only chunks(), over() and what stands on them (receive_all(), finish(), the handlers) send Acks: those that are due.
+    """
+
+    def __init__(self, opening):
+        self.kind = opening.kind
+        self.target = opening.target
+        self.instance = opening.instance
+        self.number = opening.stream
+        self.attempt = opening.attempt
+        self.outgoing = Outgoing()
+        self.incoming = Incoming()
+        self.link = None
         self.bound = None
+        self.is_over = False
+        self.said = 0  # the last `taken` that this end has told
+        self._pending = collections.deque()
+        self._acker = None
+
+    @property
+    def taken(self):
+        return self.incoming.taken
+
+    @property
+    def acknowledged(self):
+        return self.outgoing.acknowledged
+
+    def move(self, link, at, theirs):
+        """From now on `link` carries it: this end's Data begins at the position `at`, the other end's at `theirs`."""
+        self.link = link
+        self.outgoing.next, self.incoming.next, self.bound = at, theirs, None
+        self._pending.clear()
+        link.stream = self
+        return self
+
+    # An opener's.
+
+    def attach(self, link, **wrong):
+        """Sends Open on `link`: for a new stream, or to go on there. `wrong` replaces what Open should say.
+
+        After Opened comes resend(), which begins at `at`.
+        """
+        self.attempt += 1
+        fields = {"target": self.target, "attempt": self.attempt, "at": self.acknowledged, "taken": self.taken, **wrong}
+        self.move(link, fields["at"], fields["taken"])
+        self.attempt, self.said = fields["attempt"], fields["taken"]
+        link.write(OPEN, encode_open(self.kind, instance=self.instance, **{"stream": self.number, **fields}))
+        return self
+
+    def wait_opened(self):
+        """Reads up to Opened; returns the bound address. None where the answer is Over: the stream had been over."""
+        while self.bound is None and not self.is_over:
+            self._take_answer(self._read())
+        return self.bound
 
     # An acceptor's.
 
-    def opened(self, address=""):
-        self.link.write(OPENED, encode_str(address))
+    def attached(self, link, opening):
+        """Takes an Open of this stream that came on `link`, which carries it from now on. opened(), resend() follow."""
+        if opening.target != self.target or opening.attempt <= self.attempt or opening.at > self.taken:
+            raise ProtocolError("%r for a stream of attempt %d, target %s, with %d taken" % (
+                opening, self.attempt, self.target, self.taken))
+        self.outgoing.acknowledge(opening.taken)
+        if self.link is not link:
+            with contextlib.suppress(OSError):
+                self.link.sock.shutdown(socket.SHUT_RDWR)
+        self.attempt = opening.attempt
+        return self.move(link, opening.taken, opening.at)
+
+    def opened(self, address="", taken=None):
+        """`taken` replaces what this end has taken."""
+        self.said = self.taken if taken is None else taken
+        self.link.write(OPENED, encode_opened(address, self.said if self.kind == TCP else None))
 
     def refuse(self, code, text):
         self.link.fail(code, text)
 
-    # An opener's.
-
-    def wait_opened(self):
-        """Reads up to Opened; returns the bound address that it carries."""
-        while self.bound is None:
-            self._take(self.link.read_record())
-        return self.bound
-
     # Both.
 
     def send(self, data):
-        """Sends Data; returns how many bytes."""
+        """Sends what is missing on this link, then `data`; returns its length. Where the link fails, all is kept."""
+        self.outgoing.keep(data)
+        self._send(self.outgoing.missing())
+        return len(data)
+
+    def end(self):
+        """Sends what is missing on this link, then End."""
+        self._send(self.outgoing.missing())
+        self.link.write(END)
+
+    def resend(self, most=None):
+        """Sends what an earlier link has carried and this one has not, End too; or `most` bytes of that."""
+        self._send(self.outgoing.missing()[:most])
+        if most is None and self.outgoing.ended and not self.outgoing.is_done:
+            self.link.write(END)
+
+    def _send(self, data):
         if self.link.state == "Asked" and len(data) > BEFORE_OPENED:
             raise RuntimeError("a mistake of the test: more than 64 KiB before Opened")
         for start in range(0, len(data), CHUNK):
             self.link.write(DATA, data[start:start + CHUNK])
-        return len(data)
-
-    def end(self):
-        self.link.write(END)
 
     def receive(self):
-        """The next Data, or b"" for End."""
+        """The next Data, without what had been taken before; b"" for End."""
         while True:
-            record = self.link.read_record()
-            if record.type != OPENED:
-                return record.content
-            self._take(record)
+            record = self._read()
+            if record.type in (DATA, END):
+                data = self.incoming.take(*record[:2])
+                if data or record.type == END:
+                    return data
+            elif self.bound is None:
+                self._take_answer(record)
+            if record.type == OVER:
+                return b""
 
-    def receive_all(self):
-        return b"".join(iter(self.receive, b""))
+    def ack(self, taken=None):
+        """Ack of what this end has taken, or of something else."""
+        self.said = self.taken if taken is None else taken
+        self.link.write(ACK, encode_ack(self.said))
 
-    def over(self):
-        """Awaits Over (opener) or sends it (acceptor)."""
+    def wait_acknowledged(self, position=None):
+        """Reads until the other end has acknowledged `position`, or all. What else comes waits for receive()."""
+        while self.acknowledged < (self.outgoing.position if position is None else position):
+            record = self.link.read_record(acks=True)
+            if record.type == OPENED:
+                self._take_answer(record)
+            elif record.type != ACK:
+                self._pending.append(record)
+
+    def over(self, ack=True):
+        """The acceptor sends Over. The opener awaits it, or Close (LinkClosed), and sends the Ack that is due."""
+        if self._acker:
+            self._acker.join(PATIENCE)
         if not self.link.opener:
             self.link.write(OVER)
-        else:
-            self.link.read_record()
+            return
+        try:
+            self._read()
+        except LinkClosed:
+            if ack:
+                self.ack()
+            raise
+        if ack and self.said < self.taken:
+            # The acceptor may have closed the link right after its Over.
+            with contextlib.suppress(OSError):
+                self.ack()
+
+    def fail(self, code, text):
+        self.link.fail(code, text)
+
+    def chunks(self):
+        """Each Data up to End. What the caller has worked through is acknowledged, whenever 32 KiB are.
+
+        The Acks have a thread of their own: the other end may send nothing on, and read nothing, before this one reads.
+        """
+        acks, self._acker = queue.Queue(), None
+        try:
+            while not self.incoming.is_done and not self.is_over:
+                data = self.receive()
+                if data:
+                    yield data
+                if self.taken - self.said >= ACK_DUE and not self.incoming.is_done:
+                    if not self._acker:
+                        self._acker = threading.Thread(target=self._send_acks, args=(self.link, acks), daemon=True)
+                        self._acker.start()
+                    self.said = self.taken
+                    acks.put(self.said)
+        finally:
+            acks.put(None)
+
+    @staticmethod
+    def _send_acks(link, acks):
+        with contextlib.suppress(OSError):
+            for taken in iter(acks.get, None):
+                link.write(ACK, encode_ack(taken))
+
+    def receive_all(self):
+        return b"".join(self.chunks())
 
     def finish(self):
         """Brings what is left of the stream to its regular end."""
         if self.link.state in ("Both", "Got", "Asked"):
             self.end()
-        if self.link.state in ("Asked", "AskedEnd", "Sent"):
+        if self.link.state == "AskedEnd":
+            self.wait_opened()
+        if self.link.state == "Sent":
             self.receive_all()
         if self.link.state == "Done":
             self.over()
 
-    def fail(self, code, text):
-        self.link.fail(code, text)
+    def _read(self):
+        return self._pending.popleft() if self._pending else self.link.read_record()
 
-    def _take(self, record):
+    def _take_answer(self, record):
+        if record.type == OVER and self.kind == TCP:
+            self.is_over = True
+            return
         if record.type != OPENED:
             raise ProtocolError("record 0x%02x before Opened" % record.type)
-        self.bound = decode_str(record.content)
+        bound, taken = decode_opened(record.content, self.kind)
+        if taken is not None:
+            self.outgoing.acknowledge(taken)
+        self.bound = bound
+
+
+# ---------------------------------------------------------------------------------------------------- handlers
 
 
 def echo(stream):
-    """Handler: sends everything back."""
+    """Handler: sends everything back. It can go on with a stream that was attached to another link."""
     stream.opened()
-    for data in iter(stream.receive, b""):
+    stream.resend()
+    for data in stream.chunks():
         stream.send(data)
-    stream.end()
-
-
-def dial(stream):
-    """Handler: connects to the target and carries bytes both ways."""
-    host, _, port = stream.target.rpartition(":")
-    try:
-        local = socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE)
-    except OSError as error:
-        stream.refuse(REMOTE_FAILED, str(error))
-        raise LinkEnded("the stream was refused") from error
-    with local:
-        stream.opened()
-        backward = threading.Thread(target=_carry_back, args=(local, stream), daemon=True)
-        backward.start()
-        try:
-            for data in iter(stream.receive, b""):
-                local.sendall(data)
-        except (PeerError, LinkEnded):
-            # Closing alone would wait for the other thread's recv(), and the reset with it.
-            local.shutdown(socket.SHUT_RD)
-            backward.join()
-            reset(local)
-            raise
-        local.shutdown(socket.SHUT_WR)
-        backward.join()
-
-
-def _carry_back(local, stream):
-    try:
-        for data in iter(lambda: local.recv(CHUNK), b""):
-            stream.send(data)
+    if not stream.outgoing.ended:
         stream.end()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            stream.link.send_error(REMOTE_FAILED, str(error))
-            stream.link.sock.shutdown(socket.SHUT_WR)
 
 
-def serve_udp(stream, answer=lambda target, data: data):
-    """Handler of a UDP link, until its end: answer(target, data) gives the datagram that goes back, or None. The default echoes."""
-    link, sessions = stream.link, {}
-    stream.link.send_record(OPENED, encode_str(""))
+def serve_udp(stream, answer=lambda target, data: data, address="192.0.2.1:53"):
+    """Handler of a UDP link, until its end: answer(target, data) gives the datagram that goes back, or None.
+
+    By default it echoes. A session whose target is a name hears that `address` answers.
+    """
+    link, sessions, unnamed = stream.link, {}, set()
+    link.send_record(OPENED, encode_opened("", None))
     with contextlib.suppress(LinkEnded):
         while True:
             kind, value = link.read_udp()
             if kind == SESSION:
-                if value[0] in sessions or value[0] < max(sessions, default=0):
+                if value[0] <= max(sessions, default=-1):
                     raise ProtocolError("session number %d again or downwards" % value[0])
                 sessions[value[0]] = value[1]
+                if re.match("[^[]*[a-z]", value[1]):  # a name, not an address
+                    unnamed.add(value[0])
             elif kind == SESSION_OVER:
                 sessions[value[0]] = None
             else:
-                answers = [(number, answer(sessions[number], data)) for number, data in value if sessions.get(number) is not None]
-                for pair in answers:
-                    if pair[1] is not None:
-                        link.datagrams(pair)
+                answers = [(number, answer(sessions[number], data)) for number, data in value if sessions.get(number)]
+                for number, data in answers:
+                    if data is not None:
+                        if number in unnamed:
+                            unnamed.remove(number)
+                            link.session_address(number, address)
+                        link.datagrams((number, data))
 
 
 def serve(stream):

@@ -1,0 +1,473 @@
+"""Streams that outlive their links: PROTOCOL.md's rules 1-6, 8-11 and 13, and its negative tests 15, 17 and 35-40.
+
+Over real sockets: the real `serve` against the independent peer. A test's name begins with what it shows. The real
+`connect` has its own file, test_outlive_client.py.
+"""
+
+import contextlib
+import random
+import selectors
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+from test_ratrod2_negative import IMPOSSIBLE_LENGTHS, TAMPERED, was_reset
+from test_reverse import identity_of, permit
+
+from support import ratrod2_peer as peer
+from support.keys import seed_of
+from support.programs import PATIENCE
+from support.ratrod2_peer import ACK, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
+from support.sockets import dial, eventually, is_ready, port_of, receive_all, receive_exactly
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+WINDOW = 1 << 20
+NUMBER = bytes(range(16))
+sigterm = pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on")
+
+
+def fin(link):
+    link.sock.shutdown(socket.SHUT_WR)
+
+
+CUTS = {
+    "FIN": fin,
+    "RST": lambda link: peer.reset(link.sock),
+    "half a record": lambda link: (link.send(link.writer.seal(DATA, b"x" * 100)[:50]), fin(link)),
+}
+# A tag that fails and a length that cannot be: what is broken is the path, not the peer.
+SPOILED = ("replayed", "reordered", "reflected", "last byte of the tag", "length bit 0", "length bit 18")
+BAD_LENGTHS = ("one short of a tag", "2^32 - 1")
+every_cut = pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+every_loss = pytest.mark.parametrize("how", (*CUTS, *SPOILED, *BAD_LENGTHS))
+
+
+def lose(stream, how, local):
+    """Both ends send a good record; then the link is lost."""
+    link = stream.link
+    local.sendall(b"theirs")
+    theirs = link.read_record()
+    assert stream.incoming.take(theirs.type, theirs.content) == b"theirs"
+    ours = link.send_record(DATA, b"ours")
+    assert receive_exactly(local, 4) == b"ours"
+    if how in CUTS:
+        CUTS[how](link)
+        return
+    with contextlib.suppress(ConnectionError):
+        link.send(TAMPERED[how](link, ours, theirs.wire) if how in SPOILED
+                  else IMPOSSIBLE_LENGTHS[how](link.suite).to_bytes(4, "big"))
+    assert_ended(link)
+
+
+def take(stream, n):
+    """So many bytes of what comes to the peer."""
+    data = b""
+    while len(data) < n:
+        chunk = stream.receive()
+        assert chunk, "End after %d of %d bytes" % (len(data), n)
+        data += chunk
+    return data
+
+
+def talk(stream, local):
+    """A few bytes each way: the stream lives. `local` is the end beyond the program."""
+    stream.send(b"ping")
+    assert receive_exactly(local, 4) == b"ping"
+    local.sendall(b"pong")
+    assert take(stream, 4) == b"pong"
+
+
+def end(stream, local):
+    """Both directions come to their ends; only Over is missing."""
+    stream.end()
+    assert receive_all(local) == b""
+    local.shutdown(socket.SHUT_WR)
+    assert stream.receive_all() == b""
+
+
+def live_and_end(stream, local):
+    talk(stream, local)
+    end(stream, local)
+    stream.over()
+
+
+def attach(stream, link, **wrong):
+    """As its opener, to the end of Opened."""
+    stream.attach(link, **wrong).wait_opened()
+    stream.resend()
+
+
+def assert_ended(link, allowed=(ERROR, KEEPALIVE, ACK)):
+    """The program ends the link, and answers nothing on it."""
+    assert {record.type for record in link.read_to_end()} <= set(allowed)
+
+
+@pytest.fixture
+def link(serve, keys):
+    """link(who=Keys, flags=(), ...) -> a link of the independent client to our server, which the first call starts."""
+    with contextlib.ExitStack() as stack:
+        def make(who=None, flags=(), **options):
+            if not hasattr(make, "port"):
+                make.server, make.port = serve("-v", *flags)
+            options["server"] = identity_of(keys.server)
+            made = peer.Client.connect(make.port, seed_of(who or keys.client), **options)
+            return stack.enter_context(made).handshake()
+        yield make
+
+
+def accepted(listener):
+    connection = listener.accept()[0]
+    connection.settimeout(PATIENCE)
+    return connection
+
+
+@pytest.fixture
+def hold(link, listener):
+    """hold(options of link) -> (stream, the target's end of it), on a link of its own; both have said something."""
+    with contextlib.ExitStack() as stack:
+        def make(**options):
+            stream = link(**options).open("127.0.0.1:%d" % port_of(listener))
+            stream.wait_opened()
+            local = stack.enter_context(accepted(listener))
+            talk(stream, local)
+            return stream, local
+        yield make
+
+
+def ask(link, stream, **wrong):
+    """An attach that changes nothing at this end. What its Open says is right but for `wrong`."""
+    fields = {"target": stream.target, "stream": stream.number, "attempt": stream.attempt + 1,
+              "at": stream.acknowledged, "taken": stream.taken}
+    link.send_open(TCP, **{**fields, **wrong})
+
+
+def stranger(listener, number=NUMBER):
+    """A stream that nobody has opened."""
+    return peer.Stream(peer.Open(TCP, "127.0.0.1:%d" % port_of(listener), stream=number))
+
+
+def refusal(stream):
+    """The Error that answers an attach, as the link's last record."""
+    with pytest.raises(PeerError) as caught:
+        stream.wait_opened()
+    assert stream.link.read_to_end() == []
+    return caught.value
+
+
+def assert_no_connect(listener):
+    assert not is_ready(listener, selectors.EVENT_READ, 0.2)
+
+
+def test_rule_01_another_identity_reaches_no_stream(link, hold, second, listener):
+    """35: for the server its Open names an unknown stream: a new one where that can be, else Error."""
+    stream, local = hold()
+    theirs = stranger(listener, stream.number)
+    assert refusal(theirs.attach(link(second), attempt=2, at=1)).code == UNKNOWN
+    attach(theirs, link(second), attempt=3, at=0)
+    with accepted(listener) as their_local:
+        live_and_end(theirs, their_local)
+    live_and_end(stream, local)
+
+
+def test_rule_02_a_full_window_holds_the_local_socket_back(hold):
+    stream, local = hold()
+    data = bytes(range(256)) * (4 * WINDOW // 256)
+    threading.Thread(target=lambda: (local.sendall(data), local.shutdown(socket.SHUT_WR)), daemon=True).start()
+    received = stream.receive()
+    while is_ready(stream.link.sock, selectors.EVENT_READ, 1):
+        received += stream.receive()
+    assert WINDOW // 2 < len(received) <= WINDOW
+    stream.ack()
+    assert received + stream.receive_all() == data
+
+
+def test_rule_03_what_is_taken_is_acknowledged(hold):
+    """Little of it a second later, 32 KiB at once, and End."""
+    stream, local = hold()
+    stream.wait_acknowledged()
+    stream.send(b"x" * 40_000)
+    assert receive_exactly(local, 40_000) == b"x" * 40_000
+    stream.wait_acknowledged()
+    stream.end()
+    stream.wait_acknowledged()
+    assert stream.acknowledged == 40_005
+
+
+def test_rule_04_over_was_lost(link, hold, listener):
+    """Open says that all has been taken; Over is the answer, and the link is free again."""
+    stream, local = hold()
+    end(stream, local)
+    assert is_ready(stream.link.sock, selectors.EVENT_READ, PATIENCE)  # Over is there
+    peer.reset(stream.link.sock)
+    assert stream.attach(link(), at=stream.outgoing.sent).wait_opened() is None and stream.is_over
+    another = stream.link.open(stream.target)
+    another.wait_opened()
+    with accepted(listener) as its_local:
+        live_and_end(another, its_local)
+    assert_no_connect(listener)
+
+
+def test_rule_04_the_tail_is_kept_until_it_is_acknowledged(link, hold, listener):
+    """Over has passed, but no Ack: the whole answer comes once more."""
+    stream, local = hold()
+    end(stream, local)
+    stream.over(ack=False)
+    peer.reset(stream.link.sock)
+    attach(stream, link(), taken=0)
+    records = [stream.link.read_record()[:2] for _ in range(3)]
+    assert records == [(DATA, b"pong"), (END, b""), (OVER, b"")]
+    assert_no_connect(listener)
+
+
+@every_loss
+def test_rule_05_a_stream_goes_on_over_another_link(link, hold, how, listener):
+    """15 and 17: what the link had lost comes again, and once."""
+    stream, local = hold()
+    lose(stream, how, local)
+    local.sendall(b"meanwhile")
+    stream.outgoing.keep(b"never sent")
+    attach(stream, link())
+    assert receive_exactly(local, 10) == b"never sent"
+    assert take(stream, 9) == b"meanwhile"
+    live_and_end(stream, local)
+    assert_no_connect(listener)
+
+
+@pytest.mark.parametrize("at, taken", [(0, 0), (2, 3)])
+def test_rule_05_both_sides_skip_what_they_have_taken(link, hold, at, taken):
+    """Parts of a record too. The opener says that it knows less than it does."""
+    stream, local = hold()
+    peer.reset(stream.link.sock)
+    stream.attach(link(), at=at, taken=taken)
+    stream.send(b"more")  # after what has to come again
+    local.sendall(b"and more")
+    assert receive_exactly(local, 4) == b"more"
+    assert take(stream, 8) == b"and more"
+    live_and_end(stream, local)
+
+
+def test_rule_05_many_cuts(link, tcp_echo):
+    """Every byte comes back, once, in order."""
+    rng = random.Random(5)
+    pieces = [bytes([n]) * rng.randrange(1, 200_000) for n in range(40)]
+    stream, received = link().open("127.0.0.1:%d" % tcp_echo.port), []
+    stream.wait_opened()
+    for piece in pieces:
+        stream.send(piece)
+        wanted = rng.randrange(stream.taken, stream.outgoing.position)
+        while stream.taken < wanted:
+            received.append(stream.receive())
+        if rng.random() < 0.5:
+            stream.ack()
+        rng.choice(list(CUTS.values()))(stream.link)
+        attach(stream, link())
+    stream.end()
+    received.extend(stream.chunks())
+    stream.over()
+    assert b"".join(received) == b"".join(pieces)
+
+
+def test_rule_06_a_higher_attempt_closes_the_older_link(link, hold, listener):
+    stream, local = hold()
+    old = stream.link
+    attach(stream, link(), attempt=7)  # Opens between them were lost
+    assert_ended(old, (KEEPALIVE, ACK))
+    live_and_end(stream, local)
+    assert_no_connect(listener)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="relies on Linux's way with a full backlog")
+def test_rule_06_a_stream_whose_connect_is_under_way(link):
+    """Opened goes to the new link, and there is one connect."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        full.settimeout(PATIENCE)
+        old = link()
+        stream = old.open("127.0.0.1:%d" % port_of(full))
+        assert not is_ready(old.sock, selectors.EVENT_READ, 0.5)
+        stream.attach(link())
+        assert_ended(old, (KEEPALIVE,))
+        full.accept()[0].close()  # room for the server's connect
+        stream.wait_opened()
+        with accepted(full) as local:
+            live_and_end(stream, local)
+        assert_no_connect(full)
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_36_an_attempt_that_is_not_higher(link, hold, attempt):
+    """Its link alone ends: it is an old one."""
+    stream, local = hold()
+    late = link()
+    ask(late, stream, attempt=attempt)
+    assert_ended(late, ())
+    live_and_end(stream, local)
+
+
+@pytest.mark.parametrize("wrong", [{"target": "127.0.0.1:1"}, {"taken": 5}, {"at": 5}], ids=str)
+@pytest.mark.parametrize("detached", [False, True])
+def test_36_an_attach_that_ends_the_stream(link, hold, wrong, detached):
+    """Another target, and `taken` beyond what was sent; `at` beyond what was taken is answered by Error."""
+    stream, local = hold()
+    if detached:
+        peer.reset(stream.link.sock)
+    bad = link()
+    ask(bad, stream, **wrong)
+    types = [record.type for record in bad.read_to_end()]
+    assert types == [ERROR] or not types and "at" not in wrong
+    assert was_reset(local)
+    refusal(stream.attach(link(), attempt=9))
+
+
+@pytest.mark.parametrize("acks", [[5], [3, 2], [2**64 - 1]], ids=["beyond", "back", "far beyond"])
+def test_36_an_ack_that_ends_the_stream(link, hold, acks):
+    stream, local = hold()
+    for ack in acks:
+        stream.link.send_ack(ack)
+    assert_ended(stream.link)
+    assert was_reset(local)
+    refusal(stream.attach(link()))
+
+
+@pytest.mark.parametrize("how", ["over", "reset"])
+def test_37_open_again_of_a_stream_that_ended(link, hold, listener, how):
+    """The opener says Error in the one case. In the other no Open has followed on the link of the stream."""
+    stream, local = hold()
+    if how == "over":
+        end(stream, local)
+        stream.over()
+        assert stream.attach(link(), at=0).wait_opened() is None and stream.is_over
+    else:
+        stream.fail(UNKNOWN, "my originator vanished")
+        assert was_reset(local)
+        refusal(stream.attach(link()))
+    assert_no_connect(listener)
+
+
+def test_37_open_of_a_stream_that_was_never_seen(link, listener):
+    """Where nothing has passed it is a new one, whatever its attempt: the Opens before may have been lost."""
+    stream = stranger(listener)
+    attach(stream, link(), attempt=3)
+    with accepted(listener) as local:
+        live_and_end(stream, local)
+    for passed in ({"at": 1}, {"taken": 1}, {"at": 1, "taken": 1, "attempt": 2}):
+        assert refusal(stranger(listener, bytes(16)).attach(link(), **passed)).code == UNKNOWN
+    assert_no_connect(listener)
+
+
+@every_cut
+@pytest.mark.parametrize("resume", ["0", "1"])
+def test_rule_08_a_stream_is_given_up_after_resume(link, hold, cut, resume):
+    """17: it is reset, never a clean end."""
+    stream, local = hold(flags=("--resume", resume))
+    cut(stream.link)
+    assert was_reset(local)
+    refusal(stream.attach(link()))
+
+
+def test_rule_09_an_attach_passes_the_limits(link, hold):
+    """The key has all the streams and links that it may have. One link more is for an attach alone."""
+    stream, local = hold(flags=("--max-streams-per-key", "1", "--max-links-per-key", "1"))
+    attach(stream, link())
+    talk(stream, local)
+    with pytest.raises((PeerError, peer.LinkEnded)):
+        link().open(stream.target).wait_opened()
+    live_and_end(stream, local)
+
+
+@sigterm
+@pytest.mark.parametrize("drain", ["0", "600"])
+def test_rule_10_a_server_that_ends(link, hold, drain):
+    """Without a drain its links hear Error. 9: a drain does not wait for a stream that has no link."""
+    stream, local = hold(flags=("--drain", drain))
+    if drain != "0":
+        peer.reset(stream.link.sock)
+    link.server.process.send_signal(signal.SIGTERM)
+    if drain == "0":
+        with pytest.raises(PeerError):
+            stream.receive()
+    assert was_reset(local)
+    assert link.server.wait() == 0
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_rule_11_abandon_gives_a_stream_up(link, hold, listener, detached):
+    """It wins over an attached link. A number that was never seen is ended by it too."""
+    stream, local = hold()
+    if detached:
+        peer.reset(stream.link.sock)
+    idle = link()
+    idle.send_abandon(stream.number)
+    assert was_reset(local)
+    if not detached:
+        assert_ended(stream.link)
+    refusal(stream.attach(idle))
+    idle = link()
+    idle.send_abandon(NUMBER)
+    refusal(stranger(listener).attach(idle))
+    assert_no_connect(listener)
+
+
+def test_rule_13_a_stream_of_a_listener_moves_to_a_link_of_its_pool(link):
+    """Detached, it keeps the listener alive; a newer instance on the address ends it."""
+    streams = {}
+    first = link(flags=("--allow-listen",), streams=streams)
+    address = first.listen("127.0.0.1:0", b"instance")
+    with dial(int(address.rpartition(":")[2])) as originator:
+        stream = first.accept()
+        stream.opened()
+        talk(stream, originator)
+        peer.reset(first.sock)
+        originator.sendall(b"meanwhile")
+        spare = link(streams=streams)
+        assert spare.listen(address, b"instance") == address
+        assert spare.accept() is stream and stream.attempt == 2
+        stream.opened()
+        stream.resend()
+        assert take(stream, 9) == b"meanwhile"
+        talk(stream, originator)
+        peer.reset(spare.sock)
+        assert link().listen(address, b"instanc2") == address
+        assert was_reset(originator)
+
+
+def test_38_a_key_that_lost_its_permission(link, hold, keys):
+    stream, local = hold()
+    peer.reset(stream.link.sock)
+    permit(keys, 'permitopen="nowhere.example:1"')
+
+    def refused():
+        with pytest.raises(PeerError):
+            link().open(stream.target).wait_opened()
+            return False
+        return True
+    eventually(refused, "the server has looked at authorized_keys")
+    assert refusal(stream.attach(link())).code == peer.INVALID_HOST
+    assert was_reset(local)
+
+
+def test_39_many_detached_streams_of_one_key(link, hold, second):
+    """At most 1,024 of them. The longest detached one goes first, and other keys are served."""
+    held = []
+    for _ in range(1100):
+        held.append(hold())
+        peer.reset(held[-1][0].link.sock)
+    assert was_reset(held[0][1])
+    hold(who=second)
+    stream, local = held[-1]
+    attach(stream, link())
+    live_and_end(stream, local)
+
+
+def test_40_a_recorded_open_on_another_link(link, listener):
+    """It is sealed with the keys of its own link, whose stream goes on."""
+    first, other = link(), link()
+    wire = first.send_open(TCP, "127.0.0.1:%d" % port_of(listener))
+    with accepted(listener) as local:
+        other.send(wire)
+        assert_ended(other, ())
+        first.send_record(DATA, b"alive")
+        assert receive_exactly(local, 5) == b"alive"
+    assert_no_connect(listener)
