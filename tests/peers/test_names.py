@@ -249,7 +249,7 @@ def place(namespace, start, keys):
 
 # ---------------------------------------------------------------------------------------------------- odd spellings of loopback
 
-SOME_NEVER, SOME_LOOPBACK, SOME_NAMES, SOME_NOWHERE = NEVER[::8], LOOPBACK[::4] + ("localhost", "[::1]"), NAMES[::5], NOWHERE[::4]
+SOME_NEVER, SOME_LOOPBACK, SOME_NAMES, SOME_NOWHERE = NEVER[::8] + ("",), LOOPBACK[::4] + ("localhost", "[::1]"), NAMES[::5], NOWHERE[::4]
 OTHERS = ELSEWHERE[::5] + UNRESOLVED[:1]
 SOME = SOME_NEVER + SOME_LOOPBACK + SOME_NAMES + SOME_NOWHERE + OTHERS
 REFUSED_ALL = SOME_NEVER + SOME_LOOPBACK + SOME_NAMES + SOME_NOWHERE
