@@ -13,6 +13,7 @@ from support.keys import KeyPairs, make_keys
 from support.namespaces import Namespace
 from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
 from support.sockets import port_of
+from support.sshd import Sshd
 from support.targets import Target, UdpEcho, UdpRemote, echo
 
 
@@ -180,6 +181,25 @@ def forward(serve, ratrod, keys):
         client.wait_for(READY)
         return server, client
     return launch
+
+
+@pytest.fixture
+def sshd(start, tmp_path):
+    """sshd(lines of its configuration..., programs=PATH) -> Sshd"""
+    if os.geteuid() or not Sshd.PROGRAM:
+        missing("sshd, and root, who can run one")
+    made = []
+
+    def launch(*options, **more):
+        made.append(Sshd(start, tmp_path / ("sshd%d" % len(made)), *options, **more))
+        return made[-1]
+    yield launch
+    # The clients first: a session that one holds open outlives its sshd, and goes on writing to the same pipe.
+    for program in start.programs:
+        if program not in [far.program for far in made]:
+            program.stop()
+    for far in made:
+        far.kill()
 
 
 @pytest.fixture

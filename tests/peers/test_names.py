@@ -249,7 +249,7 @@ def place(namespace, start, keys):
 
 # ---------------------------------------------------------------------------------------------------- odd spellings of loopback
 
-SOME_NEVER, SOME_LOOPBACK, SOME_NAMES, SOME_NOWHERE = NEVER[::8], LOOPBACK[::4] + ("localhost", "[::1]"), NAMES[::5], NOWHERE[::4]
+SOME_NEVER, SOME_LOOPBACK, SOME_NAMES, SOME_NOWHERE = NEVER[::8] + ("",), LOOPBACK[::4] + ("localhost", "[::1]"), NAMES[::5], NOWHERE[::4]
 OTHERS = ELSEWHERE[::5] + UNRESOLVED[:1]
 SOME = SOME_NEVER + SOME_LOOPBACK + SOME_NAMES + SOME_NOWHERE + OTHERS
 REFUSED_ALL = SOME_NEVER + SOME_LOOPBACK + SOME_NAMES + SOME_NOWHERE
@@ -339,6 +339,9 @@ def test_without_a_rule_only_plain_spellings_lead_there(place):
     inside = [host for host in asked if host in SOME_LOOPBACK + SOME_NAMES]
     assert [host for host in asked if answers[host] == b"inside"] == inside
     assert place.inside.seen == ["udp"] * len(inside)
+    # What has no route is an error of the session, as it is of a stream.
+    for answers in ({host: place.tcp(host) for host in OTHERS}, place.udp(OTHERS)):
+        assert all("cannot connect to the remote" in answers[host] for host in OTHERS), answers
 
 
 # ---------------------------------------------------------------------------------------------------- name servers that are against us

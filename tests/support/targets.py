@@ -81,11 +81,11 @@ class UdpRemote:
 
 
 class UdpEcho:
-    """A UDP echo on a free port of `host`; `seen` counts the datagrams."""
+    """A UDP echo on a port of `host`, for 0 a free one; `seen` counts the datagrams."""
 
-    def __init__(self, host="127.0.0.1"):
+    def __init__(self, host="127.0.0.1", port=0):
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.bind((host, 0))
+        self.socket.bind((host, port))
         self.port = self.socket.getsockname()[1]
         self.seen = 0
         threading.Thread(target=self._run, daemon=True).start()

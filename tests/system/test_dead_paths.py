@@ -9,6 +9,7 @@ link's port. Here the times are about a twentieth of PROTOCOL.md's. Whole, with 
 import concurrent.futures
 import contextlib
 import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -22,16 +23,18 @@ import ratrod
 from support.kernel import ESTABLISHED, LISTEN, rows
 from support.pressure import LONG, figure, scaled
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, STARTED, missing, need, tcp_port, udp_port
-from support.sockets import ask, dial, outcome_of, port_of, push_until_stuck, reset
+from support.sockets import ask, dial, eventually, is_ready, outcome_of, port_of, push_until_stuck, receive_exactly, reset
 from support.targets import Target, UdpEcho, echo
 from support.traffic import ALL, RESET, Traffic
+from support.whole_ends import Ends
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 # As short as a busy machine allows: a program may stand still for `silence` less `keepalive`, 1.7 s, and nobody takes it for dead.
 SHORT = {"keepalive": 0.8, "silence": 2.5, "trusted": 1.8, "sweep_interval": 0.2}
 REAL = {"keepalive": 20.0, "silence": 45.0, "trusted": 30.0, "sweep_interval": 1.0}
-OFTEN = {**REAL, "keepalive": 1.0}  # an outage meets Keepalives on every link: those are sent again ever more rarely, and hold up what follows
+# An outage meets Keepalives on every link: those are sent again ever more rarely, and hold up what follows. Looks for a path that is back fail.
+OFTEN = {**REAL, "keepalive": 1.0, "connect_timeout": 10.0 if LONG else 3.0}
 TIMES = REAL if LONG else SHORT
 # PROTOCOL.md promises 60 s. Of the short times: the silence, two looks at all links, and as much again for a busy machine.
 NOTICED_WITHIN = 60 if LONG else 6
@@ -497,3 +500,22 @@ def test_a_reset_reaches_who_does_not_read(start, keys, listener):
             poll = select.poll()
             poll.register(reader, 0)  # errors alone
             assert poll.poll(1000 * PATIENCE), "nobody has told it of the reset by the %s" % side
+
+
+# ---------------------------------------------------------------------------------------------------- a machine that slept
+
+
+def test_a_machine_that_slept_gives_nobody_up(listener):
+    """It has not been listening: the others get 15 s to be heard before it judges by the silence, of which sleep has used up all."""
+    ends = Ends("0:127.0.0.1:%d" % port_of(listener))
+    with contextlib.closing(ends), dial(ends.client.tunnels[0].local.port) as originator:
+        originator.sendall(b"before")
+        ends.rounds(20)
+        with listener.accept()[0] as target:
+            assert receive_exactly(target, 6) == b"before"
+            ends.clock.now += 100
+            ends.rounds(5, pump=False)  # nothing has come yet as both ends look at their links
+            ends.rounds(10)
+            target.sendall(b"after")
+            eventually(lambda: ends.rounds() or is_ready(originator, selectors.EVENT_READ, 0), "it goes on")
+            assert receive_exactly(originator, 5) == b"after"

@@ -3,6 +3,7 @@
 What concerns a whole process (its output, its end, its children) runs in one of its own.
 """
 
+import concurrent.futures
 import contextlib
 import gc
 import importlib.util
@@ -10,7 +11,6 @@ import inspect
 import logging
 import os
 import pathlib
-import queue
 import re
 import signal
 import socket
@@ -96,6 +96,18 @@ class Ends:
         where = server if isinstance(server, str) else "%s:%d" % server.address
         return self._stack.enter_context(ratrod.tunnel(where, *tunnels, **{"key_path": str(self.keys.client.path), **options}))
 
+    def fails(self, kind, text, server, *tunnels, **options):
+        """tunnel() raises `kind`, an error of ratrod's, that says `text`."""
+        return assert_error(kind, text, lambda: self.tunnel(server, *(tunnels or (local(1),)), **options))
+
+
+def assert_error(kind, text, make):
+    assert issubclass(kind, ratrod.RatrodError)
+    with pytest.raises(kind, match=text) as caught:
+        make()
+    assert str(caught.value).isprintable()
+    return caught.value
+
 
 @pytest.fixture
 def ends(keys):
@@ -162,14 +174,17 @@ def test_a_tunnel(keys, tcp_echo, udp_echo):
 
 
 def test_without_with(keys, tcp_echo):
-    """A path object is a path."""
+    """A path object is a path. When close() has returned, what was bound is free."""
     server = ratrod.serve("127.0.0.1:0", key_path=pathlib.Path(keys.server.path))
+    for _ in range(5):
+        server.close()
+        assert_nobody_listens(server.address)
+        server = ratrod.serve("127.0.0.1:%d" % server.address[1], key_path=keys.server.path)
     tunnel = ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=pathlib.Path(keys.client.path))
     ask(tunnel.address)
     tunnel.close()
     assert_nobody_listens(tunnel.address)
     server.close()
-    assert_nobody_listens(server.address)
 
 
 def test_several_tunnels_of_one_client(ends, target):
@@ -202,23 +217,16 @@ def test_many_at_once_in_one_process(ends, target):
         server = ends.serve()
         made = target(lambda connection, n=number: connection.sendall(receive_all(connection) + b"%d" % n))
         pairs += [(number, server, ends.tunnel(server, local(made.port), limits=HASTY)) for _ in range(2)]
-    failures = []
 
     def use(number, tunnel):
-        try:
-            for _ in range(10):
-                with dial(tunnel.address) as connection:
-                    connection.sendall(b"x" * 10_000)
-                    connection.shutdown(socket.SHUT_WR)
-                    assert receive_all(connection) == b"x" * 10_000 + b"%d" % number
-        except Exception as error:
-            failures.append(error)
-    users = [threading.Thread(target=use, args=(number, tunnel)) for number, _, tunnel in pairs]
-    for user in users:
-        user.start()
-    for user in users:
-        user.join(PATIENCE)
-    assert not failures
+        for _ in range(10):
+            with dial(tunnel.address) as connection:
+                connection.sendall(b"x" * 10_000)
+                connection.shutdown(socket.SHUT_WR)
+                assert receive_all(connection) == b"x" * 10_000 + b"%d" % number
+    with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
+        for user in [pool.submit(use, number, tunnel) for number, _, tunnel in pairs]:
+            user.result(PATIENCE)
     pairs[0][1].close()
     assert_reset(pairs[0][2].address)
     with dial(pairs[-1][2].address) as connection:
@@ -234,30 +242,17 @@ def test_a_tunnel_through_a_tunnel(ends, server, tcp_echo):
     ask(tunnel.address, b"x" * 100_000)
 
 
-def test_remote_regex(ends, tcp_echo):
-    server = ends.serve(remote_regex=r"127\.0\.0\.1:%d" % tcp_echo.port)
-    tunnel = ends.tunnel(server, local(tcp_echo.port), local(1))
-    ask(tunnel.addresses[0])
-    assert_reset(tunnel.addresses[1])
-
-
 def test_a_socks_user(ends, server, tcp_echo):
-    """RFC 1928 and 1929 by hand: the right password, a wrong one, none."""
+    """RFC 1928 and 1929 by hand: none, a wrong password, and the right one."""
     tunnel = ends.tunnel(server, "0:socks", socks_user="me:secret")
-    for methods, password, good in ((b"\x02", b"secret", True), (b"\x02", b"wrong", False), (b"\x00", b"", False)):
+    for said, answer in ((b"\5\1\0", b"\5\xff"), (b"\5\1\2\1\2me\5wrong", b"\5\2\1\1"), (b"\5\1\2\1\2me\6secret", b"\5\2\1\0")):
         with dial(tunnel.address) as connection:
-            connection.sendall(b"\x05\x01" + methods)
-            if methods == b"\x00":
-                assert receive_exactly(connection, 2) == b"\x05\xff"
-                continue
-            assert receive_exactly(connection, 2) == b"\x05\x02"
-            connection.sendall(b"\x01\x02me" + bytes([len(password)]) + password)
-            assert (receive_exactly(connection, 2)[1] == 0) == good
-            if good:
-                connection.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + tcp_echo.port.to_bytes(2, "big"))
-                assert receive_exactly(connection, 10)[:2] == b"\x05\x00"
-                connection.sendall(b"hello")
-                assert receive_exactly(connection, 5) == b"hello"
+            connection.sendall(said)
+            assert receive_exactly(connection, len(answer)) == answer
+            if not answer[-1]:
+                connection.sendall(b"\5\1\0\1\x7f\0\0\1" + tcp_echo.port.to_bytes(2, "big"))
+                assert receive_exactly(connection, 10)[:2] == b"\5\0"
+                ask_over(connection)
 
 
 # ---------------------------------------------------------------------------------------------------- its end
@@ -265,11 +260,12 @@ def test_a_socks_user(ends, server, tcp_echo):
 
 def test_an_exception_ends_it(keys, tcp_echo):
     """And passes."""
-    with pytest.raises(ZeroDivisionError):
-        with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
-            with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
-                ask(tunnel.address)
-                raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), contextlib.ExitStack() as stack:
+        ends = Ends(keys, stack)
+        server = ends.serve()
+        tunnel = ends.tunnel(server, local(tcp_echo.port))
+        ask(tunnel.address)
+        raise ZeroDivisionError
     for end in (tunnel, server):
         assert_nobody_listens(end.address)
 
@@ -285,25 +281,17 @@ def test_closing_ends_what_is_carried(ends, server, target):
                 connection.recv(1)
 
 
-def test_close_twice_and_by_other_threads(keys, tcp_echo):
+def test_close_twice_and_by_other_threads(ends, server, tcp_echo):
     """By several at once too: each returns, and none before all is closed."""
-    server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path))
-    tunnel = ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path))
+    tunnel = ends.tunnel(server, local(tcp_echo.port))
+    ask(tunnel.address)
     for end in (tunnel, server):
-        ask(tunnel.address) if end is tunnel else None
-        after = queue.Queue()
-
-        def close(end=end, after=after):
-            try:
-                end.close()
-                assert_nobody_listens(end.address)
-                after.put(None)
-            except BaseException as error:
-                after.put(error)
-        closers = [threading.Thread(target=close) for _ in range(5)]
-        for closer in closers:
-            closer.start()
-        assert [after.get(timeout=PATIENCE) for _ in closers] == [None] * 5
+        def close(end=end):
+            end.close()
+            assert_nobody_listens(end.address)
+        with concurrent.futures.ThreadPoolExecutor(5) as pool:
+            for closer in [pool.submit(close) for _ in range(5)]:
+                closer.result(PATIENCE)
         end.close()
         assert end.error is None, "closing is no error"
         with end:
@@ -323,39 +311,24 @@ def test_closing_ends_those_who_are_not_in_yet(keys):
                 assert stranger.recv(1) == b""
 
 
-def test_the_same_port_at_once_again(keys, tcp_echo):
-    """When close() has returned, what was bound is free."""
-    server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path))
-    for _ in range(5):
-        server.close()
-        server = ratrod.serve("127.0.0.1:%d" % server.address[1], key_path=str(keys.server.path))
-    with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
-        ask(tunnel.address)
-    server.close()
-
-
 def test_nothing_is_left_behind(keys, tcp_echo, udp_echo):
     """Threads and descriptors are what they were, after 20 rounds with traffic and 7 that failed to start."""
-    def round_trip():
-        with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
-            where = "%s:%d" % server.address
-            with ratrod.tunnel(where, local(tcp_echo.port), local(udp_echo.port), key_path=str(keys.client.path)) as tunnel:
-                ask(tunnel.addresses[0])
-                assert ask_by_udp(tunnel.addresses[1])
-        return where
-
-    def failure(where):
-        with pytest.raises(ratrod.RatrodError):
-            ratrod.tunnel(where, local(1), key_path=str(keys.client.path))
-    failure(round_trip())
+    def round_trip(fails):
+        with contextlib.ExitStack() as stack:
+            ends = Ends(keys, stack)
+            server = ends.serve()
+            tunnel = ends.tunnel(server, local(tcp_echo.port), local(udp_echo.port))
+            ask(tunnel.addresses[0])
+            assert ask_by_udp(tunnel.addresses[1])
+        if fails:
+            ends.fails(ratrod.RatrodError, ".", server)
+    round_trip(True)
     gc.collect()
     before = len(threads()), open_files()
     gc.disable()  # what is closed only by the garbage collector is closed too late: until then its other end waits for an answer
     try:
         for number in range(20):
-            where = round_trip()
-            if number % 3 == 0:
-                failure(where)
+            round_trip(number % 3 == 0)
         # The test's own echoes may not have closed the last connection yet.
         eventually(lambda: len(threads()) <= before[0] and open_files() <= before[1], lambda: "%s, now %s" % (before, (threads(), open_files())))
     finally:
@@ -410,26 +383,16 @@ def test_an_exception_that_nobody_catches_is_the_programs_own(run):
 # ---------------------------------------------------------------------------------------------------- errors
 
 
-def assert_error(kind, text, make, *args, **options):
-    """make() raises `kind`, an error of ratrod's, that says `text`."""
-    assert issubclass(kind, ratrod.RatrodError)
-    with pytest.raises(kind, match=text) as caught:
-        make(*args, **options)
-    assert str(caught.value).isprintable()
-    return caught.value
-
-
-def test_missing_and_damaged_keys(keys, tmp_path):
+def test_missing_and_damaged_keys(ends, tmp_path):
     """Nothing is asked, made or written."""
     folder = tmp_path / "nothing"
-    for make in (lambda path: ratrod.serve("127.0.0.1:0", key_path=path), lambda path: ratrod.tunnel("127.0.0.1:1", local(1), key_path=path)):
-        assert_error(ratrod.ConfigError, re.escape(str(folder)), make, str(folder))
+    for _ in range(2):
+        ends.fails(ratrod.ConfigError, re.escape(str(folder)), "127.0.0.1:1", key_path=str(folder))
+        assert_error(ratrod.ConfigError, re.escape(str(folder)), lambda: ends.serve(key_path=str(folder)))
         folder.mkdir(exist_ok=True)
-        assert_error(ratrod.ConfigError, re.escape(str(folder)), make, str(folder))
-        assert not list(folder.iterdir())
-        folder.rmdir()
-    (keys.client.path / "key").write_text("nonsense")
-    assert_error(ratrod.ConfigError, "key", ratrod.tunnel, "127.0.0.1:1", local(1), key_path=str(keys.client.path))
+    assert not list(folder.iterdir())
+    (ends.keys.client.path / "key").write_text("nonsense")
+    ends.fails(ratrod.ConfigError, "key", "127.0.0.1:1")
 
 
 def test_the_default_key_path_is_that_of_the_command(run, tmp_path):
@@ -446,75 +409,64 @@ def test_the_default_key_path_is_that_of_the_command(run, tmp_path):
     assert not (tmp_path / ".ratrod").exists()
 
 
-def test_servers_that_are_not_known(ends, server, keys, tmp_path, tcp_echo):
+def test_who_is_not_known(ends, server, keys, tmp_path, tcp_echo):
     """It says which line to add; nobody is asked."""
     where = "%s:%d" % server.address
     known = keys.client.path / "known_hosts"
     keys.client.write("known_hosts", "")
-    assert_error(ratrod.AuthenticationError, "is not in the known hosts file.*%s %s" % (keys.server.public, where),
-                 ratrod.tunnel, where, local(1), key_path=str(keys.client.path))
+    ends.fails(ratrod.AuthenticationError, "is not in the known hosts file.*%s %s" % (keys.server.public, where), server)
     ask(ends.tunnel(server, local(tcp_echo.port), accept_all_hosts=True).address)
     assert not known.read_text()
     ask(ends.tunnel(server, local(tcp_echo.port), accept_new=True).address)
     assert known.read_text() == "%s %s\n" % (keys.server.public, where)
     ask(ends.tunnel(server, local(tcp_echo.port)).address)
     keys.client.write("known_hosts", "%s %s\n" % (make_keys(tmp_path / "other").public, where))
-    assert_error(ratrod.AuthenticationError, "HAS CHANGED", ratrod.tunnel, where, local(1), key_path=str(keys.client.path), accept_new=True)
-
-
-def test_a_client_that_is_not_authorized(server, keys):
+    ends.fails(ratrod.AuthenticationError, "HAS CHANGED", server, accept_new=True)
+    # The other way round: a client that is not authorized.
     keys.server.write("authorized_keys", "")
-    assert_error(ratrod.AuthenticationError, "authorized_keys", ratrod.tunnel, "%s:%d" % server.address, local(1), key_path=str(keys.client.path))
+    ends.fails(ratrod.AuthenticationError, "authorized_keys", server, accept_all_hosts=True)
 
 
-def test_a_server_that_is_not_there(keys):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        assert_error(ratrod.ConnectError, "Connection refused", ratrod.tunnel, "127.0.0.1:%d" % closed.getsockname()[1], local(1),
-                     key_path=str(keys.client.path))
-    assert_error(ratrod.ConnectError, "no.such.name.invalid", ratrod.tunnel, "no.such.name.invalid:1", local(1), key_path=str(keys.client.path))
+def test_a_server_that_is_not_there(ends, closed):
+    ends.fails(ratrod.ConnectError, "Connection refused", "127.0.0.1:%d" % closed)
+    ends.fails(ratrod.ConnectError, "no.such.name.invalid", "no.such.name.invalid:1")
 
 
-def test_arguments_that_are_wrong(server, keys):
-    where = "%s:%d" % server.address
-    client = {"key_path": str(keys.client.path)}
+def test_arguments_that_are_wrong(ends, server):
     for text in ("", "x:db:5432", "0:db", "0:db:0", "65536:db:80", "0:127.1:80", "0:db:80\n", "1-3:db:1-2", "R:0:db", "0:unix:relative"):
-        assert_error(ratrod.ConfigError, ".", ratrod.tunnel, where, text, **client)
+        ends.fails(ratrod.ConfigError, ".", server, text)
     for text in ("", "host", "host:0", "host:x", ":80", "host:80:90"):
-        assert_error(ratrod.ConfigError, ".", ratrod.tunnel, text, local(1), **client)
+        ends.fails(ratrod.ConfigError, ".", text)
     # stdin and stdout are the program's own.
-    assert_error(ratrod.ConfigError, "stdio", ratrod.tunnel, where, "stdio:127.0.0.1:1", **client)
-    assert_error(ratrod.ConfigError, "legacy", ratrod.tunnel, where, "R:0:127.0.0.1:1", legacy=True, **client)
+    ends.fails(ratrod.ConfigError, "stdio", server, "stdio:127.0.0.1:1")
+    ends.fails(ratrod.ConfigError, "legacy", server, "R:0:127.0.0.1:1", legacy=True)
     for options in ({"bind": "nonsense"}, {"bind": "127.0.0.1:x"}, {"remote_regex": "("}):
-        assert_error(ratrod.ConfigError, ".", ratrod.serve, **{"bind": "127.0.0.1:0", "key_path": str(keys.server.path), **options})
+        assert_error(ratrod.ConfigError, ".", lambda options=options: ends.serve(**options))
 
 
-def test_a_port_that_is_taken(server, keys):
+def test_a_port_that_is_taken(ends, server):
     """Of a server, of a tunnel, and of the second of two tunnels: then the first is not left listening."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port, other = taken.getsockname()[1], free_port()
-        assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, ratrod.serve, "127.0.0.1:%d" % port, key_path=str(keys.server.path))
+        assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, lambda: ends.serve("127.0.0.1:%d" % port))
         for tunnels in (["%d:db:1" % port], ["%d:db:1" % other, "%d:db:1" % port]):
-            assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, ratrod.tunnel, "%s:%d" % server.address, *tunnels,
-                         key_path=str(keys.client.path))
+            ends.fails(ratrod.RatrodError, "127.0.0.1:%d" % port, server, *tunnels)
     assert_nobody_listens(("127.0.0.1", other))
 
 
 def test_a_listen_that_is_refused(server, ends, keys):
-    assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % server.address, "R:0:127.0.0.1:1", key_path=str(keys.client.path))
+    ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
     allowing = ends.serve(allow_listen=True)
     keys.server.write("authorized_keys", '%s permitlisten="1"\n' % keys.client.public)
-    error = assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % allowing.address, local(1), "R:0:127.0.0.1:1",
-                         key_path=str(keys.client.path))
+    error = ends.fails(ratrod.PolicyError, REFUSED, allowing, local(1), "R:0:127.0.0.1:1")
     assert not isinstance(error, ratrod.AuthenticationError)
 
 
-def test_a_server_that_says_nothing(keys, target):
+def test_a_server_that_says_nothing(ends, target):
     """`timeout` bounds the whole start."""
     silent = target(lambda connection: connection.recv(1000) and connection.recv(1000))
     started = time.monotonic()
-    error = assert_error(ratrod.RatrodError, ".", ratrod.tunnel, "127.0.0.1:%d" % silent.port, local(1), key_path=str(keys.client.path),
-                         timeout=0.3, limits=ENDLESS)
+    error = ends.fails(ratrod.RatrodError, ".", "127.0.0.1:%d" % silent.port, timeout=0.3, limits=ENDLESS)
     assert not isinstance(error, (ratrod.ConfigError, ratrod.AuthenticationError))
     assert time.monotonic() - started < PATIENCE
 
@@ -588,10 +540,10 @@ def wakeup_fd():
 
 def test_signals_are_left_alone(keys, tcp_echo):
     before = handlers_of_signals(), wakeup_fd()
-    with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
-        with ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=str(keys.client.path)) as tunnel:
-            ask(tunnel.address)
-            assert (handlers_of_signals(), wakeup_fd()) == before
+    with contextlib.ExitStack() as stack:
+        ends = Ends(keys, stack)
+        ask(ends.tunnel(ends.serve(), local(tcp_echo.port)).address)
+        assert (handlers_of_signals(), wakeup_fd()) == before
     assert (handlers_of_signals(), wakeup_fd()) == before
 
 
@@ -776,7 +728,7 @@ def test_authorize_allows(ends, keys, tcp_echo, udp_echo):
     ask(ends.tunnel(server, local(tcp_echo.port)).address)
     # The server's own key is no client's, whatever authorize() says.
     keys.server.trust(keys.server, "known_hosts")
-    assert_error(ratrod.RatrodError, ".", ratrod.tunnel, "%s:%d" % server.address, local(1), key_path=str(keys.server.path))
+    ends.fails(ratrod.RatrodError, ".", server, key_path=str(keys.server.path))
 
 
 def test_authorize_refuses_a_key(ends, keys, second, tcp_echo):
@@ -784,7 +736,7 @@ def test_authorize_refuses_a_key(ends, keys, second, tcp_echo):
     judge = Judge(lambda key, target: key == keys.client.public)
     server = ends.serve(authorize=judge)
     ask(ends.tunnel(server, local(tcp_echo.port)).address)
-    assert_error(ratrod.AuthenticationError, second.public, ratrod.tunnel, "%s:%d" % server.address, local(tcp_echo.port), key_path=str(second.path))
+    ends.fails(ratrod.AuthenticationError, second.public, server, key_path=str(second.path))
     assert {target for key, target in judge.asked if key == second.public} == {""}
 
 
@@ -802,15 +754,16 @@ def test_authorize_refuses_a_target(ends, target, udp_echo, caplog):
         made.send(b"?")
         eventually(lambda: "udp 127.0.0.1:%d" % udp_echo.port in judge.targets(), "it was asked")
     ask(tunnel.addresses[2])
-    assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, "%s:%d" % server.address, "R:0:127.0.0.1:1", key_path=str(ends.keys.client.path))
+    ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
     assert "listen 127.0.0.1:0" in judge.targets()
     assert (watched.accepted, udp_echo.seen) == (0, 0)
 
 
-def test_authorize_comes_on_top_of_the_regex(ends, tcp_echo):
-    judge = Judge()
-    tunnel = ends.tunnel(ends.serve(authorize=judge, remote_regex="nowhere"), local(tcp_echo.port))
-    assert_reset(tunnel.address)
+def test_authorize_comes_on_top_of_the_regex(ends, tcp_echo, target):
+    good = target(echo)
+    tunnel = ends.tunnel(ends.serve(authorize=Judge(), remote_regex=r"127\.0\.0\.1:%d" % good.port), local(good.port), local(tcp_echo.port))
+    ask(tunnel.addresses[0])
+    assert_reset(tunnel.addresses[1])
     assert tcp_echo.accepted == 0
 
 
@@ -818,7 +771,7 @@ def test_authorize_that_returns_something_false(ends, tcp_echo):
     """A function that forgets its return does not open the door."""
     for answer in (None, 0, ""):
         server = ends.serve(authorize=lambda key, target, answer=answer: answer)
-        assert_error(ratrod.AuthenticationError, ".", ratrod.tunnel, "%s:%d" % server.address, local(1), key_path=str(ends.keys.client.path))
+        ends.fails(ratrod.AuthenticationError, ".", server)
 
 
 def test_authorize_that_raises(ends, tcp_echo, udp_echo, caplog):
@@ -842,12 +795,11 @@ def test_authorize_that_raises(ends, tcp_echo, udp_echo, caplog):
             made.send(b"?")
             eventually(lambda: "of the test" in caplog.text, "it is logged")
         caplog.clear()
-        where = "%s:%d" % server.address
-        assert_error(ratrod.PolicyError, REFUSED, ratrod.tunnel, where, "R:0:127.0.0.1:1", key_path=str(ends.keys.client.path))
+        ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
         assert "of the test" in caplog.text
         broken.add("")
         caplog.clear()
-        assert_error(ratrod.AuthenticationError, "^((?!of the test).)*$", ratrod.tunnel, where, local(1), key_path=str(ends.keys.client.path))
+        ends.fails(ratrod.AuthenticationError, "^((?!of the test).)*$", server)
         eventually(lambda: "of the test" in caplog.text, "it is logged")
     broken.clear()
     ask(ends.tunnel(server, local(tcp_echo.port)).address)

@@ -12,17 +12,15 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import tempfile
-import threading
 
 import pytest
 
 from support import ratrod2_peer as peer
 from support.keys import base64url, make_keys, seed_of
-from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PATIENCE, READY, ROOT, STARTED, tcp_port, udp_originator
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, READY, ROOT, STARTED, tcp_port, udp_originator
 from support.sockets import ask, assert_refused, dial, eventually, receive_exactly
-from support.targets import UnixTarget, echo
+from support.targets import UdpEcho, UnixTarget, echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -134,27 +132,18 @@ def ask_by_udp(originator, question=b"anybody there?"):
 
 
 @pytest.fixture
-def second_echo(target):
-    return target(echo)
+def tcp_echo(target, stack):
+    """With a UDP echo on the same port."""
+    while True:
+        made = target(echo)
+        with contextlib.suppress(OSError):  # for UDP it may be another program's
+            stack.enter_context(contextlib.closing(UdpEcho(port=made.port)))
+            return made
 
 
 @pytest.fixture
-def udp_twin(tcp_echo):
-    """A UDP echo on the same port as the TCP one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-        made.bind(("127.0.0.1", tcp_echo.port))
-
-        def run():
-            while True:
-                data, address = made.recvfrom(65536)
-                if data == b"end":
-                    return
-                made.sendto(data, address)
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        yield
-        made.sendto(b"end", made.getsockname())
-        thread.join(PATIENCE)
+def second_echo(target):
+    return target(echo)
 
 
 # ---------------------------------------------------------------------------------------------------- lines
@@ -189,7 +178,7 @@ LINES = {
 }
 
 
-def test_many_keys_in_one_file(serve, keys, tcp_echo, second_echo, udp_twin):
+def test_many_keys_in_one_file(serve, keys, tcp_echo, second_echo):
     """What each key may do, which lines the server complains of, and that the others of the file still count."""
     seeds = {text: seed_number(n) for n, text in enumerate(LINES)}
     texts = [text.replace("KEY", public_of(seed)).replace("PORT", str(tcp_echo.port)).replace("OTHER", str(second_echo.port))
@@ -240,7 +229,7 @@ def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking,
 # ---------------------------------------------------------------------------------------------------- permitopen
 
 
-def test_a_target_that_is_not_listed(serve, connect, authorized, tcp_echo, second_echo, udp_twin, udp_echo):
+def test_a_target_that_is_not_listed(serve, connect, authorized, tcp_echo, second_echo, udp_echo):
     """As both operators see it: the client learns that it may not, the server's log says why, and what is allowed goes on working."""
     authorized('KEY permitopen="127.0.0.1:%d" permitopen="secret-name.example:1" alice@laptop' % tcp_echo.port)
     server, port = serve()
@@ -281,14 +270,6 @@ def test_all_refusals_share_one_text(serve, keys):
             assert server.wait_for(r"\u274c.*refused: (.*)", n).group(1) not in ("", NOT_ALLOWED), (name, kind, target)
 
 
-def test_the_regex_and_permitopen_must_both_allow(asking, tcp_echo, second_echo, udp_twin):
-    asker, _ = asking('KEY permitopen="127.0.0.1:%d" permitopen="127.0.0.1:1"' % tcp_echo.port,
-                      flags=("-r", r"127\.0\.0\.1:(%d|%d)" % (tcp_echo.port, second_echo.port)))
-    hosts = ["127.0.0.1:%d" % port for port in (tcp_echo.port, second_echo.port, 1)]
-    assert [asker.tcp(host) for host in hosts] == [OPENED, NOT_ALLOWED, NOT_ALLOWED]
-    assert [asker.udp(host) for host in hosts[:2]] == [OPENED, NOT_ALLOWED]
-
-
 def test_keys_do_not_share_what_they_may(serve, keys, authorized, tcp_echo, second_echo, tmp_path):
     """Alternately, for the same targets: an answer that is remembered for one key must not be another's."""
     other = make_keys(tmp_path / "other")
@@ -314,7 +295,7 @@ def test_keys_do_not_share_what_they_may(serve, keys, authorized, tcp_echo, seco
 # ---------------------------------------------------------------------------------------------------- no-udp, no-legacy, comments
 
 
-def test_no_udp(serve, connect, authorized, tcp_echo, udp_twin):
+def test_no_udp(serve, connect, authorized, tcp_echo):
     """From the start; and added while sessions live, which ends them, but no stream."""
     authorized("KEY no-udp alice@laptop")
     server, port = serve()
@@ -337,7 +318,7 @@ def test_no_udp(serve, connect, authorized, tcp_echo, udp_twin):
     ask(tcp_port(client))
 
 
-def test_no_legacy(serve, connect, authorized, tcp_echo, udp_twin):
+def test_no_legacy(serve, connect, authorized, tcp_echo):
     authorized("KEY no-legacy alice@laptop")
     server, port = serve(*LEGACY.serve)
     refused = connect(port, "0:%d" % tcp_echo.port, flags=LEGACY.connect)
@@ -357,7 +338,7 @@ def test_no_legacy(serve, connect, authorized, tcp_echo, udp_twin):
 
 
 @pytest.mark.parametrize("mode", [LEGACY, LEGACY_E], ids=lambda mode: mode.name)
-def test_options_hold_over_legacy_too(mode, forward, authorized, tcp_echo, second_echo, udp_twin, udp_echo):
+def test_options_hold_over_legacy_too(mode, forward, authorized, tcp_echo, second_echo, udp_echo):
     authorized('KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
     server, client = forward(mode, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
     ask(tcp_port(client))
@@ -393,29 +374,14 @@ def test_only_the_comment_shows_beside_the_key(serve, connect, authorized, keys)
 # ---------------------------------------------------------------------------------------------------- files that change, keys that expire
 
 
-class Remote:
-    """A UDP target in the hands of the test: through() says from which socket of the server a question came, so whether it is the same session."""
-
-    def __init__(self):
-        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.settimeout(PATIENCE)
-        self.socket.bind(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-
-    def through(self, originator, question=b"?"):
-        originator.send(question)
-        data, address = self.socket.recvfrom(100)
-        assert data == question
-        self.socket.sendto(b"answer", address)
-        assert originator.recv(100) == b"answer"
-        return address
-
-
-@pytest.fixture
-def remote():
-    made = Remote()
-    with made.socket:
-        yield made
+def through(remote, originator):
+    """From which socket of the server a question comes, and so whether it is the same session."""
+    originator.send(b"?")
+    data, address = remote.receive()
+    assert data == b"?"
+    remote.socket.sendto(b"answer", address)
+    assert originator.recv(100) == b"answer"
+    return address
 
 
 def test_udp_sessions_that_are_not_allowed_any_more_end(serve, connect, keys, authorized, tmp_path, udp_echo, remote):
@@ -431,13 +397,13 @@ def test_udp_sessions_that_are_not_allowed_any_more_end(serve, connect, keys, au
         bystander.datagrams((1, b"?"))
         assert bystander.read_udp() == (peer.DATAGRAMS, [(1, b"?")])
         ask_by_udp(losing)
-        session = remote.through(keeping)
+        session = through(remote, keeping)
         seen = udp_echo.seen
         authorized('KEY permitopen="127.0.0.1:%d"' % remote.port, other.public)
         # By itself, not when the next datagram comes.
         client.wait_for("127.0.0.1:%d.*%s" % (udp_echo.port, NOT_ALLOWED))
         losing.send(b"?")
-        assert remote.through(keeping) == session
+        assert through(remote, keeping) == session
         bystander.datagrams((1, b"!"))
         assert bystander.read_udp() == (peer.DATAGRAMS, [(1, b"!")])
         assert udp_echo.seen == seen + 1
@@ -451,12 +417,12 @@ def test_other_changes_end_nothing(serve, connect, authorized, tcp_echo, remote)
     client = connect(port, "0:%d" % tcp_echo.port, "0:%d" % remote.port)
     client.wait_for(READY)
     with dial(tcp_port(client)) as running, udp_originator(client, 2) as originator:
-        session = remote.through(originator)
+        session = through(remote, originator)
         for line in ("KEY bob", 'KEY permitopen="127.0.0.1:%d" bob' % remote.port, 'KEY no-legacy expires="%s"' % day(2), "KEY alice"):
             authorized(line, "KEY no-shell")
             reread(server)
             assert_lives(running)
-            assert remote.through(originator) == session
+            assert through(remote, originator) == session
 
 
 # A server whose clock is a day ahead from the moment at which a file is there.
@@ -480,7 +446,7 @@ NOT_KNOWN = "the server does not know this client's key"
 def test_a_key_that_may_not_come_in_any_more(start, keys, connect, authorized, tcp_echo, udp_echo, tmp_path, line, why):
     """Its streams are reset, and the client ends once it is told."""
     authorized('KEY expires="%s" alice@laptop' % day(1))
-    server = start(sys.executable, "-c", SHIFTED, tmp_path / "tomorrow", "-k", keys.server.path, "serve", "127.0.0.1:0", cwd=str(ROOT))
+    server = start(PYTHON, "-c", SHIFTED, tmp_path / "tomorrow", "-k", keys.server.path, "serve", "127.0.0.1:0", cwd=str(ROOT))
     client = connect(int(server.wait_for(STARTED).group(1)), "0:%d" % tcp_echo.port, "0:%d" % udp_echo.port)
     client.wait_for(READY)
     port = tcp_port(client)

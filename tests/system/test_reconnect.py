@@ -457,14 +457,6 @@ def test_lists_of_servers_that_are_none(keys):
         assert code == WRONG and "server" in shown, (servers, code, shown)
 
 
-def test_the_first_of_them_is_dead_at_the_start(serve, connect_to, tcp_echo, closed):
-    _, port = serve()
-    client = connect_to([closed, port], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    ask(tcp_port(client))
-    assert "❌" not in client.output
-
-
 @both_wires
 def test_all_of_them_are_dead_at_the_start(connect_to, closed, door, mode):
     client = connect_to([closed, door.port], mode, "0:127.0.0.1:1")
@@ -488,13 +480,15 @@ def assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port):
 
 
 @both_wires
-def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_echo, mode):
-    """Through the one that answers: the second where the first is killed, and back; none for a while; and the log names who it is."""
+def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_echo, closed, mode):
+    """Through the one that answers: not the first, which is dead from the start; the second where the first is killed, and back; none for a
+    while; and the log names who it is."""
     flags = [*mode.serve, *(["--allow-listen"] if mode is RATROD2 else [])]
     servers, ports = map(list, zip(*(serve(*flags) for _ in range(2))))
     reverse = ["R:0:127.0.0.1:%d" % tcp_echo.port] if mode is RATROD2 else []
-    client = connect_to(ports, mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse)
+    client = connect_to([closed, *ports], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse)
     client.wait_for(READY)
+    assert "❌" not in client.output
     reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1)) if reverse else None
     with contextlib.closing(udp_originator(client, 2)) as originator:
         def works():
@@ -551,22 +545,10 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
 
 
 @both_wires
-def test_stdio_through_the_second_server(serve, ratrod, keys, tcp_echo, closed, mode):
-    _, port = serve(*mode.serve)
-    client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d,127.0.0.1:%d" % (closed, port),
-                    "stdio:127.0.0.1:%d" % tcp_echo.port, stdin=subprocess.PIPE)
-    client.process.stdin.write(b"anybody there?\n")
-    client.process.stdin.close()
-    assert client.wait() == 0
-    assert "anybody there?" in client.lines
-
-
-@both_wires
-def test_stdio_ends_with_its_server(serve, ratrod, keys, tcp_echo, mode):
-    """It is one connection: what was lost of it does not come back, and its user must not take the end for the whole."""
+def test_stdio_ends_with_its_server(serve, connect_to, tcp_echo, closed, mode):
+    """It finds the second of two. It is one connection: what was lost of it does not come back, and its user must not take the end for the whole."""
     server, port = serve(*mode.serve)
-    client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d" % port, "stdio:127.0.0.1:%d" % tcp_echo.port,
-                    stdin=subprocess.PIPE)
+    client = connect_to([closed, port], mode, "stdio:127.0.0.1:%d" % tcp_echo.port, stdin=subprocess.PIPE)
     client.process.stdin.write(b"anybody there?\n")
     client.process.stdin.flush()
     client.wait_for("anybody there?")
@@ -642,25 +624,17 @@ def test_what_a_frozen_server_used_up_is_not_the_next_ones(serve, keys, tcp_echo
     assert len(shares) > 1 and min(shares[:2]) >= 0.9, shares
 
 
-def test_a_full_server_is_passed_by(serve, connect_to, keys, tcp_echo):
-    """At the start, and for new links."""
-    _, port = serve("--max-links", "1")
-    with peer.Client.connect(port, seed_of(keys.client)) as link:
-        link.handshake()
-        _, other = serve()
-        client = connect_to([port, other], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
-        client.wait_for(READY)
-        ask(tcp_port(client))
-
-
-def test_all_servers_are_full(serve, connect_to, keys):
+def test_a_full_server_is_passed_by(serve, connect_to, keys, tcp_echo, stack):
+    """At the start, and for new links; where all are full that is said."""
     ports = [serve("--max-links", "1")[1] for _ in range(2)]
-    with contextlib.ExitStack() as stack:
-        for port in ports:
-            stack.enter_context(peer.Client.connect(port, seed_of(keys.client))).handshake()
-        client = connect_to(ports, RATROD2)
-        assert client.wait() == 1
-        client.wait_for("as many connections in all as it takes")
+    for port in ports:
+        stack.enter_context(peer.Client.connect(port, seed_of(keys.client))).handshake()
+    client = connect_to(ports, RATROD2)
+    assert client.wait() == 1
+    client.wait_for("as many connections in all as it takes")
+    client = connect_to([*ports, serve()[1]], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client))
 
 
 def test_who_has_only_reverse_tunnels_knows_that_the_server_is_away(serve, keys, tcp_echo):

@@ -330,36 +330,6 @@ def test_restarts_under_load_of_both_ends_at_once(servers, connect, tcp_echo):
     assert not load.failures, (load.failures[:10], client.output)
 
 
-@needs_reuse_port
-def test_what_is_open_stays_at_the_old_one(servers, connect, target):
-    """Long streams keep the old server alive while all that is new goes to the next one; each ends whole."""
-    chain = servers("--drain", FOREVER)
-    told = [b"%03d" % n for n in range(20)]
-    rest = threading.Event()
-
-    def tell(connection):
-        connection.sendall(told[0])
-        assert rest.wait(PATIENCE)
-        for part in told[1:]:
-            connection.sendall(part)
-    client = connect(chain.port, "0:127.0.0.1:%d" % target(tell).port)
-    client.wait_for(READY)
-    port = tcp_port(client)
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(dial(port)) for _ in range(3)]
-        for connection in connections:
-            assert receive_exactly(connection, 3) == told[0]
-        old = chain.replace()
-        assert old.wait_for(ENDING % FOREVER).group(1) == "3"
-        fresh = stack.enter_context(dial(port))
-        assert receive_exactly(fresh, 3) == told[0]
-        assert old.process.poll() is None
-        rest.set()
-        assert [receive_all(connection) for connection in (fresh, *connections)] == [b"".join(told[1:])] * 4
-    assert old.wait() == 0
-    assert chain.current.process.poll() is None
-
-
 # ---------------------------------------------------------------------------------------------------- what waits to be accepted
 
 
@@ -430,46 +400,6 @@ def test_what_a_frozen_server_had_taken(servers, connect, tcp_echo, mode):
 # ---------------------------------------------------------------------------------------------------- UDP and reverse tunnels
 
 
-@needs_reuse_port
-@two_wires
-def test_udp_sessions_move_to_the_next_server(servers, connect, udp_echo, mode):
-    """UDP may lose, but not its way: sessions are not what a server waits for."""
-    chain = servers(*mode.serve, "--drain", FOREVER)
-    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % udp_echo.port)
-    client.wait_for(READY)
-    with contextlib.ExitStack() as stack:
-        several = [stack.enter_context(udp_originator(client)) for _ in range(3)]
-        for n, one in enumerate(several):
-            ask_until_answered(one, b"%d" % n)
-        old = chain.replace()
-        assert old.wait() == 0
-        for n, one in enumerate(several):
-            ask_until_answered(one, b"%d again" % n)
-    assert "❌" not in client.output
-    assert client.process.poll() is None
-
-
-@needs_reuse_port
-def test_reverse_tunnels_move_to_the_next_server(servers, ratrod, keys, tcp_echo, slow):
-    """The same port at the next server, at once, while a connection of the old one's goes on."""
-    chain = servers("--allow-listen", "--drain", FOREVER)
-    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % chain.port,
-                    "R:0:127.0.0.1:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % slow.port)
-    port, slow_port = (bound(client, ":%d" % made.port) for made in (tcp_echo, slow))
-    exchange(port, b"before")
-    with dial(slow_port) as connection:
-        assert receive_exactly(connection, 5) == b"first"
-        old = chain.replace()
-        old.wait_for(ENDING % FOREVER)
-        eventually(lambda: works(port), "it listens at the next server")
-        assert old.process.poll() is None
-        exchange(port, b"after")
-        slow.go_on.set()
-        assert receive_all(connection) == b"last"
-    assert old.wait() == 0
-    assert client.process.poll() is None
-
-
 @pytest.fixture
 def slow(target):
     """A target that says "first", and once `go_on` is set "last"."""
@@ -482,6 +412,42 @@ def slow(target):
     made = target(handle)
     made.go_on = go_on
     return made
+
+
+@needs_reuse_port
+@two_wires
+def test_all_that_is_new_goes_to_the_next_server(servers, ratrod, keys, tcp_echo, udp_echo, slow, stack, mode):
+    """Long streams, also those of reverse tunnels, keep the old server alive and end whole. A reverse tunnel listens at the next one at once, on the
+    same port. UDP may lose, but not its way: sessions are not what a server waits for."""
+    has_reverse = mode is RATROD2
+    chain = servers(*mode.serve, *["--allow-listen"] * has_reverse, "--drain", FOREVER)
+    client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d" % chain.port, "0:127.0.0.1:%d" % slow.port,
+                    "0:127.0.0.1:%d" % udp_echo.port, *["R:0:127.0.0.1:%d" % made.port for made in (tcp_echo, slow)] * has_reverse)
+    client.wait_for(READY)
+    originators = [stack.enter_context(udp_originator(client, 2)) for _ in range(3)]
+    for n, originator in enumerate(originators):
+        ask_until_answered(originator, b"%d" % n)
+    port, *reverse_ports = [tcp_port(client), *(bound(client, ":%d" % made.port) for made in (tcp_echo, slow) if has_reverse)]
+    connections = [stack.enter_context(dial(where)) for where in (port, port, port, *reverse_ports[1:])]
+    for connection in connections:
+        assert receive_exactly(connection, 5) == b"first"
+    old = chain.replace()
+    assert old.wait_for(ENDING % FOREVER).group(1) == str(len(connections))
+    connections.append(stack.enter_context(dial(port)))
+    assert receive_exactly(connections[-1], 5) == b"first"
+    for n, originator in enumerate(originators):
+        ask_until_answered(originator, b"%d again" % n)
+    for reverse_port in reverse_ports[:1]:
+        eventually(lambda: works(reverse_port), "it listens at the next server")  # noqa: B023 - called at once
+        exchange(reverse_port, b"after")
+    assert old.process.poll() is None
+    slow.go_on.set()
+    for connection in connections:
+        with connection:
+            assert receive_all(connection) == b"last"
+    assert old.wait() == 0
+    assert chain.current.process.poll() is None and client.process.poll() is None
+    assert "❌" not in client.output
 
 
 def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow):

@@ -143,6 +143,7 @@ def test_a_key_pub_that_does_not_belong(tmp_path):
     ({}, None),
     # Only warned: the original itself writes 0644, and its keys must keep working.
     ({"key": 0o644}, "key"),
+    ({"key": 0o640}, "key"),
     # Whoever can change the lists lets himself in, or sends clients to another server.
     ({"authorized_keys": 0o620}, "authorized_keys"),
     ({"known_hosts": 0o602}, "known_hosts"),

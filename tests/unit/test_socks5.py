@@ -150,3 +150,6 @@ def test_users_that_are_none():
             ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)
     for user in ("a:b", "a" * 255 + ":" + "b" * 255, "a::", LOGIN):
         assert len(ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)) == 1
+    # And the option is the client's alone.
+    with pytest.raises(ratrod.UsageError, match="`--socks-user` does not belong to `serve`"):
+        ratrod.parse_command_line(["serve", "--socks-user", "a:b", "127.0.0.1:0"])

@@ -1,0 +1,97 @@
+"""stdio: as the ProxyCommand of a real ssh, to a real sshd."""
+
+import hashlib
+import os
+import shlex
+import subprocess
+
+import pytest
+
+from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, every_mode
+from support.rows import row
+
+pytestmark = pytest.mark.usefixtures("no_traceback")
+
+PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+# ssh's own surprises, of which its configuration here has several.
+PLAIN = "-T -x -o BatchMode=yes -o RemoteCommand=none -o ClearAllForwardings=yes -o ControlPath=none -o LogLevel=ERROR".split()
+
+
+class Ssh:
+    """ssh to an sshd through a ProxyCommand: our client, whose server runs."""
+
+    def __init__(self, far, words, log):
+        self._far, self._words, self._log = far, " ".join(shlex.quote(str(word)) for word in words), log
+
+    def run(self, *words, hides=True, **options):
+        """What our client says goes to a file, or else, as it is by itself, to ssh's own standard error, where login shells talk, too."""
+        command = "%s 2>>%s" % (self._words, self._log) if hides else self._words
+        return subprocess.Popen([*self._far.command.split(), *PLAIN, "-o", "ProxyCommand=" + command, "far", *words], stdout=PIPE, stderr=PIPE,
+                                **{"stdin": DEVNULL, **options})
+
+    def said(self):
+        """By our client, but for what legacy says where it is not encrypted."""
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        return [line for line in lines if "The traffic between client and server is in the clear" not in line]
+
+
+@pytest.fixture
+def ssh(sshd, serve, keys, tmp_path):
+    """ssh(mode) -> Ssh"""
+    def launch(mode):
+        _, port = serve(*mode.serve)
+        return Ssh(sshd(), (*RATROD, "-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d" % port, "stdio:%h:%p"), tmp_path / "said")
+    return launch
+
+
+@every_mode
+def test_commands(mode, ssh):
+    through = ssh(mode)
+    for command, code, shown in (("true", 0, b""), ("echo hello", 0, b"hello\n"), ("exit 7", 7, b"")):
+        with row(command), through.run(command) as process:
+            out, err = process.communicate(timeout=PATIENCE)
+            assert (process.returncode, out) == (code, shown), err
+    assert through.said() == []
+
+
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+def test_bulk(mode, ssh, tmp_path):
+    """Up, then down, then both ways at once."""
+    through, file, content = ssh(mode), tmp_path / "file", os.urandom((1 << 20) - 3) * 8
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest().encode()
+    down = "cat %s" % shlex.quote(str(file))
+    for command, sends, shown in (("sha256sum", True, digest + b"  -\n"), (down, False, content), ("cat", True, content)):
+        with row(command), open(str(file) if sends else os.devnull, "rb") as source, through.run(command, stdin=source) as process:
+            out, err = process.communicate(timeout=PATIENCE * 2)
+            assert process.returncode == 0 and out == shown, (len(out), err)
+    assert through.said() == []
+
+
+def test_five_at_once(ssh):
+    """Each has a client of its own, and all of them the same key."""
+    through = ssh(RATROD2)
+    running = [through.run("echo %d; cat" % n, stdin=PIPE) for n in range(5)]
+    try:
+        for n, process in enumerate(running):
+            assert process.stdout.readline() == b"%d\n" % n
+        for process in running:
+            assert process.communicate(b"bye", timeout=PATIENCE)[0] == b"bye"
+            assert process.returncode == 0
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                stream.close()
+    assert through.said() == []
+
+
+def test_it_shows_why_it_cannot_connect(ssh, keys):
+    """ssh hands its stderr to the ProxyCommand: what that says, a user sees."""
+    through = ssh(RATROD2)
+    keys.client.write("known_hosts", "")
+    with through.run("true", hides=False) as process:
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 255 and out == b"" and b"is not in the known hosts file" in err, err
