@@ -60,3 +60,8 @@ class KeyPairs(NamedTuple):
 def permit(keys, options):
     """Makes the client's key the only line of authorized_keys, with these options."""
     keys.server.write("authorized_keys", "%s %s\n" % (keys.client.public, options))
+
+
+def identity_of(keys):
+    """The 32 raw bytes of a key folder's public key."""
+    return base64.urlsafe_b64decode(keys.public + "=")

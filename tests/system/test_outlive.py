@@ -14,7 +14,7 @@ import threading
 
 import pytest
 from test_ratrod2_negative import IMPOSSIBLE_LENGTHS, TAMPERED, was_reset
-from test_reverse import identity_of, permit
+from support.keys import identity_of, permit
 
 from support import ratrod2_peer as peer
 from support.keys import seed_of

@@ -24,7 +24,7 @@ from test_outlive import (
     talk,
 )
 from test_ratrod2_negative import was_reset
-from test_reverse import identity_of
+from support.keys import identity_of
 
 from support import ratrod2_peer as peer
 from support.keys import seed_of
