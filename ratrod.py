@@ -12,16 +12,16 @@ Usage:
          [--max-streams-per-key N] [--max-handshakes N]
          [--max-handshakes-per-source N] [--handshake-rate N]
          [--max-connects-per-key N] [--handshake-timeout SECS]
-         [--connect-timeout SECS] [--link-age SECS] [--udp-timeout SECS]
-         [--max-udp-sessions N] [--max-udp-sessions-per-link N]
-         [--udp-backlog BYTES] [--] BIND
+         [--connect-timeout SECS] [--link-age SECS] [--resume SECS]
+         [--udp-timeout SECS] [--max-udp-sessions N]
+         [--max-udp-sessions-per-link N] [--udp-backlog BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
          [--proxy URL] [--ssh-command CMD] [--socks-user AUTH]
          [--max-retry-count N] [--max-retry-interval SECS]
          [--drain SECS] [--workers N] [--log-format FORMAT] [--metrics ADDRESS]
          [--no-status] [--check] [--idle-links N]
          [--handshake-timeout SECS] [--connect-timeout SECS] [--link-age SECS]
-         [--udp-timeout SECS] [--max-udp-sessions-per-link N]
+         [--resume SECS] [--udp-timeout SECS] [--max-udp-sessions-per-link N]
          [--udp-backlog BYTES] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
   ratrod [-v] demo
@@ -73,9 +73,9 @@ Options:
   --no-status                     no status line at a terminal
   --check                         only test the connection, for health probes: exit 0 if it is good
   --max-links N                   connections of clients in all (default: as many as the descriptor limit allows)
-  --max-links-per-key N           connections of one client's key (default: as many as in all)
+  --max-links-per-key N           connections of one client's key (default: half of those in all)
   --max-streams N                 TCP streams in all (default: as many as there may be links)
-  --max-streams-per-key N         TCP streams of one client's key (default: as many as in all)
+  --max-streams-per-key N         TCP streams of one client's key (default: half of those in all)
   --max-handshakes N              unauthenticated connections; the oldest makes room (default: 4096,
                                   or an eighth of the descriptor limit)
   --max-handshakes-per-source N   unauthenticated connections from one address, or one IPv6 /64; the oldest makes
@@ -86,9 +86,11 @@ Options:
   --handshake-timeout SECS        time for a connection to authenticate itself (default: 10)
   --connect-timeout SECS          time to look up and connect to a remote or a server (default: 10)
   --link-age SECS                 a link older than this takes no new stream (default: 3600)
+  --resume SECS                   how long a connection waits for another link when its link was lost (default: 600);
+                                  0: it is reset at once
   --udp-timeout SECS              forget a UDP session that has been idle for so long (default: 120)
-  --max-udp-sessions N            UDP sessions in all (default: 4096)
-  --max-udp-sessions-per-link N   UDP sessions of one link; the least recently used makes room (default: 256)
+  --max-udp-sessions N            UDP sessions in all (default: 16384)
+  --max-udp-sessions-per-link N   UDP sessions of one link; the least recently used makes room (default: 4096)
   --udp-backlog BYTES             datagrams that may wait for a link; the oldest are dropped (default: 262144)
   -h, --help                      show this help, or after a command the help of that command
   -V, --version                   show the version
@@ -4691,6 +4693,10 @@ class Stream(LinkUser):
             link.update()
         self._pump()
 
+    def has_all(self, open_: Open) -> bool:
+        """Whether nothing is left to be sent in either direction."""
+        return open_.taken == self._most_sent and open_.at == self.taken
+
     def move_from(self) -> None:
         """The link that carries it ends without touching it: another one is there."""
         link, self.link = self.link, None
@@ -6255,6 +6261,8 @@ class Opener(Keeper):
                            else self.why_no_link())
         while self.waiting and now - self.waiting[0].since > self.waits_for():
             self.waiting.popleft().give_up(self.why_no_link())
+        for stream in list(self.detached):
+            stream.on_sweep()
         for link in self.idle:
             if link.last and now - link.idle_since >= 1:
                 link.last.acknowledge_last(link)
@@ -6610,6 +6618,10 @@ class Acceptor(Keeper):
             return link.lose(LinkClosed("an Open that another one has overtaken"))
         self._forget_detached(stream)
         stream.move_from()
+        if stream.is_over and stream.has_all(open_):
+            stream.attempt = open_.attempt
+            self.on_acknowledged(stream, False)
+            return link.become_idle()
         log.debug("%s: goes on over another link", stream.label)
         if stream in self._opens:  # its connect is under way: Opened goes to the new link
             self._opens[stream] = open_
@@ -6727,7 +6739,7 @@ class Acceptor(Keeper):
                 stream.give_up(ConnectError("no other link within %g s" % (now - stream.detached_at)))
         while self._ended and now - next(iter(self._ended.values()))[1] > REMEMBERED:
             self._unremember(next(iter(self._ended)))
-        for stream in self._detached:
+        for stream in list(self._detached):
             stream.on_sweep()
 
     def end_key(self, key: bytes, error: Exception) -> None:
@@ -9130,7 +9142,7 @@ class Options(NamedTuple):
 
 # Any other option that limits something has the name of its field of Limits, with or without "max-" in front.
 LIMIT_FIELDS = {"--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
-MAY_BE_ZERO = ("--drain", "--max-retry-count")
+MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
 MAX_ARGUMENTS = 1 << 20  # characters of a file of arguments
 
 USAGE, COMMAND_LIST = (__doc__.split(title + ":\n")[1].split("\n\n")[0] + "\n" for title in ("Usage", "Commands"))
