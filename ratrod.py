@@ -3257,9 +3257,9 @@ class Negotiation:
         self._out = bytearray()
         self._transport = Transport(loop, sock, self._on_event)
         self._deadline = Deadline(loop, timeout, self._on_timeout)
-        self._begin()
 
-    def _begin(self) -> None:
+    def start(self) -> None:
+        """Begins, once its owner knows it: it may end at once."""
         if self.handshake.has_started:
             self._go_on()
         else:
@@ -3293,7 +3293,7 @@ class Negotiation:
             return self._transport.want(READ | (WRITE if self._out else 0))
         if self.handshake.successor:
             self.handshake = self.handshake.successor
-            return self._begin()
+            return self.start()
         if self._out:  # what comes first from the link must not overtake the handshake's last message
             return self._transport.want(WRITE)
         return self._finish(None)
@@ -3414,7 +3414,7 @@ class Connector:
         self.is_closed = False
 
     def start(self, run: Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None],
-              check: Callable[[list[str]], Sequence[str]] | None = None) -> Connector:
+              check: Callable[[list[str]], Sequence[str]] | None = None) -> None:
         target = self._target
 
         def on_found(found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
@@ -3431,7 +3431,6 @@ class Connector:
             on_found([(socket.AF_INET6 if ":" in target.host else socket.AF_INET, (target.host, target.port))], None)
         else:
             run(functools.partial(look_up, target), on_found)
-        return self
 
     def _on_addresses(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if self.is_closed:
@@ -6303,6 +6302,7 @@ class Reach:
         self.dialing = 0
         self.current = 0  # the server that answered last is tried first
         self.answered: set[Place] = set()  # the servers that have answered ratrod2 in this run
+        self._dials: set[Dial] = set()
         self._tries = self._begun = self._level = 0
         self._has_said = False
         self._since = self._tried_at = self._well_at = self._loop.now
@@ -6312,13 +6312,21 @@ class Reach:
         """done(link, None) or done(None, error). `open_`: what a legacy link is made for, which its handshake names."""
         def finish(link: Link | None, error: Exception | None) -> None:
             self.dialing -= 1
+            self._dials.discard(dial)
             if link is None:
                 self._client.counters.handshakes_failed += 1
             else:
                 self._client.counters.links += 1
             done(link, error)
         self.dialing += 1
-        Dial(self._client, self, open_, finish, report)
+        dial = Dial(self._client, self, open_, finish, report)
+        self._dials.add(dial)
+        dial.start()
+
+    def close(self) -> None:
+        self.stop()
+        while self._dials:
+            self._dials.pop().close()
 
     def fail(self, error: Exception, lost: str = "", tried: bool = False, is_first: bool = False) -> None:
         """One more failure. The first one counts as a try only where it was one to come back (`tried`). Where `lost` is not empty it is
@@ -6398,9 +6406,21 @@ class Dial:
         self._server: Place = servers[0]
         self._ssh: SshLink | None = None
         self._ssh_tries = 0
+        self._step: Connector | Negotiation | None = None
+        self._is_closed = False
+
+    def start(self) -> None:
         self._try_next()
 
+    def close(self) -> None:
+        """Gives up without a word."""
+        self._is_closed = True
+        if self._step:
+            self._step.abort(LocalFailed(ENDING))
+
     def _try_next(self) -> None:
+        if self._is_closed:
+            return None
         if not self._left:
             return self._give_up()
         # Each server gets its share of the time, as each of its addresses does.
@@ -6411,11 +6431,14 @@ class Dial:
             self._ssh_tries = self.SSH_TRIES
             return self._start_ssh()
         where = self._client.options.proxy.address if self._client.options.proxy else self._server
-        self._client.connect(where, share, self._on_connected)
+        self._step = Connector(self._client.loop, where, share, self._on_connected)
+        self._step.start(self._client.run_lookup)
         return None
 
     def _on_connected(self, sock: socket.socket | None, error: Exception | None) -> None:
         client, proxy, server = self._client, self._client.options.proxy, self._server
+        if self._is_closed:
+            return close_sockets(sock)
         if sock is None:
             name, hint = ("proxy `%s`" % str(proxy), "is it running there?") if proxy else (
                 "server `%s`" % str(server), "is `ratrod serve` running there, and the port open?")
@@ -6430,8 +6453,9 @@ class Dial:
             self._report("✅ Connected to server `%s` ...", server)
         # A server that takes connections and says nothing must not use up the time of those who wait, where there are others.
         whole = self._limits.handshake_timeout
-        Negotiation(client.loop, sock, server, handshake, max(whole / len(client.servers), min(whole, self.LEAST_HANDSHAKE)),
-                    self._on_negotiated, lambda step, done: client.threads.submit(step, done))
+        self._step = Negotiation(client.loop, sock, server, handshake, max(whole / len(client.servers), min(whole, self.LEAST_HANDSHAKE)),
+                                 self._on_negotiated, client.threads.submit)
+        self._step.start()
         return None
 
     def _make_handshake(self) -> Handshake:
@@ -6450,6 +6474,8 @@ class Dial:
 
     def _on_negotiated(self, negotiation: Negotiation, error: Exception | None) -> None:
         handshake = negotiation.handshake
+        if self._is_closed:
+            return negotiation.sock.close()
         if error and self._ssh:
             return self._explain_ssh(handshake, error)
         if handshake.peer_key:
@@ -6502,7 +6528,10 @@ class Dial:
             return self._fail(error or ConnectError("unknown reason"))
         self._ssh = link
         ssh = self._client.ssh[self._server]  # type: ignore[index]
-        Negotiation(self._client.loop, link.sock, self._server, ssh.handshake(), ssh.patience, self._on_negotiated)
+        if self._is_closed:
+            return link.sock.close()
+        self._step = Negotiation(self._client.loop, link.sock, self._server, ssh.handshake(), ssh.patience, self._on_negotiated)
+        self._step.start()
         return None
 
     def _explain_ssh(self, handshake: Handshake, error: Exception) -> None:
@@ -6899,9 +6928,9 @@ class Endpoint:
 
     # ---- connecting
 
-    def connect(self, target: Address, timeout: float, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
-        """To a server, a proxy, or the remote of a reverse tunnel: done(socket, None) or done(None, error)."""
-        Connector(self.loop, target, timeout, done).start(functools.partial(self.lookups.submit, b""))
+    def run_lookup(self, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """task() on a thread of the look-ups: of a server, a proxy, or the remote of a reverse tunnel."""
+        self.lookups.submit(b"", task, done)
 
     # ---- what it tells, and is told
 
@@ -7082,6 +7111,7 @@ class Admission:
         negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, self._on_negotiated, run_step)
         self._strangers[negotiation] = name
         source.strangers[negotiation] = None
+        negotiation.start()
 
     def _choose(self, address: Any, is_legacy: bool) -> Handshake | None:
         server = self._server
@@ -7153,8 +7183,20 @@ class ReverseListener(Opener):
         link.release()
         self.put(link)
 
+    def put(self, link: Link) -> None:
+        if link.instance == self.instance:
+            super().put(link)
+        elif link.state == IDLE:  # of an older run
+            self.drop(link)
+
     def keeps(self, link: Link) -> bool:
-        return super().keeps(link) and link.instance == self.instance and len(self.idle) < self.limits.waiting_links
+        return super().keeps(link) and len(self.idle) < self.limits.waiting_links
+
+    def on_detached(self, stream: Stream, error: Exception) -> None:
+        if stream.was_opened and stream.instance != self.instance:  # a newer run listens here
+            stream.give_up(error)
+        else:
+            super().on_detached(stream, error)
 
     def is_retired(self, instance: bytes) -> bool:
         """Whether a later run than this one listens here: two that live must not take the address from each other for ever."""
@@ -8083,7 +8125,7 @@ class ReverseTunnel(LinkUser):
         return new_label("%s back from %s" % (printable(open_.target), self.address), str(self.spec.remote))
 
     def _connect(self, _stream: Stream, _link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
-        self._client.connect(self.spec.remote, self._client.limits.connect_timeout, done)
+        Connector(self._loop, self.spec.remote, self._client.limits.connect_timeout, done).start(self._client.run_lookup)
 
     def _answer(self, _target: str, error: Exception) -> tuple[Exception, Error]:
         return (ConnectError("cannot connect to `%s`: %s" % (self.spec.remote, reason(error))),
@@ -8302,6 +8344,7 @@ class Client(Endpoint):
         negotiation = Negotiation(self.loop, sock, address, Socks5Handshake(self.options.socks_user), self.limits.handshake_timeout,
                                   self._on_socks_asked)
         self._socks.add(negotiation)
+        negotiation.start()
 
     def _on_socks_asked(self, negotiation: Negotiation, failure: Exception | None) -> None:
         self._socks.discard(negotiation)
@@ -8583,7 +8626,7 @@ class Client(Endpoint):
 
     def close(self) -> None:
         self.draining = True
-        self.reach.stop()
+        self.reach.close()
         self.pool.close(LocalFailed(ENDING))
         for tunnel in self.reverse:
             tunnel.acceptor.close(LocalFailed(ENDING))
@@ -8777,6 +8820,7 @@ class MetricsServer:
             oldest.abort(Overloaded("others need its place"))
         negotiation = Negotiation(self._endpoint.loop, sock, None, HttpRequest(), REQUEST_TIMEOUT, self._on_request)
         self._connections[negotiation] = None
+        negotiation.start()
 
     def _on_request(self, negotiation: Negotiation, error: Exception | None) -> None:
         self._connections.pop(negotiation, None)
