@@ -102,9 +102,9 @@ def test_a_wrong_value_of_each_limit():
     """All that is no number, for a time and for a count; and of each flag which numbers it does not take."""
     no_numbers = ["-1", "", "1e3", "+1", "0x10", "1_0", "\uff11", "nan", "inf", "1 ", "9" * 20]
     rows = [(flag, "serve", value) for flag in ("--handshake-timeout", "--max-links") for value in no_numbers]
-    rows += [(flag, command, "x") for flag, command, *_ in EACH_FLAG]
-    rows += [(flag, command, "1.5") for flag, command, *_ in EACH_FLAG if flag not in TIMES]
-    rows += [(flag, command, "0") for flag, command, *_ in EACH_FLAG if flag != "--idle-links"]
+    rows += [(flag, commands[-1], "x") for flag, commands, *_ in FLAGS]
+    rows += [(flag, commands[0], "1.5") for flag, commands, *_ in FLAGS if flag not in TIMES]
+    rows += [(flag, commands[0], "0") for flag, commands, *_ in FLAGS if flag != "--idle-links"]
     for flag, command, value in rows:
         with pytest.raises(module.UsageError) as refused:
             parse(command, "%s=%s" % (flag, value), "127.0.0.1:1")

@@ -604,7 +604,7 @@ def test_a_link_that_the_server_ends_each_time_does_not_spin(connect, keys, targ
     eventually(lambda: len(seen) >= 3, "it tries again")
     began = len(seen)
     time.sleep(1.5)  # nothing is awaited: it is counted what comes
-    assert len(seen) - began < 20  # about 7, where each is a try with its pause; 40 without
+    assert len(seen) - began < 15  # about 7, where each is a try with its pause; 40 without
 
 
 # ---------------------------------------------------------------------------------------------------- servers that are there and are no help

@@ -199,7 +199,7 @@ def test_the_readers_agree_on_lines_that_nobody_would_have_thought_of(readers, m
     # Lines that begin well: of the blind ones nearly all are wrong.
     lines += [[dice.choice(("serve", "connect", "connect", "help"))] + [dice.choice(words) for _ in range(dice.randrange(5))] for _ in range(1000)]
     if not os.environ.get("RATROD_LONG"):
-        lines = dice.sample(lines, 80)
+        lines = dice.sample(lines, 50)
 
     def judge(name, line):
         monkeypatch.setitem(sys.modules, "docopt", readers[name])
