@@ -288,6 +288,10 @@ class Speechless(RemoteProtocolError):
     """A connection that ended before it said anything, as the probes of load balancers and Kubernetes do: shown with -v alone."""
 
 
+class Departed(RemoteProtocolError):
+    """A peer that left in the middle of its handshake: no news where the same machine has links."""
+
+
 class AuthenticationError(RemoteProtocolError):
     """A key or signature that is not accepted, ours or the peer's."""
 
@@ -2210,7 +2214,7 @@ class NoiseServerHandshake(NoiseHandshake):
         self.instance = instance
 
     def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
-        raise RemoteProtocolError("%s during the handshake%s" % (why, "; it may not know this server's key" if self.steps else ""))
+        raise Departed("%s during the handshake%s" % (why, "; it may not know this server's key" if self.steps else ""))
 
     def _run(self) -> Script:
         if (yield len(OPENING)) != OPENING:
@@ -7448,10 +7452,10 @@ class Server(Endpoint):
         if error is not None:
             if counts and not isinstance(error, (AuthenticationError, Overloaded)):
                 self._count_out(handshake.peer_key)
-            if isinstance(error, Speechless):
+            name = Source.name(negotiation.address[0])
+            if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).links:
                 return log.debug("`%s`: %s (a health check?)", shown, error)
             self.counters.handshakes_failed += 1
-            name = Source.name(negotiation.address[0])
             return self.loop.complain("❌ Refused %%d more connections from `%s`" % name, "❌ Refused `%s`: %s" % (shown, error))
         return self._welcome(negotiation, handshake, shown)
 
