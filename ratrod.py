@@ -3250,12 +3250,12 @@ class Negotiation:
     side has said something. After a failure the handshake's last word is sent, and the socket closed.
     """
 
-    __slots__ = ("sock", "address", "handshake", "heard", "is_stepping", "_loop", "_on_close", "_run_step", "_transport", "_deadline", "_out",
+    __slots__ = ("sock", "address", "handshake", "heard", "born", "is_stepping", "_loop", "_on_close", "_run_step", "_transport", "_deadline", "_out",
                  "_timeout", "_is_closed")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, handshake: Handshake, timeout: float,
                  on_close: Callable[[Negotiation, Exception | None], None], run_step: RunStep | None = None):
-        self.sock, self.address, self.handshake = sock, address, handshake
+        self.sock, self.address, self.handshake, self.born = sock, address, handshake, loop.now
         self.heard = self.is_stepping = self._is_closed = False
         self._loop, self._on_close, self._run_step, self._timeout = loop, on_close, run_step, timeout
         self._out = bytearray()
@@ -4468,6 +4468,13 @@ class Window:
         self._ring: memoryview | None = None
         self._memory, self._key = memory, key
 
+    def belong_to(self, key: bytes) -> None:
+        """Whose memory it is."""
+        if key != self._key:
+            self._memory.change(self._key, -self._size)
+            self._memory.change(key, self._size)
+            self._key = key
+
     @property
     def is_bulk(self) -> bool:
         """Whether bytes are to be read straight into the ring: copying 64 KiB costs 5 µs, 512 KiB a tenth of all the work on them."""
@@ -4637,8 +4644,7 @@ class Stream(LinkUser):
         """Asks the other side, over `link`, to connect to the target, or to go on where the last link was lost."""
         self.link, self.peer_key = link, link.peer_key
         self.keeps = link.is_resumable
-        if not self.attempt:
-            self.window = Window(self.owner.memory, link.peer_key)
+        self.window.belong_to(link.peer_key)
         self.attempt += 1
         self._link_at = self._link_out = self.window.start if self._acked <= self.window.end else self._acked
         self._link_in = self._told = self.taken
@@ -4656,7 +4662,7 @@ class Stream(LinkUser):
         for an originator that speaks first."""
         if self._link_out < self.window.end:
             return bytes(self._next_record())
-        if self._has_eof or self.local is None or not self._room():
+        if self._has_eof or self.local is None or self._room() <= 0:
             return b""
         try:
             n = self.local.recv_into(self.loop.payload[:self._room()]) or 0
@@ -4667,7 +4673,7 @@ class Stream(LinkUser):
 
     def set_free(self) -> None:
         """No Open of this stream has been looked at: it is a new one, for any server."""
-        self.id, self.attempt, self.instance = os.urandom(16), 0, b""
+        self.id, self.attempt, self.instance, self._most_sent = os.urandom(16), 0, b"", 0
 
     @property
     def is_untouched(self) -> bool:
@@ -4702,7 +4708,8 @@ class Stream(LinkUser):
 
     def move_from(self) -> None:
         """The link that carries it ends without touching it: another one is there."""
-        link, self.link = self.link, None
+        link = self.link
+        self._let_go()
         if link:
             link.detach()
             link.clear_deadline()
@@ -4740,6 +4747,8 @@ class Stream(LinkUser):
         link, local, window = self.link, self.local, self.window
         assert link is not None and local is not None
         room = self._room()
+        if room <= 0:  # a read of nothing would look like the end
+            return self.on_update()
         is_straight = self.keeps and window.is_bulk and self._pending is None
         try:
             n = local.recv_into(window.room(room) if is_straight else self.loop.payload[:min(room, BULK_READ) if self.keeps else room])
@@ -4755,7 +4764,7 @@ class Stream(LinkUser):
                 link.send(self._new_record(n))
             if n == BULK_READ and self.keeps and not is_straight and self.link:
                 window.expect_bulk()
-            if self.link and (link.state == ASKED or not self._room()):
+            if self.link and (link.state == ASKED or self._room() <= 0):
                 self.on_update()
         elif n == 0:
             self._has_eof = True
@@ -4924,7 +4933,7 @@ class Stream(LinkUser):
         elif kind == OVER:
             self._on_over(link)
         elif kind == CLOSE and link.state == ASKED:
-            self.link = None
+            self._let_go()
             link.leave(b"")
             self.keeper.on_closed_to(self)
         elif kind == CLOSE and self._have_both_ends_passed:
@@ -5038,14 +5047,18 @@ class Stream(LinkUser):
     def on_close(self, link: Link, error: Exception | None) -> None:
         if link is not self.link:
             return
-        self.link = None
+        self._let_go()
         error = error or LinkClosed("the other side closed the connection")
         if isinstance(error, LinkClosed) and self.keeps:
-            if self.local is not None:
-                self.local.want(WRITE if self._pending is not None else 0)
             self.detached_at = self.loop.now
             return self.keeper.on_detached(self, error)
         return self._finish(error)
+
+    def _let_go(self) -> None:
+        """Without a link nothing is read from the local socket."""
+        self.link = None
+        if self.local is not None and not self.is_over:
+            self.local.want(WRITE if self._pending is not None else 0)
 
     def give_up(self, error: Exception) -> None:
         """No link was found for it in time."""
@@ -7139,8 +7152,8 @@ class Admission:
         self._server.on_negotiated(negotiation, handshake, error)
 
     def is_busy(self) -> bool:
-        """Somebody in the middle of a handshake gets an answer; a connection that has said nothing holds up nobody."""
-        return any(stranger.heard for stranger in self._strangers)
+        """Somebody in the middle of a handshake gets an answer; a connection that has said nothing for 2 s holds up nobody."""
+        return any(self._loop.now - stranger.born < 2 for stranger in self._strangers)
 
     def sweep(self) -> None:
         self._forget_sources()
@@ -8618,6 +8631,8 @@ class Client(Endpoint):
         for connection in list(self._socks):
             connection.abort(LocalFailed(ENDING))
         self.pool.clear()
+        for question in [waiter for waiter in self.pool.waiting if isinstance(waiter, Question)]:
+            self.pool.waiting.remove(question)
         for ssh in self.ssh.values():
             ssh.drain()
         for link in list(self.links):
