@@ -9413,8 +9413,6 @@ def _to_options(given: dict[str, Any], value_of: dict[str, str]) -> Options:
             fields[field] = tuple(value) if isinstance(value, list) else value
         elif limit in Limits._fields:
             limits[limit] = value
-    if "handshake_rate" in limits:
-        limits["handshake_burst"] = 2 * limits["handshake_rate"]
     return Options(limits=DEFAULT_LIMITS._replace(**limits), **fields)
 
 

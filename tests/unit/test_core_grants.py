@@ -208,7 +208,7 @@ def test_the_regex_and_permitopen_must_both_allow(regex, options, expected):
 INSIDE, INSIDE6, LINK_LOCAL, BOTH, OUTSIDE = ("%s.example.com" % name for name in ("inside", "inside6", "linklocal", "both", "outside"))
 RESOLVES = {INSIDE: ("127.0.0.1",), INSIDE6: ("::1",), LINK_LOCAL: ("169.254.7.7",), BOTH: ("127.0.0.1", "192.0.2.7"), OUTSIDE: ("192.0.2.7",),
             "localhost": ("127.0.0.1",), "127.0.0.1": ("127.0.0.1",)}
-LOOPBACK, ELSEWHERE = ["127.0.0.1"], ["192.0.2.7"]
+LOOPBACK, ELSEWHERE = ("127.0.0.1",), ("192.0.2.7",)
 
 
 @pytest.mark.parametrize("options, regex, outcomes", [

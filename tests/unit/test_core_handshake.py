@@ -37,6 +37,7 @@ from test_core import (
     read_records,
     refuse,
     split_at,
+    started,
     whole,
     write,
     write_all,
@@ -86,8 +87,9 @@ def test_noise_vector(vector):
 
 def vector_ends(vector, suite):
     c_seed, c_e, s_seed, s_e = unhex(vector, "client_seed", "client_ephemeral", "server_seed", "server_ephemeral")
-    return (ratrod.NoiseClientHandshake(ratrod.KeyPair.from_seed(c_seed), check_server=accept, report=quiet, ephemeral=c_e, suites=OFFER),
-            ratrod.NoiseServerHandshake(ratrod.KeyPair.from_seed(s_seed), authorize=accept, ephemeral=s_e, suites=[suite]))
+    instance = bytes.fromhex(vector["payloads"][1])[33:]
+    return (client_end(ratrod.KeyPair.from_seed(c_seed), ephemeral=c_e, suites=OFFER),
+            server_end(ratrod.KeyPair.from_seed(s_seed), ephemeral=s_e, suites=[suite], instance=instance))
 
 
 def framed(message):
@@ -107,8 +109,9 @@ def test_ratrod2_vector_handshake(vector):
     assert feed(client, [framed(second)]) == b""
     assert client.data_to_send() == framed(third)
     assert feed(server, [framed(third)]) == b""
-    assert client.done and server.done
+    assert client.is_done and server.is_done
     assert (server.peer_key, client.peer_key) == tuple(unhex(vector, "client_identity", "server_identity"))
+    assert client.instance == server.instance == b"instan\1\0"
     assert read_records(client.reader, [server.data_to_send()]) == ([(ratrod.COMPLETED, ratrod.__version__)], 0)
 
 
@@ -136,7 +139,7 @@ def test_ratrod2_vector_records(vector, fast, k, key, records):
     writer, reader = ratrod.RecordWriter(states[0]), ratrod.RecordReader(states[1], awaited=k == "k2")
     for record in vector[records]:
         kind, (content, wire) = record["type"], unhex(record, "content", "wire")
-        message = content if kind == ratrod.DATA else ratrod.decode_content(kind, content)
+        message = content if kind == ratrod.DATA else ratrod.decode_open(content) if kind == ratrod.OPEN else ratrod.decode_content(kind, content)
         assert write(writer, kind, message) == wire
         assert read_records(reader, [wire]) == ([(kind, message)], 0)
 
@@ -144,12 +147,17 @@ def test_ratrod2_vector_records(vector, fast, k, key, records):
 # ---------------------------------------------------------------------------------------------------- 6. the handshake of ratrod2
 
 
+INSTANCE = b"instance"
+
+
 def client_end(keys=CLIENT, **options):
-    return ratrod.NoiseClientHandshake(keys, **{"check_server": accept, "report": quiet, "ephemeral": E_CLIENT, **options})
+    fixed = {"check_server": accept, "report": quiet, "ephemeral": E_CLIENT, "suites": ratrod.offered_suites()}
+    return started(ratrod.NoiseClientHandshake(keys, **{**fixed, **options}))
 
 
 def server_end(keys=SERVER, **options):
-    return ratrod.NoiseServerHandshake(keys, **{"authorize": accept, "ephemeral": E_SERVER, **options})
+    fixed = {"authorize": accept, "ephemeral": E_SERVER, "suites": ratrod.offered_suites(), "instance": INSTANCE}
+    return started(ratrod.NoiseServerHandshake(keys, **{**fixed, **options}))
 
 
 def shake(client, server, cut=whole):
@@ -160,7 +168,7 @@ def shake(client, server, cut=whole):
 
 
 def check_joined(client, server, last, cut=whole):
-    assert client.done and server.done and (client.wanted, server.wanted) == (0, 0)
+    assert client.is_done and server.is_done and (client.wanted, server.wanted) == (0, 0)
     assert (client.peer_key, server.peer_key) == (SERVER.public, CLIENT.public)
     assert read_records(client.reader, cut(last)) == ([(ratrod.COMPLETED, ratrod.__version__)], 0)
     for _ in range(3):
@@ -196,21 +204,24 @@ def test_ephemeral_keys_are_drawn_anew():
     assert len({client_end(ephemeral=None).data_to_send() for _ in range(5)}) == 5
 
 
+OPEN = ratrod.Open(ratrod.TCP, "db:5432", b"s" * 16, 1)
+
+
 def test_records_may_follow_the_handshake_at_once():
     # Open leaves together with message 3: the handshake takes its own bytes and leaves the rest where it is.
     client, server = client_end(), server_end()
     feed(server, [client.data_to_send()])
     feed(client, [server.data_to_send()])
-    early = client.writer.record(ratrod.OPEN, 1, "db:5432", b"")
+    early = client.writer.record(ratrod.OPEN, *OPEN)
     left = feed(server, [client.data_to_send() + early])
     assert left == early
-    assert read_records(server.reader, [left]) == ([(ratrod.OPEN, ratrod.Open(1, "db:5432"))], 0)
+    assert read_records(server.reader, [left]) == ([(ratrod.OPEN, OPEN)], 0)
 
 
 def test_wanted_is_what_the_next_step_needs():
     # And so nothing is read ahead of authentication but the message that must come.
     client, server = client_end(suites=OFFER), server_end()
-    steps = [(server, [8, 2, 35], client), (client, [2, 129], server), (server, [2, 96], client)]
+    steps = [(server, [8, 2, 35], client), (client, [2, 137], server), (server, [2, 96], client)]
     for receiver, wanted, sender in steps:
         data = sender.data_to_send()
         for n in wanted:
@@ -241,7 +252,7 @@ def test_an_error_is_final():
                 end.receive_data(bytes(min(end.wanted, 2)))
         except RatrodError:
             pass
-        assert not end.done
+        assert not end.is_done
 
 
 def test_an_end_inside_a_handshake_is_an_error():
@@ -250,7 +261,7 @@ def test_an_end_inside_a_handshake_is_an_error():
     for at in range(len(sent)):
         end = server_end()
         feed(end, [sent[:at]])
-        assert not end.done
+        assert not end.is_done
         pytest.raises(RemoteProtocolError, end.receive_eof)
     feed(server, [sent])
     feed(client, [server.data_to_send()[:-1]])
@@ -284,7 +295,7 @@ def test_every_flipped_byte_of_message_1():
             pytest.raises(RemoteProtocolError, feed, client, [answer])
         else:
             assert at in (8, 9)  # a longer length: the server still waits
-        assert client.data_to_send() == b"" and not client.done
+        assert client.data_to_send() == b"" and not client.is_done
 
 
 def test_every_flipped_byte_of_message_2():
@@ -294,7 +305,7 @@ def test_every_flipped_byte_of_message_2():
         client = client_end()
         client.data_to_send()
         assert refuses(client, wrong) or at < 2
-        assert client.data_to_send() == b"" and not client.done
+        assert client.data_to_send() == b"" and not client.is_done
 
 
 def test_every_flipped_byte_of_message_3():
@@ -307,7 +318,7 @@ def test_every_flipped_byte_of_message_3():
         feed(server, [client_end().data_to_send()])
         server.data_to_send()
         assert refuses(server, wrong) or at < 2
-        assert server.data_to_send() == b"" and not server.done
+        assert server.data_to_send() == b"" and not server.is_done
     assert not asked
 
 
@@ -361,7 +372,7 @@ class PeerServer:
     def __init__(self, client, seed=SERVER.seed, suite=2, claimed=None, **noise):
         self.client, identity = client, Identity.from_seed(seed)
         self.noise = peer.Handshake(noise.pop("static", identity.static_private), False, **noise)
-        self.payload = (identity.public if claimed is None else claimed) + bytes((suite,))
+        self.payload = (identity.public if claimed is None else claimed) + bytes((suite,)) + INSTANCE
 
     def answer(self):
         """The client's offer, after message 2 has been given to it."""
@@ -397,7 +408,7 @@ def test_noiseprotocol_as_the_client(suite):
     client = PeerClient(server)
     their_suite = client.authenticate()
     assert their_suite.id == suite.id
-    assert (server.done, server.peer_key) == (True, CLIENT.public)
+    assert (server.is_done, server.peer_key) == (True, CLIENT.public)
     exchange(server, client.noise, their_suite)
 
 
@@ -406,7 +417,7 @@ def test_noiseprotocol_as_the_server(suite):
     client = client_end(suites=OFFER)
     server = PeerServer(client, suite=suite.id)
     assert server.authenticate() == CLIENT.public
-    assert (client.done, client.peer_key) == (True, SERVER.public)
+    assert (client.is_done, client.peer_key) == (True, SERVER.public)
     exchange(client, server.noise, peer.SUITES[suite.id])
 
 
@@ -428,7 +439,7 @@ def test_what_follows_a_known_payload_is_ignored():
 def test_the_server_takes_the_first_suite_that_it_offers_itself(offer, ours, chosen):
     # What AEGIS would do matters only after message 2.
     server = server_end(suites=[{1: AEGIS, 2: CHACHA}[number] for number in ours])
-    assert PeerClient(server, offer=offer).say_hello() == SERVER.public + bytes((chosen,))
+    assert PeerClient(server, offer=offer).say_hello() == SERVER.public + bytes((chosen,)) + INSTANCE
 
 
 @pytest.mark.parametrize("offer", [b"", b"\0", b"\0\2", b"\1", b"\1\1", b"\2\1\7", b"\2\2", b"\3\1\2", b"\xff" + bytes(254), b"\1\0\2"])
@@ -450,7 +461,7 @@ def test_payloads_that_are_too_short(size):
     server = server_end()
     pytest.raises(RemoteProtocolError, PeerClient(server, claimed=CLIENT.public[:size]).authenticate)
     assert server.data_to_send() == b""
-    for payload in (SERVER.public[:size], SERVER.public):
+    for payload in (SERVER.public[:size], SERVER.public, SERVER.public + b"\2" + INSTANCE[:-1]):
         client = client_end()
         dishonest = PeerServer(client)
         dishonest.payload = payload
@@ -471,10 +482,10 @@ def test_keys_of_small_order(point, which):
     server = server_end()
     dishonest = PeerClient(server, **odd)
     pytest.raises(RemoteProtocolError, dishonest.authenticate)
-    assert server.data_to_send() == b"" and not server.done
+    assert server.data_to_send() == b"" and not server.is_done
     client = client_end()
     pytest.raises(RemoteProtocolError, PeerServer(client, **odd).answer)
-    assert client.data_to_send() == b"" and not client.done
+    assert client.data_to_send() == b"" and not client.is_done
 
 
 def topped(seed):
@@ -502,7 +513,7 @@ def test_an_identity_that_is_not_the_static_key(options):
     for honest, make, seed in ((server, PeerClient, CLIENT.seed), (client, PeerServer, SERVER.seed)):
         odd = {key: value or topped(seed) for key, value in options.items()}
         pytest.raises(AuthenticationError, make(honest, seed=seed, **odd).authenticate)
-        assert honest.data_to_send() == b"" and not honest.done
+        assert honest.data_to_send() == b"" and not honest.is_done
     assert not asked
 
 
@@ -521,7 +532,7 @@ def refused_with(server, **options):
     """What a client that was authenticated but not let in is told: (code, text)."""
     client = PeerClient(server, **options)
     pytest.raises(RatrodError, client.authenticate)
-    assert not server.done
+    assert not server.is_done
     record = last_record(client.noise, peer.SUITES[server.suite.startswith("AEGIS") or 2], server.data_to_send())
     assert record.type == peer.ERROR
     return peer.decode_error(record.content)
@@ -574,11 +585,14 @@ def test_handshake_lengths_that_cannot_be(size):
     feed(late, [client.data_to_send()])
     late.data_to_send()
     for end, before in ((client, b""), (server, OPENING), (late, b"")):
-        with pytest.raises(RemoteProtocolError) as caught:
+        with pytest.raises(RatrodError) as caught:
             feed(end, [before, header])
-        assert end.data_to_send() == b"" and not end.done
-        # 0 is how a legacy frame begins; no other length speaks for a legacy server, and nobody may be talked into --legacy.
-        assert ("--legacy" in str(caught.value)) == (end is client and size == 0)
+            assert end is client and not size  # a client waits for the rest: an overloaded server closes, a legacy one goes on
+            end.receive_eof()
+        assert isinstance(caught.value, ratrod.Overloaded if end is client and not size else RemoteProtocolError)
+        assert end.data_to_send() == b"" and not end.is_done
+        # None of these speaks for a legacy server, and nobody may be talked into --legacy.
+        assert "--legacy" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [1, 2, 12, 22, 31, 32, 80, 1024])
@@ -600,15 +614,17 @@ def test_another_opening_is_refused_without_an_answer(opening):
 
 def test_a_server_that_says_nothing_or_speaks_legacy_names_the_flag():
     # The original closes at `ratrod2\n`; one of ours that serves legacy only sends a legacy Error.
-    silent, legacy, late = client_end(), client_end(), client_end()
+    # Not where the server has answered ratrod2 in this handshake or in an earlier one.
+    silent, legacy, late, known = client_end(), client_end(), client_end(), client_end(is_known=True)
     with pytest.raises(RemoteProtocolError, match="--legacy"):
         silent.receive_eof()
     with pytest.raises(RemoteProtocolError, match="--legacy"):
         feed(legacy, [b"\0" + (30).to_bytes(8, "big") + bytes(30)])
     PeerServer(late).answer()
-    with pytest.raises(RemoteProtocolError) as caught:
-        late.receive_eof()
-    assert "--legacy" not in str(caught.value)
+    for end in (late, known):
+        with pytest.raises(RemoteProtocolError) as caught:
+            end.receive_eof()
+        assert "--legacy" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------- older PyNaCl, and one without private names
@@ -660,7 +676,7 @@ def test_older_pynacl_passes(version):
     packages = old_pynacl(version)
     assert python("-c", LOAD, packages=packages) == (0, version + " [2]\n")
     files = [str(pathlib.Path(__file__).parent / name) for name in CORE]
-    code, output = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", PART, packages=packages)
+    code, output = python("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *files, "-k", PART, packages=packages)
     assert code == 0 and re.search(r"\d+ passed", output), output
 
 

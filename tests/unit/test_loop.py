@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -76,26 +77,34 @@ def test_buffers_are_lent_to_so_many_and_come_back():
     loop.close()
 
 
-def test_a_deadline_that_moves_leaves_one_timer(pair):
+def test_a_deadline_that_moves_leaves_one_timer():
     """A link's deadline is set and taken back with every stream: what is left on the heap must not grow with them."""
     loop = ratrod.EventLoop()
-    link = ratrod.Link.__new__(ratrod.Link)
-    link.loop, link._timer, link._deadline, link._overdue = loop, None, None, None
-    came = []
+    deadline, came = ratrod.Deadline(loop), []
     for _ in range(1000):
-        link.set_deadline(30, lambda: came.append("late"))
-        link.set_deadline(None)
+        deadline.set(30, lambda: came.append("late"))
+        deadline.clear()
     assert len(loop._timers) == 1
-    link.set_deadline(0.01, loop.stop)  # a nearer one is not late for it
+    deadline.set(0.01, loop.stop)  # a nearer one is not late for it
     loop.run()
     assert not came and len([timer for timer in loop._timers if timer.call]) == 0
+    # The timer of a nearer one, which was taken back, does not end a later one too early.
+    loop._is_stopped = False
+    deadline.set(0.01, lambda: came.append("early"))
+    deadline.clear()
+    deadline.set(0.05, loop.stop)
+    loop.run()
+    assert not came
+    deadline.set(30, loop.stop)
+    deadline.close()
+    assert len([timer for timer in loop._timers if timer.call]) == 0
     loop.close()
 
 
 def test_a_moment_without_threads(monkeypatch):
     """As with `ulimit -u`: what nobody can do fails and is told so; it is not kept for ever, and later ones are done."""
     loop = ratrod.EventLoop()
-    pool = ratrod.WorkerPool(loop, 2)
+    pool = ratrod.Threads(loop, 2)
     told = []
 
     def done(result, error):
@@ -109,7 +118,7 @@ def test_a_moment_without_threads(monkeypatch):
         pool.submit(lambda: 1, done)
     loop.run()
     assert told == [(None, "this system lets it start no thread for now (can't start new thread)")]
-    loop._stopped = False
+    loop._is_stopped = False
     pool.submit(lambda: 2, done)
     loop.run()
     assert told[1:] == [(2, None)]
@@ -125,7 +134,8 @@ def test_a_listener_that_is_no_more_neither_spins_nor_stays():
     listener = ratrod.Listener(loop, sock, lambda *_: None, pause=60)
     listener.start()
     sock.shutdown(socket.SHUT_RDWR)
-    assert not listener._on_event(READ) and not listener._watched
+    listener._on_event(READ)
+    assert listener._rests and not listener._is_watched
     listener.drain()
     assert sock.fileno() < 0
     loop.close()
@@ -135,13 +145,14 @@ def test_links_that_fail_together_are_one_try():
     """A server that ends takes all links in one moment: --max-retry-count counts tries to come back."""
     loop = ratrod.EventLoop()
     given_up, again = [], []
-    retry = ratrod.Retry(loop, 30.0, 2, lambda: again.append(1), given_up.append)
+    client = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, try_again=lambda: again.append(1), give_up=given_up.append)
+    reach = ratrod.Reach(client, 2)
     for _ in range(10):
-        retry.failed(ratrod.ConnectError("it ended"), tried=True)
+        reach.fail(ratrod.ConnectError("it ended"), tried=True)
     assert not given_up
-    retry._due()
+    reach._on_due()
     for _ in range(10):
-        retry.failed(ratrod.ConnectError("still away"))
+        reach.fail(ratrod.ConnectError("still away"))
     assert len(again) == 1 and "after 2 tries" in str(given_up[0])
-    retry.stop()
+    reach.stop()
     loop.close()

@@ -16,6 +16,7 @@ BOUND = b"\0\1\0\0\0\0\0\0"  # the rest of a SOCKS5 answer that names 0.0.0.0:0
 def talk(url, answer, server=SERVER):
     """(all that the proxy at `url` is asked, how much of its `answer` was read): byte by byte, until it is done or has no more."""
     handshake = ratrod.ask_proxy(ratrod.parse_proxy(url, [server]), server)
+    handshake.start()
     asked, taken = handshake.data_to_send(), 0
     while handshake.wanted and taken < len(answer):
         handshake.receive_data(answer[taken:taken + 1])
@@ -23,7 +24,7 @@ def talk(url, answer, server=SERVER):
         asked += handshake.data_to_send()
     if handshake.wanted:
         handshake.receive_eof()
-    assert handshake.done
+    assert handshake.is_done
     return asked, taken
 
 

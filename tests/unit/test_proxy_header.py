@@ -73,6 +73,7 @@ WHAT_FOLLOWS = b"ratrod2\n" + b"\0\x23" + bytes(135)
 def read(data, most=1 << 20):
     """(the header, how many bytes of `data` it took) where it gets at most `most` at a time."""
     header, at = ratrod.ProxyHeader(), 0
+    header.start()
     while header.wanted and at < len(data):
         n = min(header.wanted, most)
         header.receive_data(data[at:at + n])

@@ -25,6 +25,7 @@ class Served:
 
     def __init__(self, data, user=None, most=1 << 20):
         self.handshake, self.took, self.answers, self.error = ratrod.Socks5Handshake(user), 0, b"", None
+        self.handshake.start()
         while self.error is None and self.handshake.wanted and self.took < len(data):
             piece = data[self.took:self.took + min(self.handshake.wanted, most)]
             self.took += len(piece)
@@ -91,7 +92,7 @@ def test_everything_that_must_be_refused(most):
         with row(data[:100]):
             served = Served(data, user, most)
             assert served.error and served.answers == answers
-            assert not served.handshake.done and str(served.error).isprintable()
+            assert not served.handshake.is_done and str(served.error).isprintable()
 
 
 NAMES_THAT_ARE_NONE = (b".", b"a b", b"a\nb", b"a\0b", b"\xff\xfe", b"\x1b[2J", b"x" * 255, b"a..b", b"127.1", b"0x7f.1", b"a/b", b"user@host",

@@ -20,6 +20,7 @@ def test_servers():
 def shake(printed, most=1 << 20):
     """(the handshake, how much of what is printed was read)"""
     handshake, taken = ratrod.PipeHandshake(b"program", MARKER), 0
+    handshake.start()
     assert handshake.data_to_send() == b"program"
     while handshake.wanted and taken < len(printed):
         n = min(handshake.wanted, most)
@@ -34,8 +35,8 @@ def test_what_a_login_shell_prints(most):
     for chatter in (b"", b"Welcome!\n", MARKER[:-2], MARKER[:-2] * 3, b"\n" * 20, b"\nratrod \nratrod 0", b"x" * 60000):
         with row(chatter[:50]):
             handshake, taken = shake(chatter + MARKER + b"a record", most)
-            assert (handshake.done, taken) == (True, len(chatter + MARKER))
-            assert not shake(chatter + MARKER[:-1], most)[0].done
+            assert (handshake.is_done, taken) == (True, len(chatter + MARKER))
+            assert not shake(chatter + MARKER[:-1], most)[0].is_done
     with pytest.raises(ratrod.RemoteProtocolError, match="prints more than 65536 bytes"):
         shake(b"x" * 100000)
 
@@ -48,7 +49,7 @@ def test_bare_records_get_on_no_network():
         with listener.accept()[0] as accepted:
             for made in (sock, accepted):
                 with pytest.raises(ratrod.LocalProtocolError, match="^bare records are for ssh's pipes alone$"):
-                    ratrod.Link(server, made, ratrod.PipeHandshake(), ratrod.ACCEPTOR, ratrod.IDLE)
+                    ratrod.Link(server, made, ratrod.PipeHandshake(), ratrod.ACCEPTOR)
     assert not server.links and not server.listeners
     server.close()
     loop.close()

@@ -126,6 +126,6 @@ def test_paths(short):
     """100 bytes are the most; any letters will do."""
     for path in (str(short / "a").ljust(100, "a"), "%s/my socket.ä" % short, "%s/ünser täger 漢" % short):
         with row(path), listening(path) as made:
-            assert ratrod.parse_tunnel("unix:%s:db:80" % path).local == Address(path, 0)
-            assert ratrod.parse_tunnel("0:unix:%s" % path).remote == Address(path, 0)
+            assert ratrod.parse_tunnels("unix:%s:db:80" % path)[0].local == Address(path, 0)
+            assert ratrod.parse_tunnels("0:unix:%s" % path)[0].remote == Address(path, 0)
             assert reaches(path, made)

@@ -422,8 +422,8 @@ def test_a_flag(parse):
 def test_values(parse):
     options = parse("serve", "S:1", RATROD_MAX_LINKS="10", RATROD_DRAIN="0", RATROD_HANDSHAKE_RATE="5", RATROD_REMOTE_REGEX="@a b",
                     RATROD_KEY_PATH="", RATROD_LOG_FORMAT="json", RATROD_METRICS="127.0.0.1:1", RATROD_WORKERS="2")
-    assert (options.limits.links, options.drain, options.limits.handshake_burst, options.remote_regex, options.key_path, options.log_format,
-            options.metrics, options.workers) == (10, 0.0, 10, "@a b", None, "json", "127.0.0.1:1", 2)
+    assert (options.limits.links, options.drain, options.limits.handshake_rate, options.remote_regex, options.key_path, options.log_format,
+            options.metrics, options.workers) == (10, 0.0, 5.0, "@a b", None, "json", "127.0.0.1:1", 2)
     # The command line wins, in whichever form.
     for words in (["--max-links=3", "-r", "x"], ["--max-links", "3", "--remote-regex=x"]):
         options = parse("serve", *words, "S:1", RATROD_MAX_LINKS="nonsense", RATROD_REMOTE_REGEX="y")
