@@ -4593,12 +4593,13 @@ class Stream(LinkUser):
     __slots__ = ("owner", "loop", "keeper", "id", "role", "attempt", "label", "target", "local", "link", "peer_key", "instance", "window",
                  "is_over", "bound", "detached_at", "give_up_at", "since", "_most_sent", "_acked", "_link_at", "_link_out", "_has_eof",
                  "_received", "taken", "_link_in", "_has_end", "_told", "_pending", "_heard_at", "keeps", "_broken", "started", "was_opened",
-                 "error")
+                 "error", "_asked")
 
     def __init__(self, owner: Endpoint, keeper: Keeper, role: str, label: Label, target: str, *, peer_key: bytes = b"",
                  stream_id: bytes = b""):
         self.owner, self.loop, self.keeper, self.role, self.label, self.target = owner, owner.loop, keeper, role, label, target
         self.id, self.attempt, self.peer_key, self.instance = stream_id or os.urandom(16), 0, peer_key, b""
+        self._asked = b""  # the instance that saw its last Open
         self.link: Link | None = None
         self.local: Transport | None = None
         self.window = Window(owner.memory, peer_key)
@@ -4645,6 +4646,9 @@ class Stream(LinkUser):
         self.link, self.peer_key = link, link.peer_key
         self.keeps = link.is_resumable
         self.window.belong_to(link.peer_key)
+        if self._asked != link.instance and self.is_untouched:
+            self.set_free()
+        self._asked = link.instance
         self.attempt += 1
         self._link_at = self._link_out = self.window.start if self._acked <= self.window.end else self._acked
         self._link_in = self._told = self.taken
@@ -4672,7 +4676,7 @@ class Stream(LinkUser):
         return bytes(self._new_record(n)) if n else b""
 
     def set_free(self) -> None:
-        """No Open of this stream has been looked at: it is a new one, for any server."""
+        """No Open of this stream has been looked at, or none by this run of the server: it is a new one."""
         self.id, self.attempt, self.instance, self._most_sent = os.urandom(16), 0, b"", 0
 
     @property
@@ -4948,6 +4952,8 @@ class Stream(LinkUser):
         link.on_opened(BUSY)
         if self.keeps:
             self._on_taken(opened.taken)
+        if self._pending is not None:  # of an earlier link
+            link.hold()
         self.was_opened, self.instance = True, link.instance
         self.keeper.on_opened(self)
         if self.link:
@@ -4979,6 +4985,8 @@ class Stream(LinkUser):
         self._finish(None)
         if self.keeps:
             link.last = self
+            if self._acked == self._most_sent:
+                self.keeper.on_acknowledged(self, False)
         link.become_idle(end)
 
     @property
@@ -6221,8 +6229,6 @@ class Opener(Keeper):
             return stream.give_up(error)
         self.distrust(error)
         now = self.loop.now
-        if stream.is_untouched:
-            stream.set_free()
         if not stream.was_opened:
             stream.give_up_at = stream.since + self.limits.connect_timeout
         else:
@@ -6237,11 +6243,12 @@ class Opener(Keeper):
         self.clear()
 
     def on_closed_to(self, stream: Stream) -> None:
-        if not stream.was_opened:
-            stream.set_free() if stream.is_untouched or not stream.window.start else None
-        if self.is_closed or stream.attempt > 10:
+        if stream.attempt == 1:  # with an earlier one, which was not answered by Close, it may be known already
+            stream.set_free()
+        if self.is_closed:
             return stream.give_up(LinkClosed("the server takes no more streams on this connection"))
-        stream.give_up_at = stream.since + self.limits.connect_timeout
+        if not stream.was_opened:
+            stream.give_up_at = stream.since + self.limits.connect_timeout
         self.detached[stream] = None
         return self.want_links()
 
