@@ -6302,8 +6302,14 @@ class Opener(Keeper):
     def close(self, error: Exception) -> None:
         """Those that wait get no link."""
         self.is_closed = True
+        self.reset_waiting(error)
+        self.reset_detached(error)
+
+    def reset_waiting(self, error: Exception) -> None:
         while self.waiting:
             self.waiting.popleft().give_up(error)
+
+    def reset_detached(self, error: Exception) -> None:
         while self.detached:
             stream = next(iter(self.detached))
             del self.detached[stream]
@@ -6367,7 +6373,8 @@ class Reach:
         if self._most is not None and self._tries >= self._most:
             return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
                 show_tries(self._tries), self._loop.now - self._since, reason(error))))
-        says = bool(lost) and again and not self._has_said
+        # A refusal of a key is said at once: the next try is far.
+        says = (bool(lost) and again or is_final(error)) and not self._has_said
         log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says, lost or "no new link", reason(error))
         self._has_said = self._has_said or says
         if self._timer is None:
@@ -6386,7 +6393,7 @@ class Reach:
 
     def hurry(self) -> None:
         """Somebody waits: the next try is not far."""
-        if self.error is None or is_final(self.error):
+        if self.error is None or is_final(self.error) and self._timer:
             return
         when = self._tried_at + min(self.HURRY, self._limits.retry_interval)
         if self._timer is None or self._timer.when > when:
@@ -7954,7 +7961,9 @@ class Pool(Opener):
         lost = "" if self.links else "Lost the server `%s`" % self._client.server_names
         with self._client.noticing():
             self._reach.fail(error, lost, tried=not self._client.is_legacy)  # a legacy client notices by a try that there was a loss
-        if self.waiting or self.detached:
+        if is_final(error):  # the next try is far
+            self.reset_waiting(error)
+        elif self.waiting or self.detached:
             self.want_links()
 
     def on_completed(self, link: Link) -> None:
@@ -8043,6 +8052,11 @@ class ReverseTunnel(LinkUser):
         wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self.error else 1
         while len(self.waiting) + self._asking < wanted and self._client.may_ask_for(self._asking + 1):
             self.ask()
+
+    def try_now(self) -> None:
+        """The next try is not to wait."""
+        self._rests_until = 0.0
+        self.ask_more()
 
     def on_listening(self, link: Link, bound: str) -> None:
         try:
@@ -8455,10 +8469,7 @@ class Client(Endpoint):
         if error.code == INVALID_KEY and self.started:
             if not self.is_stubborn:
                 return self.give_up(error)
-            log.error("❌ %s; trying again, as this client was let in before", error)
-            for stream in list(self.pool.detached):
-                del self.pool.detached[stream]
-                stream.give_up(error)
+            self.pool.reset_detached(error)
         return None
 
     # ---- what the tunnels carry
@@ -8576,7 +8587,7 @@ class Client(Endpoint):
         if not self.draining:
             self.reach.try_now()
             for tunnel in self.reverse:
-                tunnel.ask_more()
+                tunnel.try_now()
 
     def sweep(self) -> None:
         for udp in [self._udp, *self._legacy_udp]:
