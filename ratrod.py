@@ -210,7 +210,7 @@ SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so m
 LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 1,000 streams of bulk are a third slower
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
-LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all causes together, for ten thousand sources fill a disk too
+LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, for ten thousand fill a disk too; and for one client's key
 EMPTY_FOR = 1.0  # seconds: a list of keys that has been empty for less is being written
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
@@ -2643,31 +2643,32 @@ class TokenBucket:
 
 class Complaints:
     """Log lines that a peer can cause, bounded so that nobody fills the disk with them: of each cause LOG_BURST at once and then LOG_RATE a
-    second, and of all causes no more than LOG_RATE_IN_ALL allows. The rest is counted, and said when a line is due again. With -v no line
-    is left out."""
+    second, and of all causes no more than LOG_RATE_IN_ALL allows. The cause of an authenticated client (`is_known`) has LOG_RATE_IN_ALL by
+    itself. The rest is counted, and said when a line is due again. With -v no line is left out."""
 
     OTHERS = "❌ %d more failures of other causes"
 
     def __init__(self) -> None:
         self._in_all = TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, time.monotonic())
-        self._lines: dict[str, TokenBucket] = {}  # by cause, a text with a %d which counts the rest
+        self._lines: dict[str, list[TokenBucket]] = {}  # by cause, a text with a %d which counts the rest
         self._muted: collections.Counter[str] = collections.Counter()
 
-    def complain(self, cause: str, line: str) -> None:
+    def complain(self, cause: str, line: str, is_known: bool = False) -> None:
         """Logs `line`, or counts one more for `cause`, a text with a %d."""
         now = time.monotonic()
-        if log.isEnabledFor(logging.DEBUG) or self._is_due(now, cause):
+        if log.isEnabledFor(logging.DEBUG) or self._is_due(now, cause, is_known):
             log.error("%s", line)
         else:
             self._muted[cause] += 1
 
-    def _is_due(self, now: float, cause: str) -> bool:
+    def _is_due(self, now: float, cause: str, is_known: bool = False) -> bool:
         if cause not in self._lines:
             if len(self._lines) >= SOURCES:
                 self._lines.clear()
                 self._muted = collections.Counter({self.OTHERS: sum(self._muted.values())})
-            self._lines[cause] = TokenBucket(LOG_RATE, LOG_BURST, now)
-        return self._lines[cause].take(now) and self._in_all.take(now)
+            self._lines[cause] = ([TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
+                                  [TokenBucket(LOG_RATE, LOG_BURST, now), self._in_all])
+        return all(bucket.take(now) for bucket in self._lines[cause])
 
     def sweep(self) -> None:
         """Called every second or so: says what was left out."""
@@ -2676,7 +2677,7 @@ class Complaints:
             if self._is_due(now, cause):
                 log.error("%s", cause % n)
                 del self._muted[cause]
-        for cause in [cause for cause, lines in self._lines.items() if cause not in self._muted and lines.is_full(now)]:
+        for cause in [cause for cause, lines in self._lines.items() if cause not in self._muted and lines[0].is_full(now)]:
             del self._lines[cause]
 
 
@@ -4437,7 +4438,7 @@ class Counters:
 
     def fail(self, key: bytes, line: str) -> None:
         """A line about a failure that has to do with the other side of this key."""
-        self._loop.complain("❌ %%d more failures%s" % (" with the key `%s`" % encode_key(key) if key else ""), line)
+        self._loop.complain("❌ %%d more failures%s" % (" with the key `%s`" % encode_key(key) if key else ""), line, bool(key))
 
     def tally(self, links: Iterable[Link]) -> dict[bytes, collections.Counter[str]]:
         """For each peer key: its links (idle, busy, closing), streams, sessions, and bytes of payload (sent to the link, received)."""
