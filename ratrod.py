@@ -7945,10 +7945,7 @@ class Pool(Opener):
             self.loop.call_later(0.25, on_due)
 
     def _on_dial_failed(self, waiter: Any, error: Exception) -> None:
-        if is_final(error) and not self._client.is_stubborn:
-            self.close(error)
-            return self._client.give_up(error)
-        if waiter and isinstance(error, PeerError):  # legacy: the server is there, and does not open this remote
+        if waiter and isinstance(error, PeerError) and not is_final(error):  # legacy: the server is there, and does not open this remote
             if waiter in self.waiting:
                 self.waiting.remove(waiter)
                 waiter.give_up(error)
@@ -7959,6 +7956,9 @@ class Pool(Opener):
 
     def on_failed(self, error: Exception) -> None:
         """No link could be made."""
+        if is_final(error) and not self._client.is_stubborn:
+            self.close(error)
+            return self._client.give_up(error)
         lost = "" if self.links else "Lost the server `%s`" % self._client.server_names
         with self._client.noticing():
             self._reach.fail(error, lost, tried=not self._client.is_legacy)  # a legacy client notices by a try that there was a loss
@@ -8220,7 +8220,7 @@ class Client(Endpoint):
         self._associations: set[SocksAssociation] = set()
         self._socks: set[Negotiation] = set()
         self._test_link: Link | None = None
-        self.started = False
+        self.started = self._has_given_up = False
         self.since = loop.now  # when it was connected, or lost the server
         self._passed_by = self._looking = 0
         self._udp = self._new_udp()
@@ -8316,8 +8316,10 @@ class Client(Endpoint):
     def give_up(self, error: Exception) -> None:
         """Nothing that it does would help."""
         self.reach.stop()
-        log.error("❌ %s", reason(error))
-        self._callbacks.finished(error)
+        if not self._has_given_up:
+            self._has_given_up = True
+            log.error("❌ %s", reason(error))
+            self._callbacks.finished(error)
 
     def _on_tested(self, error: Exception | None) -> None:
         self._passed_by = 0
@@ -8467,11 +8469,8 @@ class Client(Endpoint):
 
     def on_refused(self, link: Link, error: PeerError) -> None:
         """The server does not let this client in (any more)."""
-        if error.code == INVALID_KEY and self.started:
-            if not self.is_stubborn:
-                return self.give_up(error)
+        if error.code == INVALID_KEY:
             self.pool.reset_detached(error)
-        return None
 
     # ---- what the tunnels carry
 
