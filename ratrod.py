@@ -223,7 +223,7 @@ GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link o
 REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept, ...
 NUMBERS_OF_KEY, NUMBERS_IN_ALL = 4096, 65536  # and how many of them
 DETACHED_OF_KEY = 1024  # streams of one key that wait for another link
-ABANDONED = 4096  # numbers of streams that an opener has given up and remembers
+ABANDONED, ABANDONED_FOR = 4096, 600.0  # streams that an opener has given up and remembers, and for how many seconds
 CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3928,7 +3928,7 @@ class Link:
     @property
     def is_resumable(self) -> bool:
         """Whether a stream on this link can go on over another one. ssh's pipes break with the whole connection."""
-        return not self.is_piped and self.owner.limits.resume > 0
+        return not self.is_piped
 
     # ---- in
 
@@ -4244,6 +4244,8 @@ class Link:
         """The stream on it is over on both sides. Acceptor: `record` leaves together with Over."""
         self.user, self.state, self.idle_since = NOBODY, IDLE, self.loop.now
         self.owner.on_idle(self, record)
+        if self.is_held:
+            self.release()
 
     def fail(self, error: Exception) -> None:
         """The user's side broke: Error tells the other side, as our last record."""
@@ -4565,7 +4567,7 @@ class Keeper:
     def on_opened(self, stream: Stream) -> None:
         """The other side is connected to its remote."""
 
-    def on_closed_to(self, stream: Stream) -> None:
+    def on_closed_to(self, stream: Stream, link: Link) -> None:
         """Opener: the link takes no more streams, and has not looked at this one."""
 
     def on_detached(self, stream: Stream, error: Exception) -> None:
@@ -4940,7 +4942,7 @@ class Stream(LinkUser):
         elif kind == CLOSE and link.state == ASKED:
             self._let_go()
             link.leave(b"")
-            self.keeper.on_closed_to(self)
+            self.keeper.on_closed_to(self, link)
         elif kind == CLOSE and self._have_both_ends_passed:
             self._finish(None)
             link.leave(link.writer.record(ACK, self.taken) if self.keeps else b"")
@@ -5058,7 +5060,7 @@ class Stream(LinkUser):
             return
         self._let_go()
         error = error or LinkClosed("the other side closed the connection")
-        if isinstance(error, LinkClosed) and self.keeps:
+        if isinstance(error, LinkClosed) and self.keeps and (self.owner.limits.resume or not self.was_opened):
             self.detached_at = self.loop.now
             return self.keeper.on_detached(self, error)
         return self._finish(error)
@@ -6134,6 +6136,9 @@ class Opener(Keeper):
     def want_links(self) -> None:
         """More links are needed than are idle."""
 
+    def replace(self, link: Link) -> None:
+        """This link is of no use any more: another one may be needed."""
+
     def keeps(self, link: Link) -> bool:
         """Whether this link is to wait for the next stream."""
         return not self.is_closed and not self.owner.draining
@@ -6235,23 +6240,26 @@ class Opener(Keeper):
         else:
             stream.give_up_at = now + (min(self.limits.resume, self.limits.resume_after_close) if was_closed(error) else self.limits.resume)
             log.debug("%s: %s; waiting for another link", stream.label, error)
-        self.detached[stream] = None
-        return self.want_links()
+        self.detached[stream] = None  # on_link_closed() follows
+        return None
 
     def distrust(self, error: Exception) -> None:
         """A link has died: what took it, a NAT that forgot or a server that was started anew, took the idle ones that were heard from no
         later."""
         self.clear()
 
-    def on_closed_to(self, stream: Stream) -> None:
-        if stream.attempt == 1:  # with an earlier one, which was not answered by Close, it may be known already
-            stream.set_free()
-        if self.is_closed:
-            return stream.give_up(LinkClosed("the server takes no more streams on this connection"))
+    def on_closed_to(self, stream: Stream, link: Link) -> None:
         if not stream.was_opened:
             stream.give_up_at = stream.since + self.limits.connect_timeout
+            if stream.attempt == 1:  # an earlier Open, whose answer was lost, may have been looked at
+                stream.set_free()
+        if self.is_closed:
+            return stream.give_up(LinkClosed("the server takes no more streams on this connection"))
+        another = self._pop(stream.instance)
+        if another:
+            return self._hand_out(another, stream)
         self.detached[stream] = None
-        return self.want_links()
+        return self.replace(link)
 
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
         self.detached.pop(stream, None)
@@ -6262,7 +6270,7 @@ class Opener(Keeper):
         if stream.error is not None and stream.attempt and stream.instance:
             while len(self._abandoned) >= ABANDONED:
                 self._abandoned.popitem(last=False)
-            self._abandoned[stream.id] = stream.instance, self.loop.now + self.limits.resume
+            self._abandoned[stream.id] = stream.instance, self.loop.now + ABANDONED_FOR
             for link in [link for link in self.idle if link.instance == stream.instance][-1:]:
                 self._say_abandoned(link)
 
@@ -7935,8 +7943,14 @@ class Pool(Opener):
         self.links.add(link)
         self.put(link)
 
+    def replace(self, link: Link) -> None:
+        if self.loop.now - link.born > 0.5:
+            self.want_links()
+        else:
+            self._want_links_soon()
+
     def _want_links_soon(self) -> None:
-        """Not at once: a server that ended each link as it was made had 300 a second of them."""
+        """Not at once: a server that ended each link as it was made had 700 a second of them."""
         def on_due() -> None:
             self._is_due = False
             self.want_links()
@@ -7994,16 +8008,14 @@ class Pool(Opener):
 
     def on_link_lost(self, link: Link, error: Exception | None) -> None:
         """A link is no more."""
-        was_used = link not in self.idle
         self.on_link_closed(link)
         if link not in self.links:
             return
         self.links.discard(link)
         if not link.is_completed:
             self.on_failed(error or LinkClosed("the server closed the connection"))
-        # Do not replace a link that ended at once: it would loop. sweep() does, or somebody who needs one.
-        elif was_used or self.loop.now - link.born > 0.5:
-            self.want_links()
+        else:
+            self.replace(link)
 
     def drop(self, link: Link) -> None:
         self.links.discard(link)
