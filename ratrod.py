@@ -3765,17 +3765,17 @@ class Quota:
         self._of: collections.Counter[bytes] = collections.Counter()
         self._total = 0
 
-    def __len__(self) -> int:
-        return self._total
-
     def of(self, key: bytes) -> int:
         return self._of[key]
 
-    def take(self, key: bytes) -> None:
-        """Overloaded where the client of this key, or all together, have as many as they may."""
-        for whose, most, have in (("in all", self.most, self._total), ("of this client", self.most_of_key, self._of[key])):
+    def check(self, key: bytes, more: int = 0) -> None:
+        """Overloaded where the client of this key has as many as it may and so many more, or all together have as many as they may."""
+        for whose, most, have in (("in all", self.most, self._total), ("of this client", self.most_of_key, self._of[key] - more)):
             if have >= most:
                 raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
+
+    def take(self, key: bytes, more: int = 0) -> None:
+        self.check(key, more)
         self._of[key] += 1
         self._total += 1
 
@@ -3894,7 +3894,7 @@ class Link:
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "instance", "role", "state", "user", "is_held", "is_completed",
                  "born", "sent_at", "heard_at", "name", "last", "idle_since", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
-                 "_is_paused", "_deadline", "_trickle", "_counted", "is_piped")
+                 "_is_paused", "_deadline", "_trickle", "_counted", "is_piped", "is_extra")
     is_legacy = False
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, name: str = ""):
@@ -3909,6 +3909,7 @@ class Link:
         self.last: Stream | None = None  # the stream before, whose last bytes are not acknowledged yet
         self.is_piped = handshake.bare
         self.is_held = False
+        self.is_extra = False  # one more than its key may have: for an attach alone
         self.is_completed = role == ACCEPTOR  # HandshakeCompletion has come, or is none to wait for
         self.born = self.sent_at = self.idle_since = owner.loop.now
         self.heard_at = owner.loop.awake
@@ -6631,7 +6632,7 @@ class Acceptor(Keeper):
     def _begin(self, link: Link, open_: Open, number: tuple[bytes, bytes]) -> None:
         label = self._label(link, open_)
         try:
-            if self._quota:
+            if self._quota is not None:
                 self._quota.take(link.peer_key)
         except Overloaded as error:
             return self.refuse(link, label, error)
@@ -6728,7 +6729,7 @@ class Acceptor(Keeper):
 
     def _limit_detached(self, key: bytes) -> None:
         """At the limit the longest detached stream of the key that has most of them is reset."""
-        half = self._quota.most // 2 if self._quota else DETACHED_OF_KEY
+        half = self._quota.most // 2 if self._quota is not None else DETACHED_OF_KEY
         if self._detached_of[key] > DETACHED_OF_KEY or len(self._detached) > max(1, half):
             greediest = key if self._detached_of[key] > DETACHED_OF_KEY else max(self._detached_of, key=self._detached_of.__getitem__)
             victim = next(stream for stream in self._detached if stream.peer_key == greediest)
@@ -6752,7 +6753,7 @@ class Acceptor(Keeper):
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
         """The only place where a stream's part of the quota is given back."""
         key = self._counted.pop(stream, None)
-        if key is not None and self._quota:
+        if key is not None and self._quota is not None:
             self._quota.give_back(key)
         self._opens.pop(stream, None)
         self._forget_detached(stream)
@@ -7472,11 +7473,8 @@ class Server(Endpoint):
     def admit(self, source: str, is_legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
         self._authorize(key, is_legacy)
-        # A key at its limit may have one link more where a stream of it waits for a link: on that only an attach is accepted.
-        extra = self.acceptor.has_detached(key) and self._links_of.of(key) == self._links_of.most_of_key
         with self._admitting:  # two at once must not both take the last place
-            if not extra:
-                self._links_of.take(key)
+            self._links_of.take(key, int(self.acceptor.has_detached(key)))
 
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
@@ -7505,6 +7503,7 @@ class Server(Endpoint):
             return self._open_legacy(legacy, handshake.remote, handshake.is_udp)
         link = Link(self, negotiation.sock, handshake, ACCEPTOR, shown)
         link.instance = handshake.instance
+        link.is_extra = self._links_of.of(link.peer_key) > self._links_of.most_of_key
         if self.draining:  # it came through the system's queue, and its client tries another server
             return link.leave(link.writer.record(CLOSE))
         return link.update()
@@ -7631,6 +7630,11 @@ class Server(Endpoint):
         except AuthenticationError as error:
             return link.refuse(Error(INVALID_KEY, str(error)))
         is_attach = open_.kind == TCP and open_.attempt > 1
+        if link.is_extra and not is_attach:
+            try:
+                self._links_of.check(link.peer_key, 1)
+            except Overloaded as overloaded:
+                return self.acceptor.refuse(link, new_label(link.name, open_.target), overloaded)
         if not is_attach and (self.loop.now - link.born > self.limits.link_age or self.draining):
             return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:

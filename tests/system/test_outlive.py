@@ -367,12 +367,33 @@ def test_rule_08_a_stream_is_given_up_after_resume(link, hold, cut, resume):
     refusal(stream.attach(link()))
 
 
-def test_rule_09_an_attach_passes_the_limits(link, hold):
-    """The key has all the streams and links that it may have. One link more is for an attach alone."""
-    stream, local = hold(flags=("--max-streams-per-key", "1", "--max-links-per-key", "1"))
+def test_rule_09_an_attach_passes_the_limit_of_links(link, hold, listener):
+    """The key has all the links that it may have. While a stream of it waits, it may have one more, on which only an attach is accepted."""
+    stream, local = hold(flags=("--max-links-per-key", "1"))
+    peer.reset(stream.link.sock)
+    full = link()
+    for _ in range(2):
+        extra = link()
+        with pytest.raises(PeerError, match="as many connections of this client"):
+            extra.open(stream.target).wait_opened()
+        extra.finish()
     attach(stream, link())
     talk(stream, local)
-    with pytest.raises((PeerError, peer.LinkEnded)):
+    with pytest.raises(PeerError, match="as many connections of this client"):
+        link()
+    live_and_end(stream, local)
+    another = full.open(stream.target)
+    another.wait_opened()
+    with accepted(listener) as its_local:
+        live_and_end(another, its_local)
+
+
+def test_rule_09_an_attach_passes_the_limit_of_streams(link, hold):
+    stream, local = hold(flags=("--max-streams-per-key", "1"))
+    peer.reset(stream.link.sock)
+    attach(stream, link())
+    talk(stream, local)
+    with pytest.raises(PeerError, match="as many streams"):
         link().open(stream.target).wait_opened()
     live_and_end(stream, local)
 

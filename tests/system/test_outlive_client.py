@@ -5,7 +5,6 @@ import queue
 import signal
 import socket
 import threading
-import time
 
 import pytest
 from test_outlive import (
@@ -99,7 +98,7 @@ def originate(home, connect):
     """originate(flags...) -> (stream, the originator's end): opened, of a real client (`originate.client`)."""
     with contextlib.ExitStack() as stack:
         def make(*flags):
-            make.client = connect(home.port, *flags, "0:good:1")
+            make.client = connect(home.port, "-v", *flags, "0:good:1")
             make.client.wait_for(READY)
             originator = stack.enter_context(dial(tcp_port(make.client)))
             stream = home.stream()
@@ -194,7 +193,7 @@ def test_rule_11_a_client_abandons_what_failed_while_it_was_detached(home, origi
     home.cut_all()
     eventually(lambda: home.target.accepted > links, "the client has noticed, and makes another link")
     peer.reset(originator)
-    time.sleep(0.5)  # no event shows that the client has noticed this
+    originate.client.wait_for("reset .its local connection broke")
     home.open.set()
     eventually(lambda: any(stream.number in made.abandoned for made in home.links), "Abandon")
     assert stream.attempt == 1

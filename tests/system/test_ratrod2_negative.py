@@ -1596,7 +1596,7 @@ def flood_sessions(link, target):
 
 @pytest.mark.timeout(300)
 def test_27_100000_new_udp_sessions(served, udp_echo, tmp_path):
-    end = served()
+    end = served("--max-udp-sessions-per-link", str(SESSIONS_OF_A_LINK))
     other = make_keys(tmp_path / "other")
     end.keys.server.trust(other, "authorized_keys")
     target = "127.0.0.1:%d" % udp_echo.port

@@ -22,7 +22,7 @@ import pytest
 
 from support import legacy_peer
 from support import ratrod2_peer as peer
-from support.keys import make_keys, seed_of
+from support.keys import identity_of, make_keys, seed_of
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, ROOT, tcp_port, udp_originator
 from support.sockets import ask, dial, dial_with, eventually, port_of, receive_all, receive_exactly
 
@@ -33,7 +33,7 @@ CONNECTIONS = 5_000
 BULK = 300_000
 SMALL = 16_384  # smaller ones make TCP wait for its timers
 CLIENT, SERVER = "client", "server"
-SERVER_PREAMBLE = 2 + 129
+SERVER_PREAMBLE = 2 + 137
 CLIENT_AUTHENTICATION = 2 + 96
 
 
@@ -50,10 +50,6 @@ def closed():
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
         yield made
-
-
-def identity_of(keys):
-    return peer.Identity.from_seed(seed_of(keys)).public
 
 
 def accepted(server):
@@ -596,6 +592,7 @@ def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
         stream = link.accept()
         if stream:
             stream.opened()
+            stream.outgoing.count(peer.DATA, text)
             wire = link.writer.seal(peer.DATA, text)
             for at in range(0, 200_000, 5_000):
                 link.sock.sendall(wire[at:at + 5_000])
@@ -633,8 +630,10 @@ def asks_by_udp(originator, question):
     return originator.recv(100) == question
 
 
-def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target):
-    """Removed: links, streams and UDP sessions end, the client too once it is refused. Back again: a new client is as good as any."""
+@pytest.mark.parametrize("flags", [(), ("--max-retry-count", "1")], ids=["stays", "ends"])
+def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target, flags):
+    """Removed: links, streams and UDP sessions end. The clients were let in before: they go on trying and come back by themselves, unless their
+    tries are counted."""
     ends = queue.Queue()
 
     def handle(connection):
@@ -644,8 +643,8 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
         except ConnectionResetError as error:
             ends.put(error)
     server, server_port = serve("-v")
-    client = connect(server_port, "0:%d" % target(handle).port)
-    udp_client = connect(server_port, "0:%d" % udp_echo.port)
+    client = connect(server_port, "--max-retry-interval", "1", *flags, "0:%d" % target(handle).port)
+    udp_client = connect(server_port, "--max-retry-interval", "1", *flags, "0:%d" % udp_echo.port)
     for program in (client, udp_client):
         program.wait_for(READY)
     with dial(tcp_port(client)) as connection, udp_originator(udp_client) as originator:
@@ -658,25 +657,22 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
             connection.recv(1)
         assert isinstance(ends.get(timeout=PATIENCE), ConnectionResetError)
         # Each needs a link again: the one for a connection, the other for its session.
-        assert_refused_until_it_ends(client, lambda: dial(tcp_port(client)).close())
-        assert_refused_until_it_ends(udp_client, lambda: originator.send(b"?"))
-    assert udp_echo.seen == 1
-    keys.server.trust(keys.client, "authorized_keys")
-    again = connect(server_port, "0:%d" % udp_echo.port)
-    again.wait_for(READY)
-    with udp_originator(again) as originator:
-        assert asks_by_udp(originator, b"back")
-    assert udp_echo.seen == 2
-
-
-def assert_refused_until_it_ends(client, poke):
-    def ended():
         with contextlib.suppress(OSError):
-            poke()
-        return client.process.poll() is not None
-    eventually(ended, "the client ended")
-    assert client.wait() == AUTHENTICATION_FAILED
-    client.wait_for("authorized_keys")
+            dial(tcp_port(client)).close()
+        originator.send(b"?")
+        for program in (client, udp_client):
+            program.wait_for("the server does not know this client's key")
+            assert not flags or program.wait() == AUTHENTICATION_FAILED
+        assert udp_echo.seen == 1
+        if not flags:
+            keys.server.trust(keys.client, "authorized_keys")
+            originator.settimeout(1)
+
+            def is_back():
+                with contextlib.suppress(OSError):
+                    with dial(tcp_port(client)) as connection:
+                        return receive_exactly(connection, 1) and asks_by_udp(originator, b"back")
+            eventually(is_back, "both clients are back")
 
 
 @pytest.mark.parametrize("lines, code", [
