@@ -2673,10 +2673,9 @@ class Complaints:
     def sweep(self) -> None:
         """Called every second or so: says what was left out."""
         now = time.monotonic()
-        for cause, n in list(self._muted.items()):
-            if self._is_due(now, cause):
-                log.error("%s", cause % n)
-                del self._muted[cause]
+        for cause in list(self._muted):
+            if cause in self._muted and self._is_due(now, cause):  # which may have merged all causes into one
+                log.error("%s", cause % self._muted.pop(cause))
         for cause in [cause for cause, lines in self._lines.items() if cause not in self._muted and lines[0].is_full(now)]:
             del self._lines[cause]
 
