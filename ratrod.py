@@ -7138,19 +7138,19 @@ class Admission:
     def accept(self, sock: socket.socket, address: Any) -> None:
         """A connection; a load balancer says first whose it is."""
         if self._server.is_balancer(address):
-            self._add(sock, address, ProxyHeader(), self._on_introduced)
+            self._add("", sock, address, ProxyHeader(), self._on_introduced)
         else:
             self._begin(sock, address)
 
     def _begin(self, sock: socket.socket, address: Any) -> None:
         """Its first byte tells the wire."""
-        self._add(sock, address, FirstByte(functools.partial(self._choose, address)), self._on_negotiated)
+        self._add(Source.name(address[0]), sock, address, FirstByte(functools.partial(self._choose, address)), self._on_negotiated)
 
-    def _add(self, sock: socket.socket, address: Any, handshake: Handshake,
+    def _add(self, name: str, sock: socket.socket, address: Any, handshake: Handshake,
              on_close: Callable[[Negotiation, Exception | None], None]) -> None:
-        name = Source.name(address[0])
+        """`name`: the source; empty while only a load balancer knows it, for all that come through it are not one source."""
         source = self.source(name)
-        crowd: Any = source.strangers if len(source.strangers) >= self._most_of_source else self._strangers
+        crowd: Any = source.strangers if name and len(source.strangers) >= self._most_of_source else self._strangers
         if crowd is not self._strangers or len(crowd) >= self.most:
             victim = next((stranger for stranger in crowd if not stranger.is_stepping), None)
             if victim is None:
@@ -7518,7 +7518,7 @@ class Server(Endpoint):
     def complain_of_stranger(self, address: Any, error: Exception) -> None:
         name = Source.name(address[0])
         if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).links:
-            return log.debug("`%s`: %s (a health check?)", show_address(address), error)
+            return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
         self.counters.handshakes_failed += 1
         return self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
                                   "❌ Refused `%s`: %s" % (show_address(address), error))
