@@ -4891,8 +4891,8 @@ class Stream(LinkUser):
         self.taken += sent
         self._pending = self._pending[sent:] if sent < len(self._pending) else None
         if self._pending is None:
+            self.on_read()
             if self.link:
-                self.on_read()
                 self.link.release()
             else:
                 self.local.want(0)
