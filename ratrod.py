@@ -218,6 +218,7 @@ RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 Ki
 DATAGRAMS_IN_TURN = 256  # datagrams of one record in a turn, 20 µs each: a record of 512 KiB may hold 87,000
 BACKLOG = 1024  # connections that the system takes for a listener before they are accepted
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
+LAST_WORDS = 256  # connections that are sent a last word at once
 STAGGER = 0.25  # seconds between two parallel tries to connect (RFC 8305, section 5)
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
 REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept, ...
@@ -2695,6 +2696,7 @@ class EventLoop:
         self.now, self.awake = time.monotonic(), boot_time()  # of this round: good enough for everything that counts in seconds
         self.complaints = Complaints()
         self.complain = self.complaints.complain
+        self.last_words: dict[LastWord, None] = {}  # the oldest first
         # Shared by all: the bytes that one callback reads or seals here it has sent or kept elsewhere when it returns. A buffer of its own
         # for every connection would cost 256 KB each.
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
@@ -3205,11 +3207,15 @@ def _on_nothing(_mask: int) -> None:
 
 class LastWord:
     """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most: closing on unread
-    bytes would be a reset, which destroys them. on_close(self) when that is over."""
+    bytes would be a reset, which destroys them. on_close(self) when that is over. Of more than LAST_WORDS the oldest closes."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
                  on_close: Callable[[LastWord], None] = lambda _self: None):
         self._transport = Transport(loop, sock, self._on_event)
+        self._all = loop.last_words
+        while len(self._all) >= LAST_WORDS:
+            next(iter(self._all)).close()
+        self._all[self] = None
         self._data, self._room = bytearray(data), memoryview(bytearray(4096))
         self._deadline = Deadline(loop, patience, self.close)
         self._on_close, self.is_closed = on_close, False
@@ -3235,6 +3241,7 @@ class LastWord:
     def close(self) -> None:
         if not self.is_closed:
             self.is_closed = True
+            self._all.pop(self)
             self._deadline.close()
             self._transport.close()
             self._on_close(self)
@@ -4883,8 +4890,8 @@ class Stream(LinkUser):
         self.taken += sent
         self._pending = self._pending[sent:] if sent < len(self._pending) else None
         if self._pending is None:
+            self.on_read()
             if self.link:
-                self.on_read()
                 self.link.release()
             else:
                 self.local.want(0)
@@ -7128,18 +7135,27 @@ class Admission:
                 del self._sources[name]
 
     def accept(self, sock: socket.socket, address: Any) -> None:
-        """A connection: its first byte tells the wire."""
+        """A connection; a load balancer says first whose it is."""
         if self._server.is_balancer(address):
-            handshake: Handshake = ProxyHeader()
-            handshake.successor = FirstByte(functools.partial(self._choose, address))
+            self._add("", sock, address, ProxyHeader(), self._on_introduced)
         else:
-            handshake = FirstByte(functools.partial(self._choose, address))
-        name = Source.name(address[0])
+            self._begin(sock, address)
+
+    def _begin(self, sock: socket.socket, address: Any) -> None:
+        """Its first byte tells the wire."""
+        self._add(Source.name(address[0]), sock, address, FirstByte(functools.partial(self._choose, address)), self._on_negotiated)
+
+    def _add(self, name: str, sock: socket.socket, address: Any, handshake: Handshake,
+             on_close: Callable[[Negotiation, Exception | None], None]) -> None:
+        """`name`: the source; empty while only a load balancer knows it, for all that come through it are not one source."""
         source = self.source(name)
-        if len(source.strangers) >= self._most_of_source:
-            self._make_room(source.strangers)
-        elif len(self._strangers) >= self.most:
-            self._make_room(self._strangers)
+        crowd: Any = source.strangers if name and len(source.strangers) >= self._most_of_source else self._strangers
+        if crowd is not self._strangers or len(crowd) >= self.most:
+            victim = next((stranger for stranger in crowd if not stranger.is_stepping), None)
+            if victim is None:
+                LastWord(self._loop, sock, OVERLOADED)
+                return self._server.complain_of_stranger(address, Overloaded("too many others authenticate themselves"))
+            self._turn_away(victim)
         is_slow = source.tries.take(self._loop.now)
         rank = 0 if source.is_trusted(self._loop.now) else 1 if is_slow else 2
 
@@ -7148,10 +7164,10 @@ class Admission:
                 self._steps.done(name)
                 done(result, error)
             self._steps.begin(name, lambda: self._server.threads.submit(step, finish), rank)
-        negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, self._on_negotiated, run_step)
+        negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close, run_step)
         self._strangers[negotiation] = name
         source.strangers[negotiation] = None
-        negotiation.start()
+        return negotiation.start()
 
     def _choose(self, address: Any, is_legacy: bool) -> Handshake | None:
         server = self._server
@@ -7160,19 +7176,29 @@ class Admission:
             return NoiseServerHandshake(server.keys, server.suites, authorize=authorize, instance=server.instance)
         return LegacyServerHandshake(server.keys, authorize=authorize) if server.is_legacy else None
 
-    def _make_room(self, strangers: Iterable[Negotiation]) -> None:
-        victim = next((stranger for stranger in strangers if not stranger.is_stepping), None)
-        if victim:
-            has_answered = victim.handshake.steps > 0
-            victim.refuse(RemoteProtocolError("it had not authenticated itself when others needed its place"), b"" if has_answered else OVERLOADED)
+    def _turn_away(self, victim: Negotiation) -> None:
+        handshake = victim.handshake
+        hears = handshake.steps == 0 and not isinstance(handshake, LegacyServerHandshake)
+        victim.refuse(RemoteProtocolError("it had not authenticated itself when others needed its place"), OVERLOADED if hears else b"")
+
+    def _remove(self, negotiation: Negotiation) -> None:
+        self._sources[self._strangers.pop(negotiation)].strangers.pop(negotiation)
+
+    def _on_introduced(self, negotiation: Negotiation, error: Exception | None) -> None:
+        """A load balancer has said whose connection this is."""
+        self._remove(negotiation)
+        header = negotiation.handshake
+        assert isinstance(header, ProxyHeader)
+        if error:
+            return self._server.complain_of_stranger(negotiation.address, error)
+        if header.is_local:
+            LastWord(self._loop, negotiation.sock, b"")
+            return self._server.complain_of_stranger(negotiation.address, Speechless("the load balancer's own connection"))
+        return self._begin(negotiation.sock, header.source or negotiation.address)
 
     def _on_negotiated(self, negotiation: Negotiation, error: Exception | None) -> None:
-        name = self._strangers.pop(negotiation)
-        self._sources[name].strangers.pop(negotiation, None)
-        handshake = negotiation.handshake
-        if error is None and not handshake.peer_key:  # a balancer's own connection, as a health check
-            error = Speechless("a health check of the load balancer")
-        self._server.on_negotiated(negotiation, handshake, error)
+        self._remove(negotiation)
+        self._server.on_negotiated(negotiation, negotiation.handshake, error)
 
     def is_busy(self) -> bool:
         """Somebody in the middle of a handshake gets an answer; a connection that has said nothing for 2 s holds up nobody."""
@@ -7485,12 +7511,16 @@ class Server(Endpoint):
         if error is not None:
             if counts and not isinstance(error, (AuthenticationError, Overloaded)):
                 self._count_out(handshake.peer_key)
-            name = Source.name(negotiation.address[0])
-            if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).links:
-                return log.debug("`%s`: %s (a health check?)", shown, error)
-            self.counters.handshakes_failed += 1
-            return self.loop.complain("❌ Refused %%d more connections from `%s`" % name, "❌ Refused `%s`: %s" % (shown, error))
+            return self.complain_of_stranger(negotiation.address, error)
         return self._welcome(negotiation, handshake, shown)
+
+    def complain_of_stranger(self, address: Any, error: Exception) -> None:
+        name = Source.name(address[0])
+        if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).links:
+            return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
+        self.counters.handshakes_failed += 1
+        return self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
+                                  "❌ Refused `%s`: %s" % (show_address(address), error))
 
     def _welcome(self, negotiation: Negotiation, handshake: Handshake, shown: str) -> None:
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", shown, self.show_key(handshake.peer_key), handshake.suite)

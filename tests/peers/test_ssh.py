@@ -225,7 +225,7 @@ def test_two_clients_at_once(sshd, over_ssh, tcp_echo, ground):
 RECORD = """#!/bin/sh
 # In place of ssh: its connection is there at once, and of a link it keeps the command line.
 for last; do
-    case "$last" in ControlPath=*) path=${last#ControlPath=};; ControlMaster=yes) master=1;; -O) exit 0;; esac
+    case "$last" in *ControlPath=*) path=${last#*ControlPath=};; *ControlMaster=yes) master=1;; -O) exit 0;; esac
 done
 if [ "$master" ]; then : > "$path"; else printf %%s "$last" > %s; exit 1; fi
 """

@@ -260,7 +260,7 @@ class Pair:
     def __init__(self, client, server, size):
         opener, near = wires(size)
         acceptor, far = wires(size)
-        self.was_cut = False
+        self.may_be_silent = False  # and so what is on it may be given up
         self.pipes = {TO_ACCEPTOR: Pipe(near, opener, far, acceptor), TO_OPENER: Pipe(far, acceptor, near, opener)}
         suites = ratrod.offered_suites()
         ours = ratrod.NoiseClientHandshake(CLIENT_KEYS, suites, check_server=lambda key: None, report=lambda *words: None)
@@ -282,7 +282,7 @@ class Pair:
 
     def cut(self, how, whom=BOTH_WAYS):
         """The path breaks: `whom` are the directions whose takers are told, or where bytes are lost or changed."""
-        self.was_cut = True
+        self.may_be_silent |= how in (SILENCE, FLIP)  # a flipped length may wait for ever
         for pipe in map(self.pipes.get, whom):
             if how == END:
                 pipe.end()
