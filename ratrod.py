@@ -6620,7 +6620,7 @@ class Acceptor(Keeper):
     # ---- Open
 
     def open(self, link: Link, open_: Open) -> None:
-        if not link.is_resumable or link.is_legacy:
+        if not link.is_resumable:
             return self._begin(link, open_, (link.peer_key, os.urandom(16)))
         number = link.peer_key, open_.stream
         stream = self._streams.get(number)
@@ -8001,6 +8001,10 @@ class Pool(Opener):
             return None
         return self.on_failed(error)
 
+    def on_closed_to(self, stream: Stream, link: Link) -> None:
+        self.clear()  # a server that ends says Close on all its links
+        super().on_closed_to(stream, link)
+
     def on_failed(self, error: Exception) -> None:
         """No link could be made."""
         if is_final(error) and not self._client.is_stubborn:
@@ -8573,6 +8577,8 @@ class Client(Endpoint):
                     log.error("❌ %s: %s", session.label, reason(error))
                     self._udp_rests_until = self.loop.now + (UdpLink.REST if isinstance(error, PeerError) else 1)
             return udp.end_all()
+        if isinstance(error, LinkClosed):
+            self.pool.distrust(error)
         lived = began_at is not None and began_at > 0 and self.loop.now - began_at > 1
         self._udp_tries = 0 if lived else self._udp_tries + 1
         if self.draining or not udp.sessions or self._udp_tries >= 3:

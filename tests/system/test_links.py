@@ -312,7 +312,9 @@ def peer_server(keys, target, serve_link):
     def handle(connection):
         connection.settimeout(PATIENCE)
         seed = base64.urlsafe_b64decode((keys.server.path / "key").read_text() + "=")[16:48]
-        serve_link(peer.Server(connection, seed).handshake(), next(numbers))
+        link = peer.Server(connection, seed).handshake()
+        serve_link(link, next(numbers))
+        link.finish()  # to close while an Ack is unread would be a reset
     return target(handle).port
 
 

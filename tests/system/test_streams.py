@@ -545,6 +545,7 @@ class Scripted:
         try:
             with contextlib.suppress(peer.LinkEnded, peer.PeerError):
                 self._behave(link.handshake(), next(self._numbers))
+                link.finish()  # to close while an Ack is unread would be a reset
         except Exception as error:
             self.problems.append(error)
             raise
@@ -663,7 +664,6 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
         for program in (client, udp_client):
             program.wait_for("the server does not know this client's key")
             assert not flags or program.wait() == AUTHENTICATION_FAILED
-        assert udp_echo.seen == 1
         if not flags:
             keys.server.trust(keys.client, "authorized_keys")
             originator.settimeout(1)
