@@ -545,7 +545,9 @@ class Scripted:
         try:
             with contextlib.suppress(peer.LinkEnded, peer.PeerError):
                 self._behave(link.handshake(), next(self._numbers))
-                link.finish()  # to close while an Ack is unread would be a reset
+                # To close while an Ack is unread would be a reset.
+                if link.sock.fileno() >= 0:
+                    link.finish()
         except Exception as error:
             self.problems.append(error)
             raise
