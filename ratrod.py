@@ -4321,12 +4321,12 @@ class LegacyLink(Link):
     """A link of the original's wire: it carries one stream, or one UDP session. FIN is its End, a reset the only sign of a failure, and the
     system's own questions are its Keepalive."""
 
-    __slots__ = ()
+    __slots__ = ("_has_end",)
     is_legacy = True
 
     def __init__(self, owner: Endpoint, sock: socket.socket, handshake: Handshake, role: str, name: str, state: str):
         super().__init__(owner, sock, handshake, role, name)
-        self.state, self.is_completed = state, True
+        self.state, self.is_completed, self._has_end = state, True, False
         self.is_held = state == CONNECTING  # an acceptor reads nothing more before its remote is connected
 
     def _set_up(self) -> None:
@@ -4348,6 +4348,10 @@ class LegacyLink(Link):
             return self.abort(PeerError(content.code, printable(content.text)))
         if kind not in LEGAL.get((self.state, self.role), ()):
             raise RemoteProtocolError("a message that does not belong there (while %s)" % self.state)
+        if kind == END:
+            if self._has_end and self._eof:  # FIN after a Shutdown
+                return
+            self._has_end = True
         self.user.on_record(self, kind, content)
 
     def _on_eof(self) -> None:

@@ -1,4 +1,4 @@
-"""A whole Client and a whole Server in one process, on the loop and the clock of test_states.py, and between them links that a test pumps and cuts.
+"""A whole Client and a whole Server in one process, on the loop and the clock of joined.py, and between them links that a test pumps and cuts.
 
 Only what would take threads is replaced: the client's links are made here, their handshake done. Programs at the outer ends are plain sockets on
 loopback, of which every byte and datagram is known.
@@ -16,16 +16,28 @@ from unittest import mock
 
 import ratrod
 from support.keys import make_keys
-from test_states import CLIENT_KEYS, LARGE, SERVER_KEYS, Clock, Loop, Pair, piece
+from support.joined import CLIENT_KEYS, LARGE, SERVER_KEYS, Clock, Loop, Pair, piece
 
 
-class Client(ratrod.Client):
-    """Asks `ends` for its links."""
+class Dial:
+    """In place of ratrod.Dial: asks `ends` for a link."""
 
     ends = None
 
-    def make_link(self, remote, kind, done, report=ratrod.log.debug):
-        self.ends.make_link(done)
+    def __init__(self, client, reach, open_, done, report):
+        self._done, self._is_closed = done, False
+
+    def start(self):
+        self.ends.make_link(self.on_done)
+
+    def on_done(self, link, error):
+        if not self._is_closed:
+            self._done(link, error)
+        elif link:
+            link.close()
+
+    def close(self):
+        self._is_closed = True
 
 
 class Ends:
@@ -43,12 +55,15 @@ class Ends:
         client, server = make_keys(folder / "client", CLIENT_KEYS.seed), make_keys(folder / "server", SERVER_KEYS.seed)
         server.trust(client, "authorized_keys")
         nowhere = ratrod.Address("127.0.0.1", 0)
-        self.server = ratrod.Server(self.loop, ratrod.KeyFolder(str(server.path)), limits, ratrod.ServerOptions(nowhere, ratrod.Policy(), allow_listen=True), ratrod.Callbacks())
+        self.server = ratrod.Server(self.loop, ratrod.KeyFolder(str(server.path), ratrod.parse_grant), limits,
+                                    ratrod.ServerOptions(nowhere, ratrod.Policy(), allow_listen=True), ratrod.Callbacks())
         self.stack.callback(self.server.close)
         self.ready, self.ended = [], []
-        Client.ends = self
-        self.client = Client(self.loop, ratrod.KeyFolder(str(client.path)), limits, ratrod.ClientOptions([nowhere], [ratrod.parse_tunnel(tunnel) for tunnel in tunnels]),
-                             ratrod.Callbacks(lambda: self.ready.append(True), self.ended.append))
+        self.stack.enter_context(mock.patch.object(ratrod, "Dial", Dial))
+        Dial.ends = self
+        specs = [spec for tunnel in tunnels for spec in ratrod.parse_tunnels(tunnel)]
+        self.client = ratrod.Client(self.loop, ratrod.KeyFolder(str(client.path)), limits, ratrod.ClientOptions([nowhere], specs),
+                                    ratrod.Callbacks(lambda: self.ready.append(True), self.ended.append))
         self.stack.callback(self.client.close)
         self.client.start()
         self.rounds(20)
@@ -63,7 +78,7 @@ class Ends:
         def made():
             if not self.reachable:
                 return done(None, ratrod.ConnectError("Connection refused"))
-            pair = Pair(self, self.size)
+            pair = Pair(self.client, self.server, self.size)
             self.pairs.append(pair)
             return done(pair.opener, None)
         self.loop.call_later(0, made)

@@ -20,10 +20,10 @@ import fuzz_live
 import ratrod
 from fuzz_parsers import FUZZES, hash_of
 from support import ratrod2_peer as peer
+from support.joined import BOTH_WAYS
 from support.keys import make_keys
 from support.programs import ROOT
 from support.whole_ends import END, RESET, Back, Ends, Oracle, Originator
-from test_states import BOTH_WAYS
 
 CRASHERS = sorted((ROOT / "tests" / "tools" / "crashers").iterdir())
 PARSED, PLAYED = 2000, 120  # inputs of a parser, and of whole programs

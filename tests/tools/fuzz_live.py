@@ -25,6 +25,7 @@ from fuzz_parsers import (
     TCP_TARGET,
     UDP_TARGET,
     VARINTS,
+    encoded,
     harmless,
     joined,
     kind_of,
@@ -52,7 +53,7 @@ SETTLED = 200  # after so many inputs an honest client is served
 WAIT = 0.05  # seconds that a step waits for an answer that a mutation may have made impossible
 MOST_SENT = 200_000  # bytes of one script: what fits into the buffers on the way, so that nobody waits for a reader that waits for him
 SECRET = {"server": b"s" * 32, "client": b"c" * 32}
-OWN = ratrod.Limits()._replace(handshake_timeout=5.0)
+OWN = ratrod.Limits()._replace(handshake_timeout=5.0, resume=1.0)
 
 
 def close_rigs():
@@ -300,7 +301,7 @@ def variations(steps):
     return [joined(*steps)] + [joined(*steps[:middle], step, *steps[middle:]) for step in odd]
 
 
-RECORD_WORDS = (*(bytes([kind]) + ratrod.encode_content(kind, *fields) for kind, fields in CONTENTS), *VARINTS, *NAMES,
+RECORD_WORDS = (*(encoded(kind, fields) for kind, fields in CONTENTS), *VARINTS, *NAMES,
                 TCP_TARGET, UDP_TARGET, LISTEN_ADDRESS, b"\0\1\x13", b"\0\1\x14", b"\0\1\x30", b"\0\1\x43", b"\0\1\x45")
 
 
@@ -318,7 +319,7 @@ class ServerRig(Rig):
             self.port = self.closing(ratrod.serve(key_path=str(self.keys["server"].path), remote_regex=self.regex, allow_listen=True, legacy=True,
                                                   limits=OWN)).address[1]
         else:
-            self.run("serve", "--legacy", "--allow-listen", "--handshake-timeout", "5", "-r", self.regex, "127.0.0.1:0")
+            self.run("serve", "--legacy", "--allow-listen", "--handshake-timeout", "5", "--resume", "1", "-r", self.regex, "127.0.0.1:0")
             self.port = int(self.program.wait_for(STARTED).group(1))
         self.anchor = self.closing_link(self.link())
         self.identity = legacy_peer.Identity.load(self.keys["client"].path)
@@ -574,7 +575,7 @@ class ClientRig(Rig):
             client = self.closing(ratrod.tunnel(where, *tunnels, key_path=str(self.keys["client"].path), limits=OWN))
             self.ports = [port for _, port in client.addresses]
         else:
-            self.run("connect", "--handshake-timeout", "5", where, *tunnels)
+            self.run("connect", "--handshake-timeout", "5", "--resume", "1", where, *tunnels)
             self.program.wait_for(READY)
             announced = r"TCP\].*?:(\d+)`, .*good:1", r"TCP\].*?:(\d+)`, .*evil:1", r"SOCKS\].*?:(\d+)`, "
             self.ports = [int(self.program.wait_for(line).group(1)) for line in announced]
@@ -587,6 +588,9 @@ class ClientRig(Rig):
     def _dispatch(self, stream):
         if stream.target != "evil:1":
             return peer.serve(stream)
+        if stream.attempt > 1:  # it goes on, as the script had lost the link: once is enough
+            stream.link.send_record(ratrod.ERROR, peer.encode_error(ratrod.UNKNOWN, "not known here any more"))
+            raise peer.LinkEnded("after the script")
         stream.link.steps.clear()
         try:
             self.answers.put(self._echo(stream) if self.script is None else play(stream.link, self.script, self.fill))
@@ -725,7 +729,7 @@ class StartRig(Rig):
 
 def start_scripts():
     opened, bound = bytes([ratrod.OPENED]) + peer.encode_str(""), bytes([ratrod.OPENED]) + peer.encode_str("127.0.0.1:9000")
-    asked = bytes([ratrod.OPEN]) + peer.encode_open(ratrod.TCP, "192.0.2.1:1")
+    asked = bytes([ratrod.OPEN]) + peer.encode_open(ratrod.TCP, "192.0.2.1:1", stream=b"s" * 16)
     refused = bytes([ratrod.ERROR]) + peer.encode_error(1, "\x1b[2J not you \u202e")
     udp = [opened, bytes([AWAIT]), bytes([AWAIT]), bytes([ratrod.DATAGRAMS]) + peer.encode_datagrams([(1, b"hello")]),
            bytes([ratrod.SESSION_OVER]) + peer.encode_session_over(1, 2, "\x1b")]

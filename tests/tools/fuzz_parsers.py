@@ -152,6 +152,8 @@ def read_all(reader, wire, seed, longest):
 def drive(handshake, data, most):
     """Gives a handshake as much of `data` as it wants: (how many bytes it took, the error or None)."""
     at = 0
+    if not handshake.has_started:
+        handshake.start()
     try:
         while handshake.wanted and at < len(data):
             assert handshake.wanted <= most, "it wants %d bytes" % handshake.wanted
@@ -159,13 +161,13 @@ def drive(handshake, data, most):
             at += len(chunk)
             handshake.receive_data(chunk)
     except (ratrod.RemoteProtocolError, ratrod.Overloaded) as error:
-        assert not handshake.done and not handshake.wanted
+        assert not handshake.is_done and not handshake.wanted
         return at, error
     return at, None
 
 
 def answered(handshake, error):
-    return kind_of(error) if error else (handshake.done, handshake.wanted > 0)
+    return kind_of(error) if error else (handshake.is_done, handshake.wanted > 0)
 
 
 # ---------------------------------------------------------------------------------------------------- messages and records
@@ -178,11 +180,20 @@ LEGACY_TRAFFIC = (
     ratrod.Error(2, "connection refused"), ratrod.Error(1000, "\u202e"), ratrod.Shutdown(),
 )
 CONTENTS = (
-    (ratrod.COMPLETED, ("0.7.0",)), (ratrod.ERROR, (1, "no")), (ratrod.OPEN, (1, "db:5432", b"")), (ratrod.OPEN, (2, "", b"")),
-    (ratrod.OPEN, (3, "127.0.0.1:9000", b"instance")), (ratrod.OPENED, ("127.0.0.1:9000",)), (ratrod.OPENED, ("",)), (ratrod.END, ()),
-    (ratrod.OVER, ()), (ratrod.SESSION, (1, "db:53")), (ratrod.SESSION, (0xffffffff, "")), (ratrod.SESSION_OVER, (1, 3, "")),
-    (ratrod.SESSION_OVER, (7, 0, "not allowed")), (ratrod.KEEPALIVE, ()), (ratrod.CLOSE, ()),
+    (ratrod.COMPLETED, ("0.7.0",)), (ratrod.ERROR, (1, "no")), (ratrod.OPEN, (1, "db:5432", b"s" * 16, 1, 0, 0)),
+    (ratrod.OPEN, (1, "db:5432", b"s" * 16, 2, 1 << 40, 5)), (ratrod.OPEN, (2, "")),
+    (ratrod.OPEN, (3, "127.0.0.1:9000", bytes(16), 0, 0, 0, b"instance")), (ratrod.OPENED, ("127.0.0.1:9000", 0)), (ratrod.OPENED, ("", -1)),
+    (ratrod.END, ()), (ratrod.OVER, ()), (ratrod.ACK, (5,)), (ratrod.ACK, (1 << 63,)), (ratrod.ABANDON, (b"s" * 16,)),
+    (ratrod.SESSION, (1, "db:53", 0)), (ratrod.SESSION, (0xffffffff, "", 7)), (ratrod.SESSION_OVER, (1, 3, "")),
+    (ratrod.SESSION_OVER, (7, 0, "not allowed")), (ratrod.SESSION_ADDRESS, (1, "192.0.2.1:53")), (ratrod.KEEPALIVE, ()), (ratrod.CLOSE, ()),
 )
+
+
+def encoded(kind, fields):
+    """A record before it is sealed."""
+    return bytes([kind]) + (ratrod.encode_open(ratrod.Open(*fields)) if kind == ratrod.OPEN else ratrod.encode_content(kind, *fields))
+
+
 VARINTS = (b"\xfb\x01\x00", b"\xfc\x00\x01\x00\x00", b"\xfd" + b"\xff" * 8, b"\xfb\x00\x01", b"\xfe", b"\xff")
 
 
@@ -201,8 +212,18 @@ def message(data):
 
 def peer_content(kind, content):
     """What the independent peer reads in a record's content."""
-    if kind in (ratrod.COMPLETED, ratrod.OPENED):
+    if kind == ratrod.COMPLETED:
         return peer.decode_str(content)
+    if kind == ratrod.OPENED:
+        with contextlib.suppress(peer.ProtocolError):
+            return peer.decode_opened(content)
+        return peer.decode_str(content), -1
+    if kind == ratrod.ACK:
+        return peer.decode_ack(content)
+    if kind == ratrod.ABANDON:
+        return peer.decode_abandon(content)
+    if kind == ratrod.SESSION_ADDRESS:
+        return peer.decode_session_address(content)
     if kind == ratrod.SESSION:
         return peer.decode_session(content)
     if kind == ratrod.ERROR:
@@ -210,26 +231,30 @@ def peer_content(kind, content):
     if kind == ratrod.SESSION_OVER:
         return peer.decode_session_over(content)
     if kind == ratrod.OPEN:
-        return peer.decode_open(content)
+        found = peer.decode_open(content)
+        return ratrod.Open(found.kind, found.target, found.stream or bytes(16), *found[4:], found.instance)
     assert not content
     return None
 
 
-@target(60, lambda: [bytes([kind]) + ratrod.encode_content(kind, *fields) for kind, fields in CONTENTS], VARINTS + NAMES)
+@target(60, lambda: [encoded(kind, fields) for kind, fields in CONTENTS], VARINTS + NAMES)
 def content(data):
-    """decode_content: RemoteProtocolError, or fields that encode to the same bytes and are those that the independent peer reads."""
+    """decode_content and decode_open: RemoteProtocolError, or fields that encode to the same bytes and are those that the independent peer reads."""
     kind, rest = split(data, 1)
     try:
-        found = ratrod.decode_content(kind, rest)
+        found = ratrod.decode_open(rest) if kind == ratrod.OPEN else ratrod.decode_content(kind, rest)
     except ratrod.RemoteProtocolError as error:
         return kind_of(error)
-    fields = () if found is None else (found,) if isinstance(found, str) else tuple(found)
-    assert ratrod.encode_content(kind, *fields) == rest
+    assert encoded(kind, fields_of(found)) == data[:1] + rest
     # Codes and kinds that are none are refused further up, by what an Open or an Error means.
     with contextlib.suppress(peer.ProtocolError):
         other = peer_content(kind, rest)
         assert (tuple(found) if isinstance(found, tuple) else found) == other
     return kind
+
+
+def fields_of(found):
+    return () if found is None else tuple(found) if isinstance(found, tuple) else (found,)
 
 
 @target(40, lambda: [peer.encode_datagrams([(1, b"hello"), (2, b""), (0xffffffff, b"x" * 300)]), peer.encode_datagrams([(0, b"\0" * 2000)]), b""])
@@ -280,7 +305,7 @@ def tampered(wire, how, at, mask):
 
 
 def sealed_seeds():
-    contents = [bytes([kind]) + ratrod.encode_content(kind, *fields) for kind, fields in CONTENTS]
+    contents = [encoded(kind, fields) for kind, fields in CONTENTS]
     contents += [bytes([ratrod.DATA]) + b"hello" * 20, bytes([ratrod.DATAGRAMS]) + peer.encode_datagrams([(1, b"hello")])]
     return [bytes([mode, cut, how, 0, at, 7]) + joined(*contents) for mode in range(4) for cut, how, at in ((0, 0, 0), (3, 1, 40), (1, 5, 90))] + [
         bytes([mode, 0, 0, 0, 0, 0]) + joined(content) for mode in range(4) for content in contents]
@@ -313,7 +338,7 @@ def records(data):
             room = memoryview(bytearray(ratrod.HEADROOM) + what + bytes(ratrod.TAILROOM))
             written += bytes(writer.data(room, len(what), kind))
         else:
-            written += writer.record(kind, *(() if what is None else (what,) if isinstance(what, str) else what))
+            written += writer.record(kind, *fields_of(what))
     assert wire.startswith(written) and len(written) == (ends[-1] if ends else 0)
     return (tuple(kind for kind, _ in found[:3]), kind_of(error) if error else None)
 
@@ -332,7 +357,7 @@ def legacy_sealed(data):
     for number, plain in enumerate(pieces(rest)):
         body = memoryview(bytearray(plain + bytes(aead.tag)))
         nonce = struct.pack(">4xQ", number)
-        aead.seal(body, nonce, KEY)
+        aead.seal(memoryview(plain), body, nonce, KEY)
         wire += b"\1" + nonce + struct.pack(">Q", len(body)) + bytes(body)
         sound.append(len(wire))
     wire, same = tampered(wire, how, at, mask)
@@ -360,14 +385,20 @@ def readable(plain):
 
 
 def noise_pair():
-    client = ratrod.NoiseClientHandshake(CLIENT, check_server=only(SERVER), report=quiet, ephemeral=EPHEMERAL[CLIENT], suites=list(SUITES))
-    return client, ratrod.NoiseServerHandshake(SERVER, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], suites=list(SUITES))
+    client = ratrod.NoiseClientHandshake(CLIENT, SUITES, check_server=only(SERVER), report=quiet, ephemeral=EPHEMERAL[CLIENT])
+    return started(client, ratrod.NoiseServerHandshake(SERVER, SUITES, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], instance=b"instance"))
+
+
+def started(*handshakes):
+    for handshake in handshakes:
+        handshake.start()
+    return handshakes
 
 
 def legacy_pair(remote="db:5432", encrypt=True):
-    client = ratrod.LegacyClientHandshake(CLIENT, remote, should_encrypt=encrypt, check_server=only(SERVER), report=quiet,
+    client = ratrod.LegacyClientHandshake(CLIENT, ratrod.Open(ratrod.TCP, remote), should_encrypt=encrypt, check_server=only(SERVER), report=quiet,
                                           ephemeral=EPHEMERAL[CLIENT], challenge=CHALLENGE[CLIENT])
-    return client, ratrod.LegacyServerHandshake(SERVER, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], challenge=CHALLENGE[SERVER])
+    return started(client, ratrod.LegacyServerHandshake(SERVER, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], challenge=CHALLENGE[SERVER]))
 
 
 @functools.lru_cache(maxsize=None)
@@ -396,7 +427,7 @@ def noise_server(data):
     """NoiseServerHandshake: RemoteProtocolError; done only with the very bytes of a client that owns its key."""
     _, server = noise_pair()
     taken, error = drive(server, data, ratrod.MAX_NOISE_MESSAGE)
-    assert not server.done or data[:taken] == recorded(noise_pair)[0] and server.peer_key == CLIENT.public
+    assert not server.is_done or data[:taken] == recorded(noise_pair)[0] and server.peer_key == CLIENT.public
     return answered(server, error)
 
 
@@ -406,8 +437,8 @@ def noise_client(data):
     client, _ = noise_pair()
     client.data_to_send()
     taken, error = drive(client, data, ratrod.MAX_NOISE_MESSAGE)
-    assert client.done == bool(client.data_to_send())
-    assert not client.done or data[:taken] == recorded(noise_pair)[1][:taken] and client.peer_key == SERVER.public
+    assert client.is_done == bool(client.data_to_send())
+    assert not client.is_done or data[:taken] == recorded(noise_pair)[1][:taken] and client.peer_key == SERVER.public
     return answered(client, error)
 
 
@@ -415,7 +446,7 @@ def payload_seeds():
     offers = [bytes([len(offer), *offer]) for offer in ((1, 2), (2,), (2, 1), (1,), (1, 2, 3, 4))]
     offers += [b"", b"\2\2", b"\1\2 more", b"\xff" + b"\2" * 255]
     first = [b"\0" + joined(offer, identity) for offer in offers for identity in (CLIENT.public, CLIENT.public + b"more", SERVER.public)]
-    return first + [b"\1" + joined(identity + suite) for identity in (SERVER.public, CLIENT.public, peer.negative(SERVER.public), b"")
+    return first + [b"\1" + joined(identity + suite + instance) for instance in (b"", b"instance") for identity in (SERVER.public, CLIENT.public, peer.negative(SERVER.public), b"")
                     for suite in (b"\1", b"\2", b"\3", b"", b"\2more")]
 
 
@@ -449,11 +480,12 @@ def noise_payloads(data):
         error = raised
     offer, identity = parts[0], parts[1][:32] if not role & 1 else parts[0][:32]
     if role & 1:
-        good = identity == SERVER.public and parts[0][32:33] in [bytes([suite.id]) for suite in SUITES] and len(message) <= 1024
+        good = identity == SERVER.public and parts[0][32:33] in [bytes([suite.id]) for suite in SUITES] and len(parts[0]) >= 41 and (
+            len(message) <= 1024)
     else:
         good = (len(offer) > 0 and len(offer) > offer[0] and 2 in offer[1:1 + offer[0]] and len(offer) + 32 <= 1024
                 and identity == CLIENT.public and len(message) <= 1024)
-    assert under_test.done == good, "done: %s, where PROTOCOL.md says %s (%r)" % (under_test.done, good, error)
+    assert under_test.is_done == good, "done: %s, where PROTOCOL.md says %s (%r)" % (under_test.is_done, good, error)
     return answered(under_test, error)
 
 
@@ -485,7 +517,7 @@ def legacy_server(data):
     """LegacyServerHandshake: RemoteProtocolError; done only with a right signature of an authorized key."""
     _, server = legacy_pair()
     taken, error = drive(server, data, ratrod.MAX_HANDSHAKE_FRAME)
-    if server.done:
+    if server.is_done:
         preamble, authentication = frames_of(data[:taken])
         assert authentication.identity_public_key == ratrod.encode_key(CLIENT.public)
         assert (server.remote, server.is_udp) == (preamble.remote, preamble.is_udp)
@@ -499,8 +531,8 @@ def legacy_client(data):
     client, _ = legacy_pair()
     client.data_to_send()
     taken, error = drive(client, data, ratrod.MAX_HANDSHAKE_FRAME)
-    assert client.done == bool(client.data_to_send())
-    if client.done:
+    assert client.is_done == bool(client.data_to_send())
+    if client.is_done:
         preamble, = frames_of(data[:taken])
         assert preamble.identity_public_key == ratrod.encode_key(SERVER.public)
         assert signed(preamble.identity_public_key, preamble.signature, CHALLENGE[CLIENT])
@@ -536,7 +568,7 @@ def socks(data):
     taken, error = drive(handshake, rest, 255)
     said = handshake.data_to_send()
     assert len(said) <= 32
-    if not handshake.done:
+    if not handshake.is_done:
         return answered(handshake, error)
     methods = rest[1]
     assert rest[0] == 5 and (2 if user else 0) in rest[2:2 + methods]
@@ -611,7 +643,7 @@ def proxy_header(data):
     """ProxyHeader: RemoteProtocolError, or the very header and nothing behind it, with the address that it names: a plain one, without a zone."""
     header = ratrod.ProxyHeader()
     taken, error = drive(header, data, 2048)
-    if not header.done:
+    if not header.is_done:
         return answered(header, error)
     read, said = data[:taken], header.source
     assert read.endswith(b"\r\n") or read.startswith(ratrod.PROXY_SIGNATURE) and len(read) == 16 + int.from_bytes(read[14:16], "big")
