@@ -6642,8 +6642,7 @@ class Acceptor(Keeper):
     def _begin(self, link: Link, open_: Open, number: tuple[bytes, bytes]) -> None:
         label = self._label(link, open_)
         try:
-            if self._quota is not None:
-                self._quota.take(link.peer_key)
+            self._take(link.peer_key)
         except Overloaded as error:
             return self.refuse(link, label, error)
         stream = Stream(self.owner, self, ACCEPTOR, label, open_.target, peer_key=link.peer_key, stream_id=number[1])
@@ -6737,14 +6736,40 @@ class Acceptor(Keeper):
         self._limit_detached(stream.peer_key)
         return None
 
+    def _take(self, key: bytes) -> None:
+        """One stream more, in place of a detached one where there is no room; Overloaded where there is none to make room."""
+        if self._quota is None:
+            return
+        while True:
+            try:
+                return self._quota.take(key)
+            except Overloaded:
+                if not self._reset_longest(key if self._quota.of(key) >= self._quota.most_of_key else self._greediest()):
+                    raise
+
     def _limit_detached(self, key: bytes) -> None:
-        """At the limit the longest detached stream of the key that has most of them is reset."""
         half = self._quota.most // 2 if self._quota is not None else DETACHED_OF_KEY
-        if self._detached_of[key] > DETACHED_OF_KEY or len(self._detached) > max(1, half):
-            greediest = key if self._detached_of[key] > DETACHED_OF_KEY else max(self._detached_of, key=self._detached_of.__getitem__)
-            victim = next(stream for stream in self._detached if stream.peer_key == greediest)
-            self._forget_detached(victim)
-            victim.give_up(ConnectError("too many streams wait for another link"))
+        if self._detached_of[key] > DETACHED_OF_KEY:
+            self._reset_longest(key)
+        elif len(self._detached) > max(1, half):
+            self._reset_longest(self._greediest())
+
+    def _greediest(self) -> bytes:
+        return max(self._detached_of, key=self._detached_of.__getitem__, default=b"")
+
+    def _reset_longest(self, key: bytes) -> bool:
+        """Gives up the longest detached stream of this key."""
+        victim = next((stream for stream in self._detached if stream.peer_key == key), None)
+        if victim:
+            self._give_up(victim, ConnectError("too many streams wait for another link"))
+        return victim is not None
+
+    def _give_up(self, stream: Stream, error: Exception) -> None:
+        self._forget_detached(stream)
+        if stream.error is None and stream.is_over:
+            self.on_acknowledged(stream, False)  # a tail that is not acknowledged in time counts as closed
+        else:
+            stream.give_up(error)
 
     def _forget_detached(self, stream: Stream) -> None:
         if stream in self._detached:
@@ -6812,11 +6837,7 @@ class Acceptor(Keeper):
     def sweep(self) -> None:
         now = self.loop.now
         for stream in [stream for stream in self._detached if now >= stream.give_up_at]:
-            self._forget_detached(stream)
-            if stream.error is None and stream.is_over:
-                self.on_acknowledged(stream, False)  # a tail that is not acknowledged in time counts as closed
-            else:
-                stream.give_up(ConnectError("no other link within %g s" % (now - stream.detached_at)))
+            self._give_up(stream, ConnectError("no other link within %g s" % (now - stream.detached_at)))
         while self._ended and now - next(iter(self._ended.values()))[1] > REMEMBERED:
             self._unremember(next(iter(self._ended)))
         for stream in list(self._detached):

@@ -14,10 +14,9 @@ import threading
 
 import pytest
 from test_ratrod2_negative import IMPOSSIBLE_LENGTHS, TAMPERED, was_reset
-from support.keys import identity_of, permit
 
 from support import ratrod2_peer as peer
-from support.keys import seed_of
+from support.keys import identity_of, permit, seed_of
 from support.programs import PATIENCE
 from support.ratrod2_peer import ACK, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
 from support.sockets import dial, eventually, is_ready, port_of, receive_all, receive_exactly
@@ -365,6 +364,21 @@ def test_rule_08_a_stream_is_given_up_after_resume(link, hold, cut, resume):
     cut(stream.link)
     assert was_reset(local)
     refusal(stream.attach(link()))
+
+
+@pytest.mark.parametrize("limit", ["--max-streams", "--max-streams-per-key"])
+def test_rule_08_at_a_limit_a_detached_stream_makes_room(link, hold, limit):
+    """The longest detached one of the key that has most of them."""
+    first, second = hold(flags=(limit, "2")), hold()
+    for stream, _ in (first, second):
+        peer.reset(stream.link.sock)
+    third = hold()
+    assert was_reset(first[1])
+    refusal(first[0].attach(link()))
+    for stream, local in (second, third):
+        if stream is second[0]:
+            attach(stream, link())
+        live_and_end(stream, local)
 
 
 def test_rule_09_an_attach_passes_the_limit_of_links(link, hold, listener):

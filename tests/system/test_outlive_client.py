@@ -23,10 +23,9 @@ from test_outlive import (
     talk,
 )
 from test_ratrod2_negative import was_reset
-from support.keys import identity_of
 
 from support import ratrod2_peer as peer
-from support.keys import seed_of
+from support.keys import identity_of, seed_of
 from support.programs import PATIENCE, READY, tcp_port
 from support.ratrod2_peer import ACK, CLOSE, LISTEN, OVER, TCP, PeerError
 from support.sockets import dial, eventually, port_of, receive_all, receive_exactly
