@@ -3775,8 +3775,9 @@ class Quota:
         return self._of[key]
 
     def check(self, key: bytes, more: int = 0) -> None:
-        """Overloaded where the client of this key has as many as it may and so many more, or all together have as many as they may."""
-        for whose, most, have in (("in all", self.most, self._total), ("of this client", self.most_of_key, self._of[key] - more)):
+        """Overloaded where the client of this key has as many as it may, and so many more, or all together have."""
+        for whose, most, have in (("in all", self.most, self._total),
+                                  ("of this client", self.most_of_key, self._of[key] - more)):
             if have >= most:
                 raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
 
@@ -6604,8 +6605,8 @@ class Acceptor(Keeper):
     """What an Open meets: the streams of this side, those that wait for another link, and the numbers of those that are over.
 
     `connect(stream, link, done)` connects to the remote of a new stream: done(socket, None) or done(None, error). `permit(stream, link)`
-    raises PolicyError where the stream's target is not allowed any more. `answer(target, error)` is what the log says, and the Error for the other side.
-    `quota` bounds the streams. A stream belongs to the key of its link's peer.
+    raises PolicyError where the stream's target is not allowed any more. `answer(target, error)` is what the log says, and the Error for
+    the other side. `quota` bounds the streams. A stream belongs to the key of its link's peer.
     """
 
     def __init__(self, owner: Endpoint, quota: Quota | None, connect: Callable[..., None], permit: Callable[[Stream, Link], None],
@@ -6737,14 +6738,15 @@ class Acceptor(Keeper):
         return None
 
     def _take(self, key: bytes) -> None:
-        """One stream more, in place of a detached one where there is no room; Overloaded where there is none to make room."""
+        """One stream more, in place of a detached one where there is no room; Overloaded where nothing makes room."""
         if self._quota is None:
             return
         while True:
             try:
                 return self._quota.take(key)
             except Overloaded:
-                if not self._reset_longest(key if self._quota.of(key) >= self._quota.most_of_key else self._greediest()):
+                is_own = self._quota.of(key) >= self._quota.most_of_key
+                if not self._reset_longest(key if is_own else self._greediest()):
                     raise
 
     def _limit_detached(self, key: bytes) -> None:

@@ -28,7 +28,7 @@ from support import ratrod2_peer as peer
 from support.keys import identity_of, seed_of
 from support.programs import PATIENCE, READY, tcp_port
 from support.ratrod2_peer import ACK, CLOSE, LISTEN, OVER, TCP, PeerError
-from support.sockets import dial, eventually, port_of, receive_all, receive_exactly
+from support.sockets import ask, dial, eventually, port_of, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -175,6 +175,15 @@ def test_rule_08_a_client_gives_up_after_resume(home, originate, resume):
     home.cut_all()
     assert was_reset(originator)
     assert stream.attempt == 1
+
+
+@pytest.mark.parametrize("ours, theirs", [("0", "600"), ("600", "0")])
+def test_rule_08_ends_that_do_not_wait_equally_long(serve, connect, tcp_echo, ours, theirs):
+    """Either end acknowledges what it takes, whether it would wait for another link or not."""
+    _, port = serve("--resume", theirs)
+    client = connect(port, "--resume", ours, "0:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    ask(tcp_port(client), bytes(range(256)) * (4 * WINDOW // 256))
 
 
 @sigterm

@@ -59,7 +59,7 @@ from support.ratrod2_peer import (
     receive_to_end,
 )
 from support.rows import row
-from support.sockets import is_ready, receive_all, receive_exactly
+from support.sockets import eventually, is_ready, receive_all, receive_exactly
 
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
 RESETS = ("--resume", "0")  # where a link is lost the stream on it is reset
@@ -1030,19 +1030,25 @@ def test_17_links_of_a_server_that_break_during_a_stream(connected):
     still_serves(end)
 
 
-@pytest.mark.parametrize("first", [b"", b"hello"], ids=["bare", "with Data"])
-def test_17_links_that_break_before_opened(connected, first):
-    """The client tries for `--connect-timeout` in all, and not as fast as it can. Where Data has passed it is the same stream each time, so that no
-    server can take it twice."""
+@pytest.mark.parametrize("first, opened", [(b"", False), (b"hello", False), (b"hello", True)], ids=["bare", "with Data", "Opened"])
+def test_17_a_server_that_breaks_every_link(connected, first, opened):
+    """The client tries for `--connect-timeout` in all, or after Opened until `--resume` has passed, and not as fast as it can. Where Data has passed
+    it is the same stream each time, so that no server can take it twice."""
     opens = []
 
     def misbehave(stream):
         opens.append(stream)
         if first:
             assert first_data(stream).content == first
+        if opened:
+            stream.opened()
         fin(stream.link)
-    end, _ = connected(misbehave, "--connect-timeout", "2")
-    assert was_reset(end.originate(first))
+    end, _ = connected(misbehave, "--connect-timeout", "2", "--resume", "2")
+    connection = end.originate(first)
+    if opened:
+        eventually(lambda: len(opens) > 4, "it goes on trying")
+    else:
+        assert was_reset(connection)
     still_serves(end)
     assert 2 <= len(opens) < 30
     if first:
@@ -1298,7 +1304,7 @@ def answer(link, connection):
 
 def test_21_a_listen_link_serves_no_other_client(served, stranger):
     """Neither where the other has no link that waits, nor where it has none at all any more."""
-    end = served("--allow-listen")
+    end = served("--allow-listen", "--connect-timeout", "2")
     mine, theirs = end.link(), end.link(seed_of(stranger))
     addresses = mine.listen("127.0.0.1:0", b"instance"), theirs.listen("127.0.0.1:0", b"instance")
     with contextlib.ExitStack() as stack:
