@@ -1166,6 +1166,7 @@ class Streams(RuleBasedStateMachine):
 
 
 TestStreams = Streams.TestCase
-TestStreams.settings = settings(max_examples=250, stateful_step_count=50, deadline=None, derandomize="CI" in os.environ, database=None,
+TestStreams.settings = settings(max_examples=2500 if os.environ.get("RATROD_LONG") else 100, stateful_step_count=50, deadline=None,
+                                derandomize="CI" in os.environ, database=None,
                                 report_multiple_bugs=False,
                                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
