@@ -28,8 +28,9 @@ from support.sockets import ask, dial, dial_with, eventually, port_of, receive_a
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-STREAMS = 20_000 if os.environ.get("RATROD_TEST_WHOLE") else 2_000
-CONNECTIONS = 5_000
+LONG = bool(os.environ.get("RATROD_LONG"))
+STREAMS = 20_000 if LONG else 500
+CONNECTIONS = 5_000 if LONG else 1_000
 BULK = 300_000
 SMALL = 16_384  # smaller ones make TCP wait for its timers
 CLIENT, SERVER = "client", "server"
