@@ -3901,7 +3901,7 @@ class Link:
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "instance", "role", "state", "user", "is_held", "is_completed",
                  "born", "sent_at", "heard_at", "name", "last", "idle_since", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
-                 "_is_paused", "_deadline", "_trickle", "_counted", "is_piped", "is_extra")
+                 "_is_paused", "_deadline", "_trickle", "_counted", "is_piped", "said_error", "is_extra")
     is_legacy = False
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, name: str = ""):
@@ -3915,6 +3915,7 @@ class Link:
         self.user: LinkUser = NOBODY
         self.last: Stream | None = None  # the stream before, whose last bytes are not acknowledged yet
         self.is_piped = handshake.bare
+        self.said_error = False
         self.is_held = False
         self.is_extra = False  # one more than its key may have: for an attach alone
         self.is_completed = role == ACCEPTOR  # HandshakeCompletion has come, or is none to wait for
@@ -4261,6 +4262,7 @@ class Link:
 
     def refuse(self, error: Error) -> None:
         """Says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
+        self.said_error = True
         self.leave(self.writer.record(ERROR, *error), self.owner.limits.drain_timeout)
 
     def leave(self, last_word: bytes, drain: float | None = None) -> None:
@@ -7065,13 +7067,12 @@ class Endpoint:
     def _say_goodbye(self, drained: Callable[[], None]) -> None:
         """What is still open ends with an Error, so that the other side does not wait for it; they get a moment to leave."""
         for link in list(self.links):
-            user = link.user
-            if isinstance(user, Stream) and not link.is_legacy:
-                user.fail(LocalFailed(ENDING), Error(REMOTE_FAILED, "the other side has ended"))
+            if isinstance(link.user, Stream) and not link.is_legacy:
+                link.user.fail(LocalFailed(ENDING), Error(REMOTE_FAILED, "the other side has ended"))
         until = time.monotonic() + 1
 
         def look() -> None:
-            if time.monotonic() >= until or not any(link.state == BYE and link.backlog for link in self.links):
+            if time.monotonic() >= until or not any(link.state == BYE and link.said_error for link in self.links):
                 return drained()
             self.loop.call_later(0.02, look)
             return None
@@ -8421,7 +8422,7 @@ class Client(Endpoint):
         self.started = True
         for spec in self.tunnels:
             if spec.kind == STDIO:
-                self.pool.take(StdioStream(self, self.pool, new_label("stdio", str(spec.remote)), str(spec.remote), self._callbacks.finished))
+                self.pool.take(StdioStream(self, self.pool, new_label("stdio", str(spec.remote)), str(spec.remote), self._on_stdio_finished))
         self._unbound = len(self.reverse)
         for tunnel in self.reverse:
             tunnel.ask()
@@ -8429,6 +8430,10 @@ class Client(Endpoint):
             self._callbacks.started()
         if not self.tunnels:
             self._callbacks.finished(None)
+
+    def _on_stdio_finished(self, error: Exception | None) -> None:
+        """The other side gets a moment to read why."""
+        self._say_goodbye(lambda: self._callbacks.finished(error))
 
     # ---- reverse tunnels
 

@@ -1,7 +1,7 @@
 """serve and connect as services: what systemd is told, what the log looks like to a collector, reloading, and the health probe."""
 
-import datetime
 import contextlib
+import datetime
 import json
 import os
 import re

@@ -15,8 +15,8 @@ import tempfile
 from unittest import mock
 
 import ratrod
-from support.keys import make_keys
 from support.joined import CLIENT_KEYS, LARGE, SERVER_KEYS, Clock, Loop, Pair, piece
+from support.keys import make_keys
 
 
 class Dial:

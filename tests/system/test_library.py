@@ -473,7 +473,7 @@ def test_a_server_that_says_nothing(ends, target):
 
 def test_the_death_of_authorization(ends, server, keys, target):
     """What ended a tunnel meanwhile is its `error`; its port is closed, and closing it is no error."""
-    tunnel = ends.tunnel(server, local(target(echo).port))
+    tunnel = ends.tunnel(server, local(target(echo).port), retries=9)  # otherwise it goes on trying
     with dial(tunnel.address) as connection:
         connection.sendall(b"!")
         receive_exactly(connection, 1)

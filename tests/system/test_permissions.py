@@ -19,7 +19,7 @@ import pytest
 from support import ratrod2_peer as peer
 from support.keys import base64url, make_keys, seed_of
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, READY, ROOT, STARTED, tcp_port, udp_originator
-from support.sockets import ask, assert_refused, dial, eventually, receive_exactly
+from support.sockets import ask, assert_refused, dial, receive_exactly
 from support.targets import UdpEcho, UnixTarget, echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")

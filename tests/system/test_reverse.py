@@ -96,10 +96,10 @@ class Reverse(NamedTuple):
 
 @pytest.fixture
 def reverse(serve, client):
-    """reverse(target port) -> Reverse"""
-    def launch(target_port, listen="0"):
+    """reverse(target port, flags of the client...) -> Reverse"""
+    def launch(target_port, *flags, listen="0"):
         server, server_port = serve("-v", "--allow-listen")
-        program = client(server_port, "R:%s:127.0.0.1:%d" % (listen, target_port), flags=("-v",))
+        program = client(server_port, "R:%s:127.0.0.1:%d" % (listen, target_port), flags=("-v", *flags))
         return Reverse(server, program, server_port, bound(program))
     return launch
 
@@ -304,19 +304,16 @@ def test_permitlisten(serve, client, keys, tcp_echo):
     ask(bound(client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port))))
 
 
-def test_four_listeners_for_a_key(serve, client, second, target):
-    """For all its clients together; another key has four of its own."""
+def test_64_listeners_for_a_key(serve, client, second, target):
+    """For all its clients together; another key has 64 of its own."""
     _, server_port = serve("--allow-listen")
-    ports = [target(says(b"%d" % number)).port for number in range(5)]
-    tunnels = ["R:0:127.0.0.1:%d" % port for port in ports]
-    assert_start_fails(client(server_port, *tunnels), ".")
-    four = client(server_port, *tunnels[:4])
-    bounds = [bound(four, ":%d" % port) for port in ports[:4]]
-    assert_start_fails(client(server_port, tunnels[4]), ".")
-    others = client(server_port, *tunnels[:4], who=second)
-    bounds += [bound(others, ":%d" % port) for port in ports[:4]]
-    assert len(set(bounds)) == 8
-    assert [greeting(port) for port in bounds] == [b"0", b"1", b"2", b"3"] * 2
+    first, remote = free_port(65), target(says(b"hello")).port
+    many = "R:%d-%d:127.0.0.1:%d-%d"
+    assert_start_fails(client(server_port, many % (first, first + 64, 1, 65)), "as many addresses as one may have")
+    holder = client(server_port, many % (first, first + 62, 1, 63), "R:0:127.0.0.1:%d" % remote)
+    assert greeting(bound(holder, ":%d" % remote)) == b"hello"
+    assert_start_fails(client(server_port, "R:0:127.0.0.1:%d" % remote), "as many addresses as one may have")
+    assert greeting(bound(client(server_port, "R:0:127.0.0.1:%d" % remote, who=second))) == b"hello"
 
 
 @pytest.mark.parametrize("flag", ["--max-streams", "--max-streams-per-key"])
@@ -348,7 +345,7 @@ def test_where_a_server_cannot_listen(reverse, keys, second, tcp_echo):
 
 def test_a_key_that_is_removed(reverse, keys, target):
     """Its listener goes, and what is on it; the client is told why."""
-    made = reverse(target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port)
+    made = reverse(target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port, "--max-retry-count", "9")
     with made.dial() as connection:
         receive_exactly(connection, 1)
         keys.server.write("authorized_keys", "# nobody\n")

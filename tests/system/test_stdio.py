@@ -92,6 +92,9 @@ def launch(tmp_path, keys):
         yield run
 
 
+AT_ONCE = "--resume", "0"  # a lost link resets its stream
+
+
 @pytest.fixture
 def stdio(serve, launch):
     """stdio(mode, target's port or all of it, serve_flags, connect_flags, stdin=..., stdout=...) -> Stdio of a client whose server is there.
@@ -194,7 +197,7 @@ def test_what_is_cut(mode, stdio, listener):
     assert made.stdout.read(1) == b""
     code, stderr = made.wait()
     assert code == 1 and len(stderr.splitlines()) == 1, stderr
-    made = stdio(mode, port_of(listener))
+    made = stdio(mode, port_of(listener), AT_ONCE, AT_ONCE)
     with accept(listener) as target:
         target.sendall(b"half of")
         assert made.read(7) == b"half of"
@@ -211,7 +214,7 @@ def test_what_is_cut(mode, stdio, listener):
 
 def test_killed_client(stdio, listener):
     """Its target does not take it for the end of what it was to get, or at least learns that nobody is there."""
-    made = stdio(ANY, port_of(listener))
+    made = stdio(ANY, port_of(listener), AT_ONCE, AT_ONCE)
     with accept(listener) as target:
         made.write(b"half of")
         assert receive_exactly(target, 7) == b"half of"

@@ -229,8 +229,9 @@ def test_killed_target(mode, start, forward):
 
 @either_wire
 def test_killed_server_and_killed_client(mode, forward, serve, listener, join, tcp_echo):
+    at_once = () if mode.serve else ("--resume", "0")
     server, client = forward(mode, "0:%d" % port_of(listener), "0:%d" % tcp_echo.port,
-                             connect_flags=("--connect-timeout", "0.3"))  # seconds that each connection waits for a server
+                             connect_flags=("--connect-timeout", "0.3", *at_once), serve_flags=at_once)  # seconds that each connection waits for a server
     port, server_port = tcp_port(client), int(server.wait_for(STARTED).group(1))
     originator, target = join(port)
     talk(originator, target)
@@ -241,7 +242,7 @@ def test_killed_server_and_killed_client(mode, forward, serve, listener, join, t
         assert_refused(port)
     says(client, "127.0.0.1:%d" % server_port, "refused")
     # A client is started once and left alone for months: its server's restart must not end it.
-    server, _ = serve(*mode.serve, bind="127.0.0.1:%d" % server_port)
+    server, _ = serve(*mode.serve, *at_once, bind="127.0.0.1:%d" % server_port)
     eventually(lambda: works(tcp_port(client, 2)), "the client reached the server that came back")
     originator, target = join(port)
     talk(originator, target)
@@ -531,6 +532,7 @@ def assert_shown_the_door(client):
             ask(port)
         return client.process.poll() is not None
 
+    # Its tries are counted: otherwise a client that was let in once goes on trying.
     eventually(ended, "the client ended")
     assert client.wait() == 3
     says(client, "authorized_keys")
@@ -542,7 +544,8 @@ def test_authorized_keys_are_read_again(mode, keys, serve, connect, ratrod, tcp_
     server, port = serve(*mode.serve)
 
     def served():
-        client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port, "0:%d" % port_of(listener))
+        client = ratrod("-k", keys.client.path, "connect", *mode.connect, "--max-retry-count", "9", "127.0.0.1:%d" % port,
+                        "0:%d" % tcp_echo.port, "0:%d" % port_of(listener))
         client.wait_for(READY)
         ask(tcp_port(client))
         return client
@@ -587,7 +590,7 @@ def test_known_hosts_are_read_again(mode, keys, serve, connect, tcp_echo):
     known("%s 127.0.0.1:1" % keys.server.public)
     refuses()
     known(keys.server.public)
-    client = connect(port, *mode.connect, "0:%d" % tcp_echo.port)
+    client = connect(port, *mode.connect, "--max-retry-count", "9", "0:%d" % tcp_echo.port)
     client.wait_for(READY)
     local = tcp_port(client)
     ask(local)
