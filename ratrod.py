@@ -5457,7 +5457,7 @@ class UdpLink(LinkUser):
         self.link = link  # only now: a datagram must not pass the Open and the Session that it belongs to
         for number in sorted(self.sessions):
             self._announce(self.sessions[number])
-        self._send_queue()
+        self.loop.call_soon(self._send_queue)  # not now: the datagram that asked for this link lies in the scratch buffer
 
     def accept(self, link: Link) -> None:
         """Server: carried by `link` from now on."""
@@ -6633,7 +6633,8 @@ class Acceptor(Keeper):
             return self._attach(link, open_, stream)
         ended = self._ended.get(number)
         if ended is not None and not ended[0] and open_.attempt > 1:
-            return link.become_idle()  # it is over, and everything was acknowledged
+            # It is over, and everything was acknowledged; the link ends, for what came with this Open must be skipped.
+            return link.leave(link.writer.record(OVER) + link.writer.record(CLOSE))
         is_new = open_.at == open_.taken == 0 and open_.attempt >= 1 and (
             open_.attempt == 1 or self.loop.now - self._full_at.get(link.peer_key, -1e9) > REMEMBERED)
         if ended is not None or not is_new:

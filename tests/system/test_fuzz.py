@@ -187,6 +187,16 @@ def test_a_reverse_tunnel_that_nobody_has_used_for_an_hour():
         back.close()
 
 
+def test_a_datagram_for_which_a_link_is_taken_while_others_wait():
+    """Those that waited were sealed in the buffer in which it lay: the target got their ciphertext."""
+    machine = Datagrams()
+    machine.be_reachable(whether=False)
+    machine.pass_time(seconds=150)
+    machine.send(n=1, number=0, rounds=0, size=0)
+    machine.pass_time(seconds=25)
+    machine.teardown()
+
+
 # ---------------------------------------------------------------------------------------------------- UDP and reverse links, in any order of events
 # test_states.py has the machine for streams on links. RATROD_LONG=1 pytest -n0 tests/test_fuzz.py -k "TestDatagrams or TestReverse" takes minutes.
 
