@@ -2192,9 +2192,9 @@ class NoiseClientHandshake(NoiseHandshake):
         self._finish(suite)
 
     def _receive_empty(self) -> Script:
-        """Two zero bytes are an overloaded server's, which closes then, or the beginning of a legacy frame, which has at least nine bytes."""
+        """Two zero bytes are an overloaded server's, which closes then, or the beginning of a legacy frame, which goes on."""
         self._said = OVERLOADED
-        yield 7
+        yield 1
         raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
 
     def receive_eof(self, why: str = "the server closed the connection") -> NoReturn:
