@@ -316,6 +316,7 @@ class PeerError(RemoteProtocolError):
 INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)  # codes of Error
 SAME_KEY = "server and client use the same key; give one of them another -k (it is `%s`)"
 REFUSED = "not allowed by this server"  # one text for every refusal by policy: it teaches a prober nothing
+NOT_LET_IN = "the server closed the connection before it let this client in; it may be overloaded"
 ENDING = "ratrod is ending"
 
 
@@ -8078,7 +8079,7 @@ class Pool(Opener):
             return
         self.links.discard(link)
         if not link.is_completed:
-            self.on_failed(error or LinkClosed("the server closed the connection"))
+            self.on_failed(error or LinkClosed(NOT_LET_IN))
         else:
             self.replace(link)
 
@@ -8534,7 +8535,7 @@ class Client(Endpoint):
             self._test_link = None
             if was_passed and self._passed_by < len(self.servers):
                 return self._test("")
-            return self._on_tested(error or LinkClosed("the server closed the connection"))
+            return self._on_tested(error or LinkClosed(NOT_LET_IN))
         return self.pool.on_link_lost(link, error)
 
     def _pass_by(self, name: str) -> bool:
