@@ -316,6 +316,7 @@ class PeerError(RemoteProtocolError):
 INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)  # codes of Error
 SAME_KEY = "server and client use the same key; give one of them another -k (it is `%s`)"
 REFUSED = "not allowed by this server"  # one text for every refusal by policy: it teaches a prober nothing
+NOT_LET_IN = "the server closed the connection before it let this client in; it may be overloaded"
 ENDING = "ratrod is ending"
 
 
@@ -2192,9 +2193,9 @@ class NoiseClientHandshake(NoiseHandshake):
         self._finish(suite)
 
     def _receive_empty(self) -> Script:
-        """Two zero bytes are an overloaded server's, which closes then, or the beginning of a legacy frame, which has at least nine bytes."""
+        """Two zero bytes are an overloaded server's, which closes then, or the beginning of a legacy frame, which goes on."""
         self._said = OVERLOADED
-        yield 7
+        yield 1
         raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
 
     def receive_eof(self, why: str = "the server closed the connection") -> NoReturn:
@@ -5459,7 +5460,7 @@ class UdpLink(LinkUser):
         self.link = link  # only now: a datagram must not pass the Open and the Session that it belongs to
         for number in sorted(self.sessions):
             self._announce(self.sessions[number])
-        self._send_queue()
+        self.loop.call_soon(self._send_queue)  # not now: the datagram that asked for this link lies in the scratch buffer
 
     def accept(self, link: Link) -> None:
         """Server: carried by `link` from now on."""
@@ -6635,7 +6636,8 @@ class Acceptor(Keeper):
             return self._attach(link, open_, stream)
         ended = self._ended.get(number)
         if ended is not None and not ended[0] and open_.attempt > 1:
-            return link.become_idle()  # it is over, and everything was acknowledged
+            # It is over, and everything was acknowledged; the link ends, for what came with this Open must be skipped.
+            return link.leave(link.writer.record(OVER) + link.writer.record(CLOSE))
         is_new = open_.at == open_.taken == 0 and open_.attempt >= 1 and (
             open_.attempt == 1 or self.loop.now - self._full_at.get(link.peer_key, -1e9) > REMEMBERED)
         if ended is not None or not is_new:
@@ -8078,7 +8080,7 @@ class Pool(Opener):
             return
         self.links.discard(link)
         if not link.is_completed:
-            self.on_failed(error or LinkClosed("the server closed the connection"))
+            self.on_failed(error or LinkClosed(NOT_LET_IN))
         else:
             self.replace(link)
 
@@ -8538,7 +8540,7 @@ class Client(Endpoint):
             self._test_link = None
             if was_passed and self._passed_by < len(self.servers):
                 return self._test("")
-            return self._on_tested(error or LinkClosed("the server closed the connection"))
+            return self._on_tested(error or LinkClosed(NOT_LET_IN))
         return self.pool.on_link_lost(link, error)
 
     def _pass_by(self, name: str) -> bool:

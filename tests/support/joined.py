@@ -282,7 +282,8 @@ class Pair:
 
     def cut(self, how, whom=BOTH_WAYS):
         """The path breaks: `whom` are the directions whose takers are told, or where bytes are lost or changed."""
-        self.may_be_silent |= how in (SILENCE, FLIP)  # a flipped length may wait for ever
+        # A flipped length may wait for ever; of a reset that one side alone hears the other one is not told.
+        self.may_be_silent |= how in (SILENCE, FLIP) or how == RESET and len(whom) < 2
         for pipe in map(self.pipes.get, whom):
             if how == END:
                 pipe.end()

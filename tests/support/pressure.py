@@ -1,8 +1,8 @@
 """What the tests of limits and of descriptors share: strangers in great number, a remote that never answers, and what a program uses.
 
-Run as a program it is the strangers: `pressure.py PORT SILENT DRIPPING RATE [AGAIN]` opens that many connections to 127.0.0.1:PORT, RATE
-a second, each from an address of its own, of which the second kind sends a byte a second; with AGAIN those that were closed come back, so
-many a second in all. It says on standard output when the first and when all have connected once and when all have been closed, and ends
+Run as a program it is the strangers: `pressure.py PORT SILENT DRIPPING RATE [AGAIN [BEGUN [ADDRESS...]]]` opens that many connections to
+127.0.0.1:PORT, RATE a second, each from an address of its own, or from one of those that are given. The second kind sends a byte a second, the
+third a whole first message, and then no more; with AGAIN those that were closed come back, so many a second in all. It says on standard output when the first and when all have connected once and when all have been closed, and ends
 with the process that started it.
 """
 
@@ -22,6 +22,7 @@ LONG = bool(os.environ.get("RATROD_LONG"))
 AT_ONCE = 100  # connections that are being made: fewer than a listener's queue holds
 # What a ratrod2 client begins with, and a length that is waited for until the deadline.
 DRIP = b"ratrod2\n\x01\x00" + bytes(256)
+OVERLOADED = b"\0\0"  # what a server says to those that it turns away
 
 
 # ---------------------------------------------------------------------------------------------------- what a program uses
@@ -101,10 +102,10 @@ def from_address(n):
 
 
 class Stranger:
-    """One source that connects, and says nothing or little."""
+    """One source that connects, and says nothing or little: `begins` at once."""
 
-    def __init__(self, number, drips):
-        self.address, self.drips = from_address(number), drips
+    def __init__(self, address, drips, begins=b""):
+        self.address, self.drips, self.begins = address, drips, begins
         self.sock, self.connected, self.said = None, False, 0
 
     def connect(self, port):
@@ -123,10 +124,13 @@ class Stranger:
 class Crowd:
     """All strangers of one process."""
 
-    def __init__(self, port, silent, dripping, rate, again):
+    def __init__(self, port, silent, dripping, rate, again, begun, addresses):
         self._port, self._rate, self._again = port, rate, again
         self._selector = selectors.DefaultSelector()
-        self._absent = collections.deque(Stranger(n, n >= silent) for n in range(silent + dripping))
+        message = first_message() if begun else b""
+        self._absent = collections.deque(
+            Stranger(addresses[n % len(addresses)] if addresses else from_address(n), silent <= n < silent + dripping,
+                     message if n >= silent + dripping else b"") for n in range(silent + dripping + begun))
         self._everybody = list(self._absent)
         self._connecting, self._first_time, self._met = 0, len(self._absent), 0
         self._credit = 0.0
@@ -168,9 +172,14 @@ class Crowd:
                     which = "all" if self._met > 1 else "the first one is"
                     print("%s connected after %.2f s" % (which, time.monotonic() - self._started), flush=True)
                 self._selector.modify(stranger.sock, selectors.EVENT_READ, stranger)
+                with contextlib.suppress(OSError):
+                    stranger.sock.sendall(stranger.begins)
                 return
         with contextlib.suppress(OSError):
-            assert stranger.sock.recv(4096) == b"", "the server said something"
+            said = stranger.sock.recv(4096)
+            if said:
+                assert stranger.begins or said == OVERLOADED, "the server said something"
+                return
         self._selector.unregister(stranger.sock)
         stranger.sock.close()
         stranger.sock = None
@@ -178,13 +187,24 @@ class Crowd:
             self._absent.append(stranger)
 
 
-def main(port, silent, dripping, rate, again=0):
+def first_message():
+    """What a client that begins says first."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support import ratrod2_peer
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ratrod2_peer.Client(ours, bytes(32)).send_client_preamble()
+        return theirs.recv(4096)
+
+
+def main(port, silent, dripping, rate, again=0, begun=0, *addresses):
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    Crowd(port, silent, dripping, rate, again).run()
+    Crowd(port, silent, dripping, rate, again, begun, addresses).run()
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:7]), *sys.argv[7:])

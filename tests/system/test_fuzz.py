@@ -187,6 +187,16 @@ def test_a_reverse_tunnel_that_nobody_has_used_for_an_hour():
         back.close()
 
 
+def test_a_datagram_for_which_a_link_is_taken_while_others_wait():
+    """Those that waited were sealed in the buffer in which it lay: the target got their ciphertext."""
+    machine = Datagrams()
+    machine.be_reachable(whether=False)
+    machine.pass_time(seconds=150)
+    machine.send(n=1, number=0, rounds=0, size=0)
+    machine.pass_time(seconds=25)
+    machine.teardown()
+
+
 # ---------------------------------------------------------------------------------------------------- UDP and reverse links, in any order of events
 # test_states.py has the machine for streams on links. Many more examples, some minutes:
 # RATROD_LONG=1 pytest -n0 tests/system/test_fuzz.py -k "TestDatagrams or TestReverse"
@@ -268,12 +278,11 @@ class Datagrams(Joined):
     def nothing_is_out_of_bounds(self):
         self.hear()
         client, server = self.ends.client, self.ends.server
-        assert len(client._sessions) <= LIMITS.udp_sessions
-        relays = [relay for relays in server._relays.values() for relay in relays]
-        assert all(len(relay.table) <= LIMITS.udp_sessions for relay in relays)
-        for carrier in (*relays, *([client._carrier] if client._carrier else [])):
-            assert carrier._queued <= LIMITS.udp_backlog
-            assert carrier._queued == sum(len(run) for _, run in carrier._queue)
+        links = [client._udp, *(udp for links in server._udp_links.values() for udp in links)]
+        for udp in links:
+            assert len(udp.sessions) <= LIMITS.udp_sessions
+            assert udp._queued <= LIMITS.udp_backlog
+            assert udp._queued == sum(len(run) for _, run in udp._queue)
 
     def teardown(self):
         try:
@@ -291,8 +300,8 @@ class Datagrams(Joined):
                     self.ends.pass_time(1)
                 assert len(originator.answered) > before, "nobody answers any more"
             self.ends.pass_time(60)
-            assert len(self.ends.client._sessions) == 0
-            assert not any(len(relay.table) for relays in self.ends.server._relays.values() for relay in relays)
+            assert not self.ends.client._udp.sessions
+            assert not any(udp.sessions for links in self.ends.server._udp_links.values() for udp in links)
         finally:
             self.ends.close()
             for who in (self.oracle, *self.originators):
@@ -346,8 +355,8 @@ class Reverse(Joined):
         for tunnel in self.ends.client.reverse:
             assert len(tunnel.waiting) <= LIMITS.waiting_links
             assert not tunnel.waiting & tunnel.busy
-        for listener in self.ends.server._reverse:
-            assert len(listener._waiting) <= LIMITS.waiting_links
+        for listener in self.ends.server.reverse:
+            assert len(listener.idle) <= LIMITS.waiting_links
 
     def teardown(self):
         try:
