@@ -1,15 +1,20 @@
-"""Two joined links in one process, on a loop and a clock of the test's own: the ground for test_states.py and whole_ends.py.
+"""Two joined ends in one process, on a loop and a clock of the test's own: the ground for test_states.py and whole_ends.py.
 
-Between the two links of a Pair stands a relay that the test pumps and breaks; at the outer ends stand Apps, of which every byte is known.
+Between the two links of a Pair stands a relay that the test pumps and breaks; at the outer ends stand Apps, of which every byte is known. A World
+has an opener and an acceptor, all the pairs between them and the connections that they carry.
 """
 
+import contextlib
 import errno
 import functools
+import logging
 import os
 import random
 import socket
 import struct
 import time
+import types
+from unittest import mock
 
 import ratrod
 
@@ -20,6 +25,13 @@ TO_ACCEPTOR, TO_OPENER = "to the acceptor", "to the opener"
 BOTH_WAYS = TO_ACCEPTOR, TO_OPENER
 END, RESET, GONE = "end", "reset", "gone"  # how an App's connection ended: it saw an end, it saw a reset, it went away with a reset
 FLIP, SILENCE = "flip", "silence"  # a byte changes on its way; nothing arrives any more, and nobody is told
+ORIGINATOR, REMOTE = "originator", "remote"
+SIDES = (ORIGINATOR, REMOTE)
+SMALL_WINDOW = 96 * 1024  # of some worlds: larger than what a stream keeps where memory is short
+# What one end may hold of each direction beside its window: a record of the largest size and what came with it, and once more for what its
+# local socket did not take.
+OUT_BOUND = ratrod.MAX_CONTENT + 64 * 1024
+IN_BOUND = ratrod.SCRATCH_IN + ratrod.MAX_CONTENT
 
 
 class Clock:
@@ -313,3 +325,349 @@ def shake_hands(client, server):
                 taker.receive_data(last[:n])
                 last = last[n:]
     return last
+
+
+def other_side(side):
+    return REMOTE if side == ORIGINATOR else ORIGINATOR
+
+
+# ---------------------------------------------------------------------------------------------------- what the links carry, and their owners
+
+
+class Connection:
+    """An originator's connection, and what became of it. `is_disturbed`: something has happened that may end it."""
+
+    def __init__(self, number, size, remote_size):
+        self.number, self.remote_size = number, remote_size
+        self.app = App((number, ORIGINATOR), size)
+        self.remote = self.stream = self.accepted = None  # the other App; the two Streams
+        self.connects = 0
+        self.is_disturbed = False
+        self.has_skipped = False  # one side has sent more than a window, while its local socket took nothing
+
+    @property
+    def is_over(self):
+        return self.app.dead or all(app.outcome == END and app.ended for app in self.apps)
+
+    @property
+    def apps(self):
+        return [app for app in (self.app, self.remote) if app]
+
+    @property
+    def streams(self):
+        return [stream for stream in (self.stream, self.accepted) if stream]
+
+    def app_of(self, side):
+        """The originator where there is no remote yet."""
+        return self.remote if side == REMOTE and self.remote else self.app
+
+    def stream_of(self, side):
+        return self.accepted if side == REMOTE else self.stream
+
+    def check_positions(self):
+        """Of each direction: what was acknowledged has been taken, and what was taken has been sent."""
+        for stream in self.streams:
+            if not stream.is_over and stream.window.start > stream._acked:
+                self.has_skipped = True
+            assert stream.window.end - stream.window.start <= ratrod.WINDOW
+        if len(self.streams) == 2 and self.stream.id == self.accepted.id:
+            for ours, theirs in ((self.stream, self.accepted), (self.accepted, self.stream)):
+                if not ours.is_over and not theirs.is_over:
+                    assert ours._acked <= theirs.taken <= theirs._received + 1 <= ours._most_sent + 1
+                    assert theirs.taken <= ours._most_sent
+
+
+class Owner(ratrod.Endpoint):
+    """An Endpoint whose links are made by the test."""
+
+    draining = False
+
+    def __init__(self, world, keys):
+        folder = types.SimpleNamespace(load=lambda: keys, warnings=[])
+        super().__init__(world.loop, folder, world.limits, ratrod.Callbacks(), is_legacy=False, memory=1 << 28)
+        self.world = world
+
+    def on_link_closed(self, link, error):
+        super().on_link_closed(link, error)
+        # Both ends are honest: the protocol is broken by nobody. (5 s after an Error may pass before anything moves.)
+        is_broken = isinstance(error, ratrod.RemoteProtocolError) and not isinstance(error, (ratrod.LinkClosed, ratrod.PeerError))
+        assert not is_broken or str(error) == "it did not close its side", "between honest ends: %r" % error
+
+    def on_refused(self, link, error):
+        raise AssertionError("nobody refused this client: %r" % error)
+
+
+class Links(ratrod.Opener):
+    """Makes links as they are wanted, unless the server is out of reach."""
+
+    is_reachable = True
+
+    def want_links(self):
+        if self.is_reachable and len(self.waiting) + len(self.detached) > self.owner.made:
+            self.owner.made += 1
+            self.loop.call_later(0, self._make)
+
+    def _make(self):
+        self.owner.made -= 1
+        if self.is_reachable:
+            self.put(self.owner.world.add_pair().opener)
+        self.want_links()
+
+
+class ClientEnd(Owner):
+    def __init__(self, world):
+        super().__init__(world, CLIENT_KEYS)
+        self.made = 0  # links that are being made
+        self.opener = Links(self, self.limits.connect_timeout)
+
+    def on_idle(self, link, record):
+        self.opener.put(link)
+
+    def on_link_closed(self, link, error):
+        super().on_link_closed(link, error)
+        self.opener.on_link_closed(link)
+        self.opener.want_links()
+
+    def sweep(self):
+        self.opener.sweep()
+
+
+class ServerEnd(Owner):
+    """Connects what it is asked for in the next round; where it `hesitates`, when the test says so. `leaves`: Close answers the next Open, or stands
+    in place of the next Over."""
+
+    def __init__(self, world):
+        super().__init__(world, SERVER_KEYS)
+        self.quota = ratrod.Quota(1000, 1000, "carries as many connections")
+        self.acceptor = ratrod.Acceptor(self, self.quota, self._connect, lambda _stream, _link: None, ratrod.Server._answer,
+                                        lambda _link, open_: ratrod.new_label("the client", open_.target))
+        self.asked = []
+        self.leaves = self.hesitates = False
+
+    def on_open(self, link, open_):
+        if self.leaves and open_.attempt == 1:
+            return self._leave(link)
+        return self.acceptor.open(link, open_)
+
+    def on_abandon(self, link, stream_id):
+        self.acceptor.abandon(link, stream_id)
+
+    def on_idle(self, link, record):
+        if self.leaves:
+            return self._leave(link, record)
+        return link.send(record + link.writer.record(ratrod.OVER))
+
+    def _leave(self, link, record=b""):
+        self.leaves = False
+        link.leave(record + link.writer.record(ratrod.CLOSE))
+
+    def _connect(self, stream, _link, done):
+        connection = self.world.connections[int(stream.target)]
+        connection.accepted = stream
+        self.asked.append((connection, stream, done))
+
+    def connect_all(self):
+        while self.asked:
+            self.connect(self.asked[0])
+
+    def connect(self, question):
+        self.asked.remove(question)
+        connection, stream, done = question
+        if stream.is_over:
+            return done(None, ratrod.ConnectError("the client is gone"))
+        connection.connects += 1
+        assert connection.connects == 1, "a second connect for one stream"
+        connection.remote = App((connection.number, REMOTE), connection.remote_size)
+        connection.app.other, connection.remote.other = connection.remote, connection.app
+        return done(connection.remote.local, None)
+
+    def refuse(self, question):
+        self.asked.remove(question)
+        question[0].is_disturbed = True
+        question[2](None, ratrod.ConnectError("Connection refused"))
+
+    def sweep(self):
+        self.acceptor.sweep()
+
+
+class World:
+    """All of it. `size`: the room of each link."""
+
+    def __init__(self, size=LARGE, limits=ratrod.DEFAULT_LIMITS, window=ratrod.WINDOW):
+        self.size, self.limits, self.clock = size, limits, Clock()
+        self._patches = contextlib.ExitStack()
+        self._patches.enter_context(mock.patch.object(ratrod, "time", self.clock))
+        self.patch("WINDOW", window)
+        self._patches.enter_context(mock.patch.object(ratrod.Window, "SIZES", (4096, ratrod.POOR_WINDOW, window)))
+        logging.getLogger("ratrod").setLevel(logging.CRITICAL)  # thousands of connections are reset here
+        self.loop = Loop()
+        self.pairs, self.connections = [], []
+        self.client, self.server = ClientEnd(self), ServerEnd(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._patches.close()
+        logging.getLogger("ratrod").setLevel(logging.NOTSET)
+        self.loop.close()
+        for pair in self.pairs:
+            pair.close()
+        for connection in self.connections:
+            for app in connection.apps:
+                app.socket.close()
+                app.local.close()
+
+    def patch(self, name, value):
+        self._patches.enter_context(mock.patch.object(ratrod, name, value))
+
+    # ---- who is who
+
+    def add_pair(self):
+        self.pairs.append(Pair(self.client, self.server, self.size))
+        return self.pairs[-1]
+
+    def pair_of(self, link):
+        return next((pair for pair in self.pairs if link in pair.links), None)
+
+    @property
+    def live(self):
+        return [connection for connection in self.connections if not connection.is_over]
+
+    @property
+    def open_pairs(self):
+        return [pair for pair in self.pairs if not pair.is_closed]
+
+    @property
+    def idle(self):
+        return self.client.opener.idle
+
+    # ---- what happens
+
+    def originate(self, size=LARGE, remote_size=LARGE, first=0):
+        """A new connection, whose originator has said `first` bytes already when it is accepted."""
+        connection = Connection(len(self.connections), size, remote_size)
+        self.connections.append(connection)
+        connection.app.write(first)
+        target = str(connection.number)
+        connection.stream = ratrod.Stream(self.client, self.client.opener, ratrod.OPENER, ratrod.new_label("originator", target), target)
+        connection.stream.join(connection.app.local)
+        self.client.opener.take(connection.stream)
+        return connection
+
+    def turn(self):
+        self.loop.turn()
+        self.check()
+
+    def round(self):
+        """Everything moves on by one step."""
+        for connection in self.connections:
+            for app in connection.apps:
+                if app.reads:
+                    app.read()
+        for pair in self.open_pairs:
+            for pipe in pair.pipes.values():
+                pipe.pump()
+        if not self.server.hesitates:
+            self.server.connect_all()
+        self.turn()
+
+    def rounds(self, n):
+        for _ in range(n):
+            self.round()
+
+    def settle(self):
+        """Until nothing moves any more."""
+        before, still = None, 0
+        while still < 5:
+            self.round()
+            now = self.picture()
+            still = still + 1 if now == before else 0
+            before = now
+
+    def picture(self):
+        return ([(app.sent, app.received, app.outcome) for connection in self.connections for app in connection.apps], len(self.pairs),
+                [(pipe.moved, len(pipe.held), pipe.ended, pipe.deaf) for pair in self.open_pairs for pipe in pair.pipes.values()],
+                # _in_end: a large record takes more turns to come than nothing else may move.
+                [(link.state, link.backlog, link.is_held, link._in_end) for pair in self.open_pairs for link in pair.links])
+
+    def pass_time(self, seconds):
+        """Deadlines pass, and Keepalive: a path that stands carries it. What is on its way arrives first."""
+        self.rounds(12)
+        for _ in range(0, seconds, 5):
+            self.clock.now += min(5, seconds)
+            self.rounds(2)
+
+    # ---- what must be true
+
+    def check(self):
+        for connection in self.live:
+            connection.check_positions()
+            pair = self.pair_of(connection.stream.link)
+            connection.is_disturbed |= bool(pair and pair.may_be_silent)
+        for pair in self.open_pairs:
+            for link in pair.links:
+                waiting = len(link._in) if link._in is not None else 0
+                pending = len(getattr(link.user, "_pending", None) or b"")
+                assert link.backlog <= OUT_BOUND
+                assert waiting <= ratrod.SCRATCH_IN
+                assert waiting + pending <= IN_BOUND
+
+    def finish(self):
+        """Lets everything come to its end, and checks how it ended."""
+        self.client.opener.is_reachable = True
+        self.client.opener.want_links()
+        self.check_half_closes()
+        self.let_all_end()
+        for connection in self.connections:
+            if not connection.is_disturbed and not connection.has_skipped:
+                assert outcomes(connection) == [END, END], "ended by nothing that happened"
+        # A side that nobody told of a broken path finds out by the other's silence; what nobody attaches is given up.
+        self.pass_time(60)
+        self.let_all_end()
+        self.pass_time(700)
+        for connection in self.connections:
+            self.check_outcome(connection)
+        self.check_nothing_left()
+
+    def check_half_closes(self):
+        """One direction ends without the other."""
+        self.server.hesitates = False
+        for connection in self.connections:
+            for app in connection.apps:
+                app.reads = True
+        self.settle()
+        for connection in self.connections:
+            for app in connection.apps if not connection.is_disturbed and not connection.has_skipped else ():
+                assert app.outcome == (END if app.other.ended else None)
+
+    def let_all_end(self):
+        before = None
+        while before != self.picture():
+            before = self.picture()
+            for connection in self.connections:
+                for app in connection.apps:
+                    app.reads = True
+                    app.end()
+            self.settle()
+
+    @staticmethod
+    def check_outcome(connection):
+        """Whole with a clean end, or visibly reset; App.read() has held each end against what was sent."""
+        assert all(app.outcome for app in connection.apps), "it never ended"
+        assert all(app.local.fileno() < 0 for app in connection.apps), "its local socket is still open"
+        assert all(stream.is_over for stream in connection.streams)
+
+    def check_nothing_left(self):
+        opener, acceptor = self.client.opener, self.server.acceptor
+        for pair in self.open_pairs:
+            assert {link.state for link in pair.links} <= {ratrod.IDLE, ratrod.CLOSED}
+            assert all(link.user is ratrod.NOBODY for link in pair.links)
+        assert not opener.waiting and not opener.detached
+        assert not acceptor._detached and not acceptor._counted and not acceptor._opens and not self.server.quota._total
+        assert not acceptor._streams, "what was acknowledged is still kept"
+        assert (self.client.memory.total, self.server.memory.total) == (0, 0)
+
+
+def outcomes(connection):
+    return [app.outcome for app in connection.apps]

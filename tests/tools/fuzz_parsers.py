@@ -446,7 +446,8 @@ def payload_seeds():
     offers = [bytes([len(offer), *offer]) for offer in ((1, 2), (2,), (2, 1), (1,), (1, 2, 3, 4))]
     offers += [b"", b"\2\2", b"\1\2 more", b"\xff" + b"\2" * 255]
     first = [b"\0" + joined(offer, identity) for offer in offers for identity in (CLIENT.public, CLIENT.public + b"more", SERVER.public)]
-    return first + [b"\1" + joined(identity + suite + instance) for instance in (b"", b"instance") for identity in (SERVER.public, CLIENT.public, peer.negative(SERVER.public), b"")
+    return first + [b"\1" + joined(identity + suite + instance) for instance in (b"", b"instance")
+                    for identity in (SERVER.public, CLIENT.public, peer.negative(SERVER.public), b"")
                     for suite in (b"\1", b"\2", b"\3", b"", b"\2more")]
 
 

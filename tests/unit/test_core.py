@@ -470,8 +470,8 @@ def record_ends(suite, awaited=False):
     return ratrod.RecordWriter(state()), ratrod.RecordReader(state(), awaited)
 
 
-STREAM = [(ratrod.COMPLETED, "2.0.0"), (ratrod.OPENED, ratrod.Opened("127.0.0.1:80", 7)), (ratrod.DATA, b"x"), (ratrod.DATA, b"hello" * 60), (ratrod.KEEPALIVE, None),
-          (ratrod.END, None), (ratrod.OVER, None), (ratrod.OPEN, ratrod.Open(1, "db:5432", b"s" * 16, 1)),
+STREAM = [(ratrod.COMPLETED, "2.0.0"), (ratrod.OPENED, ratrod.Opened("127.0.0.1:80", 7)), (ratrod.DATA, b"x"), (ratrod.DATA, b"hello" * 60),
+          (ratrod.KEEPALIVE, None), (ratrod.END, None), (ratrod.OVER, None), (ratrod.OPEN, ratrod.Open(1, "db:5432", b"s" * 16, 1)),
           (ratrod.ACK, 1 << 40), (ratrod.ABANDON, b"s" * 16), (ratrod.SESSION, ratrod.Session(1, "a:53", 4)),
           (ratrod.SESSION_ADDRESS, ratrod.SessionAddress(1, "192.0.2.1:53")),
           (ratrod.DATAGRAMS, peer.encode_datagrams([(1, b""), (2, b"question")])), (ratrod.DATAGRAMS, b""),
@@ -588,7 +588,8 @@ def test_other_content_is_at_most_1_kib(suite):
 
 @both_suites
 @pytest.mark.parametrize(("kind", "content"), [
-    (ratrod.DATA, b""), (ratrod.END, b"\0"), (ratrod.OPEN, b""), (ratrod.OPENED, b"\2a"), (ratrod.ERROR, b"\0\1\xff"), (0x02, b""), (0x15, b""), (0x17, b""),
+    (ratrod.DATA, b""), (ratrod.END, b"\0"), (ratrod.OPEN, b""), (ratrod.OPENED, b"\2a"), (ratrod.ERROR, b"\0\1\xff"), (0x02, b""), (0x15, b""),
+    (0x17, b""),
     (0x3e, b""), (0xff, b"x"), (ratrod.CLOSE, b"x")])
 def test_authentic_records_that_cannot_be(suite, kind, content):
     pytest.raises(RemoteProtocolError, read_one, record_ends(suite)[1], sealed_record(suite, kind, content))
