@@ -973,7 +973,7 @@ def test_an_honest_client_among_strangers(serve, connect, start, keys, tcp_echo,
             times.append(timed(enter))
         times += [timed(enter) for _ in range(5)]
         ask(tcp_port(client))
-        assert pinged.stop() and pinged.count > 10
+        assert pinged.stop() and pinged.count
     figure("an honest client among %d strangers, %d a second: longest of %d" % (silent + begun, rate, len(times)), "%.2f s" % max(times))
     assert max(times) < (within if LONG else 5)  # the short form runs beside other tests
     assert "❌" not in client.output and not server.process.poll()
