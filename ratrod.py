@@ -210,7 +210,7 @@ SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so m
 LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 1,000 streams of bulk are a third slower
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
-LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, for ten thousand fill a disk too; and for one client's key
+LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, and for one client's key
 EMPTY_FOR = 1.0  # seconds: a list of keys that has been empty for less is being written
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
@@ -2130,9 +2130,8 @@ class NoiseHandshake(Handshake):
         return self._noise.read_message((yield size))
 
     def _receive_empty(self) -> Script:
-        if True:  # a generator
-            raise RemoteProtocolError("a handshake message of 0 bytes")
-        yield 0
+        yield from ()
+        raise RemoteProtocolError("a handshake message of 0 bytes")
 
     @staticmethod
     def _not_noise(head: bytes) -> str:
@@ -2193,7 +2192,7 @@ class NoiseClientHandshake(NoiseHandshake):
         self._finish(suite)
 
     def _receive_empty(self) -> Script:
-        """Two zero bytes are an overloaded server's, which closes then, or the beginning of a legacy frame, which goes on."""
+        """Two zero bytes are an overloaded server's, which closes then, or begin a legacy frame, which goes on."""
         self._said = OVERLOADED
         yield 1
         raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
@@ -2644,9 +2643,10 @@ class TokenBucket:
 
 
 class Complaints:
-    """Log lines that a peer can cause, bounded so that nobody fills the disk with them: of each cause LOG_BURST at once and then LOG_RATE a
-    second, and of all causes no more than LOG_RATE_IN_ALL allows. The cause of an authenticated client (`is_known`) has LOG_RATE_IN_ALL by
-    itself. The rest is counted, and said when a line is due again. With -v no line is left out."""
+    """Log lines that a peer can cause, bounded so that nobody fills the disk with them: of each cause LOG_BURST at once
+    and then LOG_RATE a second, and of all causes no more than LOG_RATE_IN_ALL allows. The failures of an authenticated
+    client (`is_known`) have LOG_RATE_IN_ALL for themselves. The rest is counted, and said when a line is due again.
+    With -v no line is left out."""
 
     OTHERS = "❌ %d more failures of other causes"
 
@@ -2678,7 +2678,8 @@ class Complaints:
         for cause in list(self._muted):
             if cause in self._muted and self._is_due(now, cause):  # which may have merged all causes into one
                 log.error("%s", cause % self._muted.pop(cause))
-        for cause in [cause for cause, lines in self._lines.items() if cause not in self._muted and lines[0].is_full(now)]:
+        unused = [cause for cause, lines in self._lines.items() if cause not in self._muted and lines[0].is_full(now)]
+        for cause in unused:
             del self._lines[cause]
 
 
@@ -3207,8 +3208,9 @@ def _on_nothing(_mask: int) -> None:
 
 
 class LastWord:
-    """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most: closing on unread
-    bytes would be a reset, which destroys them. on_close(self) when that is over. Of more than LAST_WORDS the oldest closes."""
+    """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most:
+    closing on unread bytes would be a reset, which destroys them. on_close(self) when that is over. Of more than
+    LAST_WORDS the oldest closes."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
                  on_close: Callable[[LastWord], None] = lambda _self: None):
@@ -4455,7 +4457,8 @@ class Counters:
 
     def fail(self, key: bytes, line: str) -> None:
         """A line about a failure that has to do with the other side of this key."""
-        self._loop.complain("❌ %%d more failures%s" % (" with the key `%s`" % encode_key(key) if key else ""), line, bool(key))
+        whose = " with the key `%s`" % encode_key(key) if key else ""
+        self._loop.complain("❌ %%d more failures%s" % whose, line, bool(key))
 
     def tally(self, links: Iterable[Link]) -> dict[bytes, collections.Counter[str]]:
         """For each peer key: its links (idle, busy, closing), streams, sessions, and bytes of payload (sent to the link, received)."""
@@ -7173,11 +7176,12 @@ class Admission:
 
     def _begin(self, sock: socket.socket, address: Any) -> None:
         """Its first byte tells the wire."""
-        self._add(Source.name(address[0]), sock, address, FirstByte(functools.partial(self._choose, address)), self._on_negotiated)
+        first_byte = FirstByte(functools.partial(self._choose, address))
+        self._add(Source.name(address[0]), sock, address, first_byte, self._on_negotiated)
 
     def _add(self, name: str, sock: socket.socket, address: Any, handshake: Handshake,
              on_close: Callable[[Negotiation, Exception | None], None]) -> None:
-        """`name`: the source; empty while only a load balancer knows it, for all that come through it are not one source."""
+        """`name`: the source, or empty for what a load balancer has not introduced yet, which is many sources."""
         source = self.source(name)
         crowd: Any = source.strangers if name and len(source.strangers) >= self._most_of_source else self._strangers
         if crowd is not self._strangers or len(crowd) >= self.most:
@@ -7194,7 +7198,8 @@ class Admission:
                 self._steps.done(name)
                 done(result, error)
             self._steps.begin(name, lambda: self._server.threads.submit(step, finish), rank)
-        negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close, run_step)
+        negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close,
+                                  run_step)
         self._strangers[negotiation] = name
         source.strangers[negotiation] = None
         return negotiation.start()
@@ -7209,7 +7214,8 @@ class Admission:
     def _turn_away(self, victim: Negotiation) -> None:
         handshake = victim.handshake
         hears = handshake.steps == 0 and not isinstance(handshake, LegacyServerHandshake)
-        victim.refuse(RemoteProtocolError("it had not authenticated itself when others needed its place"), OVERLOADED if hears else b"")
+        error = RemoteProtocolError("it had not authenticated itself when others needed its place")
+        victim.refuse(error, OVERLOADED if hears else b"")
 
     def _remove(self, negotiation: Negotiation) -> None:
         self._sources[self._strangers.pop(negotiation)].strangers.pop(negotiation)
@@ -7223,7 +7229,8 @@ class Admission:
             return self._server.complain_of_stranger(negotiation.address, error)
         if header.is_local:
             LastWord(self._loop, negotiation.sock, b"")
-            return self._server.complain_of_stranger(negotiation.address, Speechless("the load balancer's own connection"))
+            error = Speechless("the load balancer's own connection")
+            return self._server.complain_of_stranger(negotiation.address, error)
         return self._begin(negotiation.sock, header.source or negotiation.address)
 
     def _on_negotiated(self, negotiation: Negotiation, error: Exception | None) -> None:
@@ -8022,7 +8029,8 @@ class Pool(Opener):
             self.loop.call_later(0.25, on_due)
 
     def _on_dial_failed(self, waiter: Any, error: Exception) -> None:
-        if waiter and isinstance(error, PeerError) and not is_final(error):  # legacy: the server is there, and does not open this remote
+        if waiter and isinstance(error, PeerError) and not is_final(error):
+            # Legacy: the server is there, and does not open this remote.
             if waiter in self.waiting:
                 self.waiting.remove(waiter)
                 waiter.give_up(error)
