@@ -28,7 +28,7 @@ from support.whole_ends import END, RESET, Back, Ends, Oracle, Originator
 CRASHERS = sorted((ROOT / "tests" / "tools" / "crashers").iterdir())
 PARSED, PLAYED = 2000, 120  # inputs of a parser, and of whole programs
 DEAR = {"noise-server": 500, "noise-client": 500, "noise-payloads": 500, "legacy-server": 500, "legacy-client": 500, "command-line": 100,
-        "client-start": 60, "server-proxy": 60, "server-stranger": 80}
+        "client-start": 60, "client-peer": 60, "server-proxy": 60, "server-stranger": 80}
 
 
 @pytest.fixture(autouse=True)
