@@ -710,7 +710,7 @@ class AgeServer:
                 peer.echo(stream)
             else:
                 peer.serve_udp(stream, lambda _, data: note() or data)
-        with contextlib.suppress(peer.LinkEnded):
+        with contextlib.suppress(peer.LinkEnded, peer.PeerError):
             server.serve_streams(handle)
 
 
@@ -749,7 +749,7 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target)
         connection.settimeout(PATIENCE)
         server = peer.Server(connection, seed_of(keys.server))
         links.append(server)
-        with contextlib.suppress(peer.LinkEnded):
+        with contextlib.suppress(peer.LinkEnded, peer.PeerError):
             if len(links) == 1:
                 return server.handshake().serve_streams(peer.echo)
             server.read_opening()
