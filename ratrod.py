@@ -4351,7 +4351,9 @@ class LegacyLink(Link):
         if self.state == BYE:
             return
         if kind == ERROR:
-            return self.abort(PeerError(content.code, printable(content.text)))
+            error, was_asked = PeerError(content.code, printable(content.text)), self.state in ASKING.values()
+            self.abort(error)
+            return self.owner.on_refused(self, error) if was_asked else None
         if kind not in LEGAL.get((self.state, self.role), ()):
             raise RemoteProtocolError("a message that does not belong there (while %s)" % self.state)
         if kind == END:
@@ -5280,8 +5282,8 @@ class StdioStream(Stream):
     def _finish(self, error: Exception | None) -> None:
         was_over = self.is_over
         super()._finish(error)
-        if not was_over:
-            self._finished(error)
+        if not was_over:  # soon: its link has not said yet why
+            self.loop.call_soon(functools.partial(self._finished, error))
 
 # ======================================================================================================================
 # 10. UDP
@@ -8562,6 +8564,8 @@ class Client(Endpoint):
         """The server does not let this client in (any more)."""
         if error.code == INVALID_KEY:
             self.pool.reset_detached(error)
+            if link.is_legacy and self.started:  # on this wire an Opened completes the handshake
+                self.pool.on_failed(error)
 
     # ---- what the tunnels carry
 

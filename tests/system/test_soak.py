@@ -58,7 +58,7 @@ def test_the_soak_finds_what_is_wrong():
 def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target):
     """Found by the soak: where a length on the wire was made greater, or bytes are missing inside a record, what follows is taken for the rest
     of it: signs of life, 37 bytes each, so that nothing ever ended that link. The stream on it stood still for hours."""
-    server = start(*scaled(keepalive=0.5, silence=1.1, trusted=0.8), "-k", keys.server.path, "serve", "127.0.0.1:0")
+    server = start(*scaled(keepalive=0.5, silence=1.1, trusted=0.8, resume=0.0), "-k", keys.server.path, "serve", "127.0.0.1:0")
     ended = threading.Event()
 
     def wait_for_reset(connection):
