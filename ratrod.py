@@ -6458,6 +6458,7 @@ class Dial:
                  report: Report):
         self._client, self._reach, self._open, self._done, self._report = client, reach, open_, done, report
         self._limits = client.limits
+        self._keys = client.keys
         first, servers = reach.current, client.servers
         self._left = [(first + n) % len(servers) for n in range(len(servers))]
         self._failures: list[tuple[Place, Exception]] = []
@@ -6534,6 +6535,7 @@ class Dial:
 
     def _on_negotiated(self, negotiation: Negotiation, error: Exception | None) -> None:
         handshake = negotiation.handshake
+        client = self._client
         if self._is_closed:
             return negotiation.sock.close()
         if error and self._ssh:
@@ -6546,6 +6548,11 @@ class Dial:
             error = kind("the proxy `%s` does not connect to the server `%s`: %s" % (self._client.options.proxy, self._server, error))
         if error:
             return self._fail(error)
+        if self._keys is not client.keys:  # read again meanwhile: a new link comes as who this is now
+            negotiation.sock.close()
+            self._keys = client.keys
+            self._left.insert(0, self._number)
+            return self._try_next()
         if self._ssh:
             self._ssh = None
             self._report("✅ Connected to server `%s` ...", self._server)

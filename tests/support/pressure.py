@@ -2,8 +2,8 @@
 
 Run as a program it is the strangers: `pressure.py PORT SILENT DRIPPING RATE [AGAIN [BEGUN [ADDRESS...]]]` opens that many connections to
 127.0.0.1:PORT, RATE a second, each from an address of its own, or from one of those that are given. The second kind sends a byte a second, the
-third a whole first message, and then no more; with AGAIN those that were closed come back, so many a second in all. It says on standard output when the first and when all have connected once and when all have been closed, and ends
-with the process that started it.
+third a whole first message, and then no more; with AGAIN those that were closed come back, so many a second in all. It says on standard
+output when the first and when all have connected once and when all have been closed, and ends with the process that started it.
 """
 
 import collections

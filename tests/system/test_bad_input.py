@@ -37,7 +37,7 @@ from support.legacy_peer import (
     frame,
 )
 from support.many_lines import run_each
-from support.programs import AUTHENTICATION_FAILED, LISTENING, PATIENCE, READY
+from support.programs import LISTENING, PATIENCE, READY
 from support.rows import row
 from support.sockets import dial, eventually, is_ready, receive_all, receive_exactly, reset
 

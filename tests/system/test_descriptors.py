@@ -311,7 +311,7 @@ class Ends:
 
     def _run(self, folder, *words):
         """Surplus links and UDP sessions go within a second: else two minutes would have to pass before anything can be compared."""
-        return self._start(*scaled(idle_time=0.5, sweep_interval=0.2), "-k", folder.path, *words[:1], "--udp-timeout", "0.5", "--resume", "0", *words[1:])
+        return self._start(*scaled(idle_time=0.5, sweep_interval=0.2, resume=0.0), "-k", folder.path, *words[:1], "--udp-timeout", "0.5", *words[1:])
 
     def _connect(self, port, *flags):
         return self._run(self._keys.client, "connect", *flags, "127.0.0.1:%d" % port, "0:socks",

@@ -84,7 +84,8 @@ def ask_within(port, seconds=SOON):
 def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, listener):
     """Each time the open streams are visibly reset, new ones work soon after it is back, the log says it twice, and nothing leaks."""
     server, port = serve()
-    client = connect_to([port], RATROD2, *OFTEN, *AT_ONCE, "--idle-links", "1", "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % port_of(listener))
+    client = connect_to([port], RATROD2, *OFTEN, *AT_ONCE, "--idle-links", "1", "0:127.0.0.1:%d" % tcp_echo.port,
+                        "0:127.0.0.1:%d" % port_of(listener))
     client.wait_for(READY)
     ports = [tcp_port(client, n) for n in (1, 2)]
     ask(ports[0])

@@ -231,7 +231,8 @@ def test_killed_target(mode, start, forward):
 def test_killed_server_and_killed_client(mode, forward, serve, listener, join, tcp_echo):
     at_once = () if mode.serve else ("--resume", "0")
     server, client = forward(mode, "0:%d" % port_of(listener), "0:%d" % tcp_echo.port,
-                             connect_flags=("--connect-timeout", "0.3", *at_once), serve_flags=at_once)  # seconds that each connection waits for a server
+                             # Seconds that each connection waits for a server.
+                             connect_flags=("--connect-timeout", "0.3", *at_once), serve_flags=at_once)
     port, server_port = tcp_port(client), int(server.wait_for(STARTED).group(1))
     originator, target = join(port)
     talk(originator, target)
@@ -394,7 +395,8 @@ def test_descriptors_run_out(limited, start, keys, tcp_echo):
         return start("sh", "-c", limit + 'exec "$@"', "sh", *RATROD, "-k", getattr(keys, "server" if command == "serve" else "client").path,
                      command, *words)
 
-    server = launch("serve", "127.0.0.1:0")
+    # As many as may come: otherwise the limits of a server with so few descriptors turn them away first.
+    server = launch("serve", "--max-links", "100", "--max-handshakes", "100", "127.0.0.1:0")
     client = launch("connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1), "0:%d" % tcp_echo.port)
     client.wait_for(READY)
     port = tcp_port(client)
