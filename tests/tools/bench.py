@@ -4,6 +4,7 @@
     python tests/tools/bench.py                        everything, about ten minutes
     python tests/tools/bench.py --quick --targets      a first look in less than two
     python tests/tools/bench.py --only ratrod,ssh --measure bulk,roundtrip
+    python tests/tools/bench.py --beside OLD/ratrod.py --only ratrod,beside    this version against another one
 
 Two hops on the loopback for every peer: source -> client -> server -> target. Only ratios within one run mean something.
 Debian: apt install openssh-server openssh-client stunnel4 spiped socat haproxy gcc. The Rust original: see the README's "Tests";
@@ -1391,8 +1392,15 @@ def some_of(known):
 
 
 def parse_arguments(words):
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--beside", metavar="FILE", help="another ratrod.py, which becomes the peer `beside`: the two in turn, round by round")
+    other, words = first.parse_known_args(words)
+    if other.beside:
+        program = (sys.executable, other.beside)
+        PEERS.insert(2, Peer("beside", "ratrod.py beside", ratrods(program), without_aegis, version(r"(\d\S+)", *program, "--version"), udp=True,
+                             ours=True))
     names = [peer.name for peer in PEERS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first])
     parser.add_argument("--only", metavar="PEER,...", type=some_of(names), default=names, help=", ".join(names))
     parser.add_argument("--measure", metavar="NAME,...", type=some_of(MEASURES), default=MEASURES, help=", ".join(MEASURES))
     parser.add_argument("--quick", action="store_true", help="one round of short samples with fewer streams: a look, not a result")
