@@ -3819,12 +3819,12 @@ class Memory:
             del self._of[key]
 
     def is_short(self, key: bytes) -> bool:
-        """Whether this key must not keep more than the least."""
-        return self.total >= self.most or self._of[key] >= self.most // 2
+        """Whether one window more would be too much for this key."""
+        return self.total + WINDOW > self.most or self._of[key] + WINDOW > self.most // 2
 
     def is_out(self, key: bytes) -> bool:
         """Whether nothing more may be read for this key."""
-        return self._of[key] >= self.most // 2 or self.total >= self.most and self._of[key] >= max(self._of.values(), default=0)
+        return self._of[key] > self.most // 2 or self.total > self.most and self._of[key] >= max(self._of.values(), default=0)
 
     def hold(self, link: Any) -> None:
         """This link holds half a record."""
@@ -4494,9 +4494,14 @@ class Window:
     def belong_to(self, key: bytes) -> None:
         """Whose memory it is."""
         if key != self._key:
-            self._memory.change(self._key, -self._size)
-            self._memory.change(key, self._size)
+            self._memory.change(self._key, -self._counted)
+            self._memory.change(key, self._counted)
             self._key = key
+
+    @property
+    def _counted(self) -> int:
+        """Its part of the memory that is bounded in sum. Each stream may have POOR_WINDOW besides."""
+        return self._size if self._size > POOR_WINDOW else 0
 
     @property
     def is_bulk(self) -> bool:
@@ -4530,8 +4535,9 @@ class Window:
         ring = memoryview(bytearray(1 + size)) if size < WINDOW else new_scratch(1 + size)
         for position in range(self.start, self.end, 4096):
             self._copy(position, min(position + 4096, self.end), ring, size)
-        self._memory.change(self._key, size - self._size)
+        before = self._counted
         self._ring, self._size = ring, size
+        self._memory.change(self._key, self._counted - before)
 
     def _copy(self, position: int, end: int, ring: memoryview, size: int) -> None:
         while position < end:
@@ -4573,7 +4579,7 @@ class Window:
     def trim(self) -> None:
         """Gives the memory back where nothing is kept."""
         if self.start == self.end and self._size:
-            self._memory.change(self._key, -self._size)
+            self._memory.change(self._key, -self._counted)
             self._ring, self._size = None, 0
 
     def close(self) -> None:
@@ -4768,7 +4774,7 @@ class Stream(LinkUser):
 
     @property
     def _most_kept(self) -> int:
-        return POOR_WINDOW if self.owner.memory.is_short(self.peer_key) else WINDOW
+        return WINDOW if self.window.is_bulk or not self.owner.memory.is_short(self.peer_key) else POOR_WINDOW
 
     def _read(self) -> None:
         link, local, window = self.link, self.local, self.window
