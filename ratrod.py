@@ -3807,24 +3807,27 @@ class Memory:
 
     def __init__(self, most: int):
         self.most = most
-        self._of: collections.Counter[bytes] = collections.Counter()
+        self._of: dict[bytes, int] = {}
         self.total = 0
+        self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
         self._halves: dict[bytes, dict[Any, None]] = {}  # by key the links that hold half a record, the longest waiting first
 
     def change(self, key: bytes, n: int) -> None:
         """n bytes more, or less, are kept for this key."""
         self.total += n
-        self._of[key] += n
-        if not self._of[key]:
+        self.is_tight = self.total + WINDOW > self.most // 2
+        self._of[key] = left = self._of.get(key, 0) + n
+        if not left:
             del self._of[key]
 
     def is_short(self, key: bytes) -> bool:
         """Whether one window more would be too much for this key."""
-        return self.total + WINDOW > self.most or self._of[key] + WINDOW > self.most // 2
+        return self.is_tight and (self.total + WINDOW > self.most or self._of.get(key, 0) + WINDOW > self.most // 2)
 
     def is_out(self, key: bytes) -> bool:
         """Whether nothing more may be read for this key."""
-        return self._of[key] > self.most // 2 or self.total > self.most and self._of[key] >= max(self._of.values(), default=0)
+        mine = self._of.get(key, 0)
+        return self.is_tight and (mine > self.most // 2 or self.total > self.most and mine >= max(self._of.values(), default=0))
 
     def hold(self, link: Any) -> None:
         """This link holds half a record."""
@@ -3898,12 +3901,12 @@ NOBODY = LinkUser()
 class Link:
     """One authenticated ratrod2 connection between client and server.
 
-    Memory stays bounded from both sides: while bytes wait in `_out`, the local socket is not read; while the user `holds`, because bytes
+    Memory stays bounded from both sides: while bytes wait in `out`, the local socket is not read; while the user `holds`, because bytes
     wait for its local socket, no record is processed and the link is not read.
     """
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "instance", "role", "state", "user", "is_held", "is_completed",
-                 "born", "sent_at", "heard_at", "name", "last", "idle_since", "_out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
+                 "born", "sent_at", "heard_at", "name", "last", "idle_since", "out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
                  "_is_paused", "_deadline", "_trickle", "_counted", "is_piped", "said_error", "is_extra")
     is_legacy = False
 
@@ -3924,8 +3927,8 @@ class Link:
         self.is_completed = role == ACCEPTOR  # HandshakeCompletion has come, or is none to wait for
         self.born = self.sent_at = self.idle_since = owner.loop.now
         self.heard_at = owner.loop.awake
-        self._out = bytearray()
-        self._fin = self._eof = False  # we end after `_out`; the peer has ended
+        self.out = bytearray()
+        self._fin = self._eof = False  # we end after `out`; the peer has ended
         self._in: memoryview | None = None  # what has come of an incomplete record, or waits while held: [_in_start:_in_end]
         self._in_start = self._in_end = self._trickle = self._counted = 0
         self._lent: memoryview | None = None  # the loop's buffer, where `_in` is a piece of one
@@ -4164,22 +4167,22 @@ class Link:
     @property
     def backlog(self) -> int:
         """Bytes that wait to be sent."""
-        return len(self._out)
+        return len(self.out)
 
     def send(self, data: bytes | memoryview) -> None:
         """Sends now what the connection takes and keeps the rest."""
         if self.state == CLOSED:
             return None
         self.sent_at = self.loop.now
-        if self._out:
-            self._out += data
+        if self.out:
+            self.out += data
             return None
         try:
             sent = self.transport.send(data)
         except OSError as error:
             return self.lose(broken(error))
         if sent < len(data):
-            self._out += data[sent:]
+            self.out += data[sent:]
             self.update()
         return None
 
@@ -4188,10 +4191,10 @@ class Link:
 
     def _flush(self) -> None:
         try:
-            del self._out[:self.transport.send(self._out)]
+            del self.out[:self.transport.send(self.out)]
         except OSError as error:
             return self.lose(broken(error))
-        if not self._out:
+        if not self.out:
             if self._fin:
                 self._finish_sending()
             self.update()
@@ -4200,7 +4203,7 @@ class Link:
     def _finish_sending(self) -> None:
         """FIN, after all that waits."""
         self._fin = True
-        if not self._out:
+        if not self.out:
             try:
                 self.transport.half_close()
             except OSError as error:
@@ -4289,7 +4292,7 @@ class Link:
         if self.state != CLOSED:
             reads = not (self.is_held or self._is_paused or self._eof) and (
                 self._in is None or self._lent is not None or self.owner.memory.may_read_on(self))
-            self.transport.want((WRITE if self._out else 0) | (READ if reads else 0))
+            self.transport.want((WRITE if self.out else 0) | (READ if reads else 0))
             self.user.on_update()
 
     def lose(self, error: Exception) -> None:
@@ -4380,12 +4383,12 @@ class LegacyLink(Link):
     def become_idle(self, record: bytes = b"") -> None:
         """Both directions have ended: the link goes once all is sent."""
         self.user, self.state = NOBODY, BYE
-        if not self._out:
+        if not self.out:
             self.close()
 
     def _flush(self) -> None:
         super()._flush()
-        if self.state == BYE and not self._out and self._eof:
+        if self.state == BYE and not self.out and self._eof:
             self.close()
 
     def fail(self, error: Exception) -> None:
@@ -4404,6 +4407,20 @@ def broken(error: OSError) -> LinkClosed:
 # ======================================================================================================================
 
 
+_random = bytearray()  # bytes of the system that nobody has had yet: asking for each 16 costs 10 µs
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.clear)
+
+
+def random_bytes(n: int) -> bytes:
+    """n bytes that nobody can guess."""
+    if len(_random) < n:
+        _random.extend(os.urandom(4096))
+    taken = bytes(_random[-n:])
+    del _random[-n:]
+    return taken
+
+
 class Label(NamedTuple):
     """The name of a connection in the log."""
 
@@ -4416,7 +4433,7 @@ class Label(NamedTuple):
 
 
 def new_label(origin: str, target: str) -> Label:
-    return Label(os.urandom(3).hex(), origin, target)
+    return Label(random_bytes(3).hex(), origin, target)
 
 
 class Counters:
@@ -4493,10 +4510,10 @@ class Window:
 
     def belong_to(self, key: bytes) -> None:
         """Whose memory it is."""
-        if key != self._key:
+        if key != self._key and self._counted:
             self._memory.change(self._key, -self._counted)
             self._memory.change(key, self._counted)
-            self._key = key
+        self._key = key
 
     @property
     def _counted(self) -> int:
@@ -4507,9 +4524,6 @@ class Window:
     def is_bulk(self) -> bool:
         """Whether bytes are to be read straight into the ring: copying 64 KiB costs 5 µs, 512 KiB a tenth of all the work on them."""
         return self._size == WINDOW
-
-    def count_room(self, most: int) -> int:
-        return most - (self.end - self.start)
 
     def append(self, data: memoryview) -> None:
         """Keeps a copy of `data`."""
@@ -4537,7 +4551,8 @@ class Window:
             self._copy(position, min(position + 4096, self.end), ring, size)
         before = self._counted
         self._ring, self._size = ring, size
-        self._memory.change(self._key, self._counted - before)
+        if self._counted:
+            self._memory.change(self._key, self._counted - before)
 
     def _copy(self, position: int, end: int, ring: memoryview, size: int) -> None:
         while position < end:
@@ -4579,7 +4594,8 @@ class Window:
     def trim(self) -> None:
         """Gives the memory back where nothing is kept."""
         if self.start == self.end and self._size:
-            self._memory.change(self._key, -self._counted)
+            if self._counted:
+                self._memory.change(self._key, -self._counted)
             self._ring, self._size = None, 0
 
     def close(self) -> None:
@@ -4627,7 +4643,7 @@ class Stream(LinkUser):
     def __init__(self, owner: Endpoint, keeper: Keeper, role: str, label: Label, target: str, *, peer_key: bytes = b"",
                  stream_id: bytes = b""):
         self.owner, self.loop, self.keeper, self.role, self.label, self.target = owner, owner.loop, keeper, role, label, target
-        self.id, self.attempt, self.peer_key, self.instance = stream_id or os.urandom(16), 0, peer_key, b""
+        self.id, self.attempt, self.peer_key, self.instance = stream_id or random_bytes(16), 0, peer_key, b""
         self._asked = b""  # the instance that saw its last Open
         self.link: Link | None = None
         self.local: Transport | None = None
@@ -4768,9 +4784,10 @@ class Stream(LinkUser):
             return most
         if self._pending is not None:  # no Ack can reach us: to wait for one would be for ever
             return min(most, BULK_READ)
-        if self.owner.memory.is_out(self.peer_key):
-            return 0
-        return min(most, self.window.count_room(self._most_kept))
+        window, memory = self.window, self.owner.memory
+        if not memory.is_tight:
+            return min(most, WINDOW - window.end + window.start)
+        return 0 if memory.is_out(self.peer_key) else min(most, self._most_kept - window.end + window.start)
 
     @property
     def _most_kept(self) -> int:
@@ -4833,7 +4850,7 @@ class Stream(LinkUser):
     def _pump(self) -> None:
         """Sends what this link does not have yet: bytes that are kept, and End."""
         link = self.link
-        while link and link is self.link and not link.backlog and link.state in (ASKED, BUSY):
+        while link and link is self.link and not link.out and link.state in (ASKED, BUSY):
             if self._link_out < self.window.end:
                 if link.state == ASKED and self._link_out - self._link_at >= EARLY_DATA:
                     break
@@ -4870,11 +4887,11 @@ class Stream(LinkUser):
         link, local = self.link, self.local
         if link is None or local is None:
             return
-        if not link.backlog and link.state in (ASKED, BUSY) and (
+        if not link.out and link.state in (ASKED, BUSY) and (
                 self._link_out < self.window.end or self._has_eof and self._link_out == self.window.end):
             if link.state == BUSY or self._link_out - self._link_at < EARLY_DATA:
                 return self._pump()
-        reads = (not self._has_eof and not link.backlog and link.state in (ASKED, BUSY) and self._link_out == self.window.end
+        reads = (not self._has_eof and not link.out and link.state in (ASKED, BUSY) and self._link_out == self.window.end
                  and self._room() > 0)
         local.want((WRITE if self._pending is not None else 0) | (READ if reads else 0))
 
@@ -5057,7 +5074,7 @@ class Stream(LinkUser):
         self.window.trim()
         link = self.link
         if link and self.keeps and link.state == BUSY:
-            if self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.backlog:
+            if self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.out:
                 self._acknowledge(link)
             if self.link:
                 self.on_update()  # memory that was short may be there again
@@ -5415,7 +5432,7 @@ class UdpLink(LinkUser):
     def send_run(self, end: int) -> None:
         """Sends the run of datagrams at scratch_out[HEADROOM:end], or keeps it where the link is not there or has a backlog."""
         link = self.link
-        if link is not None and not link.backlog and not self._queue and link.state in (UDP_ASKED, UDP_OPEN):
+        if link is not None and not link.out and not self._queue and link.state in (UDP_ASKED, UDP_OPEN):
             return link.send(link.writer.datagrams(self.loop.scratch_out, end))
         run = bytes(self.loop.scratch_out[HEADROOM:end])
         self._queue.append((self.loop.now, run))
@@ -5453,7 +5470,7 @@ class UdpLink(LinkUser):
         self._send_queue()
 
     def _send_queue(self) -> None:
-        while self._queue and self.link and not self.link.backlog and self.link.state in (UDP_ASKED, UDP_OPEN):
+        while self._queue and self.link and not self.link.out and self.link.state in (UDP_ASKED, UDP_OPEN):
             run = self._pop()
             self.loop.payload[:len(run)] = run
             self.link.send(self.link.writer.datagrams(self.loop.scratch_out, HEADROOM + len(run)))
