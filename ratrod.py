@@ -96,6 +96,54 @@ Options:
   -V, --version                   show the version
 """
 
+# ---- Contents: the sections, each under a banner; search for "# 8." to be at links
+#
+#  1 limits and errors                    7 event loop, threads, sockets      13 server and client: the wiring
+#  2 messages of both wires               8 links: a cipher, one user         14 reports: one snapshot, four texts of it
+#  3 keys and lists of keys               9 streams and their ends            15 as a library
+#  4 addresses, grants, what is allowed  10 UDP sessions and ports            16 command line, workers, signals, demo
+#  5 ciphers and framing                 11 ssh:// servers
+#  6 handshakes: bytes in, bytes out     12 who opens, accepts and dials
+#
+# Sections 2 to 6 touch no socket, thread, selector or log, and use only what stands above them. Tests guard that.
+#
+# ---- The life of a connection
+#
+# `connect` listens on a local port. `Listener` accepts a connection, `Client._on_accept` makes a `Stream` of it, and
+# `Opener.take` looks for an idle link. Where there is none, `Pool.want_links` has `Reach.dial` make one: a `Dial`
+# connects (`Connector`), a `Negotiation` carries the bytes of a `NoiseClientHandshake`, threads do its public-key
+# steps, and `Dial._make_link` has the `Link`. `Stream.open` sends Open, with the first bytes behind it.
+#
+# At the server, `Admission.accept` starts a `Negotiation` for each stranger; `Server.admit` looks the key up, on a
+# thread; `Server._welcome` makes the `Link`. An Open comes to `Server.on_open`, and `Acceptor.open` gives it a
+# `Stream`. `Server._connect` asks the rules (`Server._permitted`) and connects to the remote (`Connector`), and
+# `Stream.accept` answers Opened.
+#
+# From then on both sides do the same. `Stream._read` reads what the local socket has. The `Window` keeps it until the
+# other side has acknowledged it, `RecordWriter` makes a sealed record of it, and `Link.send` sends that. At the other
+# side `Link._read` receives it, `Link._process` opens its record (`RecordReader`), and `Stream.on_data` writes it to
+# its local socket; `Stream.on_read` acknowledges. What does not fit into that socket makes the stream hold its link
+# (`Link.hold`): nothing more is read, and the sender is slowed down by TCP. An End is a half-close
+# (`Stream._on_end`); after two of them comes Over, and the link is idle again (`Link.become_idle`, `Opener.put`).
+#
+# Where a link is lost (`Link.lose`), `Stream.on_close` lets go of it and the stream waits, detached, at its keeper:
+# an `Opener`, which opens it again on the next link with the number of bytes it has, or an `Acceptor`
+# (`Acceptor._attach`). A stream ends in `Stream._finish`, and nowhere else.
+#
+# A datagram takes the same way by `UdpPort`, `UdpSession` and `UdpLink`; all sessions of a client share one link.
+#
+# ---- What always holds
+#
+# 1. Only the loop's thread touches a socket. Threads do what blocks or takes long: look-ups, public-key steps, a look
+#    at the lists of keys, starting ssh, and standard input and output where the loop cannot wait for them.
+# 2. What a state of a link allows is a table, `LEGAL`. A record that is not in it ends the link.
+# 3. A link carries one user. Exactly one of "finished", "failed" and "detached" reaches that user.
+# 4. While a user holds, nothing of its link is read; while a link has a backlog, its user's local socket is not read.
+# 5. The loop's shared buffers are valid during one callback.
+# 6. Every quota is given back in one place, where its link or stream ends.
+# 7. Only `Reach` dials.
+# 8. Nothing on the loop's thread can block: not a log line that nobody reads, not a name, not a file system that hangs.
+
 import atexit
 import base64
 import builtins

@@ -789,6 +789,19 @@ def names_in(statement, context):
     return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
 
 
+def test_the_page_at_the_top_names_what_is_there():
+    page, there = SOURCE[SOURCE.index("# ---- Contents"):SOURCE.index("\nimport atexit")], set()
+    for _, statement in statements():
+        there.update([statement.name] if hasattr(statement, "name") else names_in(statement, ast.Store))
+        if isinstance(statement, ast.ClassDef):
+            there.update("%s.%s" % (statement.name, part.name) for part in statement.body if isinstance(part, ast.FunctionDef))
+    named = set(re.findall(r"`([A-Z][A-Za-z_.]*)`", page))
+    assert len(named) > 40
+    assert not named - there
+    contents = page[:page.index("# ---- The life")]
+    assert sorted(map(int, re.findall(r"(?:^#|  ) *(\d+) [A-Za-z]", contents, re.M))) == list(range(1, 17))
+
+
 def test_each_section_uses_only_what_stands_above_it_or_in_it():
     place, places = {name: n for n, name in enumerate(["0", *SECTIONS])}, {}
     for section, statement in statements():
