@@ -122,27 +122,37 @@ Options:
 # From then on both sides do the same. `Stream._read` reads what the local socket has. The `Window` keeps it until the
 # other side has acknowledged it, `RecordWriter` makes a sealed record of it, and `Link.send` sends that. At the other
 # side `Link._read` receives it, `Link._process` opens its record (`RecordReader`), and `Stream.on_data` writes it to
-# its local socket; `Stream.on_read` acknowledges. What does not fit into that socket makes the stream hold its link
-# (`Link.hold`): nothing more is read, and the sender is slowed down by TCP. An End is a half-close
-# (`Stream._on_end`); after two of them comes Over, and the link is idle again (`Link.become_idle`, `Opener.put`).
+# its local socket; `Stream.on_read` acknowledges. After an End from each side comes Over, and the link is idle again
+# (`Link.become_idle`, `Opener.put`).
 #
-# Where a link is lost (`Link.lose`), `Stream.on_close` lets go of it and the stream waits, detached, at its keeper:
-# an `Opener`, which opens it again on the next link with the number of bytes it has, or an `Acceptor`
-# (`Acceptor._attach`). A stream ends in `Stream._finish`, and nowhere else.
+# Where the path of a link breaks (`Link.lose`), `Stream.on_close` lets go of it and the stream waits, detached, at its
+# keeper: an `Opener`, which opens it again on the next link with the number of bytes it has, or an `Acceptor`
+# (`Acceptor._attach`). Over ssh's pipes and on the original's wire it is reset. A stream ends in `Stream._finish`.
 #
-# A datagram takes the same way by `UdpPort`, `UdpSession` and `UdpLink`; all sessions of a client share one link.
+# A datagram goes by `UdpPort`, `UdpSession` and `UdpLink` to the server's `RemoteUdpSocket`. All sessions of a client
+# share one link; on the original's wire each has its own.
+#
+# ---- Where to look
+#
+# a half-close is forwarded              `Stream._send_end`, `Stream._on_end`
+# a slow reader costs no more memory     `Stream.on_data` has its link hold (`Link.hold`), so that TCP slows the sender
+#                                        down; `Stream._room` and `Window` bound what is kept, `Memory` all of it
+# a removed key is cut off               `Server._check_lists`, once a second
+# a UDP session expires                  `UdpLink.expire`
+# signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`
+# exit codes                             `exit_code_of`, `EndpointRun.run`, and the error types of section 1
 #
 # ---- What always holds
 #
-# 1. Only the loop's thread touches a socket. Threads do what blocks or takes long: look-ups, public-key steps, a look
-#    at the lists of keys, starting ssh, and standard input and output where the loop cannot wait for them.
+# 1. Only the loop's thread touches the sockets of links, streams and sessions. Threads do what blocks or takes long:
+#    look-ups, public-key steps, `authorize()`, starting ssh.
 # 2. What a state of a link allows is a table, `LEGAL`. A record that is not in it ends the link.
-# 3. A link carries one user. Exactly one of "finished", "failed" and "detached" reaches that user.
-# 4. While a user holds, nothing of its link is read; while a link has a backlog, its user's local socket is not read.
-# 5. The loop's shared buffers are valid during one callback.
-# 6. Every quota is given back in one place, where its link or stream ends.
+# 3. A link carries one user. When the link ends, its user hears of that once; a stream is then over or detached.
+# 4. While a user holds, nothing of its link is read; while a link has a backlog, its stream's local socket is not read.
+# 5. The loop's shared buffers are valid during one callback, but for those that it lends (`EventLoop.lend_scratch`).
+# 6. A quota or a grant is given back where its link or stream ends, whatever ended it.
 # 7. Only `Reach` dials.
-# 8. Nothing on the loop's thread can block: not a log line that nobody reads, not a name, not a file system that hangs.
+# 8. Nothing on the loop's thread waits for a peer, a remote or a name. The log and the key files alone are used there.
 
 import atexit
 import base64
@@ -3002,7 +3012,7 @@ class FairQueue:
 
     def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, shares: bool = False):
         self._most, self._most_of_key, self._shares = most, most_of_key, shares
-        self._running: collections.Counter[Any] = collections.Counter()
+        self._running: dict[Any, int] = {}
         self._total = 0
         # For each rank the keys in their order, each with what waits.
         self._waiting: list[collections.OrderedDict[Any, collections.deque[Callable[[], None]]]] = [
@@ -3016,10 +3026,12 @@ class FairQueue:
 
     def done(self, key: Any) -> None:
         self._total -= 1
-        self._running[key] -= 1
-        if not self._running[key]:
+        if self._running[key] > 1:
+            self._running[key] -= 1
+        else:
             del self._running[key]
-        self._begin_waiting()
+        if any(self._waiting):
+            self._begin_waiting()
 
     def count_waiting(self, key: Any) -> int:
         return sum(len(waiting.get(key, ())) for waiting in self._waiting)
@@ -3029,7 +3041,7 @@ class FairQueue:
         if self._shares:
             keys = len(set(self._running).union(*self._waiting))
             share = min(share, max(1, (self._most - 1) // keys))
-        return self._running[key] < share
+        return self._running.get(key, 0) < share
 
     def _begin_waiting(self) -> None:
         if self._is_beginning:  # what is done as soon as it is begun: the loop below goes on with the next, not one call deeper
@@ -3047,7 +3059,7 @@ class FairQueue:
                 else:
                     del waiting[key]
                 self._total += 1
-                self._running[key] += 1
+                self._running[key] = self._running.get(key, 0) + 1
                 call()
         finally:
             self._is_beginning = False
@@ -3236,8 +3248,10 @@ class Transport:
 
     def guard(self, on: bool) -> None:
         """Whether closing is a reset, also the system's closing when this process is killed: what was cut must not look like an end."""
-        with contextlib.suppress(OSError):
+        try:  # contextlib.suppress() is three calls
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER[on])
+        except OSError:
+            pass
 
     def abort(self) -> None:
         """Closes with a reset, so that the other side cannot take it for an end."""
@@ -3467,9 +3481,8 @@ class Connector:
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float,
                  on_close: Callable[[socket.socket | None, Exception | None], None]):
-        self._loop, self._target, self._on_close = loop, target, on_close
-        self._deadline = Deadline(loop, timeout, lambda: self._finish(None, socket.timeout("timed out")))
-        self._next_try = Deadline(loop)
+        self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
+        self._deadline, self._next_try = Deadline(loop), Deadline(loop)
         self._addresses: list[tuple[int, Any]] = []
         self._tries: dict[socket.socket, Callable[[int], None]] = {}
         self._error: Exception = ConnectError("it has no address")
@@ -3493,6 +3506,8 @@ class Connector:
             on_found([(socket.AF_INET6 if ":" in target.host else socket.AF_INET, (target.host, target.port))], None)
         else:
             run(functools.partial(look_up, target), on_found)
+        if not self.is_closed:  # a near machine has answered by now
+            self._deadline.set(self._timeout, lambda: self._finish(None, socket.timeout("timed out")))
 
     def _on_addresses(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if self.is_closed:
@@ -3525,7 +3540,9 @@ class Connector:
             if code in CONNECTING_CODES and not is_unix:  # a Unix socket whose queue is full stays as it is
                 self._tries[sock] = callback = functools.partial(self._on_event, sock)
                 self._loop.watch(sock, 0, WRITE, callback)
-                return self._next_try.set(STAGGER, self._try_next)
+                if self._addresses:
+                    self._next_try.set(STAGGER, self._try_next)
+                return None
             sock.close()
             self._error = OSError(code, os.strerror(code))
         if not self._tries and not self.is_closed:
@@ -3819,28 +3836,29 @@ class Quota:
 
     def __init__(self, most: int, most_of_key: int, words: str):
         self.most, self.most_of_key, self._words = most, most_of_key, words
-        self._of: collections.Counter[bytes] = collections.Counter()
+        self._of: dict[bytes, int] = {}
         self._total = 0
 
     def of(self, key: bytes) -> int:
-        return self._of[key]
+        return self._of.get(key, 0)
 
     def check(self, key: bytes, more: int = 0) -> None:
         """Overloaded where the client of this key has as many as it may, and so many more, or all together have."""
         for whose, most, have in (("in all", self.most, self._total),
-                                  ("of this client", self.most_of_key, self._of[key] - more)):
+                                  ("of this client", self.most_of_key, self._of.get(key, 0) - more)):
             if have >= most:
                 raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
 
     def take(self, key: bytes, more: int = 0) -> None:
         self.check(key, more)
-        self._of[key] += 1
+        self._of[key] = self._of.get(key, 0) + 1
         self._total += 1
 
     def give_back(self, key: bytes) -> None:
         self._total -= 1
-        self._of[key] -= 1
-        if not self._of[key]:
+        if self._of[key] > 1:
+            self._of[key] -= 1
+        else:
             del self._of[key]
 
     def greediest(self) -> bytes:
@@ -6737,9 +6755,13 @@ class Acceptor(Keeper):
         stream.attempt, stream.instance, stream.link = open_.attempt, link.instance, link
         self._streams[number] = stream
         self._counted[stream], self._opens[stream] = link.peer_key, open_
-        link.attach(stream, CONNECTING)
+        self._await_remote(stream, link)
         self._connect(stream, link, functools.partial(self._on_connected, stream))
         return None
+
+    def _await_remote(self, stream: Stream, link: Link) -> None:
+        link.attach(stream, CONNECTING)
+        link.set_deadline(self.limits.connect_timeout, functools.partial(self._on_connected, stream, None, socket.timeout("timed out")))
 
     def refuse(self, link: Link, label: Label, error: Exception) -> None:
         """No stream: the Open, or the handshake that named a target, is refused."""
@@ -6793,7 +6815,7 @@ class Acceptor(Keeper):
         if stream in self._opens:  # its connect is under way: Opened goes to the new link
             self._opens[stream] = open_
             stream.attempt, stream.link = open_.attempt, link
-            return link.attach(stream, CONNECTING)
+            return self._await_remote(stream, link)
         return self._accept(stream, link, open_)
 
     def _reset(self, stream: Stream, link: Link, error: Exception, answer: Error) -> None:
@@ -7621,12 +7643,12 @@ class Server(Endpoint):
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
         shown = show_address(negotiation.address)
-        counts = bool(handshake.peer_key) and hasattr(handshake, "writer")
+        has_place = bool(handshake.peer_key) and hasattr(handshake, "writer") and not isinstance(error, (AuthenticationError, Overloaded))
         if error is None and not self._grants(handshake.peer_key, self.loop.now):
             error = AuthenticationError("its key was removed from authorized_keys")
             negotiation.sock.close()
         if error is not None:
-            if counts and not isinstance(error, (AuthenticationError, Overloaded)):
+            if has_place:
                 self._count_out(handshake.peer_key)
             return self.complain_of_stranger(negotiation.address, error)
         return self._welcome(negotiation, handshake, shown)
@@ -7817,22 +7839,13 @@ class Server(Endpoint):
     def _connect(self, stream: Stream, link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
         """The acceptor's: connects to the remote of a stream, one of at most connects_per_key of its key at a time."""
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
-        is_done: list[bool] = []
-
-        def finish(sock: socket.socket | None, error: Exception | None) -> None:
-            if is_done:
-                return close_sockets(sock)
-            is_done.append(True)
-            timer.cancel()
-            return done(sock, error)
-        timer = self.loop.call_later(self.limits.connect_timeout, lambda: finish(None, socket.timeout("timed out")))
 
         def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
             self._connecting.done(key)
-            finish(sock, error)
+            done(sock, error)
 
         def begin() -> None:
-            if is_done or stream.is_over:  # it waited too long, or left
+            if stream.is_over:  # it waited too long, or left
                 return on_connected(None, ConnectError("the client is gone"))
             try:
                 target, grants = self._permitted(link, stream.target)

@@ -14,18 +14,21 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import ratrod as module
 from support import pressure
 from support import ratrod2_peer as peer
+from support.joined import CLIENT_KEYS
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.many_lines import run_each
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
+from support.whole_ends import Ends
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="all of 127.0.0.0/8, /proc, and what a full queue does")
@@ -977,3 +980,14 @@ def test_an_honest_client_among_strangers(serve, connect, start, keys, tcp_echo,
     figure("an honest client among %d strangers, %d a second: longest of %d" % (silent + begun, rate, len(times)), "%.2f s" % max(times))
     assert max(times) < (within if LONG else 5)  # the short form runs beside other tests
     assert "❌" not in client.output and not server.process.poll()
+
+
+def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
+    with contextlib.closing(Ends("0:127.0.0.1:1")) as ends, contextlib.closing(socket.socket()) as sock:
+        server, handshake = ends.server, SimpleNamespace(peer_key=CLIENT_KEYS.public, writer=None)
+        before = server._links_of.of(CLIENT_KEYS.public)
+        server.admit("127.0.0.1", False, CLIENT_KEYS.public)  # on a thread; the list changes before the loop hears of it
+        server._grants = lambda key, now=None: ()
+        server.on_negotiated(SimpleNamespace(address=("127.0.0.1", 1), sock=sock), handshake, None)
+        assert sock.fileno() == -1
+        assert server._links_of.of(CLIENT_KEYS.public) == before
