@@ -4745,11 +4745,6 @@ class Stream(LinkUser):
         """Bytes of payload from the link."""
         return self._received
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the stream has no link and is not over."""
-        return self.link is None and not self.is_over
-
     # ---- opener
 
     def open(self, link: Link, timeout: float) -> None:
@@ -6237,7 +6232,6 @@ class Opener(Keeper):
         self.waiting: collections.deque[Any] = collections.deque()
         self.detached: dict[Stream, None] = {}
         self._abandoned: collections.OrderedDict[bytes, tuple[bytes, float]] = collections.OrderedDict()  # stream -> instance, until
-        self._serving = False
         self.is_closed = False
 
     # ---- what differs
@@ -7484,7 +7478,6 @@ class Server(Endpoint):
         most = limits.streams or most
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
-        self._admitted: dict[Any, bytes] = {}  # links and handshakes that count, by whose key
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
                                  lambda link, open_: new_label(link.name, open_.target))
         self.reverse_streams: dict[Stream, bytes] = {}
