@@ -4567,7 +4567,7 @@ class Window:
     byte at 0 is room for a record's type. `start` and `end` are positions; what is kept is [start, end)."""
 
     __slots__ = ("start", "end", "_ring", "_size", "_memory", "_key")
-    SIZES = (4096, POOR_WINDOW, WINDOW)
+    SIZES = (512, 4096, POOR_WINDOW, WINDOW)  # the first: a connection that has said little costs 3.3 KB in all, with 4 KiB 10.3
 
     def __init__(self, memory: Memory, key: bytes):
         self.start = self.end = self._size = 0
@@ -6288,6 +6288,8 @@ class Opener(Keeper):
 
     def put(self, link: Link) -> None:
         """A link that is idle now."""
+        if not link.is_completed and link.state == IDLE:  # the server may have ended while the handshake's last step was on its thread
+            link.poll()
         if link.state != IDLE:
             return
         self._say_abandoned(link)
