@@ -8133,6 +8133,8 @@ class Pool(Opener):
 
     def on_failed(self, error: Exception) -> None:
         """No link could be made."""
+        if self._client.draining and not (self.waiting or self.detached):
+            return None  # it was to be a spare one
         if is_final(error) and not self._client.is_stubborn:
             self.close(error)
             return self._client.give_up(error)

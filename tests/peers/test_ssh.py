@@ -368,7 +368,7 @@ def test_links_wait_where_no_further_connection_is_let_in(sshd, over_ssh, tcp_ec
             assert receive_exactly(connection, 1) == b"a"
             connection.close()
     client.stop()
-    assert "trying again" not in client.output
+    assert "trying again" not in client.output, client.output
 
 
 def test_sshd_goes_under_load_and_comes_back(sshd, over_ssh, tcp_echo):
