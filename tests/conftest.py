@@ -162,6 +162,14 @@ def connect(ratrod, keys):
 
 
 @pytest.fixture
+def client(ratrod, keys):
+    """client(server_port, TUNNEL words..., who=Keys, flags=()) -> Program: our client with any number of tunnels, not yet awaited."""
+    def launch(server_port, *tunnels, who=None, flags=()):
+        return ratrod("-k", (who or keys.client).path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
+    return launch
+
+
+@pytest.fixture
 def tunnel(serve, connect):
     """tunnel(target_port, mode, serve=(), connect=()) -> Tunnel to 127.0.0.1:target_port, its test connection made."""
     def launch(target_port, mode, serve_flags=(), connect_flags=(), host="127.0.0.1"):

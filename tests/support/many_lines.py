@@ -67,13 +67,3 @@ def run_lines(lines, typed="", preload="", prepare="", program=(PYTHON,), env=No
 def run_each(lines):
     """[(exit code, what it shows)] of command lines (lists of words) that end by themselves."""
     return [(outcome.code, outcome.out + outcome.err) for outcome in run_lines(list(lines))]
-
-
-def assert_no_tunnels(keys, tunnels, shown):
-    """Each of these TUNNEL words is refused before anything else happens: it is named, and `shown` is in what is said about the forms."""
-    outcomes = run_each(["-k", keys.client.path, "connect", "127.0.0.1:9", "--", tunnel] for tunnel in tunnels)
-    wrong = ["%r: %d %s" % (tunnel, code, text) for tunnel, (code, text) in zip(tunnels, outcomes)
-             if code != 2 or "Traceback" in text or shown not in text.replace("`%s`" % tunnel, "")
-             or tunnel.isprintable() and "`%s`" % tunnel[:100] not in text.replace(tunnel, tunnel[:100])
-             or not all(line.isprintable() for line in text.splitlines())]
-    assert not wrong, "\n".join(wrong)

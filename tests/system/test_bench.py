@@ -4,15 +4,14 @@ RATROD_LONG=1 takes every measure of ratrod with each generator; here each measu
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
+from support.pressure import LONG
 from support.programs import ROOT
 
-LONG = bool(os.environ.get("RATROD_LONG"))
 UDP = {"udp_%d_%d%s" % (outstanding, size, lost) for outstanding in (1, 64) for size in (64, 1200) for lost in ("", "_lost")}
 
 

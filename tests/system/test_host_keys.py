@@ -50,14 +50,6 @@ def strange(tmp_path):
 
 
 @pytest.fixture
-def dialling(ratrod, keys):
-    """dialling(port of the server, TUNNEL words..., flags=()) -> Program: our client with nobody at its terminal, not yet awaited."""
-    def launch(port, *tunnels, flags=()):
-        return ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % port, *tunnels)
-    return launch
-
-
-@pytest.fixture
 def clients(keys, tmp_path):
     """clients((text of known_hosts, words...)...) -> [(path of its known_hosts, Outcome)]: clients that end by themselves, nobody at their
     terminals, each with a copy of the client's folder."""
@@ -175,46 +167,46 @@ def test_flags_and_what_the_file_says(serve, keys, strange, clients):
         assert done.code == 0 and path.read_text() == before + added and len(warnings(done.err)) == warned, (before, flag, done)
 
 
-def test_accept_all_hosts_at_each_connection(serve, known, strange, dialling, tcp_echo):
+def test_accept_all_hosts_at_each_connection(serve, known, strange, client, tcp_echo):
     """In legacy every connection is a handshake of its own."""
     _, port = serve(*LEGACY.serve)
     before = "%s 127.0.0.1:%d\n" % (strange.public, port)
     known.write_text(before)
-    client = dialling(port, "0:%d" % tcp_echo.port, flags=(*LEGACY.connect, "-a"))
-    client.wait_for(READY)
+    dialled = client(port, "0:%d" % tcp_echo.port, flags=(*LEGACY.connect, "-a"))
+    dialled.wait_for(READY)
     for _ in range(2):
-        ask(tcp_port(client))
-    assert known.read_text() == before and len(warnings(client.output)) == 1, client.output
+        ask(tcp_port(dialled))
+    assert known.read_text() == before and len(warnings(dialled.output)) == 1, dialled.output
 
 
 @both_wires
-def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, keys, known, strange, dialling, impostor, tcp_echo):
+def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, keys, known, strange, client, impostor, tcp_echo):
     known.unlink()
     server, port = serve("-v", *mode.serve)
     tunnels, flags = ["0:%d" % tcp_echo.port] * 2, (*mode.connect, "--accept-new")
-    client = dialling(port, *tunnels, flags=(*flags, "--max-retry-count", "1"))
-    client.wait_for(READY)
+    dialled = client(port, *tunnels, flags=(*flags, "--max-retry-count", "1"))
+    dialled.wait_for(READY)
     for n in (1, 2, 1, 2):
-        ask(tcp_port(client, n))
+        ask(tcp_port(dialled, n))
     line = line_of(keys, port)
     assert known.read_text() == line and stat.S_IMODE(os.stat(known).st_mode) == 0o600
-    assert len(warnings(client.output)) == 1 and keys.server.public in warnings(client.output)[0], client.output
+    assert len(warnings(dialled.output)) == 1 and keys.server.public in warnings(dialled.output)[0], dialled.output
     if mode is LEGACY:
         # What was accepted may be taken back: what known_hosts says now counts, not what was accepted an hour ago.
         known.write_text("%s 127.0.0.1:%d\n" % (strange.public, port))
         with pytest.raises(ConnectionResetError):
-            ask(tcp_port(client))
-        assert client.wait() == AUTHENTICATION_FAILED
-        client.wait_for("%s.*line 1\\b" % CHANGED)
+            ask(tcp_port(dialled))
+        assert dialled.wait() == AUTHENTICATION_FAILED
+        dialled.wait_for("%s.*line 1\\b" % CHANGED)
         known.write_text(line)
     else:
-        assert client.stop() == 0
+        assert dialled.stop() == 0
     # Known now, it is silent. When the key changes while the client runs, the next link finds out.
-    client = dialling(port, *tunnels, flags=flags)
-    client.wait_for(READY)
-    ask(tcp_port(client))
-    assert warnings(client.output) == [] and server.stop() == 0
-    impostor(client, mode, port, CHANGED)
+    dialled = client(port, *tunnels, flags=flags)
+    dialled.wait_for(READY)
+    ask(tcp_port(dialled))
+    assert warnings(dialled.output) == [] and server.stop() == 0
+    impostor(dialled, mode, port, CHANGED)
     assert known.read_text() == line
 
 
@@ -230,15 +222,15 @@ def make_dangling(path):
 
 
 @pytest.mark.parametrize("mode, spoil", [(RATROD2, make_folder), (LEGACY, make_dangling)], ids=["folder", "legacy, dangling link"])
-def test_a_file_that_cannot_be_written(mode, spoil, serve, ratrod, keys, known, strange, dialling, impostor, tcp_echo):
+def test_a_file_that_cannot_be_written(mode, spoil, serve, ratrod, keys, known, strange, client, impostor, tcp_echo):
     """It goes on for this run, with that key alone: also the file that cannot be written must not become -a."""
     spoil(known)
     server, port = serve(*mode.serve)
-    client = dialling(port, "0:%d" % tcp_echo.port, flags=(*mode.connect, "--accept-new", "--max-retry-interval", "1"))
-    client.wait_for(READY)
+    dialled = client(port, "0:%d" % tcp_echo.port, flags=(*mode.connect, "--accept-new", "--max-retry-interval", "1"))
+    dialled.wait_for(READY)
     for _ in range(3):
-        ask(tcp_port(client))
-    assert [line for line in warnings(client.output) if str(known) in line] and len(warnings(client.output)) <= 2, client.output
+        ask(tcp_port(dialled))
+    assert [line for line in warnings(dialled.output) if str(known) in line] and len(warnings(dialled.output)) <= 2, dialled.output
     # The same server again: known.
     assert server.stop() == 0
     server = ratrod("-k", keys.server.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
@@ -246,18 +238,18 @@ def test_a_file_that_cannot_be_written(mode, spoil, serve, ratrod, keys, known, 
 
     def works():
         with contextlib.suppress(AssertionError, OSError):
-            ask(tcp_port(client))
+            ask(tcp_port(dialled))
             return True
-    eventually(works, lambda: client.output)
+    eventually(works, lambda: dialled.output)
     # Another one in its place: not known.
     assert server.stop() == 0
-    program = impostor(client, mode, port, strange.public)
+    program = impostor(dialled, mode, port, strange.public)
     # It goes on trying until the known one is back. What is in no file holds for this run only.
     program.stop()
     serve(*mode.serve, bind="127.0.0.1:%d" % port)
-    eventually(works, lambda: client.output)
-    assert client.stop() == 0
-    assert dialling(port, flags=mode.connect).wait() == AUTHENTICATION_FAILED
+    eventually(works, lambda: dialled.output)
+    assert dialled.stop() == 0
+    assert client(port, flags=mode.connect).wait() == AUTHENTICATION_FAILED
 
 
 def test_a_file_on_a_read_only_disk(start, serve, keys, known, strange):

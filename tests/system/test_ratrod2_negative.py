@@ -23,7 +23,7 @@ import pytest
 
 from support import ratrod2_peer as peer
 from support.keys import base64url, identity_of, make_keys, seed_of
-from support.pressure import memory_before, peak_growth
+from support.pressure import LONG, memory_before, peak_growth
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY
 from support.ratrod2_peer import (
     ABANDON,
@@ -68,7 +68,7 @@ MESSAGE_2 = 137
 STOLEN = b"\x5a" * 32
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 # They last two minutes by their nature.
-long = pytest.mark.skipif(not os.environ.get("RATROD_LONG"), reason="takes 120 s: RATROD_LONG is not set")
+long = pytest.mark.skipif(not LONG, reason="takes 120 s: RATROD_LONG is not set")
 hostile_text = "marker-before\x1b]0;evil\x07\x1b[2J\r\n\x00\x9b\u202e marker-after " + "A" * 800
 
 
@@ -1805,6 +1805,15 @@ def slow_stream(end, target, ready, sizes):
     return stream
 
 
+def read_at_last(end, stream, ready, sizes, flood):
+    """The target of slow_stream reads, and has all that the flood sent."""
+    ready.set()
+    assert sizes.get(timeout=4 * PATIENCE) == flood.size
+    assert stream.receive_all() == b""
+    stream.over()
+    still_serves(end)
+
+
 @linux
 def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
     end = served()
@@ -1814,11 +1823,7 @@ def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
     flood.start(stream)
     flood.until_stuck(end)
     assert peak_growth(end.program, before) < MEMORY
-    ready.set()
-    assert sizes.get(timeout=4 * PATIENCE) == flood.size
-    assert stream.receive_all() == b""
-    stream.over()
-    still_serves(end)
+    read_at_last(end, stream, ready, sizes, flood)
 
 
 @linux
@@ -1871,11 +1876,7 @@ def test_31_a_target_stalled_for_120_s(served, target):
     flood.until_stuck(end)
     assert not flood.done.is_set()
     count_keepalives(stream.link, 6)
-    ready.set()
-    assert sizes.get(timeout=4 * PATIENCE) == flood.size
-    assert stream.receive_all() == b""
-    stream.over()
-    still_serves(end)
+    read_at_last(end, stream, ready, sizes, flood)
 
 
 @long

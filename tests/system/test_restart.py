@@ -469,17 +469,23 @@ def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow
 # ---------------------------------------------------------------------------------------------------- workers
 
 
+def told_to_end(stack, server, client, word):
+    """Eight connections that have had `word`, through a server that has then been told to end."""
+    connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
+    for connection in connections:
+        assert receive_exactly(connection, len(word)) == word
+    server.process.send_signal(TERM)
+    server.wait_for(r"🛑 Ending")
+    return connections
+
+
 def test_workers_drain_each(serve, connect, slow):
     """The parent passes the signal on and waits for the last of them."""
     server, server_port = serve("--workers", "2", "--drain", FOREVER)
     client = connect(server_port, "0:127.0.0.1:%d" % slow.port)
     client.wait_for(READY)
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
-        for connection in connections:
-            assert receive_exactly(connection, 5) == b"first"
-        server.process.send_signal(TERM)
-        server.wait_for(r"🛑 Ending")
+        connections = told_to_end(stack, server, client, b"first")
         eventually(lambda: refused(server_port), "nobody listens any more")
         slow.go_on.set()
         assert [receive_all(connection) for connection in connections] == [b"last"] * 8
@@ -491,11 +497,7 @@ def test_workers_end_on_a_second_signal(serve, connect, target):
     client = connect(server_port, "0:127.0.0.1:%d" % target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port)
     client.wait_for(READY)
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
-        for connection in connections:
-            assert receive_exactly(connection, 1) == b"!"
-        server.process.send_signal(TERM)
-        server.wait_for(r"🛑 Ending")
+        connections = told_to_end(stack, server, client, b"!")
         # Each worker takes the two signals by itself. One may still be at the first: two that wait are one to the kernel, so it is sent again.
         while True:
             server.process.send_signal(TERM)

@@ -74,14 +74,6 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-@pytest.fixture
-def client(ratrod, keys):
-    """client(server_port, TUNNEL words..., who=Keys, flags=()) -> Program, not yet awaited."""
-    def launch(server_port, *tunnels, who=None, flags=()):
-        return ratrod("-k", (who or keys.client).path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
-    return launch
-
-
 class Reverse(NamedTuple):
     """A server, a client with one reverse tunnel, and the `port` where the server listens for it."""
 

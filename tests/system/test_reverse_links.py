@@ -356,14 +356,6 @@ class Grants:
 
 
 @pytest.fixture
-def client(ratrod, keys):
-    """client(server_port, TUNNEL words..., flags=()) -> Program, not yet awaited."""
-    def launch(server_port, *tunnels, flags=()):
-        return ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
-    return launch
-
-
-@pytest.fixture
 def grants(keys, target):
     made = Grants(keys, target)
     yield made

@@ -23,12 +23,12 @@ import pytest
 from support import legacy_peer
 from support import ratrod2_peer as peer
 from support.keys import identity_of, make_keys, seed_of
+from support.pressure import LONG
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, ROOT, tcp_port, udp_originator
 from support.sockets import ask, dial, dial_with, eventually, port_of, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-LONG = bool(os.environ.get("RATROD_LONG"))
 STREAMS = 20_000 if LONG else 500
 CONNECTIONS = 5_000 if LONG else 1_000
 BULK = 300_000
