@@ -2520,14 +2520,15 @@ class ProxyHeader(Handshake):
 
     def __init__(self) -> None:
         self.source: tuple[str, int] | None = None
-        self.is_local = False
+        self.is_local = self._has_begun = False
         super().__init__()
 
     def receive_eof(self, why: str = "it left") -> NoReturn:
-        raise Speechless(why) if not self._received and not self.steps else RemoteProtocolError(why)
+        raise RemoteProtocolError(why) if self._has_begun or self._received else Speechless(why)
 
     def _run(self) -> Script:
         head = yield len(PROXY_SIGNATURE)  # the shortest header of version 1 is longer
+        self._has_begun = True
         if head == PROXY_SIGNATURE:
             yield from self._version_2()
         elif head.startswith(b"PROXY "):
@@ -4186,10 +4187,9 @@ class Link:
             self.loop.give_back(self._lent)
             self._lent = None
             self.transport.wake_at(1)
-        else:
-            following = self.owner.memory.let_go(self)
-            if following is not None:
-                following.update()
+        following = self.owner.memory.let_go(self)
+        if following is not None:
+            following.update()
 
     def hold(self) -> None:
         """The user takes nothing: no record is processed until release()."""
@@ -5466,7 +5466,6 @@ class UdpLink(LinkUser):
         del self.sessions[session.number]
         self.by_key.pop(session.key, None)
         session.on_close()
-        self.owner.on_session_closed(session)
         link = self.link
         if link and link.is_legacy:  # its link ends with it
             self.link = None
@@ -7048,9 +7047,6 @@ class Endpoint:
     def on_refused(self, link: Link, error: PeerError) -> None:
         """Opener: the server does not let this client in."""
 
-    def on_session_closed(self, session: UdpSession) -> None:
-        """A UDP session has ended."""
-
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         self.links.discard(link)
 
@@ -7294,6 +7290,8 @@ class Admission:
         def run_step(step: Callable[[], None], done: Callable[[Any, Exception | None], None]) -> None:
             def finish(result: Any, error: Exception | None) -> None:
                 self._steps.done(name)
+                if error is None and negotiation not in self._strangers:  # it ended while the step went on, which has let it in
+                    self._server.give_place_back(negotiation.handshake)
                 done(result, error)
             self._steps.begin(name, lambda: self._server.threads.submit(step, finish), rank)
         negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close,
@@ -7485,7 +7483,6 @@ class Server(Endpoint):
         self.reverse_streams: dict[Stream, bytes] = {}
         self._connecting = FairQueue(most_of_key=limits.connects_per_key)
         self._udp_links: dict[bytes, set[UdpLink]] = {}
-        self._udp_sessions = 0
         self._listed: Any = None  # authorized_keys as the links were last held against it, and what is wrong with it ...
         self._problems: list[str] = []
         self._expiry = float("inf")  # ... and when, by time.time(), the next of its lines expires
@@ -7638,13 +7635,13 @@ class Server(Endpoint):
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
         shown = show_address(negotiation.address)
-        has_place = bool(handshake.peer_key) and hasattr(handshake, "writer") and not isinstance(error, (AuthenticationError, Overloaded))
+        has_place = not isinstance(error, (AuthenticationError, Overloaded)) and not negotiation.is_stepping  # a step's end gives it back
         if error is None and not self._grants(handshake.peer_key, self.loop.now):
             error = AuthenticationError("its key was removed from authorized_keys")
             negotiation.sock.close()
         if error is not None:
             if has_place:
-                self._count_out(handshake.peer_key)
+                self.give_place_back(handshake)
             return self.complain_of_stranger(negotiation.address, error)
         return self._welcome(negotiation, handshake, shown)
 
@@ -7670,6 +7667,11 @@ class Server(Endpoint):
         if self.draining:  # it came through the system's queue, and its client tries another server
             return link.leave(link.writer.record(CLOSE))
         return link.update()
+
+    def give_place_back(self, handshake: Handshake) -> None:
+        """Of a stranger that admit() has let in, and that gets no link."""
+        if handshake.peer_key and hasattr(handshake, "writer"):
+            self._count_out(handshake.peer_key)
 
     def _count_out(self, key: bytes) -> None:
         with self._admitting:
@@ -7823,10 +7825,10 @@ class Server(Endpoint):
             udp = self._udp_link(link)
             session = UdpSession(udp, 0, 0, label, remote)
             remote_socket = RemoteUdpSocket(self.loop, session)
-            self._make_room_for_sessions(link.peer_key)
             udp.add(session)
+            self._make_room_for_sessions()
             remote_socket.on_connected(sock)
-            return udp.accept(link)
+            return udp.accept(link) if link.state != CLOSED else None  # it was itself what made room
         link.set_deadline(self.limits.connect_timeout, lambda: self.acceptor.refuse(link, label, socket.timeout("timed out")))
         self._connect_udp(link, remote, on_connected)
         return link.update()
@@ -7888,7 +7890,7 @@ class Server(Endpoint):
     def _open_session(self, udp: UdpLink, session: UdpSession) -> None:
         link = udp.link
         assert link is not None
-        self._make_room_for_sessions(link.peer_key)
+        self._make_room_for_sessions()
         remote = RemoteUdpSocket(self.loop, session)
 
         def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
@@ -7898,13 +7900,9 @@ class Server(Endpoint):
             return udp.end(session, shown, answer)
         self._connect_udp(link, session.target, on_connected)
 
-    def on_session_closed(self, session: UdpSession) -> None:
-        self._udp_sessions -= 1
-
-    def _make_room_for_sessions(self, key: bytes) -> None:
+    def _make_room_for_sessions(self) -> None:
         """At the limit the key that has most sessions loses its least recently used one: nobody else's."""
-        self._udp_sessions += 1
-        if self._udp_sessions > self._udp_cap:
+        if len(self.counters.sessions) > self._udp_cap:
             greedy = max(self._udp_links.values(), key=lambda links: sum(len(udp.sessions) for udp in links))
             oldest = min((next(iter(udp.sessions.values())) for udp in greedy if udp.sessions), key=lambda session: session.last_used)
             oldest.links.end(oldest)

@@ -21,7 +21,7 @@ import pytest
 import ratrod as module
 from support import pressure
 from support import ratrod2_peer as peer
-from support.joined import CLIENT_KEYS
+from support.joined import CLIENT_KEYS, TO_ACCEPTOR
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.many_lines import run_each
@@ -988,6 +988,40 @@ def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
         before = server._links_of.of(CLIENT_KEYS.public)
         server.admit("127.0.0.1", False, CLIENT_KEYS.public)  # on a thread; the list changes before the loop hears of it
         server._grants = lambda key, now=None: ()
-        server.on_negotiated(SimpleNamespace(address=("127.0.0.1", 1), sock=sock), handshake, None)
+        server.on_negotiated(SimpleNamespace(address=("127.0.0.1", 1), sock=sock, is_stepping=False), handshake, None)
         assert sock.fileno() == -1
         assert server._links_of.of(CLIENT_KEYS.public) == before
+
+
+def test_a_client_that_left_while_it_was_authorized_takes_no_place(keys):
+    asked, answer = threading.Event(), threading.Event()
+
+    def allow(_key, _target):
+        asked.set()
+        return answer.wait(PATIENCE)
+
+    def comes_in():
+        with dial(server.address[1]) as sock:
+            try:
+                link(sock, keys.client)
+                return True
+            except (peer.PeerError, OSError):
+                return False
+    limits = module.Limits(handshake_timeout=0.2, links=1, links_per_key=1)
+    with module.serve(key_path=str(keys.server.path), authorize=allow, limits=limits) as server:
+        assert not comes_in() and asked.is_set()
+        answer.set()
+        eventually(comes_in, "its place is free")
+
+
+def test_a_link_that_dies_within_a_long_record_keeps_no_turn_to_read():
+    with contextlib.closing(Ends("0:127.0.0.1:1")) as ends:
+        pair = ends.live[0]
+        link, wire, memory = pair.acceptor, pair.pipes[TO_ACCEPTOR].sink, ends.server.memory
+        record = bytes(pair.opener.writer.data(ends.loop.scratch_out, 200000))
+        for piece in record[:1448], record[1448:60000]:  # a buffer of its own, and then one that the loop lends
+            wire.sendall(piece)
+            ends.loop.turn()
+        assert link._lent is not None
+        link.lose(module.LinkClosed("the path broke"))
+        assert not memory._halves

@@ -101,3 +101,13 @@ def test_local_is_the_proxys_own():
     for data in (v2(family=UNSPEC, command=0), v2(addresses("198.51.100.7"), command=0), v2(bytes(300), 0x33, command=0)):
         header, took = read(data + WHAT_FOLLOWS)
         assert (header.wanted, took, header.source, header.is_local) == (0, len(data), None, True), data
+
+
+@pytest.mark.parametrize("data", [b"P", b"PROXY TCP4 19", b"PROXY TCP4 198.51.100.7", ratrod.PROXY_SIGNATURE, v2(addresses("198.51.100.7"))[:-1]])
+def test_a_header_that_stops_is_a_failure_and_no_health_check(data):
+    header, _ = read(data)
+    with pytest.raises(ratrod.RemoteProtocolError) as caught:
+        header.receive_eof()
+    assert not isinstance(caught.value, ratrod.Speechless)
+    with pytest.raises(ratrod.Speechless):
+        read(b"")[0].receive_eof()
