@@ -99,7 +99,7 @@ Options:
 # ---- Contents: the sections, each under a banner; search for "# 8." to be at links
 #
 #  1 limits and errors                    7 event loop, threads, sockets      13 server and client: the wiring
-#  2 messages of both wires               8 links: a cipher, one user         14 reports: one snapshot, four texts of it
+#  2 messages of both wires               8 links: a cipher, one user         14 reports: one snapshot, the texts of it
 #  3 keys and lists of keys               9 streams and their ends            15 as a library
 #  4 addresses, grants, what is allowed  10 UDP sessions and ports            16 command line, workers, signals, demo
 #  5 ciphers and framing                 11 ssh:// servers
@@ -421,7 +421,7 @@ def show_size(n: float) -> str:
 # 2. Messages: one tuple a message, one encoder and decoder for both wires
 # ======================================================================================================================
 # bincode 2, standard() but big-endian (PROTOCOL.md, part 1). A layout has one letter a field: b bytes, s str, ? bool, v varint; raw
-# fields of ratrod2: 1 u8, 4 u32, 8 u64, S a stream's 16 bytes, I an instance's 8 bytes.
+# fields of ratrod2: 1 u8, 4 u32, 8 u64, S a stream's 16 bytes.
 
 
 class ClientPreamble(NamedTuple):
@@ -583,13 +583,13 @@ class Decoder:
 
 _READ: dict[str, Callable[[Decoder], Any]] = {
     "b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint, "S": lambda decoder: decoder.take(16),
-    "I": lambda decoder: decoder.take(8), **{width: functools.partial(Decoder.number, width=int(width)) for width in "148"}}
+    **{width: functools.partial(Decoder.number, width=int(width)) for width in "148"}}
 _WRITE: dict[str, Callable[[Any], bytes]] = {
     "b": lambda data: encode_varint(len(data)) + data,
     "s": lambda text: _WRITE["b"](text.encode("utf-8")),
     "?": lambda value: bytes((value,)),
     "v": encode_varint,
-    "S": bytes, "I": bytes,
+    "S": bytes,
     "1": lambda n: n.to_bytes(1, "big"), "4": lambda n: n.to_bytes(4, "big"), "8": lambda n: n.to_bytes(8, "big"),
 }
 
@@ -2359,7 +2359,7 @@ class Socks5Handshake(Handshake):
     """The server's side of SOCKS5 (RFC 1928; RFC 1929 where `user`, as `name:password`, is asked for), up to the request: `command` and
     `target`. The answer to the request is the caller's."""
 
-    CONNECT, BIND, ASSOCIATE = 1, 2, 3
+    CONNECT, ASSOCIATE = 1, 3
 
     def __init__(self, user: str | None = None):
         self._user = (user or "").encode("utf-8", "surrogateescape")
@@ -3006,6 +3006,23 @@ class Threads:
             del item, task, done, result, error  # an idle thread must not keep a socket alive
 
 
+class KeyCounts:
+    """A number for each key, and the sum of them; a key whose number is 0 is not in `by_key`."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, int] = {}
+        self.total = 0
+
+    def of(self, key: Any) -> int:
+        return self.by_key.get(key, 0)
+
+    def change(self, key: Any, n: int) -> None:
+        self.total += n
+        self.by_key[key] = left = self.by_key.get(key, 0) + n
+        if not left:
+            del self.by_key[key]
+
+
 class FairQueue:
     """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn. Things of a lower rank
     go first; within a rank the keys take turns. `shares`: a key gets a smaller part of `most` the more keys there are, and one place is
@@ -3013,8 +3030,7 @@ class FairQueue:
 
     def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, shares: bool = False):
         self._most, self._most_of_key, self._shares = most, most_of_key, shares
-        self._running: dict[Any, int] = {}
-        self._total = 0
+        self._running = KeyCounts()
         # For each rank the keys in their order, each with what waits.
         self._waiting: list[collections.OrderedDict[Any, collections.deque[Callable[[], None]]]] = [
             collections.OrderedDict() for _ in range(3)]
@@ -3026,11 +3042,7 @@ class FairQueue:
         self._begin_waiting()
 
     def done(self, key: Any) -> None:
-        self._total -= 1
-        if self._running[key] > 1:
-            self._running[key] -= 1
-        else:
-            del self._running[key]
+        self._running.change(key, -1)
         if any(self._waiting):
             self._begin_waiting()
 
@@ -3040,16 +3052,16 @@ class FairQueue:
     def _may_begin(self, key: Any) -> bool:
         share = self._most_of_key
         if self._shares:
-            keys = len(set(self._running).union(*self._waiting))
+            keys = len(set(self._running.by_key).union(*self._waiting))
             share = min(share, max(1, (self._most - 1) // keys))
-        return self._running.get(key, 0) < share
+        return self._running.of(key) < share
 
     def _begin_waiting(self) -> None:
         if self._is_beginning:  # what is done as soon as it is begun: the loop below goes on with the next, not one call deeper
             return
         self._is_beginning = True
         try:
-            while self._total < self._most:
+            while self._running.total < self._most:
                 found = next(((waiting, key) for waiting in self._waiting for key in waiting if self._may_begin(key)), None)
                 if not found:
                     return
@@ -3059,8 +3071,7 @@ class FairQueue:
                     waiting.move_to_end(key)
                 else:
                     del waiting[key]
-                self._total += 1
-                self._running[key] = self._running.get(key, 0) + 1
+                self._running.change(key, 1)
                 call()
         finally:
             self._is_beginning = False
@@ -3522,7 +3533,7 @@ class Connector:
 
     def _try_next(self) -> None:
         """Begins the next try; where it fails at once, the one after it."""
-        while self._addresses and not self.is_closed:
+        while self._addresses:
             family, sockaddr = self._addresses.pop(0)
             try:
                 sock = socket.socket(family, socket.SOCK_STREAM)
@@ -3546,7 +3557,7 @@ class Connector:
                 return None
             sock.close()
             self._error = OSError(code, os.strerror(code))
-        if not self._tries and not self.is_closed:
+        if not self._tries:
             self._finish(None, self._error)
         return None
 
@@ -3575,8 +3586,6 @@ class Connector:
         if not self.is_closed:
             self.close()
             self._on_close(sock, error)
-        elif sock:
-            sock.close()
 
     def abort(self, error: Exception) -> None:
         self._finish(None, error)
@@ -3832,69 +3841,51 @@ def _clear_path(path: str) -> None:
 # ---------------------------------------------------------------------------------------------------- limits
 
 
-class Quota:
+class Quota(KeyCounts):
     """How many of something there are, in all and of each key."""
 
     def __init__(self, most: int, most_of_key: int, words: str):
+        super().__init__()
         self.most, self.most_of_key, self._words = most, most_of_key, words
-        self._of: dict[bytes, int] = {}
-        self._total = 0
-
-    def of(self, key: bytes) -> int:
-        return self._of.get(key, 0)
 
     def check(self, key: bytes, more: int = 0) -> None:
         """Overloaded where the client of this key has as many as it may, and so many more, or all together have."""
-        for whose, most, have in (("in all", self.most, self._total),
-                                  ("of this client", self.most_of_key, self._of.get(key, 0) - more)):
+        for whose, most, have in (("in all", self.most, self.total), ("of this client", self.most_of_key, self.of(key) - more)):
             if have >= most:
                 raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
 
     def take(self, key: bytes, more: int = 0) -> None:
         self.check(key, more)
-        self._of[key] = self._of.get(key, 0) + 1
-        self._total += 1
+        self.change(key, 1)
 
     def give_back(self, key: bytes) -> None:
-        self._total -= 1
-        if self._of[key] > 1:
-            self._of[key] -= 1
-        else:
-            del self._of[key]
-
-    def greediest(self) -> bytes:
-        """The key that has most."""
-        return max(self._of, key=self._of.__getitem__)
+        self.change(key, -1)
 
 
-class Memory:
+class Memory(KeyCounts):
     """The bytes that are kept until they are acknowledged, and those of records of which only a part has come: at most `most` in all and
     half of that for one key. Beyond it no window grows, a stream keeps at most POOR_WINDOW, the greediest key's local sockets are not
     read, and of its links that hold half a record only the one that has waited longest is read on."""
 
     def __init__(self, most: int):
+        super().__init__()
         self.most = most
-        self._of: dict[bytes, int] = {}
-        self.total = 0
         self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
         self._halves: dict[bytes, dict[Any, None]] = {}  # by key the links that hold half a record, the longest waiting first
 
     def change(self, key: bytes, n: int) -> None:
         """n bytes more, or less, are kept for this key."""
-        self.total += n
+        super().change(key, n)
         self.is_tight = self.total + WINDOW > self.most // 2
-        self._of[key] = left = self._of.get(key, 0) + n
-        if not left:
-            del self._of[key]
 
     def is_short(self, key: bytes) -> bool:
         """Whether one window more would be too much for this key."""
-        return self.is_tight and (self.total + WINDOW > self.most or self._of.get(key, 0) + WINDOW > self.most // 2)
+        return self.is_tight and (self.total + WINDOW > self.most or self.of(key) + WINDOW > self.most // 2)
 
     def is_out(self, key: bytes) -> bool:
         """Whether nothing more may be read for this key."""
-        mine = self._of.get(key, 0)
-        return self.is_tight and (mine > self.most // 2 or self.total > self.most and mine >= max(self._of.values(), default=0))
+        mine = self.of(key)
+        return self.is_tight and (mine > self.most // 2 or self.total > self.most and mine >= max(self.by_key.values(), default=0))
 
     def hold(self, link: Any) -> None:
         """This link holds half a record."""
@@ -3958,7 +3949,7 @@ class LinkUser:
     def on_sweep(self) -> None:
         """Called every second or so."""
 
-    def on_close(self, link: Link, error: Exception | None) -> None:
+    def on_close(self, link: Link, error: Exception) -> None:
         """The link has ended, and does not carry this user any more. A LinkClosed means that the path broke, not the peer."""
 
 
@@ -3974,7 +3965,7 @@ class Link:
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "instance", "role", "state", "user", "is_held", "is_completed",
                  "born", "sent_at", "heard_at", "name", "last", "idle_since", "out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
-                 "_is_paused", "_deadline", "_trickle", "_counted", "is_piped", "said_error", "is_extra")
+                 "_is_paused", "_deadline", "_trickle", "_counted", "is_resumable", "said_error", "is_extra")
     is_legacy = False
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, name: str = ""):
@@ -3987,7 +3978,7 @@ class Link:
         self.peer_key, self.instance = handshake.peer_key, handshake.instance  # of the peer; the instance of a stream's opener
         self.user: LinkUser = NOBODY
         self.last: Stream | None = None  # the stream before, whose last bytes are not acknowledged yet
-        self.is_piped = handshake.bare
+        self.is_resumable = not (handshake.bare or self.is_legacy)  # whether its stream can go on over another link; ssh's pipes break together
         self.said_error = False
         self.is_held = False
         self.is_extra = False  # one more than its key may have: for an attach alone
@@ -4006,11 +3997,6 @@ class Link:
 
     def _set_up(self) -> None:
         self.transport.retry_within(max(1.0, self.owner.limits.silence / 9))  # a ninth, so that the kernel gives up after we do
-
-    @property
-    def is_resumable(self) -> bool:
-        """Whether a stream on this link can go on over another one. ssh's pipes break with the whole connection."""
-        return not self.is_piped
 
     # ---- in
 
@@ -4407,10 +4393,6 @@ class LegacyLink(Link):
     def _set_up(self) -> None:
         self.transport.ask_for_life(self.owner.limits.silence)
 
-    @property
-    def is_resumable(self) -> bool:
-        return False
-
     def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
         """The handshake has named the target already: nothing is sent."""
         self.attach(user, ASKING[open_.kind])
@@ -4432,16 +4414,11 @@ class LegacyLink(Link):
         self.user.on_record(self, kind, content)
 
     def _on_eof(self) -> None:
+        if self.state != BUSY or self._in is not None:
+            return super()._on_eof()
         self._eof = True
-        if self._in is not None:
-            self.lose(LinkClosed("the connection ended inside a record"))
-        elif self.state == BUSY:
-            self._on_record(END, None)
-            self.update()
-        elif self.state == BYE:
-            self.close()
-        else:
-            self.lose(LinkClosed("the other side closed the connection"))
+        self._on_record(END, None)
+        return self.update()
 
     def send_end(self) -> None:
         self._finish_sending()
@@ -4613,8 +4590,7 @@ class Window:
     def _grow(self, wanted: int) -> None:
         size = next((size for size in self.SIZES if size >= wanted), wanted)
         ring = memoryview(bytearray(1 + size)) if size < WINDOW else new_scratch(1 + size)
-        for position in range(self.start, self.end, 4096):
-            self._copy(position, min(position + 4096, self.end), ring, size)
+        self._copy(self.start, self.end, ring, size)
         before = self._counted
         self._ring, self._size = ring, size
         if self._counted:
@@ -4729,11 +4705,8 @@ class Stream(LinkUser):
 
     def join(self, sock: Any) -> None:
         """The local socket is there."""
-        self.local = self._transport(sock)
+        self.local = Transport(self.loop, sock, self._on_event) if sock else StdioTransport(self.loop, self._on_event)
         self.local.guard(True)
-
-    def _transport(self, sock: Any) -> Transport:
-        return Transport(self.loop, sock, self._on_event)
 
     @property
     def sent(self) -> int:
@@ -4783,7 +4756,7 @@ class Stream(LinkUser):
 
     def set_free(self) -> None:
         """No Open of this stream has been looked at, or none by this run of the server: it is a new one."""
-        self.id, self.attempt, self.instance, self._most_sent = os.urandom(16), 0, b"", 0
+        self.id, self.attempt, self.instance, self._most_sent = random_bytes(16), 0, b"", 0
 
     @property
     def is_untouched(self) -> bool:
@@ -4804,8 +4777,6 @@ class Stream(LinkUser):
         self._link_in = open_.at
         self._on_taken(open_.taken)
         self._told = self.taken
-        if self._pending is not None:
-            link.hold()
         link.accept(self, BUSY, Opened(self.bound, self.taken))
         if self._pending is not None and self.link:
             link.hold()
@@ -5159,11 +5130,10 @@ class Stream(LinkUser):
         else:
             link.fail(error)
 
-    def on_close(self, link: Link, error: Exception | None) -> None:
+    def on_close(self, link: Link, error: Exception) -> None:
         if link is not self.link:
             return
         self._let_go()
-        error = error or LinkClosed("the other side closed the connection")
         if isinstance(error, LinkClosed) and self.keeps and (self.owner.limits.resume or not self.was_opened):
             self.detached_at = self.loop.now
             return self.keeper.on_detached(self, error)
@@ -5355,9 +5325,6 @@ class StdioStream(Stream):
         super().__init__(owner, keeper, OPENER, label, target)
         self.join(None)
 
-    def _transport(self, sock: Any) -> Transport:
-        return StdioTransport(self.loop, self._on_event)
-
     def _on_local_failed(self, error: OSError) -> None:
         if error.errno != errno.EPIPE:  # a reader that went away knows by itself
             log.error("❌ %s: standard input or output: %s", self.label, reason(error))
@@ -5475,9 +5442,9 @@ class UdpLink(LinkUser):
             link.send_record(SESSION_OVER, session.number, *tell)
         self.owner.counters.on_end(session, error)
 
-    def end_all(self, error: Exception | None = None) -> None:
+    def end_all(self) -> None:
         for session in list(self.sessions.values()):
-            self.end(session, error, tell=None)
+            self.end(session, tell=None)
 
     def expire(self) -> None:
         """Ends the sessions that have been idle too long."""
@@ -5556,12 +5523,12 @@ class UdpLink(LinkUser):
         link.transport.limit_unsent(UNSENT_DATAGRAMS)
         link.accept(self, UDP_OPEN, Opened(""))
 
-    def on_close(self, link: Link, error: Exception | None) -> None:
+    def on_close(self, link: Link, error: Exception) -> None:
         if link is self.link or self.link is None:
             self.link = None
-            self.on_lost(self, error or LinkClosed("the other side closed the connection"))
+            self.on_lost(self, error)
 
-    def close(self, error: Exception) -> None:
+    def close(self) -> None:
         """Ends the link, with its sessions."""
         link, self.link = self.link, None
         if link:
@@ -5799,19 +5766,20 @@ class UdpPort:
             return
         batch = self.loop.batch
         for _ in range(BATCH):
+            room = batch.room()
             try:
                 if self._asks_destinations:
-                    n, control, _flags, address = self.sock.recvmsg_into([batch.room()], 256)
+                    n, control, _flags, address = self.sock.recvmsg_into([room], 256)
                     originator = address, self._answer_from(control)
                 else:
-                    n, address = self.sock.recvfrom_into(batch.room())
+                    n, address = self.sock.recvfrom_into(room)
                     originator = address, None
             except OSError:  # nothing more is there, or an ICMP error of an earlier answer
                 break
-            session, skip = self._find(originator, batch.room()[:n])
+            session, skip = self._find(originator, room[:n])
             if session:
                 if skip:
-                    batch.room()[:n - skip] = batch.room()[skip:n]
+                    room[:n - skip] = room[skip:n]
                 batch.add(session, n - skip)
         batch.flush()
 
@@ -6213,9 +6181,15 @@ def show_tries(n: int) -> str:
     return "1 try" if n == 1 else "%d tries" % n
 
 
-def was_closed(error: Exception) -> bool:
-    """Whether the peer's system ended the link: the process has died, or is back in a moment. Otherwise the path is silent."""
-    return not isinstance(error, (LinkSilent, LinkSpoiled))
+def resume_time(limits: Limits, error: Exception) -> float:
+    """Seconds that a stream waits for another link: fewer where the peer's system ended the link, for its process has died or is back in
+    a moment, than where the path is silent."""
+    return limits.resume if isinstance(error, (LinkSilent, LinkSpoiled)) else min(limits.resume, limits.resume_after_close)
+
+
+def backoff(level: int, longest: float) -> float:
+    """Seconds before the next try: twice as many at each level, drawn from the upper half."""
+    return min(longest, Reach.FIRST * 2 ** min(level, 30)) * (0.5 + os.urandom(1)[0] / 510)
 
 
 class Opener(Keeper):
@@ -6342,7 +6316,7 @@ class Opener(Keeper):
         if not stream.was_opened:
             stream.give_up_at = stream.since + self.limits.connect_timeout
         else:
-            stream.give_up_at = now + (min(self.limits.resume, self.limits.resume_after_close) if was_closed(error) else self.limits.resume)
+            stream.give_up_at = now + resume_time(self.limits, error)
             log.debug("%s: %s; waiting for another link", stream.label, error)
         self.detached[stream] = None  # on_link_closed() follows
         return None
@@ -6491,10 +6465,8 @@ class Reach:
         log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says, lost or "no new link", reason(error))
         self._has_said = self._has_said or says
         if self._timer is None:
-            longest = self._limits.retry_interval
-            pause = longest if is_final(error) else min(longest, self.FIRST * 2 ** min(self._level, 30))
+            self._set(self._loop.now + backoff(30 if is_final(error) else self._level, self._limits.retry_interval))
             self._level += 1
-            self._set(self._loop.now + pause * (0.5 + os.urandom(1)[0] / 510))
         return None
 
     def succeed(self, found: str) -> None:
@@ -6697,9 +6669,6 @@ class Dial:
         self._client.threads.submit(functools.partial(ssh.explain, link, handshake, error, self._ssh_tries), on_explained)
 
 
-Ended = Tuple[str, float, bytes]  # how (CLOSED_ or RESET_), when, whose
-
-
 class Acceptor(Keeper):
     """What an Open meets: the streams of this side, those that wait for another link, and the numbers of those that are over.
 
@@ -6716,16 +6685,16 @@ class Acceptor(Keeper):
         self._counted: dict[Stream, bytes] = {}  # those that the quota counts
         self._opens: dict[Stream, Open] = {}  # of those whose remote is being connected to
         self._detached: collections.OrderedDict[Stream, None] = collections.OrderedDict()  # the longest detached first
-        self._detached_of: collections.Counter[bytes] = collections.Counter()
+        self._detached_of = KeyCounts()
         self._ended: collections.OrderedDict[tuple[bytes, bytes], tuple[bool, float]] = collections.OrderedDict()  # was it reset, when
-        self._ended_of: collections.Counter[bytes] = collections.Counter()
+        self._ended_of = KeyCounts()
         self._full_at: dict[bytes, float] = {}  # when a number of this key was dropped for want of room
 
     # ---- Open
 
     def open(self, link: Link, open_: Open) -> None:
         if not link.is_resumable:
-            return self._begin(link, open_, (link.peer_key, os.urandom(16)))
+            return self._begin(link, open_, (link.peer_key, random_bytes(16)))
         number = link.peer_key, open_.stream
         stream = self._streams.get(number)
         if stream is not None:
@@ -6833,10 +6802,9 @@ class Acceptor(Keeper):
     def on_detached(self, stream: Stream, error: Exception) -> None:
         if self.owner.draining and not self.limits.resume:
             return stream.give_up(error)
-        wait = min(self.limits.resume, self.limits.resume_after_close) if was_closed(error) else self.limits.resume
-        stream.give_up_at = self.loop.now + wait
+        stream.give_up_at = self.loop.now + resume_time(self.limits, error)
         self._detached[stream] = None
-        self._detached_of[stream.peer_key] += 1
+        self._detached_of.change(stream.peer_key, 1)
         log.debug("%s: %s; waiting for another link", stream.label, error)
         self._limit_detached(stream.peer_key)
         return None
@@ -6855,13 +6823,13 @@ class Acceptor(Keeper):
 
     def _limit_detached(self, key: bytes) -> None:
         half = self._quota.most // 2 if self._quota is not None else DETACHED_OF_KEY
-        if self._detached_of[key] > DETACHED_OF_KEY:
+        if self._detached_of.of(key) > DETACHED_OF_KEY:
             self._reset_longest(key)
         elif len(self._detached) > max(1, half):
             self._reset_longest(self._greediest())
 
     def _greediest(self) -> bytes:
-        return max(self._detached_of, key=self._detached_of.__getitem__, default=b"")
+        return max(self._detached_of.by_key, key=self._detached_of.of, default=b"")
 
     def _reset_longest(self, key: bytes) -> bool:
         """Gives up the longest detached stream of this key."""
@@ -6880,16 +6848,10 @@ class Acceptor(Keeper):
     def _forget_detached(self, stream: Stream) -> None:
         if stream in self._detached:
             del self._detached[stream]
-            self._detached_of[stream.peer_key] -= 1
-            if not self._detached_of[stream.peer_key]:
-                del self._detached_of[stream.peer_key]
+            self._detached_of.change(stream.peer_key, -1)
 
     def has_detached(self, key: bytes) -> bool:
-        return self._detached_of[key] > 0
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._detached)
+        return self._detached_of.of(key) > 0
 
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
         """The only place where a stream's part of the quota is given back."""
@@ -6925,8 +6887,8 @@ class Acceptor(Keeper):
         key = number[0]
         self._unremember(number)
         self._ended[number] = was_reset, self.loop.now
-        self._ended_of[key] += 1
-        if self._ended_of[key] > NUMBERS_OF_KEY:
+        self._ended_of.change(key, 1)
+        if self._ended_of.of(key) > NUMBERS_OF_KEY:
             self._full_at[key] = self.loop.now
             self._unremember(next(other for other in self._ended if other[0] == key))
         elif len(self._ended) > NUMBERS_IN_ALL:
@@ -6936,9 +6898,7 @@ class Acceptor(Keeper):
 
     def _unremember(self, number: tuple[bytes, bytes]) -> None:
         if self._ended.pop(number, None):
-            self._ended_of[number[0]] -= 1
-            if not self._ended_of[number[0]]:
-                del self._ended_of[number[0]]
+            self._ended_of.change(number[0], -1)
 
     def sweep(self) -> None:
         now = self.loop.now
@@ -7110,6 +7070,11 @@ class Endpoint:
     # ---- what it tells, and is told
 
     @property
+    def patience(self) -> float:
+        """How long the acceptor of a link may take to say Opened: its look-up and connect, and the rest of the handshake."""
+        return self.limits.connect_timeout + self.limits.handshake_timeout
+
+    @property
     def handshakes(self) -> int:
         """How many are under way."""
         raise NotImplementedError
@@ -7153,7 +7118,7 @@ class Endpoint:
         until, told = now + seconds, now + min(1.0, seconds)
         left = sum(link.state not in (BYE, IDLE) for link in self.links)
         if left and seconds:
-            log.info("🛑 Ending: %d connection%s may go on for %g s; a second signal ends at once", left, "s" * (left > 1), seconds)
+            log.info("🛑 Ending: %s may go on for %g s; a second signal ends at once", plural(left, "connection"), seconds)
 
         def look() -> None:
             now = time.monotonic()
@@ -7250,12 +7215,13 @@ class Admission:
     def source(self, name: str) -> Source:
         if name not in self._sources:
             if len(self._sources) >= self._most_sources:
-                self._forget_sources()
+                self.sweep()
                 self._most_sources = max(SOURCES, 2 * len(self._sources))  # so that looking through them is paid for by as many new ones
             self._sources[name] = Source(self._loop.now, self._limits.handshake_rate)
         return self._sources[name]
 
-    def _forget_sources(self) -> None:
+    def sweep(self) -> None:
+        """Forgets the sources of which nothing has to be remembered."""
         now = self._loop.now
         for name, source in list(self._sources.items()):
             if not source.strangers and not source.is_trusted(now) and source.tries.is_full(now):
@@ -7270,8 +7236,7 @@ class Admission:
 
     def _begin(self, sock: socket.socket, address: Any) -> None:
         """Its first byte tells the wire."""
-        first_byte = FirstByte(functools.partial(self._choose, address))
-        self._add(Source.name(address[0]), sock, address, first_byte, self._on_negotiated)
+        self._add(Source.name(address[0]), sock, address, FirstByte(self._choose), self._on_negotiated)
 
     def _add(self, name: str, sock: socket.socket, address: Any, handshake: Handshake,
              on_close: Callable[[Negotiation, Exception | None], None]) -> None:
@@ -7300,9 +7265,9 @@ class Admission:
         source.strangers[negotiation] = None
         return negotiation.start()
 
-    def _choose(self, address: Any, is_legacy: bool) -> Handshake | None:
+    def _choose(self, is_legacy: bool) -> Handshake | None:
         server = self._server
-        authorize = functools.partial(server.admit, Source.name(address[0]), is_legacy)
+        authorize = functools.partial(server.admit, is_legacy)
         if not is_legacy:
             return NoiseServerHandshake(server.keys, server.suites, authorize=authorize, instance=server.instance)
         return LegacyServerHandshake(server.keys, authorize=authorize) if server.is_legacy else None
@@ -7336,9 +7301,6 @@ class Admission:
     def is_busy(self) -> bool:
         """Somebody in the middle of a handshake gets an answer; a connection that has said nothing for 2 s holds up nobody."""
         return any(self._loop.now - stranger.born < 2 for stranger in self._strangers)
-
-    def sweep(self) -> None:
-        self._forget_sources()
 
     def close(self) -> None:
         for stranger in list(self._strangers):
@@ -7478,6 +7440,7 @@ class Server(Endpoint):
         most = limits.streams or most
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
+        self._sources_of: dict[Link, Source] = {}
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
                                  lambda link, open_: new_label(link.name, open_.target))
         self.reverse_streams: dict[Stream, bytes] = {}
@@ -7504,11 +7467,6 @@ class Server(Endpoint):
     @property
     def handshakes(self) -> int:
         return len(self.admission)
-
-    @property
-    def patience(self) -> float:
-        """How long the acceptor of a link may take to say Opened: its look-up and connect, and the rest of the handshake."""
-        return self.limits.connect_timeout + self.limits.handshake_timeout
 
     def describe(self) -> Iterator[str]:
         yield "Server on `%s`" % str(self.address)
@@ -7626,7 +7584,7 @@ class Server(Endpoint):
 
     # ---- strangers
 
-    def admit(self, source: str, is_legacy: bool, key: bytes) -> None:
+    def admit(self, is_legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
         self._authorize(key, is_legacy)
         with self._admitting:  # two at once must not both take the last place
@@ -7660,8 +7618,10 @@ class Server(Endpoint):
         self.counters.links += 1
         if isinstance(handshake, LegacyServerHandshake):
             legacy = LegacyLink(self, negotiation.sock, handshake, ACCEPTOR, shown, CONNECTING)
+            self._sources_of[legacy] = source
             return self._open_legacy(legacy, handshake.remote, handshake.is_udp)
         link = Link(self, negotiation.sock, handshake, ACCEPTOR, shown)
+        self._sources_of[link] = source
         link.instance = handshake.instance
         link.is_extra = self._links_of.of(link.peer_key) > self._links_of.most_of_key
         if self.draining:  # it came through the system's queue, and its client tries another server
@@ -7683,9 +7643,9 @@ class Server(Endpoint):
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         super().on_link_closed(link, error)
         self._count_out(link.peer_key)
-        if link.name != "ssh":
-            source = self.admission.source(Source.name(split_host_port(link.name)[0]))
-            source.links = max(0, source.links - 1)
+        source = self._sources_of.pop(link, None)
+        if source:
+            source.links -= 1
             source.authorized_at = self.loop.now
         listener = self._listening.pop(link, None)
         if listener:
@@ -7846,7 +7806,7 @@ class Server(Endpoint):
                 return on_connected(None, ConnectError("the client is gone"))
             try:
                 target, grants = self._permitted(link, stream.target)
-                if is_literal(target.host):
+                if self.options.authorize and is_literal(target.host):  # it is not asked about what policy refuses
                     self.policy.check_addresses(target, (target.host,), grants)
             except PolicyError as error:
                 return on_connected(None, error)
@@ -7991,8 +7951,8 @@ class Probe(LinkUser):
         link.close()
         self._done(None)
 
-    def on_close(self, link: Link, error: Exception | None) -> None:
-        self._done(error or LinkClosed("the server closed the connection"))
+    def on_close(self, link: Link, error: Exception) -> None:
+        self._done(error)
 
 
 class Pool(Opener):
@@ -8205,7 +8165,6 @@ class ReverseTunnel(LinkUser):
         self._client, self.spec, self.number, self._loop = client, spec, number, client.loop
         self.address: Address | None = None  # what the server listens on, once it has said so
         self.asked = str(spec.local) if spec.local.host else str(spec.local.port)
-        self.instance, self.since = b"", 0.0
         self._asking = 0
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
@@ -8285,7 +8244,7 @@ class ReverseTunnel(LinkUser):
             retries = self._client.options.retries
             if retries is not None and self._tries > retries:
                 return self._client.give_up(RatrodError("Giving up after %s: %s" % (show_tries(self._tries), reason(error))))
-        pause = min(self._client.limits.retry_interval, Reach.FIRST * 2 ** min(self._tries - 1, 30)) * (0.5 + os.urandom(1)[0] / 510)
+        pause = backoff(self._tries - 1, self._client.limits.retry_interval)
         self._rests_until = self._loop.now + pause
         self._loop.call_later(pause + 0.001, self.ask_more)
         return None
@@ -8368,8 +8327,8 @@ class Question(LinkUser):
         link.leave(b"")
         return self._tunnel.on_refused(LinkClosed("the server takes no more streams on this connection"))
 
-    def on_close(self, link: Link, error: Exception | None) -> None:
-        self._tunnel.on_refused(error or LinkClosed("the server closed the connection"))
+    def on_close(self, link: Link, error: Exception) -> None:
+        self._tunnel.on_refused(error)
 
 
 class Client(Endpoint):
@@ -8421,11 +8380,6 @@ class Client(Endpoint):
                 self.listeners.append(Listener(self.loop, sock, on_accept, self.limits.accept_pause))
             else:
                 self.listeners.append(UdpPort(self.loop, sock, self._find_session, str(spec.remote)))
-
-    @property
-    def patience(self) -> float:
-        """How long the server may take to say Opened: its look-up and connect, and the rest of the handshake."""
-        return self.limits.connect_timeout + self.limits.handshake_timeout
 
     @property
     def is_stubborn(self) -> bool:
@@ -8826,7 +8780,7 @@ class Client(Endpoint):
 
     def end_waiting(self) -> None:
         for udp in [self._udp, *self._legacy_udp]:
-            udp.close(LocalFailed(ENDING))
+            udp.close()
         for association in list(self._associations):
             association.close()
         for connection in list(self._socks):
@@ -8873,7 +8827,7 @@ class UdpWaiter:
         self.udp.on_lost(self.udp, error)
 
 # ======================================================================================================================
-# 14. Reports: one snapshot of an endpoint, and the status table, metrics, status line and systemd status made of it
+# 14. Reports: one snapshot of an endpoint, and the status table, metrics and status line made of it; systemd's status
 # ======================================================================================================================
 
 LISTED = 50  # things of each kind that a status table names
@@ -9138,15 +9092,15 @@ class StatusLine(logging.StreamHandler):  # type: ignore[type-arg]
 # ---- systemd
 
 
-def show_state(shot: Snapshot) -> str:
+def show_state(endpoint: Endpoint) -> str:
     """What `systemctl status` shows."""
-    return "STATUS=" + shot.title
+    return "STATUS=" + next(iter(endpoint.describe()))
 
 
 def notify_systemd(*lines: str) -> None:
     """Sends state changes to systemd, if it started this process and waits for them (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    if path[:1] not in ("/", "@") or not path or not hasattr(socket, "AF_UNIX"):
+    if path[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
         return
     if lines[0] == "RELOADING=1":
         lines += ("MONOTONIC_USEC=%d" % (time.monotonic() * 1e6),)
@@ -9815,14 +9769,14 @@ class EndpointRun:
 
     def _on_started(self) -> None:
         self._is_ready = True
-        self._notify("READY=1", show_state(snapshot(self._endpoint)))
+        self._notify("READY=1", show_state(self._endpoint))
 
     def _on_finished(self, error: Exception | None) -> None:
         self._outcome.append(error)
         self._loop.stop()
 
     def _report_state(self) -> None:
-        self._notify(show_state(snapshot(self._endpoint)))
+        self._notify(show_state(self._endpoint))
         self._loop.call_later(STATUS_INTERVAL, self._report_state)
 
     # ---- signals
