@@ -664,7 +664,7 @@ class World:
             assert {link.state for link in pair.links} <= {ratrod.IDLE, ratrod.CLOSED}
             assert all(link.user is ratrod.NOBODY for link in pair.links)
         assert not opener.waiting and not opener.detached
-        assert not acceptor._detached and not acceptor._counted and not acceptor._opens and not self.server.quota._total
+        assert not acceptor._detached and not acceptor._counted and not acceptor._opens and not self.server.quota.total
         assert not acceptor._streams, "what was acknowledged is still kept"
         assert (self.client.memory.total, self.server.memory.total) == (0, 0)
 
