@@ -6421,7 +6421,7 @@ class Reach:
         self.answered: set[Place] = set()  # the servers that have answered ratrod2 in this run
         self._dials: set[Dial] = set()
         self._tries = self._begun = self._level = 0
-        self._has_said = False
+        self._said = 0  # of this loss: 1 that the server is away, 2 that a key is refused
         self._since = self._tried_at = self._well_at = self._loop.now
         self._timer: Timer | None = None
 
@@ -6451,7 +6451,7 @@ class Reach:
         is no news."""
         again = is_first or self.error is not None
         if self.error is None:
-            self._since, self._tries, self._begun, self._has_said = self._loop.now, int(tried), int(tried), False
+            self._since, self._tries, self._begun, self._said = self._loop.now, int(tried), int(tried), 0
             if self._loop.now - self._well_at > self.STEADY:
                 self._level = 0
         else:
@@ -6460,17 +6460,18 @@ class Reach:
         if self._most is not None and self._tries >= self._most:
             return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
                 show_tries(self._tries), self._loop.now - self._since, reason(error))))
-        # A refusal of a key is said at once: the next try is far.
-        says = (bool(lost) and again or is_final(error)) and not self._has_said
+        # A refusal of a key is said at once, for the next try is far; and also where it was said before that the server is away.
+        news = 2 if is_final(error) else int(bool(lost) and again)
+        says = news > self._said
         log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says, lost or "no new link", reason(error))
-        self._has_said = self._has_said or says
+        self._said = max(self._said, news)
         if self._timer is None:
             self._set(self._loop.now + backoff(30 if is_final(error) else self._level, self._limits.retry_interval))
             self._level += 1
         return None
 
     def succeed(self, found: str) -> None:
-        if self.error is not None and self._has_said:
+        if self.error is not None and self._said:
             log.info("✅ %s after %s in %.1f s", found, show_tries(self._tries + 1), self._loop.now - self._since)
         self.error = None
         self._well_at = self._loop.now

@@ -1,6 +1,7 @@
 """SshLinks with a program in place of ssh: which failures allow another try, and that nothing stays counted."""
 
 import errno
+import gc
 import os
 import threading
 
@@ -68,6 +69,7 @@ def test_sshd_that_takes_few_sessions(fake):
 
 def test_a_start_that_raises_is_not_counted(fake, monkeypatch):
     link, _ = fake.fail("", 0)
+    gc.collect()  # what other tests left to the collector
     before = len(os.listdir("/dev/fd"))
     for failure, expected in ((OSError(errno.EMFILE, "Too many open files"), ratrod.ConnectError), (KeyError("a bug"), KeyError)):
         def unable(*_args, failure=failure, **_named):
@@ -75,7 +77,7 @@ def test_a_start_that_raises_is_not_counted(fake, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(expected, match="cannot run `.*ssh`: Too many open files|a bug"):
             patch.setattr(fake.links, "_run", unable)
             fake.links.start(False)
-        assert (link.master.links, len(os.listdir("/dev/fd"))) == (0, before)
+        assert link.master.links == 0 and len(os.listdir("/dev/fd")) <= before  # threads of other tests may still close theirs
 
 
 def test_the_end_while_a_connection_is_being_made(fake):

@@ -141,12 +141,29 @@ def test_a_listener_that_is_no_more_neither_spins_nor_stays():
     loop.close()
 
 
-def test_links_that_fail_together_are_one_try():
+@pytest.fixture
+def reach():
+    """A Reach whose client notes what it is told, for two tries in a row."""
+    loop, again, given_up = ratrod.EventLoop(), [], []
+    made = ratrod.Reach(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, try_again=lambda: again.append(1), give_up=given_up.append), 2)
+    yield made, again, given_up
+    made.stop()
+    loop.close()
+
+
+def test_a_refused_key_is_said_after_a_loss_too(reach, caplog):
+    """A server that is started anew refuses connections first. Each is said once, the loss as its second failure."""
+    made, _, _ = reach
+    for error in (ratrod.ConnectError("refused"), ratrod.ConnectError("refused"), ratrod.AuthenticationError("HAS CHANGED"),
+                  ratrod.AuthenticationError("HAS CHANGED"), ratrod.ConnectError("refused")):
+        made.fail(error, "Lost it")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
+        "❌ Lost it: refused; trying again", "❌ Lost it: HAS CHANGED; trying again"]
+
+
+def test_links_that_fail_together_are_one_try(reach):
     """A server that ends takes all links in one moment: --max-retry-count counts tries to come back."""
-    loop = ratrod.EventLoop()
-    given_up, again = [], []
-    client = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, try_again=lambda: again.append(1), give_up=given_up.append)
-    reach = ratrod.Reach(client, 2)
+    reach, again, given_up = reach
     for _ in range(10):
         reach.fail(ratrod.ConnectError("it ended"), tried=True)
     assert not given_up
@@ -154,5 +171,3 @@ def test_links_that_fail_together_are_one_try():
     for _ in range(10):
         reach.fail(ratrod.ConnectError("still away"))
     assert len(again) == 1 and "after 2 tries" in str(given_up[0])
-    reach.stop()
-    loop.close()
