@@ -2355,86 +2355,140 @@ class PipeHandshake(Handshake):
 # ---------------------------------------------------------------------------------------------------- SOCKS, proxies, PROXY header, HTTP
 
 
-class Socks5Handshake(Handshake):
-    """The server's side of SOCKS5 (RFC 1928; RFC 1929 where `user`, as `name:password`, is asked for), up to the request: `command` and
-    `target`. The answer to the request is the caller's."""
+def read_until(ends: tuple[bytes, ...], head: bytes, most: int, too_long: str) -> Generator[int, bytes, bytes]:
+    """`head` and what follows it, up to and with one of `ends`. Byte by byte: what comes behind that is not ours to read.
 
-    CONNECT, ASSOCIATE = 1, 3
+    RemoteProtocolError(too_long) where more than `most` bytes have no such end.
+    """
+    read = bytearray(head)
+    while not read.endswith(ends):
+        if len(read) >= most:
+            raise RemoteProtocolError(too_long)
+        read += yield 1
+    return bytes(read)
 
-    def __init__(self, user: str | None = None):
-        self._user = (user or "").encode("utf-8", "surrogateescape")
-        self.command, self.target = 0, ""
-        super().__init__()
 
-    def receive_eof(self, why: str = "it left") -> NoReturn:
-        raise RemoteProtocolError(why)
+def read_short() -> Generator[int, bytes, bytes]:
+    """Bytes behind their number, which is one byte."""
+    size = (yield 1)[0]
+    return (yield size) if size else b""
 
-    def _run(self) -> Script:
-        version, count = yield 2
-        if version != 5 or not count:
-            raise RemoteProtocolError("it does not speak SOCKS5")
-        method = 2 if self._user else 0
-        if method not in (yield count):
-            self._to_send += b"\x05\xff"
-            raise RemoteProtocolError("it does not offer %s" % ("a user name and a password" if self._user else "to go without a password"))
-        self._to_send += bytes((5, method))
-        if self._user:
-            yield from self._authenticate()
-        version, self.command, _, kind = yield 4
-        size = {1: 4, 4: 16}.get(kind) or (kind == 3 and (yield 1)[0])
-        if version != 5 or not size:
-            self._to_send += socks_reply(8 if version == 5 else 1)
-            raise RemoteProtocolError("a SOCKS5 request that cannot be")
-        host = yield size
-        self.target = socks_target(kind, host, (yield 2))
 
-    def _authenticate(self) -> Script:
-        import hmac
+SOCKS_SIZES = {1: 4, 4: 16}  # bytes of an address by its type; type 3 is a name behind its length
 
-        given = []
-        version = (yield 1)[0]
-        for _ in range(2):
-            size = (yield 1)[0]
-            given.append((yield size) if size else b"")
-        is_good = version == 1 and hmac.compare_digest(b":".join(given), self._user)
-        self._to_send += bytes((1, not is_good))
-        if not is_good:
-            raise AuthenticationError("wrong user name or password")
+
+def read_socks_address() -> Generator[int, bytes, str]:
+    """`host:port` of an address as SOCKS5 writes it; "" where its type is unknown or its name is empty."""
+    kind = (yield 1)[0]
+    host = (yield from read_short()) if kind == 3 else (yield SOCKS_SIZES[kind]) if kind in SOCKS_SIZES else b""
+    return socks_target(kind, host, (yield 2)) if host else ""
 
 
 def socks_target(kind: int, host: bytes, port: bytes) -> str:
-    """`host:port` of an address as SOCKS5 writes it. Whether the host is one is for others to judge."""
+    """`host:port` of the parts of a SOCKS5 address. Whether the host is one is for others to judge."""
     import ipaddress
 
-    shown = host.decode("latin-1") if kind == 3 else str(ipaddress.ip_address(host))
+    shown = host.decode("utf-8", "replace") if kind == 3 else str(ipaddress.ip_address(host))
     # Not an Address: a name that looks like a path must stay a name, not become a Unix socket.
     return ("[%s]:%d" if ":" in shown else "%s:%d") % (shown, int.from_bytes(port, "big"))
 
 
 def socks_address(target: Address) -> bytes:
     """An address as SOCKS5 writes it."""
-    import ipaddress
-
     port = target.port.to_bytes(2, "big")
     if is_address(target.host):
-        packed = ipaddress.ip_address(target.host).packed
+        packed = parse_ip(target.host).packed
         return (b"\x04" if len(packed) == 16 else b"\x01") + packed + port
     name = target.host.encode("ascii")
     return b"\x03" + bytes((len(name),)) + name + port
 
 
-def socks_reply(code: int, bound: Address = Address("0.0.0.0", 0)) -> bytes:  # noqa: B008 - a constant
-    return bytes((5, code, 0)) + socks_address(bound)
+def socks_reply(version: int, code: int, bound: Address = Address("0.0.0.0", 0)) -> bytes:  # noqa: B008 - a constant
+    """The answer to a request. `code` is version 5's; version 4 knows 90, granted, and 91, failed."""
+    return bytes((0, 91 if code else 90)) + bytes(6) if version == 4 else bytes((5, code, 0)) + socks_address(bound)
 
 
 def split_socks_datagram(data: memoryview) -> tuple[str, int]:
     """(target, where the payload begins) of a datagram of a SOCKS5 client; ValueError where it is none, or a fragment."""
     kind = data[3] if len(data) > 4 else 0
-    start, size = (5, data[4]) if kind == 3 else (4, {1: 4, 4: 16}.get(kind, 0))
+    start, size = (5, data[4]) if kind == 3 else (4, SOCKS_SIZES.get(kind, 0))
     end = start + size
     if not size or len(data) < end + 2 or data[2]:
         raise ValueError("not a whole SOCKS5 datagram")
     return socks_target(kind, bytes(data[start:end]), bytes(data[end:end + 2])), end + 2
+
+
+class SocksHandshake(Handshake):
+    """The server's side of SOCKS, up to the request: `version`, `command` and `target`. The caller answers it.
+
+    Version 5 is RFC 1928, with RFC 1929 where `user`, `name:password`, is asked for. Versions 4 and 4a have no password.
+    """
+
+    CONNECT, ASSOCIATE = 1, 3
+
+    def __init__(self, user: str | None = None):
+        self._user = (user or "").encode("utf-8", "surrogateescape")
+        self.version, self.command, self.target = 0, 0, ""
+        super().__init__()
+
+    def receive_eof(self, why: str = "it left") -> NoReturn:
+        raise Departed(why)
+
+    def _run(self) -> Script:
+        first = yield 1
+        self.version = first[0]
+        yield from {5: self._run_5, 4: self._run_4}.get(self.version, functools.partial(self._refuse_stranger, first))()
+
+    def _refuse(self, answer: bytes, why: str) -> NoReturn:
+        self._to_send += answer
+        raise RemoteProtocolError(why)
+
+    def _run_5(self) -> Script:
+        methods, wanted = (yield from read_short()), 2 if self._user else 0
+        if wanted not in methods:
+            self._refuse(b"\5\xff", "it gives no user and password, which --socks-user asks for" if wanted else
+                         "it does not offer to go without a password")
+        self._to_send += bytes((5, wanted))
+        if wanted:
+            yield from self._authenticate()
+        version, self.command, _ = yield 3
+        self.target = yield from read_socks_address()
+        if version != 5 or not self.target:
+            self._refuse(socks_reply(5, 8 if version == 5 else 1), "its SOCKS5 request cannot be understood")
+
+    def _authenticate(self) -> Script:
+        import hmac
+
+        version = (yield 1)[0]
+        name, password = (yield from read_short()), (yield from read_short())
+        is_good = version == 1 and hmac.compare_digest(name + b":" + password, self._user)
+        self._to_send += bytes((1, not is_good))
+        if not is_good:
+            raise AuthenticationError("it gives another user or password than --socks-user")
+
+    def _run_4(self) -> Script:
+        failed = socks_reply(4, 1)
+        if self._user:
+            self._refuse(failed, "it speaks SOCKS4, which has no password, and --socks-user asks for one: use SOCKS5")
+        head = yield 7
+        host, word = head[3:], functools.partial(read_until, (b"\0",), b"", 256, "its SOCKS4 request has no end")
+        yield from word()  # the user's name there, which proves nothing
+        is_name = host[:3] == bytes(3) and host[3] > 0  # version 4a
+        if is_name:
+            host = (yield from word())[:-1]
+        self.command, self.target = head[0], socks_target(3 if is_name else 1, host, head[1:3])
+        if self.command != self.CONNECT:
+            self._refuse(failed, "it asks for more than CONNECT, and SOCKS4 has nothing else here")
+
+    def _refuse_stranger(self, head: bytes) -> Script:
+        while re.fullmatch(b"[A-Z][A-Z-]{0,19}", head):
+            head += yield 1
+        if re.fullmatch(b"[A-Z-]+ ", head):
+            self._refuse(http_answer("400 Bad Request", "This port is a SOCKS5 proxy. It is no HTTP proxy and no web server."
+                                     " Name it as socks5h://host:port, as in ALL_PROXY or curl --proxy.\n"),
+                         "it speaks HTTP to a SOCKS proxy: name that as socks5h://host:port there, not as http://")
+        raise RemoteProtocolError("it does not speak SOCKS" + ", but TLS: name the proxy as socks5h://host:port there"
+                                  * (head == b"\x16"))
 
 
 class ProxyHandshake(Handshake):
@@ -2448,8 +2502,15 @@ class ProxyHandshake(Handshake):
         raise RemoteProtocolError(why + " before it had answered")
 
     def _refuse_user(self, scheme: str, said: str = "") -> NoReturn:
-        wants = "it wants a user and a password: %s://user:password@..." % scheme if self._user is None else "it takes another user and password"
-        raise AuthenticationError(said + wants)
+        raise AuthenticationError(said + (
+            "it wants a user and a password: %s://user:password@..." % scheme if self._user is None else
+            "it takes another user and password"))
+
+    @staticmethod
+    def _refuse_method(said: str) -> NoReturn:
+        """No password is wrong: ratrod lacks the proxy's way of checking one."""
+        raise RemoteProtocolError(said + ", which ratrod does not speak: run a local proxy that does, as px or cntlm, and name"
+                                  " that one with --proxy")
 
 
 class HttpProxyHandshake(ProxyHandshake):
@@ -2462,26 +2523,39 @@ class HttpProxyHandshake(ProxyHandshake):
         if self._user is not None:
             lines.append("Proxy-Authorization: Basic " + base64.b64encode(self._user + b":" + self._password).decode("ascii"))
         self._to_send += ("\r\n".join(lines).format(self._target) + "\r\n\r\n").encode("ascii")
-        answer = bytearray()
-        while not answer.endswith((b"\r\n\r\n", b"\n\n")):
-            if len(answer) >= self.MAX_ANSWER:
-                raise RemoteProtocolError("its answer has more than %d bytes" % self.MAX_ANSWER)
-            answer += yield 1  # a server that speaks first may do so right behind the blank line
-            if len(answer) == 5 and answer != b"HTTP/":
-                raise RemoteProtocolError("it does not speak HTTP")
-        status = answer.split(b"\n")[0].strip().decode("latin-1")
+        start = yield 5
+        if start != b"HTTP/":
+            raise RemoteProtocolError("it does not speak HTTP")
+        answer = yield from read_until((b"\r\n\r\n", b"\n\n"), start, self.MAX_ANSWER,
+                                       "its answer has more than %d bytes" % self.MAX_ANSWER)
+        text = answer.decode("latin-1")
+        status = text.split("\n")[0].strip()
+        said = "it answered `%s`" % printable(status)
         code = re.match(r"HTTP/[0-9.]+ ([0-9]{3})\b", status, re.ASCII)
         if code and code.group(1) in ("401", "407"):
-            self._refuse_user("http", "it answered `%s`; " % printable(status))
+            schemes = self._schemes(text)
+            if schemes and "basic" not in map(str.lower, schemes):
+                self._refuse_method("%s; it takes only %s" % (said, printable(" and ".join(schemes))))
+            self._refuse_user("http", said + "; ")
         if not code or code.group(1)[0] != "2":
-            raise RemoteProtocolError("it answered `%s`" % printable(status))
+            raise RemoteProtocolError(said)
+
+    @staticmethod
+    def _schemes(text: str) -> list[str]:
+        """The ways to authenticate that an answer offers (RFC 9110, 11.6.1): `NTLM`, `Digest`, ..."""
+        # Without what stands in quotation marks, where a comma separates nothing; a line that goes on in the next is one.
+        text = re.sub(r'"(?:\\.|[^"\\\n])*"|\r?\n(?=[ \t])', "", text)
+        challenges = re.findall(r"^(?:proxy|www)-authenticate[ \t]*:(.*)$", text, re.IGNORECASE | re.MULTILINE)
+        words = (re.match(r"\s*([\w!#$%&'*+.^`|~-]+)(?!\s*=)(?=\s|$)", word) for word in ",".join(challenges).split(","))
+        return list(dict.fromkeys(word.group(1) for word in words if word))
 
 
 class Socks5ProxyHandshake(ProxyHandshake):
     """The client's side of SOCKS5 (RFC 1928, and RFC 1929 where there is a user). Names are looked up at the proxy."""
 
-    FAILURES = ("", "it failed, and does not say why", "its rules do not allow that", "the network is unreachable", "the host is unreachable",
-                "the connection was refused", "the time to live has expired", "it cannot connect at all", "it cannot take such an address")
+    FAILURES = ("", "it failed, and does not say why", "its rules do not allow that", "the network is unreachable",
+                "the host is unreachable", "the connection was refused", "the time to live has expired",
+                "it cannot connect at all", "it cannot take such an address")
 
     def _run(self) -> Script:
         methods = b"\0" if self._user is None else b"\0\2"
@@ -2490,20 +2564,20 @@ class Socks5ProxyHandshake(ProxyHandshake):
         if version != 5:
             raise RemoteProtocolError("it does not speak SOCKS5" + ", but HTTP: write http:// for socks5://" * (version == 72))
         if method not in methods:
-            self._refuse_user("socks5")
+            if self._user is None:
+                self._refuse_user("socks5")
+            self._refuse_method("it takes neither a user with a password nor a client without; perhaps only GSSAPI")
         if method == 2:
             assert self._user is not None
             self._to_send += b"".join((b"\1", *(bytes((len(part),)) + part for part in (self._user, self._password))))
             if (yield 2)[1]:
                 self._refuse_user("socks5")
         self._to_send += b"\5\1\0" + socks_address(self._target)
-        version, code, _, kind = yield 4
+        version, code, _ = yield 3
         if version != 5 or code:
             raise RemoteProtocolError(self.FAILURES[code] if version == 5 and code < len(self.FAILURES) else "it answered %d" % code)
-        size = {1: 4, 4: 16}.get(kind) or (kind == 3 and (yield 1)[0])
-        if not size:
+        if not (yield from read_socks_address()):
             raise RemoteProtocolError("it answered with an address that cannot be")
-        yield size + 2
 
 
 def ask_proxy(proxy: Proxy, server: Address) -> ProxyHandshake:
@@ -2511,12 +2585,29 @@ def ask_proxy(proxy: Proxy, server: Address) -> ProxyHandshake:
     return kind(server, proxy.user, proxy.password)
 
 
+# HAProxy's proxy-protocol.txt: the header in front of a connection that says where the connection came from.
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+PROXY_V2 = struct.Struct(">BBH")  # version and command, family and transport, bytes that follow
+PROXY_SIZES = {0x11: 4, 0x21: 16}  # bytes of an address: TCP over IPv4, over IPv6
+
+
+def proxy_header(visitor: str, own: Address) -> bytes:
+    """The header, version 2, for a connection from `visitor`, `host:port`, to the address `own`; it names nobody where
+    `visitor` is no address."""
+    try:
+        host, port = split_host_port(visitor)
+        source, source_port = parse_ip(host).packed, parse_port(port, lowest=0)
+    except ValueError:
+        return PROXY_SIGNATURE + PROXY_V2.pack(0x21, 0, 0)
+    # The header has room for one family: where `own` is a name, or [::] that takes IPv4 too, its address is left open.
+    here = parse_ip(own.host).packed if is_address(own.host) else b""
+    body = source + here.rjust(len(source), b"\0")[:len(source)] + struct.pack(">HH", source_port, own.port)
+    return PROXY_SIGNATURE + PROXY_V2.pack(0x21, 0x11 if len(source) == 4 else 0x21, len(body)) + body
 
 
 class ProxyHeader(Handshake):
-    """The header that a load balancer puts in front of a connection (HAProxy's proxy-protocol.txt, versions 1 and 2): `source`, the address
-    and port that the connection came from, None where the header does not say; `is_local`: the balancer's own, as a health check."""
+    """The header of a load balancer, version 1 or 2. `source`: the (address, port) that the connection came from, None where
+    the header does not say. `is_local`: the balancer's own connection, as a health check."""
 
     def __init__(self) -> None:
         self.source: tuple[str, int] | None = None
@@ -2532,47 +2623,40 @@ class ProxyHeader(Handshake):
         if head == PROXY_SIGNATURE:
             yield from self._version_2()
         elif head.startswith(b"PROXY "):
-            while not head.endswith(b"\r\n"):
-                if len(head) >= 107:
-                    raise RemoteProtocolError("a PROXY header without an end")
-                head += yield 1
-            self._version_1(head[:-2])
+            line = yield from read_until((b"\r\n",), head, 107, "a PROXY header without an end")
+            self._version_1(line[:-2].decode("latin-1"))
         else:
             raise RemoteProtocolError("no PROXY header, which --proxy-protocol asks for from there")
 
     def _version_2(self) -> Script:
-        import ipaddress
-
-        command, family, *size = yield 4
-        length = int.from_bytes(bytes(size), "big")
+        command, family, length = PROXY_V2.unpack((yield PROXY_V2.size))
         self.is_local = command == 0x20  # then nothing that follows means anything
-        address_size = 0 if self.is_local else {0x11: 4, 0x21: 16}.get(family, 0)  # TCP over IPv4, over IPv6
+        size = 0 if self.is_local else PROXY_SIZES.get(family, 0)
         is_wrong = not self.is_local and (command != 0x21 or family & 15 > 2 or family >> 4 > 3)
-        if is_wrong or not 2 * address_size + 4 * bool(address_size) <= length <= 2048:
+        if is_wrong or not 2 * size + 4 * bool(size) <= length <= 2048:
             raise RemoteProtocolError("a PROXY header that cannot be")
         body = (yield length) if length else b""
-        if address_size:
-            port = body[2 * address_size:2 * address_size + 2]
-            self.source = self._show(ipaddress.ip_address(body[:address_size])), int.from_bytes(port, "big")
+        if size:
+            self.source = self._show(body[:size]), int.from_bytes(body[2 * size:2 * size + 2], "big")
 
     @staticmethod
     def _show(address: Any) -> str:
-        return str(getattr(address, "ipv4_mapped", None) or address)
-
-    def _version_1(self, line: bytes) -> None:
         import ipaddress
 
-        words = line.decode("latin-1").split(" ")
+        return str(parse_ip(str(ipaddress.ip_address(address))))
+
+    def _version_1(self, line: str) -> None:
+        import ipaddress
+
+        words = line.split(" ")
         if words[1] == "UNKNOWN":
             return
         try:
             _, protocol, source, destination, port, _port = words
-            addresses = [ipaddress.ip_address(word) for word in (source, destination)]
-            if "%" in source + destination:  # a zone may be any text
+            versions = {ipaddress.ip_address(word).version for word in (source, destination)}
+            if "%" in line or versions != {{"TCP4": 4, "TCP6": 6}.get(protocol)}:  # a zone may be any text
                 raise ValueError
-            if any(address.version != {"TCP4": 4, "TCP6": 6}.get(protocol) for address in addresses):
-                raise ValueError
-            self.source = self._show(addresses[0]), parse_port(port, lowest=0)
+            self.source = self._show(source), parse_port(port, lowest=0)
         except ValueError:
             raise RemoteProtocolError("a PROXY header that cannot be") from None
 
@@ -2588,14 +2672,19 @@ class HttpRequest(Handshake):
         super().__init__()
 
     def _run(self) -> Script:
-        head = bytearray()
-        while not head.endswith((b"\r\n\r\n", b"\n\n", b"\n\r\n")):
-            if len(head) > self.LONGEST:
-                self.is_too_long = True
-                return
-            head += yield 1
-        found = re.match(rb"([A-Z]+) (/[^ ?]*)[^ ]* HTTP/1\.[01]\r?\n", head)
-        self.method, self.path = found.groups() if found else (b"", b"")
+        try:
+            head = yield from read_until((b"\r\n\r\n", b"\n\n", b"\n\r\n"), b"", self.LONGEST, "")
+        except RemoteProtocolError:
+            self.is_too_long = True
+        else:
+            found = re.match(rb"([A-Z]+) (/[^ ?]*)[^ ]* HTTP/1\.[01]\r?\n", head)
+            self.method, self.path = found.groups() if found else (b"", b"")
+
+
+def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
+    """A whole answer of HTTP; the connection ends behind it."""
+    return ("HTTP/1.1 %s\r\nContent-Type: %s; charset=utf-8\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
+        status, kind, len(text), text)).encode("ascii")
 
 # ======================================================================================================================
 # 7. Event loop
@@ -5186,9 +5275,10 @@ class Stream(LinkUser):
 
 
 class SocksStream(Stream):
-    """A stream that a SOCKS5 client asked for: the client learns how that went. The reply is no part of positions."""
+    """A stream that a SOCKS client asked for: the client learns how that went. The reply is no part of positions."""
 
-    __slots__ = ()
+    __slots__ = ("version",)
+    version: int  # of SOCKS
 
     def _on_opened(self, link: Link, opened: Opened) -> None:
         if not self.was_opened:
@@ -5197,7 +5287,7 @@ class SocksStream(Stream):
 
     def _reply(self, code: int) -> None:
         try:
-            self.local.send(socks_reply(code))  # type: ignore[union-attr]
+            self.local.send(socks_reply(self.version, code))  # type: ignore[union-attr]
         except OSError as error:
             self._broken = error  # the next read or write tells
 
@@ -5205,7 +5295,7 @@ class SocksStream(Stream):
         if self.was_opened or self.local is None:
             return super()._abort_local(error)
         self.local.guard(False)
-        LastWord(self.loop, self.local.release(), socks_reply(self._code(error)))
+        LastWord(self.loop, self.local.release(), socks_reply(self.version, self._code(error)))
         return None
 
     @staticmethod
@@ -5819,12 +5909,14 @@ class SocksUdpPort(UdpPort):
         self._host = host
 
     def _find(self, originator: Originator, data: memoryview) -> tuple[UdpSession | None, int]:
+        if originator[0][0] != self._host:
+            return None, 0
         try:
             target, skip = split_socks_datagram(data)
-            if originator[0][0] != self._host:
-                return None, 0
             return self._find_session(self, originator, str(parse_target(target))), skip
-        except ValueError:
+        except ValueError as error:
+            self.loop.complain("❌ %d more SOCKS datagrams to what cannot be",
+                               "❌ SOCKS client `%s`, a datagram: %s" % (show_address(originator[0]), error))
             return None, 0
 
     def send(self, data: bytes | memoryview, originator: Originator, target: str) -> None:
@@ -5843,7 +5935,7 @@ class SocksAssociation:
             udp.bind((sock.getsockname()[0], 0))
             self.port = SocksUdpPort(loop, udp, find, sock.getpeername()[0])
             host, port = udp.getsockname()[:2]
-            self._transport.send(socks_reply(0, Address(unmapped(host), port)))
+            self._transport.send(socks_reply(5, 0, Address(unmapped(host), port)))
         except OSError:
             udp.close()
             raise
@@ -8516,31 +8608,41 @@ class Client(Endpoint):
     # ---- SOCKS
 
     def _on_socks_accept(self, sock: socket.socket, address: Any) -> None:
-        negotiation = Negotiation(self.loop, sock, address, Socks5Handshake(self.options.socks_user), self.limits.handshake_timeout,
-                                  self._on_socks_asked)
+        negotiation = Negotiation(self.loop, sock, address, SocksHandshake(self.options.socks_user),
+                                  self.limits.handshake_timeout, self._on_socks_asked)
         self._socks.add(negotiation)
         negotiation.start()
 
     def _on_socks_asked(self, negotiation: Negotiation, failure: Exception | None) -> None:
         self._socks.discard(negotiation)
         sock, address, request = negotiation.sock, negotiation.address, negotiation.handshake
-        assert isinstance(request, Socks5Handshake)
-        if failure:
+        assert isinstance(request, SocksHandshake)
+        if failure and (isinstance(failure, Departed) or not negotiation.heard):
             return log.debug("SOCKS client `%s`: %s", show_address(address), reason(failure))
+        if failure:
+            return self._complain_of_socks(address, failure)
         try:
-            if request.command == request.ASSOCIATE and isinstance(address, tuple):  # over a Unix socket there is no address to answer to
+            if request.command == request.ASSOCIATE and isinstance(address, tuple):  # a Unix socket has no address to answer to
                 self._associations.add(SocksAssociation(self.loop, sock, self._find_session, self._on_association_closed))
             elif request.command == request.CONNECT:
                 target = str(parse_target(request.target))
                 stream = SocksStream(self, self.pool, OPENER, new_label(show_address(address), target), target)
+                stream.version = request.version
                 stream.join(sock)
                 self.pool.take(stream)
             else:
-                LastWord(self.loop, sock, socks_reply(7))
+                self._complain_of_socks(address, RemoteProtocolError(
+                    "it asks for command %d, and here are only CONNECT and, but for Unix sockets, UDP ASSOCIATE" % request.command))
+                LastWord(self.loop, sock, socks_reply(request.version, 7))
         except (ValueError, OSError) as error:
-            log.debug("SOCKS client `%s`: %s", show_address(address), reason(error))
-            LastWord(self.loop, sock, socks_reply(1))
+            self._complain_of_socks(address, error)
+            LastWord(self.loop, sock, socks_reply(request.version, 1))
         return None
+
+    def _complain_of_socks(self, address: Any, error: Exception) -> None:
+        """SOCKS has hardly any words for a reason, so the log says it. A cause is without the names, of which there may be many."""
+        cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
+        self.loop.complain("❌ %%d more SOCKS clients: %s" % cause, "❌ SOCKS client `%s`: %s" % (show_address(address), reason(error)))
 
     def _on_association_closed(self, association: SocksAssociation) -> None:
         self._associations.discard(association)
@@ -9009,7 +9111,7 @@ class MetricsServer:
         self._connections.pop(answer, None)
 
     def _answer(self, request: HttpRequest) -> bytes:
-        kind = "text/plain; charset=utf-8"
+        kind = "text/plain"
         if request.is_too_long:
             status, text = "431 Request Header Fields Too Large", "too long\n"
         elif not request.method:
@@ -9018,13 +9120,12 @@ class MetricsServer:
             status, text = "405 Method Not Allowed\r\nAllow: GET", "only GET\n"
         elif request.path == b"/metrics":
             status, text = "200 OK", show_metrics(snapshot(self._endpoint))
-            kind = "text/plain; version=0.0.4; charset=utf-8"
+            kind = "text/plain; version=0.0.4"
         elif request.path == b"/":
             status, text = "200 OK", "ratrod %s: see /metrics\n" % __version__
         else:
             status, text = "404 Not Found", "see /metrics\n"
-        head = "HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
-        return (head % (status, kind, len(text)) + text).encode("ascii")
+        return http_answer(status, text, kind)
 
 
 # ---- the status line of a client at a terminal

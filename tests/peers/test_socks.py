@@ -116,6 +116,11 @@ def test_curl_with_addresses_and_passwords(proxy, web):
     for option in ("--socks5-hostname", "--socks5"):
         assert curl(option, where, "http://127.0.0.1:%d/page" % web) == fetched("127.0.0.1")
         assert curl(option, where, "http://localhost:%d/page" % web) == fetched("localhost")
+    for option in ("--socks4", "--socks4a"):
+        assert curl(option, where, "http://localhost:%d/page" % web) == fetched("localhost")
+    # As an HTTP proxy: an answer that says what is wrong, to a browser and to curl.
+    assert curl("--proxy", "http://" + where, "http://localhost/")[0] == 22
+    assert "400" in curl("--proxy", "http://" + where, "https://localhost/")[2]
     with running_web(WebServer6, "::1") as port_6:
         assert curl("--socks5-hostname", where, "http://[::1]:%d/page" % port_6) == fetched("[::1]")
     # With a password that nobody asks for, curl offers both methods, and gets the one that needs none.

@@ -1,4 +1,4 @@
-"""A SOCKS5 proxy at the client, spoken by hand over the real programs: replies, streams, associations.
+"""A SOCKS proxy at the client, spoken by hand over the real programs: replies, streams, associations.
 
 What its parser takes and refuses is in unit/test_socks5.py, real users of it are in peers/test_socks.py.
 """
@@ -155,6 +155,7 @@ def test_replies(mode, proxy, tcp_echo, closed):
                     assert_ended(connection)
     # The one that got a 0. The target may hear of it later than its client.
     eventually(lambda: tcp_echo.accepted == 1, "one connection arrived")
+    made.client.wait_for("it asks for command 2, and here are only CONNECT")
     made.server.wait_for(r"refused.*10\.1\.2\.3:80")
     made.client.wait_for("not allowed by this server")
     # The reply arrives where more was said than it answers, too: unread data must not turn it into a reset.
@@ -162,6 +163,16 @@ def test_replies(mode, proxy, tcp_echo, closed):
         with greet(made.dial()) as connection:
             connection.sendall(request("127.0.0.1", closed) + b"GET / HTTP/1.0\r\n\r\n")
             assert read_reply(connection)[0] == 5
+    # SOCKS4, and 4a where it is a name.
+    for data, code in ((b"\4\1%b\x7f\0\0\1me\0", 90), (b"\4\1%b\0\0\0\1me\0localhost\0", 90), (b"\4\1\0\x50\x0a\1\2\3\0", 91),
+                       (b"\4\1\0\x50\0\0\0\1\0nobody.invalid\0", 91), (b"\4\1\0\x50\0\0\0\1\0a\nb\0", 91), (b"\4\2%b\x7f\0\0\1\0", 91)):
+        with row(data), made.dial() as connection:
+            connection.sendall(data.replace(b"%b", struct.pack(">H", tcp_echo.port)) + b"hello")
+            assert receive_exactly(connection, 8) == bytes([0, code]) + bytes(6)
+            if code == 90:
+                assert receive_exactly(connection, 5) == b"hello"
+            else:
+                assert_ended(connection)
     # A user of the proxy who leaves while the server connects.
     os.kill(made.server.process.pid, signal.SIGSTOP)
     try:
@@ -176,8 +187,8 @@ def test_replies(mode, proxy, tcp_echo, closed):
 
 # Samples: (what is sent, all that may come). The tables are in unit/test_socks5.py.
 NO_REQUESTS = [
-    (b"\4\1\0\x50\x7f\0\0\1user\0", [b""]), (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", [b""]), (b"\1" + BLOCK, [b""]),
-    (b"\5\0", [b""]), (b"\5\1\1", [b"\5\xff"]), (GREETING + b"\4\1\0\1\x7f\0\0\1\0\x50", [b"\5\0\5\1\0\1" + bytes(6), b"\5\0"]),
+    (b"\1" + BLOCK, [b""]), (b"\5\0", [b"\5\xff"]), (b"\5\1\1", [b"\5\xff"]),
+    (GREETING + b"\4\1\0\1\x7f\0\0\1\0\x50", [b"\5\0\5\1\0\1" + bytes(6), b"\5\0"]),
     *((GREETING + request(name, 80), [b"\5\0\5\1\0\1" + bytes(6)]) for name in (b"a\nb", b"\xff\xfe", b"\x1b[2J", b"127.1", b"::1%lo")),
     (GREETING + request("localhost", 0), [b"\5\0\5\1\0\1" + bytes(6)]),
 ]
@@ -198,6 +209,36 @@ def test_what_is_no_request_is_closed(proxy, tcp_echo):
     assert tcp_echo.accepted == 1
     for program in (made.server, made.client):
         assert all(line.isprintable() for line in program.lines), program.lines
+
+
+def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
+    """SOCKS has no words for it, and most programs show none. What left, or never spoke, is no failure."""
+    made = proxy(ANY, connect_flags=WITH_A_PASSWORD)
+    words = functools.partial(b"\5\2\1\0%b".__mod__)
+    for data, answer, says in (
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + BLOCK, b"HTTP/1.1 400 Bad Request\r\n", "it speaks HTTP .*: name that as socks5h"),
+        (b"CONNECT localhost:443 HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n", "it speaks HTTP to a SOCKS proxy"),
+        (b"\x16", b"", "it does not speak SOCKS, but TLS"),
+        (b"\4\1\0\x50\x7f\0\0\1\0", b"\0\x5b" + bytes(6), "it speaks SOCKS4, which has no password"),
+        (GREETING, b"\5\xff", "it gives no user and password, which --socks-user asks for"),
+        (LOGIN[:-1] + b"?", b"\5\2\1\1", "it gives another user or password than --socks-user"),
+        (LOGIN + request("127.1", 80), words(b"\5\1\0\1" + bytes(6)), "`127.1` is not an address"),
+        (LOGIN + request(b"a\nb", 80), words(b"\5\1\0\1" + bytes(6)), "`a.b` is not a host name or address"),
+        (LOGIN + request("db", 80, BIND), words(b"\5\7\0\1" + bytes(6)), "it asks for command 2"),
+        (LOGIN + b"\5\1\0\x09", words(b"\5\x08\0\1" + bytes(6)), "its SOCKS5 request cannot be understood"),
+    ):
+        with row(data[:50]), made.dial() as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            assert receive_all(connection).startswith(answer)
+            made.client.wait_for("❌ SOCKS client `127.0.0.1:%d`: .*%s" % (connection.getsockname()[1], says))
+    for data in (b"", b"\5", LOGIN):
+        with made.dial() as connection:
+            connection.sendall(data)
+    with made.dial() as connection:
+        connection.sendall(LOGIN + request("127.0.0.1", tcp_echo.port) + b"!")
+        assert receive_exactly(connection, 15)[-1:] == b"!"
+    assert sum("SOCKS client" in line for line in made.client.lines) == 10, made.client.output
 
 
 def test_a_name_is_no_way_to_a_unix_socket(proxy):
@@ -455,6 +496,7 @@ def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
             asking.send("127.0.0.1", remote.port, b"a piece", frag)
         for datagram in (b"", b"\0\0\0\3\xffabc", b"\xff" * 1000, b"\0\0\0\3\x0funix:/tmp/x.sock\0\x50data", b"\0\0\0\1\x7f\0\0\1\0\0port zero"):
             asking.socket.send(datagram)
+        made.client.wait_for(r"SOCKS client `127.0.0.1:\d+`, a datagram: not a whole SOCKS5 datagram")
         asking.send("127.0.0.1", remote.port, b"the whole")
         assert remote.receive()[0] == b"the whole"
         # Those from another address: else everybody who reaches the port would use the tunnel; with a password even more so.

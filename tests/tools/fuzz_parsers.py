@@ -547,22 +547,23 @@ SOCKS_HOSTS = (b"localhost", b"db.example", b"127.1", b"::1", b"[::1]", b"/run/x
 def socks_seeds():
     hello, login = b"\5\1\0", b"\5\2\0\2\1\5alice\4wine"
     return [mode + words + socks_request(host, 80, command) for mode, words in ((b"\0", hello), (b"\1", login))
-            for host in SOCKS_HOSTS for command in (1, 2, 3)] + [b"\0\4\1\0\x50\x7f\0\0\1\0", b"\0GET / HTTP/1.1\r\n\r\n", b"\1\5\1\0"]
+            for host in SOCKS_HOSTS for command in (1, 2, 3)] + [
+                b"\0\4\1\0\x50\x7f\0\0\1\0", b"\0\4\1\0\x50\0\0\0\1me\0db.example\0", b"\0GET / HTTP/1.1\r\n\r\n", b"\1\5\1\0"]
 
 
 @target(50, socks_seeds, NAMES + (b"\5\1\0\1", b"\5\1\0\3", b"\5\1\0\4"))
 def socks(data):
-    """Socks5Handshake: RemoteProtocolError; a request's address written again is the same; no password, no request; a name is never a path."""
+    """SocksHandshake: RemoteProtocolError; a request's address written again is the same; no password, no request; a name is never a path."""
     mode, rest = split(data, 1)
     user = "alice:wine" if mode & 1 else None
-    handshake = ratrod.Socks5Handshake(user)
+    handshake = ratrod.SocksHandshake(user)
     taken, error = drive(handshake, rest, 255)
     said = handshake.data_to_send()
-    assert len(said) <= 32
+    assert len(said) <= 32 or said.startswith(b"HTTP/1.1 400 ") and len(said) < 300
     if not handshake.is_done:
         return answered(handshake, error)
     methods = rest[1]
-    assert rest[0] == 5 and (2 if user else 0) in rest[2:2 + methods]
+    assert rest[0] == 5 and (2 if user else 0) in rest[2:2 + methods] or rest[0] == 4 and methods == 1 and not user
     assert not user or rest[2 + methods:].startswith(b"\1\5alice\4wine")
     try:
         found = ratrod.parse_target(handshake.target)
@@ -572,7 +573,7 @@ def socks(data):
     check_host(found.host)
     again = ratrod.socks_address(found)
     # The same but for what parse_host() makes canonical, and for an address that came as a name.
-    changed = found.host != handshake.target.rpartition(":")[0].strip("[]") or again[0] != 3
+    changed = found.host != handshake.target.rpartition(":")[0].strip("[]") or again[0] != 3 or handshake.version == 4
     assert rest[:taken].endswith(again) or changed
     return handshake.command, again[0]
 

@@ -94,6 +94,36 @@ def test_a_proxy_that_misbehaves(url, answers):
             assert re.search(says, str(error.value)) and str(error.value).isprintable(), error.value
 
 
+def offering(*values, name=b"Proxy-Authenticate"):
+    return b"HTTP/1.1 407 No\r\n" + b"".join(name + b": " + value + b"\r\n" for value in values) + b"\r\n"
+
+
+OTHER_WAYS = (
+    ((b"NTLM",), "NTLM"), ((b"Negotiate",), "Negotiate"), ((b"Negotiate", b"NTLM"), "Negotiate and NTLM"), ((b"NTLM TlRMTVNTUAAC=",), "NTLM"),
+    ((b'Digest realm="a, Basic b", qop="auth", nonce="\\", Basic", stale=false',), "Digest"),
+    ((b"Negotiate, NTLM,Kerberos",), "Negotiate and NTLM and Kerberos"),
+    ((b'Digest realm = "Basic",\r\n Bearer realm="x"',), "Digest and Bearer"), ((b"\x1b[31m, NTLM",), "NTLM"))
+
+
+def test_a_proxy_that_wants_what_is_not_spoken():
+    """No password is wrong: it is named what the proxy wants, and what to do. Where Basic is among it, a user may help."""
+    for user in ("", "user:p@"):
+        for values, named in OTHER_WAYS:
+            for answer in (offering(*values), offering(*values, name=b"pRoXy-AuThEnTiCaTe").replace(b": ", b":").replace(b"407", b"407"),
+                           offering(*values, name=b"WWW-Authenticate").replace(b"407", b"401")):
+                with row((user, answer)):
+                    with pytest.raises(RemoteProtocolError) as error:
+                        talk("http://%sproxy" % user, answer)
+                    assert not isinstance(error.value, AuthenticationError)
+                    assert "it takes only %s, which ratrod does not speak: run a local proxy that does" % named in str(error.value)
+        for values in ((b"NTLM", b'Basic realm="x"'), (b"Negotiate, basic",), (b'Digest realm="x", BASIC realm="y"',), (b"",), (b'"NTLM"',)):
+            with row((user, values)), pytest.raises(AuthenticationError, match="it (wants|takes)"):
+                talk("http://%sproxy" % user, offering(*values))
+    with pytest.raises(RemoteProtocolError, match="perhaps only GSSAPI, which ratrod does not speak") as error:
+        talk("socks5://user:p@proxy", b"\5\xff")
+    assert not isinstance(error.value, AuthenticationError)
+
+
 def test_a_proxy_that_wants_a_user():
     """Another exit code: it is about secrets, and another try would end the same."""
     nobody, another = "it wants a user and a password: %s://user:password@...", "it takes another user and password"
@@ -104,7 +134,7 @@ def test_a_proxy_that_wants_a_user():
         ("socks5://proxy", b"\5\xff", nobody % "socks5"),
         # Methods that were not offered.
         ("socks5://proxy", b"\5\1", nobody % "socks5"), ("socks5://proxy", b"\5\2", nobody % "socks5"),
-        ("socks5://user:wrong@proxy", b"\5\xff", another), ("socks5://user:wrong@proxy", b"\5\2\1\1", another),
+        ("socks5://user:wrong@proxy", b"\5\2\1\1", another),
     ):
         with row((url, answer)):
             with pytest.raises(AuthenticationError) as error:

@@ -1,4 +1,4 @@
-"""The SOCKS5 that a client of ratrod's serves, in memory: RFC 1928, RFC 1929 and the header of its datagrams, byte by byte and all at once."""
+"""The SOCKS that a client of ratrod's serves, in memory: RFC 1928, RFC 1929, versions 4 and 4a, and the header of datagrams of version 5."""
 
 import pytest
 
@@ -12,6 +12,9 @@ USER, PASSWORD = "ä" * 10, ":" + "ß" * 127
 LOGIN = "%s:%s" % (USER, PASSWORD)
 
 
+IS_SOCKS = "This port is a SOCKS5 proxy. It is no HTTP proxy and no web server. Name it as socks5h://host:port, as in ALL_PROXY or curl --proxy.\n"
+
+
 def password(user, word, version=1):
     return bytes([version, len(user)]) + user + bytes([len(word)]) + word
 
@@ -21,10 +24,10 @@ HELLO = GREETING + request("localhost", 80)
 
 
 class Served:
-    """A Socks5Handshake that was fed `data`, at most `most` bytes at a time, until it was done or refused it: `error`, or None."""
+    """A SocksHandshake that was fed `data`, at most `most` bytes at a time, until it was done or refused it: `error`, or None."""
 
     def __init__(self, data, user=None, most=1 << 20):
-        self.handshake, self.took, self.answers, self.error = ratrod.Socks5Handshake(user), 0, b"", None
+        self.handshake, self.took, self.answers, self.error = ratrod.SocksHandshake(user), 0, b"", None
         self.handshake.start()
         while self.error is None and self.handshake.wanted and self.took < len(data):
             piece = data[self.took:self.took + min(self.handshake.wanted, most)]
@@ -50,6 +53,11 @@ TAKEN = [
     # The method is found among many.
     *((None, bytes([5, len(methods)]) + methods + request("db", 80), b"\5\0", "db:80", CONNECT) for methods in (
         b"\0\1\2", b"\2\1\0", bytes(range(255)), bytes(reversed(range(255))), b"\0" * 255)),
+    # SOCKS4: whatever user it names. 4a: the name stands behind it, where the address is 0.0.0.x.
+    *((None, b"\4\1\0\x50\x7f\0\0\1" + user + b"\0", b"", "127.0.0.1:80", CONNECT) for user in (b"", b"user", b"u" * 255)),
+    *((None, b"\4\1\1\xbb\0\0\0" + last + b"user\0" + name + b"\0", b"", name.decode() + ":443", CONNECT)
+      for last, name in ((b"\1", b"localhost"), (b"\xff", b"x" * 255), (b"\1", "bücher.example".encode()))),
+    (None, b"\4\1\0\x50\0\0\0\0user\0", b"", "0.0.0.0:80", CONNECT),
 ]
 
 
@@ -66,11 +74,20 @@ def test_every_request_that_must_be_taken(most):
 
 
 BAD_LOGIN = b"\5\2\1\1"
+FAILED_4 = b"\0\x5b" + bytes(6)
 REFUSED = [
-    # SOCKS4, SOCKS4a, HTTP, TLS, noise: without an answer.
-    *((None, data, b"") for data in (
-        b"\4\1\0\x50\x7f\0\0\1user\0", b"\4\1\0\x50\0\0\0\1user\0localhost\0", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\x16\3\1\2\0\1\0\1\xfc\3\3", b"CONNECT localhost:80 HTTP/1.1\r\n\r\n", b"\0" * 5000, b"\xff" * 5000, b"\r\n", b"\1" * 5000, b"\5\0")),
+    # TLS, noise, words without an end: without an answer.
+    *((None, data, b"") for data in (b"\x16\3\1\2\0\1\0\1\xfc\3\3", b"\0" * 5000, b"\xff" * 5000, b"\r\n", b"\1" * 5000, b" / HTTP/1.1",
+                                     b"GET\r\n", b"A" * 5000, b"get / HTTP/1.1\r\n")),
+    # HTTP, of a proxy's user, a browser, another version: what this port is.
+    *((user, data + b"Host: localhost\r\n\r\n", ratrod.http_answer("400 Bad Request", IS_SOCKS)) for user in (None, LOGIN) for data in (
+        b"GET / HTTP/1.1\r\n", b"CONNECT localhost:443 HTTP/1.1\r\n", b"POST http://a/ HTTP/1.0\r\n", b"PRI * HTTP/2.0\r\n",
+        b"M-SEARCH * HTTP/1.1\r\n")),
+    # SOCKS4: BIND, a password that it has not, and strings without an end.
+    (None, b"\4\2\0\x50\x7f\0\0\1user\0", FAILED_4), (None, b"\4\3\0\x50\0\0\0\1\0name\0", FAILED_4),
+    (LOGIN, b"\4\1\0\x50\x7f\0\0\1" + USER.encode() + b"\0", FAILED_4),
+    *((None, b"\4\1\0\x50\0\0\0\1" + start + b"x" * 5000, b"") for start in (b"", b"\0")),
+    (None, b"\5\0", b"\5\xff"),
     # RFC 1928: X'FF' where there is no method to choose from.
     *((None, bytes([5, len(methods)]) + methods, b"\5\xff") for methods in (b"\1", b"\2", b"\xff", b"\1\2", b"\x80\x81\x82", bytes(range(1, 256)))),
     # The method without a password is not to be had where one is asked for, nor by a request that follows at once.
