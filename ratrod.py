@@ -352,9 +352,10 @@ class Departed(RemoteProtocolError):
 
 
 class AuthenticationError(RemoteProtocolError):
-    """A key or signature that is not accepted, ours or the peer's."""
+    """A key or signature that is not accepted, ours or the peer's. `own`: more about it, for the own log alone."""
 
     exit_code = 3
+    own = ""
 
 
 class Revoked(AuthenticationError):
@@ -768,26 +769,95 @@ class KeyPair(NamedTuple):
         return "KeyPair(%s)" % encode_key(self.public)
 
 
+# ---- files that people write, on any system
+
+QUOTES = "'\"`\u2018\u201c\u201e"
+OTHER_WRITERS = "can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod go-w %s"
+
+
+def read_text(path: str, most: int = -1) -> str:
+    """The text of a file. One in UTF-16 keeps its zero characters: find_foreign() knows it by them."""
+    with open(path, "rb") as file:
+        return file.read(most).decode("utf-8", "replace")
+
+
+def find_foreign(text: str) -> str:
+    """What another program left in a text, and what helps; "" where it is plain."""
+    if text.count("\0") > len(text) // 3:
+        return ("it is UTF-16 text, as > and >> of Windows PowerShell write it; write it again as UTF-8, with an editor"
+                " or with `Add-Content -Encoding ascii`")
+    return "it stands in quotes, as cmd.exe leaves them; remove the quotes" if text[:1] in tuple(QUOTES) else ""
+
+
+def describe_file(text: str) -> str:
+    """What somebody took for a private key of ratrod's."""
+    words = text.split()
+    if not words:
+        return "an empty file, which can be removed: `ratrod keygen` then makes a key"
+    other = re.match("-+ ?BEGIN ([A-Z0-9 ]*[A-Z0-9])|(PuTTY)|((?:ssh|ecdsa|sk-ssh|sk-ecdsa)-)", text)
+    if other:
+        pem, putty, _ = other.groups()
+        return "a PEM file (%s)" % pem if pem else "a key of PuTTY's" if putty else "a public key of OpenSSH's"
+    if any(is_key(line.split()[0]) for line in text.splitlines() if line.strip()):
+        return "a public key" if len(words) == 1 else "a list of public keys"
+    return "another file"
+
+
+def is_key(text: str) -> bool:
+    try:
+        return bool(decode_key(text))
+    except ValueError:
+        return False
+
+
+def can_others_write(path: str, status: os.stat_result) -> bool:
+    """Whether the mode of a file or a folder lets others change it.
+
+    With umask 002 a group can write what an editor makes. In a folder of mode 0700 the group does not reach it.
+    """
+    if os.name != "posix" or not status.st_mode & 0o022:
+        return False
+    if stat.S_ISDIR(status.st_mode):
+        return not status.st_mode & stat.S_ISVTX  # in a sticky folder, as /tmp, nobody replaces another's file
+    folder = os.path.dirname(os.path.realpath(path))
+    return stat.S_ISREG(status.st_mode) and bool(os.stat(folder).st_mode & 0o011)
+
+
+def find_writers(path: str, status: os.stat_result) -> list[str]:
+    """Who else can change a file or a folder, and what helps, as a list of one line at most."""
+    if can_others_write(path, status):
+        return ["`%s` %s" % (path, OTHER_WRITERS % (stat.S_IMODE(status.st_mode), path))]
+    if os.name == "posix" and status.st_uid not in (0, os.getuid()):
+        return ["`%s` belongs to another user (uid %d), who could let himself in; make it yours: chown %d %s"
+                % (path, status.st_uid, os.getuid(), path)]
+    return []
+
+
 Line = Tuple[int, Any]  # the line's number, and what KeyLines' `parse` made of the words behind the key
+Lines = Dict[bytes, Tuple[Line, ...]]  # by key
+LINE_END = re.compile("\r\0?\n\0?|[\r\n]\0?")  # with the zero characters of UTF-16
 
 
 class KeyLines:
     """The lines `KEY [word]...` of authorized_keys or known_hosts, read again when the file has changed.
 
-    `parse(words)` makes something of the words behind a key; its ValueError says what is wrong with them. `problems`
-    names the lines that mean nothing. Any thread may call.
+    `parse(words)` makes something of the words behind a key; its ValueError says what is wrong with them. `broken` has
+    the lines that cannot be understood: number, text, reason. `problems` says all that is wrong. Any thread may call.
     """
 
     USELESS = "authorizes nobody"
+    is_strict = True  # counts as empty while others can write it, as with sshd's StrictModes
 
     def __init__(self, path: str, parse: Callable[[list[str]], Any]):
         self.path, self._parse_words = path, parse
+        self.broken: list[tuple[int, str, str]] = []
         self.problems: list[str] = []
-        self._cache: tuple[Any, dict[bytes, tuple[Line, ...]]] = (None, {})  # the file's signature and its lines
+        self.is_unusable = False  # the whole file counts as empty
+        self._cache: tuple[Any, Lines] = (None, {})  # the file's signature and its lines
         self._round: float | None = None
         self._is_stale = False
 
-    def read(self, now: float | None = None) -> dict[bytes, tuple[Line, ...]]:
+    def read(self, now: float | None = None) -> Lines:
         """The lines of each key; the same object as before where nothing is new.
 
         A line that cannot be understood lists nobody, a file that cannot be read neither. `now`, the time of a round
@@ -802,22 +872,32 @@ class KeyLines:
         """Makes the next read() look into the file, whatever the file's times say."""
         self._is_stale, self._round = True, None
 
-    def _read(self) -> tuple[Any, dict[bytes, tuple[Line, ...]]]:
+    def find_broken(self, key: bytes) -> tuple[int, str] | None:
+        """The number of a line that has this key and cannot be understood, and why it cannot."""
+        text = encode_key(key)
+        return next(((number, why) for number, line, why in self.broken if text in line), None)
+
+    def _read(self) -> tuple[Any, Lines]:
         signature: Any = None
         try:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             if not self._is_stale and self._is_current(status, signature):
                 return self._cache
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                lines, problems = self._parse(file)
+            trouble = find_writers(self.path, status)
+            if self.is_strict and can_others_write(self.path, status):
+                raise PermissionError(errno.EPERM, "; ".join(trouble))
+            lines, broken = self._parse(read_text(self.path))
         except OSError as error:
             # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
             if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
                 return self._cache
             signature = None  # not the file's: the next read() looks again
-            lines, problems = {}, ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
-        self.problems, self._is_stale = problems, False
+            lines, broken = {}, []
+            trouble = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
+        self.broken, self._is_stale, self.is_unusable = broken, False, signature is None
+        self.problems = trouble + [
+            "line %d of `%s` %s: %s" % (number, self.path, self.USELESS, why) for number, _, why in broken]
         return signature, self._cache[1] if lines == self._cache[1] else lines
 
     def _is_current(self, status: os.stat_result, signature: Any) -> bool:
@@ -831,62 +911,92 @@ class KeyLines:
         was_emptied = bool(before and before[2] and not status.st_size and status.st_ino == before[3])
         return was_emptied and 0 <= now - status.st_mtime < EMPTY_FOR
 
-    def _parse(self, lines: Iterable[str]) -> tuple[dict[bytes, tuple[Line, ...]], list[str]]:
-        keys: dict[bytes, tuple[Line, ...]] = {}
-        problems = []
-        for number, line in enumerate(lines, 1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
+    def _parse(self, text: str) -> tuple[Lines, list[tuple[int, str, str]]]:
+        keys: Lines = {}
+        broken = []
+        for number, line in enumerate(LINE_END.split(text), 1):
+            words = line.lstrip("\ufeff").split()  # a byte order mark
+            if not line.strip("\0") or not words or words[0].startswith("#"):
                 continue
             try:
                 key = decode_key(words[0])
                 keys[key] = (*keys.get(key, ()), (number, self._parse_words(words[1:])))
             except ValueError as error:
-                problems.append("line %d of `%s` %s: %s" % (number, self.path, self.USELESS, error))
-        return keys, problems
+                why = find_foreign(" ".join(words)) or str(error)
+                if any(map(is_key, words[1:])) and not is_key(words[0]):
+                    why = "the key has to stand first"
+                broken.append((number, line.replace("\0", ""), why))
+        return keys, broken
 
 
 class UnknownHost(AuthenticationError):
-    """The server's key is not in known_hosts."""
+    """The server's key is not in known_hosts. `hint` names the line that has the key, and why that line does not count."""
 
-    def __init__(self, key: bytes, address: str, path: str):
-        super().__init__("Server's public key `%s` is not in the known hosts file. If it is the right one (`ratrod"
+    def __init__(self, key: bytes, address: str, path: str, hint: str = ""):
+        super().__init__("Server's public key `%s` is not in the known hosts file.%s If it is the right one (`ratrod"
                          " keygen` and the server's key.pub show it), add this line to `%s`: %s %s"
-                         % (encode_key(key), path, encode_key(key), address))
-        self.key, self.address = key, address
+                         % (encode_key(key), hint, path, encode_key(key), address))
+        self.key, self.address, self.hint = key, address, hint
+
+
+def parse_known_host(words: list[str]) -> str | None:
+    """The `host:port`, or the `host` with any port, that a line of known_hosts is bound to; None for a bare key."""
+    host = words[0].lower() if words else None
+    if host and not re.fullmatch(r"([\w.-]+|\[[0-9a-f:.]+(%[\w.-]+)?\])(:[1-9][0-9]{0,4})?", host):
+        raise ValueError("`%s` is no `host:port` and no `host`; each server needs a line of its own" % printable(host))
+    return host
 
 
 class KnownHosts(KeyLines):
-    """The key of each server. Lines with a server's `host:port`, in capitals or not, count alone for that server; a
-    bare KEY counts for any other."""
+    """The key of each server. Lines with a server's `host:port` or `host`, in capitals or not, count alone for that
+    server; a bare KEY counts for any other."""
 
     USELESS = "is not understood"
+    is_strict = False
 
     def __init__(self, path: str):
-        super().__init__(path, lambda words: words[0].lower() if words else None)
-        self._accepted: dict[str, bytes] = {}  # known in this run, even where the file could not be written
+        super().__init__(path, parse_known_host)
+        self._accepted: dict[str, bytes] = {}  # what a user accepted in this run, and could not be written
 
     def check(self, key: bytes, address: str) -> None:
         """UnknownHost where no line is about this server, AuthenticationError where one has another key for it."""
         server = address.lower()
+        host, _, port = server.rpartition(":")
+        about = re.compile(r"(?<![\w.-])%s(\]?:%s(?!\d)|(?!\]?:\d|[\w.-]))" % (re.escape(host.strip("[]")), port))
         lines = [(listed, *line) for listed, all_lines in self.read().items() for line in all_lines]
-        bound = [(listed, "line %d of `%s`" % (number, self.path)) for listed, number, host in lines if host == server]
-        if server in self._accepted and not bound:
-            bound = [(self._accepted[server], "what was accepted before")]
-        if not bound:
-            if key not in [listed for listed, _, host in lines if host is None]:
-                raise UnknownHost(key, address, self.path)
-        elif key not in dict(bound):
-            listed, place = bound[0]
-            shown = encode_key(key)
+        bound = {listed: "line %d of `%s`" % (number, self.path) for listed, number, name in lines
+                 if name in (server, host)}
+        damaged = [(number, why) for number, text, why in self.broken if about.search(text.lower())]
+        if not (bound or damaged) and server in self._accepted:
+            bound = {self._accepted[server]: "what was accepted before"}
+        if key in bound:
+            return
+        shown = encode_key(key)
+        if bound:
+            listed, place = next(iter(bound.items()))
             raise AuthenticationError(
                 "THE KEY OF THE SERVER `%s` HAS CHANGED: it shows `%s`, and %s says `%s`. Somebody may stand in between"
-                " and pretend to be it. Only if you know why it has another key now, replace that line by: %s %s"
-                % (address, shown, place, encode_key(listed), shown, address))
+                " and pretend to be it.%s Only if you know why it has another key now, replace that line by: %s %s"
+                % (address, shown, place, encode_key(listed), self._explain(key), shown, address))
+        if damaged:
+            raise AuthenticationError(
+                "line %d of `%s` is about the server `%s` and cannot be understood (%s), so that no key counts for it."
+                " If `%s` is the right key, replace that line by: %s %s"
+                % (damaged[0][0], self.path, address, damaged[0][1], shown, shown, address))
+        if key not in [listed for listed, _, name in lines if name is None]:
+            raise UnknownHost(key, address, self.path, self._explain(key))
+
+    def _explain(self, key: bytes) -> str:
+        """A sentence about a line that has this key, and why that line does not count; "" where none has it."""
+        lines, broken = self._cache[1].get(key, ()), self.find_broken(key)
+        if lines:
+            number, host = lines[0]
+            return " Line %d has this key, but %s." % (
+                number, "for `%s` alone" % host if host else "for servers without a line of their own")
+        return " Line %d has this key, but cannot be understood: %s." % broken if broken else ""
 
     def add(self, key: bytes, address: str) -> str:
-        """Trusts `key` for `address`. "", or the reason why it was not written, and so holds in this run only."""
-        self._accepted[address.lower()] = key
+        """Trusts `key` for `address`. "", or the reason why the line was not written."""
         try:
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -894,9 +1004,16 @@ class KnownHosts(KeyLines):
                     file.seek(size - 1)
                 newline = b"\n" if size and file.read(1) != b"\n" else b""
                 file.write(newline + ("%s %s\n" % (encode_key(key), address)).encode())
+            self.check(key, address)
         except OSError as error:
             return "cannot write to `%s`: %s" % (self.path, reason(error))
+        except AuthenticationError:  # /dev/null takes everything
+            return "has written a line to `%s` that is not in it now" % self.path
         return ""
+
+    def accept(self, key: bytes, address: str) -> None:
+        """Trusts `key` for `address` in this run."""
+        self._accepted[address.lower()] = key
 
 
 class KeyFolder:
@@ -906,7 +1023,11 @@ class KeyFolder:
     """
 
     def __init__(self, key_path: str | None = None, parse_grant: Callable[[list[str]], Any] = tuple):
-        path = os.path.expanduser(key_path or os.path.join("~", ".ratrod"))
+        named = os.fspath(key_path or os.path.join("~", ".ratrod"))
+        path = os.path.expanduser(named)
+        if named.startswith("~") and not (os.path.isabs(path) and os.environ.get("HOME", path)):
+            raise ConfigError("there is no home folder for `%s` (HOME is not set, and the system knows none): name the"
+                              " folder of the security files with -k" % named)
         self.key_file = path if os.path.isfile(path) else os.path.join(path, "key")
         self.path = os.path.dirname(self.key_file) or "."
         self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"), parse_grant)
@@ -925,51 +1046,44 @@ class KeyFolder:
 
     def load(self) -> KeyPair:
         """The identity in the key file. ConfigError names the file, what is wrong with it and what to do."""
-        pair = self._read(self.key_file, KeyPair.decode)
-        status = os.stat(self.key_file)
-        # As ssh has it: only the owner can mend it. A Kubernetes secret belongs to root, and is read through its group.
-        if os.name == "posix" and status.st_mode & 0o077 and status.st_uid == os.getuid():
-            self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone:"
-                                 " chmod 600 %s" % (self.key_file, stat.S_IMODE(status.st_mode), self.key_file))
-        if self._check_writers(self.path):
-            for keys in self.authorized_keys, self.known_hosts:
-                self._check_writers(keys.path)
-        public_file = self.key_file + ".pub"
+        path = self.key_file
         try:
-            if self._read(public_file, decode_key) != pair.public:
-                raise ConfigError("it belongs to another key")
-        except ConfigError as error:
-            # Only people read key.pub; ratrod derives the public key from the private one.
-            self.warnings.append("`%s` does not show this key (%s); the right line is: %s"
-                                 % (public_file, error, encode_key(pair.public)))
-        return pair
-
-    def _check_writers(self, path: str) -> bool:
-        """Warns where others can write a list, and so decide who comes in and which server is the right one.
-
-        Returns whether others can get at what is in this folder.
-        """
-        mode = 0
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            mode = stat.S_IMODE(status.st_mode)
-            # In a sticky folder, as /tmp, nobody can replace the file of somebody else.
-            is_sticky = mode & stat.S_ISVTX and stat.S_ISDIR(status.st_mode)
-            if os.name == "posix" and mode & 0o022 and not is_sticky and status.st_uid == os.getuid():
-                self.warnings.append("`%s` can be changed by others (mode %04o), who could let themselves in; make it"
-                                     " yours alone: chmod go-w %s" % (path, mode, path))
-        return bool(mode & 0o011)
-
-    @staticmethod
-    def _read(path: str, decode: Callable[[str], Any]) -> Any:
-        try:
-            with open(path, encoding="utf-8") as file:
-                return decode(file.read(1000).strip())
+            status, text = os.stat(path), read_text(path, 4096).lstrip("\ufeff").strip()
+            is_open = can_others_write(path, status)
+            self.warnings += find_writers(self.path, os.stat(self.path))
         except OSError as error:
             raise ConfigError("cannot read the key file `%s`: %s" % (path, reason(error))) from None
+        try:
+            pair = KeyPair.decode(text)
         except ValueError as error:
-            raise ConfigError("the key file `%s` is damaged: %s. Move it away and make another with `ratrod keygen`"
-                              % (path, error)) from None
+            raise ConfigError(self._explain(text, error)) from None
+        if is_open:
+            raise ConfigError("the private key `%s` %s" % (path, OTHER_WRITERS % (stat.S_IMODE(status.st_mode), path)))
+        # Only the owner can mend it. A Kubernetes secret belongs to root, and is read through its group.
+        if os.name == "posix" and status.st_mode & 0o077 and (status.st_uid or not os.getuid()):
+            self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone:"
+                                 " chmod 600 %s" % (path, stat.S_IMODE(status.st_mode), path))
+        try:
+            shown = read_text(path + ".pub", 4096).lstrip("\ufeff").strip()
+            why = "" if decode_key(shown) == pair.public else "it belongs to another key"
+        except (OSError, ValueError) as error:
+            why = reason(error)
+        if why:  # only people read key.pub; ratrod derives the public key from the private one
+            self.warnings.append("`%s.pub` does not show this key (%s); the right line is: %s"
+                                 % (path, why, encode_key(pair.public)))
+        return pair
+
+    def _explain(self, text: str, error: ValueError) -> str:
+        """What is wrong with the text of a key file. Somebody who reads "damaged" throws the file away."""
+        plain = text.replace("\0", "").strip("\ufffd" + QUOTES)
+        if not plain or not encode_key(_PKCS8_HEAD)[:21].startswith(plain[:21]):
+            return ("`%s` is no private key of ratrod's but %s. -k takes the folder of the security files, or the file"
+                    " `key` in it" % (self.key_file, describe_file(plain)))
+        foreign = find_foreign(text)
+        if foreign:
+            return "cannot read the key file `%s`: %s" % (self.key_file, foreign)
+        return ("the key file `%s` is damaged: %s. Move it away and make another with `ratrod keygen`"
+                % (self.key_file, error))
 
     def generate(self) -> KeyPair:
         """Writes a new identity and empty lists into the folder, never over a file. ConfigError says what failed."""
@@ -1021,11 +1135,15 @@ def link_file(existing: str, path: str) -> None:
 class NoKeys(KeyFolder):
     """In place of a key folder where ssh does what keys are for. The pair in it can do nothing."""
 
+    def __init__(self) -> None:
+        super().__init__(os.curdir)  # the home folder may be unknown
+
     def exists(self) -> bool:
         return True
 
     def load(self) -> KeyPair:
         return KeyPair(b"", b"")
+
 
 # ======================================================================================================================
 # 4. Addresses and policy
@@ -1382,29 +1500,58 @@ class Grant(NamedTuple):
 
 
 def parse_grant(words: list[str]) -> Grant:
-    """The Grant of `[option ...] [comment]`, the words behind a key.
-
-    ValueError for a word that may have been meant as an option: it must not pass for a comment.
+    """The Grant of `[option ...] [comment]`, the words behind a key. An option is known in capitals too, and whatever
+    its `-` and `_`. ValueError for a word that may have been meant as an option: it must not pass for a comment.
     """
     grant = Grant()
     change: dict[str, Any]
     for number, word in enumerate(words):
-        name, _, value = word.partition("=")
+        name, equals, value = word.partition("=")
+        name = plain_option(name)
         quoted = re.fullmatch(r'"([^"]*)"', value)
         if name in ("permitopen", "permitlisten") and quoted:
             pattern = parse_pattern(quoted.group(1), "127.0.0.1" if name == "permitlisten" else None)
             change = {name: (*getattr(grant, name), pattern)}
         elif name == "expires" and quoted:
             change = {name: min(grant.expires, parse_date(quoted.group(1)))}
-        elif word in ("no-udp", "no-legacy"):
-            change = {word.replace("-", "_"): True}
+        elif name in ("noudp", "nolegacy") and not equals:
+            change = {"no_" + name[2:]: True}
         else:
             for later in words[number:]:
-                if "=" in later or re.match("permit|no-|expire", later):
-                    raise ValueError("`%s` is no option, or stands behind the comment" % printable(later))
+                refuse_option(later)
             return grant._replace(comment=printable(" ".join(words[number:]), 60))
         grant = grant._replace(**change)
     return grant
+
+
+OPTIONS = ("permitopen", "permitlisten", "expires", "noudp", "nolegacy")
+SSHD_OPTIONS = tuple("restrict pty userrc portforwarding agentforwarding x11forwarding certauthority verifyrequired"
+                     " touchrequired".split())  # those without a value and `no-`
+
+
+def plain_option(word: str) -> str:
+    return word.lower().replace("-", "").replace("_", "")
+
+
+def refuse_option(word: str) -> None:
+    """ValueError for a word of a comment that may have been meant as an option."""
+    for part in re.split("[,;]", word):
+        name = re.sub(r"[\W_]", "", part.lower())
+        if name in SSHD_OPTIONS or name.startswith("no") and name[2:] in SSHD_OPTIONS:
+            raise ValueError("`%s` is an option of sshd's, which ratrod does not have" % printable(part))
+        if "=" in word or "@" not in word and (is_close_to_option(name) or re.match("permit|no[-_]|expire", part.lower())):
+            raise ValueError("`%s` is no option, or stands behind the comment" % printable(word))
+
+
+def is_close_to_option(name: str) -> bool:
+    """Whether a word looks like an option that was mistyped. `legacy` does not: it may well be a comment."""
+    # Comparing letters costs 5 µs a word, difflib 100 µs: lists have thousands of comments.
+    close = [option for option in (*OPTIONS, "restrict") if len(set(option) ^ set(name)) < 4 and name != "legacy"]
+    if not close:
+        return False
+    import difflib
+
+    return bool(difflib.get_close_matches(name, close, 1, 0.8)) or sorted(name) in map(sorted, close)
 
 
 def parse_date(text: str) -> float:
@@ -3895,12 +4042,16 @@ class UnixListener(socket.socket):
     _file: tuple[str, int, int] | None = None
 
     def bind_privately(self, path: str) -> None:
-        with contextlib.suppress(OSError):  # Linux: the file has this mode from its first moment on, and no umask of other threads changes
+        """Binds a file that its owner alone can use; PermissionError where another file took its place meanwhile."""
+        with contextlib.suppress(OSError):  # Linux: the file has this mode from its first moment on
             os.fchmod(self.fileno(), 0o600)
         self.bind(path)
+        with contextlib.suppress(NotImplementedError):  # Linux says so of a link that somebody put there
+            os.chmod(path, 0o600, follow_symlinks=False)
         status = os.lstat(path)
+        if not stat.S_ISSOCK(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o177:
+            raise PermissionError(errno.EPERM, "others can use its folder, and have changed the file")
         self._file = path, status.st_dev, status.st_ino
-        os.chmod(path, 0o600)
 
     def close(self) -> None:
         if self._file and self.fileno() >= 0:
@@ -7593,7 +7744,7 @@ class Server(Endpoint):
         """What a key may do over this wire; AuthenticationError for one that may not come in."""
         grants = self._grants(key, now)
         if not grants:
-            raise AuthenticationError(self._why_not(key))
+            raise self._why_not(key)
         if is_legacy:
             grants = tuple(grant for grant in grants if not grant.no_legacy)
         if not grants:
@@ -7601,14 +7752,22 @@ class Server(Endpoint):
                                       % encode_key(key))
         return grants
 
-    def _why_not(self, key: bytes) -> str:
+    def _why_not(self, key: bytes) -> AuthenticationError:
         """Why a key may not come in, and what would help."""
+        shown, listed = encode_key(key), self.folder.authorized_keys
         if self.options.authorize:
-            return "authorize() does not permit the key `%s`" % encode_key(key)
-        lines = self.folder.authorized_keys.read().get(key)
+            return AuthenticationError("authorize() does not permit the key `%s`" % shown)
+        lines, broken = listed.read().get(key), listed.find_broken(key)
+        if broken:
+            error = AuthenticationError("line %d of the server's authorized_keys has this client's key but cannot be"
+                                        " understood: %s" % (broken[0], shown))
+            error.own = " (%s)" % broken[1]
+            return error
         if lines:
-            return "line %d of the server's authorized_keys is this client's, and has expired: %s" % (lines[-1][0], encode_key(key))
-        return "the server does not know this client's key. Add this line to authorized_keys on the server: %s" % encode_key(key)
+            return AuthenticationError("line %d of the server's authorized_keys is this client's, and has expired: %s"
+                                       % (lines[-1][0], shown))
+        return AuthenticationError("the server does not know this client's key%s: %s" % (
+            " (its log says why)" if listed.is_unusable else ". Add this line to authorized_keys on the server", shown))
 
     def _permitted(self, link: Link, remote: str, is_udp: bool = False) -> tuple[Address, tuple[Grant, ...]]:
         """The target that a client names, and what it was granted; PolicyError where it may not have it."""
@@ -7668,7 +7827,9 @@ class Server(Endpoint):
         """Ends every link whose key is no longer authorized."""
         gone = [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]
         for key, n in collections.Counter(link.peer_key for link in gone).items():
-            fate = "has expired" if key in listed else "is not in authorized_keys any more"
+            broken = self.folder.authorized_keys.find_broken(key)
+            fate = ("has expired" if key in listed else "stands in line %d of authorized_keys, which cannot be understood"
+                    % broken[0] if broken else "is not in authorized_keys any more")
             log.warning("The client's key `%s` %s: %s of it ended", encode_key(key), fate, plural(n, "link"))
             error = Revoked("the client's key `%s` %s" % (encode_key(key), fate))
             for link in [link for link in gone if link.peer_key == key]:
@@ -7702,7 +7863,7 @@ class Server(Endpoint):
             return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
         self.counters.handshakes_failed += 1
         return self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
-                                  "❌ Refused `%s`: %s" % (show_address(address), error))
+                                  "❌ Refused `%s`: %s%s" % (show_address(address), error, getattr(error, "own", "")))
 
     def _welcome(self, negotiation: Negotiation, handshake: Handshake, shown: str) -> None:
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", shown, self.show_key(handshake.peer_key), handshake.suite)
@@ -8525,7 +8686,11 @@ class Client(Endpoint):
             return self._test(remotes[0])
         # Its connection is closed: an answer takes as long as it takes.
         if isinstance(error, UnknownHost) and self.options.ask_host and self.options.ask_host(error):
-            self._trust(error)
+            failure = self._trust(error)
+            if failure:
+                self.folder.known_hosts.accept(error.key, error.address)
+                log.warning("Server's public key `%s` is trusted for `%s` in this run alone: ratrod %s",
+                            encode_key(error.key), error.address, failure)
             return self._test(remote)
         return self._on_tested(error)
 
@@ -8661,12 +8826,18 @@ class Client(Endpoint):
         except UnknownHost as error:
             if not self.options.accept_new:
                 raise
-            self._trust(error)
+            failure = self._trust(error)
+            if failure:  # a key that is written nowhere would be a new one at each start, as with -a
+                raise AuthenticationError("--accept-new %s. %s" % (failure, error)) from None
 
-    def _trust(self, host: UnknownHost) -> None:
-        failure = self.folder.known_hosts.add(host.key, host.address)
-        log.warning("Server's public key `%s` is trusted for `%s` from now on%s", encode_key(host.key), host.address,
-                    "; only for this run: " + failure if failure else ", and stands in `%s`" % self.folder.known_hosts.path)
+    def _trust(self, host: UnknownHost) -> str:
+        """"", or why the key could not be written."""
+        known = self.folder.known_hosts
+        failure = known.add(host.key, host.address)
+        if not failure:
+            log.warning("Server's public key `%s` is trusted for `%s` from now on, and stands in `%s`",
+                        encode_key(host.key), host.address, known.path)
+        return failure
 
     def on_completed(self, link: Link) -> None:
         if link is self._test_link:
@@ -9759,6 +9930,7 @@ def set_up_logging(level: int, as_json: bool = False, status: bool = False) -> N
 
 QUESTION = ("Would you like to have the security files (public / private key pair, known hosts, and authorized keys)"
             " generated (y/n)? ")
+ANSWER_TIMEOUT = 2.0  # seconds for an answer on a pipe: a service manager's may be open and silent for ever
 
 
 def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
@@ -9768,7 +9940,7 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
     sodium()  # nothing can be generated without it, so an error comes before the question
     log.info("No security files present in `%s` ...", folder.path)
     print(QUESTION, end="", flush=True)
-    answer = sys.stdin.readline() if sys.stdin else ""
+    answer = read_answer()
     if not answer.endswith("\n"):
         print(flush=True)
     if answer.strip().lower() not in ("y", "yes"):
@@ -9776,6 +9948,25 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
                           " `ratrod keygen`" % folder.path)
     generate_keys(folder)
     return None
+
+
+def read_answer() -> str:
+    """A line of standard input. Where that is no terminal, an answer has to be there: nobody types one later."""
+    if not sys.stdin or sys.stdin.isatty():
+        return sys.stdin.readline() if sys.stdin else ""
+    # Without a buffer: one whose lock a thread holds for ever ends the interpreter with a fatal error.
+    source: Any = getattr(getattr(sys.stdin, "buffer", None), "raw", sys.stdin)
+    answer: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while not answer or answer[-1] not in ("", "\n"):
+                char = source.read(1)
+                answer.append(char if isinstance(char, str) else char.decode("latin-1"))
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(ANSWER_TIMEOUT)
+    return "".join(answer)
 
 
 def generate_keys(folder: KeyFolder) -> KeyPair:
@@ -9795,8 +9986,8 @@ def ask_host(error: UnknownHost) -> bool:
     # A signal must end the question, and not wait behind it.
     handlers = [(number, signal.signal(number, handler)) for number, handler in (
         (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))]
-    question = ("The key of the server `%s` is not known yet.\nIt is %s, fingerprint %s.\nAre you sure you want to"
-                " continue connecting (yes/no/[fingerprint])? " % (error.address, key, fingerprint))
+    question = ("The key of the server `%s` is not known yet.%s\nIt is %s, fingerprint %s.\nAre you sure you want to"
+                " continue connecting (yes/no/[fingerprint])? " % (error.address, error.hint, key, fingerprint))
     try:
         while True:
             print(question, end="", file=sys.stderr, flush=True)

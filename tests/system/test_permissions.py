@@ -434,13 +434,13 @@ import ratrod
 sys.exit(ratrod.main(sys.argv[2:]))
 """
 HAS_EXPIRED = "line 1 of the server's authorized_keys is this client's, and has expired"
-NOT_KNOWN = "the server does not know this client's key"
+BROKEN = "line 1 of the server's authorized_keys has this client's key but cannot be understood"
 
 
 @pytest.mark.parametrize("line, why, flags", [
     ('KEY expires="%s"' % day(0), HAS_EXPIRED, ("--max-retry-count", "1")),
     # A line that authorizes nobody authorizes nobody from the moment it is read.
-    ("KEY no-shell alice", NOT_KNOWN, ("--max-retry-interval", "1")),
+    ("KEY no-shell alice", BROKEN, ("--max-retry-interval", "1")),
     # At 00:00 UTC, by the server's clock, with nothing written anywhere.
     (None, HAS_EXPIRED, ("--max-retry-interval", "1"))], ids=["expired", "bad", "midnight"])
 def test_a_key_that_may_not_come_in_any_more(start, keys, connect, authorized, tcp_echo, udp_echo, tmp_path, line, why, flags):
@@ -477,13 +477,27 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, connect, authorized, t
     assert server.process.poll() is None
 
 
-def test_a_key_that_expired(serve, connect, authorized, keys, tcp_echo):
-    authorized("# the laptop", 'KEY expires="%s" alice@laptop' % day(0))
-    server, port = serve()
+def test_a_line_that_lets_nobody_in(serve, connect, authorized, keys, tcp_echo):
+    """Both sides name it: "add this line" would give a key that was to be narrowed all rights. The reason is for the server's log alone."""
+    server, port = serve("--legacy")
+    for line, said, reason, flags in (
+            ('KEY expires="%s" alice@laptop' % day(0), "is this client's, and has expired: KEY", "", ()),
+            ('KEY permitopne="db:1" alice', "has this client's key but cannot be understood: KEY", " (`permitopne=.* is no option", ()),
+            ("# mine\nKEYKEY", "has this client's key but cannot be understood: KEY", " (it looks like two keys", LEGACY.connect),
+            ('"KEY"', "has this client's key but cannot be understood: KEY", " (it stands in quotes", ())):
+        authorized("# the laptop", line)
+        client = connect(port, "0:%d" % tcp_echo.port, flags=flags)
+        assert client.wait() == AUTHENTICATION_FAILED
+        said = "line %d of the server's authorized_keys %s" % (2 + line.count("\n"), said.replace("KEY", keys.client.public))
+        client.wait_for("ERROR.*" + said + "$")
+        server.wait_for("Refused .*%s%s" % (said, re.escape(reason).replace(r"\.\*", ".*")))
+    # A list that counts as empty is no list that this key is missing in.
+    (keys.server.path / "authorized_keys").unlink()
+    (keys.server.path / "authorized_keys").mkdir()
     client = connect(port, "0:%d" % tcp_echo.port)
     assert client.wait() == AUTHENTICATION_FAILED
-    for program in (server, client):
-        program.wait_for("line 2 of the server's authorized_keys is this client's, and has expired: %s" % keys.client.public)
+    client.wait_for(r"the server does not know this client's key \(its log says why\): " + keys.client.public)
+    (keys.server.path / "authorized_keys").rmdir()
     authorized('KEY expires="%s" alice@laptop' % day(2))
     client = connect(port, "0:%d" % tcp_echo.port)
     client.wait_for(READY)

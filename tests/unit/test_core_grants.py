@@ -87,6 +87,10 @@ GOOD = {
     "KEY no-udp": {P, Q},
     "KEY no-legacy": ALL,
     "KEY no-udp no-legacy alice@laptop": {P, Q},
+    # What is meant counts: a word that narrows must not be lost.
+    **dict.fromkeys(("KEY NO-UDP", "KEY no_udp", "KEY noudp", "KEY No-Udp alice", "\ufeffKEY no-udp", "KEY no-udp legacy box"), {P, Q}),
+    **dict.fromkeys(('KEY PERMITOPEN="127.0.0.1:1001"', 'KEY permit-open="127.0.0.1:1001"', 'KEY Permit_Open="127.0.0.1:1001" bob'), {P, UDP}),
+    "KEY legacy udp box of no one@example.com no-reply@example.com from home": ALL,
     'KEY permitlisten="8080"': ALL,
     'KEY permitlisten="127.0.0.1:*" permitlisten="localhost:80" permitlisten="*:9000" permitlisten="[::1]:80"': ALL,
     'KEY expires="%s"' % day(2): ALL,
@@ -114,7 +118,7 @@ BAD_OPTIONS = [
     "permitopen='127.0.0.1:80'", 'permitopen ="127.0.0.1:80"', 'permitopen= "127.0.0.1:80"', 'permitopen="127.0.0.1:80"permitopen="db:1"',
     'permitopen="127.0.0.1:80","db:1"', 'permitopen="127.0.0.1:80 db:1"', 'permitopen="127.0.0.1:80",no-udp',
     "permitopen=\u201c127.0.0.1:80\u201d", 'permitopen=""127.0.0.1:80""', "permit", "permitopen:127.0.0.1:80", "permit-open",
-    "permitremoteopen", 'PERMITOPEN="127.0.0.1:80"', 'permitopens="127.0.0.1:80"', "permitlisten", 'permitlisten=""', 'permitlisten="0x50"',
+    "permitremoteopen", 'permitopens="127.0.0.1:80"', "permitlisten", 'permitlisten=""', 'permitlisten="0x50"',
     'permitlisten="65536"', 'permitlisten="127.0.0.1"', 'permitlisten="127.0.0.1:"', 'permitlisten="127.1:80"', 'permitlisten="80',
     'permitlisten="8000-8010"', "no-", "no-tcp", "no-pty", "no-udp,no-legacy", "no-udp=1", 'no-udp="yes"', "no-udp;", "no-udpx", "no-port-forwarding",
     "expires", "expire", "expires=", 'expires=""', 'expires="tomorrow"', 'expires="2999-02-30"', 'expires="2999-13-01"', 'expires="2999-1-31"',
@@ -124,13 +128,16 @@ BAD_OPTIONS = [
     'command="x"', "restrict=", "a=b", "=", "=x", "restrict,permitopen=x",
     # Behind the comment: whoever wrote it there believes in it.
     "alice@laptop no-udp", 'alice@laptop permitopen="127.0.0.1:80"', 'alice expires="2999-01-31"', "alice a=b", "no-udp alice no-legacy",
+    "NO-PTY", "restrict", "RESTRICT", "Restricted", "pty", "user_rc", "port-forwarding", "X11-forwarding", "agent-forwarding", "cert-authority",
+    "verify-required", "no-touch-required", "restrict,pty", "noudp,nolegacy", "alice restrict", "alice no_udp", "bob NO_LEGACY,", "alice (no-udp)",
+    "noupd", "nudp", "on-udp", "no\u2011udp", "nolegcy", "no.udp", "permtopen", "permitopne", "expirs", "exprise", "'no-udp'", "[no-udp]",
     "alice no-shell", "alice permit-open=\"127.0.0.1:80\"", "alice expire=\"2000-01-01\"", "# no-udp",
 ]
 BAD_LINES = [
     *["KEY " + option for option in BAD_OPTIONS],
     # One bad option spoils what stands beside it.
     'KEY permitopen="127.0.0.1:80" permitopen="127.0.0.1"', "KEY no-udp no-tcp", 'KEY no-shell expires="2999-01-31"',
-    "no-udp KEY", 'permitopen="127.0.0.1:80" KEY', "ssh-ed25519 KEY", "KEY= alice", "KEY, alice", '"KEY"', "KEYA", "\ufeff KEY", "alice",
+    "no-udp KEY", 'permitopen="127.0.0.1:80" KEY', "ssh-ed25519 KEY", "KEY= alice", "KEY, alice", '"KEY"', "KEYA", "alice",
     "KEY\0", "=KEY",
 ]
 

@@ -259,8 +259,22 @@ def test_lines_that_are_none_harm_no_other(listed):
     a, b, c = (base64url(key).encode() for key in (A, B, C))
     path.write_bytes(b"\n".join([
         b"# a comment", b"", b"   ", a + b" \xff\xfe", b"\xff" * 43, b + b"=", b"\t" + c + b"\tx y\r", b"ssh-ed25519 " + b, c]))
-    assert lines.read() == {A: ((4, "\ufffd\ufffd"),), C: ((7, "x"), (9, None))}
-    assert [int(re.search(r"line (\d+) of", problem).group(1)) for problem in lines.problems] == [5, 6, 8]
+    assert lines.read() == {C: ((7, "x"), (9, None))}
+    assert [int(re.search(r"line (\d+) of", problem).group(1)) for problem in lines.problems] == [4, 5, 6, 8]
+    assert [lines.find_broken(key) and lines.find_broken(key)[0] for key in (A, B, C)] == [4, 6, None]
+
+
+@pytest.mark.parametrize("encoding, end", [("utf-16", "\r\n"), ("utf-16-le", "\n"), ("utf-16-be", "\r\n"), ("utf-8", "\r\n")])
+def test_lines_that_another_system_has_added(listed, encoding, end):
+    """PowerShell's >> appends UTF-16 to whatever is there. The lines before it count; each other one is named, by its own number."""
+    lines, _, path = listed
+    a, b, c = (base64url(key) for key in (A, B, C))
+    path.write_bytes(("%s a:1\n" % a).encode() * (encoding != "utf-16") + end.join(["%s b:1" % b, "# no key", '"%s"' % c, ""]).encode(encoding))
+    first = 1 if encoding == "utf-16" else 2
+    assert lines.read() == {**({A: ((1, "a:1"),)} if first == 2 else {}), **({B: ((2, "b:1"),)} if encoding == "utf-8" else {})}
+    assert [lines.find_broken(key) and lines.find_broken(key)[0] for key in (B, C)] == [None if encoding == "utf-8" else first, first + 2]
+    said = "it stands in quotes, as cmd.exe leaves them" if encoding == "utf-8" else "it is UTF-16 text, as > and >> of Windows PowerShell write it"
+    assert all(said in problem for problem in lines.problems) and lines.problems
 
 
 def test_two_keys_in_one_line_are_named_as_that(listed):
@@ -294,8 +308,7 @@ def test_lines_bound_to_an_address_count_alone_for_it(listed, address):
 def test_a_name_is_the_same_in_capitals(listed):
     # Or a key that has changed would count as one that is new.
     lines, _, path = listed
-    assert lines.add(A, "Server:1") == ""
-    path.write_text("")  # what was accepted counts all the same
+    lines.accept(A, "Server:1")
     for again in (lines, KnownHosts(str(path))):
         if again is not lines:
             path.write_text(base64url(A) + " Server:1")

@@ -39,6 +39,25 @@ def test_keys_are_in_the_home_folder_or_where_k_says(tmp_path, monkeypatch):
     assert KeyFolder(str(tmp_path / "deep" / "new")).generate() != pair, "two runs made the same key"
 
 
+@posix
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_without_a_home_folder_none_is_made_up(tmp_path, monkeypatch, home):
+    """As in a container with a user who is in no passwd file: a folder that is called `~` would appear where it was started."""
+    import pwd
+
+    monkeypatch.chdir(tmp_path)
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    else:
+        monkeypatch.setenv("HOME", home)
+    for path in (None, "~/keys"):
+        with pytest.raises(ConfigError, match="no home folder .*-k"):
+            KeyFolder(path)
+    ratrod.NoKeys().load()  # ssh:// needs no folder
+    assert KeyFolder(str(tmp_path)).generate() and not (tmp_path / "~").exists()
+
+
 def test_what_is_there_already_is_kept(tmp_path):
     """Somebody who prepared the lists first must not lose them, and the folder's other files are none of ratrod's business."""
     (tmp_path / "authorized_keys").write_text("# prepared\n")
@@ -94,9 +113,29 @@ BAD_KEY_FILES = {
     "another kind of key": der(SEED, public_of(SEED), prefix="3051020101300506032b656e04220420").encode(),
     "no public half": base64url(bytes.fromhex("302e020100300506032b657004220420") + SEED).encode(),
     "another key's public half": der(SEED, public_of(SEED[::-1])).encode(),
-    "the public key": base64url(public_of(SEED)).encode(),
-    "an OpenSSH key": b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n",
 }
+PUBLIC = base64url(public_of(SEED))
+# What stands in the place of a key by mistake, often the wrong file behind -k. Who reads that it is damaged moves it away.
+OTHER_FILES = {
+    "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n": "a PEM file (OPENSSH PRIVATE KEY)",
+    "-----BEGIN CERTIFICATE-----\nMIIB\n": "a PEM file (CERTIFICATE)",
+    "---- BEGIN SSH2 PUBLIC KEY ----\n": "a PEM file (SSH2 PUBLIC KEY)",
+    "PuTTY-User-Key-File-3: ssh-ed25519\n": "a key of PuTTY's",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n": "a public key of OpenSSH's",
+    "ecdsa-sha2-nistp256 AAAA\n": "a public key of OpenSSH's",
+    PUBLIC: "a public key",
+    PUBLIC + " me@laptop\n": "a list of public keys",
+    "# the clients\n\n%s no-udp\n%s\n" % (PUBLIC, PUBLIC): "a list of public keys",
+    "\ufeff%s server:1\r\n" % PUBLIC: "a list of public keys",
+    "": "an empty file",
+    "\n": "an empty file",
+    "#!/bin/sh\n": "another file",
+    "\x7fELF\x02\x01\0\0\0\0\0\0": "another file",
+    "A" * 5000: "another file",
+}
+UTF16, IN_QUOTES = "UTF-16 text, as > and >> of Windows PowerShell write it; write it again as UTF-8", "stands in quotes, as cmd.exe leaves them"
+FOREIGN = [('"%s"', IN_QUOTES, "utf-8"), ("'%s'\r\n", IN_QUOTES, "utf-8"), ("\u201c%s\u201d", IN_QUOTES, "utf-8"),
+           ("%s\r\n", UTF16, "utf-16"), ("\ufeff%s", UTF16, "utf-16-be"), ("%s\r\n", UTF16, "utf-16-le")]
 
 
 @pytest.mark.parametrize("name", BAD_KEY_FILES)
@@ -111,6 +150,32 @@ def test_a_bad_key_file(tmp_path, name):
     assert str(tmp_path / "key") in str(raised.value)
     assert GOOD[22:60] not in str(raised.value), "a part of a private key was shown"
     assert snapshot(tmp_path) == {"key": BAD_KEY_FILES[name]}
+    assert ("damaged" in str(raised.value)) == BAD_KEY_FILES[name].startswith(GOOD[:21].encode()), raised.value
+
+
+@pytest.mark.parametrize("place", ["key", "another name"])
+def test_another_file_in_the_place_of_a_key(tmp_path, place):
+    path = tmp_path / place
+    for text, what in OTHER_FILES.items():
+        path.write_bytes(text.encode())
+        with pytest.raises(ConfigError) as raised:
+            KeyFolder(str(tmp_path if place == "key" else path)).load()
+        said = str(raised.value)
+        assert said.startswith("`%s` is no private key of ratrod's but %s" % (path, what)) and "-k takes the folder" in said, said
+        assert "damaged" not in said and PUBLIC not in said
+
+
+def test_what_other_systems_do_to_a_key_file(tmp_path):
+    """It is told, and how to make it right: the key is good."""
+    for around, said, encoding in FOREIGN:
+        (tmp_path / "key").write_bytes((around % GOOD).encode(encoding))
+        with pytest.raises(ConfigError, match=said):
+            KeyFolder(str(tmp_path)).load()
+    (tmp_path / "key").write_bytes(("\ufeff%s\r\n" % GOOD).encode())
+    (tmp_path / "key.pub").write_bytes(("\ufeff%s\r\n" % PUBLIC).encode())
+    (tmp_path / "key").chmod(0o600)
+    folder = KeyFolder(str(tmp_path))
+    assert folder.load().seed == SEED and not folder.warnings
 
 
 def test_a_good_key_file_and_white_space_around_it(tmp_path):
@@ -154,33 +219,94 @@ def test_a_key_pub_that_does_not_belong(tmp_path):
     ({"": 0o1777}, None),
     ({"known_hosts": 0o1666}, "known_hosts"),
     # With umask 002, which some systems have, what an editor makes can be written by a group. Others cannot reach it here.
-    ({"": 0o700, "authorized_keys": 0o664}, None),
+    ({"": 0o700, "key": 0o664, "authorized_keys": 0o664, "known_hosts": 0o666}, "key"),
+    # A private key and authorized_keys that others can write are refused, as sshd does.
+    ({"key": 0o606}, "key"),
 ], ids=lambda value: ",".join("%s %o" % item for item in value.items()) if isinstance(value, dict) else "-")
-def test_what_others_can_read_or_change_is_warned_about(tmp_path, modes, warned):
+def test_what_others_can_read_or_change(tmp_path, modes, warned):
     keys = make_keys(tmp_path / "keys")
+    keys.trust(keys, "authorized_keys")
     for name, mode in {"": 0o755, **modes}.items():
         (keys.path / name).chmod(mode)
     folder = KeyFolder(str(keys.path))
-    folder.load()
-    path = keys.path / warned if warned is not None else None
-    expected = [] if path is None else ["`%s` can be %s by others (mode %04o)" % (path, "read" if warned == "key" else "changed", modes[warned])]
-    assert len(folder.warnings) == len(expected), folder.warnings
-    for text, warning in zip(expected, folder.warnings):
-        assert text in warning and warning.endswith("chmod %s %s" % ("600" if warned == "key" else "go-w", path)), warning
+    is_refused = modes == {"key": 0o606}
+    try:
+        folder.load()
+    except ConfigError as error:
+        folder.warnings.append(str(error))
+        assert is_refused
+    # A client is told of known_hosts when it starts, a server of authorized_keys whenever it has changed.
+    listed = folder.authorized_keys.read(), folder.known_hosts.read()
+    said = folder.warnings + folder.authorized_keys.problems + folder.known_hosts.problems
+    assert bool(listed[0]) == ("authorized_keys" not in (warned or "x")), said
+    if warned is None:
+        assert said == []
+        return
+    path, is_read = keys.path / warned, warned == "key" and not is_refused
+    text, = said
+    assert "`%s` can be %s by others (mode %04o)" % (path, "read" if is_read else "changed", modes[warned]) in text, text
+    assert text.endswith("chmod %s %s" % ("600" if is_read else "go-w", path)), text
     assert all(stat.S_IMODE((keys.path / name).stat().st_mode) == mode for name, mode in modes.items())
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("name", ["", "authorized_keys", "known_hosts"])
+def test_what_belongs_to_another_user(tmp_path, name):
+    """Warned of where root runs it: he can change what he owns. The lists still count, for `sudo ratrod -k /home/me/.ratrod` is common."""
+    keys = make_keys(tmp_path / "keys")
+    for list_name in ("authorized_keys", "known_hosts"):
+        keys.trust(keys, list_name)
+    os.chown(str(keys.path / name), 12345, -1)
+    folder = KeyFolder(str(keys.path))
+    folder.load()
+    assert folder.authorized_keys.read() and folder.known_hosts.read()
+    said, = folder.warnings + folder.authorized_keys.problems + folder.known_hosts.problems
+    path = str(keys.path / name).rstrip("/")
+    assert said == "`%s` belongs to another user (uid 12345), who could let himself in; make it yours: chown 0 %s" % (path, path)
+
+
+@posix
+def test_a_list_that_others_could_write_counts_again_when_it_is_mended(tmp_path):
+    """The mode of the folder is not in the file's times."""
+    keys = make_keys(tmp_path / "keys")
+    keys.trust(keys, "authorized_keys")
+    keys.path.chmod(0o755)
+    (keys.path / "authorized_keys").chmod(0o666)
+    listed = KeyFolder(str(keys.path)).authorized_keys
+    assert not listed.read() and listed.is_unusable
+    keys.path.chmod(0o700)
+    assert listed.read() and not listed.is_unusable and not listed.problems
 
 
 # ---------------------------------------------------------------------------------------------------- known_hosts
 
 SERVER, OTHER = (base64url(bytes((n,)) * 32) for n in (1, 2))
-UNKNOWN, CHANGED = "is not in the known hosts file", "HAS CHANGED"
+UNKNOWN, CHANGED, DAMAGED = "is not in the known hosts file", "HAS CHANGED", "and cannot be understood"
 VERDICTS = {
-    UNKNOWN: ["", "{other}", "{other} {address}0", "{server} elsewhere:1", "{server} {address}0", "# {server} {address}", "{server}x {address}",
-              "{address} {server}", "{other}\n{server} elsewhere:1"],
+    UNKNOWN: ["", "{other}", "{other} {address}0", "{server} elsewhere:1", "{server} {address}0", "# {server} {address}",
+              "{other}\n{server} elsewhere:1", "{server} 127.0.0.2", "{server} elsewhere:1,elsewhere:2", "{server}x", "{server}x elsewhere:1",
+              "{server} elsewhere:0", "{server} *", "{server} me@laptop"],
+    # A line that is about this server and damaged: neither a bare key nor a new one takes its place.
+    DAMAGED: ["{server}x {address}", "{server}\n{server}x {address}", "{server}\n{address} {server}", "{server}\n{server} {address},elsewhere:1",
+              "{server}\n{server} elsewhere:1,{address}", "{server}\n'{server} {address}'", "{server}\nx {address}", "{server}\n{server}x 127.0.0.1",
+              "{other} elsewhere:1\n{server} {address}/"],
     # A bare key counts only where no line is bound to the address.
-    CHANGED: ["{other} {address}", "{server}\n{other} {address}", "{other} {address}\n{server}", "{server} elsewhere:1\n{other} {address}"],
+    CHANGED: ["{other} {address}", "{server}\n{other} {address}", "{other} {address}\n{server}", "{other} 127.0.0.1", "{server}\n{other} 127.0.0.1",
+              "{other} {address}\n{server}x {address}"],
     "": ["{server} {address}", "{server}", "  {server}\t{address}\r", "{server}\n{other} elsewhere:1", "{other}\n{server}",
-         "{other} {address}\n{server} {address}"],
+         "{other} {address}\n{server} {address}", "{server} 127.0.0.1", "{other}\n{server} 127.0.0.1", "{other} {address}\n{server} 127.0.0.1",
+         "{server} {address} a comment", "\ufeff{server} {address}", "{server}x {address}\n{server} {address}", "{server}\n{server}x elsewhere:1"],
+}
+# Of the line that has the key, and does not count.
+HINTS = {
+    "{server} elsewhere:1": "Line 1 has this key, but for `elsewhere:1` alone.",
+    "# mine\n{server} {address}0": "Line 2 has this key, but for `127.0.0.1:10` alone.",
+    "{server} a:1,b:1": "Line 1 has this key, but cannot be understood: `a:1,b:1` is no `host:port` and no `host`;",
+    "{server}{other}": "Line 1 has this key, but cannot be understood: it looks like two keys in one line",
+    "me {server}": "Line 1 has this key, but cannot be understood: the key has to stand first.",
+    "{server}\n{other} {address}": "Line 1 has this key, but for servers without a line of their own.",
+    "{other}": None,
 }
 
 
@@ -192,13 +318,21 @@ def verdict(known, key=SERVER, address="127.0.0.1:1"):
     return ""
 
 
-@pytest.mark.parametrize("expected", VERDICTS, ids=["unknown", "changed", "known"])
+@pytest.mark.parametrize("expected", VERDICTS, ids=["unknown", "damaged", "changed", "known"])
 def test_what_a_file_says_of_a_server(tmp_path, expected):
     path = tmp_path / "known_hosts"
     for lines in VERDICTS[expected]:
         path.write_bytes(lines.format(server=SERVER, other=OTHER, address="127.0.0.1:1").encode() + b"\n")
         said = verdict(KnownHosts(str(path)))
         assert expected in said and bool(said) == bool(expected), (lines, said)
+
+
+def test_the_line_that_has_the_key_is_named(tmp_path):
+    path = tmp_path / "known_hosts"
+    for lines, hint in HINTS.items():
+        path.write_text(lines.format(server=SERVER, other=OTHER, address="127.0.0.1:1"))
+        said = verdict(KnownHosts(str(path)))
+        assert hint in said if hint else said and "has this key" not in said, (lines, said)
 
 
 def test_of_several_changed_lines_one_is_named(tmp_path):
@@ -254,17 +388,22 @@ def test_several_clients_write_at_once(tmp_path):
     assert sorted(lines[1:]) == sorted("%s 127.0.0.1:%d" % (base64url(bytes((n,)) * 32), port) for n in range(8) for port in range(1, 21))
 
 
-def test_a_file_that_cannot_be_written_holds_for_this_run(tmp_path):
-    """With that key alone: also a file that cannot be written must not become -a."""
+def test_a_file_that_cannot_be_written(tmp_path):
+    """What somebody at the terminal has accepted holds for this run, with that key alone. /dev/null takes every line and keeps none."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "no" / "folder")
-    for name in ("folder", "dangling"):
-        known = KnownHosts(str(tmp_path / name))
-        assert "cannot write to `%s`" % (tmp_path / name) in known.add(b"\1" * 32, "127.0.0.1:1")
+    (tmp_path / "null").symlink_to(os.devnull)
+    for name in ("folder", "dangling", "null"):
+        path = str(tmp_path / name)
+        known = KnownHosts(path)
+        failure = known.add(b"\1" * 32, "127.0.0.1:1")
+        assert ("has written a line to `%s` that is not in it now" if name == "null" else "cannot write to `%s`: ") % path in failure
+        assert UNKNOWN in verdict(known)
+        known.accept(b"\1" * 32, "127.0.0.1:1")
         assert verdict(known) == "" and UNKNOWN in verdict(known, address="127.0.0.1:2")
         said = verdict(known, OTHER)
         assert CHANGED in said and "what was accepted before says `%s`" % SERVER in said
-        assert UNKNOWN in verdict(KnownHosts(str(tmp_path / name)))
+        assert UNKNOWN in verdict(KnownHosts(path))
 
 
 # ---------------------------------------------------------------------------------------------------- the questions
@@ -305,6 +444,22 @@ RIGHT, WRONG = fingerprint(SERVER), fingerprint(OTHER)
 # Above all a fingerprint that somebody pasted and that is another one's: it must not be taken for a yes, nor end it.
 ASKED_AGAIN = ["", "y", "perhaps", "yes please", "no!", "SHA256:", RIGHT.partition(":")[0], WRONG, RIGHT[:-1], RIGHT + "x", RIGHT.lower(), OTHER,
                SERVER[:-1], "\u00fc\u6771", "\x00", "\x1b[A", "y" * 2000]
+
+
+def test_a_silent_pipe_is_no_answer(tmp_path, monkeypatch):
+    """A service manager's or a supervisor's may stay open for ever. An answer that is there is read, and not a byte behind it."""
+    for typed, timeout in ((b"", 0.1), (b"n\nmore", 60), (b"y\nmore", 60)):
+        monkeypatch.setattr(ratrod, "ANSWER_TIMEOUT", timeout)
+        reading, writing = os.pipe()
+        with open(reading) as pipe, open(writing, "wb", buffering=0) as other_end:
+            monkeypatch.setattr("sys.stdin", pipe)
+            other_end.write(typed)
+            if typed.startswith(b"y"):
+                ratrod.ensure_keys(KeyFolder(str(tmp_path / "new")))
+            else:
+                with pytest.raises(ConfigError, match="ratrod keygen"):
+                    ratrod.ensure_keys(KeyFolder(str(tmp_path / "new")))
+            assert not typed or os.read(reading, 100) == b"more"
 
 
 def test_the_question_about_an_unknown_server(typing, capsys):

@@ -70,6 +70,21 @@ def test_only_its_owner_may_use_it(short):
         assert list(short.iterdir()) == []
 
 
+def test_a_link_that_somebody_puts_in_its_place_is_not_followed(short):
+    """Between two steps of ours, in a folder that others can write: the file that it names would change its mode."""
+    (short / "victim").write_text("")
+    (short / "victim").chmod(0o644)
+
+    class Raced(ratrod.UnixListener):
+        def bind(self, path):
+            super().bind(path)
+            os.unlink(path)
+            os.symlink(str(short / "victim"), path)
+    with Raced(socket.AF_UNIX) as raced, pytest.raises(PermissionError):
+        raced.bind_privately(str(short / "local.sock"))
+    assert stat.S_IMODE((short / "victim").stat().st_mode) == 0o644 and (short / "local.sock").is_symlink()
+
+
 def test_what_is_there_already(short):
     """A stale socket is replaced, one that somebody listens on is left alone: also one whose queue is full, which answers "try again"."""
     path = short / "local.sock"
