@@ -162,6 +162,7 @@ import contextlib
 import errno
 import functools
 import heapq
+import itertools
 import logging
 import os
 import queue
@@ -248,6 +249,7 @@ class Limits(NamedTuple):
 DEFAULT_LIMITS = Limits()
 MAX_CONTENT = 512 * 1024  # bytes in a Data or Datagrams record
 MAX_SMALL_CONTENT = 1024  # bytes in any other record
+NEVER = float("inf")  # a time that does not come
 LAST_NONCE = 1 << 63  # records of one direction of a link; no link lives long enough to count so far
 EARLY_DATA = 64 * 1024  # bytes of Data that an opener sends before Opened
 WINDOW = 1 << 20  # bytes that a side sends before they are acknowledged
@@ -2839,7 +2841,7 @@ def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
 
 log = logging.getLogger("ratrod")
 log.addHandler(logging.NullHandler())  # as a library ratrod is silent unless its user wants to hear
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READ, WRITE = 1, 4  # as epoll has them
 
 
 def boot_time() -> float:
@@ -2847,62 +2849,21 @@ def boot_time() -> float:
     return time.clock_gettime(CLOCK) if CLOCK is not None else time.monotonic()
 
 
-class Timer:
-    """A pending call; cancel() forgets it."""
-
-    __slots__ = ("when", "call")
-
-    def __init__(self, when: float, call: Callable[[], None] | None):
-        self.when, self.call = when, call
-
-    def cancel(self) -> None:
-        self.call = None
-
-    def __lt__(self, other: Timer) -> bool:
-        return self.when < other.when
-
-
-class Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
-    """select() gives (callback, mask): what was registered as data, without the key around it."""
-
-    def select(self, timeout: float | None = None) -> Any:
-        return [(key.data, mask) for key, mask in super().select(timeout)]
-
-
-class EpollSelector:
-    """The same over epoll itself: 0.6 µs less for an event and 2 µs for a socket, a twelfth of what a short connection takes."""
-
-    _TO_EPOLL = {READ: 1, WRITE: 4, READ | WRITE: 5}
-    _FROM_EPOLL = {events: mask for mask, events in _TO_EPOLL.items()}
+class Poller:
+    """The calls of epoll, on what this system has in its place."""
 
     def __init__(self) -> None:
-        import select
+        self._selector = selectors.DefaultSelector()
+        self.unregister, self.close = self._selector.unregister, self._selector.close
 
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[int], None]] = {}
+    def register(self, fd: int, events: int) -> None:
+        self._selector.register(fd, events & READ | (events & WRITE) >> 1)
 
-    def register(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        fd = sock.fileno()
-        self._epoll.register(fd, self._TO_EPOLL[events])
-        self._callbacks[fd] = callback
+    def modify(self, fd: int, events: int) -> None:
+        self._selector.modify(fd, events & READ | (events & WRITE) >> 1)
 
-    def modify(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        fd = sock.fileno()
-        self._epoll.modify(fd, self._TO_EPOLL[events])
-        self._callbacks[fd] = callback
-
-    def unregister(self, sock: socket.socket) -> None:
-        fd = sock.fileno()
-        del self._callbacks[fd]
-        self._epoll.unregister(fd)
-
-    def select(self, timeout: float | None = None) -> Any:
-        # What is none of these is an error or a hang-up: reading tells which.
-        callbacks, mask_of = self._callbacks, self._FROM_EPOLL.get
-        return [(callbacks[fd], mask_of(events, READ | WRITE)) for fd, events in self._epoll.poll(timeout)]
-
-    def close(self) -> None:
-        self._epoll.close()
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        return [(key.fd, mask & READ | (mask << 1) & WRITE) for key, mask in self._selector.select(timeout)]
 
 
 def new_scratch(size: int = SCRATCH_IN) -> memoryview:
@@ -2982,20 +2943,28 @@ class EventLoop:
     """The one thread that owns every socket. Only call_soon_threadsafe() may be called from another thread."""
 
     def __init__(self) -> None:
-        self._selector = EpollSelector() if hasattr(selectors, "EpollSelector") else Selector()
-        self._timers: list[Timer] = []
+        import select
+
+        # epoll by itself: 0.6 µs less for an event than `selectors`, and 2 µs for a socket, a twelfth of a short
+        # connection.
+        self._poller: Any = select.epoll() if hasattr(selectors, "EpollSelector") else Poller()
+        self._callbacks: dict[int, Callable[[int], None]] = {}
+        self.sockets: set[Any] = set()  # those of every Transport
+        self._deadlines: list[tuple[float, int, Deadline]] = []  # a heap; the number is that of the entry
+        self._entries = itertools.count()
         self._calls: collections.deque[tuple[Callable[[], None], Callable[[], None]]] = collections.deque()
-        self._wake_receiver, self._waker = socket.socketpair()
-        for end in (self._wake_receiver, self._waker):
-            end.setblocking(False)
-        self._selector.register(self._wake_receiver, READ, self._on_wake)
         self._is_stopped = self._is_closed = False
-        self.now, self.awake = time.monotonic(), boot_time()  # of this round: good enough for everything that counts in seconds
+        self.most = descriptor_limit()
+        self.spare = min(64, self.most // 8)  # descriptors for those that are in: accepting leaves them alone
+        self.lock = threading.RLock()  # held for a round's callbacks: fork() waits for the end of the round
+        _loops.add(self)
+        # Of this round: good enough for everything that counts in seconds.
+        self.now, self.awake = time.monotonic(), boot_time()
         self.complaints = Complaints()
         self.complain = self.complaints.complain
         self.last_words: dict[LastWord, None] = {}  # the oldest first
-        # Shared by all: the bytes that one callback reads or seals here it has sent or kept elsewhere when it returns. A buffer of its own
-        # for every connection would cost 256 KB each.
+        # Shared by all: the bytes that one callback reads or seals here it has sent or kept elsewhere when it returns.
+        # A buffer of its own for every connection would cost 256 KB each.
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = new_scratch()
@@ -3003,14 +2972,22 @@ class EventLoop:
         self._spare: list[memoryview] = []
         self._lent = 0
         self.batch = DatagramBatch(self)
+        ours, self._waker = socket.socketpair()
+        self._waker.setblocking(False)
+        self._wake_receiver = Transport(self, ours, self._on_wake)
+        self._wake_receiver.want(READ)
+
+    # ---- shared buffers
 
     def hurry(self) -> None:
-        """Somebody waits for short answers: for a moment bulk takes short turns. Otherwise each of its callbacks, 0.4 ms for 512 KiB,
-        stands in the way four times of a round trip, and the p99 of 64 bytes beside it is 25 times what it is alone."""
+        """Somebody waits for short answers: for a moment bulk takes short turns. Otherwise each of its callbacks, 0.4 ms
+        for 512 KiB, stands in the way of a round trip four times, and the p99 of 64 bytes beside it is 25 times what it
+        is alone."""
         self.portion, self._hurry_until = SHORT_TURN, self.now + HURRY
 
     def lend_scratch(self) -> memoryview | None:
-        """scratch_in, whose bytes the caller keeps until give_back(), while another takes its place; None where too many are lent."""
+        """scratch_in, whose bytes the caller keeps until give_back(), while another takes its place; None where too many
+        are lent."""
         if self._lent >= LENT_AT_ONCE:
             return None
         self._lent += 1
@@ -3025,30 +3002,47 @@ class EventLoop:
         """Gives memory back that a burst of bulk has left."""
         del self._spare[SPARE_BUFFERS:]
 
+    # ---- sockets
+
     def fileno(self) -> int:
-        """The descriptor that signals write to, so that they wake select() on every system."""
+        """The descriptor that signals write to, so that they wake the loop on every system."""
         return self._waker.fileno()
 
-    def watch(self, sock: Any, before: int, events: int, callback: Callable[[int], Any]) -> None:
-        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before` is what was watched until now."""
+    def watch(self, end: Any, before: int, events: int, callback: Callable[[int], Any]) -> None:
+        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before` is what was watched until
+        now. A Transport alone calls this."""
+        fd = end.fileno()
         if not events:
-            self._selector.unregister(sock)
-        elif before:
-            self._selector.modify(sock, events, callback)
+            del self._callbacks[fd]
+            return self._poller.unregister(fd)
+        if before:
+            self._poller.modify(fd, events)
         else:
-            self._selector.register(sock, events, callback)
+            self._poller.register(fd, events)
+        self._callbacks[fd] = callback
+        return None
 
-    def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
-        return self.call_at(time.monotonic() + seconds, call)
+    def has_room(self, sock: socket.socket, spare: int = 0) -> bool:
+        """Whether this new socket, and `spare` more, can be watched."""
+        return (sock.fileno() if ARE_NUMBERED else len(self.sockets)) < self.most - spare
 
-    def call_at(self, when: float, call: Callable[[], None]) -> Timer:
-        timer = Timer(when, call)
-        heapq.heappush(self._timers, timer)
-        return timer
+    def make_socket(self, family: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """A new socket that does not block; OSError where there is no descriptor left for it."""
+        sock = socket.socket(family, kind)
+        if not self.has_room(sock):
+            sock.close()
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        sock.setblocking(False)
+        return sock
 
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """call() after what is ready in this round, and once in a round: what calls it again lets the others have their turn."""
-        self._calls.append((call, lambda: None))
+    # ---- calls
+
+    def call_later(self, seconds: float, call: Callable[[], None]) -> Deadline:
+        """call() after so many seconds; after 0 s in the next round, so that the others have their turn."""
+        return Deadline(self, seconds, call)
+
+    def add_deadline(self, deadline: Deadline) -> None:
+        heapq.heappush(self._deadlines, (deadline.when, next(self._entries), deadline))
 
     def call_soon_threadsafe(self, call: Callable[[], None], discard: Callable[[], None] = lambda: None) -> None:
         """call() in the loop's next round; discard() in its place where there will be none."""
@@ -3065,47 +3059,73 @@ class EventLoop:
 
     def _on_wake(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._wake_receiver.recv(4096)
+            self._wake_receiver.sock.recv(4096)
+
+    # ---- rounds
 
     def run(self) -> None:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
         while not self._is_stopped:
-            ready = self._selector.select(self._time_to_next_timer())
-            self.now, self.awake = time.monotonic(), boot_time()
-            if self.now > self._hurry_until:
-                self.portion = MAX_CONTENT
-            for callback, mask in ready:
-                try:  # here, not in a function: 0.2 µs an event
-                    callback(mask)
-                except Exception as error:
-                    self._on_bug(callback, error)
-            while self._timers and self._timers[0].when <= self.now:
-                call = heapq.heappop(self._timers).call
-                if call:
-                    self._run(call)
-            for _ in range(len(self._calls)):
-                self._run(self._calls.popleft()[0])
+            events = self._poller.poll(self._time_to_next_call())
+            # Now, for a callback may close a socket, and the next one get its number. Other bits are an error or a
+            # hang-up: reading tells which.
+            ready = [(self._callbacks[fd], mask if mask < 8 else READ | WRITE) for fd, mask in events]
+            with self.lock:
+                self.now, self.awake = time.monotonic(), boot_time()
+                if self.now > self._hurry_until:
+                    self.portion = MAX_CONTENT
+                for callback, mask in ready:
+                    try:  # here, not in a function: 0.2 µs an event
+                        callback(mask)
+                    except Exception as error:
+                        self._on_bug(callback, error)
+                if self._calls or self._deadlines and self._deadlines[0][0] <= self.now:
+                    for call in self._take_calls():
+                        try:
+                            call()
+                        except Exception as error:
+                            self._on_bug(call, error)
+
+    def _take_calls(self) -> Iterator[Callable[[], None]]:
+        """What is due in this round; calls that these make are left for the next one."""
+        due = []
+        while self._deadlines and self._deadlines[0][0] <= self.now:
+            when, _, deadline = heapq.heappop(self._deadlines)
+            due.append((deadline, when))
+        for deadline, when in due:
+            call = deadline.take(when)
+            if call:
+                yield call
+        for _ in range(len(self._calls)):
+            yield self._calls.popleft()[0]
 
     def stop(self) -> None:
         self._is_stopped = True
 
     def close(self) -> None:
         self._is_closed = True
+        _loops.discard(self)
         self._discard_calls()
-        self._selector.close()
         self._wake_receiver.close()
         self._waker.close()
+        self._poller.close()
 
-    def _time_to_next_timer(self) -> float | None:
+    def forget(self) -> None:
+        """In a forked child: closes its copies of this loop's descriptors, and nothing else. Unregistering one would
+        reach the parent's epoll, and closing a socket may remove its file."""
+        self._is_stopped = self._is_closed = True
+        self._calls.clear()
+        with contextlib.suppress(OSError):  # a kqueue is not inherited
+            self._poller.close()
+        for sock in [*self.sockets, self._waker]:
+            with contextlib.suppress(OSError):
+                os.close(sock.detach())
+        self.sockets.clear()
+
+    def _time_to_next_call(self) -> float | None:
         if self._calls:
             return 0
-        return max(0.0, self._timers[0].when - time.monotonic()) if self._timers else None
-
-    def _run(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            self._on_bug(call, error)
+        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
 
     @staticmethod
     def _on_bug(call: Callable[..., None], error: Exception) -> None:
@@ -3119,50 +3139,71 @@ class EventLoop:
             end(error)
 
 
+# ---- fork(): the loops and their descriptors are the parent's
+
+_loops: set[EventLoop] = set()
+
+
+def _before_fork() -> None:
+    for loop in list(_loops):
+        loop.lock.acquire(timeout=1)  # no longer: a log handler may wait for a lock that this thread has
+
+
+def _after_fork_in_parent() -> None:
+    for loop in list(_loops):
+        with contextlib.suppress(RuntimeError):  # it was not acquired
+            loop.lock.release()
+
+
+def _after_fork_in_child() -> None:
+    while _loops:
+        _loops.pop().forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
+                        after_in_child=_after_fork_in_child)
+
+
 class Deadline:
-    """One call that is due at a time which may change often. A timer that is no longer needed stays where it is, and looks at the deadline
-    when the timer is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled timers a second on the heap."""
+    """A call that is due at a time which may change often. Its entry on the loop's heap stays where it is, and looks at
+    the time when the entry is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled
+    entries there each second."""
 
-    __slots__ = ("_loop", "_when", "_call", "_timer")
+    __slots__ = ("when", "_loop", "_call", "_entry")
 
-    def __init__(self, loop: EventLoop, seconds: float | None = None, call: Callable[[], None] | None = None):
-        self._loop = loop
-        self._when: float | None = None
+    def __init__(self, loop: EventLoop, seconds: float = NEVER, call: Callable[[], None] | None = None):
+        self._loop, self._entry = loop, NEVER
+        self.when: float = NEVER
         self._call: Callable[[], None] | None = None
-        self._timer: Timer | None = None
-        if seconds is not None:
+        if call:
             self.set(seconds, call)
 
-    def set(self, seconds: float, call: Callable[[], None] | None) -> None:
+    def set(self, seconds: float, call: Callable[[], None]) -> None:
         """call() after so many seconds, in place of what was due before."""
-        self._when, self._call = time.monotonic() + seconds, call
-        if not (self._timer and self._timer.when <= self._when):
-            self._arm()
+        self.when, self._call = time.monotonic() + seconds, call
+        if self.when < self._entry:
+            self._add_entry()
 
     def clear(self) -> None:
-        self._when = self._call = None
+        """Nothing is due. The heap keeps this alone, and nothing of its owner's."""
+        self.when, self._call = NEVER, None
 
-    def close(self) -> None:
-        """As clear(), for good: the timer goes too, so that nothing on the heap points to the owner."""
-        self.clear()
-        if self._timer:
-            self._timer.cancel()
+    def _add_entry(self) -> None:
+        self._entry = self.when
+        self._loop.add_deadline(self)
 
-    def _arm(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(self._when, self._on_timer)  # type: ignore[arg-type]
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        if self._when is None:
-            return
-        if self._loop.now < self._when:
-            return self._arm()
+    def take(self, when: float) -> Callable[[], None] | None:
+        """The entry of this time is due: the call, where it is due too."""
+        if when != self._entry:  # a nearer one has taken its place
+            return None
+        self._entry = NEVER
+        if self._loop.now < self.when < NEVER:
+            self._add_entry()
+            return None
         call = self._call
         self.clear()
-        if call:
-            call()
+        return call
 
 
 # ---------------------------------------------------------------------------------------------------- threads
@@ -3334,7 +3375,7 @@ class LookUps:
         def answer(result: Any, error: Exception | None) -> None:
             if not answered:
                 answered.append(True)
-                timer.cancel()
+                timer.clear()
                 done(result, error)
 
         def finish(result: Any, error: Exception | None) -> None:
@@ -3388,10 +3429,22 @@ def tune(sock: socket.socket) -> None:
         pass
 
 
-TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
-TCP_RTO_MAX_MS = 44  # linux/tcp.h, in no Python yet
-_TCP_INFO = struct.Struct("=24xI24xII8xI")
+# Options of a Transport, each (level, number); None: not on this system.
+IS_LINUX = sys.platform.startswith("linux")
+# Data that has no place in these many bytes of the kernel's is not taken: what would leave late can be dropped before.
+UNSENT = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25 if IS_LINUX else None)  # named in newer Pythons
+# Not readable before so many bytes are there, or the end: being woken for every piece of a long record costs bulk a
+# tenth. Linux lowers the number to what the socket's buffer can hold.
+WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else None
+# Linux 6.15 (linux/tcp.h): what nobody acknowledges is sent again after so many ms at most, so that a link goes on soon
+# after its path is there again. Otherwise the pauses double: after an outage of 30 s the next try is 20 s away. With
+# these the system gives up after 6 s and 11 such pauses.
+RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else None
+# Seconds until the kernel asks whether the other machine lives, between two questions, and how many it asks.
+ASK_FOR_LIFE = [(socket.IPPROTO_TCP, getattr(socket, name, None)) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")]
+LINGER = socket.SOL_SOCKET, socket.SO_LINGER
 _LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
+_TCP_INFO = struct.Struct("=24xI24xII8xI")
 
 
 class TcpInfo(NamedTuple):
@@ -3417,16 +3470,17 @@ class TcpInfo(NamedTuple):
 
 
 class Transport:
-    """A connected socket on the loop; a link, a handshake and the local end of a stream all run on one."""
+    """A socket on the loop: a link, a handshake, the local end of a stream and a listener all run on one."""
 
     __slots__ = ("sock", "events", "_loop", "_callback")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, callback: Callable[[int], None]):
         sock.setblocking(False)
         self.sock, self._loop, self._callback = sock, loop, callback
-        # What is waited for. An earlier callback of the same round may have closed this or changed its mind, and epoll reports errors
-        # as everything: a callback holds its mask against these.
+        # What is waited for. An earlier callback of the same round may have closed this or changed its mind, and epoll
+        # reports errors as everything: a callback holds its mask against these.
         self.events = 0
+        loop.sockets.add(sock)
 
     def want(self, events: int) -> None:
         """From now on callback(mask) for these events; the only place that changes them."""
@@ -3448,34 +3502,19 @@ class Transport:
         except (BlockingIOError, InterruptedError):
             return 0
 
-    def limit_unsent(self, n: int) -> None:
-        """Where the system can: no more than n bytes wait in its buffer before they are sent, so that what would leave late can be
-        dropped before."""
-        if TCP_NOTSENT_LOWAT is not None:
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, n)
+    def set_option(self, option: tuple[int, int | None], value: Any) -> None:
+        """Sets one of the options above, where the system can."""
+        level, number = option
+        if number is not None:
+            try:  # contextlib.suppress() is three calls
+                self.sock.setsockopt(level, number, value)
+            except OSError:
+                pass
 
-    def wake_at(self, n: int) -> None:
-        """Where the system can: not readable before n bytes are there, or the end. Being woken for every piece of a long record costs
-        bulk a tenth. Linux lowers n to what the socket's buffer can hold."""
-        if sys.platform.startswith("linux"):
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, n)
-
-    def retry_within(self, seconds: float) -> None:
-        """Where the system can (Linux 6.15): what nobody acknowledges is sent again at least so often, so that a link goes on soon after
-        its path is there again. Otherwise the pauses double: after an outage of 30 s the next try is 20 s away. With these the system
-        gives up after 6 s and 11 such pauses."""
-        if sys.platform.startswith("linux"):
-            with contextlib.suppress(OSError, AttributeError):
-                self.sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, round(1000 * seconds))
-
-    def ask_for_life(self, silence: float) -> None:
-        """Where the system can: its own questions whether the other machine lives, for a wire that has none. The system gives the
-        connection up after `silence` seconds without an answer."""
-        for name, value in (("TCP_KEEPIDLE", silence / 3), ("TCP_KEEPINTVL", silence / 9), ("TCP_KEEPCNT", 6)):
-            with contextlib.suppress(OSError, AttributeError):
-                self.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), max(1, round(value)))
+    def guard(self, on: bool) -> None:
+        """Whether closing is a reset, also the system's closing when this process is killed: what was cut must not look
+        like an end."""
+        self.set_option(LINGER, _LINGER[on])
 
     def tcp_info(self) -> TcpInfo:
         """What Linux knows of the path; nothing on other systems and other sockets."""
@@ -3489,28 +3528,20 @@ class Transport:
         """No more bytes from this side; OSError where the connection is broken."""
         self.sock.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
+    def release(self) -> socket.socket:
+        """The socket, for another owner."""
         self.want(0)
-        self._callback = _on_nothing  # its owner and it point to each other: let go at once, not by the garbage collector
-        self.sock.close()
+        self._loop.sockets.discard(self.sock)
+        self._callback = _on_nothing  # its owner and it point to each other: let go at once, not by the collector
+        return self.sock
 
-    def guard(self, on: bool) -> None:
-        """Whether closing is a reset, also the system's closing when this process is killed: what was cut must not look like an end."""
-        try:  # contextlib.suppress() is three calls
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER[on])
-        except OSError:
-            pass
+    def close(self) -> None:
+        self.release().close()
 
     def abort(self) -> None:
         """Closes with a reset, so that the other side cannot take it for an end."""
         self.guard(True)
         self.close()
-
-    def release(self) -> socket.socket:
-        """The socket, for another owner."""
-        self.want(0)
-        self._callback = _on_nothing
-        return self.sock
 
 
 def _on_nothing(_mask: int) -> None:
@@ -3555,7 +3586,7 @@ class LastWord:
         if not self.is_closed:
             self.is_closed = True
             self._all.pop(self)
-            self._deadline.close()
+            self._deadline.clear()
             self._transport.close()
             self._on_close(self)
 
@@ -3691,7 +3722,7 @@ class Negotiation:
 
     def _leave(self) -> None:
         self._is_closed = True
-        self._deadline.close()
+        self._deadline.clear()
         self._transport.release()
 
     def refuse(self, error: Exception, last_word: bytes) -> None:
@@ -3732,7 +3763,7 @@ class Connector:
         self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
         self._deadline, self._next_try = Deadline(loop), Deadline(loop)
         self._addresses: list[tuple[int, Any]] = []
-        self._tries: dict[socket.socket, Callable[[int], None]] = {}
+        self._tries: dict[socket.socket, Transport] = {}
         self._error: Exception = ConnectError("it has no address")
         self.is_closed = False
 
@@ -3771,52 +3802,42 @@ class Connector:
         """Begins the next try; where it fails at once, the one after it."""
         while self._addresses:
             family, sockaddr = self._addresses.pop(0)
-            try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-            except OSError as error:  # no such family here, or no descriptor left
-                self._error = error
-                continue
-            sock.setblocking(False)
             is_unix = isinstance(sockaddr, str)
-            if not is_unix:
-                tune(sock)
-            code = self._connect(sock, sockaddr)
-            if code == errno.EINPROGRESS:  # a near machine has answered by now: asking saves waiting for the selector to say so
-                code = self._connect(sock, sockaddr)
-            if code in (0, errno.EISCONN):
+            sock = None
+            try:
+                sock = self._loop.make_socket(family)
+                if not is_unix:
+                    tune(sock)
+                code = sock.connect_ex(sockaddr)
+                if code == errno.EINPROGRESS:  # a near machine has answered by now: asking saves a round of the loop
+                    code = sock.connect_ex(sockaddr)
+            except (OSError, OverflowError, UnicodeError) as error:  # no descriptor, or a name that no address can be
+                code = getattr(error, "errno", None) or errno.EINVAL
+            if sock and code in (0, errno.EISCONN):
                 return self._finish(sock, None)
-            if code in CONNECTING_CODES and not is_unix:  # a Unix socket whose queue is full stays as it is
-                self._tries[sock] = callback = functools.partial(self._on_event, sock)
-                self._loop.watch(sock, 0, WRITE, callback)
+            if sock and code in CONNECTING_CODES and not is_unix:  # a Unix socket whose queue is full stays as it is
+                self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
+                self._tries[sock].want(WRITE)
                 if self._addresses:
                     self._next_try.set(STAGGER, self._try_next)
                 return None
-            sock.close()
+            if sock:
+                sock.close()
             self._error = OSError(code, os.strerror(code))
         if not self._tries:
             self._finish(None, self._error)
         return None
 
-    @staticmethod
-    def _connect(sock: socket.socket, sockaddr: Any) -> int:
-        try:
-            return sock.connect_ex(sockaddr)
-        except (OSError, OverflowError, UnicodeError) as error:  # a name that no address can be
-            return getattr(error, "errno", None) or errno.EINVAL
-
     def _on_event(self, sock: socket.socket, _mask: int) -> None:
         if sock not in self._tries:
             return None
-        self._forget(sock)
+        self._tries.pop(sock).release()
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not code:
             return self._finish(sock, None)
         sock.close()
         self._error = OSError(code, os.strerror(code))
         return self._try_next()
-
-    def _forget(self, sock: socket.socket) -> None:
-        self._loop.watch(sock, WRITE, 0, self._tries.pop(sock))
 
     def _finish(self, sock: socket.socket | None, error: Exception | None) -> None:
         if not self.is_closed:
@@ -3829,11 +3850,10 @@ class Connector:
     def close(self) -> None:
         """Gives up without a word."""
         self.is_closed = True
-        self._deadline.close()
-        self._next_try.close()
-        for sock in list(self._tries):
-            self._forget(sock)
-            sock.close()
+        self._deadline.clear()
+        self._next_try.clear()
+        while self._tries:
+            self._tries.popitem()[1].close()
 
 
 def is_literal(host: str) -> bool:
@@ -3844,14 +3864,36 @@ def is_literal(host: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- listening
 
 
+# select() alone takes descriptors under 1,024, and on Windows 512 sockets; all other selectors take any number.
+SELECT_TAKES = None if selectors.DefaultSelector is not selectors.SelectSelector else 512 if os.name == "nt" else 1024
+ARE_NUMBERED = os.name == "posix"  # a new descriptor has the lowest free number; on Windows any
+MOST_DESCRIPTORS = SELECT_TAKES or 1 << 20
+
+
 def descriptor_limit() -> int:
-    """How many descriptors this process may have open."""
-    try:
+    """How many descriptors this process may have open, and the loop can watch."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 20)
-    except (ImportError, ValueError, OSError):
-        return 512  # what select() takes on Windows
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return min(soft, MOST_DESCRIPTORS) if soft >= 0 else MOST_DESCRIPTORS  # -1: infinity
+    return MOST_DESCRIPTORS
+
+
+def raise_descriptor_limit() -> None:
+    """Takes as many descriptors as this user may have, before the first socket is made: each tunnelled connection needs
+    two. macOS refuses a soft limit over kern.maxfilesperproc though its hard limit is "infinity": fewer, step by step."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = MOST_DESCRIPTORS if hard < 0 else min(hard, MOST_DESCRIPTORS)
+        while most > 64 and (SELECT_TAKES or most > soft >= 0):
+            try:
+                return resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            except (ValueError, OSError):
+                most -= most // 8
+    return None
 
 
 TUNNEL_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)  # what each tunnel listens on
@@ -3941,27 +3983,35 @@ def close_all(sockets: Iterable[socket.socket]) -> None:
 
 
 class Listener:
-    """A listening TCP socket: on_accept(socket, address) for each connection. It pauses when descriptors run out, and before: each
-    connection needs one more to go on with, and those that are in must not be refused for those that come. On POSIX a new descriptor has
-    the lowest free number."""
+    """A listening TCP socket: on_accept(socket, address) for each connection. It pauses when descriptors run out, and
+    before: each connection needs one more to go on with, and those that are in must not be refused for those that
+    come. The connections wait in the system's queue meanwhile."""
 
     starved_at = -1e9  # of all listeners: one line for all
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None], pause: float):
+    def __init__(self, loop: EventLoop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None],
+                 pause: float):
         self._loop, self.sock, self._on_accept, self._pause = loop, sock, on_accept, pause
-        limit = descriptor_limit()
-        self._most = limit - min(64, limit // 8) if os.name == "posix" else sys.maxsize
-        sock.setblocking(False)
-        self._is_watched = self._rests = False
+        self._spare = loop.spare
+        self._transport = Transport(loop, sock, self._on_event)
+        self._rest = Deadline(loop)
 
     def start(self) -> None:
-        self._rests = False
-        if self.sock.fileno() >= 0 and not self._is_watched:
-            self._loop.watch(self.sock, 0, READ, self._on_event)
-            self._is_watched = True
+        self._transport.want(READ)
+
+    def _on_rested(self) -> None:
+        try:
+            with self.sock.dup() as probe:
+                has_room = self._loop.has_room(probe, self._spare)
+        except OSError:
+            has_room = False
+        if has_room:
+            self.start()
+        else:
+            self._rest.set(self._pause, self._on_rested)
 
     def _on_event(self, _mask: int) -> None:
-        if self._is_watched:  # an earlier callback of this round may have closed it
+        if self._transport.events:  # an earlier callback of this round may have closed it
             self._accept()
 
     def _accept(self) -> bool:
@@ -3973,42 +4023,40 @@ class Listener:
                 return False
             except OSError as error:
                 if error.errno not in NO_SUCH_DESCRIPTORS and n < BATCH - 1:
-                    continue  # this connection was gone before it was accepted; or the listener itself is broken and fails each time
+                    continue  # this connection was gone before it was accepted; or the listener is broken for good
                 self._starve(reason(error))
                 return False
-            number = sock.fileno()
-            self._on_accept(sock, address)
-            if number >= self._most:
-                self._starve("nearly all of the %d descriptors are taken (ulimit -n)" % descriptor_limit())
+            has_room = self._loop.has_room(sock, self._spare)
+            if has_room or self._loop.has_room(sock):
+                self._on_accept(sock, address)
+            else:
+                sock.close()
+            if not has_room:
+                self._starve("nearly all of the %d descriptors are taken (%s)" % (
+                    self._loop.most, "select() takes no more" if self._loop.most == SELECT_TAKES else "ulimit -n"))
                 return False
         return True
 
     def _starve(self, why: str) -> None:
-        """Lets the connections wait in the system's queue for a moment, and says so once a minute."""
+        """Pauses, and says so once a minute."""
         if self._loop.now - Listener.starved_at > 60:
             log.warning("cannot accept connections for now: %s", why)
             Listener.starved_at = self._loop.now
-        self._unwatch()
-        self._rests = True
-        self._loop.call_later(self._pause, self.start)
+        self._transport.want(0)
+        self._rest.set(self._pause, self._on_rested)
 
     def drain(self) -> None:
-        """Takes the connections that wait in the system's queue, which closing would reset, and closes. None come after them, so no
-        descriptor is spared."""
-        self._most = sys.maxsize
+        """Takes the connections that wait in the system's queue, which closing would reset, and closes. None come after
+        them, so no descriptor is spared."""
+        self._spare = 0
         for _ in range(BACKLOG // BATCH + 1):  # not for as long as others come: a flood must not hold up the end
-            if not (self._is_watched or self._rests) or not self._accept():
+            if not self._transport.events and self._rest.when == NEVER or not self._accept():
                 break
         self.close()
 
-    def _unwatch(self) -> None:
-        if self._is_watched:
-            self._loop.watch(self.sock, READ, 0, self._on_event)
-            self._is_watched = False
-
     def close(self) -> None:
-        self._unwatch()
-        self.sock.close()
+        self._rest.clear()
+        self._transport.close()
 
 
 def listen_for_tunnel(workers: int, spec: TunnelSpec) -> list[list[socket.socket]]:
@@ -4236,7 +4284,8 @@ class Link:
         owner.links.add(self)
 
     def _set_up(self) -> None:
-        self.transport.retry_within(max(1.0, self.owner.limits.silence / 9))  # a ninth, so that the kernel gives up after we do
+        # A ninth, so that the kernel gives up after we do.
+        self.transport.set_option(RETRY_WITHIN, round(1000 * max(1.0, self.owner.limits.silence / 9)))
 
     # ---- in
 
@@ -4306,7 +4355,7 @@ class Link:
                     return None
             else:
                 self._is_paused = True
-                self.loop.call_soon(self._resume)
+                self.loop.call_later(0, self._resume)
         except LinkClosed as error:  # the path broke the record
             return self.lose(error)
         except RemoteProtocolError as error:  # the peer broke the rules
@@ -4376,7 +4425,7 @@ class Link:
         self._count(end - start)
         self._in, self._in_start, self._in_end = view, start, end
         if self._lent is not None:
-            self.transport.wake_at(wanted - (end - start))
+            self.transport.set_option(WAKE_AT, wanted - (end - start))
         elif wanted > have:
             self.owner.memory.hold(self)
             if self.owner.memory.is_out(self.peer_key):
@@ -4412,7 +4461,7 @@ class Link:
         if self._lent is not None:
             self.loop.give_back(self._lent)
             self._lent = None
-            self.transport.wake_at(1)
+            self.transport.set_option(WAKE_AT, 1)
         following = self.owner.memory.let_go(self)
         if following is not None:
             following.update()
@@ -4605,7 +4654,7 @@ class Link:
             return
         was_bye, self.state = self.state == BYE, CLOSED
         self._forget_input()
-        self._deadline.close()
+        self._deadline.clear()
         how()
         user, self.user = self.user, NOBODY
         if user is NOBODY and error is not None and not was_bye:
@@ -4631,7 +4680,9 @@ class LegacyLink(Link):
         self.is_held = state == CONNECTING  # an acceptor reads nothing more before its remote is connected
 
     def _set_up(self) -> None:
-        self.transport.ask_for_life(self.owner.limits.silence)
+        silence = self.owner.limits.silence
+        for option, value in zip(ASK_FOR_LIFE, (silence / 3, silence / 9, 6)):
+            self.transport.set_option(option, max(1, round(value)))
 
     def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
         """The handshake has named the target already: nothing is sent."""
@@ -5518,17 +5569,8 @@ class StdioTransport(Transport):
         except (BlockingIOError, InterruptedError):
             return 0
 
-    def guard(self, on: bool) -> None:
-        """Pipes know no reset."""
-
-    def limit_unsent(self, n: int) -> None:
-        pass
-
-    def wake_at(self, n: int) -> None:
-        pass
-
-    def retry_within(self, seconds: float) -> None:
-        pass
+    def set_option(self, option: tuple[int, int | None], value: Any) -> None:
+        """Pipes have none, and know no reset."""
 
     def half_close(self) -> None:
         self.want(self.events & READ)
@@ -5575,7 +5617,7 @@ class StdioStream(Stream):
         was_over = self.is_over
         super()._finish(error)
         if not was_over:  # soon: its link has not said yet why
-            self.loop.call_soon(functools.partial(self._finished, error))
+            self.loop.call_later(0, functools.partial(self._finished, error))
 
 # ======================================================================================================================
 # 10. UDP
@@ -5748,7 +5790,7 @@ class UdpLink(LinkUser):
     def open(self, link: Link, timeout: float) -> None:
         """Client: carried by `link` from now on. The sessions are announced again, in the order of their numbers."""
         self.began_at, self.peer_key = self.loop.now, link.peer_key
-        link.transport.limit_unsent(UNSENT_DATAGRAMS)
+        link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
         target = next(iter(self.sessions.values())).target if link.is_legacy else ""
         link.ask(self, Open(UDP, target), timeout)
         if link.state == CLOSED:
@@ -5756,12 +5798,12 @@ class UdpLink(LinkUser):
         self.link = link  # only now: a datagram must not pass the Open and the Session that it belongs to
         for number in sorted(self.sessions):
             self._announce(self.sessions[number])
-        self.loop.call_soon(self._send_queue)  # not now: the datagram that asked for this link lies in the scratch buffer
+        self.loop.call_later(0, self._send_queue)  # not now: the datagram that asked for this link lies in the scratch buffer
 
     def accept(self, link: Link) -> None:
         """Server: carried by `link` from now on."""
         self.link, self._next = link, 0
-        link.transport.limit_unsent(UNSENT_DATAGRAMS)
+        link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
         link.accept(self, UDP_OPEN, Opened(""))
 
     def on_close(self, link: Link, error: Exception) -> None:
@@ -5817,7 +5859,7 @@ class UdpLink(LinkUser):
         for n, (number, data) in enumerate(split_datagrams(run)):
             if n == DATAGRAMS_IN_TURN and self.link:
                 self.link.hold()
-                self.loop.call_soon(functools.partial(self._go_on_with, self.link, bytes(run[at:])))
+                self.loop.call_later(0, functools.partial(self._go_on_with, self.link, bytes(run[at:])))
                 return
             at += DATAGRAM_HEADER.size + len(data)
             session = self.sessions.get(number)
@@ -5928,11 +5970,11 @@ class DatagramBatch:
 class RemoteUdpSocket:
     """The server's end of a session: a socket connected to the target once that has been looked up; a few datagrams wait for it."""
 
-    __slots__ = ("_loop", "_session", "_sock", "_waiting")
+    __slots__ = ("_loop", "_session", "_transport", "_waiting")
 
     def __init__(self, loop: EventLoop, session: UdpSession):
         self._loop, self._session = loop, session
-        self._sock: socket.socket | None = None
+        self._transport: Transport | None = None
         self._waiting: list[bytes] = []
         session.deliver, session.on_close = self.send, self.close
 
@@ -5940,8 +5982,8 @@ class RemoteUdpSocket:
         session = self._session
         if session.links.sessions.get(session.number) is not session:
             return sock.close()
-        self._sock = sock
-        self._loop.watch(sock, 0, READ, self._on_event)
+        self._transport = Transport(self._loop, sock, self._on_event)
+        self._transport.want(READ)
         for data in self._waiting:
             with contextlib.suppress(OSError):
                 sock.send(data)
@@ -5949,28 +5991,27 @@ class RemoteUdpSocket:
         return None
 
     def _on_event(self, _mask: int) -> None:
-        if self._sock is None:
+        if self._transport is None:
             return
         batch = self._loop.batch
         for _ in range(BATCH):
             try:
-                n = self._sock.recv_into(batch.room())
+                n = self._transport.sock.recv_into(batch.room())
             except OSError:  # nothing more is there, or an ICMP error of an earlier datagram
                 break
             batch.add(self._session, n)
         batch.flush()
 
     def send(self, data: memoryview) -> None:
-        if self._sock:
-            self._sock.send(data)
+        if self._transport:
+            self._transport.sock.send(data)
         elif len(self._waiting) < BATCH and sum(map(len, self._waiting)) + len(data) <= MAX_DATAGRAM:
             self._waiting.append(bytes(data))
 
     def close(self) -> None:
-        if self._sock:
-            self._loop.watch(self._sock, READ, 0, self._on_event)
-            self._sock.close()
-            self._sock = None
+        if self._transport:
+            self._transport.close()
+            self._transport = None
 
 
 class UdpPort:
@@ -5978,9 +6019,8 @@ class UdpPort:
 
     def __init__(self, loop: EventLoop, sock: socket.socket, find: Callable[[UdpPort, Originator, str], UdpSession | None], target: str):
         self.loop, self.sock, self._find_session, self._target = loop, sock, find, target
-        sock.setblocking(False)
+        self._transport = Transport(loop, sock, self._on_event)
         self._asks_destinations = self._ask_for_destinations()
-        self._is_watched = False
 
     def _ask_for_destinations(self) -> bool:
         """A socket on a wildcard address answers from the address that was asked; otherwise the kernel picks one, and the originator does
@@ -5995,15 +6035,14 @@ class UdpPort:
         return True
 
     def start(self) -> None:
-        self.loop.watch(self.sock, 0, READ, self._on_event)
-        self._is_watched = True
+        self._transport.want(READ)
 
     def drain(self) -> None:
         """What waits is not taken: UDP may lose."""
         self.close()
 
     def _on_event(self, _mask: int) -> None:
-        if not self._is_watched:
+        if not self._transport.events:
             return
         batch = self.loop.batch
         for _ in range(BATCH):
@@ -6046,10 +6085,7 @@ class UdpPort:
             self.sock.sendto(data, address)
 
     def close(self) -> None:
-        if self._is_watched:
-            self.loop.watch(self.sock, READ, 0, self._on_event)
-            self._is_watched = False
-        self.sock.close()
+        self._transport.close()
 
 
 class SocksUdpPort(UdpPort):
@@ -6081,7 +6117,7 @@ class SocksAssociation:
                  on_close: Callable[[SocksAssociation], None]):
         self._on_close = on_close
         self._transport = Transport(loop, sock, self._on_event)
-        udp = socket.socket(sock.family, socket.SOCK_DGRAM)
+        udp = loop.make_socket(sock.family, socket.SOCK_DGRAM)
         try:
             udp.bind((sock.getsockname()[0], 0))
             self.port = SocksUdpPort(loop, udp, find, sock.getpeername()[0])
@@ -6666,7 +6702,7 @@ class Reach:
         self._tries = self._begun = self._level = 0
         self._said = 0  # of this loss: 1 that the server is away, 2 that a key is refused
         self._since = self._tried_at = self._well_at = self._loop.now
-        self._timer: Timer | None = None
+        self._next = Deadline(self._loop)
 
     def dial(self, open_: Open | None, done: Callable[[Link | None, Exception | None], None], report: Report = log.debug) -> None:
         """done(link, None) or done(None, error). `open_`: what a legacy link is made for, which its handshake names."""
@@ -6708,7 +6744,7 @@ class Reach:
         says = news > self._said
         log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says, lost or "no new link", reason(error))
         self._said = max(self._said, news)
-        if self._timer is None:
+        if self._next.when == NEVER:
             self._set(self._loop.now + backoff(30 if is_final(error) else self._level, self._limits.retry_interval))
             self._level += 1
         return None
@@ -6722,30 +6758,27 @@ class Reach:
 
     def hurry(self) -> None:
         """Somebody waits: the next try is not far."""
-        if self.error is None or is_final(self.error) and self._timer:
+        if self.error is None or is_final(self.error) and self._next.when < NEVER:
             return
         when = self._tried_at + min(self.HURRY, self._limits.retry_interval)
-        if self._timer is None or self._timer.when > when:
+        if self._next.when > when:
             self._set(when)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
-        if self._timer:
+        if self._next.when < NEVER:
             self._set(self._loop.now)
 
     def _set(self, when: float) -> None:
-        self.stop()
-        self._timer = self._loop.call_at(when, self._on_due)
+        self._next.set(when - self._loop.now, self._on_due)
 
     def _on_due(self) -> None:
-        self._timer, self._tried_at = None, self._loop.now
+        self._tried_at = self._loop.now
         self._begun += 1
         self._client.try_again()
 
     def stop(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-        self._timer = None
+        self._next.clear()
 
 
 class Dial:
@@ -7397,7 +7430,7 @@ class Endpoint:
         """Ends everything at once."""
         self.threads.close()
         self.lookups.close()
-        self._sweeper.cancel()
+        self._sweeper.clear()
         for listener in self.listeners:
             listener.close()
         for link in list(self.links):
@@ -8147,8 +8180,7 @@ class Server(Endpoint):
             for host in hosts:
                 sock = None
                 try:
-                    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-                    sock.setblocking(False)
+                    sock = self.loop.make_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
                     sock.connect((host, target.port))
                     return done(sock, None)
                 except OSError as failure:
@@ -9403,7 +9435,8 @@ class Background:
         self._lock = threading.Lock()
         self._loop = EventLoop()
         try:
-            self._endpoint = make(self._loop, Callbacks(lambda: self._ready.put(None), self._on_finished))
+            with self._loop.lock:
+                self._endpoint = make(self._loop, Callbacks(lambda: self._ready.put(None), self._on_finished))
         except BaseException:
             self._loop.close()
             raise
@@ -9446,10 +9479,11 @@ class Background:
         self._ready.put(self.error)
 
     def close(self) -> None:
-        """Ends it with everything that it carries. Any thread may call this, more than once."""
+        """Ends it with everything that it carries. Any thread may call this, more than once. A process that was forked
+        has its descriptors no more, and nothing to end."""
         atexit.unregister(self.close)
-        if self._thread is not threading.current_thread():
-            with self._lock:
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            with self._lock:  # not in a forked process, where nobody would release it: the thread is not alive there
                 if self._thread.is_alive():
                     self._loop.call_soon_threadsafe(self._loop.stop)
                     self._thread.join(2)  # an authorize() that hangs must not hang the caller too
@@ -10026,7 +10060,6 @@ class EndpointRun:
     """
 
     def __init__(self, make: Make, drain: float, notify: Notify):
-        raise_descriptor_limit()
         self._loop, self._drain, self._notify = EventLoop(), drain, notify
         self._outcome: list[int | Exception | None] = []  # the first one counts
         self._signals = 0
@@ -10134,15 +10167,6 @@ def give_back_heap() -> None:
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def raise_descriptor_limit() -> None:
-    """Takes as many descriptors as this user may have: each tunnelled connection needs two."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 # ---- several processes
@@ -10272,6 +10296,7 @@ def serve_command(options: Options) -> int:
         raise ConfigError("--allow-listen and --workers do not go together: a reverse tunnel is one process's")
     check_workers(options)
     ensure_keys(folder)
+    raise_descriptor_limit()
     sockets = listen_for(options.workers, bind, share=options.reuse_port)
 
     def make(number: int, loop: EventLoop, callbacks: Callbacks) -> Server:
@@ -10281,6 +10306,7 @@ def serve_command(options: Options) -> int:
 
 
 def connect_command(options: Options) -> int:
+    raise_descriptor_limit()
     servers = parse_servers(options.server)
     options = forget_useless(options, servers)
     proxy = parse_proxy(options.proxy, servers)

@@ -49,9 +49,9 @@ def started(server):
 
 
 def test_the_soft_limit_is_raised(limited, keys):
-    """Most systems start programs with 1024, which is 500 connections."""
+    """Most systems start programs with 1024, which is 500 connections; and before the tunnels listen, here on 300 sockets."""
     server = limited(256, 4096, keys.server, "serve", "127.0.0.1:0")
-    client = limited(256, 4096, keys.client, "connect", "127.0.0.1:%d" % started(server), "0:127.0.0.1:9")
+    client = limited(256, 4096, keys.client, "connect", "127.0.0.1:%d" % started(server), *["0:127.0.0.1:9"] * 150)
     client.wait_for(READY)
     for program in (server, client):
         limits = pathlib.Path("/proc/%d/limits" % program.process.pid).read_text()
@@ -182,6 +182,45 @@ def test_a_client_without_descriptors(limited, serve, keys, tcp_echo, stack):
     ping(sock)
     assert len(complaints(client)) == 1
     assert "Lost the server" not in client.output
+
+
+# A program that has select() alone, as on Windows: where its selectors are replaced, and, where argv[1] is "counted", with Windows' own rule.
+SELECT_ALONE = """if True:
+    import selectors, sys
+    class Counted(selectors.SelectSelector):
+        def _select(self, r, w, x, timeout=None):
+            if max(len(r), len(w)) > 512:
+                raise ValueError("too many file descriptors in select()")
+            return super()._select(r, w, x, timeout)
+    is_counted = sys.argv.pop(1) == "counted"
+    selectors.DefaultSelector = selectors.SelectSelector
+    del selectors.EpollSelector
+    import ratrod
+    if is_counted:
+        ratrod.SELECT_TAKES = ratrod.MOST_DESCRIPTORS = 512
+        ratrod.ARE_NUMBERED = False
+        selectors.DefaultSelector = Counted
+    sys.exit(ratrod.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("rule, most", [("numbered", 1024), ("counted", 512)])
+def test_select_alone(rule, most, start, serve, keys, tcp_echo, stack):
+    """It takes no 1,025th descriptor, and on Windows no 513th: that would end the loop."""
+    _, port = serve()
+    client = start(need("prlimit"), "--nofile=8192:8192", sys.executable, "-c", SELECT_ALONE, rule, "-k", keys.client.path, "connect",
+                   "--connect-timeout", "2", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    sock = stack.enter_context(dial(tcp_port(client)))
+    ping(sock)
+    many = Locals([tcp_port(client)], most, stack)
+    client.wait_for(r"cannot accept connections for now: nearly all of the %d descriptors are taken \(select\(\) takes no more\)" % most)
+    eventually(lambda: many.look() or len(many.answered) > most // 4, lambda: "%d refused, %d wait" % (many.refused, len(many.waiting)))
+    ping(sock)
+    for local in [*many.answered, *many.waiting]:
+        local.close()
+    ping(stack.enter_context(dial(tcp_port(client))))
+    assert len(complaints(client)) == 1 and "internal error" not in client.output
 
 
 # ---------------------------------------------------------------------------------------------------- nothing is left behind

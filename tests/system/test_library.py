@@ -676,6 +676,71 @@ def test_a_forked_child_leaves_its_parents_tunnels_alone(run):
         """), 0)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
+    """It would take connections that nobody serves, and keep ports and connections that its parent has closed."""
+    assert_silent(run("""
+        import gc, multiprocessing, warnings
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # Python's own word on fork()
+
+        def inodes():
+            names = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+            return {os.readlink(path) for path in map("/proc/self/fd/%s".__mod__, names) if os.path.lexists(path)}
+        before = inodes()
+        server, tunnel = both()
+        ask(tunnel.address)
+        held = socket.create_connection(tunnel.address, 20)
+        held.sendall(b"x")
+        assert held.recv(1) == b"x"
+        child_done, done = os.pipe()
+        lives, ends = os.pipe()
+        mine = {os.readlink("/proc/self/fd/%d" % fd) for fd in (held.fileno(), child_done, done, lives, ends)} if before else set()
+        if os.fork() == 0:
+            code = 1
+            try:
+                held.close()
+                assert not {name for name in inodes() - before - mine if name[:6] != "pipe:[" and "/proc/" not in name}
+                tunnel.close(), server.close()
+                files = [open(os.devnull) for _ in range(50)]
+                del tunnel, server
+                gc.collect()
+                assert [file.read() for file in files] == [""] * 50, "a descriptor of somebody else was closed"
+                again = both()  # a child has its own
+                ask(again[1].address)
+                again[1].close(), again[0].close()
+                os.write(done, b".")
+                os.read(lives, 1)
+                code = 0
+            finally:
+                os._exit(code)
+        context = multiprocessing.get_context("fork")
+        worker = context.Process(target=time.sleep, args=(60,))
+        worker.start()
+        assert os.read(child_done, 1) == b"."
+        ask(tunnel.address)
+        held.sendall(b"y")
+        assert held.recv(1) == b"y"
+        addresses = tunnel.address, server.address
+        tunnel.close()
+        server.close()
+        try:
+            assert held.recv(1) == b""
+        except ConnectionResetError:
+            pass
+        for address in addresses:
+            socket.create_server(address).close()
+            try:
+                socket.create_connection(address, 20)
+                raise AssertionError("somebody listens at %s:%d" % address)
+            except ConnectionRefusedError:
+                pass
+        os.write(ends, b".")
+        assert os.wait()[1] == 0
+        worker.terminate()
+        worker.join()
+        """), 0)
+
+
 def test_multiprocessing_beside_it(run, tmp_path):
     """A pool of a program that has a tunnel, whatever makes its processes."""
     (tmp_path / "work.py").write_text("def double(n):\n    return 2 * n\n")

@@ -1,6 +1,7 @@
-"""The loop's own parts: both selectors, timers, and the buffers that links borrow."""
+"""The loop's own parts: what it polls with, timers, and the buffers that links borrow."""
 
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import ratrod
 from ratrod import READ, WRITE
 from support.programs import PATIENCE, ROOT
 
-SELECTORS = [ratrod.Selector] + [ratrod.EpollSelector] * hasattr(ratrod.selectors, "EpollSelector")
-every_selector = pytest.mark.parametrize("make", SELECTORS, ids=lambda make: make.__name__)
+POLLERS = [ratrod.Poller] + [select.epoll] * hasattr(select, "epoll")
+every_poller = pytest.mark.parametrize("make", POLLERS, ids=lambda make: make.__name__)
 
 
 @pytest.fixture
@@ -24,45 +25,60 @@ def pair():
         end.close()
 
 
-@every_selector
-def test_events_come_as_what_was_registered(make, pair):
+@every_poller
+def test_events_have_the_bits_of_epoll(make, pair):
     near, far = pair
-    selector = make()
-    seen = []
-    selector.register(near, READ, seen.append)
-    assert selector.select(0) == []
+    fd = near.fileno()
+    poller = make()
+    poller.register(fd, READ)
+    assert poller.poll(0) == []
     far.send(b"x")
-    (callback, mask), = selector.select(PATIENCE)
-    assert (callback, mask) == (seen.append, READ)
-    selector.modify(near, WRITE, seen.append)
-    assert selector.select(PATIENCE) == [(seen.append, WRITE)]
-    selector.modify(near, READ | WRITE, print)
-    assert selector.select(PATIENCE) == [(print, READ | WRITE)]
-    selector.unregister(near)
-    assert selector.select(0) == []
-    with pytest.raises(KeyError):
-        selector.unregister(near)
-    selector.close()
-
-
-@every_selector
-def test_a_hang_up_is_something_to_read(make, pair):
-    near, far = pair
-    selector = make()
-    selector.register(near, READ, print)
+    assert poller.poll(PATIENCE) == [(fd, READ)]
+    poller.modify(fd, WRITE)
+    assert poller.poll(PATIENCE) == [(fd, WRITE)]
+    poller.modify(fd, READ | WRITE)
+    assert poller.poll(PATIENCE) == [(fd, READ | WRITE)]
+    poller.unregister(fd)
+    assert poller.poll(0) == []
+    poller.register(fd, READ)
     far.close()
-    (_, mask), = selector.select(PATIENCE)
-    assert mask & READ
-    selector.close()
+    (_, mask), = poller.poll(PATIENCE)
+    assert mask & READ, "a hang-up is something to read"
+    poller.close()
 
 
 def test_a_system_without_epoll():
     """The whole program on another selector, as on macOS and Windows."""
     words = ("import selectors, sys; selectors.DefaultSelector = selectors.SelectSelector; vars(selectors).pop('EpollSelector', None); import ratrod;"
-             "assert isinstance(ratrod.EventLoop()._selector, selectors.SelectSelector); sys.exit(ratrod.main(['demo']))")
+             "assert isinstance(ratrod.EventLoop()._poller._selector, selectors.SelectSelector); sys.exit(ratrod.main(['demo']))")
     done = subprocess.run([sys.executable, "-c", words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout.decode("utf-8", "replace")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of descriptors")
+@pytest.mark.parametrize("soft, hard, allowed, reached", [
+    (256, 4096, 1 << 30, 4096),
+    (1024, 1 << 30, 1 << 30, 1 << 20),
+    (256, -1, 61440, range(50000, 61441)),  # macOS: no limit, but more than kern.maxfilesperproc is refused
+    (256, (1 << 63) - 1, 10240, range(8192, 10241)),
+    (256, -1, 256, 256),
+    (-1, -1, 1 << 30, -1),
+    (4096, 4096, 1 << 30, 4096),
+])
+def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, allowed, reached):
+    import resource
+    limits = [soft, hard]
+
+    def setrlimit(_what, new):
+        if new[0] > allowed:
+            raise ValueError("current limit exceeds maximum limit")
+        limits[:] = new
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
+    ratrod.raise_descriptor_limit()
+    assert limits[0] in (reached if isinstance(reached, range) else [reached]) and limits[1] == hard
+    assert 0 < ratrod.descriptor_limit() <= 1 << 20
 
 
 def test_buffers_are_lent_to_so_many_and_come_back():
@@ -77,27 +93,43 @@ def test_buffers_are_lent_to_so_many_and_come_back():
     loop.close()
 
 
-def test_a_deadline_that_moves_leaves_one_timer():
+def test_a_deadline_that_moves_leaves_one_entry():
     """A link's deadline is set and taken back with every stream: what is left on the heap must not grow with them."""
     loop = ratrod.EventLoop()
     deadline, came = ratrod.Deadline(loop), []
     for _ in range(1000):
         deadline.set(30, lambda: came.append("late"))
         deadline.clear()
-    assert len(loop._timers) == 1
+    assert len(loop._deadlines) == 1
     deadline.set(0.01, loop.stop)  # a nearer one is not late for it
     loop.run()
-    assert not came and len([timer for timer in loop._timers if timer.call]) == 0
-    # The timer of a nearer one, which was taken back, does not end a later one too early.
+    assert not came and deadline.when == ratrod.NEVER
+    # The entry of a nearer one, which was taken back, does not end a later one too early.
     loop._is_stopped = False
     deadline.set(0.01, lambda: came.append("early"))
     deadline.clear()
     deadline.set(0.05, loop.stop)
     loop.run()
     assert not came
-    deadline.set(30, loop.stop)
-    deadline.close()
-    assert len([timer for timer in loop._timers if timer.call]) == 0
+    loop.close()
+
+
+def test_a_call_that_calls_itself_leaves_the_others_their_turn():
+    loop, said = ratrod.EventLoop(), []
+
+    def again():
+        said.append("again")
+        loop.call_later(0, again)
+
+    def others():
+        said.append("others")
+        if said.count("others") == 3:
+            loop.stop()
+        loop.call_soon_threadsafe(others)
+    again()
+    others()
+    loop.run()
+    assert said.count("again") <= said.count("others") + 1
     loop.close()
 
 
@@ -135,7 +167,7 @@ def test_a_listener_that_is_no_more_neither_spins_nor_stays():
     listener.start()
     sock.shutdown(socket.SHUT_RDWR)
     listener._on_event(READ)
-    assert listener._rests and not listener._is_watched
+    assert listener._rest.when < ratrod.NEVER and not listener._transport.events
     listener.drain()
     assert sock.fileno() < 0
     loop.close()
