@@ -231,6 +231,7 @@ class Limits(NamedTuple):
     link_age: float = 3600.0  # forward secrecy is per link: an older link takes no new stream
     keepalive: float = 20.0  # a side that has sent nothing for so long sends Keepalive
     silence: float = 45.0  # a side that reads and hears nothing for so long gives the link up
+    doubt: float = 25.0  # a link that carries something and was not heard from for so long is doubted: its path may be dead
     trusted: float = 30.0  # a link that was not heard from for so long is not handed out
     resume: float = 600.0  # how long a stream waits for another link
     resume_after_close: float = 60.0  # how long a stream waits where the peer's system ended the link
@@ -252,7 +253,8 @@ MAX_SMALL_CONTENT = 1024  # bytes in any other record
 NEVER = float("inf")  # a time that does not come
 LAST_NONCE = 1 << 63  # records of one direction of a link; no link lives long enough to count so far
 EARLY_DATA = 64 * 1024  # bytes of Data that an opener sends before Opened
-WINDOW = 1 << 20  # bytes that a side sends before they are acknowledged
+WINDOW, LARGEST_WINDOW = 1 << 20, 16 << 20  # bytes that a side sends before they are acknowledged: at first, at most
+GROWS_AFTER, GROWS_WITHIN = 0.005, 1.0  # seconds to the Ack of a full window: 1 MiB each 5 ms is 200 MB/s, and is enough for a near path
 POOR_WINDOW = 64 * 1024  # the same where memory is short
 ACK_AFTER = 32 * 1024  # bytes taken that are acknowledged after a read; fewer are acknowledged a second later
 MAX_NOISE_MESSAGE = 1024
@@ -284,6 +286,7 @@ GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link o
 REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept, ...
 NUMBERS_OF_KEY, NUMBERS_IN_ALL = 4096, 65536  # and how many of them
 DETACHED_OF_KEY = 1024  # streams of one key that wait for another link
+DOUBTED_FOR = 2.0  # seconds after which a server takes the path of a doubted link for dead
 ABANDONED, ABANDONED_FOR = 4096, 600.0  # streams that an opener has given up and remembers, and for how many seconds
 CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps, as macOS's monotonic clock does
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -2911,13 +2914,14 @@ class Complaints:
         self._lines: dict[str, list[TokenBucket]] = {}  # by cause, a text with a %d which counts the rest
         self._muted: collections.Counter[str] = collections.Counter()
 
-    def complain(self, cause: str, line: str, is_known: bool = False) -> None:
-        """Logs `line`, or counts one more for `cause`, a text with a %d."""
-        now = time.monotonic()
-        if log.isEnabledFor(logging.DEBUG) or self._is_due(now, cause, is_known):
-            log.error("%s", line)
+    def complain(self, cause: str, line: str, is_known: bool = False, level: int = logging.ERROR) -> bool:
+        """Logs `line`, or counts one more for `cause`, a text with a %d: whether the line was logged."""
+        is_due = log.isEnabledFor(logging.DEBUG) or self._is_due(time.monotonic(), cause, is_known)
+        if is_due:
+            log.log(level, "%s", line)
         else:
             self._muted[cause] += 1
+        return is_due
 
     def _is_due(self, now: float, cause: str, is_known: bool = False) -> bool:
         if cause not in self._lines:
@@ -3467,6 +3471,14 @@ class TcpInfo(NamedTuple):
         """Seconds for which the other machine has answered nothing though it was asked. A shut window is asked about by probes, two of
         which may get lost."""
         return self.last_ack_recv / 1000 if self.unacked or self.probes > 2 else 0.0
+
+
+def address_towards(peer: Any) -> str:
+    """The address of this machine from which a connection to this one of another would come; "" where no way leads there."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if len(peer) > 2 else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(peer)
+        return str(sock.getsockname()[0])
+    return ""
 
 
 class Transport:
@@ -4164,11 +4176,11 @@ class Memory(KeyCounts):
     def change(self, key: bytes, n: int) -> None:
         """n bytes more, or less, are kept for this key."""
         super().change(key, n)
-        self.is_tight = self.total + WINDOW > self.most // 2
+        self.is_tight = self.total + LARGEST_WINDOW > self.most // 2
 
-    def is_short(self, key: bytes) -> bool:
-        """Whether one window more would be too much for this key."""
-        return self.is_tight and (self.total + WINDOW > self.most or self.of(key) + WINDOW > self.most // 2)
+    def is_short(self, key: bytes, more: int = WINDOW) -> bool:
+        """Whether so many bytes more would be too much for this key."""
+        return self.is_tight and (self.total + more > self.most or self.of(key) + more > self.most // 2)
 
     def is_out(self, key: bytes) -> bool:
         """Whether nothing more may be read for this key."""
@@ -4253,7 +4265,7 @@ class Link:
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "instance", "role", "state", "user", "is_held", "is_completed",
                  "born", "sent_at", "heard_at", "name", "last", "idle_since", "out", "_fin", "_eof", "_in", "_in_start", "_in_end", "_lent",
-                 "_is_paused", "_deadline", "_trickle", "_counted", "is_resumable", "said_error", "is_extra")
+                 "_is_paused", "_deadline", "_trickle", "_counted", "is_resumable", "said_error", "is_extra", "doubted_at", "path")
     is_legacy = False
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, name: str = ""):
@@ -4270,6 +4282,8 @@ class Link:
         self.said_error = False
         self.is_held = False
         self.is_extra = False  # one more than its key may have: for an attach alone
+        self.doubted_at = 0.0  # when a sign of life was last asked for, as heard_at by the clock that counts sleep
+        self.path: tuple[str, Any] | None = None  # at a client: the address that it comes from, and the one that it leads to
         self.is_completed = role == ACCEPTOR  # HandshakeCompletion has come, or is none to wait for
         self.born = self.sent_at = self.idle_since = owner.loop.now
         self.heard_at = owner.loop.awake
@@ -4324,13 +4338,32 @@ class Link:
         """Bytes that are kept of a record."""
         return self._in_end - self._in_start if self._in is not None else 0
 
-    def hears(self) -> bool:
-        """Whether bytes are there that the link was not woken for: the beginning of a long record on a slow path."""
+    def hears(self, seconds: float) -> bool:
+        """Whether bytes came within so many seconds. The link may not have been woken for those that are there: the beginning of a long
+        record on a slow path."""
         before = self.heard_at
         self._read()
         if self.heard_at != before and self.state != CLOSED:  # the bytes may have lain there since before the path died
             self.heard_at = max(before, self.loop.awake - self.transport.tcp_info().last_data_recv / 1000)
-        return self.state == CLOSED or self.loop.awake - self.heard_at < self.owner.limits.silence
+        return self.state == CLOSED or self.loop.awake - self.heard_at < seconds
+
+    def doubt(self) -> None:
+        """Its path may be dead: asks for a sign of life, unless one is being waited for."""
+        if not self.is_stuck:
+            self.doubted_at = self.loop.awake
+            if not self.out:
+                self.send_record(KEEPALIVE)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing has come since its path was doubted. The other machine's TCP acknowledges the question at once; but what stands
+        in between may do so too, a proxy, so that for a link that has been silent for long only bytes count."""
+        if self.heard_at > self.doubted_at or self.state == CLOSED:
+            return False
+        if not self.is_held and self.loop.awake - self.heard_at >= self.owner.limits.doubt:
+            return True
+        info = self.transport.tcp_info()
+        return not info.rtt or self.loop.awake - info.last_ack_recv / 1000 <= self.doubted_at
 
     def poll(self) -> None:
         """Processes what has come meanwhile, and sees the FIN that may stand behind it."""
@@ -4778,6 +4811,7 @@ class Counters:
     """
 
     RESULTS = ("closed", "reset", "refused", "failed")
+    GIVEN_UP = ("time", "run", "limit", "ended", "refused")
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
@@ -4785,7 +4819,10 @@ class Counters:
         self.streams: set[Stream] = set()
         self.sessions: set[UdpSession] = set()
         self.results = dict.fromkeys(self.RESULTS, 0)  # of streams that are over
-        self.links = self.handshakes_failed = self.reconnects = 0
+        self.links = self.handshakes_failed = self.reconnects = self.resumed = 0
+        self.detached: set[Stream] = set()  # streams that have lost their link, and do not go on yet
+        self.given_up = dict.fromkeys(self.GIVEN_UP, 0)  # streams that did not go on
+        self._lost_at, self._went_on, self._has_said_lost = 0.0, 0, False
         self._bytes: dict[bytes, list[int]] = {}  # of what is over: peer key -> sent, received
 
     def count(self, error: Exception | None) -> None:
@@ -4793,8 +4830,39 @@ class Counters:
         is_refused = isinstance(error, (PolicyError, Overloaded)) or isinstance(error, PeerError) and error.code == INVALID_HOST
         self.results["closed" if error is None else "refused" if is_refused else "reset" if isinstance(error, LocalFailed) else "failed"] += 1
 
+    def on_lost(self, stream: Stream) -> None:
+        """A stream has lost its link, and waits for another one. One line for all that do in this moment, and one when the last goes on."""
+        if not self.detached:
+            self._lost_at, self._went_on, self._has_said_lost = self._loop.now, 0, False
+            self._loop.call_soon(self._say_lost)
+        self.detached.add(stream)
+
+    def _say_lost(self) -> None:
+        if self.detached:
+            self._has_said_lost = self._loop.complain("🔌 Links were lost %d more times", "🔌 The link of %s was lost: another one is awaited" %
+                                                      plural(len(self.detached), "connection"), level=logging.WARNING)
+
+    def on_resumed(self, stream: Stream) -> None:
+        """A stream has a link."""
+        if stream not in self.detached:
+            return
+        self.detached.discard(stream)
+        self.resumed += 1
+        self._went_on += 1
+        log.debug("%s: goes on over another link", stream.label)
+        if not self.detached and self._has_said_lost:
+            log.info("✅ Over another link, after %s: %s", show_time(self._loop.now - self._lost_at), plural(self._went_on, "connection"))
+
+    def _on_given_up(self, stream: Stream, error: Exception | None) -> None:
+        self.detached.discard(stream)
+        why = next((why for kind, why in ((ConnectError, "time"), (LinkClosed, "run"), (Overloaded, "limit"), (LocalFailed, "ended"))
+                    if isinstance(error, kind)), "refused")
+        self.given_up[why] += 1
+
     def on_end(self, carried: Stream | UdpSession, error: Exception | None = None) -> None:
         """The line that everything ends with: shown with -v, or always where somebody should know."""
+        if carried in self.detached:
+            self._on_given_up(carried, error)  # type: ignore[arg-type]
         self.streams.discard(carried)  # type: ignore[arg-type]
         self.sessions.discard(carried)  # type: ignore[arg-type]
         total = self._bytes.setdefault(carried.peer_key, [0, 0])
@@ -4834,11 +4902,12 @@ class Window:
     """The bytes of one direction that were sent and may be needed again: a ring, in which the byte of position p stands at 1 + p % size. The
     byte at 0 is room for a record's type. `start` and `end` are positions; what is kept is [start, end)."""
 
-    __slots__ = ("start", "end", "_ring", "_size", "_memory", "_key")
+    __slots__ = ("start", "end", "most", "_ring", "_size", "_memory", "_key", "_full_end", "_full_at")
     SIZES = (512, 4096, POOR_WINDOW, WINDOW)  # the first: a connection that has said little costs 3.3 KB in all, with 4 KiB 10.3
 
     def __init__(self, memory: Memory, key: bytes):
-        self.start = self.end = self._size = 0
+        self.start = self.end = self._size = self._full_end = 0
+        self.most, self._full_at = WINDOW, 0.0  # what it may keep; when that last held the sender back
         self._ring: memoryview | None = None
         self._memory, self._key = memory, key
 
@@ -4857,7 +4926,21 @@ class Window:
     @property
     def is_bulk(self) -> bool:
         """Whether bytes are to be read straight into the ring: copying 64 KiB costs 5 µs, 512 KiB a tenth of all the work on them."""
-        return self._size == WINDOW
+        return self._size >= WINDOW
+
+    def on_full(self, now: float) -> None:
+        """It alone holds the sender back."""
+        if self._full_end != self.end:
+            self._full_end, self._full_at = self.end, now
+
+    def on_taken(self, taken: int, now: float) -> None:
+        """The other side has taken what was sent before this position. A window that held the sender back, and was taken soon, is too small
+        for the path."""
+        if 0 < self._full_end <= taken:
+            if GROWS_AFTER < now - self._full_at < GROWS_WITHIN and self.most < LARGEST_WINDOW and not self._memory.is_short(self._key, self.most):
+                self.most *= 2
+                self._grow(self.most)
+            self._full_end = 0
 
     def append(self, data: memoryview) -> None:
         """Keeps a copy of `data`."""
@@ -4875,11 +4958,11 @@ class Window:
 
     def expect_bulk(self) -> None:
         """From now on reads are large."""
-        if self._size < WINDOW and not self._memory.is_short(self._key):
-            self._grow(WINDOW)
+        if self._size < WINDOW and not self._memory.is_short(self._key, self.most):
+            self._grow(self.most)
 
     def _grow(self, wanted: int) -> None:
-        size = next((size for size in self.SIZES if size >= wanted), wanted)
+        size = next((size for size in self.SIZES if size >= wanted), self.most)
         ring = memoryview(bytearray(1 + size)) if size < WINDOW else new_scratch(1 + size)
         self._copy(self.start, self.end, ring, size)
         before = self._counted
@@ -4945,7 +5028,7 @@ class Keeper:
     def on_closed_to(self, stream: Stream, link: Link) -> None:
         """Opener: the link takes no more streams, and has not looked at this one."""
 
-    def on_detached(self, stream: Stream, error: Exception) -> None:
+    def on_detached(self, stream: Stream, link: Link, error: Exception) -> None:
         """The stream's link was lost. The stream waits for another one."""
 
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
@@ -5068,6 +5151,7 @@ class Stream(LinkUser):
         self._link_in = open_.at
         self._on_taken(open_.taken)
         self._told = self.taken
+        self.owner.counters.on_resumed(self)
         link.accept(self, BUSY, Opened(self.bound, self.taken))
         if self._pending is not None and self.link:
             link.hold()
@@ -5108,13 +5192,16 @@ class Stream(LinkUser):
         if self._pending is not None:  # no Ack can reach us: to wait for one would be for ever
             return min(most, BULK_READ)
         window, memory = self.window, self.owner.memory
-        if not memory.is_tight:
-            return min(most, WINDOW - window.end + window.start)
-        return 0 if memory.is_out(self.peer_key) else min(most, self._most_kept - window.end + window.start)
+        if memory.is_tight:
+            return 0 if memory.is_out(self.peer_key) else min(most, self._most_kept - window.end + window.start)
+        room = window.most - window.end + window.start
+        if room <= 0 and link.state == BUSY and not link.out:
+            window.on_full(self.loop.now)
+        return min(most, room)
 
     @property
     def _most_kept(self) -> int:
-        return WINDOW if self.window.is_bulk or not self.owner.memory.is_short(self.peer_key) else POOR_WINDOW
+        return self.window.most if self.window.is_bulk or not self.owner.memory.is_short(self.peer_key) else POOR_WINDOW
 
     def _read(self) -> None:
         link, local, window = self.link, self.local, self.window
@@ -5205,6 +5292,7 @@ class Stream(LinkUser):
         self._check_taken(taken)
         self._acked = taken
         self.window.drop(min(taken, self._link_out))
+        self.window.on_taken(taken, self.loop.now)
 
     def on_update(self) -> None:
         link, local = self.link, self.local
@@ -5324,6 +5412,7 @@ class Stream(LinkUser):
         if self._pending is not None:  # of an earlier link
             link.hold()
         self.was_opened, self.instance = True, link.instance
+        self.owner.counters.on_resumed(self)
         self.keeper.on_opened(self)
         if self.link:
             self._pump()
@@ -5427,7 +5516,9 @@ class Stream(LinkUser):
         self._let_go()
         if isinstance(error, LinkClosed) and self.keeps and (self.owner.limits.resume or not self.was_opened):
             self.detached_at = self.loop.now
-            return self.keeper.on_detached(self, error)
+            if self.was_opened:
+                self.owner.counters.on_lost(self)
+            return self.keeper.on_detached(self, link, error)
         return self._finish(error)
 
     def _let_go(self) -> None:
@@ -6482,7 +6573,7 @@ class Opener(Keeper):
         self.owner, self.loop, self.limits, self._patience = owner, owner.loop, owner.limits, patience
         self.idle: list[Link] = []  # the last used one is the first taken
         self.waiting: collections.deque[Any] = collections.deque()
-        self.detached: dict[Stream, None] = {}
+        self.detached: dict[Stream, Link] = {}  # each with its last link
         self._abandoned: collections.OrderedDict[bytes, tuple[bytes, float]] = collections.OrderedDict()  # stream -> instance, until
         self.is_closed = False
 
@@ -6536,7 +6627,7 @@ class Opener(Keeper):
     def _trusts(self, link: Link) -> bool:
         """Whether it was heard from lately, and nothing on it is sent again and again: its next try may be seconds away, although the path
         is there again."""
-        return self.loop.awake - link.heard_at < self.limits.trusted and not link.transport.tcp_info().retransmits
+        return self.loop.awake - link.heard_at < self.limits.trusted and not link.transport.tcp_info().retransmits and not link.is_stuck
 
     def put(self, link: Link) -> None:
         """A link that is idle now."""
@@ -6556,7 +6647,6 @@ class Opener(Keeper):
             self.drop(link)
 
     def _next_waiter(self, link: Link) -> Any:
-        self.judge(link)
         for stream in self.detached:
             if stream.instance in (b"", link.instance) and stream.peer_key in (b"", link.peer_key):
                 del self.detached[stream]
@@ -6566,9 +6656,6 @@ class Opener(Keeper):
                 self.waiting.remove(waiter)
                 return waiter
         return None
-
-    def judge(self, link: Link) -> None:
-        """A link to this instance has been made: what that means for streams of others."""
 
     def drop(self, link: Link) -> None:
         """Ends an idle link, which says nothing of the peer."""
@@ -6587,23 +6674,25 @@ class Opener(Keeper):
 
     # ---- streams that lost their links
 
-    def on_detached(self, stream: Stream, error: Exception) -> None:
+    def on_detached(self, stream: Stream, link: Link, error: Exception) -> None:
         if self.is_closed or self.owner.draining:
             return stream.give_up(error)
-        self.distrust(error)
+        self.distrust(link)
         now = self.loop.now
         if not stream.was_opened:
             stream.give_up_at = stream.since + self.limits.connect_timeout
         else:
             stream.give_up_at = now + resume_time(self.limits, error)
             log.debug("%s: %s; waiting for another link", stream.label, error)
-        self.detached[stream] = None  # on_link_closed() follows
+        self.detached[stream] = link  # on_link_closed() follows
         return None
 
-    def distrust(self, error: Exception) -> None:
-        """A link has died: what took it, a NAT that forgot or a server that was started anew, took the idle ones that were heard from no
-        later."""
-        self.clear()
+    def distrust(self, link: Link) -> None:
+        """A link has died: what took it, a NAT that forgot or a server that was started anew, took the idle ones too, but for those that
+        were heard from after it was doubted."""
+        for other in [other for other in self.idle if not 0 < link.doubted_at < other.heard_at]:
+            self.idle.remove(other)
+            self.drop(other)
 
     def on_closed_to(self, stream: Stream, link: Link) -> None:
         if not stream.was_opened:
@@ -6615,7 +6704,7 @@ class Opener(Keeper):
         another = self._pop(stream.instance)
         if another:
             return self._hand_out(another, stream)
-        self.detached[stream] = None
+        self.detached[stream] = link
         return self.replace(link)
 
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
@@ -6690,7 +6779,7 @@ class Reach:
     """
 
     FIRST, HURRY, STEADY = 0.25, 1.0, 10.0  # seconds: the first pause; the longest while somebody waits; after which all was well
-    HANGING = 8  # tries at once while the server is away: a path that drops packets holds each up for 10 s
+    HANGING = 10  # tries at once while the server is away: a path that drops packets holds each up for 10 s
 
     def __init__(self, client: Client, most: int | None):
         self._client, self._loop, self._limits, self._most = client, client.loop, client.limits, most
@@ -6704,8 +6793,10 @@ class Reach:
         self._since = self._tried_at = self._well_at = self._loop.now
         self._next = Deadline(self._loop)
 
-    def dial(self, open_: Open | None, done: Callable[[Link | None, Exception | None], None], report: Report = log.debug) -> None:
-        """done(link, None) or done(None, error). `open_`: what a legacy link is made for, which its handshake names."""
+    def dial(self, open_: Open | None, done: Callable[[Link | None, Exception | None], None], report: Report = log.debug,
+             server: str = "") -> None:
+        """done(link, None) or done(None, error). `open_`: what a legacy link is made for, which its handshake names. `server`: the only
+        one that will do."""
         def finish(link: Link | None, error: Exception | None) -> None:
             self.dialing -= 1
             self._dials.discard(dial)
@@ -6715,7 +6806,7 @@ class Reach:
                 self._client.counters.links += 1
             done(link, error)
         self.dialing += 1
-        dial = Dial(self._client, self, open_, finish, report)
+        dial = Dial(self._client, self, open_, finish, report, server)
         self._dials.add(dial)
         dial.start()
 
@@ -6788,12 +6879,12 @@ class Dial:
     SSH_TRIES = 3
 
     def __init__(self, client: Client, reach: Reach, open_: Open | None, done: Callable[[Link | None, Exception | None], None],
-                 report: Report):
+                 report: Report, server: str):
         self._client, self._reach, self._open, self._done, self._report = client, reach, open_, done, report
         self._limits = client.limits
         self._keys = client.keys
         first, servers = reach.current, client.servers
-        self._left = [(first + n) % len(servers) for n in range(len(servers))]
+        self._left = [n % len(servers) for n in range(first, first + len(servers)) if server in ("", str(servers[n % len(servers)]))]
         self._failures: list[tuple[Place, Exception]] = []
         self._until = time.monotonic() + self._limits.connect_timeout
         self._number = 0
@@ -6899,6 +6990,9 @@ class Dial:
             state = ASKING[self._open.kind] if self._open else ASKED
             return LegacyLink(client, sock, handshake, OPENER, str(self._server), state)
         link = Link(client, sock, handshake, OPENER, str(self._server))
+        if link.is_resumable:
+            with contextlib.suppress(OSError):  # it is closed already: its first read tells
+                link.path = sock.getsockname()[0], sock.getpeername()
         # Not a LinkClosed: it was never there.
         link.set_deadline(self._limits.handshake_timeout, lambda: link.abort(ConnectError("the server did not complete the handshake")))
         link.update()
@@ -7052,7 +7146,6 @@ class Acceptor(Keeper):
             stream.attempt = open_.attempt
             self.on_acknowledged(stream, False)
             return link.become_idle()
-        log.debug("%s: goes on over another link", stream.label)
         if stream in self._opens:  # its connect is under way: Opened goes to the new link
             self._opens[stream] = open_
             stream.attempt, stream.link = open_.attempt, link
@@ -7076,7 +7169,7 @@ class Acceptor(Keeper):
 
     # ---- ends
 
-    def on_detached(self, stream: Stream, error: Exception) -> None:
+    def on_detached(self, stream: Stream, link: Link | None, error: Exception) -> None:
         if self.owner.draining and not self.limits.resume:
             return stream.give_up(error)
         stream.give_up_at = self.loop.now + resume_time(self.limits, error)
@@ -7112,7 +7205,7 @@ class Acceptor(Keeper):
         """Gives up the longest detached stream of this key."""
         victim = next((stream for stream in self._detached if stream.peer_key == key), None)
         if victim:
-            self._give_up(victim, ConnectError("too many streams wait for another link"))
+            self._give_up(victim, Overloaded("too many streams wait for another link"))
         return victim is not None
 
     def _give_up(self, stream: Stream, error: Exception) -> None:
@@ -7153,7 +7246,7 @@ class Acceptor(Keeper):
     def on_unheard(self, stream: Stream) -> None:
         """The link went before the last bytes were acknowledged: the opener may ask for them over another link."""
         if stream.error is None and (stream.peer_key, stream.id) in self._streams:
-            self.on_detached(stream, LinkSilent("its last bytes were not acknowledged"))
+            self.on_detached(stream, None, LinkSilent("its last bytes were not acknowledged"))
 
     def _forget(self, stream: Stream, was_reset: bool) -> None:
         number = stream.peer_key, stream.id
@@ -7219,6 +7312,7 @@ class ServerOptions(NamedTuple):
     allow_listen: bool = False  # clients may have reverse tunnels
     authorize: Authorizer | None = None  # decides in place of authorized_keys
     proxies: tuple[Any, ...] = ()  # networks of load balancers, which send a PROXY header
+    instance: bytes = b""  # of one of several workers
     report: Report = log.info  # takes the lines about the start: of several workers one is enough
 
 
@@ -7256,7 +7350,7 @@ class Endpoint:
         self.listeners: list[Any] = []
         self.threads = Threads(loop, min(8, os.cpu_count() or 1))  # public-key steps
         self.lookups = LookUps(loop, limits)
-        self.draining = False
+        self.draining = self.has_slept = False
         self._swept_at = boot_time()
         self._sweeper = loop.call_later(limits.sweep_interval, self._on_sweep)
 
@@ -7301,7 +7395,7 @@ class Endpoint:
         self._sweeper = self.loop.call_later(self.limits.sweep_interval, self._on_sweep)
         now = self.loop.awake
         # A machine that slept, or a process that was stopped, has not been listening: the others get time to be heard.
-        is_late = now - self._swept_at - self.limits.sweep_interval > 10
+        self.has_slept = is_late = now - self._swept_at - self.limits.sweep_interval > 10
         self._swept_at = now
         # 9,000 idle links: what needs nothing is passed by without a call, 3 ms each second in place of 20.
         quiet, silent = self.loop.now - self.limits.keepalive, now - self.limits.silence
@@ -7329,7 +7423,7 @@ class Endpoint:
         if now - link.heard_at < self.limits.silence or link.state == CLOSED:
             return
         # A side that holds back does not hear: what has been sent, Keepalives among it, and was not acknowledged tells instead.
-        if link.transport.tcp_info().unanswered >= self.limits.silence if link.is_held else not link.hears():
+        if link.transport.tcp_info().unanswered >= self.limits.silence if link.is_held else not link.hears(self.limits.silence):
             self._on_silent(link)
 
     def _on_silent(self, link: Link) -> None:
@@ -7607,6 +7701,9 @@ class ReverseListener(Opener):
         self.links.add(link)
         self._lost_at = None
         link.instance = instance
+        for other in self.links:  # the client may make a new one because their path is dead
+            if other is not link and self.loop.awake - other.heard_at > 1:
+                other.doubt()
         if instance != self.instance:
             log.debug("%s: taken over by a new run of its client", self)
             self._retired.add(self.instance)
@@ -7630,11 +7727,11 @@ class ReverseListener(Opener):
     def keeps(self, link: Link) -> bool:
         return super().keeps(link) and len(self.idle) < self.limits.waiting_links
 
-    def on_detached(self, stream: Stream, error: Exception) -> None:
+    def on_detached(self, stream: Stream, link: Link, error: Exception) -> None:
         if stream.was_opened and stream.instance != self.instance:  # a newer run listens here
             stream.give_up(error)
         else:
-            super().on_detached(stream, error)
+            super().on_detached(stream, link, error)
 
     def is_retired(self, instance: bytes) -> bool:
         """Whether a later run than this one listens here: two that live must not take the address from each other for ever."""
@@ -7675,6 +7772,9 @@ class ReverseListener(Opener):
             self._lost_at = self.loop.now
 
     def sweep(self) -> None:
+        for link in list(self.links):
+            if 0 < link.doubted_at <= self.loop.awake - DOUBTED_FOR and link.is_stuck:
+                link.lose(LinkSilent("nothing passes on it, and its client has made others"))
         super().sweep()
         # Wait a moment: a refused connection ends its link, and the client's next link may already be connecting.
         if self.is_abandoned and self._lost_at is not None and self.loop.now - self._lost_at >= GRACE:
@@ -7707,7 +7807,7 @@ class Server(Endpoint):
     def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, options: ServerOptions, callbacks: Callbacks,
                  sockets: list[socket.socket] | None = None):
         super().__init__(loop, folder, limits, callbacks, is_legacy=options.legacy, memory=256 << 20)
-        self.options, self.policy = options, options.policy
+        self.options, self.policy, self.instance = options, options.policy, options.instance or self.instance
         descriptors = descriptor_limit()
         self._udp_cap = min(limits.udp_sessions_in_all, descriptors // 4)
         self.admission = Admission(self)
@@ -7895,8 +7995,9 @@ class Server(Endpoint):
         if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).links:
             return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
         self.counters.handshakes_failed += 1
-        return self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
-                                  "❌ Refused `%s`: %s%s" % (show_address(address), error, getattr(error, "own", "")))
+        self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
+                           "❌ Refused `%s`: %s%s" % (show_address(address), error, getattr(error, "own", "")))
+        return None
 
     def _welcome(self, negotiation: Negotiation, handshake: Handshake, shown: str) -> None:
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", shown, self.show_key(handshake.peer_key), handshake.suite)
@@ -8246,7 +8347,10 @@ class Pool(Opener):
     waiter has a link made for it."""
 
     READY = 2  # idle links at any time: the next connection needs no handshake, and a burst of two neither
-    OTHER_RUNS = 8  # links in a row to other runs of the server, after which a stream of an earlier run is given up
+    # Links in a row to other runs of the server, after which a stream of an earlier run is given up; and links for each worker of a run,
+    # after which the search for the right one slows down.
+    OTHER_RUNS = 8
+    SEARCH = 10  # links a second
 
     def __init__(self, client: Client, reach: Reach, ready: int):
         super().__init__(client, client.patience)
@@ -8257,6 +8361,8 @@ class Pool(Opener):
         self._minute = self.loop.now
         self._is_due = False
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
+        self._runs: dict[str, list[bytes]] = {}  # server -> the last runs that it showed, each but once in a row
+        self._sought_since, self._sought_at, self._sought = 0.0, 0.0, 0
 
     @property
     def busy(self) -> int:
@@ -8293,7 +8399,7 @@ class Pool(Opener):
             return
         needed = len(self.waiting) + len(self.detached)
         if self._reach.error is not None:
-            if needed:
+            if self.waiting:
                 self._reach.hurry()
         elif self._client.is_legacy:
             for waiter in [waiter for waiter in self.waiting if waiter not in self._begun]:
@@ -8312,10 +8418,30 @@ class Pool(Opener):
         if self._reach.dialing < self._reach.HANGING and (self.waiting or not self._client.is_legacy):
             self._make(self.waiting[0] if self._client.is_legacy else None)
 
-    def _make(self, waiter: Any) -> None:
+    def seek(self, stuck: bool) -> None:
+        """Each second, while streams wait for a link that a lost one carried, or links are `stuck`: one more try to reach the server, beside
+        those that hang, for a minute, and then every 5 s. Where links can be made, but are to other workers or runs, the search for the
+        right one takes more of them."""
+        now = self.loop.now
+        if not self.detached and not stuck or self.is_closed or self._client.draining:
+            self._sought = 0
+            return
+        if not self._sought:
+            self._sought_since = now
+        workers = max((stream.instance[6] for stream in self.detached if stream.instance), default=0)
+        is_there = bool(self.detached) and any(link.is_completed and not link.is_stuck for link in self.links)
+        is_quick = is_there and self._sought < self.OTHER_RUNS * workers
+        if is_quick or now - self._sought_at >= (0 if not is_there and now - self._sought_since < 60 else 5):
+            self._sought_at = now
+            servers = list(dict.fromkeys(link.name for link in self.detached.values())) or [""]
+            for _ in range(min(self.SEARCH if is_quick else 1, self._reach.HANGING - self._reach.dialing)):
+                self._sought += 1
+                self._make(None, servers[self._sought % len(servers)])
+
+    def _make(self, waiter: Any, server: str = "") -> None:
         if waiter:
             self._begun.add(waiter)
-        self._reach.dial(self._open_of(waiter), functools.partial(self._on_dialed, waiter))
+        self._reach.dial(self._open_of(waiter), functools.partial(self._on_dialed, waiter), server=server)
 
     @staticmethod
     def _open_of(waiter: Any) -> Open | None:
@@ -8343,6 +8469,7 @@ class Pool(Opener):
     def adopt(self, link: Link) -> None:
         """A new link, on which nothing has been asked yet."""
         self.links.add(link)
+        self._judge(link)
         self.put(link)
 
     def replace(self, link: Link) -> None:
@@ -8367,8 +8494,8 @@ class Pool(Opener):
                 self.waiting.remove(waiter)
                 waiter.give_up(error)
             return None
-        if isinstance(error, Overloaded) and self.links:  # others are there, and will be free
-            return None
+        if self.links and (isinstance(error, Overloaded) or self._sought and not is_final(error)):  # others are there
+            return log.debug("no new link: %s", error)
         return self.on_failed(error)
 
     def on_closed_to(self, stream: Stream, link: Link) -> None:
@@ -8399,21 +8526,25 @@ class Pool(Opener):
         else:
             self._want_links_soon()
 
-    def judge(self, link: Link) -> None:
-        """A stream of an earlier run of the server cannot go on: another run does not know it."""
-        if not self.detached or link.is_legacy or not link.instance:
-            return
-        runs = {other.instance[:6] for other in self.links if other.state != CLOSED}
-        for run in {stream.instance[:6] for stream in self.detached if stream.instance}:
-            if run in runs:
+    def _judge(self, link: Link) -> None:
+        """A stream of another run of this server cannot go on where that run is no more. One link to another run tells, unless there may be
+        several servers behind the name: where it has come to another address, through a proxy, or where a run has come back."""
+        shown = self._runs.setdefault(link.name, [])
+        if link.instance[:6] not in shown[-1:]:
+            shown[:] = [*shown[-2:], link.instance[:6]]
+        alive = {other.instance[:6] for other in self.links if other.state != CLOSED and not other.is_stuck}
+        waiting = [(stream, last) for stream, last in self.detached.items() if stream.instance and last.name == link.name]
+        for run in {stream.instance[:6] for stream, _ in waiting}:
+            if run in alive:
                 self._others.pop(run, None)
                 continue
             self._others[run] = self._others.get(run, 0) + 1
-            if self._others[run] >= (self.OTHER_RUNS if len(self._client.servers) > 1 or self._client.options.proxy else 1):
-                del self._others[run]
-                for stream in [stream for stream in self.detached if stream.instance[:6] == run]:
+            for stream, last in waiting:
+                is_one = (len(set(shown)) == len(shown) and not self._client.options.proxy
+                          and link.path is not None and last.path is not None and link.path[1] == last.path[1])
+                if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
                     del self.detached[stream]
-                    stream.give_up(LinkClosed("the server is another run, which does not know it"))
+                    stream.give_up(LinkClosed("the server has been started anew and does not know it, or another one answers"))
 
     def on_link_lost(self, link: Link, error: Exception | None) -> None:
         """A link is no more."""
@@ -8438,6 +8569,8 @@ class Pool(Opener):
         while len(self.idle) > self._ready and now - self.idle[0].idle_since > self.limits.idle_time:
             self.drop(self.idle.pop(0))
         super().sweep()
+        if not self.detached:
+            self._others.clear()
         if self._client.started and (self.waiting or not self._client.is_legacy):
             self.want_links()
 
@@ -8545,7 +8678,7 @@ class ReverseTunnel(LinkUser):
     def put(self, link: Link, record: bytes) -> None:
         """Its connection is over."""
         self.busy.discard(link)
-        if len(self.waiting) >= self._client.limits.waiting_links or self._client.draining:
+        if len(self.waiting) + self._asking >= self._client.limits.waiting_links or self._client.draining:
             return link.leave(record + link.writer.record(CLOSE))
         self.waiting.add(link)
         return link.send(record + link.writer.record(OVER))
@@ -8556,7 +8689,7 @@ class ReverseTunnel(LinkUser):
         self.waiting.discard(link)
         if self._client.draining:
             return
-        if was_waiting and not self.waiting and not self._asking and not self.error:
+        if was_waiting and not self.waiting and not self._asking and not self.error and not link.doubted_at:
             self._rest(error or LinkClosed("the server closed the connection"))
         elif not was_waiting or self._loop.now - link.born > 0.5:  # a link that ends at once would loop: the sweep asks for another
             self.ask_more()
@@ -8642,7 +8775,8 @@ class Client(Endpoint):
         self._test_link: Link | None = None
         self.started = self._has_given_up = False
         self.since = loop.now  # when it was connected, or lost the server
-        self._passed_by = self._looking = 0
+        self._passed_by = 0
+        self._reached_at = 0.0  # when the newest link that the server has let in was made, by the clock that counts sleep
         self._udp = self._new_udp()
         self._legacy_udp: set[UdpLink] = set()
         self._udp_tries, self._udp_rests_until = 0, 0.0
@@ -8872,11 +9006,12 @@ class Client(Endpoint):
         return failure
 
     def on_completed(self, link: Link) -> None:
+        self._reached_at = self.loop.awake - (self.loop.now - link.born)
         if link is self._test_link:
             self._test_link = None
             self.pool.links.add(link)
             self._on_tested(None)
-            self.pool.put(link)
+            self.pool.adopt(link)
         self.pool.on_completed(link)
 
     def on_idle(self, link: Link, record: bytes) -> None:
@@ -8969,8 +9104,6 @@ class Client(Endpoint):
                     log.error("❌ %s: %s", session.label, reason(error))
                     self._udp_rests_until = self.loop.now + (UdpLink.REST if isinstance(error, PeerError) else 1)
             return udp.end_all()
-        if isinstance(error, LinkClosed):
-            self.pool.distrust(error)
         lived = began_at is not None and began_at > 0 and self.loop.now - began_at > 1
         self._udp_tries = 0 if lived else self._udp_tries + 1
         if self.draining or not udp.sessions or self._udp_tries >= 3:
@@ -9042,47 +9175,47 @@ class Client(Endpoint):
             ssh.reap()
         udp = self._udp
         if udp.link and (not udp.sessions or self.loop.now - udp.link.born > self.limits.link_age):
-            self._move_udp("it is too old, or carries nothing")
-        self._look_for_path()
+            self._renew_udp()
+        self.pool.seek(self._move_from_dead_paths())
 
-    def _move_udp(self, why: str) -> None:
-        """The link of the UDP sessions ends without a fault; where there are sessions, they go on over another one."""
+    def _renew_udp(self) -> None:
+        """The link of the UDP sessions is too old, or carries nothing: it ends. Where there are sessions, they go on over another one."""
         udp = self._udp
         link, udp.link = udp.link, None
         if link:
             link.detach()
             link.close()
-            log.debug("the link of the UDP sessions ended: %s", why)
         udp.began_at = None
         if udp.sessions:
             self._carry_udp(udp)
 
-    # ---- a path that is away: UDP and reverse tunnels are to go on as soon as it is back, and not at TCP's next try
+    # ---- dead paths (PROTOCOL.md, "Streams outlive their links", 12)
 
-    def _look_for_path(self) -> None:
-        """While what waits on links is sent again and again, a new connection each second is the first to get through."""
-        if self._stuck() and self._looking < Reach.HANGING and not self.draining:
-            self._looking += 1
-            self.reach.dial(None, self._on_path_found)
+    def _move_from_dead_paths(self) -> bool:
+        """Doubts the links whose path may be dead. Where a link that was made after the doubt shows that the server can be reached, what
+        they carry moves to others: whether something is left that waits for such a link."""
+        routes: dict[Any, str] = {}
+        is_left = False
+        for link in list(self.links):
+            # The server moves what it has opened. An idle link carries nothing, unless it waits for a reverse tunnel.
+            if link.path and link.state not in (BYE, CLOSED) and (link.user is NOBODY) == (link.role == ACCEPTOR):
+                if self._may_be_dead(link, link.path, routes):
+                    link.doubt()
+                if link.doubted_at and link.is_stuck:
+                    is_left |= link.doubted_at >= self._reached_at
+                    if link.doubted_at < self._reached_at:
+                        link.lose(LinkSilent("nothing passes on it, and others pass"))
+        return is_left
 
-    def _on_path_found(self, link: Link | None, error: Exception | None) -> None:
-        self._looking -= 1
-        if link is None:
-            return log.debug("the path is not back: %s", error)
-        for move in self._stuck():
-            move()
-        return self.pool.adopt(link)
-
-    def _stuck(self) -> list[Callable[[], None]]:
-        """What moves away from the links that are stuck: the one of the UDP sessions, and the waiting ones of reverse tunnels."""
-        moves: list[Callable[[], None]] = []
-        if self._udp.link and not self.is_legacy and self._udp.link.transport.tcp_info().is_stuck:
-            moves.append(functools.partial(self._move_udp, "nothing passes on it, and others pass"))
-        for tunnel in self.reverse:
-            stuck = [link for link in tunnel.waiting if link.transport.tcp_info().is_stuck]
-            if stuck:
-                moves.append(functools.partial(tunnel.renew, stuck))
-        return moves
+    def _may_be_dead(self, link: Link, path: tuple[str, Any], routes: dict[Any, str]) -> bool:
+        here, there = path
+        if there not in routes:
+            routes[there] = address_towards(there) or here
+        if routes[there] != here:
+            link.path = routes[there], there  # one doubt for one change: the old address may live on
+            return True
+        return self.has_slept or link.transport.tcp_info().is_stuck or not link.is_held and (
+            self.loop.awake - link.heard_at >= self.limits.doubt and not link.hears(self.limits.doubt))
 
     def end_waiting(self) -> None:
         for udp in [self._udp, *self._legacy_udp]:
@@ -10275,8 +10408,8 @@ def check_workers(options: Options) -> list[Address | None]:
     """Where each worker answers requests for the metrics: on consecutive ports, or all on any for port 0. ConfigError
     says why there cannot be so many workers."""
     workers = options.workers
-    if workers > 1024:
-        raise ConfigError("--workers takes at most 1024, not %d; as many as there are processors serve best" % workers)
+    if workers > 255:
+        raise ConfigError("--workers takes at most 255, not %d; as many as there are processors serve best" % workers)
     if workers > 1 and not hasattr(os, "fork"):
         raise ConfigError("--workers needs a system that can fork processes, and this one cannot; leave it out")
     if not options.metrics:
@@ -10298,9 +10431,10 @@ def serve_command(options: Options) -> int:
     ensure_keys(folder)
     raise_descriptor_limit()
     sockets = listen_for(options.workers, bind, share=options.reuse_port)
+    run = os.urandom(6)
 
     def make(number: int, loop: EventLoop, callbacks: Callbacks) -> Server:
-        own = what._replace(report=log.debug if number else log.info)
+        own = what._replace(report=log.debug if number else log.info, instance=run + bytes((options.workers, number)))
         return Server(loop, folder, options.limits, own, callbacks, sockets[number])
     return run_workers(options, sockets, 10.0 if options.drain is None else options.drain, make)
 

@@ -369,7 +369,7 @@ class Connection:
         for stream in self.streams:
             if not stream.is_over and stream.window.start > stream._acked:
                 self.has_skipped = True
-            assert stream.window.end - stream.window.start <= ratrod.WINDOW
+            assert stream.window.end - stream.window.start <= stream.window.most <= ratrod.LARGEST_WINDOW
         if len(self.streams) == 2 and self.stream.id == self.accepted.id:
             for ours, theirs in ((self.stream, self.accepted), (self.accepted, self.stream)):
                 if not ours.is_over and not theirs.is_over:

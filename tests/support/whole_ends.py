@@ -24,7 +24,7 @@ class Dial:
 
     ends = None
 
-    def __init__(self, client, reach, open_, done, report):
+    def __init__(self, client, reach, open_, done, report, server):
         self._done, self._is_closed = done, False
 
     def start(self):

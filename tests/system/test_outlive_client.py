@@ -174,7 +174,8 @@ def test_rule_08_a_client_gives_up_after_resume(home, originate, resume):
         home.target.close()
     home.cut_all()
     assert was_reset(originator)
-    assert stream.attempt == 1
+    if resume == "0":
+        assert stream.attempt == 1
 
 
 @pytest.mark.parametrize("ours, theirs", [("0", "600"), ("600", "0")])
