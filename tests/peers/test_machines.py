@@ -12,7 +12,6 @@ import re
 import selectors
 import shutil
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -162,25 +161,6 @@ def test_local_is_the_proxys_own(serve):
         reset(introduced(port, header))
     assert server.stop() == 0
     assert [line for line in server.lines if not re.search("Starting server|The server's key", line)] == []
-
-
-def test_a_header_in_pieces(proxied, keys):
-    """Byte by byte, and at once with what follows it: nothing of that may get lost."""
-    server, port = proxied("--handshake-timeout", FOREVER)
-    for number, (header, _) in enumerate(TAKEN[name] for name in ("v2 TLVs", "v1 TCP6")):
-        with dial(port, source=BALANCER) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for n in range(len(header)):
-                sock.sendall(header[n:n + 1])
-            enter(sock, keys)
-        with dial(port, source=BALANCER) as sock:
-            client = peer.Client(sock, seed_of(keys.client))
-            message = client.client_preamble()
-            client.send(header + peer.OPENING + struct.pack(">H", len(message)) + message)
-            client.read_server_preamble()
-            client.send_message(client.client_authentication())
-            client.read_completion()
-        server.wait_for("Accepted `", 2 * number + 2)
 
 
 def test_a_header_from_an_unlisted_source(proxied, keys):
@@ -449,23 +429,6 @@ def test_the_clients_own_address(machines, keys, host, shown):
         link.finish()
 
 
-def test_limits_behind_a_balancer(machines, client_of, keys, tcp_echo):
-    """A stranger who does everything at once meets his limits at each server; an honest client of the same balancer notices nothing."""
-    made = machines(2, "--max-handshakes-per-source", "5")
-    client = client_of(made, "0:127.0.0.1:%d" % tcp_echo.port)
-    with contextlib.ExitStack() as stack:
-        for _ in range(60):
-            stack.enter_context(dial(made.port, source="127.0.66.6"))
-        for server in made.servers:
-            server.wait_for(r"❌ Refused `127\.0\.66\.6:\d+`: it had not authenticated itself when others needed its place")
-        for _ in range(20):
-            ask(tcp_port(client))
-        with dial(made.port, source="127.0.66.7") as sock:
-            enter(sock, keys)
-    for server in made.servers:
-        assert not re.search(r"Refused .*`127\.0\.(0\.1|66\.7)\b", server.output)
-
-
 @pytest.mark.parametrize("send", ["send-proxy-v2", "send-proxy"])
 def test_health_checks_leave_nothing_in_the_log(serve, balance, send):
     """Two of them see the same checks: one with -v, which tells when there have been enough."""
@@ -574,26 +537,6 @@ def test_each_server_restarted_in_turn_under_load(machines, connect, tcp_echo, m
         load.go_on(LOAD)
     figure("%s: 2 servers behind HAProxy restarted in turn under load" % mode.name, load)
     assert not load.failures, load.failures[:10]
-
-
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY_E] if LONG else [RATROD2], ids=lambda mode: mode.name)
-def test_rates_with_one_and_two_servers(machines, serve, connect, tcp_echo, mode):
-    """Figures, and a load that none of these may lose. On a machine of few cores all of it shares them, the load too: what shows is what the
-    balancer and the second server cost. Each connection of the original's protocol is a link of its own, which the balancer carries."""
-    def measure(what, server_port, links):
-        client = connect(server_port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
-        client.wait_for(READY)
-        with Load(tcp_port(client), threads=8) as load:
-            load.go_on(8000 if LONG else LOAD)
-        client.stop()
-        figure("%s, %s" % (mode.name, what), "%.0f new tunnel connections/s, on links %s" % (load.rate, links()))
-        assert not load.failures, load.failures[:10]
-    if LONG:
-        server, port = serve("-v", *mode.serve)
-        measure("one server alone", port, lambda: sum("Accepted" in line for line in server.lines))
-    for n in (1, 2) if LONG else (2,):
-        made = machines(n, *mode.serve)
-        measure("behind HAProxy: %d" % n, made.port, lambda made=made: made.links)
 
 
 # ---------------------------------------------------------------------------------------------------- reverse tunnels behind a balancer

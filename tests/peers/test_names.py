@@ -349,20 +349,12 @@ def test_without_a_rule_only_plain_spellings_lead_there(place):
 RESTRICTED = ("-r", r"(?:.*\.)?ok\.example|198\.18\..*")
 LEADS_INSIDE = {
     "loopback": Answer("127.0.0.1"),
-    "another loopback": Answer("127.8.8.8"),
-    "loopback over IPv6": Answer("::1"),
     "mapped": Answer("::ffff:127.0.0.1"),
-    "mapped, in hexadecimal": Answer("::ffff:7f00:1"),
     "unspecified": Answer("0.0.0.0"),
-    "unspecified over IPv6": Answer("::"),
-    "mapped unspecified": Answer("::ffff:0.0.0.0"),
     "link-local": Answer("169.254.169.254"),
-    "link-local over IPv6": Answer("fe80::1"),
     "mapped link-local": Answer("::ffff:169.254.169.254"),
     "multicast": Answer("224.0.0.1", "ff02::1"),
-    "broadcast": Answer("255.255.255.255"),
     "an alias of localhost": Answer("127.0.0.1", "::1", aliases=("localhost",)),
-    "aliases of aliases": Answer("127.0.0.1", aliases=("a.ok.example", "b.example", "localhost")),
     "many": Answer(*("127.0.0.%d" % n for n in range(1, 13))),
 }
 
@@ -436,18 +428,12 @@ def cut(answer):
 MISBEHAVES = {
     "no such name": Answer(code=NXDOMAIN),
     "its own failure": Answer(code=SERVFAIL),
-    "no address": Answer(),
-    "a refusal": Answer(code=5),
-    "an alias of itself": Answer(aliases=("n4.ok.example",)),
+    "an alias of itself": Answer(aliases=("n2.ok.example",)),
     "aliases without an end": Answer(aliases=tuple("a%d.example" % (n % 3) for n in range(50))),
-    "an alias of nothing": Answer(aliases=("nothing.example",)),
     "an alias that is no name": Answer(aliases=("\x1b[2J", "a b", "localhost\n")),
     "half an answer": Answer("127.0.0.1", raw=cut),
-    "an answer that promises more": Answer("127.0.0.1", raw=lambda answer: answer[:6] + b"\xff\xff" + answer[8:]),
     "another name's answer": Answer("127.0.0.1", raw=lambda answer: answer[:13] + b"X" + answer[14:]),
-    "another question's answer": Answer("127.0.0.1", raw=lambda answer: bytes([answer[0] ^ 1]) + answer[1:]),
     "nonsense": Answer(raw=lambda answer: b"\xff" * 40),
-    "one byte": Answer(raw=lambda answer: b"\0"),
     "silence": Answer(hangs=True),
 }
 
@@ -731,12 +717,10 @@ def test_lines_of_known_hosts_and_key_files(serve, keys):
         assert_fit(outcome.err.split("\n"))
 
 
-PROXY_HEADERS = [b"PROXY TCP6 %s ::1 1 2\r\n" % source for source in (
-    b"fe80::1%\x1b[2J\x07", b"fe80::1%\nmarker", b"::1%]", b"::1%\x9b31m", b"fe80::1%" + b"A" * 60, b"\x1b[2J",
-    b"::ffff:127.0.0.1")] + [
-    b"PROXY TCP4 127.0.0.1 127.0.0.1 \x1b 2\r\n", b"PROXY \x1b[2J\r\n", b"PROXY UNKNOWN \x1b[2J\r\n", b"PROXY TCP4 \xff\x80 1 1 1\r\n",
-    b"PROXY " + b"\x1b" * 101, b"\x1b[2J" * 30,
-    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10\x7f\0\0\1\x7f\0\0\1\0\1\0\2\4\0\1\x1b"]
+PROXY_HEADERS = [b"PROXY TCP6 fe80::1%\x1b[2J\x07 ::1 1 2\r\n", b"PROXY TCP6 fe80::1%\nmarker ::1 1 2\r\n",
+                 b"PROXY TCP6 ::ffff:127.0.0.1 ::1 1 2\r\n",
+                 b"PROXY UNKNOWN \x1b[2J\r\n", b"PROXY " + b"\x1b" * 101,
+                 b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10\x7f\0\0\1\x7f\0\0\1\0\1\0\2\4\0\1\x1b"]
 
 
 def test_what_a_proxy_says(serve, keys, shown):

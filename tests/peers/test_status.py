@@ -303,15 +303,6 @@ def test_where_it_is_not_wanted(at_terminal):
         assert ("ratrod: " in terminal.raw.read_text(), "\x1b[J" in terminal.raw.read_text()) == (terminal is terminals[-1],) * 2
 
 
-def test_where_there_is_no_terminal(serve, connect, tcp_echo):
-    _, port = serve()
-    client = connect(port, "0:%d" % tcp_echo.port, env={**os.environ, "TERM": "xterm"})
-    client.wait_for(READY)
-    ask(tcp_port(client))
-    assert client.stop() == 0
-    assert "ratrod: " not in client.output and "\x1b" not in client.output
-
-
 def test_the_question_for_a_key_stays_alone(at_terminal, keys, port):
     keys.client.write("known_hosts", "")
     terminal = at_terminal("%d:127.0.0.1:9" % port)

@@ -77,8 +77,8 @@ class Program:
         self.lines = []
         self._changed = threading.Condition()
         self._ended = False
-        self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                        **{"stdin": subprocess.DEVNULL, **options})
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen([str(word) for word in command], **{**streams, **options})
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

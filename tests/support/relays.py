@@ -11,13 +11,11 @@ from support.sockets import reset
 class Door:
     """The address that a client knows as its server's. It passes connections on to the port `to`; shut (None), it resets them.
 
-    `tries`: when each connection came. `header`: what goes before each, as a proxy's word. `cut_next`: the next connection that the client says
-    something on is reset. cut_all() resets all.
+    `tries`: when each connection came. `header`: what goes before each, as a proxy's word. cut_all() resets all.
     """
 
     def __init__(self, target, to=None, header=b""):
         self.to, self.tries, self.header = to, [], header
-        self.cut_next = False
         self._passing = set()  # the near ends of what is passed on
         self.port = target(self._handle).port
 
@@ -42,8 +40,7 @@ class Door:
 
     def _pass(self, selector, key, near):
         data = key.fileobj.recv(1 << 16)
-        if self._is_cut(near) or key.fileobj is near and data and self.cut_next:
-            self.cut_next = False
+        if self._is_cut(near):
             raise ConnectionResetError
         if data:
             return key.data.sendall(data)

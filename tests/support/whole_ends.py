@@ -10,13 +10,13 @@ import errno
 import logging
 import pathlib
 import socket
-import struct
 import tempfile
 from unittest import mock
 
 import ratrod
 from support.joined import CLIENT_KEYS, LARGE, SERVER_KEYS, Clock, Loop, Pair, piece
 from support.keys import make_keys
+from support.sockets import reset
 
 
 class Dial:
@@ -192,8 +192,7 @@ class App:
     def reset(self):
         self.outcome = RESET
         if self.socket.fileno() >= 0:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.socket.close()
+            reset(self.socket)
 
     def read(self):
         if self.outcome:

@@ -56,8 +56,3 @@ def test_each_load_generator(tmp_path, words, measures):
         for outcome in measure["results"].values():
             # Small enough on a busy machine to be nothing: memory is a difference, and one of CPU can be 0.
             assert not outcome["failures"] and (outcome["median"] > 0 or key == "idle" or key.endswith(("_lost", "_cpu"))), key
-
-
-def test_a_peer_that_it_does_not_know():
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "bench.py"), "--only", "rsh"], capture_output=True, timeout=200)
-    assert done.returncode == 2 and b"ratrod-chacha" in done.stderr

@@ -245,22 +245,6 @@ def test_what_fails_at_run_time_exits_1(run_all, keys):
             assert before <= stamp <= after, (line, said)
 
 
-def test_failed_authentication_exits_3(serve, run_all, keys):
-    server, port = serve(*LEGACY.serve)
-    address = "127.0.0.1:%d" % port
-    keys.server.write("authorized_keys", keys.server.public + "\n")
-    keys.server.trust(keys.server, "known_hosts")
-    shown = {
-        # With -a the server's key is taken as it comes, and only that. The next step is in the message: the very line to add.
-        "connect --legacy -a " + address: r"ERROR.*authorized_keys.*" + keys.client.public,
-        # What a newcomer runs into who tries both ends on one machine with the default keys.
-        "-k %s connect --legacy %s" % (keys.server.path, address): "server and client use the same key; give one of them another -k",
-    }
-    for line, done in run_all(shown, env={"RATROD_KEY_PATH": keys.client.path}):
-        assert (done.code, done.out) == (3, "") and re.search(shown[line], done.err), (line, done)
-    assert server.process.poll() is None
-
-
 def test_too_few_descriptors_to_start(run_all, keys):
     """Whatever the system refuses, a user gets a line and an exit code. All is imported before the limit falls, where Python itself would fail."""
     pytest.importorskip("resource")

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -21,7 +20,7 @@ import pytest
 
 from support.keys import make_keys
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, missing, need, tcp_port
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, Program, missing, tcp_port
 from support.relays import Door
 from support.sockets import ask, dial, eventually, receive_all, receive_exactly
 
@@ -101,10 +100,6 @@ def warnings(output):
     return [line for line in output.splitlines() if re.search(r"Z +WARN ", line) and "in the clear" not in line]
 
 
-def mode_of(path):
-    return stat.S_IMODE(os.stat(path).st_mode)
-
-
 def line_of(keys, port):
     return "%s 127.0.0.1:%d\n" % (keys.server.public, port)
 
@@ -167,18 +162,6 @@ def test_flags_and_what_the_file_says(serve, keys, strange, clients):
         assert done.code == 0 and path.read_text() == before + added and len(warnings(done.err)) == warned, (before, flag, done)
 
 
-def test_accept_all_hosts_at_each_connection(serve, known, strange, client, tcp_echo):
-    """In legacy every connection is a handshake of its own."""
-    _, port = serve(*LEGACY.serve)
-    before = "%s 127.0.0.1:%d\n" % (strange.public, port)
-    known.write_text(before)
-    dialled = client(port, "0:%d" % tcp_echo.port, flags=(*LEGACY.connect, "-a"))
-    dialled.wait_for(READY)
-    for _ in range(2):
-        ask(tcp_port(dialled))
-    assert known.read_text() == before and len(warnings(dialled.output)) == 1, dialled.output
-
-
 @both_wires
 def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, keys, known, strange, client, impostor, tcp_echo):
     known.unlink()
@@ -238,103 +221,59 @@ def test_accept_new_where_the_file_cannot_be_written(mode, spoil, serve, keys, k
     assert "Accepted" not in server.output
 
 
-def test_a_file_on_a_read_only_disk(start, serve, keys, known, strange):
-    """As in a container whose settings are mounted: what it says counts, and nothing can be new."""
-    unshare = need("unshare")
-    prefix = unshare, "-m", "sh", "-c", 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"', known
-    known.write_text("%s elsewhere:1\n" % strange.public)
-    before = known.read_bytes()
-    try:
-        subprocess.run([str(word) for word in (*prefix, "sh", "-c", '! echo x >> "$0"', known)], check=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError):
-        missing("permission to mount")
-    _, port = serve()
-    client = start(*prefix, *RATROD, "-k", keys.client.path, "connect", "--accept-new", "127.0.0.1:%d" % port)
-    assert client.wait() == AUTHENTICATION_FAILED and known.read_bytes() == before
-    client.wait_for("--accept-new cannot write to `%s`: Read-only file system" % known)
-
-
 # ---------------------------------------------------------------------------------------------------- somebody at the terminal
 
 
-class Terminal:
-    """A program whose terminal is in the hands of the test: stdin and stderr, and its keys for interrupts. stdout is a pipe, where `stdout`
-    gathers what comes; `other` replaces streams."""
+class Terminal(Program):
+    """A program whose terminal is in the hands of the test: stdin and stderr, whose `lines` are what is shown, and its keys for interrupts. stdout is
+    a pipe, where `stdout` gathers what comes; options replace streams."""
 
-    def __init__(self, command, env=None, **other):
+    def __init__(self, command, **options):
         import fcntl
         import pty
         import termios
 
         self._ours, theirs = pty.openpty()
-        self.shown, self.stdout = "", b""
-        self._changed = threading.Condition()
-        self._ended = False
+        self.stdout = b""
 
         def own_terminal():
             os.setsid()
             fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        streams = {"stdin": theirs, "stderr": theirs, "stdout": subprocess.PIPE, **other}
-        self.process = subprocess.Popen([str(word) for word in command], preexec_fn=own_terminal, env=env, pass_fds=(theirs,), **streams)
+        super().__init__(command, **{"stdin": theirs, "stderr": theirs, "preexec_fn": own_terminal, "pass_fds": (theirs,), **options})
         os.close(theirs)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._read_terminal, self._read_stdout)]
-        for thread in self._threads:
-            thread.start()
+        self._gatherer = threading.Thread(target=self._gather, daemon=True)
+        self._gatherer.start()
 
-    def _read_terminal(self):
+    def _read(self):
         data = b""
         # On Linux the end of a terminal is an error, elsewhere an end of file.
         with contextlib.suppress(OSError):
             for chunk in iter(lambda: os.read(self._ours, 4096), b""):
                 data += chunk
                 with self._changed:
-                    self.shown = re.sub(r"\x1b\[[0-9;]*m", "", data.decode("utf-8", "replace")).replace("\r\n", "\n")
+                    self.lines = re.sub(r"\x1b\[[0-9;]*m", "", data.decode("utf-8", "replace")).replace("\r\n", "\n").split("\n")
                     self._changed.notify_all()
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def _read_stdout(self):
+    def _gather(self):
         if self.process.stdout:
             self.stdout = self.process.stdout.read()
 
-    @property
-    def output(self):
-        return self.shown
-
-    def wait_for(self, pattern, count=1):
-        """The count-th match of `pattern` in what is shown."""
-        def found():
-            matches = list(re.finditer(pattern, self.shown))
-            return matches[count - 1] if len(matches) >= count else None
-        with self._changed:
-            self._changed.wait_for(lambda: found() or self._ended, PATIENCE)
-            match = found()
-        assert match, "no %r%s in:\n%s" % (pattern, "" if count == 1 else " (%d times)" % count, self.shown)
-        return match
-
     def type(self, text):
-        os.write(self._ours, text.encode() if isinstance(text, str) else text)
+        os.write(self._ours, text.encode())
 
     def wait(self):
-        code = self.process.wait(PATIENCE)
-        for thread in self._threads:
-            thread.join(PATIENCE)
-        assert not re.search("Traceback|internal error", self.shown), self.shown
+        code = super().wait()
+        self._gatherer.join(PATIENCE)
+        assert not re.search("Traceback|internal error", self.output), self.output
         return code
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        return self.wait()
 
     def close(self):
         try:
             self.stop()
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
             os.close(self._ours)
 
 
@@ -357,7 +296,7 @@ def test_the_question_and_what_accepts(mode, answer, serve, keys, known, at_term
     _, port = serve(*mode.serve)
     terminal = at_terminal(port, "0:%d" % tcp_echo.port, flags=mode.connect)
     terminal.wait_for(QUESTION)
-    asked = terminal.shown
+    asked = terminal.output
     assert re.search(re.escape(fingerprint(keys.server.public)) + r"(?![A-Za-z0-9+/=])", asked), asked
     assert keys.server.public in asked and "127.0.0.1:%d" % port in asked and READY not in asked and not known.exists()
     terminal.type((answer if answer == "yes" else fingerprint(keys.server.public)) + "\n")
@@ -366,13 +305,13 @@ def test_the_question_and_what_accepts(mode, answer, serve, keys, known, at_term
         ask(tcp_port(terminal))
     assert known.read_text() == line_of(keys, port) and stat.S_IMODE(os.stat(known).st_mode) == 0o600
     assert terminal.stop() == 0
-    assert len(re.findall(QUESTION, terminal.shown)) == 1 and AGAIN not in terminal.shown
+    assert len(re.findall(QUESTION, terminal.output)) == 1 and AGAIN not in terminal.output
     # stdout belongs to those who pipe it somewhere.
     assert terminal.stdout == b""
     # Now it is known: nothing is asked or said.
     terminal = at_terminal(port, flags=mode.connect)
-    assert terminal.wait() == 0 and READY in terminal.shown
-    assert not re.search(QUESTION, terminal.shown) and warnings(terminal.shown) == [] and terminal.stdout == b""
+    assert terminal.wait() == 0 and READY in terminal.output
+    assert not re.search(QUESTION, terminal.output) and warnings(terminal.output) == [] and terminal.stdout == b""
     assert known.read_text() == line_of(keys, port)
 
 
@@ -388,9 +327,9 @@ def test_what_declines(mode, typed, serve, known, strange, at_terminal):
         if piece == "maybe\n":
             terminal.wait_for(re.escape(AGAIN))
     assert terminal.wait() == AUTHENTICATION_FAILED
-    assert known.read_text() == before and terminal.stdout == b"" and READY not in terminal.shown
+    assert known.read_text() == before and terminal.stdout == b"" and READY not in terminal.output
     # Whoever declines, or was not at the keyboard, is told what there is to do.
-    assert UNKNOWN in terminal.shown and str(known) in terminal.shown
+    assert UNKNOWN in terminal.output and str(known) in terminal.output
     assert "Accepted" not in server.output
 
 
@@ -440,7 +379,7 @@ def test_while_it_asks_nothing_is_open_and_connections_wait(serve, keys, known, 
         for connection in waiting:
             assert receive_exactly(connection, 7) == b"waiting"
     for terminal, _ in made:
-        assert terminal.stop() == 0 and terminal.stdout == b"" and len(re.findall(QUESTION, terminal.shown)) == 1
+        assert terminal.stop() == 0 and terminal.stdout == b"" and len(re.findall(QUESTION, terminal.output)) == 1
     assert sorted(known.read_text().splitlines(True)) == sorted(line_of(keys, door.port) for _, door in made)
 
 
@@ -456,10 +395,10 @@ def test_a_later_link_does_not_ask(mode, written, serve, known, strange, at_term
     terminal.wait_for(READY)
     for _ in range(3):
         ask(tcp_port(terminal))
-    assert bool(re.search("WARN .*cannot write to `%s`" % re.escape(str(known)), terminal.shown)) == (written == "unwritable")
+    assert bool(re.search("WARN .*cannot write to `%s`" % re.escape(str(known)), terminal.output)) == (written == "unwritable")
     assert server.stop() == 0
     impostor(terminal, mode, port, strange.public)
-    assert len(re.findall(QUESTION, terminal.shown)) == 1
+    assert len(re.findall(QUESTION, terminal.output)) == 1
 
 
 def test_when_nobody_is_asked(serve, keys, known, strange, at_terminal, tcp_echo):
@@ -485,8 +424,8 @@ def test_when_nobody_is_asked(serve, keys, known, strange, at_terminal, tcp_echo
         terminal = at_terminal(port, *tunnels, flags=flags, **streams)
         said = terminal.process.stderr.read().decode() if "stderr" in streams else ""
         row = flags, tunnels, streams
-        assert terminal.wait() == code, (row, terminal.shown)
-        said += terminal.shown
+        assert terminal.wait() == code, (row, terminal.output)
+        said += terminal.output
         assert not re.search(QUESTION, said) and re.search(shown, said) and (shown != UNKNOWN or line.strip() in said), (row, said)
         assert known.read_text() == after and terminal.stdout == b"", row
     terminal = at_terminal(port, echo, flags=("--workers", "2", "--accept-new"))
@@ -494,27 +433,3 @@ def test_when_nobody_is_asked(serve, keys, known, strange, at_terminal, tcp_echo
     for _ in range(4):
         ask(tcp_port(terminal))
     assert set(known.read_text().splitlines(True)) == {line}
-
-
-def test_in_tmux(tmux, serve, keys, known, tmp_path):
-    """As people meet it: a terminal emulator, a shell, keys that are pressed."""
-    _, port = serve()
-    for answer, code in (("C-c", INTERRUPTED), ("C-d", AUTHENTICATION_FAILED), ("no", AUTHENTICATION_FAILED),
-                         (fingerprint(keys.server.public), 0)):
-        words = [*RATROD, "-k", str(keys.client.path), "connect", "127.0.0.1:%d" % port, *(["0:127.0.0.1:9"] if answer == "C-c" else [])]
-        tmux("new-session", "-d", "-x", "200", "-y", "50", "-s", answer[:3],
-             "%s > %s; echo exit code $?; read line" % (" ".join(map(shlex.quote, words)), shlex.quote(str(tmp_path / "stdout"))))
-
-        def screen(session=answer[:3]):
-            return tmux("capture-pane", "-p", "-J", "-t", session)
-
-        def shows(pattern):
-            eventually(lambda: re.search(pattern, screen()), screen)
-        shows(QUESTION)
-        assert keys.server.public in screen() and fingerprint(keys.server.public) in screen()
-        tmux("send-keys", "-t", answer[:3], *([answer] if answer.startswith("C-") else ["-l", answer]))
-        if not answer.startswith("C-"):
-            tmux("send-keys", "-t", answer[:3], "Enter")
-        shows("exit code %d\\b" % code)
-        assert known.read_text() == (line_of(keys, port) if code == 0 else "")
-        assert (tmp_path / "stdout").read_bytes() == b"" and "Traceback" not in screen()

@@ -10,7 +10,6 @@ import os
 import re
 import selectors
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,7 +23,6 @@ from support import ratrod2_peer as peer
 from support.joined import CLIENT_KEYS, TO_ACCEPTOR
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
-from support.many_lines import run_each
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
@@ -111,13 +109,6 @@ def test_a_wrong_value_of_each_limit():
             parse(command, "%s=%s" % (flag, value), "127.0.0.1:1")
             pytest.fail("%s %s=%s is taken" % (command, flag, value))
         assert flag in str(refused.value) and "\n" not in str(refused.value), (command, flag, value)
-
-
-def test_a_wrong_value_is_told_in_one_line():
-    lines = [[commands[0], flag, "x", "127.0.0.1:1"] for flag, commands, *_ in FLAGS]
-    for line, (code, shown) in zip(lines, run_each(lines)):
-        first, _, rest = shown.partition("\n")
-        assert code == 2 and line[1] in first and "`x`" in first and rest.strip().startswith("Usage:"), (line, code, shown)
 
 
 # ---------------------------------------------------------------------------------------------------- strangers: who makes room
@@ -322,19 +313,6 @@ def test_the_source_of_an_address():
     assert module.Source.name("192.0.2.7") == module.Source.name("::ffff:192.0.2.7") == "192.0.2.7"
     assert module.Source.name("2001:db8:1:2::7") == module.Source.name("2001:db8:1:2:ffff::1") != module.Source.name("2001:db8:1:3::7")
     assert module.Source.name("fe80::1%eth0") == module.Source.name("fe80::2%eth1")
-
-
-def test_all_addresses_of_a_64_are_one_source(namespace, ratrod, start, keys, stack):
-    for address in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::2", "2001:db8:1:3::1"):
-        subprocess.run(["ip", "-n", namespace.name, "addr", "add", address + "/64", "dev", "lo", "nodad"], check=True)
-    server = start(*namespace.command, *RATROD, "-k", keys.server.path, "serve", "--max-handshakes-per-source", "2",
-                   "--handshake-timeout", "60", "[::]:0")
-    port = int(server.wait_for(STARTED).group(1))
-    silent = [stack.enter_context(namespace.make(dial, port, "2001:db8:1:2::1", source))
-              for source in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::2", "2001:db8:1:3::1", "2001:db8:1:2::1")]
-    eventually(lambda: is_closed(silent[0]), "the oldest of its /64 has made room")
-    for sock in silent[1:]:
-        link(sock, keys.client)
 
 
 @linux

@@ -96,35 +96,3 @@ def test_a_busy_port_stays_an_error_with_workers(ratrod, keys, serve):
     again = ratrod("-k", keys.server.path, "serve", "--workers", "2", "127.0.0.1:%d" % port)
     assert again.wait() == 1
     assert "in use" in again.output
-
-
-# ---------------------------------------------------------------------------------------------------- limits
-
-
-@pytest.mark.parametrize("flag, whose", [("--max-links", "in all"), ("--max-links-per-key", "of this client")])
-def test_one_link_too_many_is_refused_clearly(serve, connect, tcp_echo, flag, whose):
-    """A client that is known learns why, and is not told that its key is wrong; the one that is in stays."""
-    server, port = serve(flag, "1")
-    first = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
-    first.wait_for(READY)
-    second = connect(port)
-    assert second.wait() == 1
-    assert "the server has as many connections %s as it takes (1)" % whose in second.output
-    server.wait_for("as many connections %s" % whose)
-    with dial(int(first.wait_for(LISTENING).group(1))) as local:
-        local.sendall(b"x")
-        assert local.recv(1) == b"x"
-
-
-def test_a_udp_session_too_many_pushes_out_the_least_recently_used(serve, connect, udp_echo):
-    _, port = serve("--max-udp-sessions", "2")
-    client = connect(port, "0:127.0.0.1:%d" % udp_echo.port)
-    client.wait_for(READY)
-    local_port = int(client.wait_for(r"\[UDP\] Listening on `.*?:(\d+)`").group(1))
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(4)]
-        # Twice, so that those that were pushed out come back as new sessions.
-        for sock in sockets * 2:
-            sock.settimeout(PATIENCE)
-            sock.sendto(b"hello", ("127.0.0.1", local_port))
-            assert sock.recv(100) == b"hello"

@@ -13,7 +13,7 @@ import sys
 import threading
 
 import pytest
-from test_ratrod2_negative import IMPOSSIBLE_LENGTHS, TAMPERED, was_reset
+from test_ratrod2_negative import TAMPERED, was_reset
 
 from support import ratrod2_peer as peer
 from support.keys import identity_of, permit, seed_of
@@ -38,10 +38,9 @@ CUTS = {
     "half a record": lambda link: (link.send(link.writer.seal(DATA, b"x" * 100)[:50]), fin(link)),
 }
 # A tag that fails and a length that cannot be: what is broken is the path, not the peer.
-SPOILED = ("replayed", "reordered", "reflected", "last byte of the tag", "length bit 0", "length bit 18")
-BAD_LENGTHS = ("one short of a tag", "2^32 - 1")
+SPOILED = ("replayed", "one left out", "reflected", "last byte of the tag", "length 0", "length 2^32 - 1")
 every_cut = pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-every_loss = pytest.mark.parametrize("how", (*CUTS, *SPOILED, *BAD_LENGTHS))
+every_loss = pytest.mark.parametrize("how", (*CUTS, *SPOILED))
 
 
 def lose(stream, how, local):
@@ -56,8 +55,7 @@ def lose(stream, how, local):
         CUTS[how](link)
         return
     with contextlib.suppress(ConnectionError):
-        link.send(TAMPERED[how](link, ours, theirs.wire) if how in SPOILED
-                  else IMPOSSIBLE_LENGTHS[how](link.suite).to_bytes(4, "big"))
+        link.send(TAMPERED[how](link, ours, theirs.wire))
     assert_ended(link)
 
 
@@ -173,6 +171,7 @@ def test_rule_01_another_identity_reaches_no_stream(link, hold, second, listener
 
 def test_rule_02_a_full_window_holds_the_local_socket_back(hold):
     stream, local = hold()
+    stream.wait_acknowledged()  # an Ack that came later would be awaited like Data
     data = bytes(range(256)) * (4 * WINDOW // 256)
     threading.Thread(target=lambda: (local.sendall(data), local.shutdown(socket.SHUT_WR)), daemon=True).start()
     received = stream.receive()

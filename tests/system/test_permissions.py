@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import tempfile
 
 import pytest
@@ -105,14 +104,6 @@ def asking(serve, keys, authorized):
     return launch
 
 
-@pytest.fixture
-def connect(ratrod, keys):
-    """connect(server_port, TUNNEL words..., flags=()) -> Program: our client, not yet awaited."""
-    def launch(server_port, *tunnels, flags=()):
-        return ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % server_port, *tunnels)
-    return launch
-
-
 def reread(server):
     """Awaits that the server has looked at its lists once more: nothing announces that it did so by itself."""
     count = server.output.count("Read again")
@@ -148,61 +139,7 @@ def second_echo(target):
 
 # ---------------------------------------------------------------------------------------------------- lines
 
-# P and Q are the ports of two targets on 127.0.0.1; on P there is UDP as well.
 P, Q, UDP = "tcp P", "tcp Q", "udp P"
-ALL = {P, Q, UDP}
-# They authorize nobody, and are complained of.
-BAD_LINES = ('KEY permitopen="127.0.0.1"', "KEY alice@laptop no-udp", "KEY no-udp no-tcp", 'KEY permitopen="unix:/a\x07b"', "ssh-ed25519 KEY",
-             "KEY no-tcp", "KEY expires")
-# What the lines of one key, one below the other, let it do.
-LINES = {
-    "# KEY": UNKNOWN_KEY,
-    "KEY alice@laptop": ALL,
-    "KEY no-udp\r": {P, Q},
-    "KEY no-legacy": ALL,
-    'KEY permitopen="127.0.0.1:OTHER" permitopen="127.0.0.1:PORT" bob': ALL,
-    'KEY permitopen="127.0.0.1:PORT" no-udp': {P},
-    'KEY permitopen="unix:/run/some.sock"': set(),
-    'KEY permitlisten="8080"': ALL,
-    'KEY expires="%s"' % day(0): UNKNOWN_KEY,
-    'KEY expires="2999-12-31" no-legacy permitopen="127.0.0.1:PORT" no-udp permitlisten="1" alice@laptop': {P},
-    **dict.fromkeys(BAD_LINES, UNKNOWN_KEY),
-    # What any line of a key allows is allowed; a line's own limits apply to what that line allows.
-    'KEY permitopen="127.0.0.1:OTHER"\nKEY no-udp': {P, Q},
-    'KEY permitopen="127.0.0.1:PORT" no-udp\nKEY permitopen="127.0.0.1:OTHER"': {P, Q},
-    'KEY no-tcp\nKEY permitopen="127.0.0.1:PORT"': {P, UDP},
-    'KEY expires="2000-01-01"\nKEY permitopen="127.0.0.1:OTHER" expires="2999-12-31"': {Q},
-    'KEY expires="2999-12-31"\nKEY expires="2000-01-01"': ALL,
-    'KEY expires="2000-01-01"\nKEY expires="2000-01-02"': UNKNOWN_KEY,
-    "KEY no-tcp\nKEY expires": UNKNOWN_KEY,
-}
-
-
-def test_many_keys_in_one_file(serve, keys, tcp_echo, second_echo):
-    """What each key may do, which lines the server complains of, and that the others of the file still count."""
-    seeds = {text: seed_number(n) for n, text in enumerate(LINES)}
-    texts = [text.replace("KEY", public_of(seed)).replace("PORT", str(tcp_echo.port)).replace("OTHER", str(second_echo.port))
-             for text, seed in seeds.items()]
-    whole = "\n".join(["# the first line", *texts, keys.client.public, ""])
-    (keys.server.path / "authorized_keys").write_bytes(whole.encode("utf-8"))
-    server, port = serve()
-
-    def may(asker):
-        came_in = asker.comes_in()
-        if came_in != OPENED:
-            return came_in
-        outcomes = {P: asker.tcp("127.0.0.1:%d" % tcp_echo.port), Q: asker.tcp("127.0.0.1:%d" % second_echo.port),
-                    UDP: asker.udp("127.0.0.1:%d" % tcp_echo.port)}
-        assert set(outcomes.values()) <= {OPENED, NOT_ALLOWED}, outcomes
-        return {what for what, outcome in outcomes.items() if outcome == OPENED}
-    # A link of the last line's: it makes this source one that is not limited as a stranger's.
-    with Asker(port, seed_of(keys.client)).link():
-        assert {text: may(Asker(port, seed)) for text, seed in seeds.items()} == LINES
-    complaint = r"WARN +line (\d+) of `%s` authorizes nobody: \S" % re.escape(str(keys.server.path / "authorized_keys"))
-    named = [int(match.group(1)) for match in (re.search(complaint, line) for line in server.lines) if match]
-    # Once each: not at every handshake.
-    assert sorted(named) == [n for n, line in enumerate("\n".join(["", *LINES]).split("\n"), 1) if line in BAD_LINES]
-    assert "\x07" not in server.output
 
 
 def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking, authorized, keys):
@@ -229,11 +166,11 @@ def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking,
 # ---------------------------------------------------------------------------------------------------- permitopen
 
 
-def test_a_target_that_is_not_listed(serve, connect, authorized, tcp_echo, second_echo, udp_echo):
+def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second_echo, udp_echo):
     """As both operators see it: the client learns that it may not, the server's log says why, and what is allowed goes on working."""
     authorized('KEY permitopen="127.0.0.1:%d" permitopen="secret-name.example:1" alice@laptop' % tcp_echo.port)
     server, port = serve()
-    client = connect(port, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
+    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
     client.wait_for(READY)
     ask(tcp_port(client))
     with dial(tcp_port(client)) as running:
@@ -295,11 +232,11 @@ def test_keys_do_not_share_what_they_may(serve, keys, authorized, tcp_echo, seco
 # ---------------------------------------------------------------------------------------------------- no-udp, no-legacy, comments
 
 
-def test_no_udp(serve, connect, authorized, tcp_echo):
+def test_no_udp(serve, client, authorized, tcp_echo):
     """From the start; and added while sessions live, which ends them, but no stream."""
     authorized("KEY no-udp alice@laptop")
     server, port = serve()
-    client = connect(port, "0:%d" % tcp_echo.port)
+    client = client(port, "0:%d" % tcp_echo.port)
     client.wait_for(READY)
     with dial(tcp_port(client)) as running:
         assert_lives(running)
@@ -318,21 +255,21 @@ def test_no_udp(serve, connect, authorized, tcp_echo):
     ask(tcp_port(client))
 
 
-def test_no_legacy(serve, connect, authorized, tcp_echo):
+def test_no_legacy(serve, client, authorized, tcp_echo):
     authorized("KEY no-legacy alice@laptop")
     server, port = serve(*LEGACY.serve)
-    refused = connect(port, "0:%d" % tcp_echo.port, flags=LEGACY.connect)
+    refused = client(port, "0:%d" % tcp_echo.port, flags=LEGACY.connect)
     assert refused.wait() == AUTHENTICATION_FAILED
     refused.wait_for("no-legacy")
     server.wait_for("no-legacy")
-    client = connect(port, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    ask(tcp_port(client))
-    with udp_originator(client) as originator:
+    taken = client(port, "0:%d" % tcp_echo.port)
+    taken.wait_for(READY)
+    ask(tcp_port(taken))
+    with udp_originator(taken) as originator:
         ask_by_udp(originator)
     # A second line that allows it counts.
     authorized("KEY no-legacy", 'KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
-    again = connect(port, "0:%d" % tcp_echo.port, flags=LEGACY_E.connect)
+    again = client(port, "0:%d" % tcp_echo.port, flags=LEGACY_E.connect)
     again.wait_for(READY)
     ask(tcp_port(again))
 
@@ -358,19 +295,6 @@ def test_options_hold_over_legacy_too(mode, forward, authorized, tcp_echo, secon
     assert (second_echo.accepted, udp_echo.seen) == (1, 0)
 
 
-def test_only_the_comment_shows_beside_the_key(serve, connect, authorized, keys):
-    server, port = serve("-v", *LEGACY.serve)
-    asker = Asker(port, seed_of(keys.client))
-    for n, (line, shown, comes_in) in enumerate((
-            ("KEY alice@laptop", " (alice@laptop)", asker.comes_in), ("KEY no-udp  bob's   other machine", " (bob's other machine)", asker.comes_in),
-            ('KEY permitopen="*:*" \u6771\u4eac', " (\u6771\u4eac)", asker.comes_in), ("KEY no-udp", "", asker.comes_in),
-            ("KEY eve\x1b[2J\x07", " (eve\ufffd[2J\ufffd)", lambda: connect(port, flags=LEGACY.connect).wait())), 1):
-        authorized(line)
-        assert comes_in() in (OPENED, 0)
-        assert server.wait_for("Accepted.*key (.*?), cipher", n).group(1) == "`%s`%s" % (keys.client.public, shown)
-    assert "\x1b" not in server.output and "\x07" not in server.output
-
-
 # ---------------------------------------------------------------------------------------------------- files that change, keys that expire
 
 
@@ -384,12 +308,12 @@ def through(remote, originator):
     return address
 
 
-def test_udp_sessions_that_are_not_allowed_any_more_end(serve, connect, keys, authorized, tmp_path, udp_echo, remote):
+def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, keys, authorized, tmp_path, udp_echo, remote):
     """The others of the same link go on, and so do another key's."""
     other = make_keys(tmp_path / "other")
     authorized("KEY", other.public)
     _, port = serve()
-    client = connect(port, "0:%d" % udp_echo.port, "0:%d" % remote.port)
+    client = client(port, "0:%d" % udp_echo.port, "0:%d" % remote.port)
     client.wait_for(READY)
     with udp_originator(client) as losing, udp_originator(client, 2) as keeping, Asker(port, seed_of(other)).link() as bystander:
         bystander.open_udp()
@@ -410,11 +334,11 @@ def test_udp_sessions_that_are_not_allowed_any_more_end(serve, connect, keys, au
     assert not re.search(r"127\.0\.0\.1:%d.*%s" % (remote.port, NOT_ALLOWED), client.output)
 
 
-def test_other_changes_end_nothing(serve, connect, authorized, tcp_echo, remote):
+def test_other_changes_end_nothing(serve, client, authorized, tcp_echo, remote):
     """A comment, an option that allows as much, a line more: streams and sessions are not disturbed."""
     authorized("KEY alice")
     server, port = serve()
-    client = connect(port, "0:%d" % tcp_echo.port, "0:%d" % remote.port)
+    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % remote.port)
     client.wait_for(READY)
     with dial(tcp_port(client)) as running, udp_originator(client, 2) as originator:
         session = through(remote, originator)
@@ -443,11 +367,11 @@ BROKEN = "line 1 of the server's authorized_keys has this client's key but canno
     ("KEY no-shell alice", BROKEN, ("--max-retry-interval", "1")),
     # At 00:00 UTC, by the server's clock, with nothing written anywhere.
     (None, HAS_EXPIRED, ("--max-retry-interval", "1"))], ids=["expired", "bad", "midnight"])
-def test_a_key_that_may_not_come_in_any_more(start, keys, connect, authorized, tcp_echo, udp_echo, tmp_path, line, why, flags):
+def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tcp_echo, udp_echo, tmp_path, line, why, flags):
     """Its streams are reset. The client says why, and ends where the number of tries is limited; otherwise it comes back with its key."""
     authorized('KEY expires="%s" alice@laptop' % day(1))
     server = start(PYTHON, "-c", SHIFTED, tmp_path / "tomorrow", "-k", keys.server.path, "serve", "127.0.0.1:0", cwd=str(ROOT))
-    client = connect(int(server.wait_for(STARTED).group(1)), *flags, "0:%d" % tcp_echo.port, "0:%d" % udp_echo.port)
+    client = client(int(server.wait_for(STARTED).group(1)), *flags, "0:%d" % tcp_echo.port, "0:%d" % udp_echo.port)
     client.wait_for(READY)
     port = tcp_port(client)
     with dial(port) as running, udp_originator(client, 2) as originator:
@@ -477,7 +401,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, connect, authorized, t
     assert server.process.poll() is None
 
 
-def test_a_line_that_lets_nobody_in(serve, connect, authorized, keys, tcp_echo):
+def test_a_line_that_lets_nobody_in(serve, client, authorized, keys, tcp_echo):
     """Both sides name it: "add this line" would give a key that was to be narrowed all rights. The reason is for the server's log alone."""
     server, port = serve("--legacy")
     for line, said, reason, flags in (
@@ -486,22 +410,22 @@ def test_a_line_that_lets_nobody_in(serve, connect, authorized, keys, tcp_echo):
             ("# mine\nKEYKEY", "has this client's key but cannot be understood: KEY", " (it looks like two keys", LEGACY.connect),
             ('"KEY"', "has this client's key but cannot be understood: KEY", " (it stands in quotes", ())):
         authorized("# the laptop", line)
-        client = connect(port, "0:%d" % tcp_echo.port, flags=flags)
-        assert client.wait() == AUTHENTICATION_FAILED
+        refused = client(port, "0:%d" % tcp_echo.port, flags=flags)
+        assert refused.wait() == AUTHENTICATION_FAILED
         said = "line %d of the server's authorized_keys %s" % (2 + line.count("\n"), said.replace("KEY", keys.client.public))
-        client.wait_for("ERROR.*" + said + "$")
+        refused.wait_for("ERROR.*" + said + "$")
         server.wait_for("Refused .*%s%s" % (said, re.escape(reason).replace(r"\.\*", ".*")))
     # A list that counts as empty is no list that this key is missing in.
     (keys.server.path / "authorized_keys").unlink()
     (keys.server.path / "authorized_keys").mkdir()
-    client = connect(port, "0:%d" % tcp_echo.port)
-    assert client.wait() == AUTHENTICATION_FAILED
-    client.wait_for(r"the server does not know this client's key \(its log says why\): " + keys.client.public)
+    refused = client(port, "0:%d" % tcp_echo.port)
+    assert refused.wait() == AUTHENTICATION_FAILED
+    refused.wait_for(r"the server does not know this client's key \(its log says why\): " + keys.client.public)
     (keys.server.path / "authorized_keys").rmdir()
     authorized('KEY expires="%s" alice@laptop' % day(2))
-    client = connect(port, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    ask(tcp_port(client))
+    taken = client(port, "0:%d" % tcp_echo.port)
+    taken.wait_for(READY)
+    ask(tcp_port(taken))
 
 
 # ---------------------------------------------------------------------------------------------------- unix: targets
@@ -522,47 +446,11 @@ def unix_echo(folder):
     made.close()
 
 
-def test_unix_targets_of_a_server_without_rules(asking, unix_echo, tcp_echo):
-    """Who lets clients reach every host has not thought of its Docker socket."""
-    asker, server = asking("KEY")
-    target = "unix:" + unix_echo.path
-    assert asker.tcp(target) == NOT_ALLOWED and unix_echo.accepted == 0
-    server.wait_for(r"\u274c.*%s.*refused: " % re.escape(unix_echo.path))
-    assert asker.tcp("127.0.0.1:%d" % tcp_echo.port) == OPENED
-
-
-def test_unix_targets_of_a_server_that_opens_all(asking, folder, unix_echo):
-    """Those that answer, also one whose path is as long as may be; odd spellings, which connect() would take; and those that fail."""
-    longest = "%s/%s" % (folder, "\u00e9" * ((100 - len(folder) - 1) // 2))
-    longest += "a" * (100 - len(longest.encode()))
-    made = UnixTarget(echo, longest)
-    os.symlink("echo.sock", folder + "/link:")
-    with contextlib.closing(made), open(folder + "/file", "w"), socket.socket(socket.AF_UNIX) as stale:
-        stale.bind(folder + "/stale")
-        asker, server = asking("KEY", flags=("-r", r"(?s:.*)|unix:.*"))
-        with asker.link():
-            for odd in (folder + "//echo.sock", "/" + unix_echo.path, folder + "/link:", folder[1:] + "/echo.sock", "", "\0" + unix_echo.path,
-                        unix_echo.path + "\0x", unix_echo.path + "\x1b[2J", longest + "a", "/" + "a" * 900):
-                assert asker.tcp("unix:" + odd) == NOT_ALLOWED, odd
-            # Datagrams have no such target.
-            assert asker.udp("unix:" + unix_echo.path) == NOT_ALLOWED
-            assert unix_echo.accepted == 0
-            # Allowed, and nobody there: told as any target's failure is, and the server goes on.
-            for name in ("nothing", "file", "stale", "", "no/folder"):
-                path = (folder + "/" + name).rstrip("/")
-                assert asker.tcp("unix:" + path) == FAILED, name
-                server.wait_for(r"\u274c.*unix:%s" % re.escape(path))
-            for path in (unix_echo.path, longest):
-                assert asker.exchange("unix:" + path) == b"anybody there?"
-    # Not one character of theirs on the operator's terminal.
-    assert not re.search("[\0-\x08\x0b-\x1f\x7f]", server.output)
-
-
-def test_a_unix_target_of_a_real_client(serve, connect, authorized, unix_echo, tcp_echo):
+def test_a_unix_target_of_a_real_client(serve, client, authorized, unix_echo, tcp_echo):
     """Open while the file names it, closed from the moment it does not."""
     authorized('KEY permitopen="unix:%s" permitopen="127.0.0.1:%d" alice@laptop' % (unix_echo.path, tcp_echo.port))
     server, port = serve()
-    client = connect(port, "0:unix:" + unix_echo.path, "0:%d" % tcp_echo.port)
+    client = client(port, "0:unix:" + unix_echo.path, "0:%d" % tcp_echo.port)
     client.wait_for(READY)
     first, second = tcp_port(client), tcp_port(client, 2)
     ask(first, os.urandom(300_000))

@@ -1,7 +1,7 @@
 """The negative tests of PROTOCOL.md that concern ratrod2, by their numbers there, over real sockets: the real `serve` or `connect` against the
-independent peer.
-
-The missing number, 3, is legacy's.
+independent peer. Here is what the programs then do, by a sample; the whole tables are walked in unit (test_core.py, test_core_handshake.py,
+test_core_keys.py, test_core_grants.py). The missing numbers: 3 is legacy's, 24 and 34 are in peers/test_names.py,
+31 in unit/test_states.py.
 """
 
 import contextlib
@@ -28,9 +28,6 @@ from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY
 from support.ratrod2_peer import (
     ABANDON,
     ACK,
-    AEGIS,
-    BULK_LIMIT,
-    CHACHA,
     CLOSE,
     DATA,
     DATAGRAMS,
@@ -49,7 +46,6 @@ from support.ratrod2_peer import (
     TCP,
     UDP,
     Client,
-    Identity,
     PeerError,
     ProtocolError,
     Recorder,
@@ -63,12 +59,13 @@ from support.sockets import eventually, is_ready, receive_all, receive_exactly
 
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
 RESETS = ("--resume", "0")  # where a link is lost the stream on it is reset
-HANDSHAKE_LENGTHS = 0, 1025, 65535  # that cannot be
+
+
 MESSAGE_2 = 137
 STOLEN = b"\x5a" * 32
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# They last two minutes by their nature.
-long = pytest.mark.skipif(not LONG, reason="takes 120 s: RATROD_LONG is not set")
+
+
 hostile_text = "marker-before\x1b]0;evil\x07\x1b[2J\r\n\x00\x9b\u202e marker-after " + "A" * 800
 
 
@@ -218,17 +215,16 @@ class EvilServer:
     WELL, the link goes on. `problems` gets what the client did against the protocol.
     """
 
-    def __init__(self, keys, evil, evil_udp, suites):
+    def __init__(self, keys, evil, evil_udp):
         self._keys = keys
         self._evil = evil
         self._evil_udp = evil_udp
-        self._suites = suites
         self.ends = queue.Queue()
         self.problems = []
 
     def handle(self, connection):
         connection.settimeout(4 * PATIENCE)
-        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)], suites=self._suites)
+        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)])
         try:
             server.handshake().serve_streams(self._dispatch)
         except PeerError:
@@ -266,8 +262,8 @@ class EvilServer:
 def connected(ratrod, keys, target):
     """connected(evil, flags..., evil_udp=None) -> (Connected, EvilServer)."""
     with contextlib.ExitStack() as stack:
-        def launch(evil, *flags, evil_udp=None, suites=None):
-            evil_server = EvilServer(keys, evil, evil_udp, suites)
+        def launch(evil, *flags, evil_udp=None):
+            evil_server = EvilServer(keys, evil, evil_udp)
             port = target(evil_server.handle).port
             program = ratrod("-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % port, "0:good:1", "0:evil:1")
             program.wait_for(READY)
@@ -474,7 +470,7 @@ def test_02_a_legacy_server_is_named_and_there_is_no_fallback(connect, target, h
     seen = [openings.get(timeout=PATIENCE)]
     while not openings.empty():
         seen.append(openings.get())
-    assert all(opening.startswith(OPENING) for opening in seen)
+    assert len(seen) == 1 and seen[0].startswith(OPENING), "it tried again"
 
 
 def test_02_first_bytes_of_strangers(served):
@@ -501,7 +497,6 @@ def test_02_first_bytes_of_strangers(served):
 
 
 # ---------------------------------------------------------------------------------------------------- 4-9, 11: the handshake
-# Every byte of every message, every length and every odd key is in unit/test_core_handshake.py. Here: what the programs then do.
 
 
 def say_1(client, change=lambda message: message, **wrong):
@@ -526,61 +521,30 @@ def flipped_1(client, at):
     client.send_message(b"\x00" * 96)  # what this client would have said next, made with a wrong transcript
 
 
-def opening_flipped(client, at):
-    client.send(flip(OPENING, at) + framed(client.client_preamble()))
-
-
-def top_bit_set(identity):
-    """The identity's key pair, its public key in the other form that X25519 takes for the same."""
-    return peer.odd_keypair(identity.static_public[:31] + bytes([identity.static_public[31] | 0x80]), identity.static_private)
-
-
 def test_handshakes_of_clients_that_are_not_answered(served):
     """4: flipped bytes. 6: a list without suite 2. 7: keys of small order; the attacker computes all keys, so that a record of a server that went
     on would be read. 8: what is no identity, or not the one of the static key. 11: lengths that cannot be."""
     end = served()
-    own = Identity.from_seed(seed_of(end.keys.client))
-    points = peer.SMALL_ORDER_POINTS
-
-    def offer(payload):
-        return lambda client: (client.send(OPENING), client.send_message(client.client_preamble(payload)))
+    point = peer.SMALL_ORDER_POINTS[0]
     rows = [
-        *(("4: opening %d" % at, {}, lambda client, at=at: opening_flipped(client, at)) for at in range(len(OPENING))),
-        *(("4: message 1, %d" % at, {"suites": (1, 2)}, lambda client, at=at: flipped_1(client, at)) for at in (0, 31, 32, 34)),
-        *(("4: message 3, %d" % at, {}, lambda client, at=at: say_3(client, lambda message: flip(message, at))) for at in (0, 47, 48, 95)),
-        *(("6: %s" % payload.hex(), {}, offer(payload)) for payload in (
-            b"\x01\x01", b"\x01\x03", b"\x00", b"", b"\x02\x01", b"\x03\x01\x02", b"\x02\x01\x03\x02", b"\xff\x02")),
-        *(("7: e %s" % point.hex(), {"ephemeral": peer.odd_keypair(point), "attacker": True}, say_1) for point in points[::3]),
-        *(("7: s %s" % point.hex(), {"static": peer.odd_keypair(point), "claimed": peer.SMALL_ORDER_IDENTITY, "attacker": True}, say_3)
-          for point in points[::3]),
-        ("8: another key's", {"static": STOLEN}, say_3), ("8: top bit", {"static": top_bit_set(own)}, say_3),
-        *(("8: %r" % claimed, {"claimed": claimed}, say_3) for claimed in (b"\xff" * 32, peer.SMALL_ORDER_IDENTITY, b"", bytes(31))),
-        *(("11: message 1, %d" % n, {}, lambda client, n=n: say_1(client, length=n)) for n in HANDSHAKE_LENGTHS),
-        *(("11: message 3, %d" % n, {}, lambda client, n=n: say_3(client, length=n)) for n in HANDSHAKE_LENGTHS),
+        ("4: opening", {}, lambda client: client.send(flip(OPENING, 7) + framed(client.client_preamble()))),
+        *(("4: message 1, %d" % at, {"suites": (1, 2)}, lambda client, at=at: flipped_1(client, at)) for at in (0, 34)),
+        ("4: message 3", {}, lambda client: say_3(client, lambda message: flip(message, 95))),
+        ("6", {}, lambda client: (client.send(OPENING), client.send_message(client.client_preamble(b"\x01\x01")))),
+        ("7: e", {"ephemeral": peer.odd_keypair(point), "attacker": True}, say_1),
+        ("7: s", {"static": peer.odd_keypair(point), "claimed": peer.SMALL_ORDER_IDENTITY, "attacker": True}, say_3),
+        ("8: another key's", {"static": STOLEN}, say_3),
+        *(("8: %r" % claimed, {"claimed": claimed}, say_3) for claimed in (b"\xff" * 32, b"")),
+        ("11: message 1", {}, lambda client: say_1(client, length=0)),
+        ("11: message 3", {}, lambda client: say_3(client, length=65535)),
     ]
     for name, options, say in rows:
         with row(name):
             client = end.client(**options)
             say(client)
             assert_no_answer(client)
-    still_serves(end)
-
-
-def test_handshakes_of_clients_that_are_unusual(served):
-    """So that the refusals above are not of everything unusual: unknown suites are passed over, what follows a payload is ignored, up to 1,024
-    bytes of it."""
-    end = served()
-    later = b"what a later version adds"
-    for offer, more in ((b"\x01\x02", later), (b"\x02\x02\x02", later), (b"\x04\x09\x02\xff\x01", later), (b"\x01\x02" + later, b""),
-                        (b"\x01\x02" + bytes(1024 - 34), bytes(1024 - 96))):
-        with row(offer[:9]):
-            client = end.client(suites=tuple(offer[1:1 + offer[0]]))
-            client.send(OPENING)
-            client.send_message(client.client_preamble(offer))
-            assert client.read_server_preamble().suite == CHACHA.id
-            client.send_message(client.client_authentication(client.identity.public + more))
-            client.read_completion()
-            assert client.exchange(end.address, b"hello") == b"hello"
+    # 9: -P has P's X25519 form, and P's owner can compute with it; but it is not what the list names.
+    assert_refused(end.client(claimed=peer.negative(identity_of(end.keys.client))).begin_handshake())
     still_serves(end)
 
 
@@ -588,24 +552,6 @@ def up_to_server_preamble(server, change=lambda message: message, **wrong):
     server.read_opening()
     server.read_client_preamble()
     server.send_message(change(server.server_preamble()), **wrong)
-
-
-def flipped_on_its_way(server, at, bits):
-    """The impostor goes on whatever the payload of message 1 now says."""
-    server.read_opening()
-    message = server.read_message()
-    server.handshaker.read_message(flip(message, at % len(message), bits))
-    server.suite = CHACHA
-    server.send_message(server.server_preamble())
-
-
-def stripped_on_its_way(server):
-    """AEGIS taken out of the offer; or put in, where this client has none to be stripped of."""
-    server.read_opening()
-    message = server.read_message()
-    server.read_client_preamble(message[:32] + (b"\x02\x01\x02" if message[32:] == b"\x01\x02" else b"\x01\x02"))
-    server.suite = CHACHA
-    server.send_message(server.server_preamble())
 
 
 def says_suite(suite_id):
@@ -619,25 +565,14 @@ def says_suite(suite_id):
 # Each: (the server's keys) -> options of the impostor, what it does, flags of the client, its exit code where it must be that one. With -a what
 # stops the client is the key, not known_hosts.
 BAD_SERVERS = {
-    **{"4: message 1 flipped at %d" % at: lambda keys, at=at, bits=bits: (
-        {}, lambda server: flipped_on_its_way(server, at, bits), (), None) for at, bits in ((0, 1), (31, 0x80), (32, 1), (-1, 1))},
-    "4: a suite stripped": lambda keys: ({}, stripped_on_its_way, (), None),
-    **{"4: message 2 flipped at %d" % at: lambda keys, at=at: (
-        {}, lambda server: up_to_server_preamble(server, lambda message: flip(message, at)), (), None) for at in (0, 31, 32, 79, 80, 136)},
-    **{"5: suite %d" % suite: lambda keys, suite=suite: ({}, says_suite(suite), (), None) for suite in (0, 3, 255)},
-    **{"7: e %s" % point.hex()[:8]: lambda keys, point=point: (
-        {"ephemeral": peer.odd_keypair(point), "attacker": True}, up_to_server_preamble, ("-a",), None) for point in peer.SMALL_ORDER_POINTS[::3]},
-    **{"7: s %s" % point.hex()[:8]: lambda keys, point=point: (
-        {"static": peer.odd_keypair(point), "claimed": peer.SMALL_ORDER_IDENTITY, "attacker": True}, up_to_server_preamble, ("-a",), None)
-       for point in peer.SMALL_ORDER_POINTS[::3]},
-    **{"8: %s %s" % (wrong, flags): lambda keys, wrong=wrong, flags=flags: (
-        {"static": STOLEN if wrong == "another key's" else top_bit_set(Identity.from_seed(seed_of(keys)))}, up_to_server_preamble, flags, None)
-       for wrong in ("another key's", "top bit") for flags in ((), ("-a",))},
-    **{"8: %s" % name: lambda keys, claimed=claimed: ({"claimed": claimed}, up_to_server_preamble, ("-a",), None) for name, claimed in (
-        ("not a point", b"\xff" * 32), ("neutral element", peer.SMALL_ORDER_IDENTITY), ("20 bytes", bytes(20)))},
+    "4: message 2 flipped": lambda keys: ({}, lambda server: up_to_server_preamble(server, lambda message: flip(message, 80)), (), None),
+    "5: a suite that was not offered": lambda keys: ({}, says_suite(3), (), None),
+    "7: s of small order": lambda keys: ({"static": peer.odd_keypair(peer.SMALL_ORDER_POINTS[0]), "claimed": peer.SMALL_ORDER_IDENTITY,
+                                          "attacker": True}, up_to_server_preamble, ("-a",), None),
+    "8: another key's": lambda keys: ({"static": STOLEN}, up_to_server_preamble, ("-a",), None),
     "9: the negative of a known server": lambda keys: (
         {"claimed": peer.negative(identity_of(keys))}, up_to_server_preamble, (), AUTHENTICATION_FAILED),
-    **{"11: length %d" % n: lambda keys, n=n: ({}, lambda server: up_to_server_preamble(server, length=n), (), None) for n in HANDSHAKE_LENGTHS},
+    "11: length 65535": lambda keys: ({}, lambda server: up_to_server_preamble(server, length=65535), (), None),
 }
 
 
@@ -649,21 +584,9 @@ def test_handshakes_of_servers_that_get_no_message_3(connect, impostor, keys, ho
     fake.assert_client_said_nothing_more()
 
 
-def test_09_the_negative_of_a_listed_client(served):
-    """-P has P's X25519 form, and P's owner can compute with it; but it is not what the list names."""
-    end = served()
-    assert_refused(end.client(claimed=peer.negative(identity_of(end.keys.client))).begin_handshake())
-    still_serves(end)
-
-
 @pytest.mark.parametrize("lines, known", [
-    ("{server} elsewhere.example:19000\n", False),
-    ("{server} 127.0.0.1:1\n", False),
-    ("{other} 127.0.0.1:{port}\n{server}\n", False),
-    ("{server}\n{other} 127.0.0.1:{port}\n", False),
-    ("{server} 127.0.0.1:{port}\n", True),
-    ("{other} elsewhere.example:19000\n{server}\n", True),
-], ids=["another host", "another port", "bound to another key, first", "bound to another key, last", "bound", "bare"])
+    ("{server}\n{other} 127.0.0.1:{port}\n", False), ("{server} 127.0.0.1:{port}\n", True),
+], ids=["bound to another key", "bound"])
 def test_10_server_key_bound_to_another_address(connect, impostor, keys, tmp_path, lines, known):
     fake = impostor(lambda server: server.handshake() if known else up_to_server_preamble(server))
     other = make_keys(tmp_path / "other")
@@ -760,84 +683,32 @@ def test_14_a_whole_session_replayed_to_a_server(served):
     assert end.target.accepted == accepted + 1
 
 
-def test_14_a_whole_session_replayed_to_a_client(connect, impostor):
-    recorders = queue.Queue()
-
-    def honest(server):
-        server.sock = Recorder(server.sock)
-        server.handshake()
-        recorders.put(server.sock)
-    assert connect(impostor(honest).port).wait() == 0
-    recorded = bytes(recorders.get(timeout=PATIENCE).sent)
-
-    def replay(server):
-        server.read_opening()
-        server.read_message()
-        server.send(recorded)
-    fake = impostor(replay)
-    assert_client_gives_up(connect(fake.port))
-    fake.assert_client_said_nothing_more()
-
-
 # ---------------------------------------------------------------------------------------------------- 15-16: records
-
-
-FILLER = bytes(BULK_LIMIT + 1024)
 
 
 def seal(link, *record, **wrong):
     return link.writer.seal(*record, **wrong)
 
 
-def seal_with_the_others_key(link):
-    to_server, to_client = link.handshaker.record_keys(link.suite)
-    return peer.RecordWriter(link.suite, to_client if link.initiator else to_server).seal(DATA, b"x", number=link.writer.number)
-
-
-def flip_length(link, bit):
-    """The filler completes the record that a greater length promises, so that what ends the link is the tag and not a FIN."""
-    return flip(seal(link, DATA, b"x" * 100), 3 - bit // 8, 1 << bit % 8) + FILLER
-
-
-# Each: (the link, its first Data as it went out, a record of the other end as it came) -> what is sent next.
+# Each: (the link, its first Data as it went out, a record of the other end as it came) -> what is sent next. The last ones are well sealed, but
+# hold too much or too little.
 TAMPERED = {
     "replayed": lambda link, ours, theirs: ours,
-    "reordered": lambda link, ours, theirs: seal(link, DATA, b"b", number=link.writer.number + 1) + seal(link, DATA, b"a", number=link.writer.number),
     "one left out": lambda link, ours, theirs: seal(link, DATA, b"b", number=link.writer.number + 1),
     "reflected": lambda link, ours, theirs: theirs,
-    "reflected with our number": lambda link, ours, theirs: seal_with_the_others_key(link),
-    "first byte of the text": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4),
-    "last byte of the text": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4 + 100),
     "last byte of the tag": lambda link, ours, theirs: flip(seal(link, DATA, b"x" * 100), 4 + 100 + link.suite.tag_length),
-    "all zeros": lambda link, ours, theirs: struct.pack(">I", 100) + bytes(100),
-    **{"length bit %d" % bit: lambda link, ours, theirs, bit=bit: flip_length(link, bit) for bit in (0, 1, 6, 7, 8, 15, 16, 18)},
-}
-# Each: (the suite) -> the first four bytes of a record that cannot be.
-IMPOSSIBLE_LENGTHS = {
-    "0": lambda suite: 0,
-    "1": lambda suite: 1,
-    "one short of a tag": lambda suite: suite.tag_length - 1,
-    "a tag without a type": lambda suite: suite.tag_length,
-    "one over the limit": lambda suite: 1 + BULK_LIMIT + suite.tag_length + 1,
-    "16 MiB": lambda suite: 1 << 24,
-    "2^31": lambda suite: 1 << 31,
-    "2^32 - 1": lambda suite: (1 << 32) - 1,
+    "length 0": lambda link, ours, theirs: bytes(68),
+    "length 2^32 - 1": lambda link, ours, theirs: b"\xff" * 68,
+    "empty Data": lambda link, ours, theirs: seal(link, DATA),
+    "Ack with bytes left over": lambda link, ours, theirs: seal(link, ACK, bytes(9)),
+    "Keepalive of 2 KiB": lambda link, ours, theirs: seal(link, KEEPALIVE, bytes(2048)),
+    "Error cut short": lambda link, ours, theirs: seal(link, ERROR, b"\x03\x05abc"),
 }
 
 
-# Both suites, where this box has both; a program that does not offer AEGIS ends up with ChaCha.
-OFFERS = [(AEGIS.id, CHACHA.id), (CHACHA.id,)] if peer.HAS_AEGIS else [(CHACHA.id,)]
-every_suite = pytest.mark.parametrize("suites", OFFERS, ids=lambda suites: "suite %d" % suites[0])
-
-
-def tampered(link, ours, theirs, how):
+def send_tampered(link, ours, theirs, how):
     with contextlib.suppress(ConnectionError):
         link.send(TAMPERED[how](link, ours, theirs))
-
-
-def send_length(link, how):
-    with contextlib.suppress(ConnectionError):
-        link.send(struct.pack(">I", IMPOSSIBLE_LENGTHS[how](link.suite)) + bytes(64))
 
 
 def first_data(stream):
@@ -856,127 +727,27 @@ def opened_with_data(stream):
     return stream.link.send_record(DATA, b"hello"), theirs.wire
 
 
-@every_suite
-def test_15_16_records_to_the_server_that_spoil_the_link(served, watched, suites):
+def test_15_16_records_to_the_server_that_spoil_the_link(served, watched):
     """Neither end resumes here: the stream is reset. How it goes on over another link is in test_outlive.py."""
     end = served(*RESETS)
-    for how in (*TAMPERED, *IMPOSSIBLE_LENGTHS):
+    for how in TAMPERED:
         with row(how):
-            link = end.link(suites=suites)
+            link = end.link()
             link.open(watched.address)
             theirs = link.read_record()
             assert theirs.type == OPENED
-            ours = link.send_record(DATA, b"hello")
-            tampered(link, ours, theirs.wire, how) if how in TAMPERED else send_length(link, how)
+            send_tampered(link, link.send_record(DATA, b"hello"), theirs.wire, how)
             assert_ended(link)
             watched.assert_reset()
-    for how in IMPOSSIBLE_LENGTHS:
-        with row("idle, %s" % how):
-            idle = end.link(suites=suites)
-            send_length(idle, how)
-            assert_ended(idle)
     still_serves(end)
 
 
-@every_suite
-def test_15_16_records_to_the_client_that_spoil_the_link(connected, suites):
-    def misbehave(stream):
-        sent = opened_with_data(stream)
-        tampered(stream.link, *sent, how) if how in TAMPERED else send_length(stream.link, how)
-    end, evil = connected(misbehave, *RESETS, suites=suites)
-    for how in (*TAMPERED, *IMPOSSIBLE_LENGTHS):
+def test_15_16_records_to_the_client_that_spoil_the_link(connected):
+    end, evil = connected(lambda stream: send_tampered(stream.link, *opened_with_data(stream), how), *RESETS)
+    for how in TAMPERED:
         with row(how):
             assert was_reset(end.originate())
             evil.end()
-    still_serves(end)
-
-
-@pytest.mark.parametrize("how", ["0", "one short of a tag", "2^32 - 1"])
-def test_16_instead_of_the_completion(connect, impostor, how):
-    """Even the very first record of a server."""
-    def behave(server):
-        server.begin_handshake()
-        send_length(server, how)
-    assert_client_gives_up(connect(impostor(behave).port))
-
-
-# Well sealed, but what they hold is too much, or too little: the other end is broken. All are sent on a stream, but the Opens.
-BAD_CONTENTS = {
-    "empty Data": (DATA, b""),
-    "End with content": (END, b"x"),
-    "Ack without a position": (ACK, bytes(7)),
-    "Ack with bytes left over": (ACK, bytes(9)),
-    "Keepalive with content": (KEEPALIVE, b"x"),
-    "Keepalive of 2 KiB": (KEEPALIVE, bytes(2048)),
-    "Error with bytes left over": (ERROR, peer.encode_error(peer.UNKNOWN, "x") + b"x"),
-    "Error cut short": (ERROR, b"\x03\x05abc"),
-    "Error of no known code": (ERROR, peer.encode_error(77, "x")),
-    "Error of 2 KiB": (ERROR, peer.encode_error(peer.UNKNOWN, "x" * 2048)),
-    "Error with text that is not UTF-8": (ERROR, b"\x03\x02\xff\xfe"),
-}
-# Each: (a target that could be reached) -> an Open's content.
-BAD_OPENS = {
-    "empty": lambda target: b"",
-    "kind 0": lambda target: encode_open(0, target),
-    "kind 4": lambda target: encode_open(4, target),
-    "no target": lambda target: b"\x01",
-    "target cut short": lambda target: b"\x01" + peer.encode_str(target)[:-1],
-    "target not UTF-8": lambda target: b"\x01\x02\xff\xfe" + bytes(36),
-    "no stream": lambda target: b"\x01" + peer.encode_str(target),
-    "stream cut short": lambda target: encode_open(TCP, target)[:-1],
-    "bytes left over": lambda target: encode_open(TCP, target) + b"x",
-    "2 KiB": lambda target: encode_open(TCP, "a" * 2048),
-    "an endless varint": lambda target: b"\x01\xfd" + b"\xff" * 8,
-    "a varint mark that is none": lambda target: b"\x01\xff",
-    "UDP with bytes left over": lambda target: encode_open(UDP, "") + b"x",
-    "Listen with a short instance": lambda target: encode_open(LISTEN, "127.0.0.1:0", b"7 bytes"),
-    "Abandon cut short": None,
-}
-
-
-def test_16_contents_to_the_server_that_cannot_be(served, watched):
-    end = served()
-    for how, record in BAD_CONTENTS.items():
-        with row(how):
-            link = end.link()
-            link.open(watched.address).wait_opened()
-            with contextlib.suppress(ConnectionError):
-                link.send_record(*record)
-            assert_ended(link)
-            watched.assert_reset()
-    accepted = watched.accepted
-    for how, content in BAD_OPENS.items():
-        with row(how):
-            link = end.link()
-            link.send_record(*((OPEN, content(watched.address)) if content else (ABANDON, bytes(15))))
-            assert_ended(link)
-    still_serves(end)
-    assert watched.accepted == accepted
-
-
-def test_16_contents_to_the_client_that_cannot_be(connected):
-    def misbehave(stream):
-        opened_with_data(stream)
-        with contextlib.suppress(ConnectionError):
-            stream.link.send_record(*BAD_CONTENTS[how])
-    end, evil = connected(misbehave)
-    for how in BAD_CONTENTS:
-        with row(how):
-            assert was_reset(end.originate())
-            evil.end()
-    still_serves(end)
-
-
-def test_16_the_largest_data_is_taken(served):
-    end = served()
-    link = end.link()
-    stream = link.open(end.address)
-    stream.wait_opened()
-    data = bytes(range(256)) * (BULK_LIMIT // 256)
-    sender = threading.Thread(target=lambda: (link.send_record(DATA, data), stream.end()), daemon=True)
-    sender.start()
-    assert stream.receive_all() == data
-    stream.over()
     still_serves(end)
 
 
@@ -1012,21 +783,6 @@ def test_17_links_of_a_client_that_break_during_a_stream(served, watched):
     link.send_record(DATA, b"hello")
     fin(link)
     watched.assert_reset()
-    still_serves(end)
-
-
-def test_17_links_of_a_server_that_break_during_a_stream(connected):
-    def misbehave(stream):
-        opened_with_data(stream)
-        BREAKS[how](stream.link)
-        if how == "reset":
-            raise peer.LinkEnded("there is nothing more to read")
-    end, evil = connected(misbehave, *RESETS)
-    for how in BREAKS:
-        with row(how):
-            assert was_reset(end.originate(), after_end=how == "FIN after our End")
-            with contextlib.suppress(peer.LinkEnded):
-                evil.end()
     still_serves(end)
 
 
@@ -1087,6 +843,8 @@ WRONG_FROM_OPENER = {
     "Abandon": [AN_ABANDON],
     "Close": [A_CLOSE],
 }
+BAD_OPENS = {"empty Open": (OPEN, b""), "Open of kind 4": (OPEN, encode_open(4)), "Open cut short": (OPEN, encode_open(TCP, "a:1")[:-1]),
+             "Abandon cut short": (ABANDON, bytes(15))}
 WRONG_WHEN_IDLE = {**NOWHERE, "Data": SOME_DATA, "End": AN_END, "Over": AN_OVER, "Opened": AN_OPENED}
 
 
@@ -1116,7 +874,7 @@ def test_18_19_what_an_opener_may_not_send(served, watched):
 def test_19_what_a_client_may_not_send_on_an_idle_link(served):
     end = served()
     for used in (False, True):
-        for how, record in {**WRONG_WHEN_IDLE, "Close": A_CLOSE, "Ack": (ACK, peer.encode_ack(1000))}.items():
+        for how, record in {**WRONG_WHEN_IDLE, **BAD_OPENS, "Close": A_CLOSE, "Ack": (ACK, peer.encode_ack(1000))}.items():
             with row("%s, %s" % (how, used)):
                 link = end.link()
                 if used:
@@ -1190,14 +948,6 @@ def test_18_19_what_a_server_may_not_send_on_an_idle_link(connected):
             assert receive_all(connection) == b"hello"
             assert {record.type for record in evil.end()} <= {KEEPALIVE, ACK, ERROR}
     still_serves(end)
-
-
-@pytest.mark.parametrize("record", [SOME_DATA, AN_OPENED, A_CLOSE, (KEEPALIVE,)], ids=["Data", "Opened", "Close", "Keepalive"])
-def test_19_a_first_record_that_is_not_the_completion(connect, impostor, record):
-    def behave(server):
-        server.begin_handshake()
-        server.send_record(*record)
-    assert_client_gives_up(connect(impostor(behave).port))
 
 
 # ---------------------------------------------------------------------------------------------------- 20-21: Listen links
@@ -1279,14 +1029,6 @@ def test_20_the_servers_open_names_nonsense(reversed_client, name):
     assert not end.problems
 
 
-@pytest.fixture
-def stranger(keys, tmp_path):
-    """Another client that the server knows."""
-    made = make_keys(tmp_path / "stranger")
-    keys.server.trust(made, "authorized_keys")
-    return made
-
-
 def originator(stack, address):
     return stack.enter_context(socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=PATIENCE))
 
@@ -1302,10 +1044,10 @@ def answer(link, connection):
     stream.over()
 
 
-def test_21_a_listen_link_serves_no_other_client(served, stranger):
+def test_21_a_listen_link_serves_no_other_client(served, second):
     """Neither where the other has no link that waits, nor where it has none at all any more."""
     end = served("--allow-listen", "--connect-timeout", "2")
-    mine, theirs = end.link(), end.link(seed_of(stranger))
+    mine, theirs = end.link(), end.link(seed_of(second))
     addresses = mine.listen("127.0.0.1:0", b"instance"), theirs.listen("127.0.0.1:0", b"instance")
     with contextlib.ExitStack() as stack:
         for _ in range(5):
@@ -1330,12 +1072,12 @@ def test_21_a_listen_link_serves_no_other_client(served, stranger):
 
 
 @pytest.mark.parametrize("instance", [b"instance", b"another!"])
-def test_21_a_listen_link_of_another_key_joins_no_pool(served, stranger, instance):
+def test_21_a_listen_link_of_another_key_joins_no_pool(served, second, instance):
     """Not even with the right address and instance."""
     end = served("--allow-listen")
     mine = end.link()
     address = mine.listen("127.0.0.1:0", b"instance")
-    theirs = end.link(seed_of(stranger))
+    theirs = end.link(seed_of(second))
     theirs.send_open(LISTEN, address, instance)
     assert read_error(theirs).text
     with contextlib.ExitStack() as stack:
@@ -1364,21 +1106,7 @@ def test_22_listen_without_permission(served, options):
     """A key's own permission does not make up for the server's."""
     end = served()
     end.keys.server.write("authorized_keys", "%s %s\n" % (end.keys.client.public, options))
-    for address in ("127.0.0.1:0", "0", "0.0.0.0:0"):
-        link = end.link()
-        link.send_open(LISTEN, address, b"instance")
-        assert read_error(link).text
-    still_serves(end)
-
-
-def test_22_listen_with_permission(served):
-    end = served("--allow-listen")
-    with contextlib.ExitStack() as stack:
-        for address in ("127.0.0.1:0", "0"):
-            link = end.link()
-            bound = link.listen(address, b"instance")
-            assert re.fullmatch(r"127\.0\.0\.1:[1-9]\d+", bound)
-            answer(link, originator(stack, bound))
+    assert refusal_of(end, LISTEN, "127.0.0.1:0", b"instance")[1]
     still_serves(end)
 
 
@@ -1402,27 +1130,8 @@ def refusal_of(end, kind, target, instance=b""):
     return error.code, error.text
 
 
-MALFORMED_TARGETS = [
-    # what surrounds
-    "a:80\n", "127.0.0.1:{port}\n", "\n127.0.0.1:{port}", "127.0.0.1:{port} ", " 127.0.0.1:{port}", "127.0.0.1 :{port}", "127.0.0.1:{port}\x00",
-    "127.0.0.1\x00:{port}",
-    # numbers that inet_aton() takes for an address
-    "127.1:{port}", "127.0.1:{port}", "2130706433:{port}", "0x7f000001:{port}", "0x7f.0.0.1:{port}", "0177.0.0.1:{port}", "127.0.0.01:{port}",
-    "127.0.0.256:{port}", "a.0x7f:{port}",
-    # digits and letters that are not ASCII
-    "\uff11\uff12\uff17.0.0.1:{port}", "\u0661\u0662\u0667.0.0.1:{port}", "127\u30020.0.1:{port}", "loc\u24d0lhost:{port}",
-    "ex\u00e4mple.example:{port}", "127.0.0.1:\uff18\uff10", "127.0.0.1:\u0668\u0660", "127.0.0.1:8\u0660",
-    # ports
-    "127.0.0.1:0{port}", "127.0.0.1:+{port}", "127.0.0.1:-1", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:99999999999999999999", "127.0.0.1:",
-    "127.0.0.1", "127.0.0.1:http", "127.0.0.1:0x50", "127.0.0.1:1_0", "127.0.0.1:{port}:1",
-    # no host, and brackets
-    "", ":", ":{port}", "[]:{port}", "*:{port}", "::1:{port}", "[::1]{port}", "[::1:{port}", "::1]:{port}", "[127.0.0.1]:{port}",
-    "[localhost]:{port}", "[fe80::1%lo]:{port}", "[::1%1]:{port}", "[::1]]:{port}", "[[::1]]:{port}", "[::ffff:127.1]:{port}",
-    # characters and lengths
-    "a b:{port}", "a/b:{port}", "user@127.0.0.1:{port}", "a,b:{port}", "a" * 254 + ":{port}",
-    # what nobody has permitted
-    "unix:/nowhere", "unix:", "unix:relative", "unix:/nowhere:{port}",
-]
+MALFORMED_TARGETS = ["127.0.0.1:{port}\n", "127.1:{port}", "2130706433:{port}", "127\u30020.0.1:{port}", "127.0.0.1:0{port}", ":{port}", "::1:{port}",
+                     "[::1%1]:{port}", "user@127.0.0.1:{port}", "unix:/nowhere", "0.0.0.0:{port}", "[::ffff:0.0.0.0]:{port}", "224.0.0.1:{port}"]
 
 
 def test_23_targets_that_are_malformed(served, watched, resolver):
@@ -1433,11 +1142,8 @@ def test_23_targets_that_are_malformed(served, watched, resolver):
     port = int(watched.address.rpartition(":")[2])
     for pattern in MALFORMED_TARGETS:
         target = pattern.format(port=port)
-        link = end.link()
         lookups = names.lookups
-        link.send_open(TCP, target)
-        error = read_error(link)
-        assert error.text, "no text for %r" % target
+        assert refusal_of(end, TCP, target)[1], "no text for %r" % target
         assert names.lookups == lookups, "%r was looked up" % target
     still_serves(end)
     assert watched.accepted == 0
@@ -1462,72 +1168,14 @@ def test_23_malformed_targets_of_udp_sessions(served, udp_echo, resolver):
     assert udp_echo.seen == 1
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "[::ffff:0.0.0.0]", "224.0.0.1", "[ff02::1]", "unspecified.example", "multicast.example"])
-def test_23_unspecified_and_multicast_addresses(served, watched, resolver, host):
-    """Connecting to the unspecified address reaches loopback."""
-    names = resolver(unspecified_example=["0.0.0.0"], multicast_example=["224.0.0.1"])
-    end = served(env=names.environment)
-    link = end.link()
-    link.send_open(TCP, "%s:%s" % (host, watched.address.rpartition(":")[2]))
-    read_error(link)
-    still_serves(end)
-    assert watched.accepted == 0
-
-
-def refusal(end, target):
-    link = end.link()
-    link.send_open(TCP, target)
-    return read_error(link)
-
-
-def test_24_an_allowed_name_that_resolves_to_loopback_or_link_local(served, watched, resolver):
-    names = resolver(
-        loopback_example=["127.0.0.1"], other_loopback_example=["127.8.8.8"], six_example=["::1"], mapped_example=["::ffff:127.0.0.1"],
-        local_example=["169.254.169.254"], localsix_example=["fe80::1"], mappedlocal_example=["::ffff:169.254.169.254"], localhost=["127.0.0.1"])
-    end = served("-r", r"[a-z.]*\.example|localhost", env=names.environment, host="localhost")
-    port = watched.address.rpartition(":")[2]
-    common = refusal(end, "forbidden.test:%s" % port)
-    assert "forbidden.test" not in names.lookups
-    for name in ("loopback", "other.loopback", "six", "mapped", "local", "localsix", "mappedlocal"):
-        error = refusal(end, "%s.example:%s" % (name, port))
-        assert (error.code, error.text) == (common.code, common.text), name
-        assert "%s.example" % name in names.lookups
-    # The regex never goes to a client.
-    assert "[a-z" not in common.text
-    # A literal address is no way round either; and localhost, by its own name, is allowed.
-    assert refusal(end, watched.address).text == common.text
-    still_serves(end)
-    assert watched.accepted == 0
-
-
-def test_24_the_address_may_be_allowed_too(served, resolver):
-    names = resolver(loopback_example=["127.0.0.1"])
-    still_serves(served("-r", r"loopback\.example|127\.0\.0\.1", env=names.environment, host="loopback.example"))
-
-
-def test_24_a_regex_must_match_the_whole(served, watched):
-    end = served("-r", r"localhost", host="localhost")
-    common = refusal(end, watched.address)
-    for host in ("xlocalhost", "localhost.test", "localhost.localhost"):
-        assert refusal(end, "%s:%s" % (host, watched.address.rpartition(":")[2])).text == common.text
-    still_serves(end)
-    assert watched.accepted == 0
-
-
-def authorize(keys, *clients):
-    keys.server.write("authorized_keys", "".join(client.public + "\n" for client in clients))
-
-
-def test_25_a_key_removed_during_a_stream(served, watched, tmp_path, target):
-    end = served()
-    other = make_keys(tmp_path / "other")
-    authorize(end.keys, end.keys.client, other)
+def test_25_a_key_removed_during_a_stream(served, watched, second):
+    end, other = served(), second
     removed, staying = end.link(seed_of(other)), end.link()
     idle, udp = end.link(seed_of(other)), end.link(seed_of(other)).open_udp()
     removed.open(watched.address).wait_opened()
     stream = staying.open(end.address)
     stream.wait_opened()
-    authorize(end.keys, end.keys.client)
+    end.keys.server.write("authorized_keys", end.keys.client.public + "\n")
     for link in (removed, idle, udp):
         assert {record.type for record in link.read_to_end()} <= {ERROR, KEEPALIVE, CLOSE, OPENED}
     watched.assert_reset()
@@ -1543,18 +1191,15 @@ def test_25_a_key_removed_during_a_stream(served, watched, tmp_path, target):
     still_serves(end)
 
 
-def test_25_a_key_whose_line_expires_during_a_stream(served, watched, tmp_path):
+def test_25_a_key_whose_line_expires_during_a_stream(served, watched, second):
     """It is said to be that, at both ends: adding the line again would not help."""
-    end = served()
-    other = make_keys(tmp_path / "other")
-    authorize(end.keys, end.keys.client, other)
+    end, other = served(), second
     end.link(seed_of(other)).open(watched.address).wait_opened()
     end.keys.server.write("authorized_keys", '%s\n%s expires="2020-01-01"\n' % (end.keys.client.public, other.public))
     watched.assert_reset()
     end.program.wait_for("WARN The client's key `%s` has expired: 1 link of it ended" % other.public)
     with pytest.raises(peer.PeerError, match="line 2 of the server's authorized_keys is this client's, and has expired"):
         end.client(seed_of(other)).handshake()
-
 
 
 @pytest.mark.parametrize("how", ["gone", "a folder", "a loop"])
@@ -1585,7 +1230,7 @@ def test_26_authorized_keys_unreadable(served, watched, how):
 # ---------------------------------------------------------------------------------------------------- 27-29: UDP
 
 
-SESSIONS = 100_000
+SESSIONS = 100_000 if LONG else 10_000
 SESSIONS_OF_A_LINK = 256
 
 
@@ -1600,13 +1245,11 @@ def flood_sessions(link, target):
     link.send_record(DATAGRAMS, peer.encode_datagrams([(SESSIONS, b"last")]))
 
 
-@pytest.mark.timeout(300)
-def test_27_100000_new_udp_sessions(served, udp_echo, tmp_path):
+@pytest.mark.timeout(900)
+def test_27_many_new_udp_sessions(served, udp_echo, second):
     end = served("--max-udp-sessions-per-link", str(SESSIONS_OF_A_LINK))
-    other = make_keys(tmp_path / "other")
-    end.keys.server.trust(other, "authorized_keys")
     target = "127.0.0.1:%d" % udp_echo.port
-    quiet, loud = end.link(seed_of(other)).open_udp(), end.link().open_udp()
+    quiet, loud = end.link(seed_of(second)).open_udp(), end.link().open_udp()
     quiet.session(1, target)
     udp_round(quiet, 1, b"before")
     loud.sock.settimeout(4 * PATIENCE)
@@ -1617,7 +1260,7 @@ def test_27_100000_new_udp_sessions(served, udp_echo, tmp_path):
         if kind == DATAGRAMS:
             break
         over += 1
-        if over % 10_000 == 0:
+        if over % (SESSIONS // 10) == 0:
             # The session from before, by its number: it was not evicted.
             udp_round(quiet, 1, b"during %d" % over)
     # The last session lives, so at most the cap's others do; each of the rest was said to be over.
@@ -1685,27 +1328,30 @@ def test_28_datagram_of_an_unknown_session_to_the_server(served, udp_echo):
 
 BAD_DATAGRAMS = {
     "length past the record": struct.pack(">IH", 1, 10) + b"short",
-    "one byte past the record": struct.pack(">IH", 1, 6) + b"short",
     "the second past the record": peer.encode_datagrams([(1, b"first")]) + struct.pack(">IH", 1, 65535),
-    "header cut short": struct.pack(">IH", 1, 10)[:5],
     "a byte after the last": peer.encode_datagrams([(1, b"first")]) + b"\x00",
 }
 
 
-@pytest.mark.parametrize("how", BAD_DATAGRAMS)
-def test_29_a_datagram_past_its_record_to_the_server(served, udp_echo, how):
+def test_29_what_ends_a_udp_link_of_the_server(served, udp_echo):
+    """Datagrams that do not fit their record, a Session that cannot be, and a number used twice: a server that took that would leak the first socket,
+    or answer the wrong one."""
     end = served()
-    link = end.link().open_udp()
-    link.session(1, "127.0.0.1:%d" % udp_echo.port)
-    udp_round(link, 1, b"hello")
-    link.send_record(DATAGRAMS, BAD_DATAGRAMS[how])
-    # A first datagram that was good may have been carried before the second was looked at.
-    assert_ended(link, (ERROR, KEEPALIVE, DATAGRAMS))
+    address = "127.0.0.1:%d" % udp_echo.port
+    rows = [*((DATAGRAMS, content) for content in BAD_DATAGRAMS.values()), (SESSION, b"\x00\x00"), (SESSION, encode_session(5, "a:1") + b"x"),
+            (SESSION, encode_session(1, address))]
+    for record in rows:
+        with row(record):
+            link = end.link().open_udp()
+            link.session(1, address)
+            udp_round(link, 1, b"hello")
+            link.send_record(*record)
+            # A first datagram that was good may have been carried before the second was looked at.
+            assert_ended(link, (ERROR, KEEPALIVE, DATAGRAMS))
     still_serves(end)
 
 
-@pytest.mark.parametrize("how", BAD_DATAGRAMS)
-def test_29_a_datagram_past_its_record_to_the_client(connected, how):
+def test_29_a_datagram_past_its_record_to_the_client(connected):
     links = []
 
     def misbehave(stream):
@@ -1714,8 +1360,7 @@ def test_29_a_datagram_past_its_record_to_the_client(connected, how):
             return peer.serve_udp(stream)
         stream.link.send_record(OPENED, b"\x00")
         read_first_datagram(stream.link)
-        # Number 9 is never the client's, so that a good first datagram goes nowhere.
-        stream.link.send_record(DATAGRAMS, BAD_DATAGRAMS[how].replace(struct.pack(">I", 1), struct.pack(">I", 9)))
+        stream.link.send_record(DATAGRAMS, BAD_DATAGRAMS["length past the record"])
     end, evil = connected(None, evil_udp=misbehave)
     sock = udp_originator(end)
     sock.send(b"one")
@@ -1723,28 +1368,6 @@ def test_29_a_datagram_past_its_record_to_the_client(connected, how):
     # The link is gone and the socket of the originator is not: its next datagram makes a new session on a new link.
     assert ask(sock, b"two") == b"two"
     assert len(links) == 2
-    still_serves(end)
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"\x00\x00", encode_session(5, "a:1")[:4], encode_session(5, "a:1")[:-1], encode_session(5, "a:1") + b"x", encode_session(5, b"\xff\xfe"),
-], ids=bytes.hex)
-def test_29_a_session_that_cannot_be(served, content):
-    end = served()
-    link = end.link().open_udp()
-    link.send_record(SESSION, content)
-    assert_ended(link, (OPENED, ERROR, KEEPALIVE))
-    still_serves(end)
-
-
-def test_29_a_session_number_used_twice(served, udp_echo):
-    """The client never uses a number twice on a link; a server that took it would leak the first socket, or answer the wrong one."""
-    end = served()
-    link = end.link().open_udp()
-    link.session(1, "127.0.0.1:%d" % udp_echo.port)
-    udp_round(link, 1, b"hello")
-    link.session(1, "127.0.0.1:%d" % udp_echo.port)
-    assert_ended(link)
     still_serves(end)
 
 
@@ -1847,67 +1470,9 @@ def test_30_keepalive_flood_while_the_client_does_not_read(connected):
     still_serves(end)
 
 
-@linux
-def test_30_keepalive_flood_from_a_client_that_does_not_read(served):
-    """Nothing answers Keepalive: there is nothing that could pile up."""
-    end = served()
-    link = end.link()
-    before = memory_before(end.program)
-    for _ in range(200):
-        link.send(b"".join(seal(link, KEEPALIVE) for _ in range(1000)))
-    assert link.exchange(end.address, b"hello") == b"hello"
-    assert peak_growth(end.program, before) < MEMORY
-    still_serves(end)
-
-
-def count_keepalives(link, n):
-    """Reads n Keepalives: one comes every 20 s."""
-    for _ in range(n):
-        assert link.read_any_record().type == KEEPALIVE
-
-
-@long
-@pytest.mark.timeout(600)
-def test_31_a_target_stalled_for_120_s(served, target):
-    end = served()
-    ready, sizes, flood = threading.Event(), queue.Queue(), Flood()
-    stream = slow_stream(end, target, ready, sizes)
-    flood.start(stream)
-    flood.until_stuck(end)
-    assert not flood.done.is_set()
-    count_keepalives(stream.link, 6)
-    read_at_last(end, stream, ready, sizes, flood)
-
-
-@long
-@pytest.mark.timeout(600)
-def test_31_an_originator_stalled_for_120_s(connected):
-    flood, patient = Flood(), threading.Event()
-
-    def misbehave(stream):
-        stream.link.sock.settimeout(10 * PATIENCE)
-        opened_with_data(stream)
-        flood.start(stream)
-        count_keepalives(stream.link, 6)
-        patient.set()
-        flood.done.wait(4 * PATIENCE)
-        stream.finish()
-        return WELL
-    end, _ = connected(misbehave)
-    connection = end.originate()
-    assert patient.wait(10 * PATIENCE)
-    assert not flood.done.is_set()
-    connection.settimeout(4 * PATIENCE)
-    connection.shutdown(socket.SHUT_WR)
-    assert len(receive_all(connection)) == len(b"hello") + flood.size
-    still_serves(end)
-
-
-def test_32_a_look_up_that_hangs(served, resolver, tmp_path):
+def test_32_a_look_up_that_hangs(served, resolver, second):
     names = resolver(resolved_example=["127.0.0.1"])
     end = served(env=names.environment)
-    other = make_keys(tmp_path / "other")
-    end.keys.server.trust(other, "authorized_keys")
     moving = end.link().open(end.address)
     moving.wait_opened()
     # As many as one key's look-ups may be under way at once, and some more; the tenth of a UDP session.
@@ -1921,7 +1486,7 @@ def test_32_a_look_up_that_hangs(served, resolver, tmp_path):
         moving.send(b"hello")
         assert moving.receive() == b"hello"
         still_serves(end)
-        with end.link(seed_of(other)) as link:
+        with end.link(seed_of(second)) as link:
             assert link.exchange("resolved.example:%d" % end.target.port, b"hello") == b"hello"
     assert "hang.example" in names.lookups
     # The time for look-up and connect is over at last.
@@ -1969,85 +1534,4 @@ def test_33_descriptors_exhausted(served):
     for client in waiting[1:]:
         assert client.handshake().exchange(end.address, b"waited") == b"waited"
     stream.finish()
-    still_serves(end)
-
-
-# ---------------------------------------------------------------------------------------------------- 34: text
-
-
-def assert_harmless(program):
-    check_output(program)
-    assert not re.search("A{201}", program.output)
-
-
-@pytest.mark.parametrize("code, exit_code", [(peer.INVALID_KEY, AUTHENTICATION_FAILED), (peer.UNKNOWN, None)])
-def test_34_escape_codes_in_a_refusal(connect, impostor, code, exit_code):
-    fake = impostor(lambda server: server.begin_handshake().fail(code, hostile_text))
-    program = connect(fake.port)
-    assert_client_gives_up(program, exit_code)
-    assert "marker-before" in program.output
-    assert_harmless(program)
-
-
-def test_34_escape_codes_in_a_version(connect, impostor):
-    fake = impostor(lambda server: (server.begin_handshake(), server.send_completion(hostile_text)))
-    program = connect(fake.port, "-v")
-    program.wait()
-    assert_harmless(program)
-
-
-def test_34_escape_codes_in_the_error_of_a_stream(connected):
-    def misbehave(stream):
-        first_data(stream)
-        stream.link.send_error(peer.REMOTE_FAILED, hostile_text)
-        fin(stream.link)
-    end, _ = connected(misbehave, "-v")
-    assert was_reset(end.originate())
-    end.program.wait_for("marker-before")
-    assert_harmless(end.program)
-    still_serves(end)
-
-
-def test_34_escape_codes_in_opened(connected):
-    end, _ = connected(lambda stream: (stream.opened(hostile_text), stream.finish(), WELL)[-1], "-v")
-    connection = end.originate()
-    connection.shutdown(socket.SHUT_WR)
-    assert receive_all(connection) == b""
-    assert_harmless(end.program)
-    still_serves(end)
-
-
-def test_34_escape_codes_in_session_over(connected):
-    def misbehave(stream):
-        stream.link.send_record(OPENED, b"\x00")
-        number, _ = read_first_datagram(stream.link)
-        stream.link.session_over(number, peer.REMOTE_FAILED, hostile_text)
-    end, _ = connected(None, "-v", evil_udp=misbehave)
-    udp_originator(end).send(b"one")
-    end.program.wait_for("marker-before")
-    assert_harmless(end.program)
-    still_serves(end)
-
-
-def test_34_escape_codes_from_a_client(served, watched):
-    end = served("-v")
-    link = end.link()
-    link.open(watched.address).wait_opened()
-    link.send_error(peer.REMOTE_FAILED, hostile_text)
-    fin(link)
-    assert_ended(link)
-    watched.assert_reset()
-    end.program.wait_for("marker-before")
-    for target in (hostile_text + ":80", "a:" + hostile_text, "unix:/" + hostile_text):
-        link = end.link()
-        link.send_open(TCP, target)
-        read_error(link)
-    udp = end.link().open_udp()
-    udp.session(1, hostile_text + ":80")
-    assert udp.read_udp()[0] == SESSION_OVER
-    udp.session_over(9, peer.UNKNOWN, hostile_text)
-    listen = end.link()
-    listen.send_open(LISTEN, hostile_text, b"instance")
-    read_error(listen)
-    assert_harmless(end.program)
     still_serves(end)

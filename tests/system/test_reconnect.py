@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -19,11 +18,10 @@ import pytest
 import ratrod as module
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
-from support.many_lines import run_each
 from support.pressure import LONG, figure
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, tcp_port, udp_originator
 from support.relays import Door
-from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, port_of, receive_all, receive_exactly, refused, works
+from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, port_of, receive_exactly, refused, works
 from support.traffic import RESET, Traffic
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -236,14 +234,6 @@ def test_so_many_tries_after_a_loss(serve, connect, tcp_echo, door, mode):
     assert count("trying again", client) == count(GAVE_UP, client) == 1, client.output
 
 
-def test_wrong_numbers(keys, closed):
-    words = [*("--max-retry-count=" + word for word in ("-1", "1.5", "x", "", "٣", "9999999999")),
-             *("--max-retry-interval=" + word for word in ("-1", "0", "x", "nan", "inf"))]
-    lines = [["-k", keys.client.path, "connect", word, "127.0.0.1:%d" % closed, "0:127.0.0.1:1"] for word in words]
-    for word, (code, shown) in zip(words, run_each(lines)):
-        assert code == WRONG and word.partition("=")[0] in shown, (word, code, shown)
-
-
 def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
     """The pauses double and are drawn at random from their upper half: what the clients of a server that was started anew need most. And the
     log has two lines."""
@@ -364,22 +354,6 @@ def test_retry_is_invisible_after_a_restart_that_nobody_saw(serve, connect, tcp_
     assert not count(r"❌ \[", client), client.output
 
 
-def test_retry_of_an_unused_open_is_invisible(serve, connect, target, door):
-    """The link breaks under the Open itself, which went out alone: the target speaks first."""
-    _, door.to = serve()
-    client = connect(door.port, "-v", "0:127.0.0.1:%d" % target(lambda connection: connection.sendall(b"hello")).port)
-    client.wait_for(READY)
-    for number in range(3):
-        made = count("link to .* cipher", client)
-        door.cut_next = True
-        with dial(tcp_port(client)) as connection:
-            assert receive_all(connection) == b"hello"
-        assert not door.cut_next
-        client.wait_for(" closed: ", number + 1)  # nothing of this stream is still to be said
-        client.wait_for("link to .* cipher", made + 1)  # nor of a handshake
-    assert not count(r"❌ \[", client), client.output
-
-
 # ---------------------------------------------------------------------------------------------------- keys that changed meanwhile
 
 
@@ -470,13 +444,6 @@ def test_names_are_resolved_for_each_try(serve, start, keys, tmp_path, tcp_echo)
 # ---------------------------------------------------------------------------------------------------- several servers
 
 
-def test_lists_of_servers_that_are_none(keys):
-    lists = ["127.0.0.1:1,", ",127.0.0.1:1", "127.0.0.1:1,,127.0.0.1:2", ",", "127.0.0.1:1;127.0.0.1:2", "127.0.0.1:1,x", "127.0.0.1:1,x:0",
-             "127.0.0.1:1,x:65536", "127.0.0.1:1,:2", "127.0.0.1,127.0.0.1:2"]
-    for servers, (code, shown) in zip(lists, run_each(["-k", keys.client.path, "connect", servers, "0:127.0.0.1:1"] for servers in lists)):
-        assert code == WRONG and "server" in shown, (servers, code, shown)
-
-
 @both_wires
 def test_all_of_them_are_dead_at_the_start(connect_to, closed, door, mode):
     client = connect_to([closed, door.port], mode, "0:127.0.0.1:1")
@@ -565,35 +532,7 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
     assert other.public in client.output
 
 
-@both_wires
-def test_stdio_ends_with_its_server(serve, connect_to, tcp_echo, closed, mode):
-    """It finds the second of two. It is one connection: what was lost of it does not come back, and its user must not take the end for the whole."""
-    server, port = serve(*mode.serve)
-    client = connect_to([closed, port], mode, *AT_ONCE, "stdio:127.0.0.1:%d" % tcp_echo.port, stdin=subprocess.PIPE)
-    client.process.stdin.write(b"anybody there?\n")
-    client.process.stdin.flush()
-    client.wait_for("anybody there?")
-    kill(server)
-    if mode is LEGACY:  # its wire has no sign for it: FIN is all that a killed server leaves
-        client.process.stdin.close()
-        client.wait()
-    else:
-        assert client.wait() == FAILED
-        client.process.stdin.close()
-
-
 # ---------------------------------------------------------------------------------------------------- as a library
-
-
-def test_a_tunnel_of_the_library_through_several_servers(serve, keys, tcp_echo, closed):
-    server, port = serve()
-    with module.tunnel("127.0.0.1:%d,127.0.0.1:%d" % (closed, port), "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path),
-                       limits=module.DEFAULT_LIMITS._replace(retry_interval=0.5), retries=1000) as tunnel:
-        ask(tunnel.address[1])
-        kill(server)
-        serve(bind="127.0.0.1:%d" % port)
-        ask_within(tunnel.address[1])
-        assert tunnel.error is None
 
 
 def test_a_tunnel_of_the_library_that_gives_up(serve, keys, tcp_echo, door):

@@ -20,7 +20,6 @@ from support import ratrod2_peer as peer
 from support.checked_load import Load, exchange
 from support.kernel import queued
 from support.keys import seed_of
-from support.many_lines import run_each
 from support.pressure import LONG, figure
 from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, bound, tcp_port, udp_originator
 from support.sockets import ask_until_answered, assert_reset, dial, eventually, port_of, receive_all, receive_exactly, refused, works
@@ -372,35 +371,6 @@ def test_what_the_kernel_has_taken_is_served(serve, keys, tcp_echo):
     assert server.wait() == 0
 
 
-@needs_reuse_port
-@two_wires
-@linux
-def test_what_a_frozen_server_had_taken(servers, connect, tcp_echo, mode):
-    """The same from the client's side: 50 local connections at once meet a server that is frozen, and then ends. The next one has them all."""
-    chain = servers(*mode.serve, "--drain", "30")
-    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    port, failures = tcp_port(client), []
-    exchange(port, b"before")
-    os.kill(chain.current.process.pid, signal.SIGSTOP)
-
-    def one(n):
-        try:
-            exchange(port, b"%d" % n * (n * 100))
-        except Exception as error:
-            failures.append("%d: %r" % (n, error))
-    threads = [threading.Thread(target=one, args=(n,), daemon=True) for n in range(50)]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: queued(chain.port) >= 8, lambda: "links wait to be accepted, not %d" % queued(chain.port))
-    old = chain.replace()
-    os.kill(old.process.pid, signal.SIGCONT)
-    for thread in threads:
-        thread.join(2 * PATIENCE)
-    assert not failures and not any(thread.is_alive() for thread in threads), (failures, client.output)
-    assert old.wait() == 0
-
-
 # ---------------------------------------------------------------------------------------------------- UDP and reverse tunnels
 
 
@@ -505,12 +475,3 @@ def test_workers_end_on_a_second_signal(serve, connect, target):
                 assert server.process.wait(0.2) in (0, 143)
                 break
         assert_reset(*connections)
-
-
-# ---------------------------------------------------------------------------------------------------- what cannot be
-
-
-def test_no_time_to_drain(keys):
-    words = ["-1", "x", "nan", "inf", "1e400", ""]
-    for word, (code, shown) in zip(words, run_each(["-k", keys.server.path, "serve", "--drain=" + word, "127.0.0.1:0"] for word in words)):
-        assert code == 2 and "--drain" in shown, (word, code, shown)

@@ -11,16 +11,15 @@ import time
 import pytest
 
 from support import ratrod2_peer as peer
-from support.keys import identity_of, permit, seed_of
-from support.programs import PATIENCE, RATROD, assert_start_fails, bound, descriptors, handshakes
+from support.keys import identity_of, seed_of
+from support.programs import PATIENCE, RATROD, bound, descriptors
 from support.ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, UDP, LinkEnded, PeerError, encode_open
-from support.sockets import dial, eventually, free_port, port_of, receive_all, receive_exactly, refused, reset
+from support.sockets import dial, eventually, port_of, receive_all, receive_exactly, refused, reset
 from support.targets import says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 WAITING_LINKS = 8
-REFUSED = "not allowed by this server"  # the same for every reason: it teaches a prober nothing
 
 
 # ---------------------------------------------------------------------------------------------------- our server, the independent client
@@ -56,15 +55,6 @@ def serve_one(link, originator):
 def assert_fin(link):
     """The server has no more streams for it, and nothing against it."""
     assert link.accept() is None
-
-
-def test_a_listen_link_carries_one_stream_after_another(link):
-    listening = link()
-    address = listening.listen("127.0.0.1:0", b"instance")
-    for _ in range(5):
-        with dial(port_in(address)) as originator:
-            serve_one(listening, originator)
-    assert handshakes(link.server) == 1
 
 
 def test_waiting_links_form_a_pool(link):
@@ -184,19 +174,6 @@ def test_the_next_instance_takes_over(link, busy):
                 serve_one(new, originator)
 
 
-def test_a_key_has_one_instance_at_an_address(link, second):
-    """Another key gets an error, with the address of somebody else as with its instance too."""
-    mine = link()
-    address = mine.listen("127.0.0.1:0", b"instance")
-    for instance in (b"instance", b"instanc2"):
-        theirs = link(second)
-        with pytest.raises(PeerError, match="in use"):
-            theirs.listen(address, instance)
-        assert theirs.read_to_end() == []
-    with dial(port_in(address)) as originator:
-        serve_one(mine, originator)
-
-
 def test_more_waiting_links_than_a_listener_may_have(link):
     first = link()
     address = first.listen("127.0.0.1:0", b"instance")
@@ -211,21 +188,6 @@ def test_more_waiting_links_than_a_listener_may_have(link):
         originators = [stack.enter_context(dial(port_in(address))) for _ in range(WAITING_LINKS)]
         targets = {made.accept().target for made in (first, *others)}
         assert targets == {"127.0.0.1:%d" % port_of(originator) for originator in originators}
-
-
-def test_as_many_listeners_as_a_key_may_have(link):
-    """An instance says nothing of how many: each address is a listener of its own."""
-    links = [link() for _ in range(64)]
-    ports = {port_in(made.listen("127.0.0.1:0", b"instance")) for made in links}
-    assert len(ports) == 64
-    with pytest.raises(PeerError):
-        link().listen("127.0.0.1:0", b"instance")
-    links[0].finish()
-
-    def allowed():
-        with contextlib.suppress(PeerError):
-            return link().listen("127.0.0.1:0", b"instance")
-    eventually(allowed, "there is room again")
 
 
 def test_an_error_in_place_of_opened_resets_the_originator(link):
@@ -290,27 +252,6 @@ def test_a_client_opens_nothing_on_a_listen_link(link, record):
     assert {record.type for record in listening.read_to_end()} <= {peer.ERROR, peer.KEEPALIVE}
     with dial(port_in(address)) as originator:
         serve_one(good, originator)
-
-
-def test_addresses_to_listen_on(link, keys):
-    """What is none, and what permitlisten does not permit. All refusals share one text. Every spelling is in unit/test_core_grants.py."""
-    port = free_port()
-    for option, address, allowed in [
-            ("", "", False), ("", "127.1:0", False), ("", "no.such.name.invalid:0", False), ("", "unix:/tmp/x", False),
-            ('permitlisten="{port}"', "localhost:{port}", True), ('permitlisten="*:{port}"', "127.0.0.1:{port}", True),
-            ('permitlisten="127.0.0.1:1"', "{port}", False), ('permitlisten="127.0.0.1:*"', "0.0.0.0:{port}", False)]:
-        permit(keys, option.format(port=port))
-        made = link()
-        case = "%s: %s" % (option, address)
-        try:
-            made.listen(address.format(port=port), b"instance")
-        except PeerError as error:
-            assert not allowed, case
-            assert (error.code, error.text) == (peer.INVALID_HOST, REFUSED), case
-        else:
-            assert allowed, case
-            made.finish()
-            eventually(lambda: refused(port), case)
 
 
 # ---------------------------------------------------------------------------------------------------- our client, the independent server
@@ -394,44 +335,6 @@ def test_each_run_of_a_client_is_an_instance(grants, client):
     assert len(instances) == 2
 
 
-def test_two_tunnels_of_a_client_are_told_apart(grants, client, target):
-    """By the address that each asked for: what comes on its links goes to its own target, and to no other."""
-    ports = [target(says(word)).port for word in (b"zero", b"one")]
-    client(grants.port, *["R:%d:127.0.0.1:%d" % (40123 + n, port) for n, port in enumerate(ports)])
-    words = {}
-    while len(words) < 2:
-        made, asked = grants.next()
-        made.grant_listen("127.0.0.1:%d" % port_in(asked.target))
-        stream = made.open("203.0.113.9:5000")
-        words[port_in(asked.target)] = stream.receive_all()
-        stream.finish()
-    assert words == {40123: b"zero", 40124: b"one"}
-
-
-def test_a_client_whose_target_refuses_says_so(grants, client):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        program = client(grants.port, "R:0:127.0.0.1:%d" % port_of(closed))
-        listening, _ = grants.grant()
-        with pytest.raises(PeerError) as caught:
-            listening.open("203.0.113.9:5000").wait_opened()
-        assert caught.value.code == REMOTE_FAILED
-        assert listening.read_to_end() == []
-        # Another link comes in its place.
-        another, asked = grants.grant()
-        assert asked.target == "127.0.0.1:40123"
-        with pytest.raises(PeerError):
-            another.open("203.0.113.9:5000").wait_opened()
-    assert program.process.poll() is None
-
-
-def test_a_client_that_is_refused_at_start(grants, client):
-    program = client(grants.port, "R:40123:127.0.0.1:1")
-    made, stream = grants.next()
-    stream.refuse(peer.INVALID_HOST, "not today")
-    assert_start_fails(program, "not today", "40123")
-
-
 HURRY = "--max-retry-interval", "0.1"
 NOT_ON_A_WAITING_LINK = {
     "Open UDP": (OPEN, encode_open(UDP)), "Open Listen": (OPEN, encode_open(LISTEN, "127.0.0.1:0", b"instance")), "Data": (DATA, b"x"),
@@ -482,16 +385,6 @@ def test_a_server_that_bound_nonsense(grants, client):
         program.wait_for("listens on|❌")
         program.stop()
         assert all(line.replace("\t", " ").isprintable() for line in program.lines), program.lines
-
-
-def test_the_links_end_with_the_client(grants, client, tcp_echo):
-    program = client(grants.port, "R:0:127.0.0.1:%d" % tcp_echo.port)
-    listening, _ = grants.grant()
-    bound(program)
-    ended = queue.Queue()
-    threading.Thread(target=lambda: ended.put(listening.read_to_end()), daemon=True).start()
-    assert program.stop() == 0
-    assert {record.type for record in ended.get(timeout=PATIENCE)} <= {CLOSE, peer.KEEPALIVE}
 
 
 def test_links_that_the_server_ends_at_once_do_not_spin(keys, ratrod, target):

@@ -190,13 +190,6 @@ def test_figures_are_found_in_what_tests_and_scripts_print():
     assert withstand.figures_in(output) == [("soak streams whole", "86"), ("after the outage (a", "b) = 1.5 s = fine"), ("three", "3 MB | 4 MB")]
 
 
-def test_a_row_of_the_table():
-    measure = withstand.MEASURES["kill"]
-    assert withstand.row("kill", measure, [("x", "1|2"), ("y", "3")], 0, True) == (
-        "| %s | x: 1\\|2<br>y: 3 | `python tests/tools/withstand.py kill --whole` |" % measure.done)
-    assert "**failed**<br>no figures" in withstand.row("kill", measure, [], 1, False)
-
-
 def test_it_knows_only_tests_that_exist():
     for name, measure in withstand.MEASURES.items():
         tree = ast.parse((ROOT / "tests" / measure.file).read_text())
@@ -208,10 +201,3 @@ def test_it_knows_only_tests_that_exist():
         tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
         for word in measure.which.split(" or "):
             assert any(word in test for test in tests), "no test of %s has %r in its name" % (measure.file, word)
-
-
-def test_a_measure_that_it_does_not_know(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["withstand.py", "weather"])
-    with pytest.raises(SystemExit) as ended:
-        withstand.main()
-    assert ended.value.code == 2 and "strangers" in capsys.readouterr().err

@@ -20,9 +20,9 @@ import pytest
 from support.kernel import sockets_of
 from support.programs import LEGACY, PATIENCE, RATROD2, READY, Program, descriptors, every_mode
 from support.rows import row
-from support.sockets import check_bulk_each_way, check_half_close, eventually, free_port, port_of, receive_all, receive_exactly, reset
+from support.sockets import eventually, free_port, receive_all, receive_exactly, reset
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
-from support.targets import UdpEcho
+from support.targets import UdpEcho, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -185,32 +185,6 @@ def test_replies(mode, proxy, tcp_echo, closed):
     made.try_echo(tcp_echo.port)
 
 
-# Samples: (what is sent, all that may come). The tables are in unit/test_socks5.py.
-NO_REQUESTS = [
-    (b"\1" + BLOCK, [b""]), (b"\5\0", [b"\5\xff"]), (b"\5\1\1", [b"\5\xff"]),
-    (GREETING + b"\4\1\0\1\x7f\0\0\1\0\x50", [b"\5\0\5\1\0\1" + bytes(6), b"\5\0"]),
-    *((GREETING + request(name, 80), [b"\5\0\5\1\0\1" + bytes(6)]) for name in (b"a\nb", b"\xff\xfe", b"\x1b[2J", b"127.1", b"::1%lo")),
-    (GREETING + request("localhost", 0), [b"\5\0\5\1\0\1" + bytes(6)]),
-]
-
-
-def test_what_is_no_request_is_closed(proxy, tcp_echo):
-    """Neither a resolver makes something of it, nor does a log show it as it stands."""
-    made = proxy(ANY, connect_flags=("-v",), serve_flags=("-v",))
-    for data, answers in NO_REQUESTS:
-        with row(data[:100]), made.dial() as connection:
-            received = b""
-            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-                connection.sendall(data)
-            with contextlib.suppress(ConnectionResetError):
-                received = receive_all(connection)
-            assert received in answers
-    made.try_echo(tcp_echo.port)
-    assert tcp_echo.accepted == 1
-    for program in (made.server, made.client):
-        assert all(line.isprintable() for line in program.lines), program.lines
-
-
 def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
     """SOCKS has no words for it, and most programs show none. What left, or never spoke, is no failure."""
     made = proxy(ANY, connect_flags=WITH_A_PASSWORD)
@@ -241,28 +215,13 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
     assert sum("SOCKS client" in line for line in made.client.lines) == 10, made.client.output
 
 
-def test_a_name_is_no_way_to_a_unix_socket(proxy):
-    """Whoever may use the proxy for hosts has not been given the server's files, although the server's rule has a place for both."""
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as secret:
-        secret.bind(folder + "/s")
-        secret.listen(1)
-        secret.setblocking(False)
-        made = proxy(ANY, serve_flags=("-r", "(?:unix:)?.*"))
-        for name in ("unix:%s/s", "%s/s"):
-            connection, code = made.ask(request(name % folder, 80))
-            with connection:
-                assert code, name
-                with pytest.raises(BlockingIOError):
-                    secret.accept()
-
-
 # ---------------------------------------------------------------------------------------------------- in the handshake
 
 
 @every_mode
-def test_all_at_once(mode, proxy, tcp_echo):
+def test_all_at_once(mode, proxy, tcp_echo, target):
     """Greeting, password, request and data together, before any answer: none of it may be lost, or be taken for something else."""
-    made = proxy(mode, connect_flags=WITH_A_PASSWORD)
+    made, greeting = proxy(mode, connect_flags=WITH_A_PASSWORD), target(says(b"220 ready\r\n"))
     for size in (1, 1000, 70000, 3 << 20):
         data = (BLOCK * 4)[:size]
         with row(size), made.dial() as connection, concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -270,6 +229,12 @@ def test_all_at_once(mode, proxy, tcp_echo):
             assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
             assert receive_exactly(connection, size) == data
             sent.result()
+    # Where the target speaks first, its first bytes come right behind the reply, never before or inside it.
+    for _ in range(10):
+        with made.dial() as connection:
+            connection.sendall(LOGIN + request("localhost", greeting.port))
+            assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
+            assert receive_all(connection) == b"220 ready\r\n"
     # Fifty connections, all in the same step of the handshake at the same time.
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(made.dial()) for _ in range(50)]
@@ -317,7 +282,7 @@ def test_users_of_the_proxy_that_vanish_in_the_handshake(proxy, tcp_echo):
 def test_times(proxy, tcp_echo, udp_echo):
     """Whoever says nothing more is closed when the handshake's time is over. A connection or an association that is through the handshake may be
     silent for longer, and an association outlives its idle sessions."""
-    made = proxy(ANY, serve_flags=("--udp-timeout", "0.3"), connect_flags=("--udp-timeout", "0.3", "--handshake-timeout", "0.3"))
+    made = proxy(ANY, serve_flags=("--udp-timeout", "0.3"), connect_flags=("--udp-timeout", "0.3", "--handshake-timeout", "2"))
     with made.open(tcp_echo.port) as through, associate(made) as asking, contextlib.ExitStack() as stack:
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
         assert udp_sockets(made.server) == 1
@@ -343,38 +308,6 @@ def test_times(proxy, tcp_echo, udp_echo):
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello again") == b"hello again"
         through.sendall(b"still here")
         assert receive_exactly(through, 10) == b"still here"
-
-
-# ---------------------------------------------------------------------------------------------------- streams
-
-
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
-def test_streams(mode, proxy, listener, target):
-    """The ends, without all modes: they meet the wire in the tests of plain tunnels."""
-    made = proxy(mode)
-
-    @contextlib.contextmanager
-    def joined():
-        with made.open(port_of(listener)) as originator, listener.accept()[0] as remote:
-            remote.settimeout(PATIENCE)
-            yield originator, remote
-    for order in (1, -1):
-        with joined() as ends:
-            check_half_close(*ends[::order])
-        with joined() as ends:  # a reset is seen as a reset
-            leaving, staying = ends[::order]
-            leaving.sendall(b"half of")
-            assert receive_exactly(staying, 7) == b"half of"
-            reset(leaving)
-            with pytest.raises(ConnectionResetError):
-                staying.recv(1)
-    # Where the target speaks first, its first bytes come right behind the reply, never before or inside it.
-    greeting = target(lambda connection: connection.sendall(b"220 ready\r\n"))
-    for _ in range(10):
-        with made.open(greeting.port) as connection:
-            assert receive_all(connection) == b"220 ready\r\n"
-    with joined() as ends:
-        check_bulk_each_way(ends, 8)
 
 
 # ---------------------------------------------------------------------------------------------------- UDP

@@ -13,7 +13,6 @@ import tempfile
 
 import pytest
 
-from support.keys import make_keys
 from support.pressure import memory_before, peak_growth
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, every_mode
 from support.rows import row
@@ -461,17 +460,6 @@ def test_unknown_server_is_never_asked_about(serve, launch, keys):
     assert (keys.client.path / "known_hosts").read_text() == ""
 
 
-def test_keys_that_are_not_accepted(serve, launch, keys, tmp_path):
-    _, port = serve()
-    trusted = (keys.client.path / "known_hosts").read_text()
-    other = make_keys(tmp_path / "other")
-    keys.client.write("known_hosts", "%s 127.0.0.1:%d\n" % (other.public, port))
-    assert "HAS CHANGED" in one_error(launch("127.0.0.1:%d" % port, "stdio:127.0.0.1:80"), 3)
-    keys.client.write("known_hosts", trusted)
-    keys.server.write("authorized_keys", "")
-    assert keys.client.public in one_error(launch("127.0.0.1:%d" % port, "stdio:127.0.0.1:80"), 3)
-
-
 def test_missing_keys_are_never_asked_about(launch, tmp_path, closed):
     with terminal() as (ours, theirs):
         for options in ({}, {"stdin": theirs}, {"stdin": theirs, "stdout": theirs}):
@@ -510,23 +498,6 @@ def test_other_tunnels_beside_it(serve, launch, tcp_echo, listener):
         assert target.recv(1) == b""
     assert made.stdout.read() == b""
     assert made.wait() == (0, "")
-
-
-@two_wires
-def test_unix_socket_at_the_server(mode, stdio):
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as short, socket.socket(socket.AF_UNIX) as listener:
-        path = short + "/target.sock"
-        listener.bind(path)
-        listener.listen(1)
-        listener.settimeout(PATIENCE)
-        made = stdio(mode, "unix:" + path, ("-r", "unix:" + path))
-        with accept(listener) as target:
-            made.write(b"hello")
-            assert receive_exactly(target, 5) == b"hello"
-            target.sendall(b"and back")
-            assert made.read(8) == b"and back"
-        made.stdin.close()
-        assert made.wait() == (0, "")
 
 
 def test_signals(stdio, launch, listener):

@@ -1,4 +1,4 @@
-"""Streams on links that are reused, from end to end: random ends, few handshakes, round trips, a man in the middle, links that die, keys that go.
+"""Streams on links that are reused, from end to end: random ends, few handshakes, round trips, links that die, keys that go.
 
 Real processes, and where the path matters a relay of the test's own between them.
 """
@@ -20,12 +20,11 @@ from typing import NamedTuple
 
 import pytest
 
-from support import legacy_peer
 from support import ratrod2_peer as peer
-from support.keys import identity_of, make_keys, seed_of
+from support.keys import identity_of, seed_of
 from support.pressure import LONG
-from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, ROOT, tcp_port, udp_originator
-from support.sockets import ask, dial, dial_with, eventually, port_of, receive_all, receive_exactly
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, ROOT, tcp_port, udp_originator
+from support.sockets import dial, dial_with, eventually, port_of, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -494,17 +493,6 @@ def assert_greeted(port):
         assert receive_all(connection) == b"hello"
 
 
-@pytest.mark.parametrize("how", [socket.socket.close, peer.reset], ids=["FIN", "RST"])
-def test_idle_links_that_ended_are_not_used(path, tcp_echo, how):
-    """The client knows, and data that goes with the Open is safe too."""
-    made = path(tcp_echo.port)
-    for streams in range(4):
-        cut_all(made, streams, how)
-        ask(made.port)
-    made.client.wait_for(" closed: ", 4)
-    assert "❌" not in made.client.output
-
-
 @pytest.mark.parametrize("streams", [0, 1, 8])
 def test_links_that_the_path_forgot_are_replaced(path, target, streams):
     """As a NAT that lost its table: nobody hears of it before the next byte, which is answered with a reset. The Open went out alone."""
@@ -552,33 +540,6 @@ class Scripted:
         except Exception as error:
             self.problems.append(error)
             raise
-
-
-@pytest.mark.parametrize("size", [0, 1, 200_000])
-def test_close_moves_open_and_kept_data_to_another_link(connect, keys, target, size):
-    """Close as the first answer: the Open was never looked at. Here after all the Data that may come before it."""
-    opens = []
-
-    def behave(link, number):
-        stream = link.accept()
-        if not stream:
-            return
-        opens.append((number, stream.target))
-        if len(opens) > 1:
-            peer.echo(stream)
-            return stream.finish()
-        kept = min(size, peer.BEFORE_OPENED)
-        while kept:
-            kept -= len(link.read_any_record().content)
-        link.send_record(peer.CLOSE)
-        link.finish()
-    server = Scripted(keys, target, behave)
-    client = connect(server.port, "0:good:1")
-    client.wait_for(READY)
-    ask(tcp_port(client), os.urandom(size))
-    assert [where for _, where in opens] == ["good:1"] * 2
-    assert opens[0][0] != opens[1][0]
-    assert not server.problems
 
 
 HARD_OF_HEARING = """
@@ -634,8 +595,8 @@ def asks_by_udp(originator, question):
     return originator.recv(100) == question
 
 
-@pytest.mark.parametrize("flags", [(), ("--max-retry-count", "1")], ids=["stays", "ends"])
-def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target, flags):
+@pytest.mark.parametrize("mode, flags", [(RATROD2, ()), (LEGACY, ("--max-retry-count", "1"))], ids=["stays", "ends"])
+def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target, mode, flags):
     """Removed: links, streams and UDP sessions end. The clients were let in before: they go on trying and come back by themselves, unless their
     tries are counted."""
     ends = queue.Queue()
@@ -646,9 +607,9 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
             ends.put(connection.recv(1))
         except ConnectionResetError as error:
             ends.put(error)
-    server, server_port = serve("-v")
-    client = connect(server_port, "--max-retry-interval", "1", *flags, "0:%d" % target(handle).port)
-    udp_client = connect(server_port, "--max-retry-interval", "1", *flags, "0:%d" % udp_echo.port)
+    server, server_port = serve("-v", *mode.serve)
+    client = connect(server_port, *mode.connect, "--max-retry-interval", "1", *flags, "0:%d" % target(handle).port)
+    udp_client = connect(server_port, *mode.connect, "--max-retry-interval", "1", *flags, "0:%d" % udp_echo.port)
     for program in (client, udp_client):
         program.wait_for(READY)
     with dial(tcp_port(client)) as connection, udp_originator(udp_client) as originator:
@@ -678,28 +639,12 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
             eventually(is_back, "both clients are back")
 
 
-@pytest.mark.parametrize("lines, code", [
-    ("{server} {address}\n", 0),
-    ("{server} 127.0.0.1:1\n", AUTHENTICATION_FAILED),
-    ("{server}\n{other} {address}\n", AUTHENTICATION_FAILED),
-    ("{other} {address}\n{server} {address}\n", 0),
-], ids=["right", "wrong address", "another key bound to this address", "two keys bound to this address"])
-def test_known_hosts_that_are_bound_to_an_address(serve, connect, keys, tmp_path, lines, code):
-    server, port = serve("-v")
-    other = make_keys(tmp_path / "other")
-    keys.client.write("known_hosts", lines.format(server=keys.server.public, other=other.public, address="127.0.0.1:%d" % port))
-    assert connect(port).wait() == code
-    assert accepted(server) == (code == 0)
-
-
 # ---------------------------------------------------------------------------------------------------- one link for all UDP
 
 
-def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, tmp_path):
+def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second):
     """Those of all its tunnels; a second client has its own."""
     links = collections.Counter()
-    second = make_keys(tmp_path / "second")
-    second.trust(keys.server, "known_hosts")
 
     def behave(link, _number):
         stream = link.accept()
@@ -716,140 +661,3 @@ def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, tmp_path)
                 assert asks_by_udp(stack.enter_context(udp_originator(client, 1 + n % 2)), b"%d" % n)
     assert links == {identity_of(keys.client): 1, identity_of(second): 1}
     assert not server.problems
-
-
-# ---------------------------------------------------------------------------------------------------- a man in the middle
-
-
-class Middleman:
-    """Speaks Noise of his own with each side: as himself, or under the names of the other two. `near` and `far`: how that ended."""
-
-    def __init__(self, keys, server_port, target, lies):
-        self._keys, self._server_port, self._lies = keys, server_port, lies
-        self.near, self.far = queue.Queue(), queue.Queue()
-        self.port = target(self.handle).port
-
-    def handle(self, connection):
-        connection.settimeout(PATIENCE)
-        claimed = {"claimed": identity_of(self._keys.server)} if self._lies else {}
-        self.near.put(self.outcome(peer.Server(connection, b"m" * 32, **claimed).begin_handshake))
-        claimed = {"claimed": identity_of(self._keys.client)} if self._lies else {}
-        with peer.Client.connect(self._server_port, b"m" * 32, **claimed) as far:
-            self.far.put(self.outcome(far.handshake))
-
-    @staticmethod
-    def outcome(handshake):
-        try:
-            return handshake()
-        except Exception as error:
-            return error
-
-
-@pytest.mark.parametrize("lies", [False, True], ids=["as himself", "under their names"])
-def test_a_man_in_the_middle_with_keys_of_his_own(serve, connect, keys, target, tcp_echo, lies):
-    server, port = serve("-v")
-    man = Middleman(keys, port, target, lies)
-    client = connect(man.port, "0:%d" % tcp_echo.port)
-    assert client.wait() == AUTHENTICATION_FAILED
-    assert isinstance(man.near.get(timeout=PATIENCE), peer.LinkEnded)
-    assert isinstance(man.far.get(timeout=PATIENCE), (peer.PeerError, peer.LinkEnded))
-    assert (accepted(server), tcp_echo.accepted) == (0, 0)
-
-
-def other_ephemeral(at):
-    """A Relay.change: another key in place of the one at `at` of a handshake message."""
-    return lambda data: data[:at] + peer.Identity.from_seed(b"m" * 32).static_public + data[at + 32:]
-
-
-def other_suites(data):
-    """The offer without AEGIS; or with it, where this machine has none to strip."""
-    at = len(peer.OPENING) + 2 + 32
-    offer = b"\x02\x01\x02" if data[at:] == b"\x01\x02" else b"\x01\x02"
-    return peer.OPENING + struct.pack(">H", 32 + len(offer)) + data[at - 32:at] + offer
-
-
-CHANGES = {
-    "the client's ephemeral key": (CLIENT, other_ephemeral(len(peer.OPENING) + 2)),
-    "the server's ephemeral key": (SERVER, other_ephemeral(2)),
-    "the suites": (CLIENT, other_suites),
-}
-
-
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_man_in_the_middle_who_changes_the_handshake(serve, connect, target, tcp_echo, what):
-    who, change = CHANGES[what]
-    server, port = serve("-v")
-    relay = Relay(port, target)
-    relay.change = lambda passage, whose, data: change(data) if whose == who and not passage.said(whose) else data
-    client = connect(relay.port, "0:%d" % tcp_echo.port)
-    assert client.wait() not in (0, None)
-    passage, = relay.passages
-    assert passage.turns() == [CLIENT, SERVER]
-    assert (accepted(server), tcp_echo.accepted) == (0, 0)
-
-
-def test_a_whole_session_that_is_played_again(path, tcp_echo):
-    """To the same server: its answer is a new one, and nothing that was said fits it."""
-    made = path(tcp_echo.port)
-    ask(made.port)
-    said = made.relay.passages[0].said(CLIENT)
-    made.client.stop()
-    before = accepted(made.server), tcp_echo.accepted
-    with dial(made.relay.to) as again:
-        again.sendall(said)
-        assert len(peer.receive_to_end(again)) in (0, SERVER_PREAMBLE)
-    made.server.wait_for("Refused")
-    assert (accepted(made.server), tcp_echo.accepted) == before
-
-
-def test_a_man_in_the_middle_who_offers_legacy(serve, connect, keys, target, tcp_echo):
-    """To a client that would be better off with it, and a server that takes it from those it knows."""
-    server, port = serve("-v", "--legacy")
-    identity = legacy_peer.Identity()
-    said = queue.Queue()
-
-    def handle(connection):
-        connection.settimeout(PATIENCE)
-        opening = connection.recv(65536)
-        near = legacy_peer.Server(connection, identity)
-        near.client = legacy_peer.ClientPreamble(b"e" * 32, "", b"c" * 32, False, False)
-        near.send_preamble()
-        said.put((opening, near.drain()))
-    client = connect(target(handle).port, "0:%d" % tcp_echo.port)
-    assert client.wait() not in (0, None)
-    client.wait_for("--legacy")
-    opening, rest = said.get(timeout=PATIENCE)
-    assert opening.startswith(peer.OPENING) and not rest
-    assert said.empty()
-    with legacy_peer.Client(dial(port), identity, "127.0.0.1:%d" % tcp_echo.port) as far:
-        with pytest.raises(legacy_peer.Refused):
-            far.handshake()
-    assert (accepted(server), tcp_echo.accepted) == (0, 0)
-
-
-# ---------------------------------------------------------------------------------------------------- both wires
-
-
-def test_a_legacy_server_serves_both_wires_on_one_port(serve, connect, tcp_echo):
-    _, port = serve("--legacy")
-    for flags in ((), ("--legacy",), ("--legacy", "-e")):
-        client = connect(port, *flags, "0:%d" % tcp_echo.port)
-        client.wait_for(READY)
-        ask(tcp_port(client))
-
-
-def test_a_legacy_client_is_told_what_is_missing(serve, keys, tcp_echo):
-    _, port = serve()
-    with legacy_peer.Client(dial(port), legacy_peer.Identity.load(keys.client.path), "127.0.0.1:%d" % tcp_echo.port) as client:
-        with pytest.raises(legacy_peer.Refused, match="--legacy") as refused:
-            client.handshake()
-    assert refused.value.error.code == legacy_peer.UNKNOWN
-    assert tcp_echo.accepted == 0
-
-
-def test_a_server_that_closes_at_once_may_be_a_legacy_one(connect, target):
-    made = target(lambda connection: connection.recv(1))
-    client = connect(made.port)
-    assert client.wait() not in (0, None)
-    client.wait_for("--legacy")
-    assert made.accepted == 1, "it tried again"

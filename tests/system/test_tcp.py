@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import http.server
-import itertools
 import os
 import re
 import signal
@@ -21,7 +20,7 @@ import pytest
 
 from support.kernel import ESTABLISHED, rows, sockets_of
 from support.pressure import LONG, memory_before, peak_growth
-from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, every_mode, missing, need, tcp_port
+from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, every_mode, missing, need, tcp_port
 from support.rows import row
 from support.sockets import (
     ask,
@@ -37,7 +36,6 @@ from support.sockets import (
     receive_all,
     receive_exactly,
     reset,
-    works,
 )
 from support.targets import echo
 
@@ -76,12 +74,6 @@ def talk(one, other, message=b"!"):
     for sender, receiver in ((one, other), (other, one)):
         sender.sendall(message)
         assert receive_exactly(receiver, len(message)) == message
-
-
-def assert_ended(connection):
-    """The other side is gone. Whether that shows as an end or as a reset depends on the wire."""
-    with contextlib.suppress(ConnectionResetError):
-        assert connection.recv(1) == b""
 
 
 def send_until_cut(connection):
@@ -227,33 +219,6 @@ def test_killed_target(mode, start, forward):
         send_until_cut(read)
 
 
-@either_wire
-def test_killed_server_and_killed_client(mode, forward, serve, listener, join, tcp_echo):
-    at_once = () if mode.serve else ("--resume", "0")
-    server, client = forward(mode, "0:%d" % port_of(listener), "0:%d" % tcp_echo.port,
-                             # Seconds that each connection waits for a server.
-                             connect_flags=("--connect-timeout", "0.3", *at_once), serve_flags=at_once)
-    port, server_port = tcp_port(client), int(server.wait_for(STARTED).group(1))
-    originator, target = join(port)
-    talk(originator, target)
-    server.stop(signal.SIGKILL)
-    assert_ended(originator)
-    send_until_cut(originator)
-    for _ in range(3):
-        assert_refused(port)
-    says(client, "127.0.0.1:%d" % server_port, "refused")
-    # A client is started once and left alone for months: its server's restart must not end it.
-    server, _ = serve(*mode.serve, *at_once, bind="127.0.0.1:%d" % server_port)
-    eventually(lambda: works(tcp_port(client, 2)), "the client reached the server that came back")
-    originator, target = join(port)
-    talk(originator, target)
-    before = descriptors(server)
-    client.stop(signal.SIGKILL)
-    assert_ended(target)
-    send_until_cut(target)
-    eventually(lambda: descriptors(server) < before, "the server let go of the connection")
-
-
 # ---------------------------------------------------------------------------------------------------- remotes that fail
 
 
@@ -357,25 +322,10 @@ def test_100_parallel_curl_requests(tunnel, web, tmp_path):
 
 
 @either_wire
-def test_many_connections(mode, forward, tcp_echo, closed, stack):
-    server, client = forward(mode, "0:%d" % tcp_echo.port, "0:%d" % port_of(closed))
-    working, refusing = tcp_port(client), tcp_port(client, 2)
-    ask(working)
-    # Many short ones leave nothing behind, whether they are whole, leave without a word, reset, or are refused.
-    before = {program: descriptors(program) for program in (server, client)}
-    for n in range(300):
-        ask(working, b"%d" % n)
-        if n % 10 == 0:
-            dial(working).close()
-            leaving = dial(working)
-            leaving.sendall(b"?")
-            reset(leaving)
-            assert_refused(refusing)
-    for program in (server, client):
-        # A few links may be kept for the next connections; one descriptor in thirty would be a leak.
-        eventually(lambda program=program: descriptors(program) <= before[program] + 10,
-                   lambda program=program: "%d descriptors after %d" % (descriptors(program), before[program]))
-    # 200 at once are kept apart.
+def test_many_connections(mode, forward, tcp_echo, stack):
+    """200 at once are kept apart. That many one after the other leave nothing behind is in test_descriptors.py."""
+    _, client = forward(mode, "0:%d" % tcp_echo.port)
+    working = tcp_port(client)
     connections = [stack.enter_context(dial(working)) for _ in range(200)]
     for n, connection in enumerate(connections):
         connection.sendall(b"number %03d" % n)
@@ -385,32 +335,6 @@ def test_many_connections(mode, forward, tcp_echo, closed, stack):
         connection.shutdown(socket.SHUT_WR)
     for connection in connections:
         assert connection.recv(1) == b""
-
-
-@pytest.mark.parametrize("limited", ["serve", "connect"])
-def test_descriptors_run_out(limited, start, keys, tcp_echo):
-    # 40 are too few for 60 connections. Some fail; then all is as before, whichever of its calls the program was in.
-    def launch(command, *words):
-        limit = "ulimit -n 40 && " if command == limited else ""
-        return start("sh", "-c", limit + 'exec "$@"', "sh", *RATROD, "-k", getattr(keys, "server" if command == "serve" else "client").path,
-                     command, *words)
-
-    # As many as may come: otherwise the limits of a server with so few descriptors turn them away first.
-    server = launch("serve", "--max-links", "100", "--max-handshakes", "100", "127.0.0.1:0")
-    client = launch("connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1), "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    port = tcp_port(client)
-    ask(port)
-    with contextlib.ExitStack() as stack:
-        for _ in range(60):
-            stack.enter_context(dial(port))
-        {"serve": server, "connect": client}[limited].wait_for("cannot accept connections for now: ")
-    eventually(lambda: works(port), "an answer after the others left")
-    for _ in range(100):
-        ask(port)
-    for program in (server, client):
-        # A key list that could not be opened may authorize nobody, but must not send its owner to look for a missing line.
-        assert not re.search("does not know this client|not in the known hosts", program.output), program.output
 
 
 @either_wire
@@ -466,143 +390,3 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
     for n, name in ((1, b"second"), (0, b"first"), (1, b"second")):
         with dial(tcp_port(client, len(forms) + 1 + n)) as connection:
             assert receive_all(connection) == name
-
-
-def test_tunnel_form_with_one_part(namespace, start, ratrod, keys, target):
-    # The same port at both ends needs two machines.
-    inside = namespace.make(target, echo)
-    server = start(*namespace.command, *RATROD, "-k", keys.server.path, "serve", "%s:0" % namespace.address)
-    address = "%s:%s" % (namespace.address, server.wait_for(STARTED).group(1))
-    client = ratrod("-k", keys.client.path, "connect", address, inside.port)
-    client.wait_for(READY)
-    client.wait_for(r"\[TCP\] Listening on `127\.0\.0\.1:%d`, and routing through `%s` to `127\.0\.0\.1:%d` \.\.\." %
-                    (inside.port, re.escape(address), inside.port))
-    ask(inside.port)
-
-
-# ---------------------------------------------------------------------------------------------------- policy
-
-
-def name_of_loopback():
-    """A name other than localhost that this machine resolves to 127.0.0.1."""
-    with contextlib.suppress(OSError), open("/etc/hosts") as lines:
-        names = itertools.chain.from_iterable(line.partition("#")[0].split()[1:] for line in lines if line.startswith("127."))
-        for name in names:
-            with contextlib.suppress(OSError):
-                if not name.startswith("localhost") and socket.gethostbyname(name) == "127.0.0.1":
-                    return name
-    return pytest.skip("no name but localhost is 127.0.0.1 here")
-
-
-@pytest.mark.parametrize("regex, allowed, forbidden", [
-    # An address is compared in its canonical form, however it is written; a name is not the address that it has.
-    (r"127\.0\.0\.1:PORT", ["127.0.0.1", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]"], ["localhost"]),
-    (r"a|localhost|b", ["localhost"], ["127.0.0.1"]),
-    # The whole must match, not a part of it; an alternative too.
-    (r"127\.0\.0|0\.0\.1:PORT|127\.0\.0\.1:PORT0|::ffff:.*|0:0:.*", [], ["127.0.0.1", "[::ffff:127.0.0.1]", "[0:0:0:0:0:ffff:7f00:1]"]),
-    # Whoever rules over a name could point it at the server's own loopback: under a regex that address must be allowed as well.
-    ("", ["NAME"], []),
-    ("NAME|NAME:.*", [], ["NAME"]),
-    (r"NAME|127\.0\.0\.1:PORT", ["NAME"], []),
-])
-def test_remote_regex(regex, allowed, forbidden, forward, tcp_echo):
-    # What a pattern matches is a unit test (test_core_keys.py): this is that the server asks it, and for what it found.
-    if "NAME" in "".join([regex, *allowed]):
-        name = name_of_loopback()
-        regex, allowed, forbidden = regex.replace("NAME", name), [name] * len(allowed), [name] * len(forbidden)
-    _, client = forward(RATROD2, *["0:%s:%d" % (host, tcp_echo.port) for host in allowed + forbidden],
-                        serve_flags=("-r", regex.replace("PORT", str(tcp_echo.port))) if regex else ())
-    for n, host in enumerate(allowed + forbidden, 1):
-        with row(host):
-            if host in allowed:
-                ask(tcp_port(client, n))
-            else:
-                assert_refused(tcp_port(client, n))
-    assert tcp_echo.accepted == len(allowed)
-    assert not forbidden or client.wait_for(NOT_ALLOWED, len(forbidden))
-
-
-# ---------------------------------------------------------------------------------------------------- key files that change
-
-
-def assert_shown_the_door(client):
-    """Its key is not accepted any more: nothing gets through, and as soon as it needs a new link it ends and says what to do."""
-    port = tcp_port(client)
-
-    def ended():
-        with pytest.raises(ConnectionError):
-            ask(port)
-        return client.process.poll() is not None
-
-    # Its tries are counted: otherwise a client that was let in once goes on trying.
-    eventually(ended, "the client ended")
-    assert client.wait() == 3
-    says(client, "authorized_keys")
-
-
-@either_wire
-def test_authorized_keys_are_read_again(mode, keys, serve, connect, ratrod, tcp_echo, listener, join):
-    keys.server.write("authorized_keys", "")
-    server, port = serve(*mode.serve)
-
-    def served():
-        client = ratrod("-k", keys.client.path, "connect", *mode.connect, "--max-retry-count", "9", "127.0.0.1:%d" % port,
-                        "0:%d" % tcp_echo.port, "0:%d" % port_of(listener))
-        client.wait_for(READY)
-        ask(tcp_port(client))
-        return client
-
-    assert connect(port, *mode.connect, "0:%d" % tcp_echo.port).wait() == 3
-    keys.server.trust(keys.client, "authorized_keys")
-    client = served()
-    # Who takes a key out wants it out now, not when its last connection happens to end.
-    ends = join(tcp_port(client, 2))
-    talk(*ends)
-    keys.server.write("authorized_keys", "# nobody\n")
-    for end in ends:
-        with pytest.raises(ConnectionResetError):
-            end.recv(1)
-    assert_shown_the_door(client)
-    says(server, keys.client.public)
-    keys.server.trust(keys.client, "authorized_keys")
-    client = served()
-    # A file that cannot be read authorizes nobody. It is a folder in its place: to root, which tests often run as, no file is unreadable.
-    path = keys.server.path / "authorized_keys"
-    path.rename(keys.server.path / "elsewhere")
-    path.mkdir()
-    assert_shown_the_door(client)
-    path.rmdir()
-    (keys.server.path / "elsewhere").rename(path)
-    served()
-
-
-@either_wire
-def test_known_hosts_are_read_again(mode, keys, serve, connect, tcp_echo):
-    _, port = serve(*mode.serve)
-
-    def known(*lines):
-        keys.client.write("known_hosts", "".join(line + "\n" for line in lines))
-
-    def refuses():
-        client = connect(port, *mode.connect, "0:%d" % tcp_echo.port)
-        assert client.wait() == 3
-        says(client, keys.server.public, "known.hosts")
-
-    # A line for another address does not count.
-    known("%s 127.0.0.1:1" % keys.server.public)
-    refuses()
-    known(keys.server.public)
-    client = connect(port, *mode.connect, "--max-retry-count", "9", "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    local = tcp_port(client)
-    ask(local)
-    known("%s 127.0.0.1:%d" % (keys.server.public, port))
-    ask(local)
-    if mode is LEGACY:
-        # Every connection is a handshake of its own. A line for this address alone counts, once there is one; a server whose key is not the one
-        # that is known ends the client at once.
-        known(keys.server.public, "%s 127.0.0.1:%d" % (keys.client.public, port))
-        assert_refused(local)
-        assert client.wait() == 3
-    known()
-    refuses()

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import time
@@ -12,7 +11,7 @@ import pytest
 from support.kernel import waiting_bytes
 from support.programs import LEGACY, PATIENCE, RATROD2, descriptors, every_mode, tcp_port, udp_port
 from support.rows import row
-from support.sockets import ask_until_answered, eventually, free_port
+from support.sockets import eventually, free_port
 from support.targets import UdpEcho
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -45,14 +44,6 @@ def originator(loose):
 def ask(connected, question=b"anybody there?"):
     connected.send(question)
     assert connected.recv(65536) == question
-
-
-def remote_is_silent(remote):
-    """Nothing has arrived there."""
-    remote.socket.setblocking(False)
-    with contextlib.suppress(BlockingIOError):
-        return not remote.receive()
-    return True
 
 
 # ---------------------------------------------------------------------------------------------------- datagrams
@@ -191,32 +182,6 @@ def answered_by(remote_socket, asking):
     with contextlib.suppress(socket.timeout):
         remote_socket.sendto(b"now.", remote_socket.recvfrom(65536)[1])
         return asking.recv(65536) == b"now."
-
-
-@either_wire
-def test_server_that_comes_back(mode, tunnel, serve, udp_echo, originator):
-    made = tunnel(udp_echo.port, mode)
-    asking = originator(udp_port(made.client))
-    ask(asking)
-    made.server.stop(signal.SIGKILL)
-    asking.send(b"into the void")
-    serve(*mode.serve, bind="127.0.0.1:%d" % made.server_port)
-    ask_until_answered(asking, b"are you back?")
-    ask_until_answered(originator(udp_port(made.client)), b"for me too?")
-
-
-@either_wire
-def test_removed_key_loses_its_sessions(mode, keys, tunnel, remote, originator):
-    made = tunnel(remote.port, mode)
-    asking = originator(udp_port(made.client))
-    before = descriptors(made.server)
-    asking.send(b"?")
-    remote.receive()
-    keys.server.write("authorized_keys", "# nobody\n")
-    eventually(lambda: descriptors(made.server) <= before, "the server closed the session")
-    asking.send(b"not for you")
-    made.server.wait_for(re.escape(keys.client.public))
-    assert remote_is_silent(remote)
 
 
 # ---------------------------------------------------------------------------------------------------- addresses

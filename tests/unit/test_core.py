@@ -36,10 +36,6 @@ def byte_at_a_time(data):
     return [data[at:at + 1] for at in range(len(data))]
 
 
-def split_at(at):
-    return lambda data: [data[:at], data[at:]]
-
-
 CUTS = [("whole", whole), ("byte at a time", byte_at_a_time)]
 every_cut = pytest.mark.parametrize("cut", [cut for _, cut in CUTS], ids=[name for name, _ in CUTS])
 # Both ends of a byte: a spare top bit is where decoders and curves are lax.
@@ -493,13 +489,6 @@ def write_all(writer, records):
 def test_records_in_pieces(suite, cut):
     writer, reader = record_ends(suite, awaited=True)
     assert read_records(reader, cut(write_all(writer, STREAM))) == (STREAM, 0)
-
-
-@every_suite
-def test_records_split_anywhere_in_the_first_200_bytes(suite):
-    for at in range(1, 200):
-        writer, reader = record_ends(suite, awaited=True)
-        assert read_records(reader, split_at(at)(write_all(writer, STREAM))) == (STREAM, 0)
 
 
 records = st.one_of([st.tuples(st.just(kind), st.just(content)) for kind, content in STREAM[1:]]

@@ -29,7 +29,6 @@ from test_core import (
     read_one,
     read_records,
     refuse,
-    split_at,
     started,
     whole,
     write,
@@ -175,12 +174,6 @@ def test_joined_in_memory(suite, cut):
     client, server = client_end(suites=OFFER), server_end(suites=[suite])
     check_joined(client, server, shake(client, server, cut), cut)
     assert client.suite == server.suite and suite.name in client.suite
-
-
-def test_joined_with_a_split_anywhere_in_the_first_200_bytes():
-    for at in range(1, 200):
-        client, server = client_end(), server_end()
-        check_joined(client, server, shake(client, server, split_at(at)))
 
 
 @both_suites

@@ -29,7 +29,6 @@ from test_core import (
     read_one,
     read_records,
     refuse,
-    split_at,
     started,
     unlimited,
     whole,
@@ -146,13 +145,6 @@ def framed(payload, key=None, **claims):
 @every_cut
 def test_frames_in_pieces(key, cut):
     assert read_records(ratrod.LegacyReader(key), cut(write_all(ratrod.LegacyWriter(key), STREAM))) == (STREAM, 0)
-
-
-@every_key
-def test_frames_split_anywhere_in_the_first_200_bytes(key):
-    wire = write_all(ratrod.LegacyWriter(key), STREAM)
-    for at in range(1, 200):
-        assert read_records(ratrod.LegacyReader(key), split_at(at)(wire)) == (STREAM, 0)
 
 
 @unlimited
@@ -371,14 +363,6 @@ def test_joined_in_memory(should_encrypt, remote, is_udp, cut):
     assert (server.remote, server.is_udp) == (remote, is_udp)
     check_joined(client, server, cut)
     assert (write_data(client.writer, b"x")[0], write_data(server.writer, b"x")[0]) == (should_encrypt, should_encrypt)
-
-
-@encrypted_or_not
-def test_joined_with_a_split_anywhere_in_the_first_200_bytes(should_encrypt):
-    for at in range(1, 200):
-        client, server = client_end(should_encrypt=should_encrypt), server_end()
-        shake(client, server, split_at(at))
-        check_joined(client, server)
 
 
 def test_wanted_is_what_the_next_step_needs():

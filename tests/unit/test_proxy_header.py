@@ -4,6 +4,7 @@ import pytest
 
 import ratrod
 from support.proxy_headers import SIGNATURE, TCP6, UNIX, UNSPEC, addresses, introducing, tlv, v2
+from test_core import every_cut, feed, started, whole
 
 # What must be taken, and the client's address; None: the header names none.
 TAKEN = {
@@ -70,22 +71,17 @@ REFUSED = {
 WHAT_FOLLOWS = b"ratrod2\n" + b"\0\x23" + bytes(135)
 
 
-def read(data, most=1 << 20):
-    """(the header, how many bytes of `data` it took) where it gets at most `most` at a time."""
-    header, at = ratrod.ProxyHeader(), 0
-    header.start()
-    while header.wanted and at < len(data):
-        n = min(header.wanted, most)
-        header.receive_data(data[at:at + n])
-        at += n
-    return header, at
+def read(data, cut=whole):
+    """(the header, how many bytes of `data` it took)"""
+    header = started(ratrod.ProxyHeader())
+    return header, len(data) - len(feed(header, cut(data)))
 
 
-@pytest.mark.parametrize("most", [1, 1 << 20], ids=["byte by byte", "at once"])
-def test_every_header_that_must_be_taken(most):
+@every_cut
+def test_every_header_that_must_be_taken(cut):
     """Nothing of what follows is read: it is the client's."""
     for name, (data, source) in TAKEN.items():
-        header, took = read(data + WHAT_FOLLOWS, most)
+        header, took = read(data + WHAT_FOLLOWS, cut)
         assert (header.wanted, took, header.source, header.is_local) == (0, len(data), source, False), name
 
 

@@ -1,4 +1,4 @@
-"""TUNNEL words of Unix sockets, SOCKS proxies and standard input and output: which there are not, and what does not go together."""
+"""TUNNEL words of Unix sockets, SOCKS proxies, standard input and output, and reverse tunnels: which there are not, and what does not go together."""
 
 import pytest
 
@@ -20,6 +20,9 @@ NO_TUNNELS = [
     # Standard input and output.
     "stdio:", "stdio:80", "stdio:db", "stdio:db:0", "stdio:db:70000", "stdio:db:http", "stdio::80", "stdio:db:80:90", "stdio:socks", "stdio:unix:",
     "stdio:unix:a", "stdio:unix:/a/../b", "stdio:unix:/a:80", "stdio:db:80-82",
+    # Reverse tunnels.
+    "R:", "R:0", "R:0:127.0.0.1", "R:x:127.0.0.1:1", "R:65536:127.0.0.1:1", "R:0:127.0.0.1:0", "R:0:127.1:1", "R:0:unix:relative",
+    "R:stdio:127.0.0.1:1", "R:unix:/tmp/a:127.0.0.1:1", "R:1-3:127.0.0.1:1-2", "R:3-1:127.0.0.1:3-1",
 ]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 import ratrod
 from support.rows import row
+from test_core import every_cut, feed, started, whole
 
 MARKER = b"\nratrod 00112233\n"
 
@@ -17,26 +18,21 @@ def test_servers():
         assert str(ratrod.parse_servers(text)[0]) == text.rstrip("/")
 
 
-def shake(printed, most=1 << 20):
+def shake(printed, cut=whole):
     """(the handshake, how much of what is printed was read)"""
-    handshake, taken = ratrod.PipeHandshake(b"program", MARKER), 0
-    handshake.start()
+    handshake = started(ratrod.PipeHandshake(b"program", MARKER))
     assert handshake.data_to_send() == b"program"
-    while handshake.wanted and taken < len(printed):
-        n = min(handshake.wanted, most)
-        handshake.receive_data(printed[taken:taken + n])
-        taken += n
-    return handshake, taken
+    return handshake, len(printed) - len(feed(handshake, cut(printed)))
 
 
-@pytest.mark.parametrize("most", [1, 1 << 20], ids=["byte by byte", "at once"])
-def test_what_a_login_shell_prints(most):
+@every_cut
+def test_what_a_login_shell_prints(cut):
     """It is skipped, though it looks like the marker, and nothing behind the marker is read."""
     for chatter in (b"", b"Welcome!\n", MARKER[:-2], MARKER[:-2] * 3, b"\n" * 20, b"\nratrod \nratrod 0", b"x" * 60000):
         with row(chatter[:50]):
-            handshake, taken = shake(chatter + MARKER + b"a record", most)
+            handshake, taken = shake(chatter + MARKER + b"a record", cut)
             assert (handshake.is_done, taken) == (True, len(chatter + MARKER))
-            assert not shake(chatter + MARKER[:-1], most)[0].is_done
+            assert not shake(chatter + MARKER[:-1], cut)[0].is_done
     with pytest.raises(ratrod.RemoteProtocolError, match="prints more than 65536 bytes"):
         shake(b"x" * 100000)
 

@@ -150,6 +150,9 @@ USAGE_ERRORS = [
     ("connect --udp-timeout nan 127.0.0.1:9", "nan|--udp-timeout"),
     ("connect --handshake-timeout inf 127.0.0.1:9", "inf|--handshake-timeout"),
     ("serve --handshake-timeout=0 127.0.0.1:0", "--handshake-timeout"),
+    *(("connect --max-retry-count=%s S:1" % word, "--max-retry-count") for word in ("-1", "1.5", "", "٣", "9999999999")),
+    *(("connect --max-retry-interval=%s S:1" % word, "--max-retry-interval") for word in ("-1", "0", "x")),
+    *(("serve --drain=%s S:1" % word, "--drain") for word in ("-1", "x", "nan", "1e400", "")),
 ]
 
 READERS = ("docopt-ng", "docopt 0.6.2", "fallback")
@@ -251,7 +254,7 @@ def bind(text):
 
 @pytest.mark.parametrize("parse, texts", [
     (bind, ["", "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:x", "[::1:5", "[::1]", "-h"]),
-    (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9"]),
+    (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9", "a:1;a:2"]),
     (ratrod.parse_tunnels, [
         "a:b:c:d:e", "1:2:3:4:5", "70000", "65536:80", "0", "2000:host:0", "x", "x:80", "[::1:5", "::1:2000:host:80", "2000:host:080",
         "2000:host:8_0", "2000:host:+80", "2000:host:\uff18\uff10", "2000::80", "2000:host:", "2000:host:bad", "2000:127.1:80", "", " 80", "80\n",
@@ -262,6 +265,12 @@ def test_what_cannot_be_meant_is_named(parse, texts):
         with pytest.raises(ConfigError) as raised:
             parse(text)
         assert "`%s`" % ratrod.printable(text) in str(raised.value) and str(raised.value).isprintable(), (text, raised.value)
+
+
+def test_lists_of_servers_that_are_none():
+    for text in ("a:1,", ",a:1", "a:1,,a:2", ",", "a:1,x", "a:1,x:0", "a:1,:2", "a,a:2"):
+        with pytest.raises(ConfigError, match="the server"):
+            ratrod.parse_servers(text)
 
 
 # ---------------------------------------------------------------------------------------------------- ranges of ports
