@@ -19,28 +19,14 @@ import time
 import pytest
 
 import ratrod as module
+from support import programs
 from support import ratrod2_peer as peer
 from support.checked_load import Load
 from support.kernel import owner
 from support.keys import make_keys, seed_of
 from support.many_lines import run_each
 from support.pressure import LONG, figure, memory
-from support.programs import (
-    LEGACY_E,
-    LISTENING,
-    PATIENCE,
-    RATROD,
-    RATROD2,
-    READY,
-    ROOT,
-    STARTED,
-    bound,
-    descriptors,
-    missing,
-    need,
-    tcp_port,
-    udp_originator,
-)
+from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, READY, ROOT, STARTED, bound, descriptors, missing, need, tcp_port, udp_originator
 from support.proxy_headers import UNSPEC, addresses, introducing, tlv, v2
 from support.relays import Door
 from support.sockets import ask, ask_until_answered, dial, eventually, is_ready, port_of, receive_exactly, reset, works
@@ -519,7 +505,7 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
     assert set(endings) == {("reset", "reset")}
 
 
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY_E], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", [RATROD2, programs.LEGACY_E], ids=lambda mode: mode.name)
 def test_each_server_restarted_in_turn_under_load(machines, connect, tcp_echo, mode):
     """SIGTERM, and a new one on the same port: a rolling update. Nothing is lost at all."""
     made = machines(2, *mode.serve)

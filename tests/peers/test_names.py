@@ -1,7 +1,7 @@
-"""Hostile names: odd spellings of an address, name servers that change their mind, and control characters in all that a peer can make us show.
+"""Hostile names: name servers that change their mind, and control characters in all that a peer can make us show.
 
 The servers under test stand in a network namespace, whose only name server is the test's own: nothing that these names may lead to is anybody's.
-Here are samples of the spellings; all of them, under all rules, are in unit/test_spellings.py.
+Odd spellings of an address, under all rules, are in unit/test_spellings.py.
 """
 
 import concurrent.futures
@@ -23,8 +23,9 @@ from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, LEGACY_E, PATIENCE, RATROD, READY, STARTED, tcp_port
-from support.sockets import receive_all, receive_exactly
-from support.spellings import ELSEWHERE, HOSTILE, LONG, LOOPBACK, MORE_LOOPBACK, NAMES, NEVER, NOWHERE, SHORT, UNRESOLVED
+from support.sockets import receive_all
+from support.socks5 import socks_port
+from support.spellings import HOSTILE, LONG, SHORT
 
 A, CNAME, AAAA, ANY = 1, 5, 28, 255
 REFUSED = "not allowed by this server"
@@ -211,17 +212,6 @@ class Place:
                 answers[host] = value[2] if kind == peer.SESSION_OVER else value[0][1]
         return answers
 
-    def legacy(self, host):
-        with contextlib.ExitStack() as stack:
-            sock = socket.create_connection((self.address, self.server_port), timeout=PATIENCE)
-            identity = legacy_peer.Identity.load(self.keys.client.path)
-            client = stack.enter_context(legacy_peer.Client(sock, identity, self.target(host)))
-            try:
-                client.handshake()
-                return client.expect_data(len(b"outside") - (host != self.outer))
-            except legacy_peer.Refused as error:
-                return error.error.text
-
     def target(self, host):
         return "%s:%d" % (host, self.port)
 
@@ -245,103 +235,6 @@ def place(namespace, start, keys):
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
-
-
-# ---------------------------------------------------------------------------------------------------- odd spellings of loopback
-
-SOME_NEVER, SOME_LOOPBACK, SOME_NAMES, SOME_NOWHERE = NEVER[::8] + ("",), LOOPBACK[::4] + ("localhost", "[::1]"), NAMES[::5], NOWHERE[::4]
-OTHERS = ELSEWHERE[::5] + UNRESOLVED[:1]
-SOME = SOME_NEVER + SOME_LOOPBACK + SOME_NAMES + SOME_NOWHERE + OTHERS
-REFUSED_ALL = SOME_NEVER + SOME_LOOPBACK + SOME_NAMES + SOME_NOWHERE
-
-
-def socks_requests():
-    """Each spelling as a name, and as an address where it is one: (bytes of the address, what it is)."""
-    for host in SOME:
-        encodings = {host.encode("utf-8"), host.encode("latin-1", "ignore"), host.strip("[]").encode("utf-8")}
-        for name in encodings:
-            if len(name) < 256:
-                yield b"\3" + bytes([len(name)]) + name, host
-        with contextlib.suppress(ValueError):
-            packed = ipaddress.ip_address(host.strip("[]").rstrip(".")).packed
-            yield (b"\1" if len(packed) == 4 else b"\4") + packed, host
-
-
-def test_no_spelling_reaches_loopback_past_a_rule(place, ratrod):
-    """The worst name server: it says loopback to every question. By TCP and UDP, over the original's protocol, and through a proxy."""
-    place.names.default = Answer("127.0.0.1", "::1", "::ffff:127.0.0.1")
-    place.serve("--legacy", "-r", r"(?!127\.|localhost|\[?::1).*", options='permitopen="*.ok.example:*" permitopen="OUTER:PORT"')
-    answers = {host: place.tcp(host) for host in SOME}
-    assert {host: answers[host] for host in REFUSED_ALL} == dict.fromkeys(REFUSED_ALL, REFUSED)
-    assert all(isinstance(answers[host], str) for host in OTHERS)
-    answers = place.udp(SOME)
-    assert {host: answers[host] for host in REFUSED_ALL} == dict.fromkeys(REFUSED_ALL, REFUSED)
-    for host in SOME:
-        assert place.legacy(host) == REFUSED or host in OTHERS, host
-    # Nothing that is no name was looked up, not even with a domain behind it.
-    looked_up = {name for name, _ in place.names.asked}
-    names = {host.lower().rstrip(".") for host in SOME_NAMES}
-    assert looked_up <= names | {name + ".search.example" for name in names}
-    assert not place.inside.seen
-    # What the rules allow works, with the same witness on the other side.
-    assert place.tcp(place.outer) == place.legacy(place.outer) == b"outside"
-    assert place.udp([place.outer]) == {place.outer: b"outside"}
-    assert len(place.outside.seen) == 3 and not place.inside.seen
-    client = ratrod("-v", "-k", place.keys.client.path, "connect", "%s:%d" % (place.address, place.server_port), "0:socks")
-    client.wait_for(READY)
-    assert_no_spelling_reaches_loopback_through(socks_port(client), place)
-    assert not place.inside.seen
-    client.stop()
-    assert_harmless(client)
-
-
-def assert_no_spelling_reaches_loopback_through(proxy, place):
-    def ask(address):
-        with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
-            connection.sendall(b"\5\1\0\5\1\0" + address + struct.pack(">H", place.port))
-            return receive_all(connection)[2:]
-
-    for address, host in socks_requests():
-        reply = ask(address)
-        assert reply[:1] == b"\5" and reply[1] and b"inside" not in reply or not reply, (host, address, reply)
-    with contextlib.ExitStack() as stack:
-        association = stack.enter_context(socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE))
-        originator = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        association.sendall(b"\5\1\0\5\3\0\1\0\0\0\0\0\0")
-        relay = struct.unpack(">H", receive_exactly(association, 12)[10:])[0]
-        originator.settimeout(PATIENCE)
-        for n, (address, _) in enumerate(socks_requests()):
-            originator.sendto(b"\0\0\0" + address + struct.pack(">H", place.port) + b"?", ("127.0.0.1", relay))
-            if n % 50 == 0:
-                # Awaited now and then, so that none is lost for want of room.
-                honest = b"\0\0\0\1" + socket.inet_aton(place.outer) + struct.pack(">H", place.port)
-                originator.sendto(honest + b"?", ("127.0.0.1", relay))
-                assert originator.recv(100) == honest + b"outside"
-    reply = ask(b"\1" + socket.inet_aton(place.outer))
-    assert reply[1] == 0 and reply.endswith(b"outside")
-
-
-def socks_port(client):
-    return int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`").group(1))
-
-
-def test_without_a_rule_only_plain_spellings_lead_there(place):
-    """That they do shows that the other tests would see it."""
-    place.names.default = Answer("127.0.0.1", "::1")
-    place.serve()
-    answers = {host: place.tcp(host) for host in SOME}
-    assert {host for host in SOME if answers[host] == b"inside"} == set(SOME_LOOPBACK + SOME_NAMES)
-    assert {host for host in SOME if answers[host] == REFUSED} == set(SOME_NEVER + SOME_NOWHERE)
-    place.inside.seen.clear()
-    # The witness answers by UDP from 127.0.0.1 and ::1 only.
-    asked = [host for host in SOME if host not in OTHERS + MORE_LOOPBACK]
-    answers = place.udp(asked)
-    inside = [host for host in asked if host in SOME_LOOPBACK + SOME_NAMES]
-    assert [host for host in asked if answers[host] == b"inside"] == inside
-    assert place.inside.seen == ["udp"] * len(inside)
-    # What has no route is an error of the session, as it is of a stream.
-    for answers in ({host: place.tcp(host) for host in OTHERS}, place.udp(OTHERS)):
-        assert all("cannot connect to the remote" in answers[host] for host in OTHERS), answers
 
 
 # ---------------------------------------------------------------------------------------------------- name servers that are against us

@@ -3,12 +3,10 @@
 import contextlib
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 
-from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, ROOT, need, tcp_port, udp_originator
+from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
 from support.rows import row
 from support.sockets import ask, check_bulk_each_way, dial, eventually, free_port, port_of, receive_exactly, works
 
@@ -136,34 +134,3 @@ def test_several_servers_and_reconnect_through_a_proxy(real_proxy, ratrod, serve
     eventually(lambda: works(tcp_port(client)), lambda: client.output)
     client.stop()
     assert "link to `127.0.0.1:%d`" % other in client.output
-
-
-def test_the_proxy_goes_and_comes_back(start, real_proxy, tmp_path, serve, connect, tcp_echo):
-    proxy = real_proxy("http")
-    _, port = serve()
-    client = connect(port, "--proxy", "http://127.0.0.1:%d" % proxy.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    proxy.program.process.kill()
-    client.wait_for("Lost the server")
-    start(need("tinyproxy"), "-d", "-c", tmp_path / ("tinyproxy-%d.conf" % proxy.port))
-    client.wait_for("Connected to server .* again")
-    ask(tcp_port(client))
-
-
-def test_from_python(real_proxy, serve, keys, tcp_echo):
-    _, port = serve()
-    program = """
-import ratrod, socket, sys
-proxy, server, target, keys = sys.argv[1:]
-with ratrod.tunnel(server, "0:127.0.0.1:" + target, key_path=keys, proxy=proxy) as tunnel:
-    sock = socket.create_connection(tunnel.address)
-    sock.sendall(b"hello"); print(sock.recv(10).decode())
-try:
-    ratrod.tunnel(server, key_path=keys, proxy=proxy.replace("pass", "secret"))
-except ratrod.AuthenticationError as error:
-    print("AuthenticationError", "secret" in str(error))
-"""
-    proxy = real_proxy("http", "user", "pass")
-    result = subprocess.run([sys.executable, "-c", program, "http://user:pass@127.0.0.1:%d" % proxy.port, "127.0.0.1:%d" % port,
-                             str(tcp_echo.port), str(keys.client.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
-    assert result.stdout.splitlines() == ["hello", "AuthenticationError False"]

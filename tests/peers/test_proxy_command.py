@@ -68,26 +68,6 @@ def test_bulk(mode, ssh, tmp_path):
     assert through.said() == []
 
 
-def test_five_at_once(ssh):
-    """Each has a client of its own, and all of them the same key."""
-    through = ssh(RATROD2)
-    running = [through.run("echo %d; cat" % n, stdin=PIPE) for n in range(5)]
-    try:
-        for n, process in enumerate(running):
-            assert process.stdout.readline() == b"%d\n" % n
-        for process in running:
-            assert process.communicate(b"bye", timeout=PATIENCE)[0] == b"bye"
-            assert process.returncode == 0
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                stream.close()
-    assert through.said() == []
-
-
 def test_it_shows_why_it_cannot_connect(ssh, keys):
     """ssh hands its stderr to the ProxyCommand: what that says, a user sees."""
     through = ssh(RATROD2)

@@ -18,7 +18,7 @@ import ratrod as ratrod_module
 from support.keys import make_keys
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, tcp_port
-from support.sockets import ask, dial, eventually, port_of, receive_all
+from support.sockets import ask, dial, eventually, port_of
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -210,32 +210,6 @@ def run_once(ratrod):
 
 
 # ---------------------------------------------------------------------------------------------------- SIGHUP
-
-
-def test_hup_reads_the_lists_at_once(serve, connect, ratrod, keys, tcp_echo, tmp_path):
-    stranger = make_keys(tmp_path / "stranger")
-    stranger.trust(keys.server, "known_hosts")
-    server, port = serve()
-    client = connect(port, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    with dial(tcp_port(client)) as connection:
-        connection.sendall(b"?")
-        assert connection.recv(1) == b"?"
-        keys.server.write("authorized_keys", stranger.public + "\n")
-        server.process.send_signal(signal.SIGHUP)
-        assert receive_or_reset(connection) == b""
-        server.wait_for("is not in authorized_keys any more|Read again")
-    # It lives, and serves whom the list names now.
-    other = ratrod("-k", stranger.path, "connect", "127.0.0.1:%d" % port)
-    assert other.wait() == 0, other.output
-    assert server.process.poll() is None
-
-
-def receive_or_reset(connection):
-    try:
-        return receive_all(connection)
-    except ConnectionResetError:
-        return b""
 
 
 def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):

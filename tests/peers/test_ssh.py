@@ -18,22 +18,11 @@ import zlib
 import pytest
 
 import ratrod as ratrod_module
+from support import sockets
 from support.pressure import scaled
 from support.programs import PATIENCE, READY, ROOT, SCRIPT, need, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import (
-    ask,
-    ask_over,
-    assert_refused,
-    check_bulk_each_way,
-    check_half_close,
-    dial,
-    eventually,
-    port_of,
-    receive_all,
-    receive_exactly,
-    reset,
-)
+from support.sockets import ask, ask_over, assert_refused, check_half_close, dial, eventually, port_of, receive_all, receive_exactly, reset
 from support.sshd import processes
 from support.targets import UnixTarget, echo
 
@@ -115,7 +104,7 @@ def test_tcp(sshd, over_ssh, bin_with, tcp_echo, listener, ground):
     for _ in range(3):
         ask(tcp_port(client, 2))
     for ends in (lambda near, other: check_half_close(near, other), lambda near, other: check_half_close(other, near),
-                 lambda near, other: check_bulk_each_way((near, other), 8)):
+                 lambda near, other: sockets.check_bulk_each_way((near, other), 8)):
         with dial(tcp_port(client)) as near:
             other, _ = listener.accept()
             other.settimeout(PATIENCE)

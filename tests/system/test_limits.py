@@ -25,6 +25,7 @@ from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
+from support.scripted import Scripted
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
 
@@ -669,32 +670,6 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
 # ---------------------------------------------------------------------------------------------------- links of a client: their number and age
 
 
-class AgeServer:
-    """The independent peer as a server that notes how old a link was when something began or was asked on it."""
-
-    def __init__(self, keys, target):
-        self._seed, self.ages, self.links = seed_of(keys.server), [], 0
-        self.port = target(self._serve).port
-
-    def _serve(self, connection):
-        connection.settimeout(PATIENCE)
-        server = peer.Server(connection, self._seed).handshake()
-        born = time.monotonic()
-        self.links += 1
-
-        def note(*_):
-            self.ages.append(time.monotonic() - born)
-
-        def handle(stream):
-            note()
-            if stream.kind == peer.TCP:
-                peer.echo(stream)
-            else:
-                peer.serve_udp(stream, lambda _, data: note() or data)
-        with contextlib.suppress(peer.LinkEnded, peer.PeerError):
-            server.serve_streams(handle)
-
-
 @pytest.mark.parametrize("flag", [1, 3])
 def test_idle_links(serve, start, keys, tcp_echo, flag):
     """One that is used and two that are ready are there in any case, and must not be made anew all the time. A burst leaves as many as it
@@ -757,20 +732,32 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target)
 
 def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack):
     """What is open on it goes on; UDP moves to another, and its originator hardly notices."""
-    server = AgeServer(keys, target)
+    ages, links = [], []  # how old a link was when something began or was asked on it
+
+    def behave(link, _number):
+        links.append(time.monotonic())
+        born = links[-1]
+
+        def handle(stream):
+            ages.append(time.monotonic() - born)
+            if stream.kind == peer.TCP:
+                return peer.echo(stream)
+            return peer.serve_udp(stream, lambda _, data: ages.append(time.monotonic() - born) or data)
+        link.serve_streams(handle)
+    server = Scripted(keys, target, behave)
     client = start(*scaled(link_age=0.4, sweep_interval=0.1), "-k", keys.client.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1")
     client.wait_for(READY)
     long_one, originator = (stack.enter_context(made) for made in (dial(tcp_port(client)), udp_originator(client)))
     originator.settimeout(1)
     answers, until = 0, time.monotonic() + 2.5
-    while time.monotonic() < until or server.links < 5:
+    while time.monotonic() < until or len(links) < 5:
         ask(tcp_port(client))
         ping(long_one)
         with contextlib.suppress(socket.timeout):
             originator.send(b"question")
             answers += originator.recv(100) == b"question"
     # Ages are looked at now and then, and a busy machine may see Open late.
-    assert 0.2 < max(server.ages) < 2
+    assert 0.2 < max(ages) < 2
     assert answers > 10
 
 

@@ -9,22 +9,9 @@ import threading
 import pytest
 
 from support import ratrod2_peer as peer
-from support.keys import seed_of
-from support.programs import LISTENING, PATIENCE, READY, STARTED
+from support.programs import LISTENING, READY, STARTED
+from support.scripted import Scripted
 from support.sockets import dial, eventually, receive_exactly
-
-
-def peer_server(keys, target, serve_link):
-    """The port of an independent ratrod2 server: serve_link(link, number) for each connection, after its handshake."""
-    numbers = iter(range(1000))
-
-    def handle(connection):
-        connection.settimeout(PATIENCE)
-        link = peer.Server(connection, seed_of(keys.server)).handshake()
-        with contextlib.suppress(peer.LinkEnded, peer.PeerError):
-            serve_link(link, next(numbers))
-            link.finish()  # to close while an Ack is unread would be a reset
-    return target(handle).port
 
 
 def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
@@ -45,7 +32,7 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
         is_old = not ended.is_set()
         with contextlib.suppress(peer.LinkEnded):
             link.serve_streams(lambda stream: handle(stream, is_old))
-    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % peer_server(keys, target, serve_link), "0:good:1")
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % Scripted(keys, target, serve_link).port, "0:good:1")
     client.wait_for(READY)
     with contextlib.ExitStack() as stack:  # so many idle links
         locals_ = [stack.enter_context(dial(int(client.wait_for(LISTENING).group(1)))) for _ in range(6)]

@@ -119,16 +119,3 @@ def test_a_proxy_that_is_not_there(connect, closed):
     client = connect(9, "--proxy", "http://user:secret@127.0.0.1:%d" % closed, "0:127.0.0.1:1")
     client.wait_for("cannot connect to the proxy `http://127.0.0.1:%d`: Connection refused" % closed)
     assert client.wait() == 1 and "secret" not in client.output
-
-
-def test_urls_that_cannot_be(connect):
-    """On the command line, and from Python. So a server that no proxy can be asked for, before anything is dialled."""
-    client = connect(9, "--proxy", "http://user:secret@", "0:127.0.0.1:1")
-    assert client.wait() == 2
-    client.wait_for("cannot understand the --proxy: ")
-    assert "secret" not in client.output
-    for server, proxy, says in (("127.0.0.1:9", "ftp://user:secret@x", "cannot understand the --proxy"),
-                                ("127.1:9", "http://127.0.0.1:9", "no proxy can be asked for the server ")):
-        with pytest.raises(ratrod_module.ConfigError, match=says) as error:
-            ratrod_module.tunnel(server, proxy=proxy)
-        assert "secret" not in str(error.value)

@@ -7,21 +7,7 @@ import socket
 import threading
 
 import pytest
-from test_outlive import (
-    WINDOW,
-    accepted,
-    assert_ended,
-    assert_no_connect,
-    attach,
-    end,
-    every_loss,
-    fin,
-    live_and_end,
-    lose,
-    sigterm,
-    take,
-    talk,
-)
+from test_outlive import WINDOW, accepted, assert_ended, assert_no_connect, attach, end, every_loss, fin, live_and_end, lose, sigterm, take, talk
 from test_ratrod2_negative import was_reset
 
 from support import ratrod2_peer as peer

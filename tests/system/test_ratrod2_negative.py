@@ -1,23 +1,20 @@
 """The negative tests of PROTOCOL.md that concern ratrod2, by their numbers there, over real sockets: the real `serve` or `connect` against the
 independent peer. Here is what the programs then do, by a sample; the whole tables are walked in unit (test_core.py, test_core_handshake.py,
 test_core_keys.py, test_core_grants.py). The missing numbers: 3 is legacy's, 24 and 34 are in peers/test_names.py,
-31 in unit/test_states.py.
+31 in unit/test_states.py, 33 in test_descriptors.py.
 """
 
 import contextlib
 import errno
 import json
 import os
-import pathlib
 import queue
-import re
 import select
 import selectors
 import socket
 import struct
 import sys
 import threading
-import time
 
 import pytest
 
@@ -25,36 +22,9 @@ from support import ratrod2_peer as peer
 from support.keys import base64url, identity_of, make_keys, seed_of
 from support.pressure import LONG, memory_before, peak_growth
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY
-from support.ratrod2_peer import (
-    ABANDON,
-    ACK,
-    CLOSE,
-    DATA,
-    DATAGRAMS,
-    END,
-    ERROR,
-    HANDSHAKE_COMPLETION,
-    KEEPALIVE,
-    LISTEN,
-    OPEN,
-    OPENED,
-    OPENING,
-    OVER,
-    SESSION,
-    SESSION_ADDRESS,
-    SESSION_OVER,
-    TCP,
-    UDP,
-    Client,
-    PeerError,
-    ProtocolError,
-    Recorder,
-    Server,
-    encode_open,
-    encode_session,
-    receive_to_end,
-)
+from support.ratrod2_peer import DATA, DATAGRAMS, ERROR, KEEPALIVE, OPEN, OPENED, OPENING, SESSION, TCP, PeerError, encode_session, receive_to_end
 from support.rows import row
+from support.scripted import Scripted
 from support.sockets import eventually, is_ready, receive_all, receive_exactly
 
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
@@ -132,7 +102,7 @@ class Served:
 
     def client(self, seed=None, **options):
         """A connected peer that has sent nothing yet."""
-        return self.stack.enter_context(Client.connect(self.port, seed or seed_of(self.keys.client), **options))
+        return self.stack.enter_context(peer.Client.connect(self.port, seed or seed_of(self.keys.client), **options))
 
     def link(self, seed=None, **options):
         return self.client(seed, server=identity_of(self.keys.server), **options).handshake()
@@ -224,13 +194,13 @@ class EvilServer:
 
     def handle(self, connection):
         connection.settimeout(4 * PATIENCE)
-        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)])
+        server = peer.Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)])
         try:
             server.handshake().serve_streams(self._dispatch)
         except PeerError:
             # A client may fail a stream: its originator may be gone.
             pass
-        except ProtocolError as error:
+        except peer.ProtocolError as error:
             self.problems.append(error)
         finally:
             # The test's process still has the socket in its Target: without this a thread that still sends would keep the link open.
@@ -238,7 +208,7 @@ class EvilServer:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _dispatch(self, stream):
-        evil = self._evil_udp if stream.kind == UDP else self._evil if stream.target == "evil:1" else None
+        evil = self._evil_udp if stream.kind == peer.UDP else self._evil if stream.target == "evil:1" else None
         if not evil:
             return peer.serve(stream)
         try:
@@ -291,7 +261,7 @@ class Impostor:
     def _handle(self, connection):
         connection.settimeout(PATIENCE)
         try:
-            self._behave(Server(connection, seed_of(self._keys.server), **self._options))
+            self._behave(peer.Server(connection, seed_of(self._keys.server), **self._options))
         except Exception as error:
             self.said.put(error)
             raise
@@ -329,7 +299,7 @@ def assert_refused(client):
     assert client.read_to_end() == []
 
 
-def assert_ended(link, allowed=(ERROR, KEEPALIVE, ACK)):
+def assert_ended(link, allowed=(ERROR, KEEPALIVE, peer.ACK)):
     """The server ends the link; of what it still said nothing is an answer to the evil step."""
     assert {record.type for record in link.read_to_end()} <= set(allowed)
 
@@ -515,7 +485,7 @@ def say_3(client, change=lambda message: message, **wrong):
 def flipped_1(client, at):
     """Noise cannot refuse most of these at once: nobody must be able to go on from the answer."""
     say_1(client, lambda message: flip(message, at))
-    with contextlib.suppress(ProtocolError, peer.LinkEnded):
+    with contextlib.suppress(peer.ProtocolError, peer.LinkEnded):
         client.read_server_preamble()
         raise AssertionError("it takes message 1 with byte %d flipped" % at)
     client.send_message(b"\x00" * 96)  # what this client would have said next, made with a wrong transcript
@@ -657,10 +627,10 @@ def test_13_an_unauthorized_key_that_pipelines_open(served, watched, resolver):
         client = end.client(STOLEN).begin_handshake()
         client.send_open(TCP, target)
         client.send_record(DATA, b"hello")
-        client.send_record(END)
+        client.send_record(peer.END)
         assert_refused(client)
     udp = end.client(STOLEN).begin_handshake()
-    udp.send_open(UDP)
+    udp.send_open(peer.UDP)
     udp.send_record(SESSION, encode_session(1, "pipelined.example:53"))
     assert_refused(udp)
     # A stream of somebody authorized passes through all the same steps: what the server did not do before it, it will not do.
@@ -671,7 +641,7 @@ def test_13_an_unauthorized_key_that_pipelines_open(served, watched, resolver):
 
 def test_14_a_whole_session_replayed_to_a_server(served):
     end = served()
-    recorded = end.link(wrap=Recorder)
+    recorded = end.link(wrap=peer.Recorder)
     assert recorded.exchange(end.address, b"hello") == b"hello"
     recorded.finish()
     accepted = end.target.accepted
@@ -700,7 +670,7 @@ TAMPERED = {
     "length 0": lambda link, ours, theirs: bytes(68),
     "length 2^32 - 1": lambda link, ours, theirs: b"\xff" * 68,
     "empty Data": lambda link, ours, theirs: seal(link, DATA),
-    "Ack with bytes left over": lambda link, ours, theirs: seal(link, ACK, bytes(9)),
+    "Ack with bytes left over": lambda link, ours, theirs: seal(link, peer.ACK, bytes(9)),
     "Keepalive of 2 KiB": lambda link, ours, theirs: seal(link, KEEPALIVE, bytes(2048)),
     "Error cut short": lambda link, ours, theirs: seal(link, ERROR, b"\x03\x05abc"),
 }
@@ -764,7 +734,7 @@ BREAKS = {
     "FIN inside a record": lambda link: (link.send(seal(link, DATA, b"x" * 100)[:50]), fin(link)),
     "FIN inside a length": lambda link: (link.send(seal(link, DATA, b"x" * 100)[:2]), fin(link)),
     "reset": lambda link: peer.reset(link.sock),
-    "FIN after our End": lambda link: (link.send_record(END), fin(link)),
+    "FIN after our End": lambda link: (link.send_record(peer.END), fin(link)),
 }
 
 
@@ -812,19 +782,19 @@ def test_17_a_server_that_breaks_every_link(connected, first, opened):
         assert [stream.attempt for stream in opens] == list(range(1, len(opens) + 1))
 
 
-ANOTHER_OPEN = OPEN, encode_open(TCP, "127.0.0.1:1")
+ANOTHER_OPEN = OPEN, peer.encode_open(TCP, "127.0.0.1:1")
 SOME_DATA = DATA, b"x"
-AN_END = END, b""
-AN_OVER = OVER, b""
+AN_END = peer.END, b""
+AN_OVER = peer.OVER, b""
 AN_OPENED = OPENED, peer.encode_opened()
-AN_ACK = ACK, peer.encode_ack(0)
-AN_ABANDON = ABANDON, bytes(16)
-A_COMPLETION = HANDSHAKE_COMPLETION, b"\x01v"
+AN_ACK = peer.ACK, peer.encode_ack(0)
+AN_ABANDON = peer.ABANDON, bytes(16)
+A_COMPLETION = peer.HANDSHAKE_COMPLETION, b"\x01v"
 A_SESSION = SESSION, encode_session(1, "127.0.0.1:1")
 SOME_DATAGRAMS = DATAGRAMS, peer.encode_datagrams([(1, b"x")])
-A_SESSION_OVER = SESSION_OVER, peer.encode_session_over(1)
-A_SESSION_ADDRESS = SESSION_ADDRESS, peer.encode_session_address(1, "127.0.0.1:1")
-A_CLOSE = CLOSE, b""
+A_SESSION_OVER = peer.SESSION_OVER, peer.encode_session_over(1)
+A_SESSION_ADDRESS = peer.SESSION_ADDRESS, peer.encode_session_address(1, "127.0.0.1:1")
+A_CLOSE = peer.CLOSE, b""
 UNKNOWN_TYPE = 0x7f, b""
 
 # What belongs on no stream, and on no link that carries none.
@@ -843,8 +813,8 @@ WRONG_FROM_OPENER = {
     "Abandon": [AN_ABANDON],
     "Close": [A_CLOSE],
 }
-BAD_OPENS = {"empty Open": (OPEN, b""), "Open of kind 4": (OPEN, encode_open(4)), "Open cut short": (OPEN, encode_open(TCP, "a:1")[:-1]),
-             "Abandon cut short": (ABANDON, bytes(15))}
+BAD_OPENS = {"empty Open": (OPEN, b""), "Open of kind 4": (OPEN, peer.encode_open(4)), "Open cut short": (OPEN, peer.encode_open(TCP, "a:1")[:-1]),
+             "Abandon cut short": (peer.ABANDON, bytes(15))}
 WRONG_WHEN_IDLE = {**NOWHERE, "Data": SOME_DATA, "End": AN_END, "Over": AN_OVER, "Opened": AN_OPENED}
 
 
@@ -874,7 +844,7 @@ def test_18_19_what_an_opener_may_not_send(served, watched):
 def test_19_what_a_client_may_not_send_on_an_idle_link(served):
     end = served()
     for used in (False, True):
-        for how, record in {**WRONG_WHEN_IDLE, **BAD_OPENS, "Close": A_CLOSE, "Ack": (ACK, peer.encode_ack(1000))}.items():
+        for how, record in {**WRONG_WHEN_IDLE, **BAD_OPENS, "Close": A_CLOSE, "Ack": (peer.ACK, peer.encode_ack(1000))}.items():
             with row("%s, %s" % (how, used)):
                 link = end.link()
                 if used:
@@ -938,15 +908,15 @@ def test_18_19_what_a_server_may_not_send_on_an_idle_link(connected):
         peer.echo(stream)
         stream.over()
         stream.link.send_record(*record)
-    opens = {"Open of kind %d" % kind: (OPEN, encode_open(kind, "127.0.0.1:1", instance)) for kind, instance in (
-        (TCP, b""), (UDP, b""), (LISTEN, b"instance"))}
+    opens = {"Open of kind %d" % kind: (OPEN, peer.encode_open(kind, "127.0.0.1:1", instance)) for kind, instance in (
+        (TCP, b""), (peer.UDP, b""), (peer.LISTEN, b"instance"))}
     end, evil = connected(misbehave)
     for how, record in {**WRONG_WHEN_IDLE, **opens, "Ack": AN_ACK, "Abandon": AN_ABANDON}.items():
         with row(how):
             connection = end.originate()
             connection.shutdown(socket.SHUT_WR)
             assert receive_all(connection) == b"hello"
-            assert {record.type for record in evil.end()} <= {KEEPALIVE, ACK, ERROR}
+            assert {record.type for record in evil.end()} <= {KEEPALIVE, peer.ACK, ERROR}
     still_serves(end)
 
 
@@ -954,27 +924,20 @@ def test_18_19_what_a_server_may_not_send_on_an_idle_link(connected):
 
 
 class Reversed:
-    """A real client with a reverse tunnel to the echo, whose server is the peer. `links` gets its Listen links, granted; `problems` what it did
-    against the protocol."""
+    """A real client with a reverse tunnel to the echo, whose server is the peer. `links` gets its Listen links, granted."""
 
     def __init__(self, keys, target):
-        self._keys = keys
         self._over = threading.Event()
         self.links = queue.Queue()
-        self.problems = []
-        self.port = target(self._handle).port
+        self._server = Scripted(keys, target, self._behave)
+        self.port, self.check = self._server.port, self._server.check
 
-    def _handle(self, connection):
-        connection.settimeout(PATIENCE)
-        server = Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)])
-        try:
-            stream = server.handshake().accept()
-            if stream and stream.kind == LISTEN:
-                server.grant_listen("127.0.0.1:40123")
-                self.links.put(server)
-                self._over.wait(4 * PATIENCE)
-        except ProtocolError as error:
-            self.problems.append(error)
+    def _behave(self, link, _number):
+        stream = link.accept()
+        if stream and stream.kind == peer.LISTEN:
+            link.grant_listen("127.0.0.1:40123")
+            self.links.put(link)
+            self._over.wait(4 * PATIENCE)
 
     def link(self):
         return self.links.get(timeout=PATIENCE)
@@ -1012,7 +975,7 @@ def test_20_the_servers_open_names_a_target(reversed_client, watched, tcp_echo, 
     assert watched.accepted == 0
     assert tcp_echo.accepted == len(targets)
     still_serves(end)
-    assert not end.problems
+    end.check()
 
 
 @pytest.mark.parametrize("name", ["", hostile_text, "\x00", b"\xff\xfe"], ids=["empty", "hostile", "NUL", "no UTF-8"])
@@ -1026,7 +989,7 @@ def test_20_the_servers_open_names_nonsense(reversed_client, name):
         stream.send(b"hello")
         assert stream.receive() == b"hello"
     still_serves(end)
-    assert not end.problems
+    end.check()
 
 
 def originator(stack, address):
@@ -1078,7 +1041,7 @@ def test_21_a_listen_link_of_another_key_joins_no_pool(served, second, instance)
     mine = end.link()
     address = mine.listen("127.0.0.1:0", b"instance")
     theirs = end.link(seed_of(second))
-    theirs.send_open(LISTEN, address, instance)
+    theirs.send_open(peer.LISTEN, address, instance)
     assert read_error(theirs).text
     with contextlib.ExitStack() as stack:
         for _ in range(3):
@@ -1106,7 +1069,7 @@ def test_22_listen_without_permission(served, options):
     """A key's own permission does not make up for the server's."""
     end = served()
     end.keys.server.write("authorized_keys", "%s %s\n" % (end.keys.client.public, options))
-    assert refusal_of(end, LISTEN, "127.0.0.1:0", b"instance")[1]
+    assert refusal_of(end, peer.LISTEN, "127.0.0.1:0", b"instance")[1]
     still_serves(end)
 
 
@@ -1116,7 +1079,7 @@ def test_22_listen_with_permission_for_something_else(served):
     end.keys.server.write("authorized_keys", '%s permitlisten="127.0.0.1:*" permitlisten="127.0.0.2:9"\n' % end.keys.client.public)
     common = refusal_of(end, TCP, "224.0.0.1:80")
     for address in ("0.0.0.0:0", "127.0.0.2:0", "127.0.0.2:8", "[::]:0", "[::1]:0"):
-        assert refusal_of(end, LISTEN, address, b"instance") == common
+        assert refusal_of(end, peer.LISTEN, address, b"instance") == common
     with contextlib.ExitStack() as stack:
         link = end.link()
         answer(link, originator(stack, link.listen("127.0.0.1:0", b"instance")))
@@ -1159,7 +1122,7 @@ def test_23_malformed_targets_of_udp_sessions(served, udp_echo, resolver):
         link.session(number, pattern.format(port=udp_echo.port))
         link.datagrams((number, b"lost"))
         kind, (over, _, text) = link.read_udp()
-        assert (kind, over) == (SESSION_OVER, number) and text
+        assert (kind, over) == (peer.SESSION_OVER, number) and text
     assert names.lookups == lookups
     link.session(1000, "127.0.0.1:%d" % udp_echo.port)
     link.datagrams((1000, b"hello"))
@@ -1177,7 +1140,7 @@ def test_25_a_key_removed_during_a_stream(served, watched, second):
     stream.wait_opened()
     end.keys.server.write("authorized_keys", end.keys.client.public + "\n")
     for link in (removed, idle, udp):
-        assert {record.type for record in link.read_to_end()} <= {ERROR, KEEPALIVE, CLOSE, OPENED}
+        assert {record.type for record in link.read_to_end()} <= {ERROR, KEEPALIVE, peer.CLOSE, OPENED}
     watched.assert_reset()
     # One line for all of its links, in place of one each.
     end.program.wait_for("WARN The client's key `%s` is not in authorized_keys any more: 3 links of it ended" % other.public)
@@ -1298,7 +1261,7 @@ def test_28_datagram_of_an_unknown_session_to_the_client(connected):
         link = stream.link
         link.send_record(OPENED, b"\x00")
         number, data = read_first_datagram(link)
-        link.send_record(SESSION_OVER, peer.encode_session_over(number + 1000))
+        link.send_record(peer.SESSION_OVER, peer.encode_session_over(number + 1000))
         # The stray ones stand before the true one: had they been delivered, they would have come first.
         link.datagrams((number + 1000, b"stray"), (0, b"stray"), (2**32 - 1, b"stray"), (number, data))
         assert link.read_udp() == (DATAGRAMS, [(number, b"two")])
@@ -1449,27 +1412,6 @@ def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
     read_at_last(end, stream, ready, sizes, flood)
 
 
-@linux
-def test_30_keepalive_flood_while_the_client_does_not_read(connected):
-    flood = Flood()
-
-    def misbehave(stream):
-        opened_with_data(stream)
-        flood.run(stream)
-        stream.finish()
-        return WELL
-    end, _ = connected(misbehave)
-    connection = end.originate()
-    assert receive_exactly(connection, 5) == b"hello"
-    before = memory_before(end.program)
-    flood.until_stuck(end)
-    assert peak_growth(end.program, before) < MEMORY
-    connection.settimeout(4 * PATIENCE)
-    connection.shutdown(socket.SHUT_WR)
-    assert len(receive_all(connection)) == flood.size
-    still_serves(end)
-
-
 def test_32_a_look_up_that_hangs(served, resolver, second):
     names = resolver(resolved_example=["127.0.0.1"])
     end = served(env=names.environment)
@@ -1493,45 +1435,4 @@ def test_32_a_look_up_that_hangs(served, resolver, second):
     for link in hanging:
         read_error(link)
     moving.finish()
-    still_serves(end)
-
-
-def lowest_free_descriptor(pid):
-    used = {int(name) for name in os.listdir("/proc/%d/fd" % pid)}
-    return next(number for number in range(len(used) + 1) if number not in used)
-
-
-def cpu_seconds(pid):
-    fields = pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@linux
-def test_33_descriptors_exhausted(served):
-    import resource
-    end = served()
-    pid = end.program.process.pid
-    stream = end.link().open(end.address)
-    stream.wait_opened()
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    # From here on the process cannot open anything, and what it has open works.
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free_descriptor(pid), limits[1]))
-    waiting = [end.client() for _ in range(3)]
-    waiting[0].send(OPENING)
-    stream.send(b"hello")
-    assert stream.receive() == b"hello"
-    # A spin can only be seen over time. It takes what the machine gives it; a pause takes nothing.
-    start, used = time.monotonic(), cpu_seconds(pid)
-    time.sleep(1)
-    assert cpu_seconds(pid) - used < (time.monotonic() - start) / 10
-    stream.send(b"hello")
-    assert stream.receive() == b"hello"
-    assert len([line for line in end.program.lines if re.search("descriptor|too many open files", line, re.I)]) <= 1
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-    # Who waited in the meantime is served as well.
-    waiting[0].send_message(waiting[0].client_preamble())
-    waiting[0].read_server_preamble()
-    for client in waiting[1:]:
-        assert client.handshake().exchange(end.address, b"waited") == b"waited"
-    stream.finish()
     still_serves(end)

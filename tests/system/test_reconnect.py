@@ -22,6 +22,7 @@ from support.pressure import LONG, figure
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, tcp_port, udp_originator
 from support.relays import Door
 from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, port_of, receive_exactly, refused, works
+from support.socks5 import ask_socks, request, socks_port
 from support.traffic import RESET, Traffic
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -325,14 +326,10 @@ def test_who_waits_too_long_is_reset_and_told_why(serve, connect_to, tcp_echo, m
     assert socks_connect(client, tcp_echo.port)[0] == 1  # general failure
 
 
-def socks_connect(client, port, n=1):
-    """(the reply's code, the connection) of a CONNECT through the n-th SOCKS tunnel."""
-    local_port = int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`", n).group(1))
-    connection = dial(local_port)
-    connection.sendall(b"\x05\x01\x00")
-    assert receive_exactly(connection, 2) == b"\x05\x00"
-    connection.sendall(b"\x05\x01\x00\x01\x7f\x00\x00\x01" + port.to_bytes(2, "big"))
-    return receive_exactly(connection, 10)[1], connection
+def socks_connect(client, port):
+    """(the reply's code, the connection) of a CONNECT through the client's SOCKS tunnel."""
+    connection, code, _ = ask_socks(socks_port(client), request("127.0.0.1", port))
+    return code, connection
 
 
 def test_retry_is_invisible_after_a_restart_that_nobody_saw(serve, connect, tcp_echo):

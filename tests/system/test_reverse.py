@@ -21,29 +21,8 @@ from support import ratrod2_peer as peer
 from support.keys import permit, seed_of
 from support.many_lines import run_lines
 from support.pressure import memory_before, peak_growth
-from support.programs import (
-    AUTHENTICATION_FAILED,
-    PATIENCE,
-    READY,
-    assert_start_fails,
-    bound,
-    descriptors,
-    handshakes,
-    tcp_port,
-)
-from support.sockets import (
-    ask,
-    assert_refused,
-    dial,
-    eventually,
-    free_port,
-    port_of,
-    receive_all,
-    receive_exactly,
-    refused,
-    reset,
-    works,
-)
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY, assert_start_fails, bound, descriptors, handshakes, tcp_port
+from support.sockets import ask, assert_refused, dial, eventually, free_port, port_of, receive_all, receive_exactly, refused, reset, works
 from support.targets import UnixTarget, echo, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")

@@ -14,6 +14,7 @@ from support import ratrod2_peer as peer
 from support.keys import identity_of, seed_of
 from support.programs import PATIENCE, RATROD, bound, descriptors
 from support.ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, UDP, LinkEnded, PeerError, encode_open
+from support.scripted import Scripted
 from support.sockets import dial, eventually, port_of, receive_all, receive_exactly, refused, reset
 from support.targets import says
 
@@ -262,25 +263,18 @@ class Grants:
     are served as everywhere."""
 
     def __init__(self, keys, target):
-        self._keys = keys
         self._over = threading.Event()
         self.asked = queue.Queue()
-        self.problems = []
-        self.port = target(self.handle).port
+        self._server = Scripted(keys, target, self._behave)
+        self.port = self._server.port
 
-    def handle(self, connection):
-        connection.settimeout(2 * PATIENCE)
-        try:
-            with contextlib.suppress(LinkEnded, PeerError):
-                made = peer.Server(connection, seed_of(self._keys.server), authorized=[identity_of(self._keys.client)]).handshake()
-                stream = made.accept()
-                if stream and stream.kind == LISTEN:
-                    self.asked.put((made, stream))
-                    self._over.wait(4 * PATIENCE)
-                elif stream:
-                    peer.serve(stream)
-        except peer.ProtocolError as error:
-            self.problems.append(error)
+    def _behave(self, link, _number):
+        stream = link.accept()
+        if stream and stream.kind == LISTEN:
+            self.asked.put((link, stream))
+            self._over.wait(4 * PATIENCE)
+        elif stream:
+            peer.serve(stream)
 
     def next(self):
         return self.asked.get(timeout=PATIENCE)
@@ -293,7 +287,7 @@ class Grants:
 
     def close(self):
         self._over.set()
-        assert not self.problems, "the client broke the protocol: %r" % self.problems
+        self._server.check()
 
 
 @pytest.fixture

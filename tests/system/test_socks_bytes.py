@@ -189,7 +189,7 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
     """SOCKS has no words for it, and most programs show none. What left, or never spoke, is no failure."""
     made = proxy(ANY, connect_flags=WITH_A_PASSWORD)
     words = functools.partial(b"\5\2\1\0%b".__mod__)
-    for data, answer, says in (
+    for data, answer, told in (
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + BLOCK, b"HTTP/1.1 400 Bad Request\r\n", "it speaks HTTP .*: name that as socks5h"),
         (b"CONNECT localhost:443 HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n", "it speaks HTTP to a SOCKS proxy"),
         (b"\x16", b"", "it does not speak SOCKS, but TLS"),
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
             assert receive_all(connection).startswith(answer)
-            made.client.wait_for("❌ SOCKS client `127.0.0.1:%d`: .*%s" % (connection.getsockname()[1], says))
+            made.client.wait_for("❌ SOCKS client `127.0.0.1:%d`: .*%s" % (connection.getsockname()[1], told))
     for data in (b"", b"\5", LOGIN):
         with made.dial() as connection:
             connection.sendall(data)

@@ -1,18 +1,13 @@
-"""Streams on links that are reused, from end to end: random ends, few handshakes, round trips, links that die, keys that go.
+"""Streams on links that are reused, from end to end: few handshakes, round trips, links that die, keys that go.
 
 Real processes, and where the path matters a relay of the test's own between them.
 """
 
 import collections
 import contextlib
-import errno
-import functools
 import os
 import queue
-import random
-import selectors
 import socket
-import struct
 import sys
 import threading
 import time
@@ -21,40 +16,18 @@ from typing import NamedTuple
 import pytest
 
 from support import ratrod2_peer as peer
-from support.keys import identity_of, seed_of
+from support.keys import identity_of
 from support.pressure import LONG
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, ROOT, tcp_port, udp_originator
-from support.sockets import dial, dial_with, eventually, port_of, receive_all, receive_exactly
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, ROOT, handshakes, tcp_port, udp_originator
+from support.scripted import Scripted
+from support.sockets import dial, dial_with, eventually, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-STREAMS = 20_000 if LONG else 500
 CONNECTIONS = 5_000 if LONG else 1_000
-BULK = 300_000
-SMALL = 16_384  # smaller ones make TCP wait for its timers
 CLIENT, SERVER = "client", "server"
 SERVER_PREAMBLE = 2 + 137
 CLIENT_AUTHENTICATION = 2 + 96
-
-
-def shrink(sock, size):
-    """Small kernel buffers, where a size is given."""
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF) if size else ():
-        sock.setsockopt(socket.SOL_SOCKET, option, size)
-    return sock
-
-
-@pytest.fixture
-def closed():
-    """A port of 127.0.0.1 that is taken, and where nobody listens."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        yield made
-
-
-def accepted(server):
-    """How many handshakes `serve -v` has completed."""
-    return sum("Accepted" in line for line in server.lines)
 
 
 # ---------------------------------------------------------------------------------------------------- a relay between client and server
@@ -84,7 +57,6 @@ class Passage:
                 if self.silent:
                     continue
                 self.relay.hold(self, whose)
-                data = self.relay.change(self, whose, data)
                 self.note(whose, data)
                 sink.sendall(data)
             if not self.is_cut:
@@ -119,25 +91,19 @@ class Passage:
 
 
 class Relay:
-    """What stands on the path between a client and the server at `to`. hold(passage, whose) may wait before it lets bytes pass, change(passage,
-    whose, data) may give others in their place."""
+    """What stands on the path between a client and the server at `to`. hold(passage, whose) may wait before it lets bytes pass."""
 
-    def __init__(self, to, target, size=None):
-        self.to, self._size = to, size
-        self.passages = []
+    def __init__(self, to, target):
+        self.to, self.passages = to, []
         self.port = target(self.handle).port
 
     def hold(self, passage, whose):
         """Lets all pass."""
 
-    def change(self, passage, whose, data):
-        return data
-
     def handle(self, near):
         with socket.create_connection(("127.0.0.1", self.to)) as far:
             for sock in (near, far):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                shrink(sock, self._size)
             passage = Passage(self, near, far)
             self.passages.append(passage)
             passage.wait()
@@ -166,10 +132,10 @@ sys.exit(ratrod.main(sys.argv[1:]))
 
 @pytest.fixture
 def path(serve, start, target, keys):
-    """path(target ports..., size=None, program=RATROD) -> Path: `serve -v`, a relay, and `connect -v` with a tunnel to each port."""
-    def launch(*remotes, size=None, program=RATROD, flags=()):
+    """path(target ports..., program=RATROD) -> Path: `serve -v`, a relay, and `connect -v` with a tunnel to each port."""
+    def launch(*remotes, program=RATROD, flags=()):
         server, port = serve("-v")
-        relay = Relay(port, target, size)
+        relay = Relay(port, target)
         client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port,
                        *("0:127.0.0.1:%d" % remote for remote in remotes), env={**os.environ, "PYTHONPATH": str(ROOT)})
         client.wait_for(READY)
@@ -180,223 +146,6 @@ def path(serve, start, target, keys):
 # ---------------------------------------------------------------------------------------------------- random ends
 
 
-@functools.lru_cache(maxsize=None)
-def noise():
-    return random.Random(0).getrandbits(8 * 2 * BULK).to_bytes(2 * BULK, "big")
-
-
-class Part(NamedTuple):
-    """One side's part in a stream: it says text[:says], in pieces, then ends, or resets the connection in place of that. It may wait for the other's
-    end first, and read late (once nothing moves any more) or in small pieces."""
-
-    text: bytes
-    says: int
-    piece: int
-    resets: bool
-    waits: bool
-    late: bool
-    sips: bool
-
-
-class Plan:
-    """Stream `number`: both parts, and whether its remote refuses. Every text is of that stream and side alone: what strays shows."""
-
-    def __init__(self, number):
-        self.number = number
-        rng = random.Random(number)
-        waits = rng.choice((None, None, "up", "down"))  # never both
-        self.refused = rng.random() < 0.05
-        self.up, self.down = (self._part(rng, way, way == waits) for way in ("up", "down"))
-
-    def _part(self, rng, way, waits):
-        tag = struct.pack(">I", self.number) + way[:1].encode()
-        says = rng.choice((0, 1, 100, 100, 3000, 3000, 20_000, 70_000)) if rng.random() < 0.97 else BULK
-        begin = rng.randrange(1000)
-        # The number comes first: by it the target finds its part.
-        text = tag[:4] + b"".join(tag + noise()[at:at + 59] for at in range(begin, begin + says, 59))
-        return Part(text, 4 + says if way == "up" else says, rng.choice((100, 5000, 100_000)) if says < BULK else BULK, rng.random() < 0.08,
-                    waits, rng.random() < 0.1, rng.random() < 0.2)
-
-
-class Side:
-    """One side of a running stream, on a socket that does not block."""
-
-    def __init__(self, sock, part):
-        self.socket, self.part = sock, part
-        self.said = 0
-        self.heard = bytearray()
-        self.sips = 20
-        self.late = part.late
-        self.ended = False
-        self.outcome = None
-
-    @property
-    def over(self):
-        return self.outcome in ("reset", "gone") or self.ended and self.outcome == "end"
-
-    @property
-    def wants(self):
-        speaks = self.said < self.part.says
-        reads = self.outcome is None and not self.late
-        writes = not self.ended and (speaks or self.outcome == "end" or not self.part.waits)
-        return (selectors.EVENT_READ if reads else 0) | (selectors.EVENT_WRITE if writes else 0)
-
-    def on_event(self, mask):
-        try:
-            if mask & selectors.EVENT_WRITE & self.wants:
-                self.speak()
-            if mask & selectors.EVENT_READ & self.wants and not self.over:
-                self.listen()
-        except BlockingIOError:
-            pass
-        except (ConnectionResetError, BrokenPipeError):
-            # Where the other's End has come, a reset after it shows in a send alone.
-            self.outcome = "reset"
-        except OSError as error:
-            assert error.errno == errno.ENOTCONN, error
-            self.outcome = "reset"
-
-    def speak(self):
-        part = self.part
-        if self.said < part.says:
-            self.said += self.socket.send(part.text[self.said:min(self.said + part.piece, part.says)])
-        elif part.resets:
-            peer.reset(self.socket)
-            self.outcome = "gone"
-        else:
-            self.socket.shutdown(socket.SHUT_WR)
-            self.ended = True
-
-    def listen(self):
-        sips = self.part.sips and self.sips > 0
-        self.sips -= 1
-        data = self.socket.recv(50 if sips else 65536)
-        self.heard += data
-        if not data:
-            self.outcome = "end"
-
-    def leave(self):
-        self.socket.close()
-
-
-class Stage:
-    """Runs streams, some at a time, on one selector: originators that dial, and the target that they reach."""
-
-    AT_ONCE = 8
-
-    def __init__(self):
-        self.selector = selectors.DefaultSelector()
-        self.originators, self.targets = {}, {}
-        self.live = set()
-        self.listener = shrink(socket.socket(), SMALL)
-        self.listener.bind(("127.0.0.1", 0))
-        self.listener.listen(100)
-        self.listener.setblocking(False)
-        self.selector.register(self.listener, selectors.EVENT_READ, self.accept)
-        self.port = self.listener.getsockname()[1]
-
-    def accept(self, _mask):
-        sock, _ = self.listener.accept()
-        sock.setblocking(False)
-        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self.welcome(sock))
-
-    def welcome(self, sock):
-        """The number has come, or a reset in its place."""
-        try:
-            number = sock.recv(4, socket.MSG_PEEK)
-            assert number, "a clean end before the number"
-        except ConnectionResetError:
-            self.selector.unregister(sock)
-            return sock.close()
-        if len(number) == 4:
-            self.selector.unregister(sock)
-            plan = Plan(int.from_bytes(number, "big"))
-            assert plan.number not in self.targets, "stream %d came twice" % plan.number
-            self.targets[plan.number] = self.add(Side(sock, plan.down))
-
-    def originate(self, plan, port):
-        sock = shrink(socket.socket(), SMALL)
-        sock.setblocking(False)
-        # A remote that refuses may reset it at once: the first send shows it.
-        assert sock.connect_ex(("127.0.0.1", port)) in (0, errno.EINPROGRESS, errno.ECONNRESET)
-        self.originators[plan.number] = self.add(Side(sock, plan.up))
-
-    def add(self, side):
-        self.live.add(side)
-        self.watch(side, 0)
-        return side
-
-    def watch(self, side, before):
-        """Goes on waiting for what `side` wants, which was `before`."""
-        if before and not side.wants:
-            self.selector.unregister(side.socket)
-        elif before != side.wants:
-            (self.selector.modify if before else self.selector.register)(side.socket, side.wants, lambda mask: self.step(side, mask))
-
-    def step(self, side, mask):
-        before, key = side.wants, self.selector.get_key(side.socket)
-        side.on_event(mask)
-        if side.over:
-            self.live.discard(side)
-            self.selector.unregister(key.fileobj)
-            side.leave()
-        else:
-            self.watch(side, before)
-
-    def wake(self):
-        """Nothing moves any more: those who read late do it now."""
-        late = [side for side in self.live if side.late]
-        stuck = [(side.said, len(side.heard), side.outcome, side.part[1:]) for side in self.live]
-        assert late or self.selector.select(PATIENCE), "nothing moves: %r" % stuck
-        for side in late:
-            before = side.wants
-            side.late = False
-            self.watch(side, before)
-
-    def run(self, plans, port, refusing):
-        waiting = collections.deque(plans)
-        while waiting or self.live:
-            while waiting and len(self.live) < 2 * self.AT_ONCE:
-                plan = waiting.popleft()
-                self.originate(plan, refusing if plan.refused else port)
-            ready = self.selector.select(0.05)
-            for key, mask in ready:
-                key.data(mask)
-            if not ready:
-                self.wake()
-
-
-def check_heard(side, words):
-    """What one side heard of the other's Part."""
-    assert side.heard == words.text[:len(side.heard)]
-    if side.outcome == "end":
-        assert not words.resets and len(side.heard) == words.says, "cut off, with a clean end"
-
-
-def check_stream(plan, originator, target):
-    broken = plan.refused or plan.up.resets or plan.down.resets
-    check_heard(originator, plan.down)
-    if plan.refused:
-        assert target is None and originator.outcome in ("reset", "gone")
-    elif not broken:
-        assert target and (originator.outcome, target.outcome) == ("end", "end")
-    if target:
-        check_heard(target, plan.up)
-    return broken
-
-
-@pytest.mark.timeout(3600)
-def test_random_ends(path, closed):
-    """Every byte is accounted for on both sides: delivered whole or visibly reset. Only a stream that failed takes its link with it."""
-    stage = Stage()
-    made = path(stage.port, port_of(closed), size=SMALL)
-    plans = [Plan(number) for number in range(STREAMS)]
-    stage.run(plans, *made.ports)
-    broken = sum(check_stream(plan, stage.originators[plan.number], stage.targets.get(plan.number)) for plan in plans)
-    assert STREAMS / 10 < broken < STREAMS / 2
-    assert len(made.relay.passages) <= broken + 3 * Stage.AT_ONCE
-
-
 def test_handshakes_do_not_grow_with_the_connections(path, target):
     made = path(target(lambda connection: connection.sendall(connection.recv(1))).port)
     for _ in range(CONNECTIONS):
@@ -404,7 +153,7 @@ def test_handshakes_do_not_grow_with_the_connections(path, target):
             connection.sendall(b"!")
             assert receive_all(connection) == b"!"
     assert len(made.relay.passages) < 10
-    assert accepted(made.server) == len(made.relay.passages)
+    assert handshakes(made.server) == len(made.relay.passages)
 
 
 # ---------------------------------------------------------------------------------------------------- round trips
@@ -518,30 +267,6 @@ def test_a_link_that_fell_silent_is_replaced(path, target):
     assert_greeted(made.port)
 
 
-class Scripted:
-    """The independent server on a port: each link goes to behave(link, number) after its handshake. `problems`: what clients did wrong."""
-
-    def __init__(self, keys, target, behave, clients=None):
-        self._keys, self._behave = keys, behave
-        self._clients = clients or [keys.client]
-        self._numbers = iter(range(10_000))
-        self.problems = []
-        self.port = target(self.handle).port
-
-    def handle(self, connection):
-        connection.settimeout(PATIENCE)
-        link = peer.Server(connection, seed_of(self._keys.server), authorized=[identity_of(client) for client in self._clients])
-        try:
-            with contextlib.suppress(peer.LinkEnded, peer.PeerError):
-                self._behave(link.handshake(), next(self._numbers))
-                # To close while an Ack is unread would be a reset.
-                if link.sock.fileno() >= 0:
-                    link.finish()
-        except Exception as error:
-            self.problems.append(error)
-            raise
-
-
 HARD_OF_HEARING = """
 import sys, ratrod
 ratrod.DEFAULT_LIMITS = ratrod.DEFAULT_LIMITS._replace(keepalive=0.4, silence=1.0, sweep_interval=0.1)
@@ -551,7 +276,7 @@ sys.exit(ratrod.main(sys.argv[1:]))
 
 def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
     """The client is not woken for each piece of a long record, but what trickles in is a sign of life: here for three times `silence`."""
-    text = noise()[:400_000]
+    text = os.urandom(400_000)
 
     def behave(link, number):
         stream = link.accept()
@@ -573,18 +298,18 @@ def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
         connection.sendall(b"!")
         connection.shutdown(socket.SHUT_WR)
         assert receive_all(connection) == text
-    assert not server.problems
+    server.check()
 
 
 def test_a_refused_remote_is_a_reset_at_once(path, closed):
-    made = path(port_of(closed))
-    for first in (b"", b"hello", noise()[:250_000]):
+    made = path(closed)
+    for first in (b"", b"hello", os.urandom(250_000)):
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             with dial(made.port) as connection:
                 connection.sendall(first)
                 connection.recv(1)
     for program in (made.server, made.client):
-        program.wait_for("❌.*127.0.0.1:%d.*Connection refused" % port_of(closed), 3)
+        program.wait_for("❌.*127.0.0.1:%d.*Connection refused" % closed, 3)
 
 
 # ---------------------------------------------------------------------------------------------------- keys that come and go
@@ -660,4 +385,4 @@ def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second):
             for n in range(10):
                 assert asks_by_udp(stack.enter_context(udp_originator(client, 1 + n % 2)), b"%d" % n)
     assert links == {identity_of(keys.client): 1, identity_of(second): 1}
-    assert not server.problems
+    server.check()

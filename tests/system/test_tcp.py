@@ -4,39 +4,22 @@ RATROD_LONG=1 sends 1 GB each way in place of 24 MB, on each wire.
 """
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
-import http.server
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import threading
 
 import pytest
 
+from support import sockets
 from support.kernel import ESTABLISHED, rows, sockets_of
 from support.pressure import LONG, memory_before, peak_growth
-from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, every_mode, missing, need, tcp_port
+from support.programs import LEGACY, PATIENCE, RATROD2, every_mode, tcp_port
 from support.rows import row
-from support.sockets import (
-    ask,
-    assert_refused,
-    assert_reset,
-    check_bulk_each_way,
-    check_half_close,
-    dial,
-    eventually,
-    free_port,
-    port_of,
-    push_until_stuck,
-    receive_all,
-    receive_exactly,
-    reset,
-)
+from support.sockets import ask, check_half_close, dial, eventually, free_port, port_of, push_until_stuck, receive_all, receive_exactly, reset
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -153,7 +136,7 @@ def test_bulk_and_slow_readers(mode, forward, listener, join, tcp_echo):
     server, client = forward(mode, "0:%d" % port_of(listener), "0:%d" % tcp_echo.port)
     port = tcp_port(client)
     # This also makes the buffers that are kept for good, before anything is measured.
-    check_bulk_each_way(join(port), 1024 if LONG else 24)
+    sockets.check_bulk_each_way(join(port), 1024 if LONG else 24)
     for first in SIDES:
         before = memory_before(server), memory_before(client)
         pairs = [join(port, first) for _ in range(3)]
@@ -214,7 +197,7 @@ def test_killed_target(mode, start, forward):
         eventually(functools.partial(has_unread_bytes, targets[1]), "the bytes arrived at the target")
         for target in targets:
             target.stop(signal.SIGKILL)
-        assert_reset(unread)
+        sockets.assert_reset(unread)
         assert read.recv(1) == b""
         send_until_cut(read)
 
@@ -234,7 +217,7 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
     for n, parts in enumerate([(re.escape(refusing), "refused"), *[(re.escape(name), "look.?up|resolv|not known") for name in names],
                                (re.escape("127.0.0.1:%d" % forbidden.port), NOT_ALLOWED + "|regex")], 2):
         with row(parts):
-            assert_refused(tcp_port(client, n))
+            sockets.assert_refused(tcp_port(client, n))
             for program in (server, client):
                 says(program, *parts)
     # A client is told that it may not, and never the regex.
@@ -250,75 +233,7 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
             talk(originator, accepted)
 
 
-@pytest.fixture
-def mute_resolver(tmp_path):
-    """(what to put before a command so that its look-ups ask a name server that never answers, that name server's socket)"""
-    unshare = need("unshare")
-    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.77\noptions timeout:30 attempts:5\n")
-    prefix = unshare, "-m", "sh", "-c", 'mount --bind "$0" /etc/resolv.conf && exec "$@"', tmp_path / "resolv.conf"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        try:
-            server.bind(("127.0.0.77", 53))
-            subprocess.run([str(word) for word in prefix + ("true",)], check=True, stderr=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError):
-            missing("permission to stand in for the name server")
-        server.settimeout(PATIENCE)
-        yield prefix, server
-
-
-def test_lookups_that_hang_hold_up_no_address(mute_resolver, start, ratrod, keys, tcp_echo):
-    # A name server that does not answer occupies what looks names up; a target that is an address needs none of that.
-    prefix, resolver = mute_resolver
-    server = start(*prefix, *RATROD, "-k", keys.server.path, "serve", "--drain=0", "127.0.0.1:0")
-    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1),
-                    "0:nobody-answers.example:80", "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    with contextlib.ExitStack() as stack:
-        # More than there are threads for look-ups, fewer than the 32 connects that one client may have under way.
-        for _ in range(24):
-            stack.enter_context(dial(tcp_port(client)))
-        # The first questions show that the look-ups have begun.
-        for _ in range(4):
-            resolver.recv(512)
-        ask(tcp_port(client, 2))
-
-
 # ---------------------------------------------------------------------------------------------------- many connections
-
-
-@pytest.fixture
-def web(tmp_path):
-    """(port, files by name): a real HTTP server and what it serves."""
-    folder = tmp_path / "www"
-    folder.mkdir()
-    files = {"file%d" % n: os.urandom(n * 997) for n in range(1, 101)}
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-
-    class Server(http.server.ThreadingHTTPServer):
-        request_queue_size = 1000
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    with Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1], files
-        server.shutdown()
-
-
-def test_100_parallel_curl_requests(tunnel, web, tmp_path):
-    port, files = web
-    curl = need("curl")
-    made = tunnel(port, RATROD2)
-    fetched = tmp_path / "fetched"
-    fetched.mkdir()
-    done = subprocess.run([curl, "-sS", "--fail", "--noproxy", "*", "--parallel", "--parallel-immediate", "--parallel-max", "100",
-                           "-o", str(fetched / "file#1"), "http://127.0.0.1:%d/file[1-100]" % made.port],
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout.decode()
-    assert {path.name: path.read_bytes() for path in fetched.iterdir()} == files
 
 
 @either_wire

@@ -7,34 +7,11 @@ import pathlib
 import pytest
 
 import ratrod
+import test_core as core
 from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteProtocolError
 from support import ratrod2_peer as peer
 from support.ratrod2_peer import OPENING, SMALL_ORDER_POINTS, Identity, negative, odd_keypair
-from test_core import (
-    AEGIS,
-    CHACHA,
-    CLIENT,
-    E_CLIENT,
-    E_SERVER,
-    SERVER,
-    STREAM,
-    SUITES,
-    accept,
-    both_suites,
-    every_cut,
-    feed,
-    flipped,
-    make_suite,
-    quiet,
-    read_one,
-    read_records,
-    refuse,
-    started,
-    whole,
-    write,
-    write_all,
-    write_data,
-)
+from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, refuse, started, whole, write_data
 
 VECTORS = pathlib.Path(__file__).resolve().parents[1] / "support" / "vectors"
 NOISE = json.loads((VECTORS / "noise_xx_25519_chachapoly_sha256.json").read_text())
@@ -48,7 +25,7 @@ def unhex(vector, *names):
 
 
 def suite_of(vector):
-    found = [suite for suite in SUITES if suite.id == vector["suite"]]
+    found = [suite for suite in core.SUITES if suite.id == vector["suite"]]
     return found[0] if found else pytest.skip("this PyNaCl has no AEGIS-128L")
 
 
@@ -125,14 +102,14 @@ def test_ratrod2_vector_payloads(vector):
 @pytest.mark.parametrize(("k", "key", "records"), [
     ("k1", "client_to_server_key", "client_records"), ("k2", "server_to_client_key", "server_records")], ids=["client", "server"])
 def test_ratrod2_vector_records(vector, fast, k, key, records):
-    suite = make_suite(suite_of(vector), fast)
+    suite = core.make_suite(suite_of(vector), fast)
     states = [ratrod.record_cipher(suite, *unhex(vector, k, "handshake_hash")) for _ in range(2)]
     assert states[0]._key == bytes.fromhex(vector[key])
     writer, reader = ratrod.RecordWriter(states[0]), ratrod.RecordReader(states[1], awaited=k == "k2")
     for record in vector[records]:
         kind, (content, wire) = record["type"], unhex(record, "content", "wire")
         message = content if kind == ratrod.DATA else ratrod.decode_open(content) if kind == ratrod.OPEN else ratrod.decode_content(kind, content)
-        assert write(writer, kind, message) == wire
+        assert core.write(writer, kind, message) == wire
         assert read_records(reader, [wire]) == ([(kind, message)], 0)
 
 
@@ -143,12 +120,12 @@ INSTANCE = b"instance"
 
 
 def client_end(keys=CLIENT, **options):
-    fixed = {"check_server": accept, "report": quiet, "ephemeral": E_CLIENT, "suites": ratrod.offered_suites()}
+    fixed = {"check_server": accept, "report": core.quiet, "ephemeral": core.E_CLIENT, "suites": ratrod.offered_suites()}
     return started(ratrod.NoiseClientHandshake(keys, **{**fixed, **options}))
 
 
 def server_end(keys=SERVER, **options):
-    fixed = {"authorize": accept, "ephemeral": E_SERVER, "suites": ratrod.offered_suites(), "instance": INSTANCE}
+    fixed = {"authorize": accept, "ephemeral": core.E_SERVER, "suites": ratrod.offered_suites(), "instance": INSTANCE}
     return started(ratrod.NoiseServerHandshake(keys, **{**fixed, **options}))
 
 
@@ -165,11 +142,11 @@ def check_joined(client, server, last, cut=whole):
     assert read_records(client.reader, cut(last)) == ([(ratrod.COMPLETED, ratrod.__version__)], 0)
     for _ in range(3):
         for sender, receiver in ((client, server), (server, client)):
-            assert read_records(receiver.reader, cut(write_all(sender.writer, STREAM[1:]))) == (STREAM[1:], 0)
+            assert read_records(receiver.reader, cut(core.write_all(sender.writer, STREAM[1:]))) == (STREAM[1:], 0)
 
 
 @both_suites
-@every_cut
+@core.every_cut
 def test_joined_in_memory(suite, cut):
     client, server = client_end(suites=OFFER), server_end(suites=[suite])
     check_joined(client, server, shake(client, server, cut), cut)
@@ -183,7 +160,7 @@ def test_reflected_records_are_refused(suite):
     last = shake(client, server)
     assert read_records(client.reader, [last])[1] == 0
     for end in (client, server):
-        pytest.raises(RemoteProtocolError, read_one, end.reader, write_data(end.writer, b"hello"))
+        pytest.raises(RemoteProtocolError, core.read_one, end.reader, write_data(end.writer, b"hello"))
 
 
 def test_ephemeral_keys_are_drawn_anew():
@@ -458,7 +435,7 @@ def test_payloads_that_are_too_short(size):
 def test_a_key_of_another_size_never_reaches_libsodium():
     # crypto_scalarmult() reads 32 bytes whatever it is given.
     for size in (0, 1, 31, 33, 64):
-        pytest.raises(RemoteProtocolError, ratrod.diffie_hellman, E_SERVER, b"\x09" * size)
+        pytest.raises(RemoteProtocolError, ratrod.diffie_hellman, core.E_SERVER, b"\x09" * size)
 
 
 @pytest.mark.parametrize("point", SMALL_ORDER_POINTS, ids=bytes.hex)

@@ -11,30 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ratrod
+import test_core as core
 from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteProtocolError
 from support import legacy_peer
 from support.legacy_peer import LIMIT
 from support.ratrod2_peer import SMALL_ORDER_POINTS
-from test_core import (
-    CLIENT,
-    E_CLIENT,
-    E_SERVER,
-    MASKS,
-    SERVER,
-    accept,
-    every_cut,
-    feed,
-    flipped,
-    quiet,
-    read_one,
-    read_records,
-    refuse,
-    started,
-    unlimited,
-    whole,
-    write_data,
-    write_datagrams,
-)
+from test_core import CLIENT, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, whole, write_data, write_datagrams
 
 # ---------------------------------------------------------------------------------------------------- 2. messages
 
@@ -292,7 +274,7 @@ def test_nothing_else_may_come_in_place_of_completion(key, payload):
 
 
 def test_every_flipped_byte_of_a_sealed_frame_is_refused():
-    for _, wrong in flipped(write_data(ratrod.LegacyWriter(KEY), b"some data")):
+    for _, wrong in core.flipped(write_data(ratrod.LegacyWriter(KEY), b"some data")):
         pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(KEY), wrong)
 
 
@@ -328,13 +310,13 @@ def test_hkdf(secret, salt, info):
 
 
 def client_end(keys=CLIENT, remote="db:5432", is_udp=False, **options):
-    fixed = {"ephemeral": E_CLIENT, "challenge": b"c" * 32}
+    fixed = {"ephemeral": core.E_CLIENT, "challenge": b"c" * 32}
     open_ = ratrod.Open(ratrod.UDP if is_udp else ratrod.TCP, remote)
-    return started(ratrod.LegacyClientHandshake(keys, open_, **{"check_server": accept, "report": quiet, **fixed, **options}))
+    return started(ratrod.LegacyClientHandshake(keys, open_, **{"check_server": accept, "report": core.quiet, **fixed, **options}))
 
 
 def server_end(keys=SERVER, **options):
-    return started(ratrod.LegacyServerHandshake(keys, **{"authorize": accept, "ephemeral": E_SERVER, "challenge": b"s" * 32, **options}))
+    return started(ratrod.LegacyServerHandshake(keys, **{"authorize": accept, "ephemeral": core.E_SERVER, "challenge": b"s" * 32, **options}))
 
 
 def shake(client, server, cut=whole):
@@ -432,7 +414,7 @@ def places_of(frame, fields):
 def test_every_flipped_byte_of_the_handshake_but_those_that_nobody_signs(which):
     frame = sent_by_both()[which]
     uncovered = places_of(frame, UNCOVERED[which])
-    for at, mask in itertools.product(range(len(frame)), MASKS):
+    for at, mask in itertools.product(range(len(frame)), core.MASKS):
         assert at in uncovered or tampered(which, at, mask), (at, mask)
 
 

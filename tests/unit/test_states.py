@@ -13,25 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import ratrod
-from support.joined import (
-    ALL,
-    BOTH_WAYS,
-    END,
-    FLIP,
-    LARGE,
-    ORIGINATOR,
-    REMOTE,
-    RESET,
-    SIDES,
-    SILENCE,
-    SMALL,
-    SMALL_WINDOW,
-    TO_ACCEPTOR,
-    TO_OPENER,
-    World,
-    other_side,
-    outcomes,
-)
+from support import joined
+from support.joined import ALL, BOTH_WAYS, END, FLIP, LARGE, RESET, SIDES, SILENCE, SMALL_WINDOW, TO_ACCEPTOR, TO_OPENER, World, other_side, outcomes
 
 # ---------------------------------------------------------------------------------------------------- one thing after the other
 
@@ -209,7 +192,7 @@ def test_the_tail_is_kept_until_it_is_acknowledged(world, side):
     """Over is lost, or the opener's last Ack: the other side asks for what it lacks."""
     connection = join(world)
     converse(connection)
-    pair, direction = world.pairs[0], TO_OPENER if side == ORIGINATOR else TO_ACCEPTOR
+    pair, direction = world.pairs[0], TO_OPENER if side == joined.ORIGINATOR else TO_ACCEPTOR
     for _ in range(8):
         for pipe in pair.pipes.values():
             if pipe is not pair.pipes[direction]:
@@ -344,7 +327,7 @@ def test_a_program_that_goes_away_after_both_ends(world, side):
     world.settle()
     assert app.local.aborted
     assert world.pairs[0].is_closed
-    if side == REMOTE:
+    if side == joined.REMOTE:
         error = connection.stream.error
         assert (type(error), error.code) == (ratrod.PeerError, ratrod.REMOTE_FAILED)
     world.finish()
@@ -454,7 +437,7 @@ class Streams(RuleBasedStateMachine):
     rounds = st.integers(0, 4)
     directions = st.sampled_from(BOTH_WAYS)
     some_directions = st.sampled_from((BOTH_WAYS, (TO_ACCEPTOR,), (TO_OPENER,)))
-    sizes = st.sampled_from((SMALL, LARGE))
+    sizes = st.sampled_from((joined.SMALL, LARGE))
 
     def __init__(self):
         super().__init__()
