@@ -16,7 +16,8 @@ Usage:
          [--udp-timeout SECS] [--max-udp-sessions N]
          [--max-udp-sessions-per-link N] [--udp-backlog BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
-         [--proxy URL] [--ssh-command CMD] [--socks-user AUTH]
+         [--proxy URL] [--ssh-command CMD] [--remote-python PATH]
+         [--socks-user AUTH] [--send-proxy]
          [--max-retry-count N] [--max-retry-interval SECS]
          [--drain SECS] [--workers N] [--log-format FORMAT] [--metrics ADDRESS]
          [--no-status] [--check] [--idle-links N]
@@ -60,6 +61,8 @@ Options:
   --proxy URL                     reach the server through a proxy: http://[user:password@]host[:port] (CONNECT)
                                   or socks5://..., each with port 1080 unless one is named
   --ssh-command CMD               for ssh:// servers: the command to run as ssh, as 'ssh -F config' (default: ssh)
+  --remote-python PATH            for ssh:// servers: the Python to run there (default: python3)
+  --send-proxy                    R: tunnels tell their targets each visitor's address, in a PROXY header (version 2)
   -e, --encrypt                   with --legacy: encrypt the traffic; without --legacy it always is encrypted
   --legacy                        connect: speak the wire of the original, Rust ratrod 0.6.3; serve: speak both wires
   --max-retry-count N             give up after so many failed tries (default: the first must succeed, then never)
@@ -3424,13 +3427,32 @@ def offered_suites() -> list[Suite]:
 # ---------------------------------------------------------------------------------------------------- sockets
 
 
+# Seconds until the kernel asks whether the other machine lives, between two questions, and how many it asks.
+KEEP_ALIVE = 60, 10, 6  # a local peer or a target that has lost power is found out after 2 min, where the system takes 2 h
+KEEP_ALIVE_OPTIONS = [getattr(socket, name, None) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")]
+if sys.platform == "darwin":
+    KEEP_ALIVE_OPTIONS[0] = 0x10  # TCP_KEEPALIVE, which Python names from 3.10 on
+
+
 def tune(sock: socket.socket) -> None:
     """The options of every TCP socket that connects or listens; accepted sockets inherit them."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a record is complete; Nagle only adds delay
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # an urgent byte is lost otherwise
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     except OSError:  # already reset: the first read tells
         pass
+    ask_for_life(sock, *KEEP_ALIVE)
+
+
+def ask_for_life(sock: socket.socket, *figures: float) -> None:
+    """Has the kernel ask as often as these `figures`, in the order of KEEP_ALIVE, say, where the system can."""
+    for option, figure in zip(KEEP_ALIVE_OPTIONS, figures):
+        if option is not None:
+            try:  # contextlib.suppress() is three calls
+                sock.setsockopt(socket.IPPROTO_TCP, option, max(1, round(figure)))
+            except OSError:
+                pass
 
 
 # Options of a Transport, each (level, number); None: not on this system.
@@ -3444,8 +3466,6 @@ WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else None
 # after its path is there again. Otherwise the pauses double: after an outage of 30 s the next try is 20 s away. With
 # these the system gives up after 6 s and 11 such pauses.
 RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else None
-# Seconds until the kernel asks whether the other machine lives, between two questions, and how many it asks.
-ASK_FOR_LIFE = [(socket.IPPROTO_TCP, getattr(socket, name, None)) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")]
 LINGER = socket.SOL_SOCKET, socket.SO_LINGER
 _LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
 _TCP_INFO = struct.Struct("=24xI24xII8xI")
@@ -4714,8 +4734,7 @@ class LegacyLink(Link):
 
     def _set_up(self) -> None:
         silence = self.owner.limits.silence
-        for option, value in zip(ASK_FOR_LIFE, (silence / 3, silence / 9, 6)):
-            self.transport.set_option(option, max(1, round(value)))
+        ask_for_life(self.transport.sock, silence / 3, silence / 9, 6)
 
     def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
         """The handshake has named the target already: nothing is sent."""
@@ -6243,7 +6262,7 @@ SSH_OPTIONS = ("ControlPersist=60 LogLevel=ERROR RemoteCommand=none ClearAllForw
 BOOTSTRAP = b"""\
 import os,sys
 v=sys.version_info[:2]
-if v<(3,8):sys.exit("ratrod needs Python 3.8 or later there, and its python3 is %d.%d"%v)
+if v<(3,8):sys.exit("ratrod needs Python 3.8 or later there, and this is %d.%d: --remote-python names another"%v)
 import types,zlib
 n=int(sys.argv[1]);b=b""
 while len(b)<n:
@@ -6266,6 +6285,13 @@ def own_source() -> str:
         raise ConfigError("ssh:// sends ratrod's own source to the far side, and cannot read it: run ratrod.py, or"
                           " ratrod.pyz")
     return str(source)
+
+
+class SshWay(NamedTuple):
+    """How ssh:// servers are reached."""
+
+    command: Sequence[str] = ("ssh",)  # the words that run ssh here
+    python: str = "python3"  # the program to run there
 
 
 class SshMaster:
@@ -6303,11 +6329,11 @@ class SshLinks:
     LINGER = 5.0  # seconds that a link's process may take to end
     REST = 600.0  # seconds until another connection is tried, after one that needed a password
 
-    def __init__(self, command: Sequence[str], server: SshHost, limits: Limits):
+    def __init__(self, way: SshWay, server: SshHost, limits: Limits):
         import shutil
         import zlib
 
-        self._server, self._command = server, list(command)
+        self._server, self._command, self._python = server, list(way.command), way.python
         if not hasattr(os, "fork"):
             raise ConfigError("ssh:// needs a POSIX system, whose ssh shares connections")
         if not self._command or not shutil.which(self._command[0]):
@@ -6335,9 +6361,12 @@ class SshLinks:
 
         ConnectError or AuthenticationError says what ssh says; Overloaded: the links that are there are all.
         """
+        import shlex
         import tempfile
 
-        boot = 'python3 -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (BOOTSTRAP.hex(), len(self._program))
+        # The login shell there expands a ~ in front, and splits nothing.
+        python = re.sub("^'(~[^/]*/)", r"\1'", shlex.quote(self._python))
+        boot = '%s -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (python, BOOTSTRAP.hex(), len(self._program))
         try:
             master, fresh = self._reserve(may_ask)
             with contextlib.ExitStack() as stack:
@@ -6395,8 +6424,10 @@ class SshLinks:
         """The error for an ssh process that failed: its last lines, or `why` where it said nothing."""
         lines = [line.strip().rstrip(".") for line in said.splitlines() if line.strip()]
         text = printable("; ".join(lines[-3:]) or why, 400)
-        if code == 127 or re.search("python3.*(not found|No such file)|Unknown command.*python3", said, re.IGNORECASE):
-            text = "there is no `python3` (%s); it needs Python 3.8 or later there, and nothing else" % text
+        name = re.escape(os.path.basename(self._python))
+        if code in (126, 127) or re.search("%s.*(not found|No such file)|Unknown command.*%s" % (name, name), said, re.IGNORECASE):
+            text = ("there is no `%s` (%s); it needs Python 3.8 or later there, and nothing else: --remote-python names one that"
+                    " is not on the PATH" % (self._python, text))
         refusals = "Permission denied|Host key verification failed|Too many authentication failures"
         message = "ssh to `%s`: %s" % (self._server, text)
         if code != 255 or not re.search(refusals, said):
@@ -7327,8 +7358,9 @@ class ClientOptions(NamedTuple):
     accept_new: bool = False  # a key of an unknown server is accepted, and written to known_hosts
     ask_host: Callable[[UnknownHost], bool] | None = None  # asks whether to trust an unknown key; None: nobody is there
     socks_user: str | None = None  # name:password for SOCKS clients
+    send_proxy: bool = False  # targets of reverse tunnels get a PROXY header
     proxy: Proxy | None = None
-    ssh: Sequence[str] = ()  # the words of the command that reaches ssh:// servers
+    ssh: SshWay | None = None  # to ssh:// servers
     may_ask: bool = False  # ssh may ask for passwords at the terminal before the start
     retries: int | None = None  # failed tries in a row before the client gives up; None: 1 at the start, then no end
     only_test: bool = False  # finished() after the test connection
@@ -8716,8 +8748,16 @@ class ReverseTunnel(LinkUser):
     def _label(self, _link: Link, open_: Open) -> Label:
         return new_label("%s back from %s" % (printable(open_.target), self.address), str(self.spec.remote))
 
-    def _connect(self, _stream: Stream, _link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
-        Connector(self._loop, self.spec.remote, self._client.limits.connect_timeout, done).start(self._client.run_lookup)
+    def _connect(self, stream: Stream, _link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
+        def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
+            if sock and self._client.options.send_proxy:
+                try:  # the buffer of a new connection has room for it
+                    sock.send(proxy_header(stream.target, self.address or NOWHERE))
+                except OSError as broken:
+                    sock.close()
+                    sock, error = None, broken
+            done(sock, error)
+        Connector(self._loop, self.spec.remote, self._client.limits.connect_timeout, on_connected).start(self._client.run_lookup)
 
     def _answer(self, _target: str, error: Exception) -> tuple[Exception, Error]:
         return (ConnectError("cannot connect to `%s`: %s" % (self.spec.remote, reason(error))),
@@ -8759,7 +8799,8 @@ class Client(Endpoint):
         super().__init__(loop, folder, limits, callbacks, is_legacy=options.legacy, memory=128 << 20)
         self.options, self.servers = options, list(options.servers)
         self.server_names = ",".join(map(str, self.servers))
-        self.ssh = {server: SshLinks(options.ssh, server, limits) for server in self.servers if isinstance(server, SshHost)}
+        self.ssh = {server: SshLinks(options.ssh, server, limits) for server in self.servers
+                    if isinstance(server, SshHost) and options.ssh}
         self.most_links = limits.ssh_links if self.ssh else sys.maxsize
         if self.ssh:
             self.threads = Threads(loop, limits.links_at_once)  # ssh may take its time
@@ -9662,8 +9703,8 @@ class Service(Background):
 # ---- what the command line and a call of tunnel() have to satisfy alike
 
 
-def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1,
-                  socks_user: str | None = None) -> list[TunnelSpec]:
+def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str | None = None,
+                  send_proxy: bool = False) -> list[TunnelSpec]:
     """The tunnels that `texts` describe; ConfigError says what is wrong with them, or does not go together."""
     tunnels = [spec for text in texts for spec in parse_tunnels(text)]
     kinds = [spec.kind for spec in tunnels]
@@ -9671,6 +9712,8 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1,
         raise ConfigError("--socks-user takes name:password")
     if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)):
         raise ConfigError("--socks-user: SOCKS5 has room for 255 bytes of name and of password")
+    if send_proxy and REVERSE not in kinds:
+        raise ConfigError("--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses")
     if legacy and REVERSE in kinds:
         raise ConfigError("the original's protocol (--legacy) has no reverse tunnels (R:)")
     if kinds.count(STDIO) > 1:
@@ -9684,14 +9727,15 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1,
     return tunnels
 
 
-def check_ssh(servers: Sequence[Place], command: str | None, given: dict[str, Any],
-              tunnels: Sequence[TunnelSpec]) -> list[str]:
-    """The words of the command that reaches ssh:// servers, none for other servers; ConfigError says what does not go
-    together. `given` holds the options that ssh has other means for, by the names that the user gave them under."""
+def check_ssh(servers: Sequence[Place], command: str | None, python: str | None, given: dict[str, Any],
+              tunnels: Sequence[TunnelSpec]) -> SshWay | None:
+    """How ssh:// servers are reached, None for other servers; ConfigError says what does not go together. `given` holds
+    the options that ssh has other means for, by the names that the user gave them under."""
     if not isinstance(servers[0], SshHost):
-        if command is not None:
-            raise ConfigError("--ssh-command is for servers that are written ssh://host")
-        return []
+        for option, value in (("--ssh-command", command), ("--remote-python", python)):
+            if value is not None:
+                raise ConfigError("%s is for servers that are written ssh://host" % option)
+        return None
     wrong = [name for name, value in given.items() if value]
     if wrong:
         raise ConfigError("%s does not go together with ssh://, where ssh brings the keys and the way:"
@@ -9700,11 +9744,13 @@ def check_ssh(servers: Sequence[Place], command: str | None, given: dict[str, An
         raise ConfigError("ssh:// has no reverse tunnels (R:); `ssh -R` makes them")
     import shlex
 
+    if python is not None and not (python.strip() and python.isprintable()):
+        raise ConfigError("--remote-python takes the path of a Python there, as /opt/python3.12/bin/python3")
     try:
         words = shlex.split("ssh" if command is None else command)
         if not words:
             raise ValueError("there is no command in it")
-        return words
+        return SshWay(words, python or "python3")
     except ValueError as error:
         raise ConfigError("cannot understand the --ssh-command `%s`: %s" % (printable(str(command)), error)) from None
 
@@ -9719,11 +9765,12 @@ def require_keys(folder: KeyFolder) -> None:
 
 def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: bool = False,
            accept_all_hosts: bool = False, legacy: bool = False, encrypt: bool = False, socks_user: str | None = None,
-           proxy: str | None = None, ssh_command: str | None = None, retries: int | None = None,
-           limits: Limits = DEFAULT_LIMITS, timeout: float = 30.0) -> Tunnel:
+           send_proxy: bool = False, proxy: str | None = None, ssh_command: str | None = None,
+           remote_python: str | None = None, retries: int | None = None, limits: Limits = DEFAULT_LIMITS,
+           timeout: float = 30.0) -> Tunnel:
     """Connects to a server (`host:port`, or several as `a:1,b:2`) and opens tunnels, each as on the command line:
-    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count; `proxy` and `ssh_command` are what
-    the options of these names take. ssh must not need a password.
+    `with tunnel("server:19000", "0:db:5432") as t`. `retries` is --max-retry-count; `send_proxy`, `proxy`,
+    `ssh_command` and `remote_python` are the options of these names. ssh must not need a password.
 
     Returns when all tunnels take connections. The keys are those of `key_path` (default: ~/.ratrod); nothing is asked
     and nothing generated. ConfigError: a key file or an argument is wrong. ConnectError: the server is not there, or
@@ -9732,16 +9779,17 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     """
     servers = parse_servers(server)
     way = parse_proxy(proxy, servers)
-    specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user)
+    specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user, send_proxy=send_proxy)
     if any(spec.kind == STDIO for spec in specs):
         raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
-    ssh = check_ssh(servers, ssh_command, {
+    ssh = check_ssh(servers, ssh_command, remote_python, {
         "key_path": key_path, "accept_new": accept_new, "accept_all_hosts": accept_all_hosts, "legacy": legacy,
         "proxy": proxy}, specs)
     folder = NoKeys() if ssh else KeyFolder(key_path, parse_grant)
     require_keys(folder)
     options = ClientOptions(servers, specs, legacy=legacy, encrypt=encrypt, accept_all_hosts=accept_all_hosts,
-                            accept_new=accept_new, socks_user=socks_user, proxy=way, ssh=ssh, retries=retries)
+                            accept_new=accept_new, socks_user=socks_user, send_proxy=send_proxy, proxy=way, ssh=ssh,
+                            retries=retries)
     return Tunnel(lambda loop, callbacks: Client(loop, folder, limits, options, callbacks), timeout)
 
 
@@ -9781,8 +9829,10 @@ class Options(NamedTuple):
     accept_new: bool = False
     allow_listen: bool = False
     socks_user: str | None = None
+    send_proxy: bool = False
     proxy: str | None = None
     ssh_command: str | None = None
+    remote_python: str | None = None
     encrypt: bool = False
     legacy: bool = False
     max_retry_count: int | None = None
@@ -10445,9 +10495,9 @@ def connect_command(options: Options) -> int:
     options = forget_useless(options, servers)
     proxy = parse_proxy(options.proxy, servers)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers,
-                            socks_user=options.socks_user)
+                            socks_user=options.socks_user, send_proxy=options.send_proxy)
     check_workers(options)
-    ssh = check_ssh(servers, options.ssh_command, {
+    ssh = check_ssh(servers, options.ssh_command, options.remote_python, {
         "-k": options.key_path, "-a": options.accept_all_hosts, "--accept-new": options.accept_new,
         "--legacy": options.legacy, "--proxy": options.proxy, "--workers": options.workers > 1}, tunnels)
     folder = NoKeys() if ssh else KeyFolder(options.key_path, parse_grant)
@@ -10458,7 +10508,7 @@ def connect_command(options: Options) -> int:
     what = ClientOptions(
         servers, tunnels, legacy=options.legacy, encrypt=options.encrypt, accept_all_hosts=options.accept_all_hosts,
         accept_new=options.accept_new, ask_host=ask_host if may_ask else None, socks_user=options.socks_user,
-        proxy=proxy, ssh=ssh, may_ask=may_ask, retries=options.max_retry_count)
+        send_proxy=options.send_proxy, proxy=proxy, ssh=ssh, may_ask=may_ask, retries=options.max_retry_count)
     if options.check:
         return check_connection(options, folder, what._replace(report=log.debug, only_test=True))
     return run_client(options, folder, what)
@@ -10468,7 +10518,7 @@ def forget_useless(options: Options, servers: list[Place]) -> Options:
     """Without the usual options in the environment that mean nothing for these servers. On a command line they are a
     mistake."""
     is_ssh = isinstance(servers[0], SshHost)
-    useless = ("key_path", "accept_all_hosts", "accept_new") if is_ssh else ("ssh_command",)
+    useless = ("key_path", "accept_all_hosts", "accept_new") if is_ssh else ("ssh_command", "remote_python")
     return options._replace(**{field: Options._field_defaults[field] for field in useless
                                if "--" + field.replace("_", "-") in options.environment})
 

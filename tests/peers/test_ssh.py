@@ -97,9 +97,14 @@ def python38():
 
 def test_tcp(sshd, over_ssh, bin_with, tcp_echo, listener, ground):
     """The far side's python3 is 3.8 with the standard library alone; this side's has no site-packages, and nobody has a key of ratrod's. In the other
-    tests it is the system's."""
-    far = sshd(programs=bin_with(python3="exec %s \"$@\"" % python38()))
-    client = over_ssh(far, "0:127.0.0.1:%d" % port_of(listener), "0:127.0.0.1:%d" % tcp_echo.port, program=AS_A_SCRIPT)
+    tests it is the system's. It is not on the PATH there, and is named by its path."""
+    far = sshd(programs=bin_with())
+    away = far.path / "it's $HOME" / "python 3"
+    away.parent.mkdir()
+    away.write_text("#!/bin/sh\nexec %s \"$@\"" % python38())
+    away.chmod(0o755)
+    over_ssh(far, "--remote-python", "~/it's $HOME/python 3", "0:127.0.0.1:1").wait_for(READY)
+    client = over_ssh(far, "--remote-python", away, "0:127.0.0.1:%d" % port_of(listener), "0:127.0.0.1:%d" % tcp_echo.port, program=AS_A_SCRIPT)
     client.wait_for(READY)
     for _ in range(3):
         ask(tcp_port(client, 2))
@@ -225,7 +230,9 @@ def test_login_shells(start, ground, tmp_path):
     ssh, recorded = tmp_path / "ssh", tmp_path / "recorded"
     ssh.write_text(RECORD % recorded)
     ssh.chmod(0o755)
-    fails(start(*BARE, "connect", "--ssh-command", ssh, "ssh://far", "0:127.0.0.1:1", env=ground.environment), "ssh to `ssh://far`")
+    (tmp_path / "it's $HOME").symlink_to(sys.executable)
+    words = "connect", "--ssh-command", ssh, "--remote-python", "~/it's $HOME", "ssh://far", "0:127.0.0.1:1"
+    fails(start(*BARE, *words, env=ground.environment), "ssh to `ssh://far`")
     line, size = recorded.read_text().rsplit(" ", 1)
     assert int(size) > 10000
     # It takes so many bytes of its standard input for a program, compressed, and runs it.
@@ -389,10 +396,10 @@ def test_a_far_side_that_does_not_answer(sshd, over_ssh, bin_with, tmp_path):
     script = tmp_path / "force"
     far = sshd("ForceCommand exec sh %s" % script)
     old = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.[67].*/bin/python3")))
-    old = "exec %s \"$@\"" % old[0] if old else "echo \"ratrod needs Python 3.8 or later there, and its python3 is 3.6\" >&2; exit 1"
+    old = "exec %s \"$@\"" % old[0] if old else "echo \"ratrod needs Python 3.8 or later there, and this is 3.6\" >&2; exit 1"
     shell = 'PATH=%s; export PATH; exec %s -c "$SSH_ORIGINAL_COMMAND"'
     for commands, says in (
-        (shell % (bin_with(), "sh"), "no `python3`.*needs Python 3.8 or later there, and nothing else"),
+        (shell % (bin_with(), "sh"), "no `python3`.*needs Python 3.8 or later there, and nothing else: --remote-python names one"),
         *((shell % (bin_with(), need(name)), "no `python3`") for name in ("csh", "fish")),
         (shell % (bin_with(python3=old), "sh"), "ratrod needs Python 3.8 or later there"),
         ("echo 'This account is currently not available.'; exit 1", "This account is currently not available"),
@@ -458,7 +465,8 @@ WRONG = [
     *((words + ["ssh://far", "0:127.0.0.1:1"], words[0] + " does not go together with ssh://") for words in (
         ["--legacy"], ["-a"], ["--accept-new"], ["-k", "x"], ["--proxy", "http://x"], ["--workers", "2"])),
     (["ssh://far", "R:9000:localhost:80"], "`ssh -R` makes them"),
-    (["--ssh-command", "ssh", "far:22"], "--ssh-command is for"),
+    (["--ssh-command", "ssh", "far:22"], "--ssh-command is for"), (["--remote-python", "python3", "far:22"], "--remote-python is for"),
+    (["--remote-python", "", "ssh://far"], "--remote-python takes the path of a Python there"),
     (["ssh://far,far:22"], "of two kinds"),
     *(([server], "cannot understand the server") for server in (
         "ssh://-oProxyCommand=x", "ssh://-l@far", "ssh://", "ssh://far:0", "ssh://far:x", "ssh://far/path", "ssh://a b", "ssh://a;b",

@@ -898,7 +898,7 @@ def test_the_signatures():
     """Every option is by name alone: another may come between them one day."""
     expected = {
         ratrod.tunnel: {"key_path": None, "accept_new": False, "accept_all_hosts": False, "legacy": False, "encrypt": False, "socks_user": None,
-                        "proxy": None, "ssh_command": None, "retries": None, "timeout": 30.0},
+                        "send_proxy": False, "proxy": None, "ssh_command": None, "remote_python": None, "retries": None, "timeout": 30.0},
         ratrod.serve: {"key_path": None, "remote_regex": ".*", "authorize": None, "allow_listen": False, "legacy": False}}
     for function, options in expected.items():
         parameters = inspect.signature(function).parameters.values()

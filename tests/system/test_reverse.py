@@ -4,6 +4,7 @@ Whole programs. What passes on their links is in test_reverse_links.py, what per
 """
 
 import contextlib
+import ipaddress
 import os
 import queue
 import re
@@ -22,6 +23,8 @@ from support.keys import permit, seed_of
 from support.many_lines import run_lines
 from support.pressure import memory_before, peak_growth
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY, assert_start_fails, bound, descriptors, handshakes, tcp_port
+from support.proxy_headers import SIGNATURE
+from support.rows import row
 from support.sockets import ask, assert_refused, dial, eventually, free_port, port_of, receive_all, receive_exactly, refused, reset, works
 from support.targets import UnixTarget, echo, says
 
@@ -61,11 +64,11 @@ class Stage:
     """A target that plays what the test puts on, one connection each."""
 
     def __init__(self, target):
-        self.heard, self._plays = queue.Queue(), queue.Queue()
-        self.port = target(lambda connection: self._plays.get(timeout=PATIENCE)(connection)).port
+        self.heard, self.plays = queue.Queue(), queue.Queue()
+        self.port = target(lambda connection: self.plays.get(timeout=PATIENCE)(connection)).port
 
     def play(self, handle):
-        self._plays.put(handle)
+        self.plays.put(handle)
 
     def hears(self):
         return self.heard.get(timeout=PATIENCE)
@@ -453,9 +456,33 @@ def test_forms(serve, client, target, second):
         assert program.process.poll() is None
 
 
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_the_target_learns_who_the_visitor_is(serve, client, stage, kind):
+    """With --send-proxy it stands in front of what the visitor says, once for each connection, also where the target speaks first."""
+    _, server_port = serve("--allow-listen")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rt", dir="/tmp"))
+        unix = stack.enter_context(contextlib.closing(UnixTarget(lambda connection: stage.plays.get(timeout=PATIENCE)(connection), folder + "/it")))
+        remote = "unix:" + unix.path if kind == "unix" else "127.0.0.1:%d" % stage.port
+        program = client(server_port, "R:localhost:0:" + remote, flags=["--send-proxy"])
+        port = bound(program, remote, "localhost")
+        for host in ("127.0.0.1", "::1", "127.0.0.1"):
+            stage.play(lambda connection: (connection.sendall(b"220 hello\r\n"), stage.heard.put(receive_all(connection))))
+            with row(host), dial(port, host) as visitor:
+                source = visitor.getsockname()[:2]
+                assert receive_exactly(visitor, 11) == b"220 hello\r\n"
+                visitor.sendall(b"hello")
+                visitor.shutdown(socket.SHUT_WR)
+                address = ipaddress.ip_address(source[0]).packed
+                family = b"\x11\0\x0c" if len(address) == 4 else b"\x21\0\x24"
+                ports = struct.pack(">HH", source[1], port)
+                assert stage.hears() == SIGNATURE + b"\x21" + family + address + bytes(len(address)) + ports + b"hello"
+
+
 def test_command_lines_that_are_wrong(keys):
     """What a reverse tunnel does not go with. What is none is in unit/test_special_tunnels.py."""
     cases = [(["connect", *flags, "127.0.0.1:1", "R:0:127.0.0.1:1"], "--legacy") for flags in (["--legacy"], ["--legacy", "-e"])]
+    cases += [(["connect", "--send-proxy", "127.0.0.1:1", "2000:127.0.0.1:1"], "--send-proxy is for reverse tunnels")]
     # Each worker has connections of its own, and knows nothing of another's waiting links.
     cases += [(["serve", "--allow-listen", "--workers", "2", "127.0.0.1:0"], "--allow-listen.*--workers|--workers.*--allow-listen")]
     for (words, said), outcome in zip(cases, run_lines([["-k", keys.client.path, *words] for words, _ in cases])):

@@ -17,9 +17,10 @@ import pytest
 from support import sockets
 from support.kernel import ESTABLISHED, rows, sockets_of
 from support.pressure import LONG, memory_before, peak_growth
-from support.programs import LEGACY, PATIENCE, RATROD2, every_mode, tcp_port
+from support.programs import LEGACY, PATIENCE, RATROD2, bound, every_mode, tcp_port
 from support.rows import row
 from support.sockets import ask, check_half_close, dial, eventually, free_port, port_of, push_until_stuck, receive_all, receive_exactly, reset
+from support.socks5 import ask_socks, request, socks_port
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -99,6 +100,24 @@ def test_bytes_and_ends(mode, tunnel, listener, join):
                 closing.close()
                 is_whole = received.result() == BLOCK * 8
                 assert is_whole
+
+
+@pytest.mark.parametrize("way", ["forward", "reverse", "socks"])
+def test_urgent_data_stays_in_line(way, forward, listener, stack):
+    """telnet and rlogin interrupt by it. TCP's urgent byte was lost, for a socket keeps it apart unless it is told otherwise."""
+    remote = "127.0.0.1:%d" % port_of(listener)
+    _, client = forward(RATROD2, {"forward": "0:" + remote, "reverse": "R:0:" + remote, "socks": "0:socks"}[way], serve_flags=["--allow-listen"])
+    if way == "socks":
+        near = stack.enter_context(ask_socks(socks_port(client), request("127.0.0.1", port_of(listener)))[0])
+    else:
+        near = stack.enter_context(dial(tcp_port(client) if way == "forward" else bound(client)))
+    far = stack.enter_context(listener.accept()[0])
+    far.settimeout(PATIENCE)
+    for one, other in ((near, far), (far, near)):
+        one.sendall(b"before ")
+        one.send(b"!", socket.MSG_OOB)
+        one.sendall(b" after")
+        assert receive_exactly(other, 14) == b"before ! after"
 
 
 @every_mode

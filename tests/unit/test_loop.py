@@ -25,6 +25,23 @@ def pair():
         end.close()
 
 
+def test_a_machine_that_lost_power_is_found_out():
+    """Accepted sockets and those that connect ask an idle other side after 60 s, where the system's own 2 h would keep the stream; and keep an
+    urgent byte in line."""
+    listening, = ratrod.listen(ratrod.Address("127.0.0.1", 0))
+    loop, made = ratrod.EventLoop(), []
+    ratrod.Connector(loop, ratrod.Address(*listening.getsockname()), PATIENCE, lambda sock, _error: made.append(sock)).start(print)
+    made.append(listening.accept()[0])
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)]
+    options += [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in (
+        ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name)]
+    for sock in made:
+        assert [bool(sock.getsockopt(*option)) if value == 1 else sock.getsockopt(*option) for *option, value in options] == [
+            value for *_, value in options]
+    ratrod.close_all([listening, *made])
+    loop.close()
+
+
 @every_poller
 def test_events_have_the_bits_of_epoll(make, pair):
     near, far = pair

@@ -99,6 +99,24 @@ def test_local_is_the_proxys_own():
         assert (header.wanted, took, header.source, header.is_local) == (0, len(data), None, True), data
 
 
+def test_the_header_of_a_reverse_tunnels_visitor():
+    """Written by --send-proxy, from the text of an Open. The address that the server listens on is of the visitor's family, or left open."""
+    to_localhost = "10.0.0.2", "::2", "localhost"
+    for visitor, own, header in (
+        ("198.51.100.7:4711", to_localhost[0], v2(addresses("198.51.100.7"))),
+        ("[2001:db8::7]:4711", to_localhost[1], v2(addresses("2001:db8::7"), TCP6)),
+        ("[::ffff:198.51.100.7]:4711", to_localhost[0], v2(addresses("198.51.100.7"))),
+        ("[fe80::1%eth0]:0", to_localhost[1], v2(addresses("fe80::1", 0), TCP6)),
+        ("198.51.100.7:4711", "localhost", v2(addresses("198.51.100.7", destination="0.0.0.0"))),
+        ("198.51.100.7:4711", "::", v2(addresses("198.51.100.7", destination="0.0.0.0"))),
+        ("[2001:db8::7]:4711", "localhost", v2(addresses("2001:db8::7", destination="::"), TCP6)),
+        *((nobody, "::1", v2(family=UNSPEC)) for nobody in ("unix", "", "db:80", "1.2.3.4:65536", "1.2.3.4", "1.2.3.4:5:6", "[::1", "unix:/a")),
+    ):
+        made = ratrod.proxy_header(visitor, ratrod.Address(own, 19000))
+        assert made == header, (visitor, own)
+        assert read(made + WHAT_FOLLOWS)[1] == len(made)
+
+
 @pytest.mark.parametrize("data", [b"P", b"PROXY TCP4 19", b"PROXY TCP4 198.51.100.7", ratrod.PROXY_SIGNATURE, v2(addresses("198.51.100.7"))[:-1]])
 def test_a_header_that_stops_is_a_failure_and_no_health_check(data):
     header, _ = read(data)

@@ -411,12 +411,13 @@ def test_files_inside_each_other(parse, file):
 def test_usual_options_that_mean_nothing_here_are_no_error():
     servers = ratrod.parse_servers("ssh://far"), ratrod.parse_servers("near:1")
     given = {"RATROD_KEY_PATH": "k", "RATROD_ACCEPT_NEW": "1", "RATROD_ACCEPT_ALL_HOSTS": "1", "RATROD_SSH_COMMAND": "ssh -v",
-             "RATROD_PROXY": "http://p"}
+             "RATROD_REMOTE_PYTHON": "/opt/python", "RATROD_PROXY": "http://p"}
     options = ratrod.parse_command_line(["connect", "S:1"], given)
     through, straight = (ratrod.forget_useless(options, server) for server in servers)
     assert (through.key_path, through.accept_new, through.accept_all_hosts, through.ssh_command, through.proxy) == (
         None, False, False, "ssh -v", "http://p")
     assert (straight.key_path, straight.accept_new, straight.accept_all_hosts, straight.ssh_command) == ("k", True, True, None)
+    assert (through.remote_python, straight.remote_python) == ("/opt/python", None)
     typed = ratrod.parse_command_line(["-k", "typed", "connect", "--ssh-command", "typed", "S:1"], given)
     assert [ratrod.forget_useless(typed, server).key_path for server in servers] == ["typed"] * 2
     assert [ratrod.forget_useless(typed, server).ssh_command for server in servers] == ["typed"] * 2
