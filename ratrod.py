@@ -4853,7 +4853,7 @@ class Counters:
         """A stream has lost its link, and waits for another one. One line for all that do in this moment, and one when the last goes on."""
         if not self.detached:
             self._lost_at, self._went_on, self._has_said_lost = self._loop.now, 0, False
-            self._loop.call_soon(self._say_lost)
+            self._loop.call_later(0, self._say_lost)
         self.detached.add(stream)
 
     def _say_lost(self) -> None:
