@@ -3308,12 +3308,11 @@ class KeyCounts:
 
 
 class FairQueue:
-    """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn. Things of a lower rank
-    go first; within a rank the keys take turns. `shares`: a key gets a smaller part of `most` the more keys there are, and one place is
-    always left for a key that holds none."""
+    """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn.
+    Things of a lower rank go first; within a rank the keys take turns."""
 
-    def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, shares: bool = False):
-        self._most, self._most_of_key, self._shares = most, most_of_key, shares
+    def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize):
+        self._most, self._most_of_key = most, most_of_key
         self._running = KeyCounts()
         # For each rank the keys in their order, each with what waits.
         self._waiting: list[collections.OrderedDict[Any, collections.deque[Callable[[], None]]]] = [
@@ -3330,23 +3329,17 @@ class FairQueue:
         if any(self._waiting):
             self._begin_waiting()
 
-    def count_waiting(self, key: Any) -> int:
-        return sum(len(waiting.get(key, ())) for waiting in self._waiting)
-
     def _may_begin(self, key: Any) -> bool:
-        share = self._most_of_key
-        if self._shares:
-            keys = len(set(self._running.by_key).union(*self._waiting))
-            share = min(share, max(1, (self._most - 1) // keys))
-        return self._running.of(key) < share
+        return self._running.of(key) < self._most_of_key
 
     def _begin_waiting(self) -> None:
-        if self._is_beginning:  # what is done as soon as it is begun: the loop below goes on with the next, not one call deeper
+        if self._is_beginning:  # a thing that is done as soon as it is begun: the loop below goes on with the next one
             return
         self._is_beginning = True
         try:
             while self._running.total < self._most:
-                found = next(((waiting, key) for waiting in self._waiting for key in waiting if self._may_begin(key)), None)
+                found = next(((waiting, key) for waiting in self._waiting for key in waiting if self._may_begin(key)),
+                             None)
                 if not found:
                     return
                 waiting, key = found
@@ -3361,37 +3354,120 @@ class FairQueue:
             self._is_beginning = False
 
 
-class LookUps:
-    """Name look-ups, and whatever else may hang, on threads of their own: a name server that hangs holds up no handshake, and one client's
-    look-ups hold up no other's."""
+Done = Callable[[Any, Union[Exception, None]], None]  # (the result, None) or (None, the error)
 
-    MOST_WAITING = 256  # of one key
+
+class Slot:
+    """The place of one thing in a FairQueue, which it may leave and enter again."""
+
+    def __init__(self, queue: FairQueue, key: Any):
+        self._queue, self._key, self._is_held = queue, key, False
+
+    def enter(self, call: Callable[[], Any]) -> None:
+        """call() with the place held, now or later."""
+        def on_turn() -> None:
+            self._is_held = True
+            call()
+        self._queue.begin(self._key, on_turn)
+
+    def leave(self) -> None:
+        if self._is_held:
+            self._is_held = False
+            self._queue.done(self._key)
+
+
+class LookUp:
+    """A name look-up, or another task that may hang; `waiting` are those that it is for. No name: it is authorize()."""
+
+    __slots__ = ("key", "name", "task", "waiting", "deadline", "has_begun")
+
+    def __init__(self, key: bytes, name: str, task: Callable[[], Any], deadline: Deadline):
+        self.key, self.name, self.task, self.deadline, self.has_begun = key, name, task, deadline, False
+        self.waiting: list[Done] = []
+
+
+class LookUps(FairQueue):
+    """Name look-ups on threads of their own: a name server that hangs holds up no handshake, and one client's look-ups
+    hold up no other's. A key gets a smaller share of the threads the more keys there are. A key that holds no thread
+    always finds one: beyond the shares there are threads for that, and for what takes the place of a look-up that
+    nobody waits for any more. The system alone ends such a look-up; meanwhile it counts for its key."""
+
+    MOST_WAITING = 1024  # of one key
+    REFUSED_FOR = 2.0  # seconds for which a name that timed out is refused to its key
 
     def __init__(self, loop: EventLoop, limits: Limits):
+        super().__init__(4 * limits.lookup_threads, limits.lookup_threads)
         self._loop, self._timeout = loop, limits.connect_timeout
-        self._threads = Threads(loop, limits.lookup_threads)
-        self._queue = FairQueue(limits.lookup_threads, shares=True)
+        self._threads = Threads(loop, self._most)
+        self._awaited = KeyCounts()  # of those that run
+        self._by_name: dict[tuple[bytes, str], LookUp] = {}
+        self._refused: set[tuple[bytes, str]] = set()
 
     def close(self) -> None:
         self._threads.close()
 
-    def submit(self, key: bytes, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
-        """task() on a thread; done(result, None) or done(None, error) within connect_timeout."""
-        answered: list[bool] = []
+    def look_up(self, key: bytes, address: Address, done: Done) -> None:
+        """done() gets (family, socket address) of each address of a host, within connect_timeout. All who ask for one
+        name with one key meanwhile share one look-up, whatever their ports."""
+        def on_found(found: Any, error: Exception | None) -> None:
+            done(found and [(family, (sockaddr[0], address.port, *sockaddr[2:])) for family, sockaddr in found], error)
+        name = address.host.lower()
+        if (key, name) in self._refused:
+            return done(None, ConnectError("the name look-up took too long just now"))
+        if (key, name) in self._by_name:
+            return self._by_name[key, name].waiting.append(on_found)
+        return self.submit(key, functools.partial(look_up, Address(address.host, 0)), on_found, name)
 
-        def answer(result: Any, error: Exception | None) -> None:
-            if not answered:
-                answered.append(True)
-                timer.clear()
+    def submit(self, key: bytes, task: Callable[[], Any], done: Done, name: str = "") -> None:
+        """task() on a thread, then done(), within connect_timeout."""
+        if sum(len(waiting.get(key, ())) for waiting in self._waiting) >= self.MOST_WAITING:
+            return done(None, ConnectError("too many name look-ups of this client wait already"))
+        made = LookUp(key, name, task, Deadline(self._loop))
+        made.waiting.append(done)
+        made.deadline.set(self._timeout, functools.partial(self._on_timeout, made))
+        if name:
+            self._by_name[key, name] = made
+        return self.begin(key, functools.partial(self._start, made))
+
+    def _may_begin(self, key: bytes) -> bool:
+        running = self._running
+        if not running.of(key):
+            return True
+        keys = len(set(running.by_key).union(*self._waiting))
+        share = max(1, (self._most_of_key - 1) // keys)
+        return (running.total < self._most - 1 and running.of(key) < self._most_of_key
+                and self._awaited.total < self._most_of_key and self._awaited.of(key) < share)
+
+    def _start(self, made: LookUp) -> None:
+        if not made.waiting:  # its time was over before its turn came
+            return self.done(made.key)
+        made.has_begun = True
+        self._awaited.change(made.key, 1)
+        return self._threads.submit(made.task, functools.partial(self._on_done, made))
+
+    def _on_done(self, made: LookUp, result: Any, error: Exception | None) -> None:
+        self._tell(made, result, error)
+        self.done(made.key)
+
+    def _on_timeout(self, made: LookUp) -> None:
+        if made.name and made.has_begun:
+            refused = made.key, made.name
+            self._refused.add(refused)
+            self._loop.call_later(self.REFUSED_FOR, lambda: self._refused.discard(refused))
+        self._tell(made, None, ConnectError("%s took too long" % ("the name look-up" if made.name else "authorize()")))
+        self._begin_waiting()
+
+    def _tell(self, made: LookUp, result: Any, error: Exception | None) -> None:
+        """Tells all that wait, once."""
+        if made.waiting:
+            waiting, made.waiting = made.waiting, []
+            made.deadline.clear()
+            if made.has_begun:
+                self._awaited.change(made.key, -1)
+            if made.name:
+                del self._by_name[made.key, made.name]
+            for done in waiting:
                 done(result, error)
-
-        def finish(result: Any, error: Exception | None) -> None:
-            self._queue.done(key)
-            answer(result, error)
-        timer = self._loop.call_later(self._timeout, lambda: answer(None, ConnectError("the name look-up took too long")))
-        if self._queue.count_waiting(key) >= self.MOST_WAITING:
-            return answer(None, ConnectError("too many name look-ups of this client wait already"))
-        return self._queue.begin(key, lambda: self._threads.submit((lambda: None) if answered else task, finish))
 
 
 @functools.lru_cache(maxsize=None)
@@ -3787,7 +3863,8 @@ class Connector:
     before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or on_close(None, error) on the loop,
     `timeout` seconds later at most.
 
-    `run(task, done)` runs the look-up on a thread. `check(addresses)` gives those that may be connected to, or raises PolicyError.
+    `find(target, done)` looks the host up. `check(addresses)` gives those that may be connected to, or raises
+    PolicyError.
     """
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float,
@@ -3799,7 +3876,7 @@ class Connector:
         self._error: Exception = ConnectError("it has no address")
         self.is_closed = False
 
-    def start(self, run: Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None],
+    def start(self, find: Callable[[Address, Done], None],
               check: Callable[[list[str]], Sequence[str]] | None = None) -> None:
         target = self._target
 
@@ -3816,7 +3893,7 @@ class Connector:
         elif is_literal(target.host):  # an address needs no thread
             on_found([(socket.AF_INET6 if ":" in target.host else socket.AF_INET, (target.host, target.port))], None)
         else:
-            run(functools.partial(look_up, target), on_found)
+            find(target, on_found)
         if not self.is_closed:  # a near machine has answered by now
             self._deadline.set(self._timeout, lambda: self._finish(None, socket.timeout("timed out")))
 
@@ -6948,7 +7025,7 @@ class Dial:
             return self._start_ssh()
         where = self._client.options.proxy.address if self._client.options.proxy else self._server
         self._step = Connector(self._client.loop, where, share, self._on_connected)
-        self._step.start(self._client.run_lookup)
+        self._step.start(self._client.look_up)
         return None
 
     def _on_connected(self, sock: socket.socket | None, error: Exception | None) -> None:
@@ -7466,9 +7543,9 @@ class Endpoint:
 
     # ---- connecting
 
-    def run_lookup(self, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
-        """task() on a thread of the look-ups: of a server, a proxy, or the remote of a reverse tunnel."""
-        self.lookups.submit(b"", task, done)
+    def look_up(self, address: Address, done: Done) -> None:
+        """Of a server, a proxy, or the remote of a reverse tunnel."""
+        self.lookups.look_up(b"", address, done)
 
     # ---- what it tells, and is told
 
@@ -8214,11 +8291,13 @@ class Server(Endpoint):
         return link.update()
 
     def _connect(self, stream: Stream, link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
-        """The acceptor's: connects to the remote of a stream, one of at most connects_per_key of its key at a time."""
+        """The acceptor's: connects to the remote of a stream, one of at most connects_per_key of its key at a time. A
+        look-up counts for nothing there: names that a name server is silent about must not hold up all others."""
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
+        slot = Slot(self._connecting, key)
 
         def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
-            self._connecting.done(key)
+            slot.leave()
             done(sock, error)
 
         def begin() -> None:
@@ -8234,11 +8313,18 @@ class Server(Endpoint):
             def on_permitted(error: Exception | None) -> None:
                 if error:
                     return on_connected(None, error)
-                Connector(self.loop, target, max(0.01, until - time.monotonic()), on_connected).start(
-                    functools.partial(self.lookups.submit, key), lambda found: self.policy.check_addresses(target, tuple(found), grants))
-                return None
+                connector = Connector(self.loop, target, max(0.01, until - time.monotonic()), on_connected)
+
+                def find(address: Address, on_found: Done) -> None:
+                    def go_on(found: Any, error: Exception | None) -> None:
+                        on_found(found, error)
+                        if connector.is_closed:  # its time was over before the look-up was
+                            slot.leave()
+                    slot.leave()
+                    self.lookups.look_up(key, address, lambda *result: slot.enter(lambda: go_on(*result)))
+                return connector.start(find, lambda found: self.policy.check_addresses(target, tuple(found), grants))
             return self._ask_authorizer(key, str(target), on_permitted)
-        self._connecting.begin(key, begin)
+        slot.enter(begin)
 
     @staticmethod
     def _answer(target: str, error: Exception) -> tuple[Exception, Error]:
@@ -8327,7 +8413,7 @@ class Server(Endpoint):
                 return done(None, error)
             if is_literal(target.host):
                 return on_found([(0, (target.host,))], None)
-            return self.lookups.submit(link.peer_key, functools.partial(look_up, target, socket.SOCK_DGRAM), on_found)
+            return self.lookups.look_up(link.peer_key, target, on_found)
         return self._ask_authorizer(link.peer_key, "udp " + str(target), on_permitted)
 
 
@@ -8757,7 +8843,7 @@ class ReverseTunnel(LinkUser):
                     sock.close()
                     sock, error = None, broken
             done(sock, error)
-        Connector(self._loop, self.spec.remote, self._client.limits.connect_timeout, on_connected).start(self._client.run_lookup)
+        Connector(self._loop, self.spec.remote, self._client.limits.connect_timeout, on_connected).start(self._client.look_up)
 
     def _answer(self, _target: str, error: Exception) -> tuple[Exception, Error]:
         return (ConnectError("cannot connect to `%s`: %s" % (self.spec.remote, reason(error))),

@@ -554,12 +554,12 @@ def ask_for(text, port, keys, tcp_echo):
 
 
 def test_what_waited_too_long_to_be_looked_at(place, shown):
-    """A target that no policy has seen when its time is up: the only place to connect is held by look-ups that hang."""
+    """A target that no policy has seen when its time is up: the only place to connect is held by a remote that says nothing."""
     place.serve("--max-connects-per-key", "1", "--connect-timeout", "0.5")
-    place.names.names = {name: (Answer(hangs=True),) for name in ("one.example", "two.example")}
+    subprocess.run(["ip", "-n", place.namespace.name, "route", "add", "198.18.255.253", "dev", "eth0"], check=True)
     with place.link() as one, place.link() as two, place.link() as three:
-        one.send_open(peer.TCP, "one.example:80")
-        two.send_open(peer.TCP, "two.example:80")
+        one.send_open(peer.TCP, "198.18.255.253:80")
+        two.send_open(peer.TCP, "198.18.255.253:80")
         three.send_open(peer.TCP, HOSTILE)
         answer, = three.read_to_end()
         assert answer.type == peer.ERROR

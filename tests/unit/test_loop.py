@@ -5,6 +5,8 @@ import select
 import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -174,6 +176,110 @@ def test_a_moment_without_threads(monkeypatch):
     pool.close()
     pool.join(PATIENCE)
     loop.close()
+
+
+class Names:
+    """Look-ups on a loop, where names that begin with "silent" have no answer until the end. `asked`: what threads look up."""
+
+    def __init__(self, loop, limits):
+        self.loop, self.asked, self._end = loop, [], threading.Event()
+        self.look_ups = ratrod.LookUps(loop, limits)
+
+    def resolve(self, address, *_rest):
+        self.asked.append(address.host)
+        if address.host.startswith("silent"):
+            self._end.wait(PATIENCE)
+        return [(socket.AF_INET, ("127.0.0.1", address.port))]
+
+    def find(self, key, host, port=80):
+        """What has been answered: [] until then."""
+        answers = []
+        self.look_ups.look_up(key, ratrod.Address(host, port), lambda found, error: answers.append(found or str(error)))
+        return answers
+
+    def run_until(self, condition):
+        until = time.monotonic() + PATIENCE
+
+        def look():
+            if condition() or time.monotonic() > until:
+                return self.loop.stop()
+            return self.loop.call_later(0.002, look)
+        self.loop._is_stopped = False
+        look()
+        self.loop.run()
+        assert condition()
+
+    def close(self):
+        self._end.set()
+        self.look_ups.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def names(monkeypatch):
+    made = []
+
+    def make(**limits):
+        made.append(Names(ratrod.EventLoop(), ratrod.DEFAULT_LIMITS._replace(**limits)))
+        monkeypatch.setattr(ratrod, "look_up", made[0].resolve)
+        return made[0]
+    yield make
+    made[0].close()
+
+
+TOO_LONG = ["the name look-up took too long"], ["the name look-up took too long just now"]
+
+
+def test_a_name_is_looked_up_once_for_all_of_a_key(names, monkeypatch):
+    monkeypatch.setattr(ratrod.LookUps, "REFUSED_FOR", 0.3)
+    made = names(connect_timeout=0.05)
+    answers = [made.find(b"a", *address) for address in (("silent", 80), ("silent", 81), ("Silent", 80))]
+    other = made.find(b"b", "silent")
+    made.run_until(lambda: all([*answers, other]))
+    assert answers == [TOO_LONG[0]] * 3 and made.asked == ["silent", "silent"], "once for each key"
+    assert made.find(b"a", "SILENT", 82) == TOO_LONG[1], "refused at once"
+    good = [made.find(b"a", "good", port) for port in (80, 443)]
+    made.run_until(lambda: all(good))
+    assert [(answer, ) for answer, in good] == [([(socket.AF_INET, ("127.0.0.1", port))], ) for port in (80, 443)]
+    assert made.asked.count("good") == 1
+    made.run_until(lambda: made.find(b"a", "silent") != TOO_LONG[1])
+    made.run_until(lambda: made.asked.count("silent") == 3)
+
+
+def test_a_look_up_that_nobody_waits_for_takes_no_place(names):
+    made = names(connect_timeout=0.05, lookup_threads=4)
+    for n in range(3):
+        silent = [made.find(b"a", "silent%d-%d" % (n, m)) for m in range(4)]
+        if not n:  # a key that is alone has three of the four; the others wait
+            assert made.look_ups._running.of(b"a") == 3
+        made.run_until(lambda: all(silent))  # noqa: B023
+    assert made.look_ups._running.of(b"a") == 4, "those that hang are not more than four"
+    good = made.find(b"a", "good")
+    made.run_until(lambda: bool(good))
+    assert good == [TOO_LONG[0][0]], "its key has no thread left"
+    # Others have: up to sixteen in all, the last one for a key that holds none.
+    for key in (b"b", b"c", b"d"):
+        good = made.find(key, "good")
+        made.run_until(lambda: bool(good))  # noqa: B023
+        assert isinstance(good[0], list)
+        for n in range(4):
+            silent = [made.find(key, "silent%d-%d" % (n, m)) for m in range(4)]
+            made.run_until(lambda: all(silent))  # noqa: B023
+    assert made.look_ups._running.total == 15
+    good = made.find(b"e", "good")
+    made.run_until(lambda: bool(good))
+    assert isinstance(good[0], list)
+
+
+def test_a_look_up_whose_turn_never_came_is_not_refused(names):
+    """It is the other names that are silent."""
+    made = names(connect_timeout=0.05, lookup_threads=4)
+    silent = [made.find(b"a", "silent%d" % n) for n in range(3)]
+    good = made.find(b"a", "good")
+    made.run_until(lambda: all([*silent, good]))
+    again = made.find(b"a", "good")
+    made.run_until(lambda: bool(again))
+    assert isinstance(again[0], list)
 
 
 def test_a_listener_that_is_no_more_neither_spins_nor_stays():
