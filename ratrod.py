@@ -3379,10 +3379,10 @@ class Slot:
 class LookUp:
     """A name look-up, or another task that may hang; `waiting` are those that it is for. No name: it is authorize()."""
 
-    __slots__ = ("key", "name", "task", "waiting", "deadline", "has_begun")
+    __slots__ = ("key", "name", "task", "waiting", "deadline", "began")
 
     def __init__(self, key: bytes, name: str, task: Callable[[], Any], deadline: Deadline):
-        self.key, self.name, self.task, self.deadline, self.has_begun = key, name, task, deadline, False
+        self.key, self.name, self.task, self.deadline, self.began = key, name, task, deadline, NEVER
         self.waiting: list[Done] = []
 
 
@@ -3441,7 +3441,7 @@ class LookUps(FairQueue):
     def _start(self, made: LookUp) -> None:
         if not made.waiting:  # its time was over before its turn came
             return self.done(made.key)
-        made.has_begun = True
+        made.began = self._loop.now
         self._awaited.change(made.key, 1)
         return self._threads.submit(made.task, functools.partial(self._on_done, made))
 
@@ -3450,7 +3450,7 @@ class LookUps(FairQueue):
         self.done(made.key)
 
     def _on_timeout(self, made: LookUp) -> None:
-        if made.name and made.has_begun:
+        if made.name and self._loop.now - made.began > self._timeout / 2:  # not where it had to wait for a thread
             refused = made.key, made.name
             self._refused.add(refused)
             self._loop.call_later(self.REFUSED_FOR, lambda: self._refused.discard(refused))
@@ -3462,7 +3462,7 @@ class LookUps(FairQueue):
         if made.waiting:
             waiting, made.waiting = made.waiting, []
             made.deadline.clear()
-            if made.has_begun:
+            if made.began < NEVER:
                 self._awaited.change(made.key, -1)
             if made.name:
                 del self._by_name[made.key, made.name]

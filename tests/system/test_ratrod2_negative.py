@@ -1417,20 +1417,20 @@ def test_32_a_look_up_that_hangs(served, resolver, second):
     end = served(env=names.environment)
     moving = end.link().open(end.address)
     moving.wait_opened()
-    # As many as one key's look-ups may be under way at once, and some more; the tenth of a UDP session.
-    hanging = [end.link() for _ in range(9)]
+    # More than the 32 connects that one key may have under way, and the look-up of a UDP session.
+    hanging = [end.link() for _ in range(40)]
     for link in hanging:
         link.send_open(TCP, "hang.example:80")
     udp = end.link().open_udp()
     udp.session(1, "hang.example:80")
-    # An open stream, a new one to an address, and another key's name.
-    for _ in range(10):
+    # An open stream, a new one to an address, and a name, of this key and of another.
+    for key in (seed_of(end.keys.client), seed_of(second)) * 5:
         moving.send(b"hello")
         assert moving.receive() == b"hello"
         still_serves(end)
-        with end.link(seed_of(second)) as link:
+        with end.link(key) as link:
             assert link.exchange("resolved.example:%d" % end.target.port, b"hello") == b"hello"
-    assert "hang.example" in names.lookups
+    assert names.lookups.count("hang.example") == 1
     # The time for look-up and connect is over at last.
     for link in hanging:
         read_error(link)
