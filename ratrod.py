@@ -159,7 +159,6 @@ Options:
 
 import atexit
 import base64
-import builtins
 import collections
 import contextlib
 import errno
@@ -429,49 +428,20 @@ def show_size(n: float) -> str:
 # ======================================================================================================================
 # 2. Messages: one tuple a message, one encoder and decoder for both wires
 # ======================================================================================================================
-# bincode 2, standard() but big-endian (PROTOCOL.md, part 1). A layout has one letter a field: b bytes, s str, ? bool, v varint; raw
-# fields of ratrod2: 1 u8, 4 u32, 8 u64, S a stream's 16 bytes.
+# bincode 2, standard() but big-endian (PROTOCOL.md, part 1). A layout has one letter a field: b bytes, s str, ? bool,
+# v varint; raw fields of ratrod2: 1 u8, 4 u32, 8 u64, S a stream's 16 bytes, P a u64 that may be missing (-1).
 
-
-class ClientPreamble(NamedTuple):
-    exchange_public_key: bytes
-    remote: str
-    challenge: bytes
-    should_encrypt: bool
-    is_udp: bool
-
-
-class ServerPreamble(NamedTuple):
-    identity_public_key: str
-    exchange_public_key: bytes
-    signature: bytes
-    challenge: bytes
-
-
-class ClientAuthentication(NamedTuple):
-    identity_public_key: str
-    signature: bytes
-
-
-class HandshakeCompletion(NamedTuple):
-    pass
-
-
-class Data(NamedTuple):
-    data: bytes
-
-
-class UdpData(NamedTuple):
-    data: bytes
-
-
-class Error(NamedTuple):
-    code: int
-    text: str
-
-
-class Shutdown(NamedTuple):
-    pass
+# The messages of the original's wire. ratrod2 has Error in common with it, and Data.
+ClientPreamble = NamedTuple("ClientPreamble", [("exchange_public_key", bytes), ("remote", str), ("challenge", bytes),
+                                               ("should_encrypt", bool), ("is_udp", bool)])
+ServerPreamble = NamedTuple("ServerPreamble", [("identity_public_key", str), ("exchange_public_key", bytes),
+                                               ("signature", bytes), ("challenge", bytes)])
+ClientAuthentication = NamedTuple("ClientAuthentication", [("identity_public_key", str), ("signature", bytes)])
+HandshakeCompletion = NamedTuple("HandshakeCompletion", [])
+Data = NamedTuple("Data", [("data", bytes)])
+UdpData = NamedTuple("UdpData", [("data", bytes)])
+Error = NamedTuple("Error", [("code", int), ("text", str)])
+Shutdown = NamedTuple("Shutdown", [])
 
 
 class Open(NamedTuple):
@@ -497,16 +467,8 @@ class Session(NamedTuple):
     outer: int = 0
 
 
-class SessionOver(NamedTuple):
-    number: int
-    code: int
-    text: str
-
-
-class SessionAddress(NamedTuple):
-    number: int
-    address: str
-
+SessionOver = NamedTuple("SessionOver", [("number", int), ("code", int), ("text", str)])
+SessionAddress = NamedTuple("SessionAddress", [("number", int), ("address", str)])
 
 LEGACY_MESSAGES: tuple[tuple[type[Any], str], ...] = (  # the position is the variant
     (ClientPreamble, "bsb??"), (ServerPreamble, "sbbb"), (ClientAuthentication, "sb"), (HandshakeCompletion, ""),
@@ -514,20 +476,19 @@ LEGACY_MESSAGES: tuple[tuple[type[Any], str], ...] = (  # the position is the va
 )
 _VARIANTS = {kind: (variant, layout) for variant, (kind, layout) in enumerate(LEGACY_MESSAGES)}
 DATA_VARIANT, UDP_DATA_VARIANT = _VARIANTS[Data][0], _VARIANTS[UdpData][0]
-_WIDE = {251: 2, 252: 4, 253: 8}  # marker -> bytes of the integer that follows
 
-# ratrod2's record types; the legacy messages are mapped to them, so that a link need not know its wire.
-(COMPLETED, ERROR, OPEN, OPENED, DATA, END, OVER, ACK, ABANDON, DATAGRAMS, SESSION, SESSION_OVER, SESSION_ADDRESS, KEEPALIVE, CLOSE) = (
-    0x00, 0x01, 0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16, 0x20, 0x21, 0x22, 0x23, 0x30, 0x3f)
+# ratrod2's record types. The legacy messages are mapped to them, so that a link need not know its wire.
+COMPLETED, ERROR, OPEN, OPENED, DATA, END, OVER, ACK, ABANDON = 0x00, 0x01, 0x10, 0x11, 0x12, 0x13, 0x14, 0x15, 0x16
+DATAGRAMS, SESSION, SESSION_OVER, SESSION_ADDRESS, KEEPALIVE, CLOSE = 0x20, 0x21, 0x22, 0x23, 0x30, 0x3f
 UDP_DATA = 0x120  # legacy only: one bare datagram
 TCP, UDP, LISTEN = 1, 2, 3  # kinds of Open
-_RECORDS: dict[int, tuple[type[Any] | None, str]] = {  # what the content of each type is; None: the only field itself
-    COMPLETED: (None, "s"), ERROR: (Error, "vs"), END: (None, ""), OVER: (None, ""), ACK: (None, "8"), ABANDON: (None, "S"),
-    SESSION: (Session, "4s4"), SESSION_OVER: (SessionOver, "4vs"), SESSION_ADDRESS: (SessionAddress, "4s"),
-    KEEPALIVE: (None, ""), CLOSE: (None, ""),
+_RECORDS: dict[int, tuple[type[Any] | None, str]] = {  # the content of each type; None: its only field, or nothing
+    COMPLETED: (None, "s"), ERROR: (Error, "vs"), OPENED: (Opened, "sP"), END: (None, ""), OVER: (None, ""),
+    ACK: (None, "8"), ABANDON: (None, "S"), SESSION: (Session, "4s4"), SESSION_OVER: (SessionOver, "4vs"),
+    SESSION_ADDRESS: (SessionAddress, "4s"), KEEPALIVE: (None, ""), CLOSE: (None, ""),
 }
 _STREAM = struct.Struct(">16sIQQ")  # of an Open of kind TCP, behind the target
-_POSITION = struct.Struct(">Q")
+_WIDE = {251: 2, 252: 4, 253: 8}  # marker -> bytes of the integer that follows
 
 
 def encode_varint(n: int) -> bytes:
@@ -539,7 +500,7 @@ def encode_varint(n: int) -> bytes:
 
 
 class Decoder:
-    """Reads the fields of one message from `data`, which must hold it whole; RemoteProtocolError for whatever does not fit."""
+    """Reads the fields of one message from `data`, which must hold it whole; RemoteProtocolError for what does not fit."""
 
     def __init__(self, data: bytes | memoryview):
         self._data = data
@@ -551,16 +512,18 @@ class Decoder:
         self._at += n
         return bytes(self._data[self._at - n:self._at])
 
+    def rest(self) -> bytes:
+        return self.take(len(self._data) - self._at)
+
     def varint(self) -> int:
         first = self.take(1)[0]
         if first < 251:
             return first
-        width = _WIDE.get(first)
-        if width is None:
+        if first not in _WIDE:
             raise RemoteProtocolError("an integer with the unknown marker %d" % first)
-        n = self.number(width)
+        n = self.number(_WIDE[first])
         # bincode never writes a longer form than needed; one encoding for each value leaves nothing to tell apart.
-        if len(encode_varint(n)) != width + 1:
+        if encode_varint(n)[0] != first:
             raise RemoteProtocolError("an integer in a longer form than it needs")
         return n
 
@@ -576,14 +539,14 @@ class Decoder:
     def number(self, width: int) -> int:
         return int.from_bytes(self.take(width), "big")
 
+    def position(self) -> int:
+        return self.number(8) if self._at < len(self._data) else -1
+
     def bool(self) -> bool:
         value = self.take(1)[0]
         if value > 1:
             raise RemoteProtocolError("a truth value of %d" % value)
         return bool(value)
-
-    def rest(self) -> builtins.bytes:
-        return self.take(len(self._data) - self._at)
 
     def end(self) -> None:
         if self._at != len(self._data):
@@ -591,13 +554,15 @@ class Decoder:
 
 
 _READ: dict[str, Callable[[Decoder], Any]] = {
-    "b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint, "S": lambda decoder: decoder.take(16),
+    "b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint, "P": Decoder.position,
+    "S": functools.partial(Decoder.take, n=16),
     **{width: functools.partial(Decoder.number, width=int(width)) for width in "148"}}
 _WRITE: dict[str, Callable[[Any], bytes]] = {
     "b": lambda data: encode_varint(len(data)) + data,
     "s": lambda text: _WRITE["b"](text.encode("utf-8")),
     "?": lambda value: bytes((value,)),
     "v": encode_varint,
+    "P": lambda n: _WRITE["8"](n) if n >= 0 else b"",
     "S": bytes,
     "1": lambda n: n.to_bytes(1, "big"), "4": lambda n: n.to_bytes(4, "big"), "8": lambda n: n.to_bytes(8, "big"),
 }
@@ -607,14 +572,14 @@ def _encode(layout: str, fields: Iterable[Any]) -> bytes:
     return b"".join(_WRITE[letter](field) for letter, field in zip(layout, fields))
 
 
-def _decode(make: Any, layout: str, content: bytes | memoryview, start: int = 0) -> Any:
-    decoder = Decoder(content[start:] if start else content)
+def _decode(make: Any, layout: str, content: bytes | memoryview) -> Any:
+    decoder = Decoder(content)
     fields = [_READ[letter](decoder) for letter in layout]
     decoder.end()
     return make(*fields) if make else fields[0] if fields else None
 
 
-# The cached functions remember, for nearly all of these records are the same few, as the Open of one target. Each costs 3 µs otherwise.
+# The cached functions cost 3 µs otherwise. Nearly all of their records are the same few, as the Open of one target.
 
 
 @functools.lru_cache(maxsize=256)
@@ -629,11 +594,16 @@ def _decode_head(content: bytes) -> tuple[int, str]:
 
 @functools.lru_cache(maxsize=256)
 def encode_content(kind: int, *fields: Any) -> bytes:
-    """The content of a record of any type but Open, Data and Datagrams. Opened has the fields of the message Opened."""
-    if kind == OPENED:
-        address, taken = fields
-        return _encode("s", (address,)) + (_POSITION.pack(taken) if taken >= 0 else b"")
+    """The content of a record of any type but Open, Data and Datagrams."""
     return _encode(_RECORDS[kind][1], fields)
+
+
+@functools.lru_cache(maxsize=256)
+def decode_content(kind: int, content: bytes) -> Any:
+    """The message in it; RemoteProtocolError for an unknown type, or for content that is not exactly one."""
+    if kind not in _RECORDS:
+        raise RemoteProtocolError("a record of the unknown type 0x%02x" % kind)
+    return _decode(*_RECORDS[kind], content)
 
 
 def encode_open(message: Open) -> bytes:
@@ -646,30 +616,15 @@ def encode_open(message: Open) -> bytes:
 
 def decode_open(content: bytes) -> Open:
     """The message in the content of an Open record; RemoteProtocolError for what cannot be."""
-    kind = content[0] if content else 0
-    tail = {TCP: _STREAM.size, LISTEN: 8}.get(kind, 0)
-    if len(content) <= tail:
+    size = len(content) - {TCP: _STREAM.size, LISTEN: 8}.get(content[0] if content else 0, 0)
+    if size <= 0:
         raise RemoteProtocolError("an Open of %d bytes" % len(content))
-    kind, target = _decode_head(content[:len(content) - tail])
+    kind, target = _decode_head(content[:size])
     if kind == TCP:
-        return Open(kind, target, *_STREAM.unpack(content[-tail:]))
+        return Open(kind, target, *_STREAM.unpack(content[size:]))
     if kind not in (UDP, LISTEN) or kind == UDP and target:
         raise RemoteProtocolError("an Open that cannot be (kind %d)" % kind)
-    return Open(kind, target, instance=content[len(content) - tail:])
-
-
-@functools.lru_cache(maxsize=256)
-def decode_content(kind: int, content: bytes) -> Any:
-    """The message in it; RemoteProtocolError for an unknown type, or for content that is not exactly one."""
-    if kind == OPENED:
-        decoder = Decoder(content)
-        address, position = decoder.str(), decoder.rest()
-        if len(position) not in (0, 8):
-            raise RemoteProtocolError("an Opened with %d bytes behind its address" % len(position))
-        return Opened(address, int.from_bytes(position, "big") if position else -1)
-    if kind not in _RECORDS:
-        raise RemoteProtocolError("a record of the unknown type 0x%02x" % kind)
-    return _decode(*_RECORDS[kind], content)
+    return Open(kind, target, instance=content[size:])
 
 
 def encode_message(message: Any) -> bytes:
@@ -683,7 +638,7 @@ def decode_message(data: bytes | memoryview) -> Any:
     variant = Decoder(data).varint()
     if variant >= len(LEGACY_MESSAGES):
         raise RemoteProtocolError("a message of the unknown kind %d" % variant)
-    return _decode(*LEGACY_MESSAGES[variant], data, 1)  # every known variant takes one byte
+    return _decode(*LEGACY_MESSAGES[variant], data[1:])  # every known variant takes one byte
 
 # ======================================================================================================================
 # 3. Keys and lists
