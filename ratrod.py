@@ -646,7 +646,6 @@ def decode_message(data: bytes | memoryview) -> Any:
 
 _PKCS8_HEAD = bytes.fromhex("3051020101300506032b657004220420")  # RFC 8410, as the original writes it; then the seed,
 _PKCS8_MIDDLE = bytes.fromhex("812100")  # then this, then the public key
-KEY_FILES = ("key", "key.pub", "known_hosts", "authorized_keys")
 
 
 @functools.lru_cache(maxsize=None)
@@ -675,11 +674,11 @@ def decode_key(text: str, size: int = 32) -> bytes:
     if len(text) == 2 * length:  # `cat key.pub >> authorized_keys`, twice: key.pub has no newline
         raise ValueError("it looks like two keys in one line; each needs a line of its own")
     if len(text) != length:
-        raise ValueError("it has %d characters instead of %d" % (len(text), length))
+        raise ValueError("its key has %d characters instead of %d" % (len(text), length))
     is_known = re.fullmatch("[A-Za-z0-9_-]*", text)
     raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if is_known else b""
     if encode_key(raw) != text:
-        raise ValueError("it is not unpadded base64url")
+        raise ValueError("its key is not unpadded base64url")
     return raw
 
 
@@ -734,8 +733,7 @@ class KeyPair(NamedTuple):
 
 # ---- files that people write, on any system
 
-QUOTES = "'\"`\u2018\u201c\u201e"
-OTHER_WRITERS = "can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod go-w %s"
+OTHER_WRITERS = "`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod go-w %s"
 
 
 def read_text(path: str, most: int = -1) -> str:
@@ -749,28 +747,19 @@ def find_foreign(text: str) -> str:
     if text.count("\0") > len(text) // 3:
         return ("it is UTF-16 text, as > and >> of Windows PowerShell write it; write it again as UTF-8, with an editor"
                 " or with `Add-Content -Encoding ascii`")
-    return "it stands in quotes, as cmd.exe leaves them; remove the quotes" if text[:1] in tuple(QUOTES) else ""
+    return "it stands in quotes, as cmd.exe leaves them; remove the quotes" if re.match(QUOTE, text) else ""
 
 
 def describe_file(text: str) -> str:
     """What somebody took for a private key of ratrod's."""
-    words = text.split()
-    if not words:
-        return "an empty file, which can be removed: `ratrod keygen` then makes a key"
-    other = re.match("-+ ?BEGIN ([A-Z0-9 ]*[A-Z0-9])|(PuTTY)|((?:ssh|ecdsa|sk-ssh|sk-ecdsa)-)", text)
-    if other:
-        pem, putty, _ = other.groups()
-        return "a PEM file (%s)" % pem if pem else "a key of PuTTY's" if putty else "a public key of OpenSSH's"
-    if any(is_key(line.split()[0]) for line in text.splitlines() if line.strip()):
-        return "a public key" if len(words) == 1 else "a list of public keys"
-    return "another file"
-
-
-def is_key(text: str) -> bool:
-    try:
-        return bool(decode_key(text))
-    except ValueError:
-        return False
+    pem = re.match("-+ ?BEGIN ([A-Z0-9 ]*[A-Z0-9])", text)
+    if pem:
+        return "a PEM file (%s)" % pem.group(1)
+    if re.match("PuTTY|(ssh|ecdsa|sk)-", text):
+        return "a key of OpenSSH's or PuTTY's"
+    if re.search(r"^\ufeff?\s*[A-Za-z0-9_-]{43}(\s|$)", text, re.MULTILINE):
+        return "a list of public keys" if text.split()[1:] else "a public key"
+    return "another file" if text.strip() else "an empty file, which can be removed: `ratrod keygen` then makes a key"
 
 
 def can_others_write(path: str, status: os.stat_result) -> bool:
@@ -789,7 +778,7 @@ def can_others_write(path: str, status: os.stat_result) -> bool:
 def find_writers(path: str, status: os.stat_result) -> list[str]:
     """Who else can change a file or a folder, and what helps, as a list of one line at most."""
     if can_others_write(path, status):
-        return ["`%s` %s" % (path, OTHER_WRITERS % (stat.S_IMODE(status.st_mode), path))]
+        return [OTHER_WRITERS % (path, stat.S_IMODE(status.st_mode), path)]
     if os.name == "posix" and status.st_uid not in (0, os.getuid()):
         return ["`%s` belongs to another user (uid %d), who could let himself in; make it yours: chown %d %s"
                 % (path, status.st_uid, os.getuid(), path)]
@@ -798,6 +787,7 @@ def find_writers(path: str, status: os.stat_result) -> list[str]:
 
 Line = Tuple[int, Any]  # the line's number, and what KeyLines' `parse` made of the words behind the key
 Lines = Dict[bytes, Tuple[Line, ...]]  # by key
+QUOTE = "['\"`\u2018\u201c\u201e]"
 LINE_END = re.compile("\r\0?\n\0?|[\r\n]\0?")  # with the zero characters of UTF-16
 
 
@@ -821,11 +811,9 @@ class KeyLines:
         self._is_stale = False
 
     def read(self, now: float | None = None) -> Lines:
-        """The lines of each key; the same object as before where nothing is new.
-
-        A line that cannot be understood lists nobody, a file that cannot be read neither. `now`, the time of a round
-        of the loop: in each round the file is looked at once.
-        """
+        """The lines of each key; the same object as before where nothing is new. A line that cannot be understood
+        lists nobody, a file that cannot be read neither. In each round of the loop, which began at `now`, the file is
+        looked at once."""
         if now is None or now != self._round:
             self._cache = self._read()
             self._round = now
@@ -847,9 +835,9 @@ class KeyLines:
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             if not self._is_stale and self._is_current(status, signature):
                 return self._cache
-            trouble = find_writers(self.path, status)
+            problems = find_writers(self.path, status)
             if self.is_strict and can_others_write(self.path, status):
-                raise PermissionError(errno.EPERM, "; ".join(trouble))
+                raise PermissionError(errno.EPERM, problems[0])
             lines, broken = self._parse(read_text(self.path))
         except OSError as error:
             # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
@@ -857,9 +845,9 @@ class KeyLines:
                 return self._cache
             signature = None  # not the file's: the next read() looks again
             lines, broken = {}, []
-            trouble = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
+            problems = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
         self.broken, self._is_stale, self.is_unusable = broken, False, signature is None
-        self.problems = trouble + [
+        self.problems = problems + [
             "line %d of `%s` %s: %s" % (number, self.path, self.USELESS, why) for number, _, why in broken]
         return signature, self._cache[1] if lines == self._cache[1] else lines
 
@@ -885,15 +873,12 @@ class KeyLines:
                 key = decode_key(words[0])
                 keys[key] = (*keys.get(key, ()), (number, self._parse_words(words[1:])))
             except ValueError as error:
-                why = find_foreign(" ".join(words)) or str(error)
-                if any(map(is_key, words[1:])) and not is_key(words[0]):
-                    why = "the key has to stand first"
-                broken.append((number, line.replace("\0", ""), why))
+                broken.append((number, line.replace("\0", ""), find_foreign(" ".join(words)) or str(error)))
         return keys, broken
 
 
 class UnknownHost(AuthenticationError):
-    """The server's key is not in known_hosts. `hint` names the line that has the key, and why that line does not count."""
+    """The server's key is not in known_hosts. `hint` names a line that has the key, and why the line does not count."""
 
     def __init__(self, key: bytes, address: str, path: str, hint: str = ""):
         super().__init__("Server's public key `%s` is not in the known hosts file.%s If it is the right one (`ratrod"
@@ -923,18 +908,17 @@ class KnownHosts(KeyLines):
 
     def check(self, key: bytes, address: str) -> None:
         """UnknownHost where no line is about this server, AuthenticationError where one has another key for it."""
-        server = address.lower()
+        server, shown = address.lower(), encode_key(key)
         host, _, port = server.rpartition(":")
-        about = re.compile(r"(?<![\w.-])%s(\]?:%s(?!\d)|(?!\]?:\d|[\w.-]))" % (re.escape(host.strip("[]")), port))
         lines = [(listed, *line) for listed, all_lines in self.read().items() for line in all_lines]
         bound = {listed: "line %d of `%s`" % (number, self.path) for listed, number, name in lines
                  if name in (server, host)}
+        about = re.compile(r"(?<![\w.-])%s(\]?:%s(?!\d)|(?!\]?:\d|[\w.-]))" % (re.escape(host.strip("[]")), port))
         damaged = [(number, why) for number, text, why in self.broken if about.search(text.lower())]
         if not (bound or damaged) and server in self._accepted:
             bound = {self._accepted[server]: "what was accepted before"}
         if key in bound:
             return
-        shown = encode_key(key)
         if bound:
             listed, place = next(iter(bound.items()))
             raise AuthenticationError(
@@ -946,26 +930,23 @@ class KnownHosts(KeyLines):
                 "line %d of `%s` is about the server `%s` and cannot be understood (%s), so that no key counts for it."
                 " If `%s` is the right key, replace that line by: %s %s"
                 % (damaged[0][0], self.path, address, damaged[0][1], shown, shown, address))
-        if key not in [listed for listed, _, name in lines if name is None]:
+        if (key, None) not in [(listed, name) for listed, _, name in lines]:
             raise UnknownHost(key, address, self.path, self._explain(key))
 
     def _explain(self, key: bytes) -> str:
         """A sentence about a line that has this key, and why that line does not count; "" where none has it."""
-        lines, broken = self._cache[1].get(key, ()), self.find_broken(key)
-        if lines:
-            number, host = lines[0]
+        broken = self.find_broken(key)
+        for number, host in self._cache[1].get(key, ()):
             return " Line %d has this key, but %s." % (
                 number, "for `%s` alone" % host if host else "for servers without a line of their own")
         return " Line %d has this key, but cannot be understood: %s." % broken if broken else ""
 
     def add(self, key: bytes, address: str) -> str:
-        """Trusts `key` for `address`. "", or the reason why the line was not written."""
+        """Writes a line for a server. "", or the reason why there is none."""
         try:
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
-                size = file.seek(0, os.SEEK_END)
-                if size:
-                    file.seek(size - 1)
-                newline = b"\n" if size and file.read(1) != b"\n" else b""
+                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
                 file.write(newline + ("%s %s\n" % (encode_key(key), address)).encode())
             self.check(key, address)
         except OSError as error:
@@ -1001,10 +982,8 @@ class KeyFolder:
         """Whether there may be a key file. One that cannot be looked at is not replaced, and load() says why."""
         try:
             os.lstat(self.key_file)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            pass
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)
         return True
 
     def load(self) -> KeyPair:
@@ -1012,16 +991,14 @@ class KeyFolder:
         path = self.key_file
         try:
             status, text = os.stat(path), read_text(path, 4096).lstrip("\ufeff").strip()
-            is_open = can_others_write(path, status)
+            pair = KeyPair.decode(text)
+            if can_others_write(path, status):
+                raise ConfigError("the private key " + OTHER_WRITERS % (path, stat.S_IMODE(status.st_mode), path))
             self.warnings += find_writers(self.path, os.stat(self.path))
         except OSError as error:
             raise ConfigError("cannot read the key file `%s`: %s" % (path, reason(error))) from None
-        try:
-            pair = KeyPair.decode(text)
         except ValueError as error:
             raise ConfigError(self._explain(text, error)) from None
-        if is_open:
-            raise ConfigError("the private key `%s` %s" % (path, OTHER_WRITERS % (stat.S_IMODE(status.st_mode), path)))
         # Only the owner can mend it. A Kubernetes secret belongs to root, and is read through its group.
         if os.name == "posix" and status.st_mode & 0o077 and (status.st_uid or not os.getuid()):
             self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone:"
@@ -1038,7 +1015,7 @@ class KeyFolder:
 
     def _explain(self, text: str, error: ValueError) -> str:
         """What is wrong with the text of a key file. Somebody who reads "damaged" throws the file away."""
-        plain = text.replace("\0", "").strip("\ufffd" + QUOTES)
+        plain = re.sub("^(%s|\ufffd)+" % QUOTE, "", text.replace("\0", ""))
         if not plain or not encode_key(_PKCS8_HEAD)[:21].startswith(plain[:21]):
             return ("`%s` is no private key of ratrod's but %s. -k takes the folder of the security files, or the file"
                     " `key` in it" % (self.key_file, describe_file(plain)))
@@ -1051,48 +1028,37 @@ class KeyFolder:
     def generate(self) -> KeyPair:
         """Writes a new identity and empty lists into the folder, never over a file. ConfigError says what failed."""
         pair = KeyPair.from_seed(os.urandom(32))
-        contents = (pair.encode(), encode_key(pair.public), "", "")
+        # The private key last: a folder that has one is complete.
+        texts = {"authorized_keys": "", "known_hosts": "", "key.pub": encode_key(pair.public), "key": pair.encode()}
         try:
-            for name in KEY_FILES[:2]:
-                if os.path.lexists(os.path.join(self.path, name)):
-                    raise FileExistsError(errno.EEXIST, "there is a `%s` already" % name)
-            if not os.path.isdir(self.path):
-                os.makedirs(self.path, mode=0o700)
-            # The private key last: a folder that has one is complete.
-            for name, text in reversed(tuple(zip(KEY_FILES, contents))):
-                path = os.path.join(self.path, name)
-                if name.startswith("key") or not os.path.lexists(path):
-                    self._write(path, text, is_new=name == "key")
+            here = [name for name in texts if os.path.lexists(os.path.join(self.path, name))]
+            if "key" in here or "key.pub" in here:
+                raise FileExistsError(errno.EEXIST, "there is a `%s` already" % here[-1])
+            os.makedirs(self.path, mode=0o700, exist_ok=True)
+            for name in texts:
+                if name not in here:
+                    write_new(os.path.join(self.path, name), texts[name])
         except OSError as error:
             raise ConfigError("cannot write the security files to `%s`: %s" % (self.path, reason(error))) from None
         return pair
 
-    @staticmethod
-    def _write(path: str, text: str, is_new: bool) -> None:
-        """Writes a file that others see whole or not at all. `is_new`: FileExistsError where there is one already."""
-        temporary = "%s.%d.tmp" % (path, os.getpid())
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(text)
-            if is_new:
-                link_file(temporary, path)
-            else:
-                os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
-
-def link_file(existing: str, path: str) -> None:
-    """Gives a file a second name. FileExistsError where that is taken: of two that generate keys, one wins."""
+def write_new(path: str, text: str) -> None:
+    """Writes a file that others see whole or not at all. OSError where there is one: of two that generate keys, one
+    wins."""
+    temporary = "%s.%d.tmp" % (path, os.getpid())
     try:
-        os.link(existing, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "a file is there already") from None
-        os.rename(existing, path)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+        try:
+            os.link(temporary, path)
+        except OSError:
+            if os.path.lexists(path):
+                raise
+            os.rename(temporary, path)  # a file system without links
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 class NoKeys(KeyFolder):
@@ -1106,7 +1072,6 @@ class NoKeys(KeyFolder):
 
     def load(self) -> KeyPair:
         return KeyPair(b"", b"")
-
 
 # ======================================================================================================================
 # 4. Addresses and policy

@@ -44,7 +44,7 @@ def test_what_is_generated_is_read_by_the_cryptography_package(tmp_path):
     folder = ratrod.KeyFolder(str(tmp_path / "new" / "keys"))
     pair = folder.generate()
     assert make_keys(tmp_path / "twin", pair.seed).public == ratrod.encode_key(pair.public)
-    for name in ratrod.KEY_FILES:
+    for name in ("key", "key.pub", "known_hosts", "authorized_keys"):
         assert (tmp_path / "new" / "keys" / name).read_bytes() == (tmp_path / "twin" / name).read_bytes()
     assert folder.load() == pair and not folder.warnings
     if os.name == "posix":

@@ -64,7 +64,7 @@ def test_what_is_there_already_is_kept(tmp_path):
     (tmp_path / "notes").write_text("mine\n")
     KeyFolder(str(tmp_path)).generate()
     assert (tmp_path / "authorized_keys").read_text() == "# prepared\n" and (tmp_path / "notes").read_text() == "mine\n"
-    assert {path.name for path in tmp_path.iterdir()} == {*ratrod.KEY_FILES, "notes"}
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub", "known_hosts", "authorized_keys", "notes"}
 
 
 def test_a_public_key_without_its_key_is_not_overwritten(tmp_path):
@@ -120,9 +120,9 @@ OTHER_FILES = {
     "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n": "a PEM file (OPENSSH PRIVATE KEY)",
     "-----BEGIN CERTIFICATE-----\nMIIB\n": "a PEM file (CERTIFICATE)",
     "---- BEGIN SSH2 PUBLIC KEY ----\n": "a PEM file (SSH2 PUBLIC KEY)",
-    "PuTTY-User-Key-File-3: ssh-ed25519\n": "a key of PuTTY's",
-    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n": "a public key of OpenSSH's",
-    "ecdsa-sha2-nistp256 AAAA\n": "a public key of OpenSSH's",
+    "PuTTY-User-Key-File-3: ssh-ed25519\n": "a key of OpenSSH's or PuTTY's",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n": "a key of OpenSSH's or PuTTY's",
+    "ecdsa-sha2-nistp256 AAAA\n": "a key of OpenSSH's or PuTTY's",
     PUBLIC: "a public key",
     PUBLIC + " me@laptop\n": "a list of public keys",
     "# the clients\n\n%s no-udp\n%s\n" % (PUBLIC, PUBLIC): "a list of public keys",
@@ -304,7 +304,7 @@ HINTS = {
     "# mine\n{server} {address}0": "Line 2 has this key, but for `127.0.0.1:10` alone.",
     "{server} a:1,b:1": "Line 1 has this key, but cannot be understood: `a:1,b:1` is no `host:port` and no `host`;",
     "{server}{other}": "Line 1 has this key, but cannot be understood: it looks like two keys in one line",
-    "me {server}": "Line 1 has this key, but cannot be understood: the key has to stand first.",
+    "me {server}": "Line 1 has this key, but cannot be understood: its key has 2 characters instead of 43.",
     "{server}\n{other} {address}": "Line 1 has this key, but for servers without a line of their own.",
     "{other}": None,
 }
