@@ -759,7 +759,7 @@ def describe_file(text: str) -> str:
         return "a key of OpenSSH's or PuTTY's"
     if re.search(r"^\ufeff?\s*[A-Za-z0-9_-]{43}(\s|$)", text, re.MULTILINE):
         return "a list of public keys" if text.split()[1:] else "a public key"
-    return "another file" if text.strip() else "an empty file, which can be removed: `ratrod keygen` then makes a key"
+    return "another file" if text.strip() else "an empty file (if you have no other key, remove it and run `ratrod keygen`)"
 
 
 def can_others_write(path: str, status: os.stat_result) -> bool:
@@ -889,7 +889,7 @@ class UnknownHost(AuthenticationError):
 
 def parse_known_host(words: list[str]) -> str | None:
     """The `host:port`, or the `host` with any port, that a line of known_hosts is bound to; None for a bare key."""
-    host = words[0].lower() if words else None
+    host = re.sub(r"\[([^:]+)\]", r"\1", words[0].lower()) if words else None  # sshd's form: [host]:port
     if host and not re.fullmatch(r"([\w.-]+|\[[0-9a-f:.]+(%[\w.-]+)?\])(:[1-9][0-9]{0,4})?", host):
         raise ValueError("`%s` is no `host:port` and no `host`; each server needs a line of its own" % printable(host))
     return host

@@ -295,7 +295,8 @@ VERDICTS = {
     CHANGED: ["{other} {address}", "{server}\n{other} {address}", "{other} {address}\n{server}", "{other} 127.0.0.1", "{server}\n{other} 127.0.0.1",
               "{other} {address}\n{server}x {address}"],
     "": ["{server} {address}", "{server}", "  {server}\t{address}\r", "{server}\n{other} elsewhere:1", "{other}\n{server}",
-         "{other} {address}\n{server} {address}", "{server} 127.0.0.1", "{other}\n{server} 127.0.0.1", "{other} {address}\n{server} 127.0.0.1",
+         "{other} {address}\n{server} {address}", "{server} 127.0.0.1", "{server} [127.0.0.1]:1", "{other}\n{server} 127.0.0.1",
+         "{other} {address}\n{server} 127.0.0.1",
          "{server} {address} a comment", "\ufeff{server} {address}", "{server}x {address}\n{server} {address}", "{server}\n{server}x elsewhere:1"],
 }
 # Of the line that has the key, and does not count.
