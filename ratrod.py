@@ -500,7 +500,7 @@ def encode_varint(n: int) -> bytes:
 
 
 class Decoder:
-    """Reads the fields of one message from `data`, which must hold it whole; RemoteProtocolError for what does not fit."""
+    """Reads the fields of one whole message; RemoteProtocolError for what does not fit."""
 
     def __init__(self, data: bytes | memoryview):
         self._data = data
@@ -733,7 +733,8 @@ class KeyPair(NamedTuple):
 
 # ---- files that people write, on any system
 
-OTHER_WRITERS = "`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod go-w %s"
+OTHER_WRITERS = ("`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone:"
+                 " chmod go-w %s")
 
 
 def read_text(path: str, most: int = -1) -> str:
@@ -759,7 +760,7 @@ def describe_file(text: str) -> str:
         return "a key of OpenSSH's or PuTTY's"
     if re.search(r"^\ufeff?\s*[A-Za-z0-9_-]{43}(\s|$)", text, re.MULTILINE):
         return "a list of public keys" if text.split()[1:] else "a public key"
-    return "another file" if text.strip() else "an empty file (if you have no other key, remove it and run `ratrod keygen`)"
+    return "another file" if text.strip() else "an empty file (`ratrod keygen` makes a key where that is removed)"
 
 
 def can_others_write(path: str, status: os.stat_result) -> bool:
