@@ -67,7 +67,7 @@ Options:
   --legacy                        connect: speak the wire of the original, Rust ratrod 0.6.3; serve: speak both wires
   --max-retry-count N             give up after so many failed tries (default: the first must succeed, then never)
   --max-retry-interval SECS       the longest pause between two tries to reach a server that went away (default: 30)
-  --drain SECS                    at the end, let open connections go on for so long (default: serve 10, connect 0)
+  --drain SECS                    at the end, let open connections go on for so long (default: serve 8, connect 0)
   --reuse-port                    share the port: a new server takes over while the old one drains
   --proxy-protocol SOURCES        load balancers that send a PROXY header, as 10.0.0.7,10.1.0.0/16
   --workers N                     share the work among so many processes, each with these limits (default: 1)
@@ -157,6 +157,12 @@ Options:
 # 7. Only `Reach` dials.
 # 8. Nothing on the loop's thread waits for a peer, a remote or a name. The log and the key files alone are used there.
 
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
+
 import atexit
 import base64
 import collections
@@ -170,11 +176,9 @@ import os
 import queue
 import re
 import selectors
-import signal
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 from itertools import zip_longest
@@ -9339,7 +9343,7 @@ class Snapshot(NamedTuple):
     now: float  # by the loop's clock
     began_at: float  # seconds since the epoch
     title: str  # the endpoint and its state in one line
-    details: list[str]  # a line for each thing that only this kind of endpoint has
+    details: Iterator[str]  # a line for each thing that only this kind of endpoint has, made as it is read
     keys: dict[bytes, collections.Counter[str]]
     total: collections.Counter[str]
     streams: tuple[Any, ...]  # to be read before the loop goes on, as the sessions: showing all takes 50 ms for 10,000
@@ -9355,12 +9359,12 @@ class Snapshot(NamedTuple):
 def snapshot(endpoint: Endpoint) -> Snapshot:
     """To be called on the loop's thread."""
     counters = endpoint.counters
-    title, *details = endpoint.describe()
+    details = endpoint.describe()
     keys = counters.tally(endpoint.links)
     total = sum(keys.values(), collections.Counter())
     server = ServerState(endpoint.started, endpoint.connected, endpoint.state(), endpoint.round_trip(),
                          counters.reconnects) if isinstance(endpoint, Client) else None
-    return Snapshot(endpoint.loop.now, counters.began_at, title, details, keys, total, tuple(counters.streams),
+    return Snapshot(endpoint.loop.now, counters.began_at, next(details), details, keys, total, tuple(counters.streams),
                     tuple(counters.sessions), counters.results, counters.links, endpoint.handshakes,
                     counters.handshakes_failed, endpoint.show_key, server)
 
@@ -9388,7 +9392,7 @@ def show_table(shot: Snapshot) -> Iterator[str]:
     uptime = show_time(time.time() - shot.began_at)
     yield "%s; up %s; %s; handshakes: %d under way, %d failed" % (
         shot.title, uptime, show_tally(shot.total), shot.handshakes, shot.handshakes_failed)
-    yield from first_of(shot.details, str)
+    yield from first_of(list(shot.details), str)
     keys = [key for key in shot.keys if key]
     yield from first_of(keys, lambda key: "key %s: %s" % (shot.show_key(key), show_tally(shot.keys[key])))
     for carried in (shot.streams, shot.sessions):
@@ -9530,57 +9534,7 @@ def show_line(shot: Snapshot, before: Snapshot) -> str:
     return "ratrod: " + ", ".join(parts)
 
 
-class StatusLine(logging.StreamHandler):  # type: ignore[type-arg]
-    """A log on a terminal, with a line below it that says how a client is, drawn again each second if it changed.
-
-    The cursor stays at the beginning of the line: whatever follows on the screen is that line and nothing else, also
-    where a terminal that became narrower has broken the line in two.
-    """
-
-    ERASE = "\x1b[J"
-    _shown = ""
-    _before: Snapshot | None = None
-
-    def run(self, client: Client) -> None:
-        """Shows the line from now on, on the client's loop."""
-        shot = snapshot(client)
-        before = self._before or shot
-        if shot.now - before.now > 3:  # the process was stopped (Ctrl-Z): another program has written below the log
-            self._shown = ""
-        self._before = shot._replace(streams=(), sessions=())
-        self.show(show_line(shot, before))
-        client.loop.call_later(1.0, lambda: self.run(client))
-
-    def show(self, text: str) -> None:
-        """Shows `text` in place of the line so far; "" removes the line."""
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone, or the stream is no terminal any more
-            self.acquire()
-            try:
-                # In the background, the line would stand in the middle of another program's screen.
-                if os.tcgetpgrp(self.stream.fileno()) != os.getpgrp():
-                    self._shown = ""
-                    return
-                text = text[:(os.get_terminal_size(self.stream.fileno()).columns or 80) - 1]
-                if text != self._shown:
-                    self.stream.write("\r" + self.ERASE + (text + "\r" if text else ""))
-                    self.stream.flush()
-                    self._shown = text
-            finally:
-                self.release()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        shown = self._shown
-        self.show("")
-        super().emit(record)
-        self.show(shown)
-
-
 # ---- systemd
-
-
-def show_state(endpoint: Endpoint) -> str:
-    """What `systemctl status` shows."""
-    return "STATUS=" + next(iter(endpoint.describe()))
 
 
 def notify_systemd(*lines: str) -> None:
@@ -10138,16 +10092,180 @@ class LogFormatter(logging.Formatter):
         return "%s %s %s" % (moment, shown, message)
 
 
+class LogWriter(logging.Handler):
+    """Writes the log on a thread of its own, and at a terminal a status line below the log. Where nobody reads a pipe, or
+    Ctrl-S holds a terminal, that thread alone waits. Lines that cannot be written are counted, and the log says so as
+    soon as it can.
+
+    The cursor stays at the beginning of the status line: what follows on the screen is that line and nothing else, also
+    where a terminal that became narrower has broken the line in two.
+    """
+
+    WAITING = 4096  # lines that may wait to be written
+    PATIENCE = 0.5  # seconds that the end waits for the last lines: --drain and the end together take less than 10 s
+
+    def __init__(self, stream: Any, has_status: bool):
+        super().__init__()
+        self.has_status = has_status
+        self._stream, buffer = stream, getattr(stream, "buffer", None)
+        self._raw = getattr(buffer, "raw", buffer)  # a buffer has a lock, which would be held while a write waits
+        self._lost = self._told = 0  # lines that were not written, and how many of them the log has told of
+        self._shown = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the thread: a forked process has none, and one that waits in a write is left to it."""
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._is_running, self._status = False, ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        if self._calls.qsize() < self.WAITING:
+            self._put(lambda: self._write(line, 1))
+        else:
+            self._lost += 1
+
+    def show(self, status: str) -> None:
+        """Shows `status` in place of the status line so far; "" removes it."""
+        self._status = status
+        if self._calls.empty():  # otherwise the next line of the log brings it
+            self._put(lambda: self._write("", 0))
+
+    def flush(self) -> None:
+        """Waits until what was logged is written, PATIENCE at most."""
+        if self._is_running:
+            done = threading.Event()
+            self._put(done.set)
+            if not done.wait(self.PATIENCE):
+                self.restart()
+
+    def close(self) -> None:
+        if self._status:
+            self.show("")
+        self.flush()
+        self._calls.put(None)
+        self.restart()
+        super().close()
+
+    def _put(self, call: Callable[[], object]) -> None:
+        if not self._is_running:
+            try:
+                threading.Thread(target=self._run, args=(self._calls,), daemon=True, name="ratrod log").start()
+            except RuntimeError:  # the system lets it start no thread for now
+                call()
+                return
+            self._is_running = True
+        self._calls.put(call)
+
+    @staticmethod
+    def _run(calls: queue.SimpleQueue[Callable[[], object] | None]) -> None:
+        for call in iter(calls.get, None):
+            call()
+
+    def _write(self, line: str, count: int) -> None:
+        """Writes a line that stands for `count` lines of the log, and the status line below it."""
+        try:
+            status = self._fit(self._status) if self._status or self._shown else ""
+            if line or status != self._shown:
+                erase, end = "\r\x1b[J" if self._shown else "", "\r" if status else ""
+                self._write_all(erase + line + status + end)
+                self._shown = status
+        except (OSError, ValueError):  # the disk is full, the terminal is gone, or the stream is closed
+            self._told -= count
+            return
+        lost = self._lost - self._told
+        if lost and self._calls.empty():
+            self._told += lost
+            text = "%s of this log could not be written: nobody read it, or the disk was full" % plural(lost, "line")
+            record = log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None)
+            self._write(self.format(record) + "\n", lost)
+
+    def _fit(self, status: str) -> str:
+        """The status line as wide as the terminal is; "" in the background, in the middle of another program's screen."""
+        with contextlib.suppress(OSError, ValueError):
+            if os.tcgetpgrp(self._stream.fileno()) == os.getpgrp():
+                return status[:(os.get_terminal_size(self._stream.fileno()).columns or 80) - 1]
+        self._shown = ""
+        return ""
+
+    def _write_all(self, text: str) -> None:
+        if self._raw is None:  # a stream of a program that calls main()
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        data = text.encode(self._stream.encoding or "utf-8", "replace")  # an ASCII locale must not lose a line for its emoji
+        while data:
+            written = self._raw.write(data)
+            if written is None:  # a program that shares the descriptor has made it non-blocking
+                time.sleep(0.05)
+            data = data[written or 0:]
+
+
 def set_up_logging(level: int, as_json: bool = False, status: bool = False) -> None:
-    if hasattr(sys.stderr, "reconfigure"):  # an ASCII locale must not lose a line for its emoji
-        sys.stderr.reconfigure(errors="replace")
     handler: logging.Handler = logging.NullHandler()
     if sys.stderr:  # None if it was closed before the start
-        handler = (StatusLine if status else logging.StreamHandler)(sys.stderr)
+        handler = LogWriter(sys.stderr, status)
         handler.setFormatter(LogFormatter(as_json, colour=sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level)
+
+
+def flush_log() -> None:
+    """Before something else is written to the terminal."""
+    for handler in log.handlers:
+        handler.flush()
+
+
+# ---- what belongs to the whole process, and to the program that called main()
+
+
+@contextlib.contextmanager
+def handling(handlers: Mapping[str, Any], wake_up: int = -1) -> Iterator[None]:
+    """These handlers of signals, by name, and this descriptor for set_wakeup_fd(), in place of those that were there.
+    Only the main thread can take signals, and a handler that was set in C, which Python cannot put back, stays."""
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = {getattr(signal, name): handler for name, handler in handlers.items() if is_main and hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in taken.items()
+              if signal.getsignal(number) is not None}
+    descriptor = signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False) if is_main and wake_up >= 0 else None
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if descriptor is not None:
+            signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def putting_back() -> Iterator[None]:
+    """Puts back what main() changes of the process around it: how "ratrod" logs, how many descriptors there may be, and
+    what the garbage collector passes by."""
+    import gc
+
+    handlers, propagate, level, frozen = log.handlers[:], log.propagate, log.level, gc.get_freeze_count()
+    try:
+        import resource
+
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except ImportError:
+        descriptors = None
+    try:
+        yield
+    finally:
+        for handler in log.handlers:
+            if handler not in handlers:
+                handler.close()
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
+        if descriptors:
+            resource.setrlimit(resource.RLIMIT_NOFILE, descriptors)
+        if not frozen:
+            gc.unfreeze()
 
 
 # ---- questions to the user
@@ -10163,6 +10281,7 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
         return require_keys(folder)
     sodium()  # nothing can be generated without it, so an error comes before the question
     log.info("No security files present in `%s` ...", folder.path)
+    flush_log()
     print(QUESTION, end="", flush=True)
     answer = read_answer()
     if not answer.endswith("\n"):
@@ -10198,6 +10317,7 @@ def generate_keys(folder: KeyFolder) -> KeyPair:
     log.info("Generating security files ...")
     keys = folder.generate()
     log.info("📦 Security files written to `%s`", folder.key_file)
+    flush_log()
     return keys
 
 
@@ -10207,12 +10327,11 @@ def ask_host(error: UnknownHost) -> bool:
 
     key = encode_key(error.key)
     fingerprint = "SHA256:" + base64.b64encode(hashlib.sha256(error.key).digest()).decode("ascii").rstrip("=")
-    # A signal must end the question, and not wait behind it.
-    handlers = [(number, signal.signal(number, handler)) for number, handler in (
-        (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))]
     question = ("The key of the server `%s` is not known yet.%s\nIt is %s, fingerprint %s.\nAre you sure you want to"
                 " continue connecting (yes/no/[fingerprint])? " % (error.address, error.hint, key, fingerprint))
-    try:
+    flush_log()
+    # A signal must end the question, and not wait behind it.
+    with handling({"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}):
         while True:
             print(question, end="", file=sys.stderr, flush=True)
             answer = sys.stdin.readline()
@@ -10221,9 +10340,6 @@ def ask_host(error: UnknownHost) -> bool:
             if answer.strip().lower() == "yes" or answer.strip() in (key, fingerprint):
                 return True
             question = "Please type 'yes', 'no' or the fingerprint: "
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
 
 
 # ---- one endpoint as the process
@@ -10233,12 +10349,16 @@ Notify = Callable[..., Any]
 
 
 def terminal_closed() -> Callable[[], bool]:
-    """A function that says whether the terminal this process was started at is closed, which is a SIGHUP as well.
-    A process that was started with nohup goes on."""
+    """A function that says whether the terminal that this process was started at is closed, or its shell has ended: then
+    it is the terminal of this process no more. A process that was started with nohup goes on."""
+    def is_there(terminal: int) -> bool:
+        with contextlib.suppress(OSError):
+            return os.tcgetpgrp(terminal) >= 0
+        return False
     hang_up = getattr(signal, "SIGHUP", None)
     ignored = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
-    terminal = None if ignored else next(filter(os.isatty, range(3)), None)
-    return lambda: terminal is not None and not os.isatty(terminal)
+    terminal = None if ignored else next(filter(is_there, range(3)), None)
+    return lambda: terminal is not None and not is_there(terminal)
 
 
 class EndpointRun:
@@ -10246,13 +10366,14 @@ class EndpointRun:
     of its states.
 
     A first SIGINT or SIGTERM drains the endpoint: the process ends when everything open has ended, or after `drain`
-    seconds. A second one ends it at once.
+    seconds. A second one ends it at once. On another thread than the main one there are no signals.
     """
 
-    def __init__(self, make: Make, drain: float, notify: Notify):
+    def __init__(self, make: Callable[[EventLoop, Callbacks], Endpoint | Workers], drain: float, notify: Notify):
         self._loop, self._drain, self._notify = EventLoop(), drain, notify
         self._outcome: list[int | Exception | None] = []  # the first one counts
         self._signals = 0
+        self._impatient: threading.Timer | None = None
         self._is_ready = False
         self._is_closed = terminal_closed()
         self._endpoint = make(self._loop, Callbacks(self._on_started, self._on_finished))
@@ -10261,48 +10382,55 @@ class EndpointRun:
         """Runs the endpoint until it has finished, or a signal ends it: the exit code."""
         import gc
 
-        status_line = next((handler for handler in log.handlers if isinstance(handler, StatusLine)), None)
-        if metrics_at:
+        if metrics_at and isinstance(self._endpoint, Endpoint):
             serve_metrics(self._endpoint, metrics_at, share)
-        self._take_signals()
-        self._endpoint.start()
-        if os.environ.get("NOTIFY_SOCKET"):
-            self._loop.call_later(STATUS_INTERVAL, self._report_state)
-        self._loop.call_later(1.0, give_back_heap)
-        if status_line and isinstance(self._endpoint, Client):
-            status_line.run(self._endpoint)
-        gc.collect()
-        gc.freeze()  # what exists now stays, so later collections need not look at it
-        self._loop.run()
-        self._endpoint.close()
-        self._endpoint.threads.join(0.5)
-        if status_line:
-            status_line.show("")
-        signal.set_wakeup_fd(-1)
+        with handling({"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
+                       "SIGUSR1": self._on_report}, self._loop.fileno()):
+            self._endpoint.start()
+            if os.environ.get("NOTIFY_SOCKET"):
+                self._loop.call_later(STATUS_INTERVAL, self._report_state)
+            self._loop.call_later(1.0, give_back_heap)
+            self._draw_status()
+            gc.collect()
+            gc.freeze()  # what exists now stays, so later collections need not look at it
+            self._loop.run()
+            self._endpoint.close()
+            if isinstance(self._endpoint, Endpoint):
+                self._endpoint.threads.join(0.5)
+        if self._impatient:
+            self._impatient.cancel()
         self._loop.close()
         result = self._outcome[0]
         return getattr(result, "exit_code", 1) if isinstance(result, Exception) else result or 0
 
     def _on_started(self) -> None:
         self._is_ready = True
-        self._notify("READY=1", show_state(self._endpoint))
+        self._notify("READY=1", self._state())
+
+    def _state(self) -> str:
+        """What `systemctl status` shows."""
+        return "STATUS=" + next(self._endpoint.describe())
 
     def _on_finished(self, error: Exception | None) -> None:
         self._outcome.append(error)
         self._loop.stop()
 
     def _report_state(self) -> None:
-        self._notify(show_state(self._endpoint))
+        self._notify(self._state())
         self._loop.call_later(STATUS_INTERVAL, self._report_state)
 
-    # ---- signals
+    def _draw_status(self, before: Snapshot | None = None) -> None:
+        """Draws the status line each second, where a client's log has one."""
+        writer = log.handlers[0]
+        if not (isinstance(self._endpoint, Client) and isinstance(writer, LogWriter) and writer.has_status):
+            return
+        shot = snapshot(self._endpoint)
+        before = before or shot
+        # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
+        writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
+        self._loop.call_later(1.0, lambda: self._draw_status(shot._replace(streams=(), sessions=())))
 
-    def _take_signals(self) -> None:
-        for name, handler in (("SIGINT", self._on_end), ("SIGTERM", self._on_end), ("SIGHUP", self._on_hang_up),
-                              ("SIGUSR1", self._on_report)):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), handler)
-        signal.set_wakeup_fd(self._loop.fileno(), warn_on_full_buffer=False)
+    # ---- signals
 
     def _on_end(self, number: int, _frame: Any) -> None:
         self._signals += 1
@@ -10312,10 +10440,11 @@ class EndpointRun:
         # It is ending already: now at once, with resets, and from outside if the loop is stuck.
         if self._signals > 1:
             self._outcome[0] = 128 + number
-        impatient = threading.Timer(1, os._exit, (128 + number,))
-        impatient.daemon = True
-        with contextlib.suppress(RuntimeError):  # the interpreter starts no thread while it shuts down
-            impatient.start()
+        if not self._impatient:
+            self._impatient = threading.Timer(1, os._exit, (128 + number,))
+            self._impatient.daemon = True
+            with contextlib.suppress(RuntimeError):  # the system lets it start no thread for now
+                self._impatient.start()
         return self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _end(self) -> None:
@@ -10331,11 +10460,19 @@ class EndpointRun:
         if self._is_ready:
             self._notify("RELOADING=1")
         self._endpoint.reload()
-        if self._is_ready:
+        if self._is_ready and isinstance(self._endpoint, Endpoint):  # workers say by themselves that they are ready
             self._notify("READY=1")
+        # Where the shell was killed, the signal comes just before the terminal goes.
+        self._loop.call_later(1.0, lambda: self._on_end(signal.SIGHUP, None) if self._is_closed() else None)
 
     def _on_report(self, _number: int, _frame: Any) -> None:
-        self._loop.call_soon_threadsafe(lambda: report_status(self._endpoint))
+        self._loop.call_soon_threadsafe(self._report)
+
+    def _report(self) -> None:
+        if isinstance(self._endpoint, Endpoint):
+            report_status(self._endpoint)
+        else:
+            self._endpoint.tell(signal.SIGUSR1)
 
 
 def serve_pipe(marker: bytes, limits: dict[str, Any]) -> None:
@@ -10361,101 +10498,127 @@ def give_back_heap() -> None:
 
 # ---- several processes
 
-# The parent blocks these signals and waits for them, so that none is missed between two of its acts.
-AWAITED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGCHLD")
-                if hasattr(signal, name))
+
+class Workers:
+    """The processes among which the work is shared, in the place of an endpoint in their parent: what a signal asks of
+    the parent, it asks of them. The end of one process ends all.
+
+    A pair of sockets joins the parent to each. A byte says that the process is ready (again), the end of the stream that
+    the other side has ended.
+    """
+
+    def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int]):
+        self._loop, self._callbacks, self._processes = loop, callbacks, processes  # {socket: process id}
+        self._count, self._ready = len(processes), 0
+        self._failure: RatrodError | None = None
+        self._is_ending = False
+
+    def start(self) -> None:
+        for sock in self._processes:
+            self._loop.watch(sock, 0, READ, functools.partial(self._on_word, sock))
+
+    def _on_word(self, sock: socket.socket, _mask: int) -> None:
+        if sock.recv(1):
+            self._ready += 1
+            if self._ready % self._count == 0:
+                self._callbacks.started()
+            return
+        self._loop.watch(sock, READ, 0, lambda _mask: None)
+        sock.close()
+        code = self._wait(self._processes.pop(sock))
+        if code and not self._failure:
+            self._failure = RatrodError("a worker has failed")
+            self._failure.exit_code = code
+        if self._processes:
+            self.drain()
+        else:
+            self._callbacks.finished(self._failure)
+
+    @staticmethod
+    def _wait(pid: int) -> int:
+        """The exit code of the process, which has ended or is about to."""
+        with contextlib.suppress(ChildProcessError):  # the program around main() waits for every child, or ignores SIGCHLD
+            status = os.waitpid(pid, 0)[1]
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+        return 1
+
+    def tell(self, number: int) -> None:
+        for pid in self._processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def reload(self) -> None:
+        self.tell(signal.SIGHUP)
+
+    def drain(self, *_how: Any) -> None:
+        if not self._is_ending:  # a second signal would end them at once
+            self._is_ending = True
+            self.tell(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Ends at once what has not ended yet: a second signal."""
+        self.tell(signal.SIGTERM)
+        for sock, pid in self._processes.items():
+            self._wait(pid)
+            sock.close()
+
+    def describe(self) -> Iterator[str]:
+        yield plural(self._count, "worker")
 
 
 def run_workers(options: Options, sockets: list[list[socket.socket]], drain: float,
                 make: Callable[[int, EventLoop, Callbacks], Endpoint]) -> int:
     """Runs make(number, loop, callbacks) in a process for each group of listening sockets, or here for a single group:
-    the exit code. The end of one process ends all. systemd hears the parent alone: "ready" once all are ready (again).
-    """
+    the exit code. systemd hears the parent alone: "ready" once all are ready (again)."""
     def run(number: int, notify: Notify) -> int:
         return EndpointRun(functools.partial(make, number), drain, notify).run(metrics_at[number], options.reuse_port)
     metrics_at = check_workers(options)
     if len(sockets) == 1:
         return run(0, notify_systemd)
-    is_closed = terminal_closed()
-    for number in AWAITED:  # not every system lets a process wait for a signal that it ignores
-        signal.signal(number, lambda *_: None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
-    parent_lives, parent_dies = os.pipe()
-    readiness, ready = os.pipe()
-    children: set[int] = set()
-    for number, own in enumerate(sockets):
-        pid = os.fork()
-        if pid == 0:
-            os.close(parent_dies)
-            close_all(sock for others in sockets for sock in others if sock not in own)
-            os._exit(_run_worker(functools.partial(run, number), parent_lives, ready))
-        children.add(pid)
+    flush_log()
+    processes: dict[socket.socket, int] = {}
+    # A signal that comes before a worker takes signals waits until then.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+    try:
+        for number, own in enumerate(sockets):
+            ours, theirs = socket.socketpair()
+            pid = os.fork()
+            if pid == 0:
+                close_all([ours, *processes, *(sock for others in sockets for sock in others if sock not in own)])
+                _run_worker(functools.partial(run, number), theirs)
+            theirs.close()
+            processes[ours] = pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # A socket that stays open here would take connections that nobody serves once its own process is gone. close()
     # would remove the file of a Unix socket.
     for sock in {sock for group in sockets for sock in group}:
         os.close(sock.detach())
-
-    def report_ready() -> None:
-        while all(os.read(readiness, 1) for _ in sockets):
-            notify_systemd("READY=1", "STATUS=%d workers" % len(sockets))
-    threading.Thread(target=report_ready, daemon=True).start()
-    give_back_heap()
-    return _supervise(children, is_closed)
+    return EndpointRun(lambda loop, callbacks: Workers(loop, callbacks, processes), drain, notify_systemd).run()
 
 
-def _run_worker(run: Callable[[Notify], int], parent_lives: int, ready: int) -> int:
-    """In the new process: its exit code."""
+def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn:
+    """The life of the new process."""
     def tell_parent(*lines: str) -> None:
         if lines[0] == "READY=1":
-            os.write(ready, b".")
+            with contextlib.suppress(OSError):  # the parent has ended
+                parent.send(b".")
 
     def end_with_parent() -> None:
-        os.read(parent_lives, 1)  # the parent never writes, so this returns when the parent has ended
+        with contextlib.suppress(OSError):
+            parent.recv(1)  # the parent never sends, so this returns when the parent has ended
         os.kill(os.getpid(), signal.SIGTERM)
-    os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
-    for name in ("SIGHUP", "SIGUSR1"):  # no reason to end before the endpoint takes them
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), signal.default_int_handler)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    code = 0  # of a worker that a signal ended before it began
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
+    code = 1
+    try:
+        for handler in log.handlers:
+            if isinstance(handler, LogWriter):
+                handler.restart()
+        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
+        threading.Thread(target=end_with_parent, daemon=True).start()
         code = exit_code_of(lambda: run(tell_parent))
-    return code
-
-
-def _supervise(children: set[int], is_closed: Callable[[], bool]) -> int:
-    """Passes on the signals that the parent gets until all children have ended: the exit code."""
-    codes: list[int] = []
-    ending = False
-    while children:
-        number = signal.sigwait(AWAITED)
-        if number == signal.SIGCHLD:
-            codes += _reap(children)
-            if ending or not codes:
-                continue
-        if number == signal.SIGCHLD or number == signal.SIGHUP and is_closed():
-            number = signal.SIGTERM
-        if number == signal.SIGHUP:
-            notify_systemd("RELOADING=1")
-        elif number != signal.SIGUSR1 and not ending:
-            ending = True
-            notify_systemd("STOPPING=1")
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-    return next(filter(None, codes), 0)
-
-
-def _reap(children: set[int]) -> Iterator[int]:
-    """The exit code of each child that has ended; one SIGCHLD may stand for several."""
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if not pid:
-            return
-        children.discard(pid)
-        yield os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
+        flush_log()
+    finally:
+        os._exit(code)
 
 
 # ---- commands
@@ -10477,6 +10640,9 @@ def check_workers(options: Options) -> list[Address | None]:
     return [first._replace(port=first.port and first.port + number) for number in range(workers)]
 
 
+DRAIN = 8.0  # seconds by default: `docker stop` kills what has not ended after 10
+
+
 def serve_command(options: Options) -> int:
     bind = parse_endpoint(options.bind, "address to bind", lowest=0)
     what = ServerOptions(bind, Policy(options.remote_regex), legacy=options.legacy, allow_listen=options.allow_listen,
@@ -10493,7 +10659,7 @@ def serve_command(options: Options) -> int:
     def make(number: int, loop: EventLoop, callbacks: Callbacks) -> Server:
         own = what._replace(report=log.debug if number else log.info, instance=run + bytes((options.workers, number)))
         return Server(loop, folder, options.limits, own, callbacks, sockets[number])
-    return run_workers(options, sockets, 10.0 if options.drain is None else options.drain, make)
+    return run_workers(options, sockets, DRAIN if options.drain is None else options.drain, make)
 
 
 def connect_command(options: Options) -> int:
@@ -10601,46 +10767,36 @@ def demo_targets() -> Iterator[tuple[int, int]]:
         yield service.getsockname()[1], echo.getsockname()[1]
 
 
-def demo_download(port: int) -> float:
+def demo_download(port: int, signals: list[int]) -> float:
     """Receives the payload through the tunnel, shows progress, and compares every byte: the seconds it took."""
     started, live = time.monotonic(), sys.stdout.isatty()
     with socket.create_connection(("127.0.0.1", port), timeout=60) as sock, sock.makefile("rb") as received:
         for number, block in enumerate(demo_payload(), 1):
             if received.read(len(block)) != block:
                 raise RatrodError(DEMO_FAILED)
+            if signals:
+                raise KeyboardInterrupt
             if live or number % (DEMO_MB // 4) == 0:
                 print("%s  %3d%%  %d of %d MB" % ("\r" * live, number * 100 // DEMO_MB, number, DEMO_MB),
                       end="" if live and number < DEMO_MB else "\n", flush=True)
     return time.monotonic() - started
 
 
-def demo_command(_options: Options) -> None:
-    """A target, a server and a client in this process, with keys that are thrown away."""
-    import tempfile
-
-    def interrupt(_number: int, _frame: Any) -> NoReturn:
-        raise SystemExit(0)
-
-    signal.signal(signal.SIGTERM, interrupt)  # so that the folder is removed too
-    with tempfile.TemporaryDirectory(prefix="ratrod-demo-") as path, demo_targets() as ports:
-        folders = [KeyFolder(os.path.join(path, name), parse_grant) for name in ("server", "client")]
-        server_key, client_key = (encode_key(folder.generate().public) for folder in folders)
-        for folder, name, key in (
-                (folders[0], "authorized_keys", client_key), (folders[1], "known_hosts", server_key)):
-            with open(os.path.join(folder.path, name), "w") as file:
-                file.write(key + "\n")
-        tunnels = ["0:127.0.0.1:%d" % port for port in ports]
+def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
+    with contextlib.ExitStack() as stack:
+        ports = stack.enter_context(demo_targets())
         try:
-            with serve(key_path=folders[0].path) as server, tunnel(
-                    str(Address(*server.address)), *tunnels, key_path=folders[1].path) as made:
-                print("A tunnel from %s through %s to a service on port %d, encrypted:"
-                      % (Address(*made.address), Address(*server.address), ports[0]))
-                seconds = demo_download(made.address[1])
-                with socket.socket(type=socket.SOCK_DGRAM) as sock:
-                    sock.settimeout(10)
-                    sock.sendto(b"ratrod", made.addresses[1])
-                    if sock.recv(100) != b"ratrod":
-                        raise RatrodError(DEMO_FAILED)
+            server = stack.enter_context(serve(key_path=folders[0].path))
+            made = stack.enter_context(tunnel(
+                str(Address(*server.address)), *("0:127.0.0.1:%d" % port for port in ports), key_path=folders[1].path))
+            print("A tunnel from %s through %s to a service on port %d, encrypted:"
+                  % (Address(*made.address), Address(*server.address), ports[0]))
+            seconds = demo_download(made.address[1], signals)
+            with socket.socket(type=socket.SOCK_DGRAM) as sock:
+                sock.settimeout(10)
+                sock.sendto(b"ratrod", made.addresses[1])
+                if sock.recv(100) != b"ratrod":
+                    raise RatrodError(DEMO_FAILED)
         except OSError as failure:
             raise RatrodError("the demo failed: %s" % reason(failure)) from None
     print("Every byte arrived: %d MB in %.1f s, %.2f GB/s, and a UDP datagram there and back.\n"
@@ -10648,15 +10804,71 @@ def demo_command(_options: Options) -> None:
     print("For real, on the machine that reaches your database:\n\n    ratrod serve 0.0.0.0:19000\n\n"
           "and at home, once each side has the other's public key (`ratrod keygen`, then authorized_keys there,"
           " known_hosts here):\n\n    ratrod connect server:19000 2000:db:5432\n")
+    return 0
+
+
+def demo_command(_options: Options) -> int:
+    """A target, a server and a client in this process, with keys that are thrown away.
+
+    A signal is only noted. It would otherwise be an exception anywhere, also where Python can only print it.
+    """
+    import shutil
+    import tempfile
+
+    signals: list[int] = []
+    codes: list[int] = []
+
+    def on_end(number: int, _frame: Any) -> None:
+        signals.append(number)
+        log.setLevel(logging.CRITICAL)  # the connections that this cuts are no news
+
+    with handling({"SIGINT": on_end, "SIGTERM": on_end}):
+        path = tempfile.mkdtemp(prefix="ratrod-demo-")
+        try:
+            folders = [KeyFolder(os.path.join(path, name), parse_grant) for name in ("server", "client")]
+            server_key, client_key = (encode_key(folder.generate().public) for folder in folders)
+            for folder, name, key in (
+                    (folders[0], "authorized_keys", client_key), (folders[1], "known_hosts", server_key)):
+                with open(os.path.join(folder.path, name), "w") as file:
+                    file.write(key + "\n")
+            thread = threading.Thread(
+                target=lambda: codes.append(exit_code_of(lambda: demo_run(folders, signals))), daemon=True)
+            thread.start()
+            while thread.is_alive() and not signals:
+                thread.join(0.1)  # not longer: on Windows Ctrl-C is noted after that
+            thread.join(2)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+    return 128 + signals[0] if signals else codes[0]
 
 
 # ---- the program
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The program: its exit code (0 done, 1 failed, 2 usage or configuration, 3 authentication, 130 interrupted)."""
+    """The program: its exit code (0 done, 1 failed, 2 usage or configuration, 3 authentication, 130 interrupted). A
+    program may call it on any thread; signals end it on the main thread alone."""
     words = sys.argv[1:] if argv is None else argv
-    return exit_code_of(lambda: _run_command(words), words)
+    try:
+        with putting_back():
+            return exit_code_of(lambda: _run_command(words), words)
+    except KeyboardInterrupt:
+        return 130
+
+
+def program() -> NoReturn:
+    """The command `ratrod`: main(), as a process of its own."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # Ctrl-C would interrupt the interpreter's own end
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:  # main() has reported it; the interpreter would do so again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
 
 
 def _run_command(argv: list[str]) -> int:
@@ -10706,8 +10918,6 @@ def exit_code_of(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
     except OSError as error:  # no descriptors left, a full disk
         if not isinstance(error, BrokenPipeError):  # a reader that went away, as in `ratrod help | head`, needs no word
             log.error("❌ %s", reason(error))
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:  # a bug; a traceback would tell a user less
         log.error("❌ internal error, please report it: %r", error)
@@ -10716,5 +10926,5 @@ def exit_code_of(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
 
 if __name__ == "__main__":
     # CPython keeps the syntax tree of a script, 20 MB, until the script's last line has run. The hook runs after that.
-    sys.excepthook = lambda *_: sys.exit(main())
+    sys.excepthook = lambda *_: program()
     raise SystemError("over to the hook")

@@ -25,9 +25,9 @@ if sys.version_info < (3, 8):
     sys.stderr.write("ratrod needs Python 3.8 or later, and this is %d.%d\\n" % sys.version_info[:2])
     sys.exit(2)
 
-from ratrod import main
+from ratrod import program
 
-sys.exit(main())
+program()
 """
 
 
@@ -101,7 +101,7 @@ setup(
                  "kubernetes-validate", "prometheus-client"],
         "lint": ["ruff", "mypy", "vermin"],
     },
-    entry_points={"console_scripts": ["ratrod = ratrod:main"]},
+    entry_points={"console_scripts": ["ratrod = ratrod:program"]},
     cmdclass={"pyz": Pyz},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Security :: Cryptography", "Topic :: System :: Networking"],
 )

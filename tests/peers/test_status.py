@@ -184,6 +184,16 @@ def test_a_window_that_is_closed(at_terminal, keys, tmp_path, tcp_echo, port):
     assert (keys.client.path / "known_hosts").read_text() == ""
 
 
+@pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_a_shell_that_is_killed(at_terminal, tmp_path, flags):
+    """The hang-up comes before the terminal goes, or where the terminal stays without its shell."""
+    terminal = at_terminal(*flags, "0:127.0.0.1:9", shell=True)
+    terminal.shows("Test connection successful")
+    pid = int((tmp_path / "pid0").read_text())
+    os.kill(int(terminal.run("display-message", "-p", "#{pane_pid}")), signal.SIGKILL)
+    eventually(lambda: not lives(pid), "it ends")
+
+
 @pytest.fixture
 def port():
     """A port that a tunnel may listen on: on the screen of a terminal it may be cut."""

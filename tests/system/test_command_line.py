@@ -15,6 +15,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -538,7 +539,7 @@ def demo_environment(environment, tmp_path):
 def test_demo(run_all, environment, tmp_path):
     """With less than its 256 MB, which test_pyz sends."""
     temporary, env = demo_environment(environment, tmp_path)
-    (_, done), = run_all(["demo"], env={name: env[name] for name in ("TMPDIR", "TEMP", "TMP")}, prepare="ratrod.DEMO_BYTES = 16 << 20")
+    (_, done), = run_all(["demo"], env={name: env[name] for name in ("TMPDIR", "TEMP", "TMP")}, prepare="ratrod.DEMO_MB = 16")
     assert done.code == 0 and re.search(r"\d [MG]B/s", done.out), done
     # The two commands for doing it for real.
     assert re.search(r"ratrod.*\bserve\b", done.out) and re.search(r"ratrod.*\bconnect\b", done.out)
@@ -547,11 +548,15 @@ def test_demo(run_all, environment, tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_demo_interrupted(start, environment, tmp_path, sign):
+    """In each of its moments: a line of the log or of the demo, and the moments behind it."""
     temporary, env = demo_environment(environment, tmp_path)
-    demo = start(*RATROD, "demo", env=env)
-    demo.wait_for("Listening on")
-    demo.process.send_signal(sign)
-    # 0: it may just have been over.
-    assert demo.process.wait(PATIENCE) in {signal.SIGINT: (130, 0), signal.SIGTERM: (143, 0)}[sign], demo.output
-    demo.wait()
-    assert "Traceback" not in demo.output and list(temporary.iterdir()) == []
+    lines = ["Testing server", "Starting server", "Listening on", "A tunnel from", "of 256 MB", "Every byte arrived", "ratrod connect"]
+    for number, line in enumerate(lines * 2):
+        demo = start(*RATROD, "-v", "demo", env=env)
+        demo.wait_for(line)
+        time.sleep(number * 0.002)
+        demo.process.send_signal(sign)
+        code = demo.wait()
+        # 0: it was just over. What comes then ends the interpreter.
+        assert code in (128 + sign, 0) or code == -sign and "ratrod connect" in demo.output, (line, demo.output)
+        assert not any(leak in demo.output for leak in LEAKS) and list(temporary.iterdir()) == [], (line, demo.output)

@@ -504,6 +504,81 @@ def test_ctrl_c_is_the_programs(run):
         """), 9)
 
 
+def test_main_leaves_the_process_as_it_was(run):
+    """main() called by a program, twice on the main thread and once on another: each time everything is put back."""
+    assert_silent(run("""
+        import gc, io, resource, signal
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+        mine, own = (lambda *_: None), logging.StreamHandler(io.StringIO())
+        signal.signal(signal.SIGTERM, mine)
+        waker = socket.socketpair()
+        waker[0].setblocking(False)
+        signal.set_wakeup_fd(waker[0].fileno())
+        ratrod.log.handlers[:] = [own]
+        ratrod.log.setLevel(logging.CRITICAL)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        sys.stderr = io.StringIO()
+
+        def state():
+            wakeup = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(wakeup)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            return ([signal.getsignal(getattr(signal, name)) for name in names], wakeup, mask, ratrod.log.handlers[:], ratrod.log.propagate,
+                    ratrod.log.level, resource.getrlimit(resource.RLIMIT_NOFILE), gc.get_freeze_count(), sorted(os.listdir("/proc/self/fd")))
+
+        def end_it(text, number):
+            def act():
+                while text not in sys.stderr.getvalue():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), number)
+            threading.Thread(target=act).start()
+
+        before = state()
+        for flags, number, code in (((), signal.SIGTERM, 0), (("--workers", "2"), signal.SIGINT, 130)):
+            if flags:  # what workers say does not come here
+                threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+            else:
+                end_it("Starting server", number)
+            assert ratrod.main(["-k", SERVER, "serve", *flags, "127.0.0.1:0"]) == code
+            assert state() == before, (state(), before)
+        for words, code in ((["--help"], 0), (["bogus"], 2), (["-k", SERVER, "connect", "127.0.0.1:9"], 1),
+                            (["-k", SERVER, "serve", "1.2.3.4:0"], 1)):
+            sys.stdout, found = io.StringIO(), []
+            thread = threading.Thread(target=lambda: found.append(ratrod.main(words)))
+            thread.start()
+            thread.join()
+            sys.stdout = sys.__stdout__
+            assert found == [code], (words, found)
+        assert state() == before, (state(), before)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            pass
+        else:
+            raise AssertionError("Ctrl-C is not the program's any more")
+        """))
+
+
+def test_workers_of_a_thread(run):
+    """No signal can reach main() there: it ends as its workers do."""
+    assert_silent(run("""
+        import io, signal
+        sys.stderr = io.StringIO()
+        found = []
+        thread = threading.Thread(target=lambda: found.append(ratrod.main(["-k", SERVER, "serve", "--workers", "2", "127.0.0.1:0"])))
+        thread.start()
+        path = "/proc/self/task/%d/children"
+        def children():
+            return [int(pid) for task in os.listdir("/proc/self/task") for pid in open(path.replace("%d", task)).read().split()]
+        while len(children()) < 2:
+            time.sleep(0.01)
+        os.kill(children()[0], signal.SIGTERM)
+        thread.join()
+        assert found == [0] and not children(), found
+        """))
+
+
 def test_what_else_belongs_to_the_process(run):
     """The limit of descriptors, the garbage collector, the locale, the environment, the working directory, the threads' exception hooks."""
     assert_silent(run("""

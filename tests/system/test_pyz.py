@@ -234,7 +234,7 @@ def test_with_debian_s_own_pynacl(debian, pyz, tmp_path):
 import sys
 sys.path.insert(0, sys.argv[1])
 import nacl.bindings, ratrod
-ratrod.DEMO_BYTES = 16 << 20
+ratrod.DEMO_MB = 16
 print(hasattr(nacl.bindings, "crypto_aead_aegis128l_encrypt"))
 sys.exit(ratrod.main(["-v", "demo"]))
 """

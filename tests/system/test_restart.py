@@ -175,10 +175,10 @@ def test_no_time_at_all(joined, side, drain, sign):
 
 
 def test_a_server_waits_by_default(joined):
-    """For 10 s, of which this connection needs none."""
+    """For 8 s (docker kills after 10), of which this connection needs none."""
     made = joined("server", drain=None)
     made.ending.process.send_signal(TERM)
-    made.ending.wait_for(ENDING % 10)
+    made.ending.wait_for(ENDING % 8)
     made.end()
     assert made.ending.wait() == 0
 

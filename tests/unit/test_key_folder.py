@@ -502,5 +502,6 @@ def test_colour_only_on_a_terminal(monkeypatch, stream, variable, coloured):
         ratrod.set_up_logging(logging.INFO)
         ratrod.log.debug("not shown")
         ratrod.log.warning("shown")
+        ratrod.flush_log()
         text = ratrod.sys.stderr.getvalue()
     assert ("\x1b[" in text) == coloured and "shown" in text and "not shown" not in text
