@@ -22,7 +22,7 @@ from support import legacy_peer
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, LEGACY_E, PATIENCE, RATROD, READY, STARTED, tcp_port
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, STARTED
 from support.sockets import receive_all
 from support.socks5 import socks_port
 from support.spellings import HOSTILE, LONG, SHORT
@@ -453,39 +453,6 @@ def test_what_is_no_server(keys, target):
     for (name, flags, _), outcome in zip(cases, outcomes):
         assert outcome.code not in (0, -14), (name, flags, outcome)
         assert "marker-before" in outcome.err or not (name == "legacy Error" and flags), (name, flags, outcome)
-
-
-def test_what_a_legacy_server_says_later(connect, target, keys, shown):
-    """An Error in place of HandshakeCompletion, and one on a link in use."""
-    identity = legacy_peer.Identity.load(keys.server.path)
-    first = threading.Event()
-
-    def refuse(connection):
-        with contextlib.suppress(ConnectionError), legacy_peer.Server(connection, identity, PATIENCE) as server:
-            server.receive_preamble()
-            server.send_preamble()
-            server.receive_authentication()
-            server.send(legacy_peer.Error(legacy_peer.UNKNOWN, HOSTILE))
-            server.end()
-            server.drain()
-
-    def fail(connection):
-        with contextlib.suppress(ConnectionError), legacy_peer.Server(connection, identity, PATIENCE) as server:
-            server.handshake()
-            if first.is_set():
-                server.send(legacy_peer.Error(legacy_peer.REMOTE_FAILED, HOSTILE))
-            first.set()
-            server.drain()
-
-    refused = connect(target(refuse).port, "-v", *LEGACY_E.connect)
-    assert refused.wait() != 0
-    failing = connect(target(fail).port, "-v", *LEGACY_E.connect, "0:127.0.0.1:1")
-    failing.wait_for(READY)
-    with socket.create_connection(("127.0.0.1", tcp_port(failing)), timeout=PATIENCE) as local:
-        with contextlib.suppress(ConnectionError):
-            receive_all(local)
-    for program in (refused, failing):
-        shown(program)
 
 
 def test_what_a_local_program_asks_a_proxy_for(serve, ratrod, keys, shown):

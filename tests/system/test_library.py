@@ -749,22 +749,6 @@ def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
         """), 0)
 
 
-def test_multiprocessing_beside_it(run, tmp_path):
-    """A pool of a program that has a tunnel, whatever makes its processes."""
-    (tmp_path / "work.py").write_text("def double(n):\n    return 2 * n\n")
-    assert_silent(run("""
-        import multiprocessing
-        sys.path.insert(0, %r)
-        import work
-        server, tunnel = both()
-        for method in multiprocessing.get_all_start_methods():
-            with multiprocessing.get_context(method).Pool(1) as pool:
-                assert pool.map(work.double, range(4)) == [0, 2, 4, 6]
-                ask(tunnel.address)
-            ask(tunnel.address)
-        """ % str(tmp_path)))
-
-
 # ---------------------------------------------------------------------------------------------------- authorize
 
 

@@ -5,7 +5,6 @@ Over real sockets: the real `serve` against the independent peer. A test's name 
 """
 
 import contextlib
-import random
 import selectors
 import signal
 import socket
@@ -182,18 +181,6 @@ def test_rule_02_a_full_window_holds_the_local_socket_back(hold):
     assert received + stream.receive_all() == data
 
 
-def test_rule_03_what_is_taken_is_acknowledged(hold):
-    """Little of it a second later, 32 KiB at once, and End."""
-    stream, local = hold()
-    stream.wait_acknowledged()
-    stream.send(b"x" * 40_000)
-    assert receive_exactly(local, 40_000) == b"x" * 40_000
-    stream.wait_acknowledged()
-    stream.end()
-    stream.wait_acknowledged()
-    assert stream.acknowledged == 40_005
-
-
 def test_rule_04_over_was_lost(link, hold, listener):
     """Open says that all has been taken; Over is the answer, and the link is free again."""
     stream, local = hold()
@@ -245,27 +232,6 @@ def test_rule_05_both_sides_skip_what_they_have_taken(link, hold, at, taken):
     assert receive_exactly(local, 4) == b"more"
     assert take(stream, 8) == b"and more"
     live_and_end(stream, local)
-
-
-def test_rule_05_many_cuts(link, tcp_echo):
-    """Every byte comes back, once, in order."""
-    rng = random.Random(5)
-    pieces = [bytes([n]) * rng.randrange(1, 200_000) for n in range(40)]
-    stream, received = link().open("127.0.0.1:%d" % tcp_echo.port), []
-    stream.wait_opened()
-    for piece in pieces:
-        stream.send(piece)
-        wanted = rng.randrange(stream.taken, stream.outgoing.position)
-        while stream.taken < wanted:
-            received.append(stream.receive())
-        if rng.random() < 0.5:
-            stream.ack()
-        rng.choice(list(CUTS.values()))(stream.link)
-        attach(stream, link())
-    stream.end()
-    received.extend(stream.chunks())
-    stream.over()
-    assert b"".join(received) == b"".join(pieces)
 
 
 def test_rule_06_a_higher_attempt_closes_the_older_link(link, hold, listener):

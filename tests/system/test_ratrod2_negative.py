@@ -30,11 +30,9 @@ from support.sockets import eventually, is_ready, receive_all, receive_exactly
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
 RESETS = ("--resume", "0")  # where a link is lost the stream on it is reset
 
-
 MESSAGE_2 = 137
 STOLEN = b"\x5a" * 32
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-
 
 hostile_text = "marker-before\x1b]0;evil\x07\x1b[2J\r\n\x00\x9b\u202e marker-after " + "A" * 800
 
@@ -1049,18 +1047,6 @@ def test_21_a_listen_link_of_another_key_joins_no_pool(served, second, instance)
     still_serves(end)
 
 
-def test_21_a_pool_has_one_address(served):
-    """Two listeners of one client and one instance: each connection takes a link of its own listener."""
-    end = served("--allow-listen")
-    links = end.link(), end.link()
-    addresses = [link.listen("127.0.0.1:0", b"instance") for link in links]
-    with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            for link, address in zip(links, addresses):
-                answer(link, originator(stack, address))
-    still_serves(end)
-
-
 # ---------------------------------------------------------------------------------------------------- 22-26: policy
 
 
@@ -1070,19 +1056,6 @@ def test_22_listen_without_permission(served, options):
     end = served()
     end.keys.server.write("authorized_keys", "%s %s\n" % (end.keys.client.public, options))
     assert refusal_of(end, peer.LISTEN, "127.0.0.1:0", b"instance")[1]
-    still_serves(end)
-
-
-def test_22_listen_with_permission_for_something_else(served):
-    """The refusal says what every refusal says."""
-    end = served("--allow-listen")
-    end.keys.server.write("authorized_keys", '%s permitlisten="127.0.0.1:*" permitlisten="127.0.0.2:9"\n' % end.keys.client.public)
-    common = refusal_of(end, TCP, "224.0.0.1:80")
-    for address in ("0.0.0.0:0", "127.0.0.2:0", "127.0.0.2:8", "[::]:0", "[::1]:0"):
-        assert refusal_of(end, peer.LISTEN, address, b"instance") == common
-    with contextlib.ExitStack() as stack:
-        link = end.link()
-        answer(link, originator(stack, link.listen("127.0.0.1:0", b"instance")))
     still_serves(end)
 
 
@@ -1152,17 +1125,6 @@ def test_25_a_key_removed_during_a_stream(served, watched, second):
     assert stream.receive() == b"hello"
     stream.finish()
     still_serves(end)
-
-
-def test_25_a_key_whose_line_expires_during_a_stream(served, watched, second):
-    """It is said to be that, at both ends: adding the line again would not help."""
-    end, other = served(), second
-    end.link(seed_of(other)).open(watched.address).wait_opened()
-    end.keys.server.write("authorized_keys", '%s\n%s expires="2020-01-01"\n' % (end.keys.client.public, other.public))
-    watched.assert_reset()
-    end.program.wait_for("WARN The client's key `%s` has expired: 1 link of it ended" % other.public)
-    with pytest.raises(peer.PeerError, match="line 2 of the server's authorized_keys is this client's, and has expired"):
-        end.client(seed_of(other)).handshake()
 
 
 @pytest.mark.parametrize("how", ["gone", "a folder", "a loop"])

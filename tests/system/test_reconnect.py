@@ -269,15 +269,6 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
     assert len(client.lines) == lines + 2, client.output
 
 
-def test_verbose_says_each_try(serve, connect, door):
-    server, door.to = serve()
-    client = connect(door.port, "-v", *OFTEN, "0:127.0.0.1:1")
-    client.wait_for(READY)
-    door.to = None
-    kill(server)
-    client.wait_for("trying again", 4)
-
-
 # ---------------------------------------------------------------------------------------------------- who waits
 
 

@@ -13,7 +13,6 @@ import socket
 import struct
 import tempfile
 import threading
-import time
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +20,6 @@ import pytest
 from support import ratrod2_peer as peer
 from support.keys import permit, seed_of
 from support.many_lines import run_lines
-from support.pressure import memory_before, peak_growth
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY, assert_start_fails, bound, descriptors, handshakes, tcp_port
 from support.proxy_headers import SIGNATURE
 from support.rows import row
@@ -146,41 +144,6 @@ def test_a_target_that_refuses_is_a_reset(reverse):
             there, _ = closed.accept()
             with there:
                 assert receive_exactly(there, 5) == b"hello"
-
-
-def come_to_rest(count):
-    """Waits until count() has not changed for half a second: that nothing moves announces itself by nothing else."""
-    seen = [count(), time.monotonic()]
-
-    def rests():
-        if count() != seen[0]:
-            seen[:] = count(), time.monotonic()
-        return time.monotonic() - seen[1] > 0.5
-    eventually(rests, "it comes to rest")
-
-
-def test_a_slow_reader_holds_up_its_own_stream_alone(reverse, stage):
-    """What it does not read stays with the target: neither program keeps it."""
-    block, blocks = os.urandom(1 << 20), 64
-    sent = []
-
-    def send_much(connection):
-        for _ in range(blocks):
-            connection.sendall(block)
-            sent.append(1)
-    made = reverse(stage.port)
-    stage.play(send_much)
-    with made.dial() as slow:
-        before = [(program, memory_before(program)) for program in (made.server, made.client)]
-        come_to_rest(lambda: len(sent))
-        assert len(sent) < blocks, "somebody holds %d MB" % blocks
-        stage.play(says(b"q"))
-        assert greeting(made.port) == b"q"
-        assert all(peak_growth(*each) < 16 << 20 for each in before)
-        for _ in range(blocks):
-            is_whole = receive_exactly(slow, len(block)) == block  # pytest would show both
-            assert is_whole
-        assert slow.recv(1) == b""
 
 
 def test_many_in_a_row_and_many_at_once(reverse, stage):

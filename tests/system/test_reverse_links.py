@@ -118,34 +118,6 @@ def test_a_waiting_link_that_left_is_not_used(link):
             serve_one(first, originator)
 
 
-def test_close_moves_a_connection_to_another_link(link):
-    """As the first answer to an Open it says that the Open was never looked at. Data that came with it moves too."""
-    first = link()
-    address = first.listen("127.0.0.1:0", b"instance")
-    second = link()
-    second.listen(address, b"instance")
-    links = {first.sock: first, second.sock: second}
-    with dial(port_in(address)) as originator:
-        originator.sendall(b"hel")
-        with selectors.DefaultSelector() as selector:
-            for sock in links:
-                selector.register(sock, selectors.EVENT_READ)
-            (chosen, _), = selector.select(PATIENCE)
-        declining = links.pop(chosen.fileobj)
-        assert declining.accept().kind == TCP
-        declining.send_record(CLOSE)
-        declining.finish()
-        stream = next(iter(links.values())).accept()
-        assert stream.target == "127.0.0.1:%d" % port_of(originator)
-        stream.opened()
-        originator.sendall(b"lo")
-        originator.shutdown(socket.SHUT_WR)
-        assert stream.receive_all() == b"hello"
-        stream.end()
-        assert receive_all(originator) == b""
-        stream.over()
-
-
 @pytest.mark.parametrize("busy", [False, True], ids=["waiting", "busy"])
 def test_the_next_instance_takes_over(link, busy):
     """The old one's waiting links get FIN; what it carries goes on, and its link is let go after that."""

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 # For what happens beside the wire: one mode is enough.
 ANY = RATROD2
 BLOCK = os.urandom((1 << 20) - 3)
-BLOCKS = 32  # MB each way: twice what the program may grow by
+
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
 
 
@@ -324,34 +324,6 @@ def test_streams_that_are_closed(serve, keys, target):
 
 
 two_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY_E], ids=lambda mode: mode.name)
-
-
-@two_wires
-def test_bulk_each_way(mode, stdio, listener):
-    """At the same time, whole, and in little memory."""
-    made = stdio(mode, port_of(listener))
-    with accept(listener) as target:
-        made.write(b"!")
-        assert receive_exactly(target, 1) == b"!"
-        before = memory_before(made)
-
-        def send(write, end):
-            for _ in range(BLOCKS):
-                write(BLOCK)
-            end()
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            senders = [pool.submit(send, made.write, made.stdin.close), pool.submit(send, target.sendall, lambda: None)]
-            receivers = [pool.submit(read_digest, target.recv), pool.submit(made.read, BLOCKS * len(BLOCK))]
-            for sender in senders:
-                sender.result()
-            # Before the last end, while the process is still there to be asked.
-            grown = peak_growth(made, before)
-            target.shutdown(socket.SHUT_WR)
-            digest = hashlib.sha256(BLOCK * BLOCKS).hexdigest()
-            assert receivers[0].result() == digest
-            assert hashlib.sha256(receivers[1].result()).hexdigest() == digest
-        assert made.wait() == (0, "")
-    assert grown < 16 << 20, grown
 
 
 def push_until_stuck(write):

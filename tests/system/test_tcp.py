@@ -4,22 +4,18 @@ RATROD_LONG=1 sends 1 GB each way in place of 24 MB, on each wire.
 """
 
 import concurrent.futures
-import functools
 import hashlib
 import os
 import re
-import signal
 import socket
-import sys
 
 import pytest
 
 from support import sockets
-from support.kernel import ESTABLISHED, rows, sockets_of
 from support.pressure import LONG, memory_before, peak_growth
 from support.programs import LEGACY, PATIENCE, RATROD2, bound, every_mode, tcp_port
 from support.rows import row
-from support.sockets import ask, check_half_close, dial, eventually, free_port, port_of, push_until_stuck, receive_all, receive_exactly, reset
+from support.sockets import ask, check_half_close, dial, free_port, port_of, push_until_stuck, receive_all, receive_exactly, reset
 from support.socks5 import ask_socks, request, socks_port
 from support.targets import echo
 
@@ -183,44 +179,6 @@ def test_bulk_and_slow_readers(mode, forward, listener, join, tcp_echo):
                 receive_all(reader)
 
 
-# ---------------------------------------------------------------------------------------------------- deaths
-
-
-STUBBORN_TARGET = """
-import socket, time
-listener = socket.create_server(("127.0.0.1", 0))
-print("port", listener.getsockname()[1], flush=True)
-connection, _ = listener.accept()
-connection.sendall(b"!")
-while True: time.sleep(1000)
-"""
-
-
-def has_unread_bytes(program):
-    """Whether a TCP connection of the program has bytes that it has not read."""
-    held = sockets_of(program)
-    return any(each.inode in held and each.state == ESTABLISHED and each.waiting for each in rows())
-
-
-@either_wire
-def test_killed_target(mode, start, forward):
-    # The kernel closes for a killed process: with a reset where bytes were unread, else with an end.
-    if not os.path.exists("/proc/net/tcp"):
-        pytest.skip("no /proc on this system")
-    targets = [start(sys.executable, "-c", STUBBORN_TARGET) for _ in range(2)]
-    _, client = forward(mode, *["0:%s" % target.wait_for(r"port (\d+)").group(1) for target in targets])
-    with dial(tcp_port(client)) as read, dial(tcp_port(client, 2)) as unread:
-        for originator in (read, unread):
-            assert receive_exactly(originator, 1) == b"!"
-        unread.sendall(b"never read")
-        eventually(functools.partial(has_unread_bytes, targets[1]), "the bytes arrived at the target")
-        for target in targets:
-            target.stop(signal.SIGKILL)
-        sockets.assert_reset(unread)
-        assert read.recv(1) == b""
-        send_until_cut(read)
-
-
 # ---------------------------------------------------------------------------------------------------- remotes that fail
 
 
@@ -269,23 +227,6 @@ def test_many_connections(mode, forward, tcp_echo, stack):
         connection.shutdown(socket.SHUT_WR)
     for connection in connections:
         assert connection.recv(1) == b""
-
-
-@either_wire
-def test_verbose_log_of_a_connection(mode, tunnel, target):
-    # Its addresses, its bytes each way; never the bytes themselves.
-    def exchange(connection):
-        receive_exactly(connection, 1234)
-        connection.sendall(b"answer " * 811)
-    made = tunnel(target(exchange).port, mode, serve_flags=("-v",), connect_flags=("-v",))
-    with made.connect() as connection:
-        connection.sendall((b"secret " * 200)[:1234])
-        assert receive_all(connection) == b"answer " * 811
-        originator = r"127\.0\.0\.1:%d\b" % port_of(connection)
-    says(made.client, originator, r"\b1234\b", r"\b5677\b")
-    says(made.server, r"\b1234\b", r"\b5677\b")
-    for program in (made.client, made.server):
-        assert "secret" not in program.output and "answer " not in program.output
 
 
 # ---------------------------------------------------------------------------------------------------- tunnel forms and addresses

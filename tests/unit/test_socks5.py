@@ -11,7 +11,6 @@ from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, encode_address, r
 USER, PASSWORD = "ä" * 10, ":" + "ß" * 127
 LOGIN = "%s:%s" % (USER, PASSWORD)
 
-
 IS_SOCKS = "This port is a SOCKS5 proxy. It is no HTTP proxy and no web server. Name it as socks5h://host:port, as in ALL_PROXY or curl --proxy.\n"
 
 
