@@ -157,8 +157,17 @@ Options:
 # 7. Only `Reach` dials.
 # 8. Nothing on the loop's thread waits for a peer, a remote or a name. The log and the key files alone are used there.
 
-import signal
 import sys
+
+if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]) and sys.stdout:
+    try:
+        sys.stdout.write(__doc__)  # 40 ms before main() could
+        sys.stdout.flush()
+        sys.exit()
+    except OSError:  # a full disk, a reader that is gone: main() reports it
+        pass
+
+import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
@@ -9349,6 +9358,9 @@ class Snapshot(NamedTuple):
     streams: tuple[Any, ...]  # to be read before the loop goes on, as the sessions: showing all takes 50 ms for 10,000
     sessions: tuple[Any, ...]
     results: dict[str, int]  # streams that ended, by how they ended
+    detached: int  # streams that wait for another link
+    resumed: int  # how often a stream went on over another link
+    given_up: dict[str, int]  # streams that did not go on, by reason
     links_made: int
     handshakes: int  # under way
     handshakes_failed: int
@@ -9365,8 +9377,8 @@ def snapshot(endpoint: Endpoint) -> Snapshot:
     server = ServerState(endpoint.started, endpoint.connected, endpoint.state(), endpoint.round_trip(),
                          counters.reconnects) if isinstance(endpoint, Client) else None
     return Snapshot(endpoint.loop.now, counters.began_at, next(details), details, keys, total, tuple(counters.streams),
-                    tuple(counters.sessions), counters.results, counters.links, endpoint.handshakes,
-                    counters.handshakes_failed, endpoint.show_key, server)
+                    tuple(counters.sessions), counters.results, len(counters.detached), counters.resumed,
+                    counters.given_up, counters.links, endpoint.handshakes, counters.handshakes_failed, endpoint.show_key, server)
 
 
 def show_tally(tally: collections.Counter[str]) -> str:
@@ -9392,6 +9404,10 @@ def show_table(shot: Snapshot) -> Iterator[str]:
     uptime = show_time(time.time() - shot.began_at)
     yield "%s; up %s; %s; handshakes: %d under way, %d failed" % (
         shot.title, uptime, show_tally(shot.total), shot.handshakes, shot.handshakes_failed)
+    if shot.detached or shot.resumed or any(shot.given_up.values()):
+        yield "%s detached, %d resumed, given up: %s" % (
+            plural(shot.detached, "stream"), shot.resumed,
+            ", ".join("%d (%s)" % (n, why) for why, n in shot.given_up.items() if n) or "none")
     yield from first_of(list(shot.details), str)
     keys = [key for key in shot.keys if key]
     yield from first_of(keys, lambda key: "key %s: %s" % (shot.show_key(key), show_tally(shot.keys[key])))
@@ -9437,6 +9453,10 @@ def _families(shot: Snapshot) -> Iterator[Family]:
     yield "ratrod_streams", "TCP connections through the tunnels.", {"": shot.total["streams"]}
     yield ("ratrod_streams_total", "TCP connections that ended, and how; refused: by the server's policy or limits.",
            _label("result", shot.results, Counters.RESULTS))
+    yield "ratrod_streams_detached", "TCP connections that wait for another link.", {"": shot.detached}
+    yield "ratrod_streams_resumed_total", "How often one went on over another link.", {"": shot.resumed}
+    yield ("ratrod_streams_given_up_total", "TCP connections that did not go on over another link, by reason.",
+           _label("reason", shot.given_up, shot.given_up))
     yield "ratrod_udp_sessions", "UDP sessions.", {"": shot.total["sessions"]}
     yield ("ratrod_bytes_total", "Payload, sent to links and received from them.",
            _label("direction", shot.total, ("sent", "received")))

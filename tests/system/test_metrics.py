@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -13,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from support.many_lines import run_lines
 from support.programs import LEGACY, LISTENING, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
-from support.sockets import ask, dial, eventually, free_port, port_of, receive_all, receive_exactly, reset
+from support.relays import Door
+from support.sockets import ask, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -106,6 +108,28 @@ def test_a_life_in_numbers(forward, keys, target, udp_echo):
         assert abs(len(os.listdir("/proc/%d/fd" % process)) - now["process_open_fds",]) <= 2
     assert now["process_start_time_seconds",] == began["process_start_time_seconds",]
     assert 0 <= time.time() - now["process_start_time_seconds",] < 600
+
+
+def test_streams_that_lose_their_links(serve, ratrod, keys, target, tcp_echo):
+    """Those that wait, those that went on, and those that did not, with the reason: in the metrics, and in the status table."""
+    server, port = serve(*METRICS)
+    door = Door(target, port)
+    client = ratrod("-k", keys.client.path, "connect", *METRICS, "--resume", "1", "127.0.0.1:%d" % door.port, "0:%d" % tcp_echo.port)
+    detached, resumed, by_time = ("ratrod_streams_detached",), ("ratrod_streams_resumed_total",), ("ratrod_streams_given_up_total", "time")
+    with dial(tcp_port(client)) as connection:
+        ping(connection)
+        becomes(client, {detached: 0, resumed: 0, by_time: 0})
+        door.cut_all()
+        ping(connection)
+        for program in (client, server):
+            becomes(program, {detached: 0, resumed: 1, by_time: 0})
+        door.to = None
+        door.cut_all()
+        becomes(server, {detached: 1, resumed: 1, by_time: 0})
+        becomes(client, {detached: 0, resumed: 1, by_time: 1})
+    for program, words in ((client, "0 streams detached, 1 resumed, given up: 1 (time)"), (server, "1 stream detached, 1 resumed, given up: none")):
+        program.process.send_signal(signal.SIGUSR1)
+        program.wait_for(re.escape("📊 " + words))
 
 
 def test_sessions_that_are_over_stay_counted(forward, udp_echo):
