@@ -1,6 +1,7 @@
 """Who gets how much: counts by key, queues with turns, memory that is bounded in sum, a stream's window, how long it waits for another link."""
 
 import random
+import types
 
 import pytest
 
@@ -41,21 +42,9 @@ def begun(queue, *asked):
 @pytest.mark.parametrize("options, asked, at_once", [
     ({"most": 2}, [A, A, A], 2),
     ({"most": 4, "most_of_key": 1}, [A, A, B, C], 3),
-    # One key has all places but one, two have half each, and a place is left for one that holds none.
-    ({"most": 4, "shares": True}, [A] * 5, 3),
-    ({"most": 5, "shares": True}, [A] * 9 + [B] * 9, 5),
-], ids=["in all", "of a key", "one place is left", "shares"])
+], ids=["in all", "of a key"])
 def test_what_a_queue_begins_at_once(options, asked, at_once):
     assert len(begun(ratrod.FairQueue(**options), *((key, 0) for key in asked))) == at_once
-
-
-def test_a_queue_gives_a_key_less_the_more_wait():
-    queue = ratrod.FairQueue(9, shares=True)
-    order = begun(queue, *[(A, 0)] * 20, *[(B, 0)] * 20, *[(C, 0)] * 20)
-    assert [sum(number // 20 == n for number in order) for n in range(3)] == [8, 1, 0]
-    for _ in range(7):
-        queue.done(A)
-    assert [sum(number // 20 == n for number in order) - before for n, before in enumerate((7, 0, 0))] == [2, 2, 2]
 
 
 def test_keys_of_a_queue_take_turns_and_lower_ranks_go_first():
@@ -154,3 +143,33 @@ def test_how_long_a_stream_waits_for_another_link(error, seconds):
     assert ratrod.resume_time(ratrod.DEFAULT_LIMITS, error) == seconds
     for resume in (0, 5):
         assert ratrod.resume_time(ratrod.DEFAULT_LIMITS._replace(resume=resume), error) == resume
+
+
+class Waits:
+    """A detached stream, or a new one."""
+
+    def __init__(self, instance=b""):
+        self.instance, self.peer_key, self.link = instance, A, None
+
+    def open(self, link, _timeout):
+        self.link = link
+
+
+class IdleLink:
+    state, is_completed, is_legacy, peer_key = ratrod.IDLE, True, False, A
+
+    def __init__(self, instance):
+        self.instance = instance
+
+
+def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
+    """Detached streams first."""
+    opener = ratrod.Opener(types.SimpleNamespace(loop=None, limits=None, draining=False), 10)
+    of_a, of_b, new = Waits(b"a"), Waits(b"b"), Waits()
+    opener.detached.update({of_a: None, of_b: None})
+    opener.waiting.append(new)
+    links = [IdleLink(instance) for instance in (b"b", b"b", b"c", b"a")]
+    for link in links:
+        opener.put(link)
+    assert [waiter.link for waiter in (of_b, new, of_a)] == [links[0], links[1], links[3]]
+    assert opener.idle == [links[2]] and not opener.detached and not opener.waiting
