@@ -14,7 +14,8 @@ Usage:
          [--max-connects-per-key N] [--handshake-timeout SECS]
          [--connect-timeout SECS] [--link-age SECS] [--resume SECS]
          [--udp-timeout SECS] [--max-udp-sessions N]
-         [--max-udp-sessions-per-link N] [--udp-backlog BYTES] [--] BIND
+         [--max-udp-sessions-per-link N] [--udp-backlog BYTES]
+         [--max-memory BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
          [--proxy URL] [--ssh-command CMD] [--remote-python PATH]
          [--socks-user AUTH] [--send-proxy]
@@ -23,7 +24,7 @@ Usage:
          [--no-status] [--check] [--idle-links N]
          [--handshake-timeout SECS] [--connect-timeout SECS] [--link-age SECS]
          [--resume SECS] [--udp-timeout SECS] [--max-udp-sessions-per-link N]
-         [--udp-backlog BYTES] [--] SERVER [--] [TUNNEL]...
+         [--udp-backlog BYTES] [--max-memory BYTES] [--] SERVER [--] [TUNNEL]...
   ratrod [-k KEY_PATH] [-v] keygen
   ratrod [-v] demo
   ratrod help [COMMAND]
@@ -95,6 +96,8 @@ Options:
   --max-udp-sessions N            UDP sessions in all (default: 16384)
   --max-udp-sessions-per-link N   UDP sessions of one link; the least recently used makes room (default: 4096)
   --udp-backlog BYTES             datagrams that may wait for a link; the oldest are dropped (default: 262144)
+  --max-memory BYTES              kept of connections until it is acknowledged, or half received, in all; half of it
+                                  for one key (default: serve 268435456, connect 134217728)
   -h, --help                      show this help, or after a command the help of that command
   -V, --version                   show the version
 """
@@ -292,8 +295,11 @@ EMPTY_FOR = 1.0  # seconds: a list of keys that has been empty for less is being
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
 RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 KiB may hold 23,000
+SESSIONS_IN_TURN = 16  # new UDP sessions of one link in a turn, 100 µs each
 DATAGRAMS_IN_TURN = 256  # datagrams of one record in a turn, 20 µs each: a record of 512 KiB may hold 87,000
 BACKLOG = 1024  # connections that the system takes for a listener before they are accepted
+FEW = 4  # callbacks that are ready at once, 1 ms each or less, whose order does not matter: to ask for their keys costs 1 µs each
+TURNS = 0.005  # seconds of callbacks before the loop looks for new events
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 LAST_WORDS = 256  # connections that are sent a last word at once
 STAGGER = 0.25  # seconds between two parallel tries to connect (RFC 8305, section 5)
@@ -2802,7 +2808,7 @@ class Poller:
     def modify(self, fd: int, events: int) -> None:
         self._selector.modify(fd, events & READ | (events & WRITE) >> 1)
 
-    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+    def poll(self, timeout: float | None = None, _most: int = -1) -> list[tuple[int, int]]:
         return [(key.fd, mask & READ | (mask << 1) & WRITE) for key, mask in self._selector.select(timeout)]
 
 
@@ -2853,7 +2859,10 @@ class Complaints:
 
     def complain(self, cause: str, line: str, is_known: bool = False, level: int = logging.ERROR) -> bool:
         """Logs `line`, or counts one more for `cause`, a text with a %d: whether the line was logged."""
-        is_due = log.isEnabledFor(logging.DEBUG) or self._is_due(time.monotonic(), cause, is_known)
+        # Once a line was left out the others wait until sweep() has said how many: lines without end would leave it no
+        # turn.
+        is_due = log.isEnabledFor(logging.DEBUG) or (
+            cause not in self._muted and self._is_due(time.monotonic(), cause, is_known))
         if is_due:
             log.log(level, "%s", line)
         else:
@@ -2880,6 +2889,47 @@ class Complaints:
             del self._lines[cause]
 
 
+class Turns:
+    """Callbacks that wait for the loop, by key: the key that has used least of the loop's time goes first, within a key the callback that has
+    waited longest. So a key with thousands of busy links holds up another one for a callback, which takes a few ms at most."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}  # by key: callbacks and their masks
+        self._order: list[tuple[float, bytes]] = []  # a heap: the keys that wait, and the seconds that each has used
+        self._used: dict[bytes, float] = {}
+        self._now = 0.0  # what the key that was served last had used; one that comes back begins there
+
+    def add(self, key: bytes, callback: Callable[[int], Any], mask: int = 0) -> None:
+        calls = self.waiting.get(key)
+        if calls is None:
+            calls = self.waiting[key] = collections.OrderedDict()
+            heapq.heappush(self._order, (max(self._now, self._used.get(key, 0.0)), key))
+        calls[callback] = calls.get(callback, 0) | mask
+
+    def take(self, ready: list[tuple[Callable[[int], Any], int]]) -> Iterator[tuple[Callable[[int], Any], int]]:
+        """What waits and what is ready, one by one for TURNS seconds. What is left then, or was added meanwhile, waits for the next round."""
+        for callback, mask in ready:
+            self.add(getattr(getattr(callback, "__self__", None), "peer_key", b""), callback, mask)
+        began = time.monotonic()
+        until = began + TURNS
+        for _ in range(sum(map(len, self.waiting.values()))):
+            if began > until:
+                return
+            used, key = heapq.heappop(self._order)
+            self._now, calls = used, self.waiting[key]
+            yield calls.popitem(last=False)
+            ended = time.monotonic()
+            self._used[key] = used = used + ended - began
+            began = ended
+            if calls:
+                heapq.heappush(self._order, (used, key))
+            else:
+                del self.waiting[key]
+        if not self._order:
+            self._used.clear()
+            self._now = 0.0
+
+
 class EventLoop:
     """The one thread that owns every socket. Only call_soon_threadsafe() may be called from another thread."""
 
@@ -2894,6 +2944,8 @@ class EventLoop:
         self._deadlines: list[tuple[float, int, Deadline]] = []  # a heap; the number is that of the entry
         self._entries = itertools.count()
         self._calls: collections.deque[tuple[Callable[[], None], Callable[[], None]]] = collections.deque()
+        self._turns = Turns()
+        self.take_turn = self._turns.add  # take_turn(key, callback): callback(0) when this key has its turn
         self._is_stopped = self._is_closed = False
         self.most = descriptor_limit()
         self.spare = min(64, self.most // 8)  # descriptors for those that are in: accepting leaves them alone
@@ -3007,14 +3059,16 @@ class EventLoop:
     def run(self) -> None:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
         while not self._is_stopped:
-            events = self._poller.poll(self._time_to_next_call())
+            events = self._poller.poll(self._time_to_next_call(), 4096)
             # Now, for a callback may close a socket, and the next one get its number. Other bits are an error or a
             # hang-up: reading tells which.
-            ready = [(self._callbacks[fd], mask if mask < 8 else READ | WRITE) for fd, mask in events]
+            ready: Any = [(self._callbacks[fd], mask if mask < 8 else READ | WRITE) for fd, mask in events]
             with self.lock:
                 self.now, self.awake = time.monotonic(), boot_time()
                 if self.now > self._hurry_until:
                     self.portion = MAX_CONTENT
+                if len(ready) > FEW or self._turns.waiting:
+                    ready = self._turns.take(ready)
                 for callback, mask in ready:
                     try:  # here, not in a function: 0.2 µs an event
                         callback(mask)
@@ -3064,17 +3118,16 @@ class EventLoop:
         self.sockets.clear()
 
     def _time_to_next_call(self) -> float | None:
-        if self._calls:
+        if self._calls or self._turns.waiting:
             return 0
         return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
 
-    @staticmethod
-    def _on_bug(call: Callable[..., None], error: Exception) -> None:
+    def _on_bug(self, call: Callable[..., None], error: Exception) -> None:
         trace, line = error.__traceback__, 0
         while trace:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == EventLoop.run.__code__.co_filename else line
             trace = trace.tb_next
-        log.error("❌ internal error in line %d, please report it: %r", line, error)
+        self.complain("❌ %d more internal errors", "❌ internal error in line %d, please report it: %r" % (line, error))
         end = getattr(getattr(call, "__self__", None), "abort", None)
         if end:
             end(error)
@@ -3243,19 +3296,24 @@ class KeyCounts:
 
 class FairQueue:
     """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn.
-    Things of a lower rank go first; within a rank the keys take turns."""
+    Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a key that comes has the next
+    turn, so that some are served in time where more come than can be served; otherwise all would be served too late."""
 
-    def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize):
-        self._most, self._most_of_key = most, most_of_key
+    def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, newest_first: bool = False):
+        self._most, self._most_of_key, self._newest_first = most, most_of_key, newest_first
         self._running = KeyCounts()
         # For each rank the keys in their order, each with what waits.
         self._waiting: list[collections.OrderedDict[Any, collections.deque[Callable[[], None]]]] = [
-            collections.OrderedDict() for _ in range(3)]
+            collections.OrderedDict() for _ in range(5)]
         self._is_beginning = False
 
     def begin(self, key: Any, call: Callable[[], None], rank: int = 0) -> None:
         """call() now or later; what it begins says done(key) once."""
-        self._waiting[rank].setdefault(key, collections.deque()).append(call)
+        waiting = self._waiting[rank]
+        if key not in waiting:
+            waiting[key] = collections.deque()
+            waiting.move_to_end(key, last=not self._newest_first)
+        waiting[key].append(call)
         self._begin_waiting()
 
     def done(self, key: Any) -> None:
@@ -4033,8 +4091,8 @@ class Listener:
     starved_at = -1e9  # of all listeners: one line for all
 
     def __init__(self, loop: EventLoop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None],
-                 pause: float):
-        self._loop, self.sock, self._on_accept, self._pause = loop, sock, on_accept, pause
+                 pause: float, peer_key: bytes = b""):
+        self._loop, self.sock, self._on_accept, self._pause, self.peer_key = loop, sock, on_accept, pause, peer_key
         self._spare = loop.spare
         self._transport = Transport(loop, sock, self._on_event)
         self._rest = Deadline(loop)
@@ -4175,21 +4233,22 @@ def _clear_path(path: str) -> None:
 class Quota(KeyCounts):
     """How many of something there are, in all and of each key."""
 
-    def __init__(self, most: int, most_of_key: int, words: str):
+    def __init__(self, most: int, most_of_key: int, words: str, whose: tuple[str, str] = ("in all", "of this client")):
         super().__init__()
-        self.most, self.most_of_key, self._words = most, most_of_key, words
+        self.most, self.most_of_key, self._words, self._whose = most, most_of_key, words, whose
 
-    def check(self, key: bytes, more: int = 0) -> None:
+    def check(self, key: Any, more: int = 0) -> None:
         """Overloaded where the client of this key has as many as it may, and so many more, or all together have."""
-        for whose, most, have in (("in all", self.most, self.total), ("of this client", self.most_of_key, self.of(key) - more)):
+        in_all, of_key = self._whose
+        for whose, most, have in ((in_all, self.most, self.total), (of_key, self.most_of_key, self.of(key) - more)):
             if have >= most:
                 raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
 
-    def take(self, key: bytes, more: int = 0) -> None:
+    def take(self, key: Any, more: int = 0) -> None:
         self.check(key, more)
         self.change(key, 1)
 
-    def give_back(self, key: bytes) -> None:
+    def give_back(self, key: Any) -> None:
         self.change(key, -1)
 
 
@@ -4346,8 +4405,10 @@ class Link:
             return False
         # An incomplete record has a buffer of its own, and only its rest is read next: then a read begins at a record again.
         view, end = (self.loop.scratch_in, 0) if self._in is None else (self._in, self._in_end)
+        # Where this key's memory is used up a little shows whether a whole record is there, as an Ack.
+        portion = SHORT_READ if self.owner.memory.is_tight and self.owner.memory.is_out(self.peer_key) else self.loop.portion
         try:
-            n = self.transport.recv_into(view[end:end + self.loop.portion + HEADROOM + TAILROOM])
+            n = self.transport.recv_into(view[end:end + portion + HEADROOM + TAILROOM])
         except OSError as error:
             self.lose(broken(error))
             return False
@@ -4405,7 +4466,7 @@ class Link:
     def _process(self, view: memoryview, start: int, end: int) -> None:
         try:
             for _ in range(RECORDS_IN_TURN):
-                if start == end or self.is_held:
+                if start == end or self.is_held or self._is_paused:
                     break
                 record = self.reader.next(view, start, end)
                 if record is None:
@@ -4418,8 +4479,7 @@ class Link:
                 if self.state == CLOSED:
                     return None
             else:
-                self._is_paused = True
-                self.loop.call_later(0, self._resume)
+                self.pause()
         except LinkClosed as error:  # the path broke the record
             return self.lose(error)
         except RemoteProtocolError as error:  # the peer broke the rules
@@ -4486,7 +4546,7 @@ class Link:
         wanted = have if self.is_held or self._is_paused else self.reader.wanted
         if view is self.loop.scratch_in or not self._is_paused and (start or len(view) < wanted):
             view, start, end = self._room_for(view, start, end, wanted), 0, have
-        self._count(end - start)
+        self._count(end - start if self._lent is not None else len(view))
         self._in, self._in_start, self._in_end = view, start, end
         if self._lent is not None:
             self.transport.set_option(WAKE_AT, wanted - (end - start))
@@ -4496,7 +4556,7 @@ class Link:
                 self.update()
 
     def _count(self, n: int) -> None:
-        """n bytes are kept of a record from now on."""
+        """n bytes are used for what has come from now on."""
         if n != self._counted:
             self.owner.memory.change(self.peer_key, n - self._counted)
             self._counted = n
@@ -4547,8 +4607,12 @@ class Link:
         if view is not None:
             self._process(view, self._in_start, self._in_end)
 
-    def _resume(self) -> None:
-        """After the others had their turn."""
+    def pause(self) -> None:
+        """The others have their turn before the next record is processed."""
+        self._is_paused = True
+        self.loop.take_turn(self.peer_key, self._resume)
+
+    def _resume(self, _mask: int) -> None:
         self._is_paused = False
         self.heard_at = self.loop.awake  # what came meanwhile was not looked at
         if not self.is_held:
@@ -4848,6 +4912,7 @@ class Counters:
         self.began_at = time.time()
         self.streams: set[Stream] = set()
         self.sessions: set[UdpSession] = set()
+        self.sessions_of = KeyCounts()
         self.results = dict.fromkeys(self.RESULTS, 0)  # of streams that are over
         self.links = self.handshakes_failed = self.reconnects = self.resumed = 0
         self.detached: set[Stream] = set()  # streams that have lost their link, and do not go on yet
@@ -4894,7 +4959,9 @@ class Counters:
         if carried in self.detached:
             self._on_given_up(carried, error)  # type: ignore[arg-type]
         self.streams.discard(carried)  # type: ignore[arg-type]
-        self.sessions.discard(carried)  # type: ignore[arg-type]
+        if carried in self.sessions:
+            self.sessions.discard(carried)  # type: ignore[arg-type]
+            self.sessions_of.change(carried.peer_key, -1)
         total = self._bytes.setdefault(carried.peer_key, [0, 0])
         total[0] += carried.sent
         total[1] += carried.received
@@ -4906,10 +4973,11 @@ class Counters:
             log.debug("%s%s%s: %d bytes sent to the link, %d received, lived %.1f s", "" if has_failed else "✅ ", carried.label, how,
                       carried.sent, carried.received, time.monotonic() - carried.started)
 
-    def fail(self, key: bytes, line: str) -> None:
-        """A line about a failure that has to do with the other side of this key."""
+    def fail(self, key: bytes, line: str, level: int = logging.ERROR) -> None:
+        """A line about what the other side of this key has caused, mostly a failure."""
         whose = " with the key `%s`" % encode_key(key) if key else ""
-        self._loop.complain("❌ %%d more failures%s" % whose, line, bool(key))
+        what = "❌ %%d more failures%s" if level == logging.ERROR else "%%d more events%s"
+        self._loop.complain(what % whose, line, bool(key), level)
 
     def tally(self, links: Iterable[Link]) -> dict[bytes, collections.Counter[str]]:
         """For each peer key: its links (idle, busy, closing), streams, sessions, and bytes of payload (sent to the link, received)."""
@@ -5747,6 +5815,7 @@ class StdioStream(Stream):
 # Legacy: each session has a link of its own, where its number is 0 and goes without saying.
 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
+_NOTHING = memoryview(b"")
 Originator = Tuple[Any, Any]  # its address, and the control message that makes an answer leave from the address that it asked
 
 
@@ -5779,7 +5848,7 @@ class UdpLink(LinkUser):
     """
 
     __slots__ = ("owner", "loop", "limits", "link", "peer_key", "dropped", "sessions", "by_key", "timeout", "on_session", "on_lost", "began_at",
-                 "_queue", "_queued", "_next", "_new", "_said_at")
+                 "_queue", "_queued", "_rest", "_next", "_new", "_said_at")
 
     def __init__(self, owner: Endpoint, timeout: float, peer_key: bytes = b""):
         self.owner, self.loop, self.limits, self.peer_key, self.timeout = owner, owner.loop, owner.limits, peer_key, timeout
@@ -5791,6 +5860,7 @@ class UdpLink(LinkUser):
         self.on_lost: Callable[[UdpLink, Exception], None] = lambda _link, _error: None
         self.began_at: float | None = None
         self._queue: collections.deque[tuple[float, bytes]] = collections.deque()
+        self._rest = _NOTHING  # datagrams that came, for the next turns
         self._next = 1
         self._said_at = -1e9
 
@@ -5802,12 +5872,14 @@ class UdpLink(LinkUser):
             self.end(next(iter(self.sessions.values())))
         self.sessions[session.number] = self.by_key[session.key] = session
         self.owner.counters.sessions.add(session)
+        self.owner.counters.sessions_of.change(self.peer_key, 1)
 
     def _say_full(self) -> None:
         """A session that may be alive has to go: said once a minute."""
         if self.loop.now - self._said_at > 60:
             self._said_at = self.loop.now
-            log.warning("UDP: more than %d sessions on one link; the least recently used ones make room", self.limits.udp_sessions)
+            line = "UDP: more than %d sessions on one link; the least recently used ones make room"
+            self.owner.counters.fail(self.peer_key, line % self.limits.udp_sessions, logging.WARNING)
 
     def new_session(self, key: Any, label: Label, target: str) -> UdpSession:
         """Client: a session under the next number, which the server is told of."""
@@ -5849,6 +5921,9 @@ class UdpLink(LinkUser):
     def end_all(self) -> None:
         for session in list(self.sessions.values()):
             self.end(session, tell=None)
+        while self._queue:
+            self._pop()
+        self._keep_rest(_NOTHING)
 
     def expire(self) -> None:
         """Ends the sessions that have been idle too long."""
@@ -5865,12 +5940,19 @@ class UdpLink(LinkUser):
         link = self.link
         if link is not None and not link.out and not self._queue and link.state in (UDP_ASKED, UDP_OPEN):
             return link.send(link.writer.datagrams(self.loop.scratch_out, end))
-        run = bytes(self.loop.scratch_out[HEADROOM:end])
+        run, memory = bytes(self.loop.scratch_out[HEADROOM:end]), self.owner.memory
         self._queue.append((self.loop.now, run))
-        self._queued += len(run)
+        self._count(len(run))
         while self._queued > self.limits.udp_backlog:
             self._drop_oldest(self._queued - self.limits.udp_backlog)
+        while self._queue and memory.is_out(self.peer_key):
+            self._drop_oldest(self._queued)
         return None
+
+    def _count(self, n: int) -> None:
+        """n bytes more wait, or fewer."""
+        self._queued += n
+        self.owner.memory.change(self.peer_key, n)
 
     def _drop_oldest(self, n: int) -> None:
         """n bytes of datagrams, or a little more, of the oldest run."""
@@ -5879,7 +5961,7 @@ class UdpLink(LinkUser):
         while at < min(n, len(run)):
             at += DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(run, at)[1]
             self.dropped += 1
-        self._queued -= at
+        self._count(-at)
         if at < len(run):
             self._queue[0] = when, run[at:]
         else:
@@ -5887,7 +5969,7 @@ class UdpLink(LinkUser):
 
     def _pop(self) -> bytes:
         _, run = self._queue.popleft()
-        self._queued -= len(run)
+        self._count(-len(run))
         return run
 
     def on_update(self) -> None:
@@ -5899,6 +5981,8 @@ class UdpLink(LinkUser):
             self.dropped += 1
             self._pop()
         self._send_queue()
+        if link.is_held and not self._rest and not link.out and link.state == UDP_OPEN:
+            link.release()
 
     def _send_queue(self) -> None:
         while self._queue and self.link and not self.link.out and self.link.state in (UDP_ASKED, UDP_OPEN):
@@ -5910,6 +5994,10 @@ class UdpLink(LinkUser):
 
     def open(self, link: Link, timeout: float) -> None:
         """Client: carried by `link` from now on. The sessions are announced again, in the order of their numbers."""
+        for counts, n in ((self.owner.counters.sessions_of, len(self.sessions)),
+                          (self.owner.memory, self._queued + len(self._rest))):
+            counts.change(self.peer_key, -n)
+            counts.change(link.peer_key, n)
         self.began_at, self.peer_key = self.loop.now, link.peer_key
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
         target = next(iter(self.sessions.values())).target if link.is_legacy else ""
@@ -5952,7 +6040,10 @@ class UdpLink(LinkUser):
             link.on_opened(UDP_OPEN)
             link.update()
         elif kind == DATAGRAMS:
-            self._on_datagrams(content)
+            at = self._on_datagrams(content)
+            if at < len(content):
+                link.hold()
+                self._keep_rest(memoryview(bytes(content[at:])))
         elif kind == UDP_DATA:
             for session in self.sessions.values():
                 self._on_datagram(session, content)
@@ -5975,28 +6066,35 @@ class UdpLink(LinkUser):
         with contextlib.suppress(OSError):
             session.deliver(data)
 
-    def _on_datagrams(self, run: memoryview) -> None:
+    def _on_datagrams(self, run: memoryview) -> int:
+        """Delivers as many as one turn takes: the bytes of these."""
         at = 0
         for n, (number, data) in enumerate(split_datagrams(run)):
-            if n == DATAGRAMS_IN_TURN and self.link:
-                self.link.hold()
-                self.loop.call_later(0, functools.partial(self._go_on_with, self.link, bytes(run[at:])))
-                return
+            if n == DATAGRAMS_IN_TURN:
+                break
             at += DATAGRAM_HEADER.size + len(data)
             session = self.sessions.get(number)
             if session:  # otherwise this side has forgotten it
                 self._on_datagram(session, data)
+        return at
 
-    def _go_on_with(self, link: Link, rest: bytes) -> None:
+    def _keep_rest(self, rest: memoryview) -> None:
+        """Datagrams for the next turns. The link holds meanwhile."""
+        self.owner.memory.change(self.peer_key, len(rest) - len(self._rest))
+        self._rest = rest
+        if rest:
+            self.loop.take_turn(self.peer_key, self._go_on)
+
+    def _go_on(self, _mask: int = 0) -> None:
         """After the others had their turn."""
-        if self.link is not link or link.state != UDP_OPEN:
-            return
-        link.is_held = False
+        link = self.link
+        if link is None or link.state != UDP_OPEN:
+            return self._keep_rest(_NOTHING)
         try:
-            self._on_datagrams(memoryview(rest))
+            self._keep_rest(self._rest[self._on_datagrams(self._rest):])
         except RemoteProtocolError as error:
             return link.abort(error)
-        if not link.is_held:
+        if not self._rest and link.is_held:
             link.release()
 
     def _on_session(self, link: Link, message: Session) -> None:
@@ -6010,18 +6108,11 @@ class UdpLink(LinkUser):
             return self.end(session, tell=None)
         self.on_session(self, session)
         self._new += 1
-        if self.link and (self._new >= BATCH or self.link.backlog > self.limits.udp_backlog):
-            self._new = 0
-            self.link.hold()
-            self.loop.call_later(0.01, functools.partial(self._on_rested, self.link))
+        if self.link and self._new % SESSIONS_IN_TURN == 0:
+            self.link.pause()
+        if self.link and self.link.backlog > self.limits.udp_backlog:
+            self.link.hold()  # nothing more is done for a client that does not read what it is told
         return None
-
-    def _on_rested(self, link: Link) -> None:
-        """After a pause for the others; and as long as the client does not read what it is told, nothing more is done for it."""
-        if self.link is link and link.backlog > self.limits.udp_backlog:
-            self.loop.call_later(0.1, functools.partial(self._on_rested, link))
-        elif self.link is link:
-            link.release()
 
     def _on_session_over(self, message: SessionOver) -> None:
         session = self.sessions.get(message.number)
@@ -6038,7 +6129,11 @@ class UdpLink(LinkUser):
 
     def refuse(self, session: UdpSession, error: Exception) -> None:
         """Client: what this originator sends is dropped for a moment; after a refusal until it has been quiet."""
-        log.log(logging.DEBUG if session.rests_until else logging.ERROR, "❌ %s: %s", session.label, reason(error))
+        line = "❌ %s: %s" % (session.label, reason(error))
+        if session.rests_until:
+            log.debug("%s", line)
+        else:
+            self.owner.counters.fail(self.peer_key, line)
         is_forbidden = isinstance(error, PeerError) and error.code == INVALID_HOST
         session.rests_until = float("inf") if is_forbidden else self.loop.now + (self.REST if isinstance(error, PeerError) else 1)
 
@@ -6108,8 +6203,16 @@ class RemoteUdpSocket:
         for data in self._waiting:
             with contextlib.suppress(OSError):
                 sock.send(data)
-        self._waiting.clear()
+        self._forget_waiting()
         return None
+
+    def _forget_waiting(self) -> None:
+        self._session.links.owner.memory.change(self.peer_key, -sum(map(len, self._waiting)))
+        self._waiting.clear()
+
+    @property
+    def peer_key(self) -> bytes:
+        return self._session.links.peer_key
 
     def _on_event(self, _mask: int) -> None:
         if self._transport is None:
@@ -6128,8 +6231,10 @@ class RemoteUdpSocket:
             self._transport.sock.send(data)
         elif len(self._waiting) < BATCH and sum(map(len, self._waiting)) + len(data) <= MAX_DATAGRAM:
             self._waiting.append(bytes(data))
+            self._session.links.owner.memory.change(self.peer_key, len(data))
 
     def close(self) -> None:
+        self._forget_waiting()
         if self._transport:
             self._transport.close()
             self._transport = None
@@ -7610,7 +7715,7 @@ class Admission:
     limit the oldest makes room; of a source that has its share, the oldest of its own; none whose step is queued or running.
 
     Steps are served in three classes: sources with an authorized link now or in the last hour, sources that make few new handshakes, the
-    rest. Within a class the sources take turns.
+    rest. Within a class those go first whose first message was answered, and the sources take turns, the newest first.
     """
 
     def __init__(self, server: Server):
@@ -7621,7 +7726,7 @@ class Admission:
         self._sources: dict[str, Source] = {}
         self._most_sources = SOURCES
         threads = min(8, os.cpu_count() or 1)
-        self._steps = FairQueue(threads)
+        self._steps = FairQueue(threads, newest_first=True)
 
     def __len__(self) -> int:
         return len(self._strangers)
@@ -7664,7 +7769,7 @@ class Admission:
                 return self._server.complain_of_stranger(address, Overloaded("too many others authenticate themselves"))
             self._turn_away(victim)
         is_slow = source.tries.take(self._loop.now)
-        rank = 0 if source.is_trusted(self._loop.now) else 1 if is_slow else 2
+        rank = 0 if source.is_trusted(self._loop.now) else 2 if is_slow else 4
 
         def run_step(step: Callable[[], None], done: Callable[[Any, Exception | None], None]) -> None:
             def finish(result: Any, error: Exception | None) -> None:
@@ -7672,7 +7777,8 @@ class Admission:
                 if error is None and negotiation not in self._strangers:  # it ended while the step went on, which has let it in
                     self._server.give_place_back(negotiation.handshake)
                 done(result, error)
-            self._steps.begin(name, lambda: self._server.threads.submit(step, finish), rank)
+            is_answered = negotiation.handshake.steps > 0
+            self._steps.begin(name, lambda: self._server.threads.submit(step, finish), max(0, rank - is_answered))
         negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close,
                                   run_step)
         self._strangers[negotiation] = name
@@ -7732,7 +7838,10 @@ class ReverseListener(Opener):
         self._retired: set[bytes] = set()
         self.links: set[Link] = set()
         self._lost_at: float | None = None
-        self._listeners = [Listener(server.loop, sock, self._on_accept, server.limits.accept_pause) for sock in sockets]
+        self._visitors: dict[Stream, str] = {}  # their streams, with their sources
+        most = max(16, server.streams.most_of_key // 4)
+        self._visitors_of = Quota(most, max(16, most // 4), "carries as many connections", ("of one reverse tunnel", "of one visitor to it"))
+        self._listeners = [Listener(server.loop, sock, self._on_accept, server.limits.accept_pause, key) for sock in sockets]
         for listener in self._listeners:
             listener.start()
 
@@ -7789,21 +7898,25 @@ class ReverseListener(Opener):
         label = new_label(show_address(address), "back through %s" % str(self.address))
         stream = Stream(self._server, self, OPENER, label, show_address(address), peer_key=self.key)
         stream.join(sock)
+        source = Source.name(address[0])
         try:
+            self._visitors_of.check(source)
             self._server.streams.take(self.key)
         except Overloaded as error:
-            stream.peer_key = b""
+            stream.peer_key = b""  # the line in the log is a stranger's, and takes no place of the key's own
             return stream.give_up(error)
-        self._server.reverse_streams[stream] = self.key
+        self._visitors_of.take(source)
+        self._visitors[stream] = source
         if len(self.waiting) >= self.limits.reverse_queue:
             return stream.give_up(ConnectError("too many connections wait for a link of the client"))
         return self.take(stream)
 
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
         super().on_ended(stream, error)
-        key = self._server.reverse_streams.pop(stream, None)
-        if key is not None:
-            self._server.streams.give_back(key)
+        source = self._visitors.pop(stream, None)
+        if source is not None:
+            self._visitors_of.give_back(source)
+            self._server.streams.give_back(self.key)
 
     def why_no_link(self) -> Exception:
         return ConnectError("the client has no link for it")
@@ -7863,9 +7976,9 @@ class Server(Endpoint):
         self._sources_of: dict[Link, Source] = {}
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
                                  lambda link, open_: new_label(link.name, open_.target))
-        self.reverse_streams: dict[Stream, bytes] = {}
         self._connecting = FairQueue(most_of_key=limits.connects_per_key)
         self._udp_links: dict[bytes, set[UdpLink]] = {}
+        self._oldest: dict[bytes, list[tuple[float, int, UdpLink]]] = {}  # by key: heaps of UDP links by the last use of their oldest session
         self._listed: Any = None  # authorized_keys as the links were last held against it, and what is wrong with it ...
         self._problems: list[str] = []
         self._expiry = float("inf")  # ... and when, by time.time(), the next of its lines expires
@@ -7913,7 +8026,8 @@ class Server(Endpoint):
         try:
             return self.options.authorize is None or bool(self.options.authorize(encode_key(key), target))
         except Exception as error:
-            log.error("❌ authorize() raised for `%s`: %r", printable(target), error)
+            line = "❌ authorize() raised for `%s`: %r" % (printable(target), error)
+            self.loop.call_soon_threadsafe(functools.partial(self.counters.fail, key, line))
             return False
 
     def _authorize(self, key: bytes, is_legacy: bool = False, now: float | None = None) -> tuple[Grant, ...]:
@@ -8153,13 +8267,14 @@ class Server(Endpoint):
             raise RatrodError("this client listens on as many addresses as one may have (%d)" % self.limits.listeners_per_key)
         listener = ReverseListener(self, key, open_.instance, open_.target, listen(address))
         self.reverse.add(listener)
-        log.info("📻 [TCP] Listening on `%s` for the client with key %s", listener.address, self.show_key(key))
+        line = "📻 [TCP] Listening on `%s` for the client with key %s" % (str(listener.address), self.show_key(key))
+        self.counters.fail(key, line, logging.INFO)
         return listener
 
     def forget_reverse(self, listener: ReverseListener) -> None:
         if listener in self.reverse:
             self.reverse.discard(listener)
-            log.info("%s closed", listener)
+            self.counters.fail(listener.key, "%s closed" % listener, logging.INFO)
 
     def close(self) -> None:
         self.acceptor.close(LocalFailed(ENDING))
@@ -8173,6 +8288,7 @@ class Server(Endpoint):
         for links in list(self._udp_links.values()):
             for udp in list(links):
                 udp.expire()
+        self._oldest.clear()
         self.acceptor.sweep()
         for listener in list(self.reverse):
             listener.sweep()
@@ -8302,10 +8418,21 @@ class Server(Endpoint):
 
     def _make_room_for_sessions(self) -> None:
         """At the limit the key that has most sessions loses its least recently used one: nobody else's."""
-        if len(self.counters.sessions) > self._udp_cap:
-            greedy = max(self._udp_links.values(), key=lambda links: sum(len(udp.sessions) for udp in links))
-            oldest = min((next(iter(udp.sessions.values())) for udp in greedy if udp.sessions), key=lambda session: session.last_used)
-            oldest.links.end(oldest)
+        if len(self.counters.sessions) <= self._udp_cap:
+            return
+        key = max(self.counters.sessions_of.by_key, key=self.counters.sessions_of.of)
+        heap = self._oldest.get(key)
+        if not heap:  # made once a second: to look at the oldest sessions of 2,000 links for each new one took 30 s
+            heap = self._oldest[key] = [(0.0, id(udp), udp) for udp in self._udp_links[key]]
+        while heap:
+            last_used, number, udp = heap[0]
+            session = next(iter(udp.sessions.values()), None)
+            if session is None:
+                heapq.heappop(heap)
+            elif session.last_used > last_used:  # used since, or the next one of its link
+                heapq.heapreplace(heap, (session.last_used, number, udp))
+            else:
+                return udp.end(session)
 
     def _recheck_udp(self, udp: UdpLink) -> None:
         """Ends the sessions whose target is not allowed any more."""

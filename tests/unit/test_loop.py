@@ -13,6 +13,7 @@ import pytest
 
 import ratrod
 from ratrod import READ, WRITE
+from support.joined import Clock, Loop
 from support.programs import PATIENCE, ROOT
 
 POLLERS = [ratrod.Poller] + [select.epoll] * hasattr(select, "epoll")
@@ -98,6 +99,64 @@ def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, all
     ratrod.raise_descriptor_limit()
     assert limits[0] in (reached if isinstance(reached, range) else [reached]) and limits[1] == hard
     assert 0 < ratrod.descriptor_limit() <= 1 << 20
+
+
+class Busy:
+    """A callback of `key` that takes a millisecond of the test's own clock, and then does `more`."""
+
+    def __init__(self, clock, key, more=lambda: None):
+        self.clock, self.peer_key, self.more, self.calls = clock, key, more, 0
+
+    def on_event(self, _mask):
+        self.calls += 1
+        self.clock.now += 0.001
+        self.more()
+
+
+def test_a_key_with_many_callbacks_holds_up_no_other(monkeypatch):
+    """1,000 sockets of one key are ready all the time. Another key's event comes after those of one round at most, and its next one after a
+    single callback of the busy key, which each of its own callbacks served in turn."""
+    clock = Clock()
+    monkeypatch.setattr(ratrod, "time", clock)
+    loop = Loop()
+    ends = [socket.socketpair() for _ in range(200)]
+    busy = [Busy(clock, b"busy") for _ in ends]
+    near, far = socket.socketpair()
+    quiet = Busy(clock, b"quiet", lambda: near.recv(1))
+    for (sock, other), callback in zip(ends, busy):
+        other.send(b"x")
+        loop.watch(sock, 0, READ, callback.on_event)
+    loop.watch(near, 0, READ, quiet.on_event)
+    for n in range(1, 6):
+        far.send(b"x")
+        before = sum(callback.calls for callback in busy)
+        while quiet.calls < n:
+            loop.turn()
+        assert sum(callback.calls for callback in busy) - before <= ratrod.TURNS / 0.001 + 1
+    while sum(callback.calls for callback in busy) < 3 * len(busy):
+        loop.turn()
+    assert max(callback.calls for callback in busy) - min(callback.calls for callback in busy) <= 2, "within the key they take turns"
+    for sock in [near, far, *(sock for pair in ends for sock in pair)]:
+        sock.close()
+    loop.close()
+
+
+def test_keys_share_the_time_and_not_the_number_of_callbacks(monkeypatch):
+    """A key whose one callback takes long has as much of the time as another one with many short ones."""
+    clock = Clock()
+    monkeypatch.setattr(ratrod, "time", clock)
+    turns = ratrod.Turns()
+    long_one = types.SimpleNamespace(peer_key=b"long", seconds=0.01, used=0.0)
+    short_ones = [types.SimpleNamespace(peer_key=b"short", seconds=0.001, used=0.0) for _ in range(50)]
+
+    def run(self, _mask):
+        clock.now += self.seconds
+        self.used += self.seconds
+    ready = [(types.MethodType(run, made), READ) for made in [long_one, *short_ones]]
+    for _ in range(500):
+        for callback, mask in turns.take(ready):
+            callback(mask)
+    assert 0.8 < long_one.used / sum(made.used for made in short_ones) < 1.25
 
 
 def test_buffers_are_lent_to_so_many_and_come_back():

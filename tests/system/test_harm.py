@@ -1,0 +1,201 @@
+"""What one key, an outsider or a stranger does to the others: each attack with real programs, and that the others go on.
+
+The attackers are few here. As many as the README's figures are of: RATROD_LONG=1 pytest -n0 -s tests/system/test_harm.py
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import statistics
+import sys
+import time
+
+import pytest
+
+from support import attacker
+from support.pressure import LONG, figure, megabytes, memory_before, peak_growth
+from support.programs import RATROD, READY, STARTED, bound, descriptors, tcp_port
+from support.rows import row
+from support.sockets import dial, eventually, outcome_of, ping
+
+pytestmark = [pytest.mark.usefixtures("no_traceback"),
+              pytest.mark.skipif(not sys.platform.startswith("linux"), reason="epoll, all of 127.0.0.0/8, /proc")]
+MANY = ("--max-links", "12000", "--max-links-per-key", "6000", "--handshake-timeout", "60")
+LINKS = 2000 if LONG else 30
+
+
+@pytest.fixture
+def attack(start, second):
+    """attack(port, kind, links, argument) -> Program: the second key's, once its links are there."""
+    def launch(port, kind, links=LINKS, argument=""):
+        program = start(sys.executable, attacker.__file__, port, second.path, kind, links, argument)
+        with program._changed:
+            program._changed.wait_for(lambda: program.lines or program._ended, 600)
+        program.wait_for("all links")
+        return program
+    return launch
+
+
+@contextlib.contextmanager
+def group_of(limit):
+    """The words that start a program in a control group with so much memory; none where this machine has no such groups."""
+    folder = pathlib.Path("/sys/fs/cgroup/memory/ratrod-%d" % os.getpid())
+    try:
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        yield ()
+        return
+    try:
+        yield "sh", "-c", 'echo $$ > %s/cgroup.procs && exec "$@"' % folder, "sh"
+    finally:
+        eventually(lambda: not (folder / "cgroup.procs").read_text(), "the program has ended")
+        folder.rmdir()
+
+
+def round_trips(sock, n):
+    """Seconds that each took."""
+    took = []
+    for _ in range(n):
+        began = time.monotonic()
+        ping(sock)
+        took.append(time.monotonic() - began)
+        time.sleep(0.01)  # between them, so that each begins at some moment of the server's round
+    return took
+
+
+KINDS = ("sessions", "unknown", "tiny")
+if LONG:
+    KINDS += ("opens", "acks", "keepalives", "abandons", "attaches", "bulk")
+
+
+@pytest.mark.timeout(1800 if LONG else 120)
+def test_another_key_beside_one_that_does_all_it_can(serve, client, keys, tcp_echo, attack, stack):
+    """Turns go by key: thousands of links of one key are one key. Before, 2,000 that made UDP sessions cost another key 30 s a round trip."""
+    _, port = serve(*MANY)
+    remote = "127.0.0.1:%d" % tcp_echo.port
+    honest = client(port, "0:" + remote)
+    honest.wait_for(READY)
+    for kind in KINDS:
+        with row(kind):
+            sock = stack.enter_context(dial(tcp_port(honest)))
+            program = attack(port, kind, argument="" if kind in ("sessions", "unknown") else remote)
+            took = round_trips(sock, 300 if LONG else 10)
+            figure("%d links of another key, %s: a round trip, median and longest" % (LINKS, kind),
+                   "%.0f and %.0f ms" % (1000 * statistics.median(took), 1000 * max(took)))
+            if LONG:
+                client(port).wait_for(READY)
+                assert statistics.median(took) < 0.05
+            program.stop()
+
+
+@pytest.mark.timeout(600 if LONG else 60)
+@pytest.mark.parametrize("half", [64 << 10, 5] if LONG else [64 << 10])
+def test_half_records_without_end(start, client, keys, tcp_echo, attack, half):
+    """Memory has a bound: one key's halves of records take half of it at most, besides what a link needs for the beginning of one."""
+    most, links = ((128 << 20), 5000) if LONG else ((4 << 20), 200)
+    with group_of(512 << 20) as words, contextlib.ExitStack() as stack:
+        server = start(*words, *RATROD, "-k", keys.server.path, "serve", *MANY, "--max-memory", most, "127.0.0.1:0")
+        stack.callback(server.stop)
+        port = int(server.wait_for(STARTED).group(1))
+        honest = client(port, "0:127.0.0.1:%d" % tcp_echo.port)
+        honest.wait_for(READY)
+        sock = stack.enter_context(dial(tcp_port(honest)))
+        ping(sock)
+        before = memory_before(server)
+        attack(port, "half_record", links, half - 4)
+        took = round_trips(sock, 300 if LONG else 50)
+        grown = peak_growth(server, before)
+        figure("%d links that hold %d bytes of a record: the server grew by" % (links, half), megabytes(grown))
+        figure("%d links that hold %d bytes of a record: another key's round trip, longest" % (links, half), "%.0f ms" % (1000 * max(took)))
+        # Half of the bound, and for each link itself and the beginning of its record 16 KiB.
+        assert grown < most // 2 + links * (16 << 10)
+        assert not LONG or max(took) < 0.1
+
+
+def test_a_key_that_is_taken_out_while_it_keeps_the_server_busy(serve, keys, second, attack):
+    """Its end comes before its own events. 1,500 links took 28.8 s."""
+    server, port = serve(*MANY)
+    links = 1500 if LONG else 40
+    attack(port, "sessions", links)
+    eventually(lambda: descriptors(server) > 2 * links, "each link has sessions")
+    keys.server.write("authorized_keys", keys.client.public + "\n")
+    began = time.monotonic()
+    server.wait_for("`%s` is not in authorized_keys any more: %d links of it ended" % (re.escape(second.public), links))
+    eventually(lambda: descriptors(server) < links, "all have ended")
+    took = time.monotonic() - began
+    figure("a busy key of %d links that is taken out: the last one was gone after" % links, "%.1f s" % took)
+    assert not LONG or took < 2
+
+
+def test_idle_visitors_of_a_reverse_tunnel_take_a_part_of_one_keys_streams(serve, client, second, tcp_echo, stack):
+    """One listener has a quarter of its key's share, one visitor a quarter of that: others, its own key among them, go on."""
+    server, port = serve("--allow-listen", "--max-streams-per-key", "256")
+    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % tcp_echo.port)
+    owner.wait_for(READY)
+    reverse = bound(owner)
+
+    def visits(source, n):
+        """How many of n connections are carried."""
+        carried = 0
+        for _ in range(n):
+            with contextlib.suppress(OSError):
+                ping(stack.enter_context(dial(reverse, source=source)))
+                carried += 1
+        return carried
+    assert [visits("127.0.9.%d" % n, 17 if n == 1 else 16) for n in range(1, 6)] == [16, 16, 16, 16, 0]
+    server.wait_for("carries as many connections of one visitor to it as it takes \\(16\\)")
+    server.wait_for("carries as many connections of one reverse tunnel as it takes \\(64\\)")
+    assert outcome_of(tcp_port(owner)) == "answered"
+    stack.close()
+    eventually(lambda: outcome_of(reverse) == "answered", "the places of those that left")
+
+
+def lines_within(server, began):
+    """Whether the log has no more lines than a key may cause."""
+    return len(server.lines) <= 250 + 10 * (time.monotonic() - began)
+
+
+def test_a_key_that_listens_and_leaves_in_a_loop_fills_no_log(serve, attack):
+    began = time.monotonic()
+    server, port = serve("--allow-listen")
+    attack(port, "listens", 1)
+    server.wait_for(r"\d+ more events with the key")
+    assert lines_within(server, began), server.output
+
+
+def test_outsiders_at_a_reverse_port_whose_target_is_down_fill_no_log(serve, client, closed):
+    began = time.monotonic()
+    server, port = serve("--allow-listen")
+    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % closed)
+    owner.wait_for(READY)
+    reverse = bound(owner)
+
+    def more():
+        for _ in range(20):
+            outcome_of(reverse)
+        return all(re.search(r"\d+ more failures", program.output) for program in (server, owner))
+    eventually(more, "both have counted what they did not say")
+    for program in (server, owner):
+        assert lines_within(program, began), program.output
+
+
+def test_senders_to_a_refused_udp_target_fill_no_log(serve, client, keys):
+    """Each new port of a sender is a new session, which is refused."""
+    keys.server.write("authorized_keys", '%s permitopen="192.0.2.1:9"\n' % keys.client.public)
+    began = time.monotonic()
+    server, port = serve()
+    owner = client(port, "0:127.0.0.1:9")
+    owner.wait_for(READY)
+    address = "127.0.0.1", int(owner.wait_for(r"\[UDP\] Listening on `.*?:(\d+)`").group(1))
+
+    def more():
+        for _ in range(50):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                sock.sendto(b"question", address)
+        return all(re.search(r"\d+ more failures", program.output) for program in (server, owner))
+    eventually(more, "both have counted what they did not say")
+    for program in (server, owner):
+        assert lines_within(program, began), program.output
