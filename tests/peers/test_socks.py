@@ -14,7 +14,7 @@ import pytest
 
 from support.programs import LEGACY_E, PATIENCE, RATROD, RATROD2, STARTED, every_mode, missing, need
 from support.rows import row
-from support.sockets import free_port, receive_exactly
+from support.sockets import free_port
 from support.socks5 import socks_port
 
 try:
@@ -231,19 +231,3 @@ def test_dns_by_pysocks(mode, proxy, dns, through):
             one.sendto(dns_question("test.example", turn * 100 + n), ("127.0.0.1", dns))
         for n, one in enumerate(several):
             check_dns(one.recvfrom(4096)[0], turn * 100 + n, b"\xc0\0\2\7")
-
-
-def test_dns_with_a_password(proxy, dns, through):
-    _, port = proxy(ANY, connect_flags=("--socks-user", "alice:secret"))
-    asking = through(port, user="alice", password="secret")
-    asking.sendto(dns_question("test.example", 1), ("127.0.0.1", dns))
-    check_dns(asking.recvfrom(4096)[0], 1, b"\xc0\0\2\7")
-    for user, password in (("alice", "wrong"), (None, None)):
-        with pytest.raises(pysocks.ProxyError):
-            through(port, user=user, password=password).sendto(b"?", ("127.0.0.1", dns))
-    over_tcp = through(port, socket.SOCK_STREAM, "alice", "secret")
-    over_tcp.connect(("localhost", dns))
-    question = dns_question("test.example", 7)
-    over_tcp.sendall(struct.pack(">H", len(question)) + question)
-    size, = struct.unpack(">H", receive_exactly(over_tcp, 2))
-    check_dns(receive_exactly(over_tcp, size), 7, b"\xc0\0\2\7")

@@ -494,20 +494,13 @@ SERVER_PREAMBLE = legacy_peer.ServerPreamble("x" * 43, bytes(32), bytes(64), byt
 # name: (what the server does in place of a right ServerPreamble, what the client says, its exit code: None is any but 0)
 SERVERS = {
     "closes": (lambda peer: peer.receive_preamble() and peer.end(), "clos|end", 1),
-    "closes at once": (lambda peer: peer.socket.close(), "clos|end|reset", 1),
-    "size 130817": (answer(frame(b"", size=LIMIT + 1)), "130817|130,817", 1),
-    "leftover bytes": (answer(encode(SERVER_PREAMBLE) + b"\0"), "", 1),
     "shutdown": (answer(legacy_peer.Shutdown()), "", 1),
     # It would do without any key.
     "completion at once": (answer(HandshakeCompletion()), "", 1),
     "a signature of its own challenge": (preamble(signature=lambda peer: peer.sign(peer.challenge)), "signature", None),
     "another key, rightly": (by(OTHER), "Test connection failed: Server's public key `%s` is not in the known hosts file" % OTHER.public, 3),
-    "a key of 5000 characters": (preamble(identity_public_key=LONG), "", None),
-    # Whoever signs all lengths signs other protocols' documents.
-    "a challenge of 64 bytes": (preamble(challenge=bytes(64)), "", 1),
     "an exchange key of 31 bytes": (preamble(exchange_public_key=bytes(31)), "", 1),
     "invalid key": (answer(Error(INVALID_KEY, OWN_WORDS)), OWN_WORDS, 3),
-    "escape codes": (answer(Error(INVALID_HOST, ESCAPES)), "title", 1),
     "a long text": (answer(Error(INVALID_HOST, LONG)), "A" * 100, 1),
 }
 
@@ -528,12 +521,8 @@ COMPLETIONS = {
     "the end": (authenticated(b"", ends=True), "clos|end", 1),
     "invalid key": (authenticated(Error(INVALID_KEY, OWN_WORDS)), OWN_WORDS, 3),
     "invalid host": (authenticated(Error(INVALID_HOST, OWN_WORDS)), OWN_WORDS, 1),
-    "remote failed": (authenticated(Error(REMOTE_FAILED, OWN_WORDS)), OWN_WORDS, 1),
     "escape codes": (authenticated(Error(UNKNOWN, ESCAPES)), "title", 1),
-    "data": (authenticated(Data(b"x")), "", 1),
-    "a second preamble": (authenticated(SERVER_PREAMBLE), "", 1),
     "leftover bytes": (authenticated(frame(encode(HandshakeCompletion()) + b"\0")), "", 1),
-    "the end inside a frame": (authenticated(frame(encode(HandshakeCompletion()))[:-1], ends=True), "", 1),
     "completion, with an exchange key of small order": (authenticated(HandshakeCompletion(), exchange_public_key=bytes(32)), "", None),
 }
 
