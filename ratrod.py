@@ -2785,6 +2785,7 @@ def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
 # 7. Event loop
 # ======================================================================================================================
 
+Done = Callable[[Any, Union[Exception, None]], None]  # (the result, None) or (None, the error)
 log = logging.getLogger("ratrod")
 log.addHandler(logging.NullHandler())  # as a library ratrod is silent unless its user wants to hear
 READ, WRITE = 1, 4  # as epoll has them
@@ -2813,34 +2814,32 @@ class Poller:
 
 
 def new_scratch(size: int = SCRATCH_IN) -> memoryview:
-    """Bytes on pages of their own, which go back to the system with them: malloc would keep them, 70 MB after a burst of 128 links."""
+    """Bytes on pages of their own, which go back to the system with them: malloc would keep them, 70 MB after a burst
+    of 128 links."""
     import mmap
 
-    private: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}  # a forked process shares it by default
+    # By default a forked process shares them.
+    private: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
     return memoryview(mmap.mmap(-1, size, **private))
 
 
 class TokenBucket:
     """`rate` a second, and up to `burst` at once."""
 
-    __slots__ = ("_rate", "_burst", "_tokens", "_filled_at")
+    __slots__ = ("_gap", "_burst", "_full_at")
 
     def __init__(self, rate: float, burst: float, now: float):
-        self._rate, self._burst, self._tokens, self._filled_at = rate, burst, float(burst), now
-
-    def _refill(self, now: float) -> None:
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
-        self._filled_at = now
+        self._gap, self._full_at = 1 / max(rate, 1e-9), now
+        self._burst = burst * self._gap + 1e-6  # seconds to fill it; sums of floats are not exact
 
     def is_full(self, now: float) -> bool:
-        self._refill(now)
-        return self._tokens >= self._burst
+        return self._full_at <= now
 
     def take(self, now: float) -> bool:
-        self._refill(now)
-        if self._tokens < 1:
+        full_at = max(self._full_at, now) + self._gap
+        if full_at - now > self._burst:
             return False
-        self._tokens -= 1
+        self._full_at = full_at
         return True
 
 
@@ -2941,12 +2940,11 @@ class EventLoop:
         self._poller: Any = select.epoll() if hasattr(selectors, "EpollSelector") else Poller()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self.sockets: set[Any] = set()  # those of every Transport
-        self._deadlines: list[tuple[float, int, Deadline]] = []  # a heap; the number is that of the entry
-        self._entries = itertools.count()
-        self._calls: collections.deque[tuple[Callable[[], None], Callable[[], None]]] = collections.deque()
+        self.deadlines: list[tuple[float, int, Deadline]] = []  # a heap, of those that Deadline enters
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._turns = Turns()
         self.take_turn = self._turns.add  # take_turn(key, callback): callback(0) when this key has its turn
-        self._is_stopped = self._is_closed = False
+        self._is_stopped = False
         self.most = descriptor_limit()
         self.spare = min(64, self.most // 8)  # descriptors for those that are in: accepting leaves them alone
         self.lock = threading.RLock()  # held for a round's callbacks: fork() waits for the end of the round
@@ -3034,21 +3032,11 @@ class EventLoop:
         """call() after so many seconds; after 0 s in the next round, so that the others have their turn."""
         return Deadline(self, seconds, call)
 
-    def add_deadline(self, deadline: Deadline) -> None:
-        heapq.heappush(self._deadlines, (deadline.when, next(self._entries), deadline))
-
-    def call_soon_threadsafe(self, call: Callable[[], None], discard: Callable[[], None] = lambda: None) -> None:
-        """call() in the loop's next round; discard() in its place where there will be none."""
-        self._calls.append((call, discard))
-        with contextlib.suppress(OSError):  # full: the loop will wake anyway
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        """call() in the loop's next round, if there is one."""
+        self._calls.append(call)
+        with contextlib.suppress(OSError):  # full: the loop will wake anyway; closed: this thread has outlived the loop
             self._waker.send(b"\0")
-        if self._is_closed:  # this thread has outlived the loop
-            self._discard_calls()
-
-    def _discard_calls(self) -> None:
-        with contextlib.suppress(IndexError):  # another thread does the same
-            while self._calls:
-                self._calls.popleft()[1]()
 
     def _on_wake(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -3074,7 +3062,7 @@ class EventLoop:
                         callback(mask)
                     except Exception as error:
                         self._on_bug(callback, error)
-                if self._calls or self._deadlines and self._deadlines[0][0] <= self.now:
+                if self._calls or self.deadlines and self.deadlines[0][0] <= self.now:
                     for call in self._take_calls():
                         try:
                             call()
@@ -3084,23 +3072,21 @@ class EventLoop:
     def _take_calls(self) -> Iterator[Callable[[], None]]:
         """What is due in this round; calls that these make are left for the next one."""
         due = []
-        while self._deadlines and self._deadlines[0][0] <= self.now:
-            when, _, deadline = heapq.heappop(self._deadlines)
+        while self.deadlines and self.deadlines[0][0] <= self.now:
+            when, _, deadline = heapq.heappop(self.deadlines)
             due.append((deadline, when))
         for deadline, when in due:
             call = deadline.take(when)
             if call:
                 yield call
         for _ in range(len(self._calls)):
-            yield self._calls.popleft()[0]
+            yield self._calls.popleft()
 
     def stop(self) -> None:
         self._is_stopped = True
 
     def close(self) -> None:
-        self._is_closed = True
         _loops.discard(self)
-        self._discard_calls()
         self._wake_receiver.close()
         self._waker.close()
         self._poller.close()
@@ -3108,7 +3094,7 @@ class EventLoop:
     def forget(self) -> None:
         """In a forked child: closes its copies of this loop's descriptors, and nothing else. Unregistering one would
         reach the parent's epoll, and closing a socket may remove its file."""
-        self._is_stopped = self._is_closed = True
+        self._is_stopped = True
         self._calls.clear()
         with contextlib.suppress(OSError):  # a kqueue is not inherited
             self._poller.close()
@@ -3120,7 +3106,7 @@ class EventLoop:
     def _time_to_next_call(self) -> float | None:
         if self._calls or self._turns.waiting:
             return 0
-        return max(0.0, self._deadlines[0][0] - time.monotonic()) if self._deadlines else None
+        return max(0.0, self.deadlines[0][0] - time.monotonic()) if self.deadlines else None
 
     def _on_bug(self, call: Callable[..., None], error: Exception) -> None:
         trace, line = error.__traceback__, 0
@@ -3165,6 +3151,7 @@ class Deadline:
     entries there each second."""
 
     __slots__ = ("when", "_loop", "_call", "_entry")
+    _numbers = itertools.count()  # entries of one time are compared by these
 
     def __init__(self, loop: EventLoop, seconds: float = NEVER, call: Callable[[], None] | None = None):
         self._loop, self._entry = loop, NEVER
@@ -3185,7 +3172,7 @@ class Deadline:
 
     def _add_entry(self) -> None:
         self._entry = self.when
-        self._loop.add_deadline(self)
+        heapq.heappush(self._loop.deadlines, (self.when, next(self._numbers), self))
 
     def take(self, when: float) -> Callable[[], None] | None:
         """The entry of this time is due: the call, where it is due too."""
@@ -3203,13 +3190,6 @@ class Deadline:
 # ---------------------------------------------------------------------------------------------------- threads
 
 
-def close_sockets(result: Any) -> None:
-    """Closes the sockets that a task on a thread has made, where nobody takes them any more."""
-    for part in result if isinstance(result, (tuple, list)) else (result,):
-        if isinstance(part, socket.socket):
-            part.close()
-
-
 class Threads:
     """At most `size` daemon threads, made as they are needed and ended after ten idle seconds.
 
@@ -3218,25 +3198,26 @@ class Threads:
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
-        self._tasks: queue.Queue[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]] | None] = queue.Queue()  # None: end
+        self._tasks: queue.Queue[tuple[Callable[[], Any], Done] | None] = queue.Queue()  # None: end
         self._lock = threading.Lock()
         self._threads = self._unfinished = 0
 
-    def submit(self, task: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
-        """task() on a thread, then done(result, None) or done(None, error) on the loop."""
+    def submit(self, task: Callable[[], Any], done: Done) -> None:
+        """task() on a thread, then done() on the loop."""
         with self._lock:
             self._tasks.put((task, done))
             self._unfinished += 1
-            if self._threads < min(self._unfinished, self._size):
-                try:
-                    threading.Thread(target=self._work, daemon=True, name="ratrod worker").start()
-                    self._threads += 1
-                except RuntimeError as error:  # no more for now (ulimit -u, pids.max): those that are there do the work, or the task fails
-                    if not self._threads:
-                        self._tasks.get_nowait()
-                        self._unfinished -= 1
-                        failure = ConnectError("this system lets it start no thread for now (%s)" % error)
-                        self._loop.call_soon_threadsafe(functools.partial(done, None, failure))
+            if self._threads >= min(self._unfinished, self._size):
+                return
+            try:
+                threading.Thread(target=self._work, daemon=True, name="ratrod worker").start()
+                self._threads += 1
+            except RuntimeError as error:  # ulimit -u, pids.max: the threads that are there do it, or the task fails
+                if not self._threads:
+                    self._tasks.get_nowait()
+                    self._unfinished -= 1
+                    failure = ConnectError("this system lets it start no thread for now (%s)" % error)
+                    self._loop.call_soon_threadsafe(functools.partial(done, None, failure))
 
     def close(self) -> None:
         """Ends the idle threads now; those that are at work end when they are done."""
@@ -3245,25 +3226,29 @@ class Threads:
                 self._tasks.put(None)
 
     def join(self, seconds: float) -> None:
-        """Waits for the threads, for so long at most: one that is inside libsodium when the interpreter ends crashes it."""
+        """Waits for the threads, for so long at most: one that is inside libsodium when the interpreter ends crashes
+        it."""
         until = time.monotonic() + seconds
         while self._threads and time.monotonic() < until:
             time.sleep(0.005)
 
+    def _next_task(self) -> tuple[Callable[[], Any], Done] | None:
+        """None: this thread ends."""
+        item = None
+        with contextlib.suppress(queue.Empty):
+            item = self._tasks.get(timeout=10)
+        if item is None:
+            with self._lock:
+                # Between the time-out and this lock a task may have come that counted on this thread.
+                with contextlib.suppress(queue.Empty):
+                    item = self._tasks.get_nowait()
+                self._threads -= item is None
+        return item
+
     def _work(self) -> None:
         while True:
-            try:
-                item = self._tasks.get(timeout=10)
-            except queue.Empty:
-                with self._lock:
-                    # Between the time-out and this lock a task may have come that counted on this thread.
-                    if self._tasks.empty():
-                        self._threads -= 1
-                        return
-                continue
+            item = self._next_task()
             if item is None:
-                with self._lock:
-                    self._threads -= 1
                 return
             task, done = item
             result, error = None, None
@@ -3273,7 +3258,7 @@ class Threads:
                 error = raised
             with self._lock:
                 self._unfinished -= 1
-            self._loop.call_soon_threadsafe(functools.partial(done, result, error), functools.partial(close_sockets, result))
+            self._loop.call_soon_threadsafe(functools.partial(done, result, error))
             del item, task, done, result, error  # an idle thread must not keep a socket alive
 
 
@@ -3344,9 +3329,6 @@ class FairQueue:
                 call()
         finally:
             self._is_beginning = False
-
-
-Done = Callable[[Any, Union[Exception, None]], None]  # (the result, None) or (None, the error)
 
 
 class Slot:
@@ -3464,7 +3446,7 @@ class LookUps(FairQueue):
 
 @functools.lru_cache(maxsize=None)
 def aegis_128l() -> Suite | None:
-    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software (25 MB/s: measured)."""
+    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software, at 25 MB/s."""
     if getattr(sodium(), "crypto_aead_aegis128l_ABYTES", None) != 32:
         return None
     suite = Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
@@ -3472,13 +3454,11 @@ def aegis_128l() -> Suite | None:
 
 
 def _has_fast_aes(suite: Suite) -> bool:
-    try:
+    with contextlib.suppress(ImportError, AttributeError):
         from nacl._sodium import lib
         return bool(lib.crypto_aead_aes256gcm_is_available())
-    except (ImportError, AttributeError):
-        pass
-    # The public functions do not say: 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five, so that a busy machine
-    # does not look like a slow one.
+    # The public functions do not say: 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five, so that
+    # a busy machine does not look like a slow one.
     view, times = memoryview(bytearray(64 * 1024 + suite.aead.tag)), []
     for number in range(5):
         started = time.perf_counter()
@@ -3551,19 +3531,19 @@ class TcpInfo(NamedTuple):
 
     @property
     def is_stuck(self) -> bool:
-        """The next try is 1.6 s away or more (after 0.2, 0.4 and 0.8): when the path is there again, a new connection is faster."""
+        """The next try is 1.6 s away or more (after 0.2, 0.4 and 0.8): a new connection is faster then."""
         return self.retransmits > 2
 
     @property
     def unanswered(self) -> float:
-        """Seconds for which the other machine has answered nothing though it was asked. A shut window is asked about by probes, two of
-        which may get lost."""
+        """Seconds for which the other machine has answered nothing though it was asked. A shut window is asked about by
+        probes, two of which may get lost."""
         return self.last_ack_recv / 1000 if self.unacked or self.probes > 2 else 0.0
 
 
 def address_towards(peer: Any) -> str:
-    """The address of this machine from which a connection to this one of another would come; "" where no way leads there."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6 if len(peer) > 2 else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    """The address from which this machine would connect to a peer; "" where no way leads there."""
+    with contextlib.suppress(OSError), socket.socket(family_of(peer[0]), socket.SOCK_DGRAM) as sock:
         sock.connect(peer)
         return str(sock.getsockname()[0])
     return ""
@@ -3655,27 +3635,23 @@ class LastWord:
 
     def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
                  on_close: Callable[[LastWord], None] = lambda _self: None):
-        self._transport = Transport(loop, sock, self._on_event)
-        self._all = loop.last_words
-        while len(self._all) >= LAST_WORDS:
-            next(iter(self._all)).close()
-        self._all[self] = None
-        self._data, self._room = bytearray(data), memoryview(bytearray(4096))
+        self._loop, self._data, self._on_close, self.is_closed = loop, bytearray(data), on_close, False
+        while len(loop.last_words) >= LAST_WORDS:
+            next(iter(loop.last_words)).close()
+        loop.last_words[self] = None
         self._deadline = Deadline(loop, patience, self.close)
-        self._on_close, self.is_closed = on_close, False
+        self._transport = Transport(loop, sock, self._on_event)
         self._on_event(WRITE)
 
     def _on_event(self, mask: int) -> None:
         try:
-            if mask & WRITE and self._data is not None:
+            if mask & WRITE:
                 del self._data[:self._transport.send(self._data)]
                 if not self._data:
-                    self._data = None  # type: ignore[assignment]
                     self._transport.half_close()
-            if mask & READ and self._transport.recv_into(self._room) == 0:
+            if mask & READ and self._transport.recv_into(self._loop.scratch_in) == 0:
                 return self.close()
-            if not self.is_closed:
-                self._transport.want(READ if self._data is None else READ | WRITE)
+            self._transport.want(READ | WRITE if self._data else READ)
         except OSError:
             self.close()
 
@@ -3685,24 +3661,25 @@ class LastWord:
     def close(self) -> None:
         if not self.is_closed:
             self.is_closed = True
-            self._all.pop(self)
+            self._loop.last_words.pop(self)
             self._deadline.clear()
             self._transport.close()
             self._on_close(self)
 
 
-RunStep = Callable[[Callable[[], None], Callable[[Any, Union[Exception, None]], None]], None]
+RunStep = Callable[[Callable[[], None], Done], None]
 
 
 class Negotiation:
-    """Drives a handshake, and those that follow it, over a socket: on_close(self, None) when the last is done, or on_close(self, error).
+    """Drives a handshake, and those that follow it, over a socket: on_close(self, None) when the last is done, or
+    on_close(self, error).
 
-    `run_step(step, done)` runs a public-key step on a thread; meanwhile nothing is read, and `is_stepping` is set. `heard`: the other
-    side has said something. After a failure the handshake's last word is sent, and the socket closed.
+    `run_step(step, done)` runs a public-key step on a thread; meanwhile nothing is read, and `is_stepping` is set.
+    `heard`: the other side has said something. After a failure the handshake's last word is sent, and the socket closed.
     """
 
-    __slots__ = ("sock", "address", "handshake", "heard", "born", "is_stepping", "_loop", "_on_close", "_run_step", "_transport", "_deadline", "_out",
-                 "_timeout", "_is_closed")
+    __slots__ = ("sock", "address", "handshake", "heard", "born", "is_stepping", "_loop", "_on_close", "_run_step",
+                 "_transport", "_deadline", "_out", "_timeout", "_is_closed")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, handshake: Handshake, timeout: float,
                  on_close: Callable[[Negotiation, Exception | None], None], run_step: RunStep | None = None):
@@ -3725,19 +3702,19 @@ class Negotiation:
             self.is_stepping = True
             self._transport.want(WRITE if self._out else 0)
             return self._run_step(step, self._on_step)
+        error = None
         try:
             step()
-        except RatrodError as error:
-            return self._fail(error)
-        return self._go_on()
+        except RatrodError as raised:
+            error = raised
+        return self._on_step(None, error)
 
     def _on_step(self, _result: Any, error: Exception | None) -> None:
         self.is_stepping = False
-        if self._is_closed:
-            return None
         if error:
-            return self._fail(error)
-        return self._go_on()
+            self._fail(error)
+        elif not self._is_closed:
+            self._go_on()
 
     def _go_on(self) -> None:
         """After a step: sends what is to be sent, and goes on with reading or with the next handshake."""
@@ -3751,7 +3728,7 @@ class Negotiation:
             return self.start()
         if self._out:  # what comes first from the link must not overtake the handshake's last message
             return self._transport.want(WRITE)
-        return self._finish(None)
+        return self._close(None)
 
     def _flush(self) -> bool:
         """False where the connection is broken."""
@@ -3769,7 +3746,7 @@ class Negotiation:
             self._go_on()
         elif mask & WRITE and self._flush():
             self._transport.want(WRITE if self._out else 0)
-        if mask & READ and not self._is_closed:
+        if mask & READ:
             self._read()
 
     def _read(self) -> None:
@@ -3778,64 +3755,48 @@ class Negotiation:
             try:
                 data = self.sock.recv(self.handshake.wanted)
             except (BlockingIOError, InterruptedError):
-                return None
+                return
             except OSError as error:
                 return self._on_broken(error)
             if not data:
-                return self._on_eof()
+                return self._on_end()
             self.heard = True
             if self.handshake.is_heavy and len(data) < self.handshake.wanted:
                 self.handshake.receive_data(data)  # a part of a message is no work
             else:
                 self._step(functools.partial(self.handshake.receive_data, data))
-        return None
-
-    def _on_eof(self) -> None:
-        try:
-            self.handshake.receive_eof()
-        except RatrodError as error:
-            self._fail(error)
 
     def _on_broken(self, error: OSError) -> None:
+        self._on_end("the connection broke (%s)" % reason(error))
+
+    def _on_end(self, *why: str) -> None:
         try:
-            self.handshake.receive_eof("the connection broke (%s)" % reason(error))
-        except RatrodError as broken:
-            self._fail(broken)
+            self.handshake.receive_eof(*why)
+        except RatrodError as error:
+            self._fail(error)
 
     def _on_timeout(self) -> None:
         if not self.heard and isinstance(self.handshake, FirstByte):
             return self._fail(RemoteProtocolError("it said nothing: timed out"))
         return self._fail(RemoteProtocolError("the handshake was not done within %g s" % self._timeout))
 
-    def _finish(self, error: Exception | None) -> None:
-        self._leave()
-        self._on_close(self, error)
-
     def _fail(self, error: Exception) -> None:
-        last_word = bytes(self._out) + self.handshake.data_to_send()
-        self._leave()
-        if last_word:
-            LastWord(self._loop, self.sock, last_word)
-        else:
-            self.sock.close()
-        self._on_close(self, error)
+        self.abort(error, bytes(self._out) + self.handshake.data_to_send())
 
-    def _leave(self) -> None:
+    def abort(self, error: Exception, last_word: bytes = b"") -> None:
+        """Ends the negotiation, and the connection after `last_word`."""
+        if not self._is_closed:
+            self._close(error, last_word)
+
+    def _close(self, error: Exception | None, last_word: bytes = b"") -> None:
         self._is_closed = True
         self._deadline.clear()
         self._transport.release()
-
-    def refuse(self, error: Exception, last_word: bytes) -> None:
-        """Ends the negotiation with `last_word`."""
-        if not self._is_closed:
-            self._out = bytearray(last_word)
-            self._fail(error)
-
-    def abort(self, error: Exception) -> None:
-        if not self._is_closed:
-            self._leave()
+        if last_word:
+            LastWord(self._loop, self.sock, last_word)
+        elif error:
             self.sock.close()
-            self._on_close(self, error)
+        self._on_close(self, error)
 
 
 def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> list[tuple[int, Any]]:
@@ -3851,18 +3812,14 @@ CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
 class Connector:
-    """Connects to the first address of `target` that answers: a look-up on a thread, then parallel tries, each STAGGER after the one
-    before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or on_close(None, error) on the loop,
-    `timeout` seconds later at most.
+    """Connects to the first address of `target` that answers: a look-up on a thread, then parallel tries, each STAGGER
+    after the one before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or
+    on_close(None, error) on the loop, `timeout` seconds later at most."""
 
-    `find(target, done)` looks the host up. `check(addresses)` gives those that may be connected to, or raises
-    PolicyError.
-    """
-
-    def __init__(self, loop: EventLoop, target: Address, timeout: float,
-                 on_close: Callable[[socket.socket | None, Exception | None], None]):
+    def __init__(self, loop: EventLoop, target: Address, timeout: float, on_close: Done):
         self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
         self._deadline, self._next_try = Deadline(loop), Deadline(loop)
+        self._check: Callable[[list[str]], Sequence[str]] | None = None
         self._addresses: list[tuple[int, Any]] = []
         self._tries: dict[socket.socket, Transport] = {}
         self._error: Exception = ConnectError("it has no address")
@@ -3870,30 +3827,29 @@ class Connector:
 
     def start(self, find: Callable[[Address, Done], None],
               check: Callable[[list[str]], Sequence[str]] | None = None) -> None:
-        target = self._target
-
-        def on_found(found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
-            try:
-                if found and check and not target.is_unix:
-                    allowed = check([sockaddr[0] for _, sockaddr in found])
-                    found = [(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, target.port)) for host in allowed]
-            except PolicyError as refused:
-                found, error = None, refused
-            self._on_addresses(found, error)
+        """`find(target, done)` looks the host up; `check(addresses)` gives those that may be connected to, or raises
+        PolicyError."""
+        target, self._check = self._target, check
         if target.is_unix:
-            on_found([(getattr(socket, "AF_UNIX", -1), target.host)], None)
+            self._on_found([(getattr(socket, "AF_UNIX", -1), target.host)], None)
         elif is_literal(target.host):  # an address needs no thread
-            on_found([(socket.AF_INET6 if ":" in target.host else socket.AF_INET, (target.host, target.port))], None)
+            self._on_found([(family_of(target.host), (target.host, target.port))], None)
         else:
-            find(target, on_found)
+            find(target, self._on_found)
         if not self.is_closed:  # a near machine has answered by now
-            self._deadline.set(self._timeout, lambda: self._finish(None, socket.timeout("timed out")))
+            self._deadline.set(self._timeout, lambda: self.abort(socket.timeout("timed out")))
 
-    def _on_addresses(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
+    def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if self.is_closed:
             return None
+        try:
+            if found and self._check and not self._target.is_unix:
+                found = [(family_of(host), (host, self._target.port))
+                         for host in self._check([sockaddr[0] for _, sockaddr in found])]
+        except PolicyError as refused:
+            found, error = None, refused
         if not found:
-            return self._finish(None, error or self._error)
+            return self.abort(error or self._error)
         first = [pair for pair in found if pair[0] == found[0][0]]
         others = [pair for pair in found if pair[0] != found[0][0]]
         self._addresses = [pair for pairs in zip_longest(first, others) for pair in pairs if pair]
@@ -3942,19 +3898,20 @@ class Connector:
 
     def _finish(self, sock: socket.socket | None, error: Exception | None) -> None:
         if not self.is_closed:
-            self.close()
+            self.is_closed = True
+            self._deadline.clear()
+            self._next_try.clear()
+            while self._tries:
+                self._tries.popitem()[1].close()
             self._on_close(sock, error)
 
     def abort(self, error: Exception) -> None:
         self._finish(None, error)
 
-    def close(self) -> None:
-        """Gives up without a word."""
-        self.is_closed = True
-        self._deadline.clear()
-        self._next_try.clear()
-        while self._tries:
-            self._tries.popitem()[1].close()
+
+def family_of(host: str) -> int:
+    """The family of an address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def is_literal(host: str) -> bool:
@@ -7070,7 +7027,7 @@ class Dial:
     def _on_connected(self, sock: socket.socket | None, error: Exception | None) -> None:
         client, proxy, server = self._client, self._client.options.proxy, self._server
         if self._is_closed:
-            return close_sockets(sock)
+            return sock.close() if sock else None
         if sock is None:
             name, hint = ("proxy `%s`" % str(proxy), "is it running there?") if proxy else (
                 "server `%s`" % str(server), "is `ratrod serve` running there, and the port open?")
@@ -7796,7 +7753,7 @@ class Admission:
         handshake = victim.handshake
         hears = handshake.steps == 0 and not isinstance(handshake, LegacyServerHandshake)
         error = RemoteProtocolError("it had not authenticated itself when others needed its place")
-        victim.refuse(error, OVERLOADED if hears else b"")
+        victim.abort(error, OVERLOADED if hears else b"")
 
     def _remove(self, negotiation: Negotiation) -> None:
         self._sources[self._strangers.pop(negotiation)].strangers.pop(negotiation)
@@ -8460,7 +8417,7 @@ class Server(Endpoint):
             for host in hosts:
                 sock = None
                 try:
-                    sock = self.loop.make_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+                    sock = self.loop.make_socket(family_of(host), socket.SOCK_DGRAM)
                     sock.connect((host, target.port))
                     return done(sock, None)
                 except OSError as failure:
