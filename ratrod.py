@@ -1585,14 +1585,13 @@ FORGED = "a record failed its authentication: it was damaged or forged on the wa
 class Aead:
     """One cipher of libsodium, without copies and allocations.
 
-    `nacl._sodium` is a private name of PyNaCl: 0.8 µs for 1,400 bytes against 6 µs of its public functions, which copy. Where the private
-    name is missing or shaped otherwise, the public functions do the same work. Both are closures: a record of a few bytes costs more
-    calls than cipher.
+    `nacl._sodium` is a private name of PyNaCl: 0.8 µs for 1,400 bytes against 6 µs of its public functions, which copy.
+    Where the private name is missing, or has another shape, the public functions do the same work. Both are closures: a
+    record of a few bytes costs more calls than cipher.
 
-    seal(plain, into, nonce, key, aad) writes the ciphertext of `plain` and the tag to `into`, len(plain) + tag bytes. `plain` may be
-    the beginning of `into`: sealing in place costs the same as sealing from one buffer into another.
-    open(view, nonce, key, aad) decrypts `view`, tag included, in place and returns the plaintext; LinkSpoiled where `view` was not
-    sealed with these.
+    seal(plain, into, nonce, key, aad) writes the ciphertext of `plain` and the tag to `into`. `plain` may be the beginning
+    of `into`: sealing in place costs the same. open(view, nonce, key, aad) decrypts `view`, tag included, in place and
+    returns the plaintext; LinkSpoiled where `view` was not sealed with these.
     """
 
     __slots__ = ("name", "tag", "fast", "seal", "open")
@@ -1639,7 +1638,7 @@ class Aead:
             at = from_buffer(view)
             # Our own check of the length: libsodium's says nothing of where a shorter plaintext would be written.
             wrong = len(view) < tag or decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key)
-            # The traceback of an error must not keep `at`: CPython's collector crashes on a view exported so (found by fuzzing).
+            # An error's traceback must not keep `at`: CPython's collector crashes on a view exported so (found by fuzzing).
             del at
             if wrong:
                 raise LinkSpoiled(FORGED)
@@ -1675,7 +1674,7 @@ class CipherState:
 
     def seal(self, plain: memoryview, into: memoryview, aad: bytes) -> None:
         """Writes the ciphertext of `plain` and its tag to `into`."""
-        n = self._n  # the same lines as in open(): a function for them is one more call for each record
+        n = self._n  # these lines stand in open() too: a function for them is one more call for each record
         self._n = n + 1
         if n >= LAST_NONCE:
             raise LocalProtocolError("the link has used up its record numbers")
@@ -1699,7 +1698,7 @@ class CipherState:
 
 
 class NoCipher:
-    """In place of a CipherState on a pipe that ssh has sealed. Link lets no other connection have it."""
+    """The CipherState of a pipe that ssh has sealed. Link lets no other connection have it."""
 
     __slots__ = ()
     tag = 0
@@ -1711,7 +1710,7 @@ class NoCipher:
         return view
 
 
-# hashlib and hmac are imported where they are used: OpenSSL's half of them takes as long to load as everything else of --help.
+# hashlib and hmac are imported where they are used: OpenSSL's half of them takes as long to load as all the rest of --help.
 
 
 def sha256(data: bytes) -> bytes:
@@ -1732,16 +1731,16 @@ def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------- framing
-# A reader gives records one at a time out of a buffer that the link owns; a writer gives the bytes to send. The meaning of a record is the
-# same on every wire.
+# A reader gives records one at a time out of a buffer that the link owns; a writer gives the bytes to send. A record means
+# the same on every wire.
 
 _HEADER_CLEAR, _HEADER_SEALED = struct.Struct(">BQ"), struct.Struct(">B12sQ")
 Record = Tuple[int, Any, int]
 
 
 class LegacyReader:
-    """Frames of the legacy wire. With a `key` encryption is on, and a frame in the clear ends the link. HandshakeCompletion, or Error in
-    its place, is in the clear nevertheless; it is `awaited` until it has come."""
+    """Frames of the legacy wire. With a `key` encryption is on, and a frame in the clear ends the link. HandshakeCompletion,
+    or Error in its place, is in the clear even so; it is `awaited` until it has come."""
 
     __slots__ = ("_key", "_awaited", "wanted")
 
@@ -1751,14 +1750,15 @@ class LegacyReader:
     def next(self, view: memoryview, start: int, end: int) -> Record | None:
         """The record that begins at view[start]: (type, content, where it ends). The content of Data is a piece of `view`.
 
-        None where the record is not whole yet: then `wanted` is how many bytes it has, as far as its header is here. RemoteProtocolError
-        as soon as the bytes cannot become a legal frame.
+        None where the record is not whole: then `wanted` is how many bytes it has, as far as its header is here.
+        RemoteProtocolError as soon as the bytes cannot become a legal frame.
         """
         sealed = view[start]
         if sealed > 1:
             raise RemoteProtocolError("a frame with the flag %d" % sealed)
         if bool(sealed) != (self._key is not None and not self._awaited):
-            raise RemoteProtocolError("an encrypted frame too early" if sealed else "a frame that is not encrypted on an encrypted link")
+            raise RemoteProtocolError("an encrypted frame too early" if sealed else
+                                      "a frame that is not encrypted on an encrypted link")
         body = start + (_HEADER_SEALED.size if sealed else _HEADER_CLEAR.size)
         if end < body:
             self.wanted = body - start
@@ -1804,7 +1804,7 @@ class LegacyReader:
         return content[2 + width:]
 
     def _end(self, what: str) -> tuple[int, Any]:
-        # Frames of an encrypted link can be replayed, and Rust sends none of these on purpose: with encryption on only FIN is an end.
+        # Frames of an encrypted link can be replayed, and Rust sends none of these on purpose: there only FIN is an end.
         if self._key is not None:
             raise RemoteProtocolError("%s on an encrypted link" % what)
         return END, None
@@ -1826,7 +1826,7 @@ class LegacyWriter:
         return _HEADER_CLEAR.pack(0, len(body)) + body
 
     def record(self, kind: int, *fields: Any) -> bytes:
-        """Opened, or an Error in its place, the only place where a Rust client shows one. This wire has none of the other records."""
+        """Opened, or an Error in its place, where alone a Rust client shows one. This wire has none of the other records."""
         if kind == ERROR:
             return self.clear_message(Error(*fields))
         return self.clear_message(HandshakeCompletion()) if kind == OPENED else b""
@@ -1848,12 +1848,10 @@ class LegacyWriter:
 
     def datagrams(self, scratch: memoryview, end: int) -> bytes:
         """A frame for each datagram of the run (session u32, length u16, bytes) at scratch[HEADROOM:end]."""
-        return b"".join(self._datagram(data) for _, data in split_datagrams(scratch[HEADROOM:end]))
-
-    def _datagram(self, data: memoryview) -> memoryview:
-        room = memoryview(bytearray(HEADROOM + len(data) + TAILROOM))
-        room[HEADROOM:HEADROOM + len(data)] = data
-        return self.data(room, len(data), UDP_DATA)
+        def frame(data: memoryview) -> memoryview:
+            room = memoryview(bytearray(HEADROOM) + data + bytes(TAILROOM))
+            return self.data(room, len(data), UDP_DATA)
+        return b"".join(frame(data) for _, data in split_datagrams(scratch[HEADROOM:end]))
 
 
 DATAGRAM_HEADER = struct.Struct(">IH")
@@ -1861,7 +1859,7 @@ _LENGTH = struct.Struct(">I")
 
 
 def split_datagrams(run: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(session, bytes) of each datagram in the content of a Datagrams record; RemoteProtocolError where a length passes its end."""
+    """(session, bytes) of each datagram in a Datagrams record; RemoteProtocolError where a length passes its end."""
     at, size, header = 0, len(run), DATAGRAM_HEADER.size
     while at < size:
         if size - at < header:
@@ -1874,7 +1872,7 @@ def split_datagrams(run: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 class RecordReader:
-    """Records of ratrod2, sealed under `cipher`. `awaited`: the first must be HandshakeCompletion, or Error in its place."""
+    """Records of ratrod2, sealed under `cipher`. `awaited`: the first is HandshakeCompletion, or Error in its place."""
 
     __slots__ = ("_cipher", "_awaited", "wanted")
 
@@ -1929,7 +1927,7 @@ class RecordWriter:
         return bytes(whole)
 
     def data(self, scratch: memoryview, n: int, kind: int = DATA) -> memoryview:
-        """The record around the n bytes at scratch[HEADROOM:], made in place: header and body leave in one send."""
+        """The record around the n bytes at scratch[HEADROOM:], made in place."""
         scratch[HEADROOM - 1] = kind
         return self.seal(scratch[HEADROOM - 1:HEADROOM + n], scratch)
 
@@ -1971,25 +1969,34 @@ def refusal(error: RatrodError) -> Error:
 
 
 Script = Generator[int, bytes, None]
-Report = Callable[..., None]
+
+
+def read_until(ends: tuple[bytes, ...], read: bytearray, most: int, too_long: str) -> Script:
+    """Adds to `read` up to and with one of `ends`, byte by byte: what comes behind that is not ours to read.
+
+    RemoteProtocolError(too_long) where `most` bytes have no such end.
+    """
+    while not read.endswith(ends):
+        if len(read) >= most:
+            raise RemoteProtocolError(too_long)
+        read += yield 1
 
 
 class Handshake:
-    """One side of a handshake, without a socket: give the bytes that arrive to receive_data(), send what data_to_send() gives.
+    """One side of a handshake, without a socket: give what arrives to receive_data(), and send what data_to_send() gives.
 
-    `wanted` is how many more bytes the handshake can use now, 0 once it is done: reading no more than that leaves the bytes behind the
-    handshake where they are. `is_heavy`: the next step takes public-key work, some 0.3 ms, which belongs on a thread. `successor`: the
-    handshake that follows this one on the same connection. After the last one: `peer_key`, `reader`, `writer`, `suite`, `instance`. Any
-    error that a handshake raises is final; data_to_send() may hold a last word then.
+    `wanted` is how many more bytes it can use now, 0 once it is done; read no more than that, for what follows is not its
+    own. `is_heavy`: the next step takes public-key work, some 0.3 ms, which belongs on a thread. `successor`: the
+    handshake that follows on the same connection. The last one has `peer_key`, `reader`, `writer`, `suite`, `instance`.
+    Any error is final; data_to_send() may hold a last word then.
     """
 
     bare = False  # whether its records go in the clear, for a pipe that ssh has sealed
 
     def __init__(self) -> None:
-        self._received = bytearray()
-        self._to_send = bytearray()
+        self._received, self._to_send = bytearray(), bytearray()
         self._script = self._run()
-        self._needed = -1
+        self._needed = -1  # it has not started, or it has failed
         self.is_heavy = False
         self.successor: Handshake | None = None
         self.steps = 0  # messages of the other side that were answered
@@ -1998,10 +2005,24 @@ class Handshake:
         self.reader: Reader
         self.writer: Writer
 
+    def _run(self) -> Script:
+        """Yields the number of bytes that it needs next, and gets exactly those."""
+        raise NotImplementedError
+
     def start(self) -> None:
         """The first step, which may have something to send."""
+        self._step(None)
+
+    def _step(self, chunk: Any) -> None:
         self.is_heavy = False
-        self._needed = next(self._script)
+        try:
+            self._needed = self._script.send(chunk)
+            self.steps += bool(chunk and self._to_send)
+        except StopIteration:
+            self._needed = 0
+        except BaseException:
+            self._needed = -1
+            raise
 
     @property
     def wanted(self) -> int:
@@ -2021,43 +2042,48 @@ class Handshake:
         return data
 
     def receive_data(self, data: bytes) -> None:
-        """Takes the peer's next bytes, in pieces of any size but no more than `wanted`. RemoteProtocolError where they are wrong."""
+        """Takes the peer's next bytes, no more than `wanted`. RemoteProtocolError where they are wrong."""
         if len(data) > self.wanted:
             raise LocalProtocolError("%d bytes for a handshake that wants %d" % (len(data), self.wanted))
         self._received += data
         if not self.is_done and len(self._received) == self._needed:
             chunk = bytes(self._received)
             self._received.clear()
-            self.is_heavy = False
-            try:
-                self._needed = self._script.send(chunk)
-                self.steps += bool(self._to_send)
-            except StopIteration:
-                self._needed = 0
-            except BaseException:
-                self._needed = -1  # neither done nor wanting more
-                raise
+            self._step(chunk)
 
     def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
         """There is no more: `why` says how the connection ended."""
         raise RemoteProtocolError("%s during the handshake" % why)
 
-    def _run(self) -> Script:
-        """Yields the number of bytes that it needs next, and gets exactly those."""
-        raise NotImplementedError
+
+class KeyHandshake(Handshake):
+    """What the handshakes of both wires share: this side proves its key, and judges the peer's.
+
+    Its constructor takes what judges: a client's `check_server(key)` raises AuthenticationError for a server that is not
+    known, a server's `authorize(key)` AuthenticationError or Overloaded.
+    """
+
+    def __init__(self, keys: KeyPair):
+        self._keys = keys
+        super().__init__()
+
+    def _take_peer(self, key: bytes) -> None:
+        """The peer has proved that this key is its own."""
+        self.peer_key = key
+        if key == self._keys.public:
+            raise AuthenticationError(SAME_KEY % encode_key(key))
 
 
 # ---------------------------------------------------------------------------------------------------- legacy
 
 
-class LegacyHandshake(Handshake):
+class LegacyHandshake(KeyHandshake):
     """The parts of the legacy handshake that both sides share."""
 
     def __init__(self, keys: KeyPair, ephemeral: bytes | None = None, challenge: bytes | None = None):
-        self._keys = keys
         self._ephemeral = ephemeral or os.urandom(32)
         self._challenge = challenge or os.urandom(32)
-        super().__init__()
+        super().__init__(keys)
 
     def _send(self, message: Any) -> None:
         self._to_send += LegacyWriter.clear_message(message)
@@ -2075,6 +2101,9 @@ class LegacyHandshake(Handshake):
             raise PeerError(message.code, printable(message.text))
         if not isinstance(message, expected):
             raise RemoteProtocolError("a %s in place of %s" % (type(message).__name__, expected.__name__))
+        for name in ("challenge", "exchange_public_key"):
+            if len(getattr(message, name, bytes(32))) != 32:
+                raise RemoteProtocolError("a preamble with a %s of %d bytes" % (name, len(getattr(message, name))))
         return message
 
     def _public_ephemeral(self) -> bytes:
@@ -2088,57 +2117,37 @@ class LegacyHandshake(Handshake):
             raise RemoteProtocolError("the %s's public key is not a key" % whose) from None
         if not verify(key, self._challenge, signature):
             raise AuthenticationError("the %s's signature is wrong: it does not own the key `%s`" % (whose, identity))
-        self.peer_key = key
+        self._take_peer(key)
 
     def _shared_key(self, peer_ephemeral: bytes, salt: bytes) -> bytes:
         """The key of both directions; `salt` is the server's challenge, then the client's."""
         return hkdf_sha256(diffie_hellman(self._ephemeral, peer_ephemeral), salt, salt)
 
-    @staticmethod
-    def _challenge_of(message: Any) -> bytes:
-        """The challenge of a preamble whose sizes are right. The sizes are looked at before anything is answered."""
-        for name in ("challenge", "exchange_public_key"):
-            if len(getattr(message, name)) != 32:
-                raise RemoteProtocolError("a preamble with a %s of %d bytes" % (name, len(getattr(message, name))))
-        return message.challenge
-
 
 class LegacyClientHandshake(LegacyHandshake):
-    """The client's side up to ClientAuthentication. HandshakeCompletion is left to the link, as Opened: data may follow at once.
-
-    `check_server(key)` raises AuthenticationError for a key that is not known; `report(text, ...)` is told of each step.
-    """
+    """The client's side up to ClientAuthentication. HandshakeCompletion is left to the link: data may follow at once."""
 
     def __init__(self, keys: KeyPair, open_: Open, *, should_encrypt: bool = False, check_server: Callable[[bytes], None],
-                 report: Report, **fixed: bytes):
-        self._open, self._should_encrypt = open_, should_encrypt
-        self._check_server, self._report = check_server, report
+                 **fixed: bytes):
+        self._open, self._should_encrypt, self._check_server = open_, should_encrypt, check_server
         super().__init__(keys, **fixed)
         self.is_heavy = True
 
     def _run(self) -> Script:
         self._send(ClientPreamble(self._public_ephemeral(), self._open.target, self._challenge, self._should_encrypt,
                                   self._open.kind == UDP))
-        self._report("✅ Sent preamble to server ...")
         server = yield from self._receive(ServerPreamble)
-        challenge = self._challenge_of(server)
         self._authenticate(server.identity_public_key, server.signature, "server")
-        self._report("✅ Server's signature validated with public key `%s` ...", server.identity_public_key)
-        if self.peer_key == self._keys.public:
-            raise AuthenticationError(SAME_KEY % encode_key(self._keys.public))
         self._check_server(self.peer_key)
-        self._report("🚧 Signing server challenge ...")
-        self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(challenge)))
-        self._report("⏳ Awaiting challenge validation ...")
-        key = self._shared_key(server.exchange_public_key, challenge + self._challenge) if self._should_encrypt else None
+        self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(server.challenge)))
+        salt = server.challenge + self._challenge
+        key = self._shared_key(server.exchange_public_key, salt) if self._should_encrypt else None
         self.reader, self.writer = LegacyReader(key, awaited=True), LegacyWriter(key)
 
 
 class LegacyServerHandshake(LegacyHandshake):
-    """The server's side up to ClientAuthentication; the link says HandshakeCompletion, or Error in its place, once it knows which.
-
-    `authorize(key)` raises AuthenticationError or Overloaded for a client that may not come in. After it: `remote` and `is_udp`.
-    """
+    """The server's side up to ClientAuthentication. The link says HandshakeCompletion, or Error in its place, once it knows
+    which. After it: `remote` and `is_udp`."""
 
     def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], **fixed: bytes):
         self._authorize = authorize
@@ -2147,19 +2156,18 @@ class LegacyServerHandshake(LegacyHandshake):
 
     def _run(self) -> Script:
         client = yield from self._receive(ClientPreamble)
-        theirs = self._challenge_of(client)
-        self._send(ServerPreamble(encode_key(self._keys.public), self._public_ephemeral(), self._keys.sign(theirs), self._challenge))
+        signature = self._keys.sign(client.challenge)
+        self._send(ServerPreamble(encode_key(self._keys.public), self._public_ephemeral(), signature, self._challenge))
         answer = yield from self._receive(ClientAuthentication)
         try:
+            # A legacy server signs anything for anybody: its own key proves nothing, wherever it is listed.
             self._authenticate(answer.identity_public_key, answer.signature, "client")
-            # Anybody who reaches a legacy server can have it sign anything: the server's own key proves nothing, wherever it is listed.
-            if self.peer_key == self._keys.public:
-                raise AuthenticationError(SAME_KEY % encode_key(self._keys.public))
             self._authorize(self.peer_key)
         except (AuthenticationError, Overloaded) as error:
             self._send(refusal(error))
             raise
-        key = self._shared_key(client.exchange_public_key, self._challenge + theirs) if client.should_encrypt else None
+        salt = self._challenge + client.challenge
+        key = self._shared_key(client.exchange_public_key, salt) if client.should_encrypt else None
         self.remote, self.is_udp = client.remote, client.is_udp
         self.reader, self.writer = LegacyReader(key), LegacyWriter(key)
 
@@ -2172,64 +2180,32 @@ NAME_LEGACY = "this may be an original ratrod, or one that serves its wire: if y
 OVERLOADED = b"\0\0"  # a handshake message of length 0: the server turns a stranger away for want of room
 
 
-class SymmetricState:
-    """ck, h and the CipherState of a handshake under way: section 5.2 of the Noise specification."""
-
-    def __init__(self) -> None:
-        self.h = self.ck = NOISE_NAME  # exactly 32 bytes: no hash needed
-        self._cipher: CipherState | None = None
-
-    def mix_key(self, input_key_material: bytes) -> None:
-        self.ck, k = self._hkdf(input_key_material)
-        self._cipher = CipherState(chacha20_poly1305(), k)
-
-    def mix_hash(self, data: bytes) -> None:
-        self.h = sha256(self.h + data)
-
-    def encrypt_and_hash(self, plaintext: bytes) -> bytes:
-        ciphertext = self._cipher.encrypt_with_ad(self.h, plaintext) if self._cipher else plaintext
-        self.mix_hash(ciphertext)
-        return ciphertext
-
-    def decrypt_and_hash(self, ciphertext: bytes) -> bytes:
-        plaintext = self._cipher.decrypt_with_ad(self.h, ciphertext) if self._cipher else ciphertext
-        self.mix_hash(ciphertext)
-        return plaintext
-
-    def split(self) -> tuple[bytes, bytes]:
-        """k1, of the initiator's records, and k2, of the responder's."""
-        return self._hkdf(b"")
-
-    def _hkdf(self, input_key_material: bytes) -> tuple[bytes, bytes]:
-        temporary = hmac_sha256(self.ck, input_key_material)
-        first = hmac_sha256(temporary, b"\x01")
-        return first, hmac_sha256(temporary, first + b"\x02")
-
-
 class HandshakeState:
-    """The XX pattern: section 5.3. `s` and `e` are private X25519 keys; `rs` and `re` the peer's public ones."""
+    """The XX pattern, with its SymmetricState: sections 5.2 and 5.3 of the Noise specification. `s` and `e` are private
+    X25519 keys, `rs` and `re` the peer's public ones; `h` is the handshake hash."""
 
     _PATTERN = (("e",), ("e", "ee", "s", "es"), ("s", "se"))
 
     def __init__(self, initiator: bool, prologue: bytes, s: bytes, e: bytes):
         self._initiator, self._s, self._e = initiator, s, e
         self.rs = self.re = b""
-        self._symmetric = SymmetricState()
-        self._symmetric.mix_hash(prologue)
         self._messages = iter(self._PATTERN)
+        self.h = self._ck = NOISE_NAME  # exactly 32 bytes: no hash needed
+        self._cipher: CipherState | None = None
+        self._mix_hash(prologue)
 
     def write_message(self, payload: bytes) -> bytes:
         buffer = b""
         for token in next(self._messages):
             if token == "e":
                 public = sodium().crypto_scalarmult_base(self._e)
-                self._symmetric.mix_hash(public)
+                self._mix_hash(public)
                 buffer += public
             elif token == "s":
-                buffer += self._symmetric.encrypt_and_hash(sodium().crypto_scalarmult_base(self._s))
+                buffer += self._encrypt_and_hash(sodium().crypto_scalarmult_base(self._s))
             else:
-                self._mix_dh(token)
-        return buffer + self._symmetric.encrypt_and_hash(payload)
+                self._mix_key(token)
+        return buffer + self._encrypt_and_hash(payload)
 
     def read_message(self, message: bytes) -> bytes:
         """The payload of `message`. RemoteProtocolError where it was not made for this handshake."""
@@ -2237,21 +2213,41 @@ class HandshakeState:
         for token in next(self._messages):
             if token == "e":
                 self.re = decoder.take(32)
-                self._symmetric.mix_hash(self.re)
+                self._mix_hash(self.re)
             elif token == "s":
-                self.rs = self._symmetric.decrypt_and_hash(decoder.take(48))
+                self.rs = self._decrypt_and_hash(decoder.take(48))
             else:
-                self._mix_dh(token)
-        return self._symmetric.decrypt_and_hash(decoder.rest())
+                self._mix_key(token)
+        return self._decrypt_and_hash(decoder.rest())
 
-    def _mix_dh(self, token: str) -> None:
-        """The first letter names the initiator's key of the two, the second the responder's."""
+    def _mix_key(self, token: str) -> None:
+        """DH of two keys: the first letter names the initiator's, the second the responder's."""
         mine, theirs = (token[0], token[1]) if self._initiator else (token[1], token[0])
-        self._symmetric.mix_key(diffie_hellman({"e": self._e, "s": self._s}[mine], {"e": self.re, "s": self.rs}[theirs]))
+        secret = diffie_hellman({"e": self._e, "s": self._s}[mine], {"e": self.re, "s": self.rs}[theirs])
+        self._ck, k = self._hkdf(secret)
+        self._cipher = CipherState(chacha20_poly1305(), k)
+
+    def _mix_hash(self, data: bytes) -> None:
+        self.h = sha256(self.h + data)
+
+    def _encrypt_and_hash(self, plaintext: bytes) -> bytes:
+        ciphertext = self._cipher.encrypt_with_ad(self.h, plaintext) if self._cipher else plaintext
+        self._mix_hash(ciphertext)
+        return ciphertext
+
+    def _decrypt_and_hash(self, ciphertext: bytes) -> bytes:
+        plaintext = self._cipher.decrypt_with_ad(self.h, ciphertext) if self._cipher else ciphertext
+        self._mix_hash(ciphertext)
+        return plaintext
+
+    def _hkdf(self, input_key_material: bytes) -> tuple[bytes, bytes]:
+        temporary = hmac_sha256(self._ck, input_key_material)
+        first = hmac_sha256(temporary, b"\x01")
+        return first, hmac_sha256(temporary, first + b"\x02")
 
     def split(self) -> tuple[bytes, bytes, bytes]:
-        """k1, k2 and the handshake hash."""
-        return (*self._symmetric.split(), self._symmetric.h)
+        """k1, of the initiator's records, k2, of the responder's, and the handshake hash."""
+        return (*self._hkdf(b""), self.h)
 
 
 def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
@@ -2260,50 +2256,50 @@ def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
     return CipherState(suite, hmac_sha256(k, label)[:suite.key_size])
 
 
-class NoiseHandshake(Handshake):
-    """The parts of ratrod2's handshake that both sides share. `suites`: the cipher suites that this side offers, best first."""
+class NoiseHandshake(KeyHandshake):
+    """The parts of ratrod2's handshake that both sides share. `suites`: those that this side offers, best first."""
+
+    STRANGERS = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server", b"\x15\x03": "a TLS server",
+                 b"22": "a mail or FTP server"}  # by the first two bytes of what they say
 
     def __init__(self, keys: KeyPair, suites: Sequence[Suite], ephemeral: bytes | None, initiator: bool):
-        self._keys, self._suites, self._initiator = keys, suites, initiator
+        self._suites, self._initiator = suites, initiator
         self._noise = HandshakeState(initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
-        super().__init__()
+        super().__init__(keys)
 
     def _send(self, payload: bytes) -> None:
         message = self._noise.write_message(payload)
         self._to_send += len(message).to_bytes(2, "big") + message
 
-    def _receive(self) -> Generator[int, bytes, bytes]:
+    def _receive(self, shortest: int) -> Generator[int, bytes, bytes]:
+        """The payload of the next message, `shortest` bytes or more."""
         head = yield 2
         size = int.from_bytes(head, "big")
         if not size:
             yield from self._receive_empty()
         if size > MAX_NOISE_MESSAGE:
-            raise RemoteProtocolError(self._not_noise(head))
+            who = self.STRANGERS.get(head)
+            raise RemoteProtocolError("the other side does not speak ratrod2; what it says begins with %s%s" % (
+                ascii(head)[1:], ", as from " + who if who else ""))
         self.is_heavy = True
-        return self._noise.read_message((yield size))
+        payload = self._noise.read_message((yield size))
+        if len(payload) < shortest:
+            raise RemoteProtocolError("a handshake message with %d bytes of payload" % len(payload))
+        return payload
 
     def _receive_empty(self) -> Script:
         yield from ()
         raise RemoteProtocolError("a handshake message of 0 bytes")
 
-    @staticmethod
-    def _not_noise(head: bytes) -> str:
-        """What the other side is, by its first two bytes."""
-        who = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server", b"\x15\x03": "a TLS server",
-               b"22": "a mail or FTP server"}.get(head)
-        return "the other side does not speak ratrod2; what it says begins with %s%s" % (ascii(head)[1:], ", as from " + who if who else "")
-
     def _identify(self, identity: bytes) -> None:
         """Takes the peer's Ed25519 identity where its X25519 form is the key that this handshake has authenticated."""
         try:
-            converted = sodium().crypto_sign_ed25519_pk_to_curve25519(identity) if len(identity) == 32 else b""
+            converted = sodium().crypto_sign_ed25519_pk_to_curve25519(identity)
         except Exception:  # not a point; the type that PyNaCl raises is no promise
             converted = b""
         if converted != self._noise.rs:  # both are public
             raise AuthenticationError("the other side's key does not belong to its handshake")
-        self.peer_key = identity
-        if identity == self._keys.public:
-            raise AuthenticationError(SAME_KEY % encode_key(self._keys.public))
+        self._take_peer(identity)
 
     def _finish(self, suite: Suite) -> None:
         k1, k2, h = self._noise.split()
@@ -2314,52 +2310,46 @@ class NoiseHandshake(Handshake):
 
 
 class NoiseClientHandshake(NoiseHandshake):
-    """The client's side up to ClientAuthentication; records may follow it at once. Arguments as LegacyClientHandshake's; `is_known`: the
-    server has answered ratrod2 before, so that --legacy is no advice where it is silent now."""
+    """The client's side up to ClientAuthentication; records may follow at once. `is_known`: the server has answered ratrod2
+    before, so that --legacy is no advice where it is silent now."""
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_server: Callable[[bytes], None], report: Report,
+    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_server: Callable[[bytes], None],
                  is_known: bool = False, ephemeral: bytes | None = None):
-        self._check_server, self._report, self._is_known = check_server, report, is_known
-        self._said: bytes | None = b""  # the first bytes of the server's answer; None: the answer is ratrod2's
+        self._check_server = check_server
+        self._has_answered, self._is_turned_away = is_known, False
         super().__init__(keys, suites, ephemeral, initiator=True)
         self.is_heavy = True
 
     def _run(self) -> Script:
         self._to_send += OPENING
         self._send(bytes((len(self._suites), *(suite.id for suite in self._suites))))
-        self._report("✅ Sent preamble to server ...")
-        payload = yield from self._receive()
-        self._said = None
-        if len(payload) < 41:
-            raise RemoteProtocolError("a ServerPreamble of %d bytes" % len(payload))
-        self._identify(payload[:32])
-        self._report("✅ Server's signature validated with public key `%s` ...", encode_key(self.peer_key))
+        payload = yield from self._receive(41)
+        self._has_answered = True
         suite = next((suite for suite in self._suites if suite.id == payload[32]), None)
         if suite is None:
             raise RemoteProtocolError("the server chose the cipher suite %d, which was not offered" % payload[32])
+        self._identify(payload[:32])
         self.instance = payload[33:41]
         self._check_server(self.peer_key)
-        self._report("🚧 Signing server challenge ...")
         self._send(self._keys.public)
-        self._report("⏳ Awaiting challenge validation ...")
         self._finish(suite)
 
     def _receive_empty(self) -> Script:
         """Two zero bytes are an overloaded server's, which closes then, or begin a legacy frame, which goes on."""
-        self._said = OVERLOADED
+        self._is_turned_away = True
         yield 1
         raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
 
     def receive_eof(self, why: str = "the server closed the connection") -> NoReturn:
-        if self._said == OVERLOADED:
+        if self._is_turned_away:
             raise Overloaded("the server is overloaded: more clients come in than it can take; try again later")
-        if self._said is None or self._is_known:
+        if self._has_answered:
             super().receive_eof(why)
         raise RemoteProtocolError("%s before it said anything; %s" % (why, NAME_LEGACY))
 
 
 class NoiseServerHandshake(NoiseHandshake):
-    """The server's side, up to and with HandshakeCompletion, or an Error in its place. `authorize` as LegacyServerHandshake's."""
+    """The server's side, up to and with HandshakeCompletion, or an Error in its place."""
 
     def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, authorize: Callable[[bytes], None], instance: bytes,
                  ephemeral: bytes | None = None):
@@ -2373,20 +2363,16 @@ class NoiseServerHandshake(NoiseHandshake):
     def _run(self) -> Script:
         if (yield len(OPENING)) != OPENING:
             raise RemoteProtocolError("it does not speak ratrod2")
-        payload = yield from self._receive()
-        decoder = Decoder(payload)
+        decoder = Decoder((yield from self._receive(1)))
         theirs = decoder.take(decoder.number(1))
         if chacha20_poly1305().id not in theirs:
             raise RemoteProtocolError("a client that does not offer ChaCha20-Poly1305")
         suite = next(suite for number in theirs for suite in self._suites if suite.id == number)
         self._send(self._keys.public + bytes((suite.id,)) + self.instance)
-        payload = yield from self._receive()
-        if len(payload) < 32:
-            raise RemoteProtocolError("a ClientAuthentication of %d bytes" % len(payload))
+        payload = yield from self._receive(32)
         try:
-            identity = payload[:32]
-            self._identify(identity)
-            self._authorize(identity)
+            self._identify(payload[:32])
+            self._authorize(payload[:32])
         except (AuthenticationError, Overloaded) as error:
             if self.peer_key:
                 self._finish(suite)
@@ -2397,8 +2383,8 @@ class NoiseServerHandshake(NoiseHandshake):
 
 
 class FirstByte(Handshake):
-    """At a server: the first byte of a connection tells the wire. `choose(is_legacy)` gives the handshake that goes on with it, None where
-    this wire is not served."""
+    """At a server: the first byte of a connection tells the wire. `choose(is_legacy)` gives the handshake that goes on with
+    it, None where this wire is not served."""
 
     def __init__(self, choose: Callable[[bool], Handshake | None]):
         self._choose = choose
@@ -2414,23 +2400,24 @@ class FirstByte(Handshake):
             raise RemoteProtocolError("it does not speak ratrod")
         self.successor = self._choose(is_legacy)
         if self.successor is None:
-            self._to_send += LegacyWriter.clear_message(Error(UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the"
-                                                              " original's protocol, or connect with a client that speaks ratrod2"))
-            raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that gives up")
+            self._to_send += LegacyWriter.clear_message(Error(
+                UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the original's protocol, or connect"
+                " with a client that speaks ratrod2"))
+            raise RemoteProtocolError("a client of the original's wire; to serve it use --legacy, if you know what that gives up")
         self.successor.start()
         self.successor.receive_data(first)
 
 
 class PipeHandshake(Handshake):
-    """Over a pipe that ssh has authenticated and sealed: the client sends `program`, the far side answers with `marker`, which nobody can
-    guess, and both go on with bare records. What a login shell prints before the marker is skipped. The far side has no program, and no
-    marker to wait for."""
+    """Over a pipe that ssh has authenticated and sealed. The client sends `program`, the far side answers with `marker`,
+    which nobody can guess, and both go on with bare records. `seen`: what came up to there, as a login shell's greeting.
+    The far side has no program, and no marker to wait for."""
 
     bare = True
     MAX_CHATTER = 64 * 1024
 
     def __init__(self, program: bytes = b"", marker: bytes = b""):
-        self._program, self._marker, self.seen = program, marker, b""
+        self._program, self._marker, self.seen = program, marker, bytearray()
         super().__init__()
         self.suite = "ssh's own"
         self.reader = RecordReader(NoCipher(), awaited=bool(marker))
@@ -2438,29 +2425,11 @@ class PipeHandshake(Handshake):
 
     def _run(self) -> Script:
         self._to_send += self._program
-        size = len(self._marker)
-        while not self.seen.endswith(self._marker):
-            if len(self.seen) > self.MAX_CHATTER:
-                raise RemoteProtocolError("its login shell prints more than %d bytes" % self.MAX_CHATTER)
-            # As many bytes as are certainly missing: what follows the marker is for others to read.
-            self.seen += yield next(n for n in range(1, size + 1) if self.seen.endswith(self._marker[:size - n]))
-        yield 0
+        too_long = "its login shell prints more than %d bytes" % self.MAX_CHATTER
+        yield from read_until((self._marker,), self.seen, self.MAX_CHATTER, too_long)
 
 
 # ---------------------------------------------------------------------------------------------------- SOCKS, proxies, PROXY header, HTTP
-
-
-def read_until(ends: tuple[bytes, ...], head: bytes, most: int, too_long: str) -> Generator[int, bytes, bytes]:
-    """`head` and what follows it, up to and with one of `ends`. Byte by byte: what comes behind that is not ours to read.
-
-    RemoteProtocolError(too_long) where more than `most` bytes have no such end.
-    """
-    read = bytearray(head)
-    while not read.endswith(ends):
-        if len(read) >= most:
-            raise RemoteProtocolError(too_long)
-        read += yield 1
-    return bytes(read)
 
 
 def read_short() -> Generator[int, bytes, bytes]:
@@ -2566,12 +2535,13 @@ class SocksHandshake(Handshake):
         if self._user:
             self._refuse(failed, "it speaks SOCKS4, which has no password, and --socks-user asks for one: use SOCKS5")
         head = yield 7
-        host, word = head[3:], functools.partial(read_until, (b"\0",), b"", 256, "its SOCKS4 request has no end")
-        yield from word()  # the user's name there, which proves nothing
-        is_name = host[:3] == bytes(3) and host[3] > 0  # version 4a
+        user, name, too_long = bytearray(), bytearray(), "its SOCKS4 request has no end"
+        yield from read_until((b"\0",), user, 256, too_long)  # which proves nothing
+        is_name = head[3:6] == bytes(3) and head[6] > 0  # version 4a
         if is_name:
-            host = (yield from word())[:-1]
-        self.command, self.target = head[0], socks_target(3 if is_name else 1, host, head[1:3])
+            yield from read_until((b"\0",), name, 256, too_long)
+        self.command = head[0]
+        self.target = socks_target(3 if is_name else 1, bytes(name[:-1]) if is_name else head[3:], head[1:3])
         if self.command != self.CONNECT:
             self._refuse(failed, "it asks for more than CONNECT, and SOCKS4 has nothing else here")
 
@@ -2616,13 +2586,14 @@ class HttpProxyHandshake(ProxyHandshake):
     def _run(self) -> Script:
         lines = ["CONNECT {0} HTTP/1.1", "Host: {0}"]
         if self._user is not None:
-            lines.append("Proxy-Authorization: Basic " + base64.b64encode(self._user + b":" + self._password).decode("ascii"))
+            login = base64.b64encode(self._user + b":" + self._password).decode("ascii")
+            lines.append("Proxy-Authorization: Basic " + login)
         self._to_send += ("\r\n".join(lines).format(self._target) + "\r\n\r\n").encode("ascii")
-        start = yield 5
-        if start != b"HTTP/":
+        answer = bytearray((yield 5))
+        if answer != b"HTTP/":
             raise RemoteProtocolError("it does not speak HTTP")
-        answer = yield from read_until((b"\r\n\r\n", b"\n\n"), start, self.MAX_ANSWER,
-                                       "its answer has more than %d bytes" % self.MAX_ANSWER)
+        too_long = "its answer has more than %d bytes" % self.MAX_ANSWER
+        yield from read_until((b"\r\n\r\n", b"\n\n"), answer, self.MAX_ANSWER, too_long)
         text = answer.decode("latin-1")
         status = text.split("\n")[0].strip()
         said = "it answered `%s`" % printable(status)
@@ -2657,7 +2628,8 @@ class Socks5ProxyHandshake(ProxyHandshake):
         self._to_send += bytes((5, len(methods))) + methods
         version, method = yield 2
         if version != 5:
-            raise RemoteProtocolError("it does not speak SOCKS5" + ", but HTTP: write http:// for socks5://" * (version == 72))
+            hint = ", but HTTP: write http:// for socks5://" if version == ord("H") else ""
+            raise RemoteProtocolError("it does not speak SOCKS5" + hint)
         if method not in methods:
             if self._user is None:
                 self._refuse_user("socks5")
@@ -2670,7 +2642,8 @@ class Socks5ProxyHandshake(ProxyHandshake):
         self._to_send += b"\5\1\0" + socks_address(self._target)
         version, code, _ = yield 3
         if version != 5 or code:
-            raise RemoteProtocolError(self.FAILURES[code] if version == 5 and code < len(self.FAILURES) else "it answered %d" % code)
+            is_known = version == 5 and code < len(self.FAILURES)
+            raise RemoteProtocolError(self.FAILURES[code] if is_known else "it answered %d" % code)
         if not (yield from read_socks_address()):
             raise RemoteProtocolError("it answered with an address that cannot be")
 
@@ -2713,13 +2686,13 @@ class ProxyHeader(Handshake):
         raise RemoteProtocolError(why) if self._has_begun or self._received else Speechless(why)
 
     def _run(self) -> Script:
-        head = yield len(PROXY_SIGNATURE)  # the shortest header of version 1 is longer
+        head = bytearray((yield len(PROXY_SIGNATURE)))  # the shortest header of version 1 is longer
         self._has_begun = True
         if head == PROXY_SIGNATURE:
             yield from self._version_2()
         elif head.startswith(b"PROXY "):
-            line = yield from read_until((b"\r\n",), head, 107, "a PROXY header without an end")
-            self._version_1(line[:-2].decode("latin-1"))
+            yield from read_until((b"\r\n",), head, 107, "a PROXY header without an end")
+            self._version_1(head[:-2].decode("latin-1"))
         else:
             raise RemoteProtocolError("no PROXY header, which --proxy-protocol asks for from there")
 
@@ -2757,23 +2730,17 @@ class ProxyHeader(Handshake):
 
 
 class HttpRequest(Handshake):
-    """The head of one HTTP request: `method` and `path`, empty where it is none; `is_too_long`: more than 8 KiB."""
+    """The head of one HTTP request: `method` and `path`, empty where it is none, or longer than 8 KiB."""
 
-    LONGEST = 8192
-
-    def __init__(self) -> None:
-        self.method = self.path = b""
-        self.is_too_long = False
-        super().__init__()
+    method = path = b""
 
     def _run(self) -> Script:
-        try:
-            head = yield from read_until((b"\r\n\r\n", b"\n\n", b"\n\r\n"), b"", self.LONGEST, "")
-        except RemoteProtocolError:
-            self.is_too_long = True
-        else:
+        head = bytearray()
+        with contextlib.suppress(RemoteProtocolError):
+            yield from read_until((b"\r\n\r\n", b"\n\n", b"\n\r\n"), head, 8192, "")
             found = re.match(rb"([A-Z]+) (/[^ ?]*)[^ ]* HTTP/1\.[01]\r?\n", head)
-            self.method, self.path = found.groups() if found else (b"", b"")
+            if found:
+                self.method, self.path = found.groups()
 
 
 def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
@@ -6391,18 +6358,19 @@ class SshLink:
 class SshLinks:
     """Links to one machine through the system's ssh, where only Python is installed.
 
-    Each link is an ssh process that starts `python3` there and sends it this source. The links share a few connections
-    (ssh's ControlMaster), and only these authenticate themselves. Where this client is killed all of it ends by itself:
+    Each link is an ssh process that starts Python there and sends it this source. The links share a few connections
+    (ssh's ControlMaster), and only these authenticate themselves. Where this client is killed all of that ends by itself:
     the far sides when their standard input ends, the shared connections after a minute.
 
-    A link is made in three steps: start() on a thread; handshake() on the loop, over link.sock within `patience`
-    seconds; if that failed, close link.sock and call explain() on a thread, which may allow another try.
+    A link takes three steps: start() on a thread; handshake() on the loop, over link.sock within `patience` seconds; if
+    that failed, explain() on a thread, once link.sock is closed.
     """
 
     LINGER = 5.0  # seconds that a link's process may take to end
     REST = 600.0  # seconds until another connection is tried, after one that needed a password
 
     def __init__(self, way: SshWay, server: SshHost, limits: Limits):
+        import shlex
         import shutil
         import zlib
 
@@ -6417,6 +6385,9 @@ class SshLinks:
         self._marker = b"\nratrod %s\n" % os.urandom(16).hex().encode("ascii")
         self._program = zlib.compress(b"%s\nserve_pipe(%r, %r)\n" % (
             own_source().encode("utf-8"), self._marker, limits._asdict()))
+        # The login shell there expands a ~ in front of the path, and takes nothing in the path apart.
+        python = re.sub("^'(~[^/]*/)", r"\1'", shlex.quote(self._python))
+        self._boot = '%s -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (python, BOOTSTRAP.hex(), len(self._program))
         self._making = threading.Lock()  # held while a shared connection is made: one at a time
         self._lock = threading.Lock()  # guards the attributes below
         self._links: list[SshLink] = []
@@ -6434,12 +6405,8 @@ class SshLinks:
 
         ConnectError or AuthenticationError says what ssh says; Overloaded: the links that are there are all.
         """
-        import shlex
         import tempfile
 
-        # The login shell there expands a ~ in front, and splits nothing.
-        python = re.sub("^'(~[^/]*/)", r"\1'", shlex.quote(self._python))
-        boot = '%s -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (python, BOOTSTRAP.hex(), len(self._program))
         try:
             master, fresh = self._reserve(may_ask)
             with contextlib.ExitStack() as stack:
@@ -6448,7 +6415,7 @@ class SshLinks:
                 errors = stack.enter_context(tempfile.TemporaryFile("a+b"))  # noqa: SIM115 - reap() closes it
                 # ProxyCommand: where the shared connection is gone, ssh must not make one of its own.
                 options = ["-oControlMaster=no", "-oProxyCommand=false", "-oBatchMode=yes"]
-                process = self._run(options, master.path, boot, stdin=theirs, stdout=theirs, stderr=errors,
+                process = self._run(options, master.path, self._boot, stdin=theirs, stdout=theirs, stderr=errors,
                                     start_new_session=True)
                 stack.pop_all()
         except OSError as error:
@@ -6498,9 +6465,10 @@ class SshLinks:
         lines = [line.strip().rstrip(".") for line in said.splitlines() if line.strip()]
         text = printable("; ".join(lines[-3:]) or why, 400)
         name = re.escape(os.path.basename(self._python))
-        if code in (126, 127) or re.search("%s.*(not found|No such file)|Unknown command.*%s" % (name, name), said, re.IGNORECASE):
-            text = ("there is no `%s` (%s); it needs Python 3.8 or later there, and nothing else: --remote-python names one that"
-                    " is not on the PATH" % (self._python, text))
+        missing = "{0}.*(not found|No such file)|Unknown command.*{0}".format(name)
+        if code in (126, 127) or re.search(missing, said, re.IGNORECASE):
+            text = ("there is no `%s` (%s); it needs Python 3.8 or later there, and nothing else: --remote-python names one"
+                    " that is not on the PATH" % (self._python, text))
         refusals = "Permission denied|Host key verification failed|Too many authentication failures"
         message = "ssh to `%s`: %s" % (self._server, text)
         if code != 255 or not re.search(refusals, said):
@@ -6644,6 +6612,9 @@ def last_lines(file: Any) -> str:
 # ======================================================================================================================
 # A waiter needs a link: a Stream, a UdpLink, or the question for a Listen link. An Opener calls its open(link, timeout), or
 # give_up(error). `since`: when it began to wait; `instance`: that of the peer whose links alone will do, b"" where any will.
+
+
+Report = Callable[..., None]  # takes a line for the log, as log.info() does
 
 
 def is_final(error: Exception) -> bool:
@@ -7048,18 +7019,22 @@ class Dial:
         return None
 
     def _make_handshake(self) -> Handshake:
-        client, options, server = self._client, self._client.options, self._server
-        check = functools.partial(client.check_server, server)
-        report = self._report
-        if options.proxy:
-            def report(text: str, *values: Any) -> None:
-                if text.startswith("✅ Sent"):
-                    self._report("✅ Connected to server `%s` through `%s` ...", server, options.proxy)
-                self._report(text, *values)
-        if options.legacy:
-            return LegacyClientHandshake(client.keys, self._open or Open(TCP, ""), should_encrypt=options.encrypt, check_server=check,
-                                         report=report)
-        return NoiseClientHandshake(client.keys, client.suites, check_server=check, report=report, is_known=server in self._reach.answered)
+        client = self._client
+        if client.options.legacy:
+            return LegacyClientHandshake(client.keys, self._open or Open(TCP, ""), should_encrypt=client.options.encrypt,
+                                         check_server=self._check_server)
+        return NoiseClientHandshake(client.keys, client.suites, check_server=self._check_server,
+                                    is_known=self._server in self._reach.answered)
+
+    def _check_server(self, key: bytes) -> None:
+        """The server has answered, and has proved that this key is its own. On a thread."""
+        if self._client.options.proxy:
+            self._report("✅ Connected to server `%s` through `%s` ...", self._server, self._client.options.proxy)
+        self._report("✅ Sent preamble to server ...")
+        self._report("✅ Server's signature validated with public key `%s` ...", encode_key(key))
+        self._client.check_server(self._server, key)
+        self._report("🚧 Signing server challenge ...")
+        self._report("⏳ Awaiting challenge validation ...")
 
     def _on_negotiated(self, negotiation: Negotiation, error: Exception | None) -> None:
         handshake = negotiation.handshake
@@ -9604,10 +9579,8 @@ class MetricsServer:
 
     def _answer(self, request: HttpRequest) -> bytes:
         kind = "text/plain"
-        if request.is_too_long:
-            status, text = "431 Request Header Fields Too Large", "too long\n"
-        elif not request.method:
-            status, text = "400 Bad Request", "this speaks HTTP/1.1\n"
+        if not request.method:
+            status, text = "400 Bad Request", "this speaks HTTP/1.1, with headers of 8 KiB at most\n"
         elif request.method != b"GET":
             status, text = "405 Method Not Allowed\r\nAllow: GET", "only GET\n"
         elif request.path == b"/metrics":

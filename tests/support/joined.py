@@ -275,7 +275,7 @@ class Pair:
         self.may_be_silent = False  # and so what is on it may be given up
         self.pipes = {TO_ACCEPTOR: Pipe(near, opener, far, acceptor), TO_OPENER: Pipe(far, acceptor, near, opener)}
         suites = ratrod.offered_suites()
-        ours = ratrod.NoiseClientHandshake(CLIENT_KEYS, suites, check_server=lambda key: None, report=lambda *words: None)
+        ours = ratrod.NoiseClientHandshake(CLIENT_KEYS, suites, check_server=lambda key: None)
         theirs = ratrod.NoiseServerHandshake(SERVER_KEYS, suites, authorize=lambda key: None, instance=server.instance)
         self.pipes[TO_OPENER].held = shake_hands(ours, theirs)
         self.opener = ratrod.Link(client, opener, ours, ratrod.OPENER, "the server")

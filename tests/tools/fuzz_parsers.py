@@ -84,10 +84,6 @@ def kind_of(error):
     return type(error).__name__ + re.sub(r"`[^`]*`|[0-9]+", "", harmless(str(error)))[:100]
 
 
-def quiet(*_):
-    pass
-
-
 def only(*keys):
     """authorize() or check_server(): AuthenticationError for any other key."""
     def check(key):
@@ -375,7 +371,7 @@ def readable(plain):
 
 
 def noise_pair():
-    client = ratrod.NoiseClientHandshake(CLIENT, SUITES, check_server=only(SERVER), report=quiet, ephemeral=EPHEMERAL[CLIENT])
+    client = ratrod.NoiseClientHandshake(CLIENT, SUITES, check_server=only(SERVER), ephemeral=EPHEMERAL[CLIENT])
     return started(client, ratrod.NoiseServerHandshake(SERVER, SUITES, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], instance=b"instance"))
 
 
@@ -386,7 +382,7 @@ def started(*handshakes):
 
 
 def legacy_pair(remote="db:5432", encrypt=True):
-    client = ratrod.LegacyClientHandshake(CLIENT, ratrod.Open(ratrod.TCP, remote), should_encrypt=encrypt, check_server=only(SERVER), report=quiet,
+    client = ratrod.LegacyClientHandshake(CLIENT, ratrod.Open(ratrod.TCP, remote), should_encrypt=encrypt, check_server=only(SERVER),
                                           ephemeral=EPHEMERAL[CLIENT], challenge=CHALLENGE[CLIENT])
     return started(client, ratrod.LegacyServerHandshake(SERVER, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], challenge=CHALLENGE[SERVER]))
 

@@ -125,10 +125,6 @@ def refuse(_key):
     raise AuthenticationError("it is not listed")
 
 
-def quiet(*_words):
-    pass
-
-
 CLIENT, SERVER = (ratrod.KeyPair.from_seed(seed) for seed in (b"c" * 32, b"s" * 32))
 E_CLIENT, E_SERVER = b"\x11" * 32, b"\x22" * 32
 

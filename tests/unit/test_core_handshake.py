@@ -120,7 +120,7 @@ INSTANCE = b"instance"
 
 
 def client_end(keys=CLIENT, **options):
-    fixed = {"check_server": accept, "report": core.quiet, "ephemeral": core.E_CLIENT, "suites": ratrod.offered_suites()}
+    fixed = {"check_server": accept, "ephemeral": core.E_CLIENT, "suites": ratrod.offered_suites()}
     return started(ratrod.NoiseClientHandshake(keys, **{**fixed, **options}))
 
 

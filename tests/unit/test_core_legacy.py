@@ -284,7 +284,7 @@ def test_hkdf(secret, salt, info):
 def client_end(keys=CLIENT, remote="db:5432", is_udp=False, **options):
     fixed = {"ephemeral": core.E_CLIENT, "challenge": b"c" * 32}
     open_ = ratrod.Open(ratrod.UDP if is_udp else ratrod.TCP, remote)
-    return started(ratrod.LegacyClientHandshake(keys, open_, **{"check_server": accept, "report": core.quiet, **fixed, **options}))
+    return started(ratrod.LegacyClientHandshake(keys, open_, **{"check_server": accept, **fixed, **options}))
 
 
 def server_end(keys=SERVER, **options):
