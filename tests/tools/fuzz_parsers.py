@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import ipaddress
 import os
 import pathlib
@@ -708,8 +707,13 @@ def key_file(data):
 OPTIONS = ("", " alice@laptop", ' permitopen="db:5432"', ' permitopen="*.example.com:*" no-udp', ' permitopen="[2001:db8::1]:80" bob',
            ' permitopen="unix:/run/x.sock"', ' permitlisten="9000"', ' permitlisten="127.0.0.1:9000" expires="2030-01-31" no-legacy carol',
            ' permitopen="127.1:80"', ' expires="2030-02-31"', ' permitopen=db:80', ' alice permitopen="db:80"', ' permitopen="[::ffff:127.0.0.1]:80"')
-LINE_WORDS = (b"permitopen=", b'permitopen="', b'permitlisten="', b'expires="', b"no-udp", b"no-legacy", b'"', b" ", b"\n", b"\r", b"\x0b", b"\x85",
-              b"\xe2\x80\xa8", b"\xc2\xa0", b"#", b"*", b"*.", b":*", *NAMES)
+LINE_WORDS = (b"permitopen=", b'permitopen="', b'permitlisten="', b'expires="', b"no-udp", b"NO_UDP", b"no-legacy", b'"', b"'", b" ", b"\n", b"\r",
+              b"\0", b"\xef\xbb\xbf", b"\x0b", b"\x85", b"\xe2\x80\xa8", b"\xc2\xa0", b"#", b"*", b"*.", b":*", b"restrict", b",", *NAMES)
+
+
+def lines_of(data):
+    """The words of each line, and those of a line that a byte order mark begins."""
+    return [line.lstrip("\ufeff").split() for line in re.split("\r\0?\n\0?|[\r\n]\0?", data.decode("utf-8", "replace"))]
 
 
 def file_seeds():
@@ -718,7 +722,7 @@ def file_seeds():
         ("# comment\n\n%s%s\n%s%s" % (key, one, other, two)).encode() for one, two in zip(OPTIONS, OPTIONS[3:])] + [b"", b"\xff\xfe\n"]
 
 
-OPTION = re.compile(r'permitopen="[^"]*"|permitlisten="[^"]*"|expires="[^"]*"|no-udp|no-legacy')
+OPTION = re.compile(r'permitopen="[^"]*"|permitlisten="[^"]*"|expires="[^"]*"|noudp|nolegacy')
 
 
 @target(60, file_seeds, LINE_WORDS)
@@ -729,17 +733,19 @@ def authorized_keys(data):
     found = lines.read()
     for problem in lines.problems:
         harmless(problem, 4000)
-    texts = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace").read().split("\n")
+    texts = lines_of(data)
     for key, granted in found.items():
         for number, grant in granted:
-            key_text, *words = texts[number - 1].split()
+            key_text, *words = texts[number - 1]
             assert key_text == ratrod.encode_key(key)
+            words = [re.sub("^[^=]*", lambda name: re.sub("[-_]", "", name[0].lower()), word) for word in words]
             n = next((n for n, word in enumerate(words) if not OPTION.fullmatch(word)), len(words))
             options, comment = words[:n], words[n:]
-            assert not any("=" in word or word.startswith(("permit", "no-", "expire")) for word in comment), "an option taken for a comment"
+            assert not any("=" in word or word == "restrict" or word.startswith(("permit", "noudp", "nolegacy", "expire")) and "@" not in word
+                           for word in comment), "an option taken for a comment"
             for field, name in ((grant.permitopen, "permitopen="), (grant.permitlisten, "permitlisten=")):
                 assert len(field) == sum(word.startswith(name) for word in options)
-            assert (grant.no_udp, grant.no_legacy) == ("no-udp" in options, "no-legacy" in options)
+            assert (grant.no_udp, grant.no_legacy) == ("noudp" in options, "nolegacy" in options)
             assert (grant.expires < float("inf")) == any(word.startswith("expires=") for word in options)
             harmless(grant.comment, 63)
             for pattern in grant.permitopen:
@@ -755,17 +761,17 @@ def known_hosts(data):
     and only where no other key was."""
     path = put("known_hosts", data)
     hosts = ratrod.KnownHosts(path)
-    texts = [line.split() for line in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace").read().split("\n")]
-    answers = []
+    texts = [[words[0], *(word.lower().replace("[", "").replace("]", "") for word in words[1:2])] for words in lines_of(data) if words]
+    ours, answers = ([], ["server"], ["server:19000"]), []
     for key in (SERVER.public, OTHER.public):
-        lines = [words for words in texts if words and words[0] == ratrod.encode_key(key)]
+        bound = [words[1:] for words in texts if words[0] == ratrod.encode_key(key)]
         try:
             hosts.check(key, "server:19000")
-            assert any([word.lower() for word in words[1:2]] in ([], ["server:19000"]) for words in lines)
+            assert any(words in ours for words in bound)
             answers.append("known")
         except ratrod.UnknownHost as error:
             harmless(str(error))
-            assert not any([word.lower() for word in words[1:2]] in ([], ["server:19000"]) for words in lines)
+            assert not any(words in ours for words in bound)
             answers.append("unknown")
         except ratrod.AuthenticationError as error:
             answers.append(kind_of(error))
