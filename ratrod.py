@@ -10381,7 +10381,7 @@ def read_answer() -> str:
     def read() -> None:
         with contextlib.suppress(OSError, ValueError):
             while not answer or answer[-1] not in ("", "\n"):
-                char = source.read(1)
+                char = source.read(1) or ""  # None: nothing is there, and the pipe does not block
                 answer.append(char if isinstance(char, str) else char.decode("latin-1"))
     reader = threading.Thread(target=read, daemon=True)
     reader.start()

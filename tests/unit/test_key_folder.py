@@ -449,9 +449,10 @@ ASKED_AGAIN = ["", "y", "perhaps", "yes please", "no!", "SHA256:", RIGHT.partiti
 
 def test_a_silent_pipe_is_no_answer(tmp_path, monkeypatch):
     """A service manager's or a supervisor's may stay open for ever. An answer that is there is read, and not a byte behind it."""
-    for typed, timeout in ((b"", 0.1), (b"n\nmore", 60), (b"y\nmore", 60)):
+    for typed, timeout, blocking in ((b"", 0.1, True), (b"", 60, False), (b"n\nmore", 60, True), (b"y\nmore", 60, True)):
         monkeypatch.setattr(ratrod, "ANSWER_TIMEOUT", timeout)
         reading, writing = os.pipe()
+        os.set_blocking(reading, blocking)
         with open(reading) as pipe, open(writing, "wb", buffering=0) as other_end:
             monkeypatch.setattr("sys.stdin", pipe)
             other_end.write(typed)
