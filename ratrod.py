@@ -771,7 +771,7 @@ def find_foreign(text: str) -> str:
 
 
 def describe_file(text: str) -> str:
-    """What somebody took for a private key of ratrod's."""
+    """What a file is that somebody took for a private key of ratrod's."""
     pem = re.match("-+ ?BEGIN ([A-Z0-9 ]*[A-Z0-9])", text)
     if pem:
         return "a PEM file (%s)" % pem.group(1)
@@ -860,10 +860,10 @@ class KeyLines:
                 raise PermissionError(errno.EPERM, problems[0])
             lines, broken = self._parse(read_text(self.path))
         except OSError as error:
-            # Out of descriptors is no reason to throw everybody out, as long as the file is the one that was read.
+            # A lack of descriptors throws nobody out while the file is the one that was read.
             if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
                 return self._cache
-            signature = None  # not the file's: the next read() looks again
+            signature = None  # so that the next read() looks again
             lines, broken = {}, []
             problems = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
         self.broken, self._is_stale, self.is_unusable = broken, False, signature is None
@@ -1448,9 +1448,8 @@ class Grant(NamedTuple):
 
 
 def parse_grant(words: list[str]) -> Grant:
-    """The Grant of `[option ...] [comment]`, the words behind a key. An option is known in capitals too, and whatever
-    its `-` and `_`. ValueError for a word that may have been meant as an option: it must not pass for a comment.
-    """
+    """The Grant of `[option ...] [comment]`, the words behind a key. Capitals, `-` and `_` make no difference in the
+    name of an option. ValueError for a word that may have been meant as an option: it must not pass for a comment."""
     grant = Grant()
     change: dict[str, Any]
     for number, word in enumerate(words):
@@ -1487,7 +1486,8 @@ def refuse_option(word: str) -> None:
         name = re.sub(r"[\W_]", "", part.lower())
         if name in SSHD_OPTIONS or name.startswith("no") and name[2:] in SSHD_OPTIONS:
             raise ValueError("`%s` is an option of sshd's, which ratrod does not have" % printable(part))
-        if "=" in word or "@" not in word and (is_close_to_option(name) or re.match("permit|no[-_]|expire", part.lower())):
+        is_like = is_close_to_option(name) or re.match("permit|no[-_]|expire", part.lower())
+        if "=" in word or is_like and "@" not in word:
             raise ValueError("`%s` is no option, or stands behind the comment" % printable(word))
 
 

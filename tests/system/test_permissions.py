@@ -398,6 +398,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
         ask(port)
     if line and "expires" not in line:
         server.wait_for("WARN +line 1 of .* authorizes nobody: ")
+        server.wait_for("stands in line 1 of authorized_keys, which cannot be understood: [0-9]+ links? of it ended")
     assert server.process.poll() is None
 
 
