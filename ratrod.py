@@ -450,7 +450,7 @@ def show_size(n: float) -> str:
 # bincode 2, standard() but big-endian (PROTOCOL.md, part 1). A layout has one letter a field: b bytes, s str, ? bool,
 # v varint; raw fields of ratrod2: 1 u8, 4 u32, 8 u64, S a stream's 16 bytes, P a u64 that may be missing (-1).
 
-# The messages of the original's wire. ratrod2 has Error in common with it, and Data.
+# The messages of the original's wire, and behind them those of ratrod2, which has Error in common with it.
 ClientPreamble = NamedTuple("ClientPreamble", [("exchange_public_key", bytes), ("remote", str), ("challenge", bytes),
                                                ("should_encrypt", bool), ("is_udp", bool)])
 ServerPreamble = NamedTuple("ServerPreamble", [("identity_public_key", str), ("exchange_public_key", bytes),
