@@ -215,7 +215,7 @@ from typing import (
 if TYPE_CHECKING:
     import subprocess
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 __all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
            "ProtocolError", "RatrodError", "RemoteProtocolError", "Service", "Tunnel", "UnknownHost", "UsageError", "main", "serve", "tunnel"]
 
@@ -6669,7 +6669,7 @@ class Opener(Keeper):
     def take(self, waiter: Any) -> None:
         """waiter.open(link, timeout) with an idle link, at once or when there is one; waiter.give_up(error) where none comes."""
         waiter.since = self.loop.now
-        link = None if self.waiting or self.detached else self._pop(waiter.instance)
+        link = None if self.waiting else self._pop(waiter.instance)  # an idle link is of no use to the streams that are detached
         if link:
             self._hand_out(link, waiter)
         else:
@@ -6759,8 +6759,15 @@ class Opener(Keeper):
         else:
             stream.give_up_at = now + resume_time(self.limits, error)
             log.debug("%s: %s; waiting for another link", stream.label, error)
-        self.detached[stream] = link  # on_link_closed() follows
-        return None
+        return self._wait(stream, link)  # on_link_closed() follows
+
+    def _wait(self, stream: Stream, last: Link) -> None:
+        """The stream goes on over an idle link, or over the next one. `last` carried it."""
+        another = self._pop(stream.instance)
+        if another:
+            self._hand_out(another, stream)
+        else:
+            self.detached[stream] = last
 
     def distrust(self, link: Link) -> None:
         """A link has died: what took it, a NAT that forgot or a server that was started anew, took the idle ones too, but for those that
@@ -6776,10 +6783,7 @@ class Opener(Keeper):
                 stream.set_free()
         if self.is_closed:
             return stream.give_up(LinkClosed("the server takes no more streams on this connection"))
-        another = self._pop(stream.instance)
-        if another:
-            return self._hand_out(another, stream)
-        self.detached[stream] = link
+        self._wait(stream, link)
         return self.replace(link)
 
     def on_ended(self, stream: Stream, error: Exception | None) -> None:
@@ -6885,6 +6889,11 @@ class Reach:
         self._dials.add(dial)
         dial.start()
 
+    @property
+    def fresh(self) -> int:
+        """How many tries have begun just now. Others may hang: their next packet may be seconds away when the path is back."""
+        return sum(self._loop.now - dial.born < self.HURRY for dial in self._dials)
+
     def close(self) -> None:
         self.stop()
         while self._dials:
@@ -6961,6 +6970,7 @@ class Dial:
         first, servers = reach.current, client.servers
         self._left = [n % len(servers) for n in range(first, first + len(servers)) if server in ("", str(servers[n % len(servers)]))]
         self._failures: list[tuple[Place, Exception]] = []
+        self.born = client.loop.now
         self._until = time.monotonic() + self._limits.connect_timeout
         self._number = 0
         self._server: Place = servers[0]
@@ -8472,7 +8482,7 @@ class Pool(Opener):
         self._minute = self.loop.now
         self._is_due = False
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
-        self._runs: dict[str, list[bytes]] = {}  # server -> the last runs that it showed, each but once in a row
+        self._several: set[str] = set()  # names of servers behind which two runs were alive at once
         self._sought_since, self._sought_at, self._sought = 0.0, 0.0, 0
 
     @property
@@ -8518,7 +8528,7 @@ class Pool(Opener):
         else:
             # Where nothing has been carried yet, one is enough to see whether the server is there.
             ready = 0 if self._client.draining else self._ready if any(self._peaks) else min(1, self._ready)
-            wanted = needed + ready - len(self.idle) - self._reach.dialing
+            wanted = needed + ready - len(self.idle) - self._reach.fresh
             # After the last one was lost, one to see whether the server is there.
             most = min(self.limits.links_at_once, self._client.most_links - len(self.links)) if self.links else 1
             for _ in range(min(wanted, most - self._reach.dialing)):
@@ -8639,11 +8649,10 @@ class Pool(Opener):
 
     def _judge(self, link: Link) -> None:
         """A stream of another run of this server cannot go on where that run is no more. One link to another run tells, unless there may be
-        several servers behind the name: where it has come to another address, through a proxy, or where a run has come back."""
-        shown = self._runs.setdefault(link.name, [])
-        if link.instance[:6] not in shown[-1:]:
-            shown[:] = [*shown[-2:], link.instance[:6]]
-        alive = {other.instance[:6] for other in self.links if other.state != CLOSED and not other.is_stuck}
+        several servers behind the name: where it has come to another address, through a proxy, or where two runs were seen alive at once."""
+        alive = {other.instance[:6] for other in self.links if other.name == link.name and other.state != CLOSED and not other.is_stuck}
+        if len(alive) > 1:
+            self._several.add(link.name)
         waiting = [(stream, last) for stream, last in self.detached.items() if stream.instance and last.name == link.name]
         for run in {stream.instance[:6] for stream, _ in waiting}:
             if run in alive:
@@ -8651,7 +8660,7 @@ class Pool(Opener):
                 continue
             self._others[run] = self._others.get(run, 0) + 1
             for stream, last in waiting:
-                is_one = (len(set(shown)) == len(shown) and not self._client.options.proxy
+                is_one = (link.name not in self._several and not self._client.options.proxy
                           and link.path is not None and last.path is not None and link.path[1] == last.path[1])
                 if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
                     del self.detached[stream]

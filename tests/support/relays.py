@@ -16,6 +16,7 @@ class Door:
 
     def __init__(self, target, to=None, header=b""):
         self.to, self.tries, self.header = to, [], header
+        self.next = []  # ports to take in turn in place of `to`, as a balancer does; one where nobody listens is passed by
         self._passing = set()  # the near ends of what is passed on
         self.port = target(self._handle).port
 
@@ -24,7 +25,7 @@ class Door:
         if self.to is None:
             return reset(near)
         self._passing.add(near)
-        with socket.create_connection(("127.0.0.1", self.to)) as far, selectors.DefaultSelector() as selector:
+        with self._far_end() as far, selectors.DefaultSelector() as selector:
             far.sendall(self.header)
             selector.register(near, selectors.EVENT_READ, far)
             selector.register(far, selectors.EVENT_READ, near)
@@ -37,6 +38,13 @@ class Door:
                     reset(sock)
             finally:
                 self._passing.discard(near)
+
+    def _far_end(self):
+        for port in self.next[:]:
+            self.next.append(self.next.pop(0))
+            with contextlib.suppress(ConnectionRefusedError):
+                return socket.create_connection(("127.0.0.1", port))
+        return socket.create_connection(("127.0.0.1", self.to))
 
     def _pass(self, selector, key, near):
         data = key.fileobj.recv(1 << 16)

@@ -25,7 +25,7 @@ class Dial:
     ends = None
 
     def __init__(self, client, reach, open_, done, report, server):
-        self._done, self._is_closed = done, False
+        self._done, self._is_closed, self.born = done, False, client.loop.now
 
     def start(self):
         self.ends.make_link(self.on_done)

@@ -734,7 +734,7 @@ def start_scripts():
     udp = [opened, bytes([AWAIT]), bytes([AWAIT]), bytes([ratrod.DATAGRAMS]) + peer.encode_datagrams([(1, b"hello")]),
            bytes([ratrod.SESSION_OVER]) + peer.encode_session_over(1, 2, "\x1b")]
     reverse = [bound, asked, bytes([AWAIT]), bytes([ratrod.DATA]) + b"hello", bytes([ratrod.END]), bytes([AWAIT])]
-    completed = [bytes([ratrod.COMPLETED]) + peer.encode_str("0.7.0"), bytes([AWAIT]), refused]
+    completed = [bytes([ratrod.COMPLETED]) + peer.encode_str("0.8.0"), bytes([AWAIT]), refused]
     scripts = [b"\4" + joined(bytes([how, 0, at, 1])) for how in range(6) for at in (0, 1, 5, 40, 90, 114)]
     for mode, steps in ((1, udp), (2, reverse), (8, completed), (8, [refused]), (9, completed + udp), (10, completed + reverse)):
         scripts += [bytes([mode]) + joined(b"") + script for script in variations(steps)]

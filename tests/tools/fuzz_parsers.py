@@ -171,7 +171,7 @@ LEGACY_TRAFFIC = (
     ratrod.Error(2, "connection refused"), ratrod.Error(1000, "\u202e"), ratrod.Shutdown(),
 )
 CONTENTS = (
-    (ratrod.COMPLETED, ("0.7.0",)), (ratrod.ERROR, (1, "no")), (ratrod.OPEN, (1, "db:5432", b"s" * 16, 1, 0, 0)),
+    (ratrod.COMPLETED, ("0.8.0",)), (ratrod.ERROR, (1, "no")), (ratrod.OPEN, (1, "db:5432", b"s" * 16, 1, 0, 0)),
     (ratrod.OPEN, (1, "db:5432", b"s" * 16, 2, 1 << 40, 5)), (ratrod.OPEN, (2, "")),
     (ratrod.OPEN, (3, "127.0.0.1:9000", bytes(16), 0, 0, 0, b"instance")), (ratrod.OPENED, ("127.0.0.1:9000", 0)), (ratrod.OPENED, ("", -1)),
     (ratrod.END, ()), (ratrod.OVER, ()), (ratrod.ACK, (5,)), (ratrod.ACK, (1 << 63,)), (ratrod.ABANDON, (b"s" * 16,)),

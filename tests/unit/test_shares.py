@@ -173,3 +173,28 @@ def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
         opener.put(link)
     assert [waiter.link for waiter in (of_b, new, of_a)] == [links[0], links[1], links[3]]
     assert opener.idle == [links[2]] and not opener.detached and not opener.waiting
+
+
+@pytest.mark.parametrize("after, memory, most", [
+    (0.001, 64, W),  # a near path needs no more
+    (0.1, 64, 2 * W), (2.0, 64, W),  # it was taken too slowly
+    (0.1, 3, W)], ids=["near", "far", "slow", "memory is short"])
+def test_a_window_that_alone_held_its_sender_back_grows(after, memory, most):
+    window = ratrod.Window(ratrod.Memory(memory * W), A)
+    window.expect_bulk()
+    for now in (10.0, 20.0):  # once for each time that it was full
+        window.end = window.start + window.most
+        window.on_full(now)
+        window.on_full(now + after / 2)  # asked again: it is full since then
+        window.on_taken(window.end - 1, now + after)
+        before = window.most
+        window.drop(window.end)
+        window.on_taken(window.end, now + after)
+        window.on_taken(window.end, now + after)
+        assert window.most == (most if now == 10 else before * most // W)
+    for now in range(30, 40):
+        window.end = window.start + window.most
+        window.on_full(now)
+        window.drop(window.end)
+        window.on_taken(window.end, now + after)
+    assert window.most <= ratrod.LARGEST_WINDOW
