@@ -135,7 +135,7 @@ Options:
 # keeper: an `Opener`, which opens it again on the next link with the number of bytes it has, or an `Acceptor`
 # (`Acceptor._attach`). Over ssh's pipes and on the original's wire it is reset. A stream ends in `Stream._finish`.
 #
-# A datagram goes by `UdpPort`, `UdpSession` and `UdpLink` to the server's `RemoteUdpSocket`. All sessions of a client
+# A datagram goes by `TunnelPort`, `UdpSession` and `UdpLink` to the server's `RemotePort`. All sessions of a client
 # share one link; on the original's wire each has its own.
 #
 # ---- Where to look
@@ -144,7 +144,7 @@ Options:
 # a slow reader costs no more memory     `Stream.on_data` has its link hold (`Link.hold`), so that TCP slows the sender
 #                                        down; `Stream._room` and `Window` bound what is kept, `Memory` all of it
 # a removed key is cut off               `Server._check_lists`, once a second
-# a UDP session expires                  `UdpLink.expire`
+# a UDP session expires                  `UdpSessions.sweep`
 # signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`
 # exit codes                             `exit_code_of`, `EndpointRun.run`, and the error types of section 1
 #
@@ -2472,14 +2472,20 @@ def socks_reply(version: int, code: int, bound: Address = Address("0.0.0.0", 0))
     return bytes((0, 91 if code else 90)) + bytes(6) if version == 4 else bytes((5, code, 0)) + socks_address(bound)
 
 
-def split_socks_datagram(data: memoryview) -> tuple[str, int]:
-    """(target, where the payload begins) of a datagram of a SOCKS5 client; ValueError where it is none, or a fragment."""
+def measure_socks_head(data: memoryview) -> int:
+    """Where the payload of a SOCKS5 client's datagram begins; ValueError where it is none, or a fragment."""
     kind = data[3] if len(data) > 4 else 0
-    start, size = (5, data[4]) if kind == 3 else (4, SOCKS_SIZES.get(kind, 0))
-    end = start + size
-    if not size or len(data) < end + 2 or data[2]:
+    size = 1 + data[4] if kind == 3 else SOCKS_SIZES.get(kind, 0)
+    if size < 2 or len(data) < size + 6 or data[2]:
         raise ValueError("not a whole SOCKS5 datagram")
-    return socks_target(kind, bytes(data[start:end]), bytes(data[end:end + 2])), end + 2
+    return size + 6
+
+
+def split_socks_datagram(data: memoryview) -> tuple[str, int]:
+    """(target, where the payload begins) of a SOCKS5 client's datagram."""
+    end = measure_socks_head(data)
+    start = 5 if data[3] == 3 else 4
+    return socks_target(data[3], bytes(data[start:end - 2]), bytes(data[end - 2:end])), end
 
 
 class SocksHandshake(Handshake):
@@ -3482,6 +3488,7 @@ WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else None
 # these the system gives up after 6 s and 11 such pauses.
 RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else None
 LINGER = socket.SOL_SOCKET, socket.SO_LINGER
+RECEIVE_BUFFER = socket.SOL_SOCKET, socket.SO_RCVBUF
 _LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
 _TCP_INFO = struct.Struct("=24xI24xII8xI")
 
@@ -4836,7 +4843,6 @@ class Counters:
         self.began_at = time.time()
         self.streams: set[Stream] = set()
         self.sessions: set[UdpSession] = set()
-        self.sessions_of = KeyCounts()
         self.results = dict.fromkeys(self.RESULTS, 0)  # of streams that are over
         self.links = self.handshakes_failed = self.reconnects = self.resumed = 0
         self.detached: set[Stream] = set()  # streams that have lost their link, and do not go on yet
@@ -4883,9 +4889,7 @@ class Counters:
         if carried in self.detached:
             self._on_given_up(carried, error)  # type: ignore[arg-type]
         self.streams.discard(carried)  # type: ignore[arg-type]
-        if carried in self.sessions:
-            self.sessions.discard(carried)  # type: ignore[arg-type]
-            self.sessions_of.change(carried.peer_key, -1)
+        self.sessions.discard(carried)  # type: ignore[arg-type]
         total = self._bytes.setdefault(carried.peer_key, [0, 0])
         total[0] += carried.sent
         total[1] += carried.received
@@ -5735,227 +5739,325 @@ class StdioStream(Stream):
 # ======================================================================================================================
 # 10. UDP
 # ======================================================================================================================
-# One session for each originator address. ratrod2: the sessions of all tunnels of a client share one link, under numbers that rise.
-# Legacy: each session has a link of its own, where its number is 0 and goes without saying.
+# A port receives a datagram and finds its session, the loop's `DatagramBatch` makes one record of what came together,
+# and `UdpLink` sends the record. At the other side `UdpLink` gives each datagram to the port of its session.
+# ratrod2: the sessions of all tunnels of a client share one link, under numbers that rise. Legacy: each session has a
+# link of its own.
 
-IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform.startswith("linux") else None)  # named only in newer Pythons
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform.startswith("linux") else None)  # only newer Pythons name it
+UDP_BUFFER = 1 << 20  # bytes that the system is asked to keep of a burst for each UDP socket; Linux gives 416 KiB
 _NOTHING = memoryview(b"")
-Originator = Tuple[Any, Any]  # its address, and the control message that makes an answer leave from the address that it asked
+KEPT = 64  # what a datagram that is kept for its target counts beside its bytes: an empty one is no way to fill memory
 
 
 class UdpSession:
-    """The datagrams of one originator on a link. `deliver(data)` gives a datagram to this side's socket, `on_close()` lets go of it. `key`
-    is what the maker of the session finds it by. A session that `rests` drops what its originator sends until then."""
+    """The datagrams between an originator and a target. `port` is this side's socket, whose other end is `key`.
 
-    __slots__ = ("links", "key", "number", "label", "target", "deliver", "on_close", "last_used", "sent", "received", "started", "rests_until",
-                 "address")
+    Client: what the originator sends is dropped until `rests_until`.
+    `address` is who answers, where that is known. At the server it is empty before the first answer; until then those
+    datagrams are `kept` that wait for a socket, or that the next of the `addresses` gets where this one refuses them.
+    """
 
-    def __init__(self, links: UdpLink, key: Any, number: int, label: Label, target: str):
-        self.links, self.key, self.number, self.label, self.target = links, key, number, label, target
-        self.deliver: Callable[[memoryview], Any] = lambda _data: None
-        self.on_close: Callable[[], None] = lambda: None
-        self.last_used = self.started = links.loop.now
-        self.sent = self.received = 0
+    __slots__ = ("udp", "number", "label", "target", "outer", "port", "key", "peers", "is_over", "last_used", "started",
+                 "sent", "received", "rests_until", "has_failed", "address", "head", "addresses", "attempt", "kept")
+
+    def __init__(self, udp: UdpLink, number: int, label: Label, target: str, outer: int = 0):
+        self.udp, self.number, self.label, self.target, self.outer = udp, number, label, target, outer
+        self.port: UdpPort | None = None
+        self.key: Any = None
+        self.peers: collections.OrderedDict[UdpSession, None]  # those of the same key, in the order of their last use
+        self.last_used = self.started = udp.loop.now
+        self.sent = self.received = self.attempt = 0
         self.rests_until = 0.0
+        self.is_over = self.has_failed = False
         self.address = ""
+        self.head = b""  # what SOCKS5 has in front of an answer
+        self.addresses: list[tuple[int, Any]] = []
+        self.kept: list[bytes] = []
 
     @property
     def peer_key(self) -> bytes:
-        return self.links.peer_key
+        return self.udp.peer_key
+
+    # ---- server
+
+    def keep(self, data: memoryview) -> None:
+        memory, size = self.udp.owner.memory, sum(map(len, self.kept)) + len(data)
+        if len(self.kept) < BATCH and size <= MAX_DATAGRAM and not memory.is_short(self.peer_key):
+            memory.change(self.peer_key, len(data) + KEPT)
+            self.kept.append(bytes(data))
+
+    def take_kept(self) -> list[bytes]:
+        """What is kept, which is not kept any more."""
+        kept, self.kept = self.kept, []
+        if kept:
+            self.udp.owner.memory.change(self.peer_key, -sum(len(data) + KEPT for data in kept))
+        return kept
+
+    def connect(self) -> None:
+        """Sends what is kept to the next address that a socket can be had for; OSError where there is none."""
+        family, address = self.addresses[self.attempt % len(self.addresses)]
+        try:
+            sock = open_udp(self.udp.loop, family, address)
+        except OSError:
+            self.attempt += 1
+            if self.attempt >= len(self.addresses):
+                raise
+            return self.connect()
+        if self.outer:  # an unconnected socket hears no ICMP
+            self.addresses, self.attempt, self.key = [(family, address)], 0, sock.getpeername()[:2]
+            sock.close()
+            shared, number = self.udp.shared, (self.outer, family)
+            if number not in shared:
+                shared[number] = RemotePort(self.udp.loop, open_udp(self.udp.loop, family), is_shared=True)
+            self.port = shared[number]
+        else:
+            self.port = RemotePort(self.udp.loop, sock, is_shared=False)
+        self.port.join(self)
+        for data in self.take_kept():
+            with contextlib.suppress(OSError):
+                self.port.send(self, memoryview(data))  # where it is refused at once, the port is another one then
+        return None
+
+    def on_refused(self) -> bool:
+        """An ICMP refusal: before any answer the next address is tried, after the last one the first again. What is
+        kept goes to each address once. False where the session stays where it is."""
+        if self.address or len(self.addresses) < 2 or self.port is None:
+            return False
+        self.attempt += 1
+        self.port.leave(self)
+        try:
+            self.connect()
+        except OSError as error:
+            self.udp.owner.on_session_failed(self, error)
+        return True
+
+    def on_first_answer(self) -> None:
+        """The target is found. A client that knows only its name is told the address."""
+        _, (host, port, *_) = self.addresses[self.attempt % len(self.addresses)]
+        self.address, self.addresses = str(Address(unmapped(host.split("%")[0]), port)), []
+        self.take_kept()
+        if not is_address(parse_target(self.target).host) and self.udp.link:
+            self.udp.link.send_record(SESSION_ADDRESS, self.number, self.address)
+
+
+class UdpSessions:
+    """The UDP sessions of an endpoint, by key, the least recently used first. Where there are more than `most`, the
+    key that has most loses one."""
+
+    PER_LINK, IN_ALL = "--max-udp-sessions-per-link", "--max-udp-sessions"
+
+    def __init__(self, owner: Endpoint, most: int, flag: str, timeout: float):
+        self._owner, self._most, self._flag, self._timeout = owner, most, flag, timeout
+        self._of_key: dict[bytes, collections.OrderedDict[UdpSession, None]] = {}
+
+    def add(self, session: UdpSession) -> None:
+        self._owner.counters.sessions.add(session)
+        session.peers = self._of_key.setdefault(session.udp.owner_key, collections.OrderedDict())
+        session.peers[session] = None
+        if len(self._owner.counters.sessions) > self._most:
+            greediest = max(self._of_key, key=lambda key: len(self._of_key[key]))
+            self.evict(next(iter(self._of_key[greediest])), self._most, self._flag)
+
+    def evict(self, session: UdpSession, most: int, flag: str) -> None:
+        """Ends a session that may be alive, for another."""
+        self._owner.loop.complain("❌ UDP: %d more sessions ended to make room for others", "❌ %s: ended to make room: "
+                                  "there are more than %d UDP sessions (%s)" % (session.label, most, flag))
+        session.udp.end(session)
+
+    def sweep(self) -> None:
+        """Ends the sessions that have been idle too long."""
+        for key, sessions in list(self._of_key.items()):
+            while sessions and next(iter(sessions)).last_used <= self._owner.loop.now - self._timeout:
+                oldest = next(iter(sessions))
+                oldest.udp.end(oldest)
+            if not sessions:
+                del self._of_key[key]
 
 
 class UdpLink(LinkUser):
-    """The UDP sessions of a link, and the runs of datagrams that wait for it: bounded in bytes and in time.
+    """The UDP sessions of a link by their numbers, the least recently used first, and the datagrams that wait for the
+    link, bounded in bytes and in time.
 
-    The sessions stand in the order of their last use, which serves both the limit and the idle expiry. At the client they survive their
-    link, and are announced again on the next one.
+    A client's sessions survive their link, and are announced again on the next one. A datagram that finds no link asks
+    for one; this then is what waits at the pool (`since`, `instance`).
     """
 
-    __slots__ = ("owner", "loop", "limits", "link", "peer_key", "dropped", "sessions", "by_key", "timeout", "on_session", "on_lost", "began_at",
-                 "_queue", "_queued", "_rest", "_next", "_new", "_said_at")
+    __slots__ = ("owner", "loop", "limits", "link", "owner_key", "peer_key", "sessions", "since", "instance",
+                 "is_waiting", "rests_until", "opened_at", "failures", "shared", "_queue", "_rest", "_next", "_new", "_counted")
+    JOINED = 0.01  # seconds: datagrams that began to wait within so little are one piece of the queue
 
-    def __init__(self, owner: Endpoint, timeout: float, peer_key: bytes = b""):
-        self.owner, self.loop, self.limits, self.peer_key, self.timeout = owner, owner.loop, owner.limits, peer_key, timeout
+    def __init__(self, owner: Any, peer_key: bytes = b""):
+        self.owner, self.loop, self.limits = owner, owner.loop, owner.limits
+        self.owner_key = self.peer_key = peer_key  # whose sessions it has: all of a client's are its own
         self.link: Link | None = None
-        self.dropped = self._queued = self._new = 0
         self.sessions: collections.OrderedDict[int, UdpSession] = collections.OrderedDict()
-        self.by_key: dict[Any, UdpSession] = {}
-        self.on_session: Callable[[UdpLink, UdpSession], None] = lambda _link, _session: None  # server: one more is asked for
-        self.on_lost: Callable[[UdpLink, Exception], None] = lambda _link, _error: None
-        self.began_at: float | None = None
-        self._queue: collections.deque[tuple[float, bytes]] = collections.deque()
+        self.since = self.rests_until = self.opened_at = 0.0
+        self.instance, self.is_waiting = b"", False
+        self.failures = 0  # links in a row that were lost soon
+        self.shared: dict[tuple[int, int], RemotePort] = {}  # by `outer` and family
+        self._queue: collections.deque[tuple[float, bytearray]] = collections.deque()
         self._rest = _NOTHING  # datagrams that came, for the next turns
-        self._next = 1
-        self._said_at = -1e9
+        self._next, self._new, self._counted = 1, 0, 0
 
     # ---- sessions
 
     def add(self, session: UdpSession) -> None:
-        while len(self.sessions) >= self.limits.udp_sessions:
-            self._say_full()
-            self.end(next(iter(self.sessions.values())))
-        self.sessions[session.number] = self.by_key[session.key] = session
-        self.owner.counters.sessions.add(session)
-        self.owner.counters.sessions_of.change(self.peer_key, 1)
+        """At a limit the least recently used session ends: it may be this one."""
+        self.sessions[session.number] = session
+        self.owner.sessions.add(session)
+        most = self.limits.udp_sessions
+        if len(self.sessions) > most:
+            self.owner.sessions.evict(next(iter(self.sessions.values())), most, UdpSessions.PER_LINK)
 
-    def _say_full(self) -> None:
-        """A session that may be alive has to go: said once a minute."""
-        if self.loop.now - self._said_at > 60:
-            self._said_at = self.loop.now
-            line = "UDP: more than %d sessions on one link; the least recently used ones make room"
-            self.owner.counters.fail(self.peer_key, line % self.limits.udp_sessions, logging.WARNING)
-
-    def new_session(self, key: Any, label: Label, target: str) -> UdpSession:
+    def new_session(self, port: UdpPort, key: Any, label: Label, target: str) -> UdpSession:
         """Client: a session under the next number, which the server is told of."""
-        session = UdpSession(self, key, self._next if not self.is_legacy else 0, label, target)
+        session = UdpSession(self, self._next, label, target, port.outer)
         self._next += 1
+        session.port, session.key = port, key
+        port.join(session)
         self.add(session)
-        if self.link and self.link.state in (UDP_ASKED, UDP_OPEN):
-            self._announce(session)
+        self._announce(session)
         return session
 
-    @property
-    def is_legacy(self) -> bool:
-        return self.owner.is_legacy if self.link is None else self.link.is_legacy
-
     def _announce(self, session: UdpSession) -> None:
-        if self.link and not self.link.is_legacy:
-            self.link.send_record(SESSION, session.number, session.target, 0)
+        if self.link and not self.link.is_legacy and not session.is_over:
+            self.link.send_record(SESSION, session.number, session.target, session.outer)
 
     def touch(self, session: UdpSession) -> None:
         session.last_used = self.loop.now
         self.sessions.move_to_end(session.number)
+        session.peers.move_to_end(session)
 
-    def end(self, session: UdpSession, error: Exception | None = None, tell: Error | None = Error(UNKNOWN, "")) -> None:  # noqa: B008
+    def end(self, session: UdpSession, error: Exception | None = None,
+            tell: Error | None = Error(UNKNOWN, "")) -> None:  # noqa: B008 - a constant
         """Forgets the session, and tells the other side why unless that was what told us. May be called twice."""
-        if self.sessions.get(session.number) is not session:
+        if session.is_over:
             return
-        del self.sessions[session.number]
-        self.by_key.pop(session.key, None)
-        session.on_close()
-        link = self.link
-        if link and link.is_legacy:  # its link ends with it
-            self.link = None
-            link.detach()
-            link.close()
-        elif link and tell and link.state in (UDP_ASKED, UDP_OPEN):
-            link.send_record(SESSION_OVER, session.number, *tell)
+        session.is_over = True
+        del self.sessions[session.number], session.peers[session]
+        session.take_kept()
+        if session.port:
+            session.port.leave(session)
+        if self.link and self.link.is_legacy:
+            self.drop_link()
+        elif self.link and tell:
+            self.link.send_record(SESSION_OVER, session.number, *tell)
         self.owner.counters.on_end(session, error)
 
     def end_all(self) -> None:
+        self._forget()
         for session in list(self.sessions.values()):
             self.end(session, tell=None)
-        while self._queue:
-            self._pop()
-        self._keep_rest(_NOTHING)
-
-    def expire(self) -> None:
-        """Ends the sessions that have been idle too long."""
-        while self.sessions:
-            oldest = next(iter(self.sessions.values()))
-            if oldest.last_used > self.loop.now - self.timeout:
-                return
-            self.end(oldest)
 
     # ---- out
 
     def send_run(self, end: int) -> None:
-        """Sends the run of datagrams at scratch_out[HEADROOM:end], or keeps it where the link is not there or has a backlog."""
+        """Sends the run of datagrams at scratch_out[HEADROOM:end], or keeps it for a link without a backlog."""
         link = self.link
-        if link is not None and not link.out and not self._queue and link.state in (UDP_ASKED, UDP_OPEN):
+        if link is not None and not link.out and not self._queue:
             return link.send(link.writer.datagrams(self.loop.scratch_out, end))
-        run, memory = bytes(self.loop.scratch_out[HEADROOM:end]), self.owner.memory
-        self._queue.append((self.loop.now, run))
-        self._count(len(run))
-        while self._queued > self.limits.udp_backlog:
-            self._drop_oldest(self._queued - self.limits.udp_backlog)
-        while self._queue and memory.is_out(self.peer_key):
-            self._drop_oldest(self._queued)
+        now, run = self.loop.now, self.loop.scratch_out[HEADROOM:end]
+        if link is None and (not self.sessions or now < self.rests_until):
+            return None
+        queue = self._queue
+        if queue and now - queue[-1][0] < self.JOINED and len(queue[-1][1]) + len(run) <= DATAGRAMS_AT_ONCE:
+            queue[-1][1].extend(run)
+        else:
+            queue.append((now, bytearray(run)))
+        # What waits for a client that does not read is no longer kept where its key has no memory left.
+        most = 0 if self.owner.memory.is_out(self.owner_key) else self.limits.udp_backlog
+        while sum(len(run) for _, run in queue) > most:
+            self._drop_oldest()
+        self._count()
+        if link is None:
+            self.ask_for_link()
         return None
 
-    def _count(self, n: int) -> None:
-        """n bytes more wait, or fewer."""
-        self._queued += n
-        self.owner.memory.change(self.peer_key, n)
-
-    def _drop_oldest(self, n: int) -> None:
-        """n bytes of datagrams, or a little more, of the oldest run."""
-        when, run = self._queue[0]
-        at = 0
-        while at < min(n, len(run)):
-            at += DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(run, at)[1]
-            self.dropped += 1
-        self._count(-at)
-        if at < len(run):
-            self._queue[0] = when, run[at:]
-        else:
+    def _drop_oldest(self) -> None:
+        run = self._queue[0][1]
+        del run[:DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(run)[1]]
+        if not run:
             self._queue.popleft()
 
-    def _pop(self) -> bytes:
-        _, run = self._queue.popleft()
-        self._count(-len(run))
-        return run
+    def _count(self) -> None:
+        """So many bytes of datagrams are kept from now on."""
+        n = sum(len(run) for _, run in self._queue) + len(self._rest)
+        self.owner.memory.change(self.owner_key, n - self._counted)
+        self._counted = n
+
+    def _forget(self) -> None:
+        """Drops the datagrams that wait, in either direction."""
+        self._queue.clear()
+        self._keep_rest(_NOTHING)
 
     def on_update(self) -> None:
-        link = self.link
-        if link is None:
-            return
-        # While the link was open the datagrams waited for nothing but the link; what it made wait too long is stale.
-        while self._queue and link.state == UDP_OPEN and self._queue[0][0] < self.loop.now - self.limits.udp_lag:
-            self.dropped += 1
-            self._pop()
-        self._send_queue()
-        if link.is_held and not self._rest and not link.out and link.state == UDP_OPEN:
-            link.release()
-
-    def _send_queue(self) -> None:
-        while self._queue and self.link and not self.link.out and self.link.state in (UDP_ASKED, UDP_OPEN):
-            run = self._pop()
+        link, queue = self.link, self._queue
+        # While the link was open the datagrams waited for nothing but the link; what waited too long is stale.
+        while queue and link and link.state == UDP_OPEN and queue[0][0] < self.loop.now - self.limits.udp_lag:
+            queue.popleft()
+        while queue and link and link.state != CLOSED and not link.out:
+            _, run = queue.popleft()
             self.loop.payload[:len(run)] = run
-            self.link.send(self.link.writer.datagrams(self.loop.scratch_out, HEADROOM + len(run)))
+            link.send(link.writer.datagrams(self.loop.scratch_out, HEADROOM + len(run)))
+        if self._counted:
+            self._count()
+        if link and link.is_held and not self._rest and not link.out and link.state == UDP_OPEN:
+            link.release()
 
     # ---- links
 
+    def ask_for_link(self) -> None:
+        """Client: waits for a link, if it does not yet."""
+        if not self.is_waiting:
+            self.is_waiting = True
+            self.owner.pool.take(self)
+
     def open(self, link: Link, timeout: float) -> None:
-        """Client: carried by `link` from now on. The sessions are announced again, in the order of their numbers."""
-        for counts, n in ((self.owner.counters.sessions_of, len(self.sessions)),
-                          (self.owner.memory, self._queued + len(self._rest))):
-            counts.change(self.peer_key, -n)
-            counts.change(link.peer_key, n)
-        self.began_at, self.peer_key = self.loop.now, link.peer_key
+        """Client: `link` carries the sessions from now on. They are announced again, in the order of their numbers."""
+        self.is_waiting = False
+        if not self.sessions:  # they ended meanwhile
+            link.close() if link.is_legacy else self.owner.on_idle(link, b"")
+            return
+        self.opened_at, self.peer_key = self.loop.now, link.peer_key
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
-        target = next(iter(self.sessions.values())).target if link.is_legacy else ""
-        link.ask(self, Open(UDP, target), timeout)
+        link.ask(self, Open(UDP, ""), timeout)
         if link.state == CLOSED:
             return
         self.link = link  # only now: a datagram must not pass the Open and the Session that it belongs to
         for number in sorted(self.sessions):
             self._announce(self.sessions[number])
-        self.loop.call_later(0, self._send_queue)  # not now: the datagram that asked for this link lies in the scratch buffer
+        self.loop.call_later(0, link.update)  # not now: a datagram that was just received may be in the scratch buffer
+
+    def give_up(self, error: Exception) -> None:
+        """Client: there is no link. What waited has waited long enough."""
+        self.is_waiting = False
+        self.opened_at = self.loop.now
+        self._forget()
+        self.owner.on_udp_lost(self, None, error)
 
     def accept(self, link: Link) -> None:
-        """Server: carried by `link` from now on."""
+        """Server: `link` carries the sessions from now on."""
         self.link, self._next = link, 0
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
         link.accept(self, UDP_OPEN, Opened(""))
 
     def on_close(self, link: Link, error: Exception) -> None:
-        if link is self.link or self.link is None:
-            self.link = None
-            self.on_lost(self, error)
+        self.link = None
+        self._keep_rest(_NOTHING)
+        self.owner.on_udp_lost(self, link, error)
 
-    def close(self) -> None:
-        """Ends the link, with its sessions."""
+    def drop_link(self) -> None:
+        """Ends the link without a fault."""
         link, self.link = self.link, None
         if link:
             link.detach()
             link.close()
-        self.end_all()
 
-    def abort(self, error: Exception) -> None:
-        """After an internal error."""
-        if self.link:
-            self.link.abort(error)
+    def close(self) -> None:
+        """Ends the link, with its sessions."""
+        self.drop_link()
+        self.end_all()
 
     # ---- in
 
@@ -5969,26 +6071,28 @@ class UdpLink(LinkUser):
                 link.hold()
                 self._keep_rest(memoryview(bytes(content[at:])))
         elif kind == UDP_DATA:
-            for session in self.sessions.values():
-                self._on_datagram(session, content)
+            self._on_datagram(next(iter(self.sessions.values())), content)  # its only one
         elif kind == SESSION:
             self._on_session(link, content)
         elif kind == SESSION_ADDRESS:
-            known = self.sessions.get(content.number)
-            if known:
-                known.address = printable(content.address)
+            session = self.sessions.get(content.number)
+            if session:
+                session.address, session.head = content.address, b""
         elif kind == SESSION_OVER:
             self._on_session_over(content)
         elif kind == CLOSE:
             raise LinkClosed("the server takes no more streams on this connection")
 
     def _on_datagram(self, session: UdpSession, data: memoryview) -> None:
-        session.last_used = self.loop.now
-        self.sessions.move_to_end(session.number)
+        self.touch(session)
         session.received += len(data)
-        # What the socket does not take is lost; an ICMP error that shows here belongs to an earlier datagram and ends nothing.
-        with contextlib.suppress(OSError):
-            session.deliver(data)
+        if session.port is None:
+            return session.keep(data)
+        try:  # contextlib.suppress() is three calls
+            session.port.send(session, data)
+        except (OSError, ValueError):  # the socket does not take it, or the server names an address that is none
+            pass
+        return None
 
     def _on_datagrams(self, run: memoryview) -> int:
         """Delivers as many as one turn takes: the bytes of these."""
@@ -6004,10 +6108,10 @@ class UdpLink(LinkUser):
 
     def _keep_rest(self, rest: memoryview) -> None:
         """Datagrams for the next turns. The link holds meanwhile."""
-        self.owner.memory.change(self.peer_key, len(rest) - len(self._rest))
         self._rest = rest
+        self._count()
         if rest:
-            self.loop.take_turn(self.peer_key, self._go_on)
+            self.loop.take_turn(self.owner_key, self._go_on)
 
     def _go_on(self, _mask: int = 0) -> None:
         """After the others had their turn."""
@@ -6026,58 +6130,41 @@ class UdpLink(LinkUser):
         if message.number < self._next:
             raise RemoteProtocolError("a UDP session with the number %d, which is not a new one" % message.number)
         self._next = message.number + 1
-        session = UdpSession(self, message.number, message.number, new_label(link.name, "udp " + message.target), message.target)
+        label = new_label(link.name, "udp " + message.target)
+        session = UdpSession(self, message.number, label, message.target, message.outer)
         self.add(session)
-        if self.link is None:  # it ended while the new session pushed out an old one
-            return self.end(session, tell=None)
-        self.on_session(self, session)
+        if not session.is_over:
+            self.owner.on_session(session)
         self._new += 1
         if self.link and self._new % SESSIONS_IN_TURN == 0:
-            self.link.pause()
-        if self.link and self.link.backlog > self.limits.udp_backlog:
-            self.link.hold()  # nothing more is done for a client that does not read what it is told
-        return None
+            link.pause()
+        if self.link and link.backlog > self.limits.udp_backlog:
+            link.hold()  # nothing more is done for a client that does not read what it is told
 
     def _on_session_over(self, message: SessionOver) -> None:
         session = self.sessions.get(message.number)
-        if session is None:
-            return
-        if message.code == UNKNOWN or self.link is None or self.link.role == ACCEPTOR:
-            return self.end(session, tell=None)  # forgotten there: the next datagram makes a new session
-        # Refused, or a remote that could not be looked up or reached: said once, not for every datagram. A remote may be there later:
-        # an originator that goes on asking, as WireGuard does, is to be heard again after a moment.
-        self.refuse(session, PeerError(message.code, printable(message.text)))
-        return None
-
-    REST = 5.0  # seconds for which a session whose remote could not be reached is not tried again
-
-    def refuse(self, session: UdpSession, error: Exception) -> None:
-        """Client: what this originator sends is dropped for a moment; after a refusal until it has been quiet."""
-        line = "❌ %s: %s" % (session.label, reason(error))
-        if session.rests_until:
-            log.debug("%s", line)
-        else:
-            self.owner.counters.fail(self.peer_key, line)
-        is_forbidden = isinstance(error, PeerError) and error.code == INVALID_HOST
-        session.rests_until = float("inf") if is_forbidden else self.loop.now + (self.REST if isinstance(error, PeerError) else 1)
+        if session and (message.code == UNKNOWN or self.link is None or self.link.role == ACCEPTOR):
+            self.end(session, tell=None)  # the other side has forgotten it: the next datagram makes a new session
+        elif session:
+            self.owner.on_session_failed(session, PeerError(message.code, printable(message.text)))
 
     def renew(self, session: UdpSession) -> None:
-        """Client: the session is asked for again, under a new number."""
+        """Client: asks for a session again that has failed, under a new number."""
         del self.sessions[session.number]
-        session.number, session.rests_until = self._next, -1.0  # its next failure is no news
+        session.number, session.rests_until = self._next, 0.0
         self._next += 1
         self.sessions[session.number] = session
         self._announce(session)
 
 
 class DatagramBatch:
-    """Gathers the datagrams of one callback into as few records as possible, in the loop's scratch buffer: each is received right where it
-    is sealed."""
+    """Gathers the datagrams of one callback into as few records as possible, in the loop's scratch buffer: each is
+    received right where it is sealed."""
 
     def __init__(self, loop: EventLoop):
         self._scratch = loop.scratch_out
         self._at = HEADROOM
-        self._links: UdpLink | None = None
+        self._udp: UdpLink | None = None
 
     def room(self) -> memoryview:
         """Where the next datagram is to be received."""
@@ -6086,136 +6173,192 @@ class DatagramBatch:
 
     def add(self, session: UdpSession, n: int) -> None:
         """The n bytes in room() belong to `session`."""
-        links = session.links
+        udp = session.udp
         if n > MAX_DATAGRAM:  # IPv6 allows a little more; room() has cut it off
             return
-        links.touch(session)
+        udp.touch(session)
         session.sent += n
-        if links is not self._links or self._at + DATAGRAM_HEADER.size + n > HEADROOM + DATAGRAMS_AT_ONCE:
-            data = bytes(self.room()[:n]) if self._links else None  # sealing the run writes its tag over what follows it
+        if udp is not self._udp or self._at + DATAGRAM_HEADER.size + n > HEADROOM + DATAGRAMS_AT_ONCE:
+            data = bytes(self.room()[:n]) if self._udp else None  # sealing the run writes its tag over what follows it
             self.flush()
             if data is not None:
                 self.room()[:n] = data
-            self._links = links
+            self._udp = udp
         DATAGRAM_HEADER.pack_into(self._scratch, self._at, session.number, n)
         self._at += DATAGRAM_HEADER.size + n
 
     def flush(self) -> None:
-        links, end = self._links, self._at
-        self._links, self._at = None, HEADROOM
-        if links is not None:
-            links.send_run(end)
+        udp, end = self._udp, self._at
+        self._udp, self._at = None, HEADROOM
+        if udp is not None:
+            udp.send_run(end)
 
 
-class RemoteUdpSocket:
-    """The server's end of a session: a socket connected to the target once that has been looked up; a few datagrams wait for it."""
+# ---- sockets
 
-    __slots__ = ("_loop", "_session", "_transport", "_waiting")
 
-    def __init__(self, loop: EventLoop, session: UdpSession):
-        self._loop, self._session = loop, session
-        self._transport: Transport | None = None
-        self._waiting: list[bytes] = []
-        session.deliver, session.on_close = self.send, self.close
+def open_udp(loop: EventLoop, family: int, address: Any = None) -> socket.socket:
+    """A UDP socket that is connected to `address`; without one it is bound to any port, and hears everybody."""
+    sock = loop.make_socket(family, socket.SOCK_DGRAM)
+    try:
+        if address is None:
+            sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 0))
+        else:
+            sock.connect(address)
+        return sock
+    except OSError as error:
+        sock.close()
+        if isinstance(error, PermissionError):
+            raise OSError(error.errno, "it is a broadcast address, or a firewall forbids it") from None
+        raise
 
-    def on_connected(self, sock: socket.socket) -> None:
-        session = self._session
-        if session.links.sessions.get(session.number) is not session:
-            return sock.close()
-        self._transport = Transport(self._loop, sock, self._on_event)
-        self._transport.want(READ)
-        for data in self._waiting:
-            with contextlib.suppress(OSError):
-                sock.send(data)
-        self._forget_waiting()
-        return None
 
-    def _forget_waiting(self) -> None:
-        self._session.links.owner.memory.change(self.peer_key, -sum(map(len, self._waiting)))
-        self._waiting.clear()
-
-    @property
-    def peer_key(self) -> bytes:
-        return self._session.links.peer_key
-
-    def _on_event(self, _mask: int) -> None:
-        if self._transport is None:
-            return
-        batch = self._loop.batch
-        for _ in range(BATCH):
-            try:
-                n = self._transport.sock.recv_into(batch.room())
-            except OSError:  # nothing more is there, or an ICMP error of an earlier datagram
-                break
-            batch.add(self._session, n)
-        batch.flush()
-
-    def send(self, data: memoryview) -> None:
-        if self._transport:
-            self._transport.sock.send(data)
-        elif len(self._waiting) < BATCH and sum(map(len, self._waiting)) + len(data) <= MAX_DATAGRAM:
-            self._waiting.append(bytes(data))
-            self._session.links.owner.memory.change(self.peer_key, len(data))
-
-    def close(self) -> None:
-        self._forget_waiting()
-        if self._transport:
-            self._transport.close()
-            self._transport = None
+def is_refusal(error: OSError) -> bool:
+    """Whether it is the ICMP answer to an earlier datagram."""
+    return isinstance(error, ConnectionError) or error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class UdpPort:
-    """One UDP socket that a tunnel listens on: find(port, originator, target) gives the session that a datagram belongs to, or None."""
+    """A UDP socket, and the sessions of those at its other end."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, find: Callable[[UdpPort, Originator, str], UdpSession | None], target: str):
-        self.loop, self.sock, self._find_session, self._target = loop, sock, find, target
+    outer = 0
+
+    def __init__(self, loop: EventLoop, sock: socket.socket):
+        self.loop, self.sock = loop, sock
+        self.sessions: dict[Any, UdpSession] = {}
         self._transport = Transport(loop, sock, self._on_event)
-        self._asks_destinations = self._ask_for_destinations()
-
-    def _ask_for_destinations(self) -> bool:
-        """A socket on a wildcard address answers from the address that was asked; otherwise the kernel picks one, and the originator does
-        not know the answer for its own."""
-        if self.sock.getsockname()[0] not in ("0.0.0.0", "::") or not hasattr(self.sock, "recvmsg_into"):
-            return False
-        is_v6 = self.sock.family == socket.AF_INET6
-        level, option = (socket.IPPROTO_IPV6, getattr(socket, "IPV6_RECVPKTINFO", None)) if is_v6 else (socket.IPPROTO_IP, IP_PKTINFO)
-        if option is None:
-            return False
-        self.sock.setsockopt(level, option, 1)
-        return True
+        self._transport.set_option(RECEIVE_BUFFER, UDP_BUFFER)
 
     def start(self) -> None:
         self._transport.want(READ)
 
-    def drain(self) -> None:
-        """What waits is not taken: UDP may lose."""
-        self.close()
+    def join(self, session: UdpSession) -> None:
+        self.sessions[session.key] = session
+
+    def leave(self, session: UdpSession) -> None:
+        if self.sessions.get(session.key) is session:
+            del self.sessions[session.key]
 
     def _on_event(self, _mask: int) -> None:
-        if not self._transport.events:
-            return
         batch = self.loop.batch
         for _ in range(BATCH):
+            if not self._transport.events:  # what came before has ended it
+                break
             room = batch.room()
             try:
-                if self._asks_destinations:
-                    n, control, _flags, address = self.sock.recvmsg_into([room], 256)
-                    originator = address, self._answer_from(control)
-                else:
-                    n, address = self.sock.recvfrom_into(room)
-                    originator = address, None
-            except OSError:  # nothing more is there, or an ICMP error of an earlier answer
+                n, source = self._receive(room)
+            except OSError:  # nothing more is there, or an ICMP answer to an earlier datagram
                 break
-            session, skip = self._find(originator, room[:n])
+            session, skip = self._find(source, room[:n])
             if session:
                 if skip:
                     room[:n - skip] = room[skip:n]
                 batch.add(session, n - skip)
         batch.flush()
 
-    def _find(self, originator: Originator, _data: memoryview) -> tuple[UdpSession | None, int]:
+    def _receive(self, room: memoryview) -> tuple[int, Any]:
+        """The size of the next datagram, and its other end."""
+        return self.sock.recvfrom_into(room)
+
+    def _find(self, source: Any, data: memoryview) -> tuple[UdpSession | None, int]:
         """The session of a datagram, and how many of its bytes are not payload."""
-        return self._find_session(self, originator, self._target), 0
+        raise NotImplementedError
+
+    def send(self, session: UdpSession, data: memoryview) -> None:
+        """OSError where the socket does not take it."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class RemotePort(UdpPort):
+    """The server's socket towards the target of a session, connected: the system drops what others send, and tells of
+    refusals. The sessions of one `outer` share a socket that is not, so that their targets see one port: it takes
+    datagrams from the addresses that were sent to alone."""
+
+    def __init__(self, loop: EventLoop, sock: socket.socket, *, is_shared: bool):
+        super().__init__(loop, sock)
+        self._is_shared, self._users = is_shared, 0
+        self.start()
+
+    def join(self, session: UdpSession) -> None:
+        self._users += 1
+        self.sessions.setdefault(session.key, session)
+
+    def leave(self, session: UdpSession) -> None:
+        super().leave(session)
+        self._users -= 1
+        session.port = None
+        if not self._users:
+            session.udp.shared.pop((session.outer, self.sock.family), None)
+            self.close()
+
+    def _receive(self, room: memoryview) -> tuple[int, Any]:
+        if self._is_shared:
+            n, source = self.sock.recvfrom_into(room)
+            return n, source[:2]
+        try:
+            return self.sock.recv_into(room), None
+        except OSError as error:
+            if is_refusal(error):
+                self.sessions[None].on_refused()
+            raise
+
+    def _find(self, source: Any, _data: memoryview) -> tuple[UdpSession | None, int]:
+        session = self.sessions.get(source)
+        if session and not session.address:
+            session.on_first_answer()
+        return None if session is None or session.is_over else session, 0
+
+    def send(self, session: UdpSession, data: memoryview) -> None:
+        if self._is_shared:
+            self.sessions[session.key] = session  # of two sessions with one address the last sender's gets the answer
+            self.sock.sendto(data, session.key)
+            return
+        if session.attempt + 1 < len(session.addresses):
+            session.keep(data)
+        try:
+            self.sock.send(data)
+        except OSError as error:
+            if is_refusal(error) and not session.on_refused():
+                self.sock.send(data)  # the refusal of an earlier datagram ends nothing
+
+
+class TunnelPort(UdpPort):
+    """The client's socket that a tunnel listens on."""
+
+    def __init__(self, client: Client, sock: socket.socket, target: str):
+        super().__init__(client.loop, sock)
+        self._client, self._target = client, target
+        self._asks_destinations = self._ask_for_destinations()
+
+    def _ask_for_destinations(self) -> bool:
+        """A socket on a wildcard address answers from the address that was asked. Otherwise the kernel picks one, and
+        the originator does not know the answer for its own."""
+        if self.sock.getsockname()[0] not in ("0.0.0.0", "::") or not hasattr(self.sock, "recvmsg_into"):
+            return False
+        is_v6 = self.sock.family == socket.AF_INET6
+        option = getattr(socket, "IPV6_RECVPKTINFO", None) if is_v6 else IP_PKTINFO
+        if option is not None:
+            self.sock.setsockopt(socket.IPPROTO_IPV6 if is_v6 else socket.IPPROTO_IP, option, 1)
+        return option is not None
+
+    drain = UdpPort.close  # what waits is not taken: UDP may lose
+
+    def _receive(self, room: memoryview) -> tuple[int, Any]:
+        """The other end is an address, and the control message that makes an answer leave from where it was asked."""
+        if self._asks_destinations:
+            n, control, _flags, address = self.sock.recvmsg_into([room], 256)
+            return n, (address, self._answer_from(control))
+        n, address = self.sock.recvfrom_into(room)
+        return n, (address, None)
+
+    def _find(self, source: Any, _data: memoryview) -> tuple[UdpSession | None, int]:
+        session = self.sessions.get(source)
+        if session is None or session.rests_until:
+            session = self._client.find_session(self, source, self._target, source[0])
+        return session, 0
 
     @staticmethod
     def _answer_from(control: list[tuple[int, int, bytes]]) -> Any:
@@ -6227,69 +6370,84 @@ class UdpPort:
                 return level, kind, data
         return None
 
-    def send(self, data: bytes | memoryview, originator: Originator, _target: str) -> None:
-        address, control = originator
+    def send(self, session: UdpSession, data: memoryview) -> None:
+        address, control = session.key
         if control:
             self.sock.sendmsg([data], [control], 0, address)
         else:
             self.sock.sendto(data, address)
 
-    def close(self) -> None:
-        self._transport.close()
 
+class SocksPort(UdpPort):
+    """The client's end of a UDP ASSOCIATE of SOCKS5, which lives as long as the TCP connection that asked for it. Each
+    datagram names its target.
 
-class SocksUdpPort(UdpPort):
-    """The UDP socket of one SOCKS5 association: each datagram names its own target. Only the machine that asked for it is heard."""
+    One sender is heard: the one that ASSOCIATE names, or that of the first datagram, on the machine of the TCP
+    connection. Others on that machine have not given the password of --socks-user.
+    """
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, find: Callable[[UdpPort, Originator, str], UdpSession | None], host: str):
-        super().__init__(loop, sock, find, "")
-        self._host = host
-
-    def _find(self, originator: Originator, data: memoryview) -> tuple[UdpSession | None, int]:
-        if originator[0][0] != self._host:
-            return None, 0
-        try:
-            target, skip = split_socks_datagram(data)
-            return self._find_session(self, originator, str(parse_target(target))), skip
-        except ValueError as error:
-            self.loop.complain("❌ %d more SOCKS datagrams to what cannot be",
-                               "❌ SOCKS client `%s`, a datagram: %s" % (show_address(originator[0]), error))
-            return None, 0
-
-    def send(self, data: bytes | memoryview, originator: Originator, target: str) -> None:
-        super().send(b"\0\0\0" + socks_address(parse_target(target)) + bytes(data), originator, target)
-
-
-class SocksAssociation:
-    """A UDP ASSOCIATE: it lives as long as the TCP connection that asked for it. on_close(self) when that is over."""
-
-    def __init__(self, loop: EventLoop, sock: socket.socket, find: Callable[[UdpPort, Originator, str], UdpSession | None],
-                 on_close: Callable[[SocksAssociation], None]):
-        self._on_close = on_close
-        self._transport = Transport(loop, sock, self._on_event)
-        udp = loop.make_socket(sock.family, socket.SOCK_DGRAM)
+    def __init__(self, client: Client, sock: socket.socket, asked: str, outer: int):
+        self._host, self.outer, self._client = sock.getpeername()[0], outer, client
+        host, _, port = asked.rpartition(":")
+        with contextlib.suppress(ValueError):  # a name is no machine: PySocks names `0`
+            named = parse_ip(host.strip("[]"))
+            if not named.is_unspecified and named != parse_ip(self._host):
+                raise OSError("its datagrams would come from another machine, `%s`" % host)
+        self._sender_port = int(port)
+        self._sender: Any = None
+        udp = client.loop.make_socket(sock.family, socket.SOCK_DGRAM)
         try:
             udp.bind((sock.getsockname()[0], 0))
-            self.port = SocksUdpPort(loop, udp, find, sock.getpeername()[0])
+            super().__init__(client.loop, udp)
             host, port = udp.getsockname()[:2]
-            self._transport.send(socks_reply(5, 0, Address(unmapped(host), port)))
+            self._connection = Transport(client.loop, sock, self._on_connection)
+            self._connection.send(socks_reply(5, 0, Address(unmapped(host), port)))
         except OSError:
             udp.close()
             raise
-        self.port.start()
-        self._transport.want(READ)
+        self.start()
+        self._connection.want(READ)
 
-    def _on_event(self, _mask: int) -> None:
+    def _find(self, source: Any, data: memoryview) -> tuple[UdpSession | None, int]:
+        if source != self._sender and (self._sender or source[0] != self._host or self._sender_port not in (0, source[1])):
+            return self._refuse(source, "it comes from another program than this association is for")
+        try:
+            size = measure_socks_head(data)
+            key = bytes(data[3:size])
+            session = self.sessions.get(key)
+            if session is None or session.rests_until:
+                target = parse_target(split_socks_datagram(data)[0])
+                session = self._client.find_session(self, key, str(target), source)
+        except ValueError as error:
+            return self._refuse(source, str(error))
+        self._sender = source
+        return session, size
+
+    def _refuse(self, source: Any, why: str) -> tuple[None, int]:
+        self.loop.complain("❌ %d more SOCKS datagrams that go nowhere",
+                           "❌ SOCKS client `%s`, a datagram: %s" % (show_address(source), why))
+        return None, 0
+
+    def send(self, session: UdpSession, data: memoryview) -> None:
+        if not session.head:
+            # An original server does not say who answers, and programs do not understand a name there.
+            known = parse_target(session.address or session.target)
+            known = known if is_address(known.host) else Address("0.0.0.0", known.port)
+            session.head = b"\0\0\0" + socks_address(known)
+        self.sock.sendto(b"".join((session.head, data)), self._sender)
+
+    def _on_connection(self, _mask: int) -> None:
         with contextlib.suppress(OSError):
-            if self._transport.recv_into(memoryview(bytearray(4096))) != 0:
+            if self._connection.recv_into(memoryview(bytearray(4096))) != 0:
                 return
         self.close()
 
     def close(self) -> None:
-        self._transport.close()
-        self.port.close()
-        self._on_close(self)
-
+        self._connection.close()
+        super().close()
+        for session in list(self.sessions.values()):
+            session.udp.end(session)
+        self._client.associations.discard(self)
 # ======================================================================================================================
 # 11. ssh
 # ======================================================================================================================
@@ -7435,6 +7593,7 @@ class Endpoint:
             log.warning(warning)
         self.instance = os.urandom(6) + b"\1\0"
         self.counters = Counters(loop)
+        self.sessions: UdpSessions
         self.memory = Memory(limits.memory or memory)
         self.links: set[Link] = set()
         self.listeners: list[Any] = []
@@ -7907,10 +8066,12 @@ class Server(Endpoint):
         super().__init__(loop, folder, limits, callbacks, is_legacy=options.legacy, memory=256 << 20)
         self.options, self.policy, self.instance = options, options.policy, options.instance or self.instance
         descriptors = descriptor_limit()
-        self._udp_cap = min(limits.udp_sessions_in_all, descriptors // 4)
+        most_sessions = min(limits.udp_sessions_in_all, descriptors // 4)
+        # More patient than the client, which then is the one to say SessionOver.
+        self.sessions = UdpSessions(self, most_sessions, UdpSessions.IN_ALL, 1.25 * limits.udp_timeout)
         self.admission = Admission(self)
         # Each stream needs a descriptor for its link and one for its remote, each UDP session one.
-        most = limits.links or max(min(16, descriptors // 8), (descriptors - 64 - self._udp_cap - self.admission.most) // 2)
+        most = limits.links or max(min(16, descriptors // 8), (descriptors - 64 - most_sessions - self.admission.most) // 2)
         self._links_of = Quota(most, limits.links_per_key or max(min(most, 16), most // 2), "has as many connections")
         most = limits.streams or most
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
@@ -7919,8 +8080,6 @@ class Server(Endpoint):
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
                                  lambda link, open_: new_label(link.name, open_.target))
         self._connecting = FairQueue(most_of_key=limits.connects_per_key)
-        self._udp_links: dict[bytes, set[UdpLink]] = {}
-        self._oldest: dict[bytes, list[tuple[float, int, UdpLink]]] = {}  # by key: heaps of UDP links by the last use of their oldest session
         self._listed: Any = None  # authorized_keys as the links were last held against it, and what is wrong with it ...
         self._problems: list[str] = []
         self._expiry = float("inf")  # ... and when, by time.time(), the next of its lines expires
@@ -8046,8 +8205,7 @@ class Server(Endpoint):
         self._listed = listed
         self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines if grant.expires > time.time()), default=float("inf"))
         self._end_revoked(listed)
-        for udp in [udp for links in self._udp_links.values() for udp in links]:
-            self._recheck_udp(udp)
+        self._recheck_sessions()
         for listener in list(self.reverse):
             try:
                 self._may_listen(listener.key, listener.asked)
@@ -8227,10 +8385,7 @@ class Server(Endpoint):
 
     def sweep(self) -> None:
         self._check_lists()
-        for links in list(self._udp_links.values()):
-            for udp in list(links):
-                udp.expire()
-        self._oldest.clear()
+        self.sessions.sweep()
         self.acceptor.sweep()
         for listener in list(self.reverse):
             listener.sweep()
@@ -8252,7 +8407,7 @@ class Server(Endpoint):
         if not is_attach and (self.loop.now - link.born > self.limits.link_age or self.draining):
             return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:
-            return self._udp_link(link).accept(link)
+            return UdpLink(self, link.peer_key).accept(link)
         if open_.kind == LISTEN:
             return self._listen_for(link, open_)
         return self.acceptor.open(link, open_)
@@ -8266,20 +8421,21 @@ class Server(Endpoint):
         if not is_udp:
             self.acceptor.open(link, Open(TCP, remote))
             return link.update()
-        label = new_label(link.name, remote)
+        udp = UdpLink(self, link.peer_key)
+        session = UdpSession(udp, 0, new_label(link.name, remote), remote)
+        link.attach(udp, CONNECTING)
+        udp.link = link
+        udp.add(session)
+        if session.is_over:  # there was no room
+            return None
 
-        def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
-            if sock is None or link.state == CLOSED:
-                return self.acceptor.refuse(link, label, error or ConnectError("the client is gone"))
-            udp = self._udp_link(link)
-            session = UdpSession(udp, 0, 0, label, remote)
-            remote_socket = RemoteUdpSocket(self.loop, session)
-            udp.add(session)
-            self._make_room_for_sessions()
-            remote_socket.on_connected(sock)
-            return udp.accept(link) if link.state != CLOSED else None  # it was itself what made room
-        link.set_deadline(self.limits.connect_timeout, lambda: self.acceptor.refuse(link, label, socket.timeout("timed out")))
-        self._connect_udp(link, remote, on_connected)
+        def on_connected(error: Exception | None) -> None:
+            if error:
+                udp.link = None  # it gets an answer
+                udp.end(session)
+                return self.acceptor.refuse(link, session.label, error)
+            return udp.accept(link)
+        self._connect_udp(session, on_connected)
         return link.update()
 
     def _connect(self, stream: Stream, link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
@@ -8330,94 +8486,52 @@ class Server(Endpoint):
 
     # ---- UDP
 
-    def _udp_link(self, link: Link) -> UdpLink:
-        # A little more patient than the client, which then is the one to say SessionOver; the original's client has no timer.
-        udp = UdpLink(self, self.limits.udp_timeout * (1 if link.is_legacy else 1.25), link.peer_key)
+    def on_udp_lost(self, udp: UdpLink, link: Link, error: Exception) -> None:
+        udp.end_all()
+        self.complain_of(link, "UDP link of `%s`" % link.name, error)
 
-        def on_lost(udp: UdpLink, error: Exception) -> None:
-            udp.end_all()
-            links = self._udp_links.get(link.peer_key, set())
-            links.discard(udp)
-            if not links:
-                self._udp_links.pop(link.peer_key, None)
-            self.complain_of(link, "UDP link of `%s`" % link.name, error)
-        udp.on_session, udp.on_lost = self._open_session, on_lost
-        self._udp_links.setdefault(link.peer_key, set()).add(udp)
-        return udp
+    def on_session(self, session: UdpSession) -> None:
+        """A client wants a UDP session."""
+        self._connect_udp(session, lambda error: self.on_session_failed(session, error) if error else None)
 
-    def _open_session(self, udp: UdpLink, session: UdpSession) -> None:
-        link = udp.link
-        assert link is not None
-        self._make_room_for_sessions()
-        remote = RemoteUdpSocket(self.loop, session)
+    def on_session_failed(self, session: UdpSession, error: Exception) -> None:
+        shown, answer = self._answer("udp " + session.target, error)
+        session.udp.end(session, shown, answer)
 
-        def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
-            if sock:
-                return remote.on_connected(sock)
-            shown, answer = self._answer("udp " + session.target, error or ConnectError("unknown reason"))
-            return udp.end(session, shown, answer)
-        self._connect_udp(link, session.target, on_connected)
-
-    def _make_room_for_sessions(self) -> None:
-        """At the limit the key that has most sessions loses its least recently used one: nobody else's."""
-        if len(self.counters.sessions) <= self._udp_cap:
-            return
-        key = max(self.counters.sessions_of.by_key, key=self.counters.sessions_of.of)
-        heap = self._oldest.get(key)
-        if not heap:  # made once a second: to look at the oldest sessions of 2,000 links for each new one took 30 s
-            heap = self._oldest[key] = [(0.0, id(udp), udp) for udp in self._udp_links[key]]
-        while heap:
-            last_used, number, udp = heap[0]
-            session = next(iter(udp.sessions.values()), None)
-            if session is None:
-                heapq.heappop(heap)
-            elif session.last_used > last_used:  # used since, or the next one of its link
-                heapq.heapreplace(heap, (session.last_used, number, udp))
-            else:
-                return udp.end(session)
-
-    def _recheck_udp(self, udp: UdpLink) -> None:
+    def _recheck_sessions(self) -> None:
         """Ends the sessions whose target is not allowed any more."""
-        for session in list(udp.sessions.values()):
+        for session in list(self.counters.sessions):
             try:
-                if udp.link:
-                    self._permitted(udp.link, session.target, is_udp=True)
+                if session.udp.link:
+                    self._permitted(session.udp.link, session.target, is_udp=True)
             except PolicyError as error:
-                udp.end(session, error, Error(INVALID_HOST, REFUSED))
+                session.udp.end(session, error, Error(INVALID_HOST, REFUSED))
 
-    def _connect_udp(self, link: Link, remote: str, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
-        """done(a socket connected to the remote, so that the kernel drops what others send to it, None) or done(None, error)."""
+    def _connect_udp(self, session: UdpSession, done: Callable[[Exception | None], None]) -> None:
+        """Connects a session to its target: done(None), or done(the reason why not). Nothing follows where it ends before."""
+        key, link = session.peer_key, session.udp.link
+        assert link is not None
         try:
-            target, grants = self._permitted(link, remote, is_udp=True)
+            target, grants = self._permitted(link, session.target, is_udp=True)
         except PolicyError as error:
-            return done(None, error)
+            return done(error)
 
         def on_found(found: Sequence[tuple[int, Any]] | None, error: Exception | None) -> None:
-            if not found:
-                return done(None, error)
+            if session.is_over or not found:
+                return None if session.is_over else done(error)
             try:
                 hosts = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants)
-            except PolicyError as refused:
-                return done(None, refused)
-            for host in hosts:
-                sock = None
-                try:
-                    sock = self.loop.make_socket(family_of(host), socket.SOCK_DGRAM)
-                    sock.connect((host, target.port))
-                    return done(sock, None)
-                except OSError as failure:
-                    error = failure
-                    if sock:
-                        sock.close()
-            return done(None, error)
+                session.addresses = [(family_of(host), (host, target.port)) for host in hosts]
+                session.connect()
+            except (PolicyError, OSError) as failure:
+                return done(failure)
+            return done(None)
 
         def on_permitted(error: Exception | None) -> None:
-            if error:
-                return done(None, error)
-            if is_literal(target.host):
-                return on_found([(0, (target.host,))], None)
-            return self.lookups.look_up(link.peer_key, target, on_found)
-        return self._ask_authorizer(link.peer_key, "udp " + str(target), on_permitted)
+            if error or is_literal(target.host):
+                return on_found(None if error else [(0, (target.host,))], error)
+            return self.lookups.look_up(key, target, on_found)
+        return self._ask_authorizer(key, "udp " + str(target), on_permitted)
 
 
 class PipeServer(Server):
@@ -8568,8 +8682,8 @@ class Pool(Opener):
     def _open_of(waiter: Any) -> Open | None:
         if waiter is None:
             return None
-        if isinstance(waiter, UdpWaiter):
-            return Open(UDP, next((session.target for session in waiter.udp.sessions.values()), ""))
+        if isinstance(waiter, UdpLink):
+            return Open(UDP, next((session.target for session in waiter.sessions.values()), ""))
         return Open(TCP, waiter.target)
 
     def _on_dialed(self, waiter: Any, link: Link | None, error: Exception | None) -> None:
@@ -8899,16 +9013,18 @@ class Client(Endpoint):
         self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
         self._unbound = 0
-        self._associations: set[SocksAssociation] = set()
+        self.associations: set[SocksPort] = set()
+        self._outer = 0  # of the last one
         self._socks: set[Negotiation] = set()
         self._test_link: Link | None = None
         self.started = self._has_given_up = False
         self.since = loop.now  # when it was connected, or lost the server
         self._passed_by = 0
         self._reached_at = 0.0  # when the newest link that the server has let in was made, by the clock that counts sleep
-        self._udp = self._new_udp()
-        self._legacy_udp: set[UdpLink] = set()
-        self._udp_tries, self._udp_rests_until = 0, 0.0
+        # On the original's wire each session has a link of its own.
+        most_sessions = min(limits.udp_sessions, descriptor_limit() // 4 if options.legacy else sys.maxsize)
+        self.sessions = UdpSessions(self, most_sessions, UdpSessions.PER_LINK, limits.udp_timeout)
+        self._udp = UdpLink(self)
         self.tunnels: list[TunnelSpec] = []
         try:
             for number, spec in enumerate(options.tunnels):
@@ -8928,7 +9044,7 @@ class Client(Endpoint):
             if sock.type == socket.SOCK_STREAM:
                 self.listeners.append(Listener(self.loop, sock, on_accept, self.limits.accept_pause))
             else:
-                self.listeners.append(UdpPort(self.loop, sock, self._find_session, str(spec.remote)))
+                self.listeners.append(TunnelPort(self, sock, str(spec.remote)))
 
     @property
     def is_stubborn(self) -> bool:
@@ -9083,7 +9199,8 @@ class Client(Endpoint):
             return self._complain_of_socks(address, failure)
         try:
             if request.command == request.ASSOCIATE and isinstance(address, tuple):  # a Unix socket has no address to answer to
-                self._associations.add(SocksAssociation(self.loop, sock, self._find_session, self._on_association_closed))
+                self._outer += 1
+                self.associations.add(SocksPort(self, sock, request.target, self._outer))
             elif request.command == request.CONNECT:
                 target = str(parse_target(request.target))
                 stream = SocksStream(self, self.pool, OPENER, new_label(show_address(address), target), target)
@@ -9103,12 +9220,6 @@ class Client(Endpoint):
         """SOCKS has hardly any words for a reason, so the log says it. A cause is without the names, of which there may be many."""
         cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
         self.loop.complain("❌ %%d more SOCKS clients: %s" % cause, "❌ SOCKS client `%s`: %s" % (show_address(address), reason(error)))
-
-    def _on_association_closed(self, association: SocksAssociation) -> None:
-        self._associations.discard(association)
-        for udp in [self._udp, *self._legacy_udp]:
-            for session in [session for key, session in udp.by_key.items() if key[0] is association.port]:
-                udp.end(session)
 
     # ---- links
 
@@ -9184,63 +9295,50 @@ class Client(Endpoint):
         stream.join(sock)
         self.pool.take(stream)
 
-    def _new_udp(self) -> UdpLink:
-        udp = UdpLink(self, self.limits.udp_timeout)
-        udp.on_lost = self._on_udp_lost
-        return udp
-
-    def _find_session(self, port: UdpPort, originator: Originator, target: str) -> UdpSession | None:
-        """The session of a datagram; None where it is to be dropped."""
-        key, now = (port, originator, target), self.loop.now
-        udp = self._udp
-        if self.is_legacy:
-            udp = next((other for other in self._legacy_udp if key in other.by_key), udp)
-        session = udp.by_key.get(key)
+    def find_session(self, port: UdpPort, key: Any, target: str, origin: Any) -> UdpSession | None:
+        """The session of a datagram, for which the port has none or one that rests; None where it is to be dropped."""
+        session = port.sessions.get(key)
         if session is None:
-            if now < self._udp_rests_until:
-                return None
-            if self.is_legacy:
-                udp = self._new_udp()
-                self._legacy_udp.add(udp)
-            session = udp.new_session(key, new_label(show_address(originator[0]), "udp " + target), target)
-            session.deliver = functools.partial(self._deliver, port, originator, target)
-            if udp.link is None and udp.began_at is None:
-                self._carry_udp(udp)
-        elif session.rests_until:
-            if now < session.rests_until:
-                udp.touch(session)
-                return None
-            if session.rests_until > 0 and not self.is_legacy:
-                udp.renew(session)
-        return session if udp.sessions.get(session.number) is session else None
+            udp = UdpLink(self) if self.is_legacy else self._udp
+            session = udp.new_session(port, key, new_label(show_address(origin), "udp " + target), target)
+        elif self.loop.now < session.rests_until:
+            session.udp.touch(session)
+            return None
+        else:
+            session.udp.renew(session)
+        return None if session.is_over else session
 
-    @staticmethod
-    def _deliver(port: UdpPort, originator: Originator, target: str, data: memoryview) -> None:
-        port.send(data, originator, target)
+    REST = 5.0  # seconds for which a target that could not be reached is not tried again
 
-    def _carry_udp(self, udp: UdpLink) -> None:
-        """Gets a link for the sessions."""
-        udp.began_at = -1.0
-        self.pool.take(UdpWaiter(udp))
+    def on_session_failed(self, session: UdpSession, error: Exception) -> None:
+        """A target that cannot be had: said once, not for every datagram. An originator that goes on asking, as
+        WireGuard does, is heard again after a moment, for the target may be there later; after a refusal by policy it
+        has to be quiet first."""
+        line = "❌ %s: %s" % (session.label, reason(error))
+        if session.has_failed:
+            log.debug("%s", line)
+        else:
+            self.loop.complain("❌ %%d more UDP sessions to `%s` failed" % session.target, line)
+        session.has_failed = True
+        session.rests_until = self.loop.now + (
+            1 if not isinstance(error, PeerError) else self.REST if error.code != INVALID_HOST else float("inf"))
 
-    def _on_udp_lost(self, udp: UdpLink, error: Exception) -> None:
-        """The sessions go on at once over another link, unless that failed too soon to be worth another try."""
-        began_at, udp.began_at = udp.began_at, None
-        if self.is_legacy:
-            self._legacy_udp.discard(udp)
-            for session in list(udp.sessions.values()):
-                if not isinstance(error, LinkClosed):
-                    log.error("❌ %s: %s", session.label, reason(error))
-                    self._udp_rests_until = self.loop.now + (UdpLink.REST if isinstance(error, PeerError) else 1)
-            return udp.end_all()
-        lived = began_at is not None and began_at > 0 and self.loop.now - began_at > 1
-        self._udp_tries = 0 if lived else self._udp_tries + 1
-        if self.draining or not udp.sessions or self._udp_tries >= 3:
-            if udp.sessions:
-                self._udp_rests_until = self.loop.now + 1
-                log.log(logging.DEBUG if self.reach.error else logging.ERROR, "❌ UDP through `%s`: %s", self.server_names, reason(error))
-            return udp.end_all()
-        return self._carry_udp(udp)
+    def on_udp_lost(self, udp: UdpLink, link: Link | None, error: Exception) -> None:
+        """The sessions go on at once over another link. After three that were lost within a second the next datagram
+        asks for one, a moment later."""
+        if self.is_legacy:  # the end of the link is the end of its session, unless the server refused the target
+            if isinstance(error, LinkClosed):
+                return udp.end_all()
+            return self.on_session_failed(next(iter(udp.sessions.values())), error) if udp.sessions else None
+        udp.failures = 0 if self.loop.now - udp.opened_at > 1 else udp.failures + 1
+        if self.draining or not udp.sessions:
+            return None
+        if udp.failures < 3:
+            return udp.ask_for_link()
+        udp.rests_until = self.loop.now + 1
+        if not self.reach.error:
+            self.loop.complain("❌ %d more failures of UDP links", "❌ UDP through `%s`: %s" % (self.server_names, reason(error)))
+        return None
 
     # ---- what it tells, and is told
 
@@ -9295,8 +9393,7 @@ class Client(Endpoint):
                 tunnel.try_now()
 
     def sweep(self) -> None:
-        for udp in [self._udp, *self._legacy_udp]:
-            udp.expire()
+        self.sessions.sweep()
         self.pool.sweep()
         for tunnel in self.reverse:
             tunnel.sweep()
@@ -9310,13 +9407,9 @@ class Client(Endpoint):
     def _renew_udp(self) -> None:
         """The link of the UDP sessions is too old, or carries nothing: it ends. Where there are sessions, they go on over another one."""
         udp = self._udp
-        link, udp.link = udp.link, None
-        if link:
-            link.detach()
-            link.close()
-        udp.began_at = None
+        udp.drop_link()
         if udp.sessions:
-            self._carry_udp(udp)
+            udp.ask_for_link()
 
     # ---- dead paths (PROTOCOL.md, "Streams outlive their links", 12)
 
@@ -9347,15 +9440,15 @@ class Client(Endpoint):
             self.loop.awake - link.heard_at >= self.limits.doubt and not link.hears(self.limits.doubt))
 
     def end_waiting(self) -> None:
-        for udp in [self._udp, *self._legacy_udp]:
+        for udp in {self._udp, *(session.udp for session in self.counters.sessions)}:
             udp.close()
-        for association in list(self._associations):
+        for association in list(self.associations):
             association.close()
         for connection in list(self._socks):
             connection.abort(LocalFailed(ENDING))
         self.pool.clear()
-        for question in [waiter for waiter in self.pool.waiting if isinstance(waiter, Question)]:
-            self.pool.waiting.remove(question)
+        for waiter in [waiter for waiter in self.pool.waiting if isinstance(waiter, (Question, UdpLink))]:
+            self.pool.waiting.remove(waiter)
         for ssh in self.ssh.values():
             ssh.drain()
         for link in list(self.links):
@@ -9376,23 +9469,6 @@ class Client(Endpoint):
         super().close()
         for ssh in self.ssh.values():
             ssh.close()
-
-
-class UdpWaiter:
-    """The UDP sessions of a client, waiting for a link."""
-
-    def __init__(self, udp: UdpLink):
-        self.udp, self.since, self.instance = udp, 0.0, b""
-
-    def open(self, link: Link, timeout: float) -> None:
-        if self.udp.sessions:
-            self.udp.open(link, timeout)
-        else:  # they ended meanwhile
-            self.udp.began_at = None
-            link.close() if link.is_legacy else link.owner.on_idle(link, b"")
-
-    def give_up(self, error: Exception) -> None:
-        self.udp.on_lost(self.udp, error)
 
 # ======================================================================================================================
 # 14. Reports: one snapshot of an endpoint, and the status table, metrics and status line made of it; systemd's status

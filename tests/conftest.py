@@ -12,6 +12,7 @@ import pytest
 from support.keys import KeyPairs, make_keys
 from support.namespaces import Namespace
 from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
+from support.resolver import Resolver
 from support.sockets import port_of
 from support.sshd import Sshd
 from support.targets import Target, UdpEcho, UdpRemote, echo
@@ -189,6 +190,19 @@ def forward(serve, ratrod, keys):
         client.wait_for(READY)
         return server, client
     return launch
+
+
+@pytest.fixture
+def resolver(tmp_path):
+    """resolver(db_example=["127.0.0.1"]) -> Resolver, whose `environment` makes a program look these names up."""
+    made = []
+
+    def launch(**names):
+        made.append(Resolver(tmp_path / ("resolver%d" % len(made)), {name.replace("_", "."): addresses for name, addresses in names.items()}))
+        return made[-1]
+    yield launch
+    for resolver in made:
+        resolver.release()
 
 
 @pytest.fixture

@@ -67,10 +67,10 @@ def echo(connection):
 class UdpRemote:
     """A UDP target in the hands of the test."""
 
-    def __init__(self, host="127.0.0.1"):
+    def __init__(self, host="127.0.0.1", port=0):
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.settimeout(PATIENCE)
-        self.socket.bind((host, 0))
+        self.socket.bind((host, port))
         self.port = port_of(self.socket)
 
     def receive(self):

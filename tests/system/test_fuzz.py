@@ -220,11 +220,10 @@ class Datagrams(Joined):
     def nothing_is_out_of_bounds(self):
         self.hear()
         client, server = self.ends.client, self.ends.server
-        links = [client._udp, *(udp for links in server._udp_links.values() for udp in links)]
-        for udp in links:
+        for udp in {client._udp, *(session.udp for session in server.counters.sessions)}:
             assert len(udp.sessions) <= LIMITS.udp_sessions
-            assert udp._queued <= LIMITS.udp_backlog
-            assert udp._queued == sum(len(run) for _, run in udp._queue)
+            assert sum(len(run) for _, run in udp._queue) <= LIMITS.udp_backlog
+            assert udp._counted == sum(len(run) for _, run in udp._queue) + len(udp._rest)
 
     def teardown(self):
         try:
@@ -243,7 +242,7 @@ class Datagrams(Joined):
                 assert len(originator.answered) > before, "nobody answers any more"
             self.ends.pass_time(60)
             assert not self.ends.client._udp.sessions
-            assert not any(udp.sessions for links in self.ends.server._udp_links.values() for udp in links)
+            assert not self.ends.server.counters.sessions
         finally:
             self.ends.close()
             for who in (self.oracle, *self.originators):

@@ -524,6 +524,7 @@ class Asking:
     """An originator; ask(remote) -> the port at which the remote sees it, which is its session's at the server."""
 
     def __init__(self, client, stack):
+        self.client = client
         self._sock = stack.enter_context(udp_originator(client))
 
     def ask(self, remote):
@@ -538,17 +539,20 @@ class Asking:
 def asking(serve, ratrod, keys, remote, stack):
     """asking(n, serve flags, connect flags, who...) -> for each client n originators of UDP through a tunnel to `remote`."""
     def launch(n, serve_flags=(), connect_flags=(), who=(keys.client,)):
-        _, port = serve(*serve_flags)
+        launch.server, port = serve(*serve_flags)
         clients = [ratrod("-k", folder.path, "connect", *connect_flags, "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % remote.port) for folder in who]
         return [[Asking(client, stack) for _ in range(n)]
                 for client in clients if client.wait_for(READY)]
     return launch
 
 
-@pytest.mark.parametrize("end, flag", [("serve", "--max-udp-sessions"), ("serve", "--max-udp-sessions-per-link"),
-                                       ("connect", "--max-udp-sessions-per-link")], ids=" ".join)
-def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, flag):
-    (first, second, third), = asking(3, **{end + "_flags": (flag, "2")})
+@pytest.mark.parametrize("end, flag, mode", [
+    ("serve", "--max-udp-sessions", RATROD2), ("serve", "--max-udp-sessions-per-link", RATROD2), ("connect", "--max-udp-sessions-per-link", RATROD2),
+    ("serve", "--max-udp-sessions", LEGACY), ("connect", "--max-udp-sessions-per-link", LEGACY)])
+def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, flag, mode):
+    flags = {"serve_flags": mode.serve, "connect_flags": mode.connect}
+    flags[end + "_flags"] += flag, "2"
+    (first, second, third), = asking(3, **flags)
     of_first, of_second = first.ask(remote), second.ask(remote)
     assert first.ask(remote) == of_first  # now the second one's is the one that was not used for longest
     of_third = third.ask(remote)
@@ -558,6 +562,9 @@ def test_the_least_recently_used_udp_session_makes_room(asking, remote, end, fla
     assert second.ask(remote) not in (of_first, of_second, of_third)
     assert third.ask(remote) == of_third
     assert first.ask(remote) != of_first
+    # Nobody else would know why.
+    program = asking.server if end == "serve" else first.client
+    program.wait_for(r"ended to make room: there are more than 2 UDP sessions \(%s\)" % flag, 3)
 
 
 def test_the_key_with_most_udp_sessions_makes_room(asking, remote, keys, second):
@@ -620,6 +627,15 @@ class LateServer:
                         self.changed.notify_all()
 
 
+@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+def test_senders_to_a_refused_target_do_not_fill_the_log(forward, stack, mode):
+    _, client = forward(mode, "0:127.0.0.1:9", serve_flags=("-r", ".*:80"))
+    for n in range(100):
+        stack.enter_context(udp_originator(client)).send(b"%d" % n)
+    client.wait_for("[0-9]+ more UDP sessions to `127.0.0.1:9` failed")
+    assert len([line for line in client.lines if "not allowed" in line]) < 10
+
+
 def wait_until_read(port):
     eventually(lambda: not waiting_bytes(port), "the client has read what came")
 
@@ -643,6 +659,24 @@ def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
         assert server.changed.wait_for(lambda: any(data.startswith(last) for data in server.datagrams), PATIENCE)
     assert len(server.datagrams) == 8
     assert server.datagrams == sorted(server.datagrams)
+
+
+@linux
+def test_empty_datagrams_count_in_a_backlog(connect, keys, target, stack):
+    """150 bytes of memory for each, and none of them in the count, were 50 MB here."""
+    server = LateServer(keys, target)
+    client = connect(server.port, "0:127.0.0.1:9")
+    client.wait_for(READY)
+    originators = [stack.enter_context(udp_originator(client)) for _ in range(10)]
+    originators[0].send(b"")
+    wait_until_read(udp_port(client))
+    before = memory_before(client)
+    for _ in range(3000):
+        for originator in originators:
+            for _ in range(10):
+                originator.send(b"")
+    wait_until_read(udp_port(client))
+    assert peak_growth(client, before) < 2 << 20
 
 
 @linux

@@ -6,7 +6,6 @@ test_core_keys.py, test_core_grants.py). The missing numbers: 3 is legacy's, 24 
 
 import contextlib
 import errno
-import json
 import os
 import queue
 import select
@@ -312,78 +311,6 @@ def read_error(link):
         link.read_record()
     assert link.read_to_end() == []
     return caught.value
-
-
-# ---------------------------------------------------------------------------------------------------- name look-ups of a real server
-
-
-# Runs in the program's process before the program. Names that resolve as a test wants them cannot be had from a real resolver without being root:
-# this alone is replaced.
-SITECUSTOMIZE = '''
-import json, os, socket, sys
-folder = os.environ["TEST_RESOLVER"]
-names = json.load(open(os.path.join(folder, "names")))
-real = socket.getaddrinfo
-
-def note(host):
-    host = host.decode("utf-8", "replace") if isinstance(host, (bytes, bytearray)) else host
-    with open(os.path.join(folder, "lookups"), "a") as lookups:
-        lookups.write(json.dumps(host) + "\\n")
-    return host
-
-def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
-    name = note(host)
-    if name == "hang.example":
-        open(os.path.join(folder, "release")).read()
-    if name in names:
-        found = []
-        for address in names[name]:
-            try:
-                found += real(address, port, family, type, proto, flags)
-            except socket.gaierror:
-                pass
-        if found:
-            return found
-    if name in names or isinstance(name, str) and name.endswith((".example", ".test")):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    return real(host, port, family, type, proto, flags)
-
-socket.getaddrinfo = getaddrinfo
-sys.addaudithook(lambda event, args: note(args[0]) if event in ("socket.gethostbyname", "socket.gethostbyaddr") else None)
-'''
-
-
-class Resolver:
-    """What the server under test looks up: `lookups`, and the addresses of the names given. A look-up of `hang.example` lasts until release()."""
-
-    def __init__(self, folder, names):
-        self._folder = folder
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        (folder / "names").write_text(json.dumps(names))
-        (folder / "lookups").touch()
-        os.mkfifo(folder / "release")
-        self.environment = {**os.environ, "PYTHONPATH": str(folder), "TEST_RESOLVER": str(folder)}
-
-    @property
-    def lookups(self):
-        return [json.loads(line) for line in (self._folder / "lookups").read_text().splitlines()]
-
-    def release(self):
-        # Without a reader this open() fails: then nothing hangs.
-        with contextlib.suppress(OSError):
-            os.close(os.open(self._folder / "release", os.O_WRONLY | os.O_NONBLOCK))
-
-
-@pytest.fixture
-def resolver(tmp_path):
-    made = []
-    def launch(**names):
-        made.append(Resolver(tmp_path / ("resolver%d" % len(made)), {name.replace("_", "."): addresses for name, addresses in names.items()}))
-        return made[-1]
-    yield launch
-    for resolver in made:
-        resolver.release()
 
 
 # ---------------------------------------------------------------------------------------------------- 1-2: who speaks at all

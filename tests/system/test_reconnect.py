@@ -608,7 +608,7 @@ def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo
         return [(socket.AF_INET, ("127.0.0.1", address.port))]
     real = module.look_up
     monkeypatch.setattr(module, "look_up", lambda address, *rest: (look_up if address.host == "later.example" else real)(address, *rest))
-    monkeypatch.setattr(module.UdpLink, "REST", 0.2)
+    monkeypatch.setattr(module.Client, "REST", 0.2)
     with module.serve(key_path=str(keys.server.path)) as server, module.tunnel(
             "127.0.0.1:%d" % server.address[1], "0:later.example:%d" % udp_echo.port, key_path=str(keys.client.path)) as tunnel:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:

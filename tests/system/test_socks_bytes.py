@@ -20,9 +20,9 @@ import pytest
 from support.kernel import sockets_of
 from support.programs import LEGACY, PATIENCE, RATROD2, READY, Program, descriptors, every_mode
 from support.rows import row
-from support.sockets import eventually, free_port, receive_all, receive_exactly, reset
+from support.sockets import eventually, free_port, port_of, receive_all, receive_exactly, reset
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
-from support.targets import UdpEcho, says
+from support.targets import UdpEcho, UdpRemote, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -384,7 +384,9 @@ def test_datagrams(mode, proxy, udp_echo, remote):
                 asking.send(host, port, b"for %s" % host.encode())
                 answer, source = asking.receive()
                 assert answer == b"for %s" % host.encode()
-                assert source in ([("localhost", port), ("127.0.0.1", port)] if host == "localhost" else [(host, port)])
+                # An address, never the name that was asked; of a name the original's wire does not tell it.
+                named = "127.0.0.1" if mode is RATROD2 else "0.0.0.0"
+                assert source == (named if host == "localhost" else host, port)
         asking.send("127.0.0.1", remote.port, b"and another target, that answers three times")
         data, source = remote.receive()
         assert data == b"and another target, that answers three times"
@@ -402,6 +404,44 @@ def test_datagrams(mode, proxy, udp_echo, remote):
                 one.send("127.0.0.1", udp_echo.port, b"%d of %d" % (turn, n))
             for n, one in enumerate(several):
                 assert one.receive()[0] == b"%d of %d" % (turn, n)
+
+
+def test_one_outer_port_for_all_targets(proxy, remote, stack):
+    """As a NAT has it, which STUN, consoles and P2P need. Only the targets are heard at it, each as itself."""
+    made = proxy(ANY)
+    others = [stack.enter_context(contextlib.closing(UdpRemote(host))) for host in ("127.0.0.1", "127.0.0.2", "::1", "::1")]
+    stranger = stack.enter_context(contextlib.closing(UdpRemote()))
+    asking, elsewhere = (stack.enter_context(associate(made)) for _ in range(2))
+    targets = [(remote, "127.0.0.1"), (remote, "localhost"), *zip(others, ("127.0.0.1", "127.0.0.2", "::1", "::1"))]
+
+    def sources(association):
+        for n, (target, host) in enumerate(targets):
+            association.send(host, target.port, b"%d" % n)
+            data, source = target.receive()
+            assert data == b"%d" % n
+            yield source
+
+    seen = list(sources(asking))
+    assert len({source[:2] for source in seen}) == 2, "one port of each family"
+    assert not {source[:2] for source in seen} & {source[:2] for source in sources(elsewhere)}
+    stranger.socket.sendto(b"forged", seen[0])
+    for (target, host), source in reversed(list(zip(targets, seen))):
+        target.socket.sendto(b"news", source)
+        # Two of the targets are one address.
+        assert asking.receive() == (b"news", ("127.0.0.1" if host == "localhost" else host, target.port))
+    if os.path.exists("/proc/net/udp"):
+        assert udp_sockets(made.server) == 2, "a socket for each association"
+        asking.connection.close()
+        eventually(lambda: udp_sockets(made.server) == 1, "it is closed with its last session")
+
+
+def test_broadcast_and_multicast_targets(proxy, namespace):
+    targets = "224.0.0.251", "255.255.255.255", "ff02::fb", "0.0.0.0", re.sub(r"\d+$", lambda last: str(int(last.group()) | 3), namespace.address)
+    made = proxy(ANY)
+    with associate(made) as asking:
+        for host in targets:
+            asking.send(host, 5353, b"?")
+            made.client.wait_for(r"udp \[?%s\]?:5353`: .*(not allowed by this server|it is a broadcast address)" % re.escape(host))
 
 
 @every_mode
@@ -422,7 +462,7 @@ def test_targets_that_fail_disturb_no_other(mode, proxy, udp_echo, remote):
 
 
 def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
-    made = proxy(ANY)
+    made = proxy(ANY, connect_flags=("-v",))  # no line is left out
     with associate(made) as asking, associate(made) as noisy, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         # A piece of a datagram must not pass for the whole. The table of all that is no datagram is in unit/test_socks5.py.
         for frag in (1, 128, 255):
@@ -444,6 +484,12 @@ def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
             assert asking.receive()[0] == data
         with pytest.raises(BlockingIOError):
             stranger.recv(100)
+        # And from another program of its own machine, which has not given the password.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as neighbour:
+            neighbour.sendto(b"\0\0\0" + encode_address("127.0.0.1", remote.port) + b"forged", asking.relay)
+            asking.send("127.0.0.1", remote.port, b"the only one")
+            assert remote.receive()[0] == b"the only one"
+        made.client.wait_for("SOCKS client `127.0.0.2:.*`, a datagram: it comes from another program")
         # What is sent on the connection of an association is not for anybody; it may end the association, and must do no more than that.
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             noisy.connection.sendall(BLOCK)
@@ -513,10 +559,19 @@ def test_datagrams_go_where_the_connection_went(forward, udp_echo):
             with row((bound, host)), associate(Proxy(None, client, socks_port(client, n)), host) as asking:
                 assert asking.relay[0] == host
                 assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
-    # RFC 1928: a user of the proxy may say where its datagrams will come from.
+    # RFC 1928: a user of the proxy may say where its datagrams will come from; then no others are heard, who may be first.
+    made = Proxy(None, client, socks_port(client, 3))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
         ours.bind(("127.0.0.1", 0))
         ours.settimeout(PATIENCE)
-        with associate(Proxy(None, client, socks_port(client, 3)), claimed=ours.getsockname()) as association:
-            ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + b"hello", association.relay)
-            assert ours.recv(100).endswith(b"hello")
+        for claimed in (ours.getsockname(), ("0.0.0.0", port_of(ours)), ("::ffff:127.0.0.1", port_of(ours))):
+            with row(claimed), associate(made, claimed=claimed) as association:
+                association.send("127.0.0.1", udp_echo.port, b"not ours")
+                ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + b"hello", association.relay)
+                assert ours.recv(100).endswith(b"hello")
+                before = udp_echo.seen
+                association.send("127.0.0.1", udp_echo.port, b"nor now")
+                ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + b"again", association.relay)
+                assert ours.recv(100).endswith(b"again") and udp_echo.seen == before + 1
+    with made.ask(request("192.0.2.1", 5000, ASSOCIATE))[0] as connection:
+        assert_ended(connection)

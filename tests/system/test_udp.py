@@ -12,7 +12,7 @@ from support.kernel import waiting_bytes
 from support.programs import LEGACY, PATIENCE, RATROD2, descriptors, every_mode, tcp_port, udp_port
 from support.rows import row
 from support.sockets import eventually, free_port
-from support.targets import UdpEcho
+from support.targets import UdpEcho, UdpRemote
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -217,6 +217,35 @@ def test_answer_comes_from_the_address_that_was_asked(forward, udp_echo, origina
         # A target may be an IPv6 one.
         for size in (1, 1200, 65507):
             ask(originator(udp_port(client, len(listeners) + 1)), NOISE[:size])
+
+
+@either_wire
+def test_a_target_with_several_addresses(mode, serve, client, resolver, originator):
+    """A service often has only one of them, as an echo on 127.0.0.1 of `localhost`. What comes back before any answer, as an ICMP refusal,
+    moves on to the next one with the datagrams that were sent; after an answer a refusal ends nothing."""
+    names = resolver(second_example=["::1", "127.0.0.1"], third_example=["::1", "127.0.0.2", "127.0.0.1"], late_example=["::1", "127.0.0.1"])
+    with contextlib.closing(UdpRemote()) as remote:
+        _, port = serve(*mode.serve, env=names.environment)
+        program = client(port, *("0:%s:%d" % (name, remote.port) for name in ("second.example", "third.example", "late.example")), flags=mode.connect)
+        asking = [originator(udp_port(program, n)) for n in (1, 2, 3)]
+        for one in asking[:2]:
+            for n in range(5):
+                one.send(b"%d" % n)
+            came = [remote.receive() for _ in range(5)]
+            assert [data for data, _ in came] == [b"0", b"1", b"2", b"3", b"4"] and len({source for _, source in came}) == 1
+            remote.socket.sendto(b"answer", came[0][1])
+            assert one.recv(100) == b"answer"
+    for one in asking[:2]:
+        one.send(b"anybody?")
+    asking[2].send(b"nobody has either address")
+    with contextlib.closing(UdpRemote(port=remote.port)) as again:
+        # One that has refused them all is asked anew.
+        eventually(lambda: answered_by(again.socket, asking[2]), "an answer to who came before its target")
+        for one in asking[:2]:
+            one.send(b"the same")
+            data, source = again.receive()
+            while data != b"the same":  # an answer of before
+                data, source = again.receive()
 
 
 @either_wire
