@@ -2059,8 +2059,8 @@ class Handshake:
 class KeyHandshake(Handshake):
     """What the handshakes of both wires share: this side proves its key, and judges the peer's.
 
-    Its constructor takes what judges: a client's `check_server(key)` raises AuthenticationError for a server that is not
-    known, a server's `authorize(key)` AuthenticationError or Overloaded.
+    A client's `check_server(key)` raises AuthenticationError for a server that is not known, a server's
+    `authorize(key)` AuthenticationError or Overloaded.
     """
 
     def __init__(self, keys: KeyPair):
@@ -2125,10 +2125,10 @@ class LegacyHandshake(KeyHandshake):
 
 
 class LegacyClientHandshake(LegacyHandshake):
-    """The client's side up to ClientAuthentication. HandshakeCompletion is left to the link: data may follow at once."""
+    """The client's side up to ClientAuthentication. HandshakeCompletion is the link's: data may follow at once."""
 
-    def __init__(self, keys: KeyPair, open_: Open, *, should_encrypt: bool = False, check_server: Callable[[bytes], None],
-                 **fixed: bytes):
+    def __init__(self, keys: KeyPair, open_: Open, *, should_encrypt: bool = False,
+                 check_server: Callable[[bytes], None], **fixed: bytes):
         self._open, self._should_encrypt, self._check_server = open_, should_encrypt, check_server
         super().__init__(keys, **fixed)
         self.is_heavy = True
@@ -2146,8 +2146,8 @@ class LegacyClientHandshake(LegacyHandshake):
 
 
 class LegacyServerHandshake(LegacyHandshake):
-    """The server's side up to ClientAuthentication. The link says HandshakeCompletion, or Error in its place, once it knows
-    which. After it: `remote` and `is_udp`."""
+    """The server's side up to ClientAuthentication. HandshakeCompletion, or Error in its place, is the link's. Afterwards
+    it has `remote` and `is_udp`."""
 
     def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], **fixed: bytes):
         self._authorize = authorize
@@ -2259,8 +2259,8 @@ def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
 class NoiseHandshake(KeyHandshake):
     """The parts of ratrod2's handshake that both sides share. `suites`: those that this side offers, best first."""
 
-    STRANGERS = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server", b"\x15\x03": "a TLS server",
-                 b"22": "a mail or FTP server"}  # by the first two bytes of what they say
+    STRANGERS = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server",
+                 b"\x15\x03": "a TLS server", b"22": "a mail or FTP server"}  # by the first two bytes of what they say
 
     def __init__(self, keys: KeyPair, suites: Sequence[Suite], ephemeral: bytes | None, initiator: bool):
         self._suites, self._initiator = suites, initiator
@@ -2310,8 +2310,8 @@ class NoiseHandshake(KeyHandshake):
 
 
 class NoiseClientHandshake(NoiseHandshake):
-    """The client's side up to ClientAuthentication; records may follow at once. `is_known`: the server has answered ratrod2
-    before, so that --legacy is no advice where it is silent now."""
+    """The client's side up to ClientAuthentication; records may follow at once. `is_known`: the server has answered
+    ratrod2 before, so that --legacy is no advice where it is silent now."""
 
     def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_server: Callable[[bytes], None],
                  is_known: bool = False, ephemeral: bytes | None = None):
@@ -2383,8 +2383,8 @@ class NoiseServerHandshake(NoiseHandshake):
 
 
 class FirstByte(Handshake):
-    """At a server: the first byte of a connection tells the wire. `choose(is_legacy)` gives the handshake that goes on with
-    it, None where this wire is not served."""
+    """At a server: the first byte of a connection tells the wire. `choose(is_legacy)` gives the handshake that goes on
+    with it, None where this wire is not served."""
 
     def __init__(self, choose: Callable[[bool], Handshake | None]):
         self._choose = choose
@@ -2401,17 +2401,18 @@ class FirstByte(Handshake):
         self.successor = self._choose(is_legacy)
         if self.successor is None:
             self._to_send += LegacyWriter.clear_message(Error(
-                UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the original's protocol, or connect"
-                " with a client that speaks ratrod2"))
-            raise RemoteProtocolError("a client of the original's wire; to serve it use --legacy, if you know what that gives up")
+                UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the original's protocol, or"
+                " connect with a client that speaks ratrod2"))
+            raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that"
+                                      " gives up")
         self.successor.start()
         self.successor.receive_data(first)
 
 
 class PipeHandshake(Handshake):
-    """Over a pipe that ssh has authenticated and sealed. The client sends `program`, the far side answers with `marker`,
-    which nobody can guess, and both go on with bare records. `seen`: what came up to there, as a login shell's greeting.
-    The far side has no program, and no marker to wait for."""
+    """Over a pipe that ssh has authenticated and sealed. The client sends `program`, the far side answers with
+    `marker`, which nobody can guess, and both go on with bare records. `seen`: what came until then, as a login shell's
+    greeting. The far side has no program, and no marker to wait for."""
 
     bare = True
     MAX_CHATTER = 64 * 1024
@@ -2429,7 +2430,7 @@ class PipeHandshake(Handshake):
         yield from read_until((self._marker,), self.seen, self.MAX_CHATTER, too_long)
 
 
-# ---------------------------------------------------------------------------------------------------- SOCKS, proxies, PROXY header, HTTP
+# ---------------------------------------------------------------------------------------------------- SOCKS
 
 
 def read_short() -> Generator[int, bytes, bytes]:
@@ -2491,7 +2492,7 @@ def split_socks_datagram(data: memoryview) -> tuple[str, int]:
 class SocksHandshake(Handshake):
     """The server's side of SOCKS, up to the request: `version`, `command` and `target`. The caller answers it.
 
-    Version 5 is RFC 1928, with RFC 1929 where `user`, `name:password`, is asked for. Versions 4 and 4a have no password.
+    Version 5 is RFC 1928, and RFC 1929 where `user`, `name:password`, is asked for. Versions 4 and 4a have no password.
     """
 
     CONNECT, ASSOCIATE = 1, 3
@@ -2555,11 +2556,15 @@ class SocksHandshake(Handshake):
         while re.fullmatch(b"[A-Z][A-Z-]{0,19}", head):
             head += yield 1
         if re.fullmatch(b"[A-Z-]+ ", head):
-            self._refuse(http_answer("400 Bad Request", "This port is a SOCKS5 proxy. It is no HTTP proxy and no web server."
-                                     " Name it as socks5h://host:port, as in ALL_PROXY or curl --proxy.\n"),
+            text = ("This port is a SOCKS5 proxy. It is no HTTP proxy and no web server. Name it as"
+                    " socks5h://host:port, as in ALL_PROXY or curl --proxy.\n")
+            self._refuse(http_answer("400 Bad Request", text),
                          "it speaks HTTP to a SOCKS proxy: name that as socks5h://host:port there, not as http://")
         raise RemoteProtocolError("it does not speak SOCKS" + ", but TLS: name the proxy as socks5h://host:port there"
                                   * (head == b"\x16"))
+
+
+# -------------------------------------------------------------------------------- proxies, PROXY header, HTTP
 
 
 class ProxyHandshake(Handshake):
@@ -2580,8 +2585,8 @@ class ProxyHandshake(Handshake):
     @staticmethod
     def _refuse_method(said: str) -> NoReturn:
         """No password is wrong: ratrod lacks the proxy's way of checking one."""
-        raise RemoteProtocolError(said + ", which ratrod does not speak: run a local proxy that does, as px or cntlm, and name"
-                                  " that one with --proxy")
+        raise RemoteProtocolError(said + ", which ratrod does not speak: run a local proxy that does, as px or cntlm,"
+                                  " and name that one with --proxy")
 
 
 class HttpProxyHandshake(ProxyHandshake):
@@ -2615,11 +2620,12 @@ class HttpProxyHandshake(ProxyHandshake):
     @staticmethod
     def _schemes(text: str) -> list[str]:
         """The ways to authenticate that an answer offers (RFC 9110, 11.6.1): `NTLM`, `Digest`, ..."""
-        # Without what stands in quotation marks, where a comma separates nothing; a line that goes on in the next is one.
+        # Without what stands in quotation marks, where a comma separates nothing, and without the ends of folded lines.
         text = re.sub(r'"(?:\\.|[^"\\\n])*"|\r?\n(?=[ \t])', "", text)
         challenges = re.findall(r"^(?:proxy|www)-authenticate[ \t]*:(.*)$", text, re.IGNORECASE | re.MULTILINE)
-        words = (re.match(r"\s*([\w!#$%&'*+.^`|~-]+)(?!\s*=)(?=\s|$)", word) for word in ",".join(challenges).split(","))
-        return list(dict.fromkeys(word.group(1) for word in words if word))
+        # A word that "=" follows is a parameter of the scheme before it.
+        scheme = r"(?:^|,)\s*([\w!#$%&'*+.^`|~-]+)(?!\s*=)(?=[\s,]|$)"
+        return list(dict.fromkeys(re.findall(scheme, ",".join(challenges))))
 
 
 class Socks5ProxyHandshake(ProxyHandshake):
@@ -2680,8 +2686,8 @@ def proxy_header(visitor: str, own: Address) -> bytes:
 
 
 class ProxyHeader(Handshake):
-    """The header of a load balancer, version 1 or 2. `source`: the (address, port) that the connection came from, None where
-    the header does not say. `is_local`: the balancer's own connection, as a health check."""
+    """The header of a load balancer, version 1 or 2. `source`: the (address, port) that the connection came from, None
+    where the header does not say. `is_local`: the balancer's own connection, as a health check."""
 
     def __init__(self) -> None:
         self.source: tuple[str, int] | None = None
@@ -6488,7 +6494,7 @@ def own_source() -> str:
 class SshWay(NamedTuple):
     """How ssh:// servers are reached."""
 
-    command: Sequence[str] = ("ssh",)  # the words that run ssh here
+    command: Sequence[str]  # the words that run ssh here
     python: str = "python3"  # the program to run there
 
 
