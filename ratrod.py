@@ -11,9 +11,9 @@ Usage:
          [--max-links N] [--max-links-per-key N] [--max-streams N]
          [--max-streams-per-key N] [--max-handshakes N]
          [--max-handshakes-per-source N] [--handshake-rate N]
-         [--max-connects-per-key N] [--handshake-timeout SECS]
-         [--connect-timeout SECS] [--link-age SECS] [--resume SECS]
-         [--udp-timeout SECS] [--max-udp-sessions N]
+         [--max-connects-per-key N] [--max-listeners-per-key N]
+         [--handshake-timeout SECS] [--connect-timeout SECS] [--link-age SECS]
+         [--resume SECS] [--udp-timeout SECS] [--max-udp-sessions N]
          [--max-udp-sessions-per-link N] [--udp-backlog BYTES]
          [--max-memory BYTES] [--] BIND
   ratrod [-k KEY_PATH] [-v] connect [-a] [--accept-new] [-e] [--legacy]
@@ -39,12 +39,12 @@ Commands:
   help     explain a command
 
 Arguments:
-  BIND     the address to listen on, `host:port`, as 0.0.0.0:19000 or [::]:19000
+  BIND     the address to listen on, `host:port`, as 127.0.0.1:19000, or *:19000 for every address of both families
   SERVER   the server's address, `host:port`; several, `a:1,b:2`, are tried in turn;
            or ssh://[user@]host[:port]: a machine with sshd and Python, where ratrod need not be installed
   TUNNEL   [local_host:[local_port:[remote_host:]]]remote_port, for TCP and UDP alike: 2000:db:5432, 2000:80, 80;
-           IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one;
-           ranges: 8000-8010:host:9000-9010
+           IPv6 addresses in brackets: [::1]:2000:[2001:db8::7]:80; local port 0 takes a free one, local host *
+           every address; ranges: 8000-8010:host:9000-9010; tcp: or udp: in front for one of the two alone
            [host:]port:socks          a SOCKS5 proxy here, for TCP and UDP; the server looks up the names
            stdio:host:port            standard input and output, as in ssh -o ProxyCommand='... stdio:%h:%p'
            unix:/path                 a Unix socket, in place of the local [host:]port or of the remote host:port
@@ -54,7 +54,8 @@ Options:
   -k, --key-path KEY_PATH         the folder of `key`, `key.pub`, `authorized_keys` and `known_hosts`,
                                   or the key file itself (default: ~/.ratrod)
   -v, --verbose                   say more: every connection with its addresses, bytes and time
-  -r, --remote-regex REGEX        allow only remotes whose whole `host` or `host:port` matches (default: .*)
+  -r, --remote-regex REGEX        allow only remotes whose whole `host` or `host:port` matches (default: .*), with IPv6
+                                  in brackets; may be repeated; one that begins with unix: is for Unix sockets alone
   -a, --accept-all-hosts          accept any server's key: no protection from a server that only pretends
   --accept-new                    add an unknown server's key to `known_hosts`; never accept a changed one
   --allow-listen                  let clients listen on addresses of this machine (R: tunnels)
@@ -86,6 +87,7 @@ Options:
                                   room (default: a quarter of --max-handshakes)
   --handshake-rate N              sources under so many new handshakes a second go before others (default: 20)
   --max-connects-per-key N        remotes that one client connects to at once; others wait (default: 32)
+  --max-listeners-per-key N       addresses that one client's R: tunnels listen on (default: 64)
   --idle-links N                  links that are kept for the next connections (default: 8)
   --handshake-timeout SECS        time for a connection to authenticate itself (default: 10)
   --connect-timeout SECS          time to look up and connect to a remote or a server (default: 10)
@@ -1122,14 +1124,9 @@ def is_address(host: str) -> bool:
     return ":" in host or host.rsplit(".", 1)[-1].isdigit()
 
 
-def unmapped(host: str) -> str:
-    """An address as people know it: ::ffff:10.0.0.1 is 10.0.0.1."""
-    return host[7:] if host.startswith("::ffff:") and "." in host else host
-
-
 def show_address(address: Any) -> str:
     """The text of a socket address. The address of a Unix socket's other end says nothing."""
-    return str(Address(unmapped(address[0]), address[1])) if isinstance(address, tuple) else "unix"
+    return str(Address(*address[:2])) if isinstance(address, tuple) else "unix"
 
 
 def parse_ip(text: str) -> Any:
@@ -1153,7 +1150,7 @@ def parse_networks(text: str) -> tuple[Any, ...]:
                           % error) from None
 
 
-def is_within(host: str, networks: tuple[Any, ...]) -> bool:
+def is_within(host: str, networks: Iterable[Any]) -> bool:
     address = parse_ip(host)
     return any(address in network for network in networks)
 
@@ -1193,24 +1190,37 @@ _parse_port_or_zero = functools.partial(parse_port, lowest=0)
 
 
 def parse_host(text: str) -> str:
-    """A strict host in canonical form: a name in lower case, a dotted quad, or an IPv6 address, which is unmapped.
+    """A strict host in canonical form: a name in lower case and punycode, a dotted quad, or an IPv6 address, unmapped.
 
     Some resolvers take more for an address (127.1, 0x7f000001, 017700000001, full-width digits). It is refused here,
     for it would reach loopback past a rule that compares text. An empty host, loopback for connect(), is refused too.
     """
-    name = re.fullmatch(r"([\w-]+(?:\.[\w-]+)*)\.?", text, re.ASCII)
-    if ":" not in text and not (name and len(text) <= 253):
+    host = text
+    # Digits of another alphabet disguise an address. Of a long text Python's codec takes long.
+    if not text.isascii() and len(text) <= 253 and not re.search(r"[^\D0-9]", text):
+        with contextlib.suppress(UnicodeError):
+            host = text.encode("idna").decode("ascii")
+    name = re.fullmatch(r"([\w-]+(?:\.[\w-]+)*)\.?", host, re.ASCII)
+    if ":" not in text and not (name and len(host) <= 253):
         raise ValueError("`%s` is not a host name or address" % printable(text))
     host = name.group(1).lower() if name else text
     if name and not re.search(r"(?:^|\.)(?:[0-9]+|0x[^.]*)\Z", host):
         return host
-    try:
-        address = "" if "%" in text else str(parse_ip(host))
-    except ValueError:
-        address = ""
-    if not address or name and address != host:  # Python 3.8 takes 010.0.0.1 for 10.0.0.1
-        raise ValueError("`%s` is not an address (as 127.0.0.1 or ::1, without a zone)" % printable(text))
-    return address
+    with contextlib.suppress(ValueError):
+        address = str(parse_ip(host))
+        # Python 3.8 takes 010.0.0.1 for 10.0.0.1
+        if "%" not in text and text.isascii() and (not name or address == host):
+            return address
+    raise ValueError("`%s` is not an address (as 127.0.0.1 or ::1, without a zone)" % printable(text))
+
+
+def parse_near_host(text: str) -> str:
+    """parse_host() of a host that this side itself connects to: a link-local address keeps its zone, fe80::1%eth0."""
+    plain, has_zone, zone = text.partition("%")
+    host = parse_host(plain)
+    if has_zone and not (":" in host and parse_ip(host).is_link_local and re.fullmatch(r"[\w.-]+", zone, re.ASCII)):
+        raise ValueError("`%s` is no link-local address with a zone (as fe80::1%%eth0)" % printable(text))
+    return host + has_zone + zone
 
 
 def parse_own_host(text: str) -> str:
@@ -1236,8 +1246,9 @@ def parse_target(text: str) -> Address:
 
 def parse_bind(text: str) -> Address:
     """The address that a client asks a server to listen on, `[address:]port`. A bare port is on loopback."""
-    address = join_host_port(split_host_port(text), parse_host, _parse_port_or_zero, "127.0.0.1")
-    if address.is_unix or not (is_address(address.host) or address.host == "localhost"):
+    address = join_host_port(split_host_port(text), lambda host: "*" if host == "*" else parse_host(host),
+                             _parse_port_or_zero, "localhost")
+    if address.is_unix or not (is_address(address.host) or address.host in ("localhost", "*")):
         raise ValueError("`%s` is not an address" % printable(text))
     return address
 
@@ -1254,6 +1265,14 @@ def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
                           % (what, printable(text), error)) from None
 
 
+def is_shared(one: Address, other: Address) -> bool:
+    """Whether visitors of one of two addresses to listen on could come to the other: who connects to `localhost` tries
+    both families, and some systems let a single address be had beside all of them."""
+    hosts = {one.host, other.host}
+    return one.port == other.port and (
+        len(hosts) == 1 or hosts <= {"localhost", "127.0.0.1", "::1"} or bool(hosts & {"*", "::", "0.0.0.0"}))
+
+
 # ---- what a command line names: tunnels, servers, a proxy
 
 FORWARD, SOCKS, STDIO, REVERSE = "forward", "socks", "stdio", "reverse"  # kinds of tunnels
@@ -1268,17 +1287,26 @@ class TunnelSpec(NamedTuple):
     local: Address
     remote: Address
     kind: str = FORWARD
+    protocols: tuple[str, ...] = ("TCP",)  # what is listened for
 
 
 def parse_tunnels(text: str) -> list[TunnelSpec]:
     """The tunnels of one TUNNEL word, one for each port of a range. ConfigError says what is wrong with the word."""
+    only, rest = (text[:3].upper(), text[4:]) if text.startswith(("tcp:", "udp:")) else ("", text)
     try:
-        return [_parse_tunnel(pieces) for pieces in _spread_ranges(split_host_port(text))]
+        if text.startswith("stdio:"):
+            return [TunnelSpec(NOWHERE, _parse_stdio(text[6:]), STDIO)]
+        tunnels = [_parse_tunnel(pieces) for pieces in _spread_ranges(split_host_port(rest))]
+        if only and (only not in tunnels[0].protocols or tunnels[0].kind == SOCKS):
+            raise ValueError("tcp: and udp: stand in front of the first two forms alone, and Unix sockets and R: have"
+                             " no UDP")
+        return [tunnel._replace(protocols=(only,)) if only else tunnel for tunnel in tunnels]
     except ValueError as error:
         raise ConfigError(
             "cannot understand the tunnel `%s`: %s. The forms are [local_host:[local_port:[remote_host:]]]remote_port,"
-            " as 2000:db:5432; [host:]port:socks; stdio:host:port; unix:/path in place of host:port; and"
-            " R:[host:]port:host:port" % (printable(text), error)) from None
+            " as 2000:db:5432, with tcp: or udp: in front for one of the two alone; [host:]port:socks;"
+            " stdio:host:port; unix:/path in place of host:port; and R:[host:]port:host:port"
+            % (printable(text), error)) from None
 
 
 def _spread_ranges(pieces: list[str]) -> list[list[str]]:
@@ -1297,14 +1325,22 @@ def _spread_ranges(pieces: list[str]) -> list[list[str]]:
     return [[change.get(n, piece) for n, piece in enumerate(pieces)] for change in changes]
 
 
+def _parse_stdio(text: str) -> Address:
+    """`unix:/path` or `host:port`, where ssh's %h may be an IPv6 address and %h in brackets may be a name."""
+    if text.startswith("unix:/"):
+        return parse_target(text)
+    host, _, port = text.rpartition(":")
+    return Address(parse_host(host[1:-1] if re.fullmatch(r"\[.*\]", host) else host), parse_port(port))
+
+
 def _parse_tunnel(pieces: list[str]) -> TunnelSpec:
-    """One tunnel in any of its forms; ValueError says what is wrong with it."""
-    if pieces[0] == "stdio":
-        return TunnelSpec(NOWHERE, join_host_port(pieces[1:], parse_host, parse_port), STDIO)
-    kind, here = (REVERSE, "") if pieces[0] == "R" else (FORWARD, "127.0.0.1")
+    """One tunnel that listens, in any of its forms; ValueError says what is wrong with it."""
+    kind, here, host = (REVERSE, "", parse_near_host) if pieces[0] == "R" else (FORWARD, "127.0.0.1", parse_host)
     pieces = pieces[kind == REVERSE:] or [""]
+    both = ("TCP", "UDP") if kind == FORWARD else ("TCP",)
     if len(pieces) == 1:
-        return TunnelSpec(Address(here, parse_port(pieces[0])), Address("127.0.0.1", parse_port(pieces[0])), kind)
+        port = parse_port(pieces[0])
+        return TunnelSpec(Address(here, port), Address("127.0.0.1", port), kind, both)
     # A path takes the place of two pieces, and no remote after a local path is a port alone.
     starts_with_path, ends_with_path = (piece.startswith("unix:/") for piece in (pieces[0], pieces[-1]))
     is_socks = kind == FORWARD and pieces[-1] == "socks"
@@ -1314,7 +1350,8 @@ def _parse_tunnel(pieces: list[str]) -> TunnelSpec:
         raise ValueError("the server listens on no Unix socket")
     if is_socks:
         return TunnelSpec(local, NOWHERE, SOCKS)
-    return TunnelSpec(local, join_host_port(pieces[-size:], parse_host, parse_port, "127.0.0.1"), kind)
+    remote = join_host_port(pieces[-size:], host, parse_port, "127.0.0.1")
+    return TunnelSpec(local, remote, kind, ("TCP",) if local.is_unix or remote.is_unix else both)
 
 
 class SshHost(NamedTuple):
@@ -1442,9 +1479,10 @@ class Grant(NamedTuple):
         return not self.permitopen or any(pattern.matches(target) for pattern in self.permitopen)
 
     def listens(self, address: Address) -> bool:
-        plain = address._replace(host="127.0.0.1") if address.host == "localhost" else address
-        return not self.permitlisten or any(
-            pattern.matches(plain) or pattern.matches(address) for pattern in self.permitlisten)
+        # The same address by its other name. A pattern for 127.0.0.1 permits a bare port, which is localhost.
+        others = {"localhost": "127.0.0.1", "127.0.0.1": "localhost", "::1": "localhost", "*": "::"}
+        asked = [address._replace(host=host) for host in (address.host, others.get(address.host, address.host))]
+        return not self.permitlisten or any(pattern.matches(one) for pattern in self.permitlisten for one in asked)
 
 
 def parse_grant(words: list[str]) -> Grant:
@@ -1457,7 +1495,7 @@ def parse_grant(words: list[str]) -> Grant:
         name = plain_option(name)
         quoted = re.fullmatch(r'"([^"]*)"', value)
         if name in ("permitopen", "permitlisten") and quoted:
-            pattern = parse_pattern(quoted.group(1), "127.0.0.1" if name == "permitlisten" else None)
+            pattern = parse_pattern(quoted.group(1), "localhost" if name == "permitlisten" else None)
             change = {name: (*getattr(grant, name), pattern)}
         elif name == "expires" and quoted:
             change = {name: min(grant.expires, parse_date(quoted.group(1)))}
@@ -1511,34 +1549,72 @@ def parse_date(text: str) -> float:
     return datetime.datetime.strptime(text + " +0000", "%Y-%m-%d %z").timestamp()
 
 
-class Policy:
-    """The targets that a server opens: those that match a regular expression and that the client's grants permit.
+@functools.lru_cache(maxsize=None)
+def _guarded_networks() -> tuple[Any, ...]:
+    """This machine, link-local, and where clouds answer questions about a machine, its passwords among them."""
+    import ipaddress
 
-    The expression matches the whole `host` or the whole `host:port`. One of the two has to name a Unix socket.
+    return tuple(map(ipaddress.ip_network, (
+        "0.0.0.0/8", "127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10", "100.100.100.200/32", "168.63.129.16/32",
+        "192.0.0.0/24", "fd00:ec2::/32", "fd20:ce::/32", "fd00:c1::/32", "fd00:42::/32")))
+
+
+def _forms_of(address: Any) -> Iterator[Any]:
+    """An address, and the IPv4 addresses that a router may make of it."""
+    import ipaddress
+
+    yield address
+    if address.version == 6:
+        raw = address.packed
+        is_nat64 = raw[:4] == b"\0\x64\xff\x9b"
+        if is_nat64 and not any(raw[11:]):  # 64:ff9b:1:aabb:cc:dd00::
+            yield ipaddress.IPv4Address(raw[6:8] + raw[9:11])
+        # 64:ff9b::a.b.c.d, ::a.b.c.d, ::ffff:0:a.b.c.d, and what an ISATAP router has in any network
+        elif is_nat64 or raw[:12] in (bytes(12), bytes(8) + b"\xff\xff\0\0") or raw[9:12] == b"\0\x5e\xfe":
+            yield ipaddress.IPv4Address(raw[12:])
+        yield from filter(None, (address.sixtofour, *(address.teredo or ())))
+
+
+def is_guarded(target: Address, host: str) -> bool:
+    """Whether the address `host`, which target.host resolved to, is open only where it is allowed by itself: somebody
+    else may rule over the name. An address means itself, and `localhost` loopback."""
+    return target.host not in ("localhost", str(parse_ip(host))) and any(
+        form in network for form in _forms_of(parse_ip(host)) for network in _guarded_networks())
+
+
+class Policy:
+    """The targets that a server opens: those that match one of its regular expressions and that the client's grants
+    permit.
+
+    An expression matches the whole host (of IPv6 in brackets) or the whole `host:port`. One that begins with `unix:` is
+    for the paths of Unix sockets, and no other one is: who writes `.*db.*` means machines, and no docker.sock.
     """
 
-    def __init__(self, regex: str = ".*"):
+    def __init__(self, regexes: str | Sequence[str] = ".*"):
         import warnings
 
-        self._is_restricted = regex != ".*"
-        try:
-            with warnings.catch_warnings():
-                # `[[:alpha:]]` compiles with a FutureWarning, means something else, and would let strangers in.
-                warnings.simplefilter("error")
-                self._regex, self._exact = re.compile(regex, re.IGNORECASE), re.compile(regex)
-        except (re.error, Warning, RuntimeError, OverflowError) as error:  # 3.8: "invalid SRE code" for `(?(2))|`
-            raise ConfigError("cannot use the remote regex `%s`: %s" % (regex, error)) from None
+        self.regexes = [regexes] if isinstance(regexes, str) else list(regexes)
+        self._is_restricted = self.regexes != [".*"]
+        self._rules: dict[bool, list[re.Pattern[str]]] = {True: [], False: []}  # for paths, and for hosts
+        for regex in self.regexes:
+            is_unix = regex.startswith("unix:")
+            try:
+                with warnings.catch_warnings():
+                    # `[[:alpha:]]` compiles with a FutureWarning, means something else, and would let strangers in.
+                    warnings.simplefilter("error")
+                    self._rules[is_unix].append(re.compile(regex, 0 if is_unix else re.IGNORECASE))
+            except (re.error, Warning, RuntimeError, OverflowError) as error:  # 3.8: "invalid SRE code" for `(?(2))|`
+                raise ConfigError("cannot use the remote regex `%s`: %s" % (regex, error)) from None
 
     def _find_objection(self, target: Address, grants: tuple[Grant, ...]) -> str:
         """Why the target may not be opened; "" where it may."""
-        if target.is_unix and self._is_restricted:
-            # `.*db.*` means machines. A rule that is to reach a docker.sock has to say that it means Unix sockets.
-            matches = "unix:" in self._regex.pattern and bool(self._exact.fullmatch(str(target)))
-        else:
-            matches = any(self._regex.fullmatch(text) for text in (target.host, str(target)))
-        if not matches:
-            return "does not match the remote regex"
-        is_named = self._is_restricted or not target.is_unix
+        text, is_unix = str(target), target.is_unix
+        forms = (text,) if is_unix else (text, text.rpartition(":")[0])
+        rules = self._rules[is_unix and self._is_restricted]
+        if not any(rule.fullmatch(form) for rule in rules for form in forms):
+            return "does not match the remote regex" + ", of which the part for paths begins with unix:" * is_unix
+        # Without a -r a permitopen has to name a Unix socket.
+        is_named = self._is_restricted or not is_unix
         if not any(grant.opens(target) and (is_named or grant.permitopen) for grant in grants):
             return "is not what authorized_keys permits this key to open"
         return ""
@@ -1547,6 +1623,8 @@ class Policy:
     def check(self, text: str, grants: tuple[Grant, ...] = (Grant(),)) -> Address:
         """The target that a client named, before anything is looked up. PolicyError where it may not be opened."""
         try:
+            if not text.isascii() and not text.startswith("unix:"):
+                raise ValueError("`%s` is not punycode" % printable(text))
             target = parse_target(text)
         except ValueError as error:
             raise PolicyError("not a target: %s" % printable(str(error))) from None
@@ -1558,19 +1636,14 @@ class Policy:
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - as above
     def check_addresses(self, target: Address, found: tuple[str, ...],
                         grants: tuple[Grant, ...] = (Grant(),)) -> tuple[str, ...]:
-        """The addresses that may be connected to, of those `found` for target.host. PolicyError where there is none.
-
-        A name under somebody else's control can resolve to loopback or link-local. Where targets are restricted at
-        all, such an address has to be permitted by itself, unless the name is localhost.
-        """
+        """Those of the addresses `found` for target.host that may be connected to. PolicyError where there is none."""
         allowed = []
-        for address in map(parse_ip, found):
-            plain = Address(str(address), target.port)
-            if address.is_unspecified or address.is_multicast or plain.host == "255.255.255.255":
+        for host in found:
+            address = parse_ip(host)
+            if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
                 continue
-            is_inside = (address.is_loopback or address.is_link_local) and target.host not in ("localhost", plain.host)
-            if not (is_inside and self._find_objection(plain, grants)):
-                allowed.append(plain.host)
+            if not is_guarded(target, host) or not self._find_objection(Address(str(address), target.port), grants):
+                allowed.append(host)
         if not allowed:
             raise PolicyError("`%s` resolves to addresses that may not be opened" % str(target))
         return tuple(allowed)
@@ -2662,7 +2735,7 @@ class Socks5ProxyHandshake(ProxyHandshake):
 
 def ask_proxy(proxy: Proxy, server: Address) -> ProxyHandshake:
     kind = HttpProxyHandshake if proxy.scheme == "http" else Socks5ProxyHandshake
-    return kind(server, proxy.user, proxy.password)
+    return kind(server._replace(host=parse_host(server.host)), proxy.user, proxy.password)
 
 
 # HAProxy's proxy-protocol.txt: the header in front of a connection that says where the connection came from.
@@ -3780,12 +3853,25 @@ class Negotiation:
 
 
 def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> list[tuple[int, Any]]:
-    """(family, socket address) of each address of a host, blocking. ConnectError says why there is none."""
+    """(family, socket address) of each address of a host, blocking; of IPv6 with its zone. ConnectError says why there
+    is none."""
     try:
         found = socket.getaddrinfo(address.host, address.port, 0, kind, 0, flags)
     except (OSError, UnicodeError) as error:
         raise ConnectError("cannot resolve `%s`: %s" % (printable(address.host), reason(error))) from None
-    return list(dict.fromkeys((int(family), sockaddr) for family, _, _, _, sockaddr in found))
+    return list(dict.fromkeys(
+        literal(Address(str(parse_ip(str(sockaddr[0]))), address.port)) if str(sockaddr[0]).startswith("::ffff:")
+        else (int(family), sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def is_literal(host: str) -> bool:
+    """Whether `host` is an address that needs no look-up."""
+    return is_address(host) and "%" not in host
+
+
+def literal(address: Address) -> tuple[int, Any]:
+    """What look_up() would find for an address."""
+    return int(socket.AF_INET6 if ":" in address.host else socket.AF_INET), tuple(address)
 
 
 CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -3794,26 +3880,25 @@ CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 class Connector:
     """Connects to the first address of `target` that answers: a look-up on a thread, then parallel tries, each STAGGER
     after the one before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or
-    on_close(None, error) on the loop, `timeout` seconds later at most."""
+    on_close(None, error) on the loop, `timeout` seconds later at most.
+
+    `find(target, done)` looks the host up; the addresses that it finds are connected to as they are.
+    """
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float, on_close: Done):
         self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
         self._deadline, self._next_try = Deadline(loop), Deadline(loop)
-        self._check: Callable[[list[str]], Sequence[str]] | None = None
         self._addresses: list[tuple[int, Any]] = []
         self._tries: dict[socket.socket, Transport] = {}
         self._error: Exception = ConnectError("it has no address")
         self.is_closed = False
 
-    def start(self, find: Callable[[Address, Done], None],
-              check: Callable[[list[str]], Sequence[str]] | None = None) -> None:
-        """`find(target, done)` looks the host up; `check(addresses)` gives those that may be connected to, or raises
-        PolicyError."""
-        target, self._check = self._target, check
+    def start(self, find: Callable[[Address, Done], None]) -> None:
+        target = self._target
         if target.is_unix:
             self._on_found([(getattr(socket, "AF_UNIX", -1), target.host)], None)
         elif is_literal(target.host):  # an address needs no thread
-            self._on_found([(family_of(target.host), (target.host, target.port))], None)
+            self._on_found([literal(target)], None)
         else:
             find(target, self._on_found)
         if not self.is_closed:  # a near machine has answered by now
@@ -3822,12 +3907,6 @@ class Connector:
     def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if self.is_closed:
             return None
-        try:
-            if found and self._check and not self._target.is_unix:
-                found = [(family_of(host), (host, self._target.port))
-                         for host in self._check([sockaddr[0] for _, sockaddr in found])]
-        except PolicyError as refused:
-            found, error = None, refused
         if not found:
             return self.abort(error or self._error)
         first = [pair for pair in found if pair[0] == found[0][0]]
@@ -3889,14 +3968,13 @@ class Connector:
         self._finish(None, error)
 
 
-def family_of(host: str) -> int:
-    """The family of an address."""
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def is_literal(host: str) -> bool:
-    """Whether `host` is an address that needs no look-up."""
-    return is_address(host) and "%" not in host
+def is_here(family: int, sockaddr: Any) -> bool:
+    """Whether an address is one of this machine's own: to those a system talks from themselves, or is on loopback."""
+    address = parse_ip(sockaddr[0])
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(sockaddr)
+        return bool(address.is_loopback or parse_ip(probe.getsockname()[0]) == address)
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------- listening
@@ -3934,7 +4012,9 @@ def raise_descriptor_limit() -> None:
     return None
 
 
-TUNNEL_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)  # what each tunnel listens on
+KIND_OF = {"TCP": socket.SOCK_STREAM, "UDP": socket.SOCK_DGRAM}
+# The addresses behind a host that stands for several: not every hosts file gives localhost both its addresses.
+SEVERAL = {"localhost": ("127.0.0.1", "::1"), "*": ("0.0.0.0", "::"), "::": ("0.0.0.0", "::")}
 
 
 def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.socket:
@@ -3945,8 +4025,8 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:  # [::] takes IPv4 too
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, sockaddr[0] != "::")
+        if family == socket.AF_INET6:  # 0.0.0.0 has a socket of its own
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
         if kind == socket.SOCK_STREAM:
             tune(sock)
@@ -3957,35 +4037,39 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
     return sock
 
 
-def bind_all(address: Address, kinds: tuple[int, ...], share: bool = False) -> list[socket.socket]:
-    """One socket for each of `kinds` on every address of the host, all on its port, or for 0 on the one that the first is given."""
+def bind_all(address: Address, kinds: Sequence[int], share: bool = False) -> list[socket.socket]:
+    """One socket for each of `kinds` on every address of the host, all on its port, or for 0 on the one that the first
+    is given."""
     port = address.port
+    failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
     with contextlib.ExitStack() as stack:
         sockets: list[socket.socket] = []
-        for kind in kinds:
-            # Not every hosts file gives localhost both its addresses.
-            hosts = ("127.0.0.1", "::1") if address.host == "localhost" else (address.host,)
-            for family, sockaddr in [found for host in hosts for found in look_up(address._replace(host=host), kind, socket.AI_PASSIVE)]:
+        for kind, host in [(kind, host) for kind in kinds for host in SEVERAL.get(address.host, (address.host,))]:
+            for family, sockaddr in look_up(address._replace(host=host), kind, socket.AI_PASSIVE):
                 try:
-                    sock = bind_socket(family, kind, (sockaddr[0], port) + tuple(sockaddr[2:]), share)
+                    sock = bind_socket(family, kind, (sockaddr[0], port, *sockaddr[2:]), share)
                 except OSError as error:
-                    # IPv6 may be switched off.
-                    if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and address.host == "localhost":
-                        continue
-                    raise
+                    # Either family may be switched off.
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or address.host not in SEVERAL:
+                        raise
+                    failure = error
+                    continue
                 stack.callback(sock.close)
                 sockets.append(sock)
                 port = sock.getsockname()[1]
+        if not sockets:
+            raise failure
         stack.pop_all()
         return sockets
 
 
-def listen(address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,), share: bool = False) -> list[socket.socket]:
-    """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any that is free in all.
+def listen(address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,), share: bool = False) -> list[socket.socket]:
+    """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any
+    that is free in all. RatrodError names the address and the reason.
 
-    `share`: others that share the port too may listen there (SO_REUSEPORT). RatrodError names the address and the reason.
+    `share`: others that share the port too may listen there (SO_REUSEPORT).
     """
-    tries = 20 if address.port == 0 else 1  # TCP may be given a free number that UDP, or the other family, does not have
+    tries = 20 if address.port == 0 else 1  # a port that is free for TCP may be taken for UDP, or in the other family
     while True:
         tries -= 1
         try:
@@ -3995,14 +4079,18 @@ def listen(address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,), sha
             if is_busy and tries:
                 continue
             hint = ". Is another program, or another ratrod, on that port?" if is_busy else ""
+            if is_busy and len(kinds) > 1:
+                hint += " Where it is taken for UDP alone, tcp: in front of the tunnel leaves UDP out"
             raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
 
 
-def listen_for(workers: int, address: Address, kinds: tuple[int, ...] = (socket.SOCK_STREAM,), share: bool = False) -> list[list[socket.socket]]:
-    """listen() for each of several processes that are still to be forked, on the same port: with SO_REUSEPORT sockets of its own, among
-    which the kernel spreads the connections; where there is none, the same sockets."""
+def listen_for(workers: int, address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,),
+               share: bool = False) -> list[list[socket.socket]]:
+    """listen() for each of several processes that are still to be forked, on the same port: with SO_REUSEPORT sockets
+    of its own, among which the kernel spreads the connections; where there is none, the same sockets."""
     if share and not hasattr(socket, "SO_REUSEPORT"):
-        raise ConfigError("--reuse-port needs a system where processes can share a port (SO_REUSEPORT), and this one cannot; leave it out")
+        raise ConfigError("--reuse-port needs a system where processes can share a port (SO_REUSEPORT), and this one"
+                          " cannot; leave it out")
     sockets = listen(address, kinds, share)
     if workers == 1 or not hasattr(socket, "SO_REUSEPORT"):
         return [sockets] * workers
@@ -4030,6 +4118,7 @@ class Listener:
     def __init__(self, loop: EventLoop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None],
                  pause: float, peer_key: bytes = b""):
         self._loop, self.sock, self._on_accept, self._pause, self.peer_key = loop, sock, on_accept, pause, peer_key
+        self.address = sock.getsockname()
         self._spare = loop.spare
         self._transport = Transport(loop, sock, self._on_event)
         self._rest = Deadline(loop)
@@ -4098,17 +4187,17 @@ class Listener:
 
 
 def listen_for_tunnel(workers: int, spec: TunnelSpec) -> list[list[socket.socket]]:
-    """The sockets that a tunnel listens on here, for each of several processes; none for tunnels that listen elsewhere."""
+    """The sockets of a tunnel that listens here, for each of several processes; none for other tunnels."""
     if spec.kind in (STDIO, REVERSE):
         return [[]] * workers
     if spec.local.is_unix:
         return [[listen_unix(spec.local.host)]] * workers
-    return listen_for(workers, spec.local, TUNNEL_KINDS if spec.kind == FORWARD and not spec.remote.is_unix else TUNNEL_KINDS[:1])
+    return listen_for(workers, spec.local, [KIND_OF[protocol] for protocol in spec.protocols])
 
 
 def listen_unix(path: str) -> socket.socket:
-    """A listening Unix socket at `path` that its owner alone can connect to. A socket that nobody listens on any more is replaced;
-    RatrodError names what else is there."""
+    """A listening Unix socket at `path` that its owner alone can connect to. A socket that nobody listens on any more is
+    replaced; RatrodError names what else is there."""
     if not hasattr(socket, "AF_UNIX"):
         raise RatrodError("cannot listen on `unix:%s`: this system has no Unix sockets here" % path)
     sock = UnixListener(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -6407,7 +6496,7 @@ class SocksPort(UdpPort):
             super().__init__(client.loop, udp)
             host, port = udp.getsockname()[:2]
             self._connection = Transport(client.loop, sock, self._on_connection)
-            self._connection.send(socks_reply(5, 0, Address(unmapped(host), port)))
+            self._connection.send(socks_reply(5, 0, Address(host, port)))
         except OSError:
             udp.close()
             raise
@@ -7566,6 +7655,7 @@ class ServerOptions(NamedTuple):
     authorize: Authorizer | None = None  # decides in place of authorized_keys
     proxies: tuple[Any, ...] = ()  # networks of load balancers, which send a PROXY header
     instance: bytes = b""  # of one of several workers
+    metrics_ports: frozenset[int] = frozenset()  # those of the other workers too: no client may have them as targets
     report: Report = log.info  # takes the lines about the start: of several workers one is enough
 
 
@@ -7813,7 +7903,7 @@ class Source:
     def name(host: str) -> str:
         import ipaddress
 
-        host = unmapped(host.split("%")[0])
+        host = host.split("%")[0]
         return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
 
 
@@ -8179,7 +8269,48 @@ class Server(Endpoint):
         target = self.policy.check(remote, grants)
         if is_udp and target.is_unix:
             raise PolicyError("a Unix socket takes no datagrams here")
+        if is_literal(target.host):
+            self._permit_addresses(grants, target, [literal(target)], is_udp)
         return target, grants
+
+    def _permit_addresses(self, grants: tuple[Grant, ...], target: Address, found: Sequence[tuple[int, Any]],
+                          is_udp: bool) -> list[tuple[int, Any]]:
+        """Those of the addresses of a target that may be connected to; PolicyError where there is none."""
+        allowed = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants)
+        others = [(family, sockaddr) for family, sockaddr in found
+                  if sockaddr[0] in allowed and (is_udp or not self._is_own(family, sockaddr))]
+        if not others:
+            raise PolicyError("`%s` is an address that this server itself listens on" % str(target))
+        return others
+
+    def _find(self, key: bytes, grants: tuple[Grant, ...], target: Address, done: Done, is_udp: bool = False) -> None:
+        """done() gets those addresses of a name that may be connected to, or why there is none. An authorizer that has
+        permitted the name is asked about its guarded addresses too."""
+        def show(sockaddr: Any) -> str:
+            return "udp " * is_udp + str(Address(str(parse_ip(sockaddr[0])), target.port))
+
+        def on_found(found: Any, error: Exception | None) -> None:
+            try:
+                found = found and self._permit_addresses(grants, target, found, is_udp)
+            except PolicyError as refused:
+                found, error = None, refused
+            guarded = [sockaddr for _, sockaddr in found or () if self.options.authorize and is_guarded(target, sockaddr[0])]
+            if not guarded:
+                return done(found, error)
+            refusal = PolicyError("`%s` resolves to `%s`, which authorize() does not permit" % (target, show(guarded[0])))
+            return self.lookups.submit(
+                key, lambda: [pair for pair in found if pair[1] not in guarded or self._permits(key, show(pair[1]))],
+                lambda permitted, error: done(permitted, error or refusal))
+        self.lookups.look_up(key, target, on_found)
+
+    def _is_own(self, family: int, sockaddr: Any) -> bool:
+        """Whether this server listens there for itself: its metrics tell of all keys, and at its own port somebody could
+        say with a PROXY header that he is another."""
+        bound = [listener.address[0].split("%")[0] for listener in self.listeners if listener.address[1] == sockaddr[1]]
+        if not bound and sockaddr[1] not in self.options.metrics_ports:
+            return False
+        host, every = str(parse_ip(sockaddr[0])), "::" if family == socket.AF_INET6 else "0.0.0.0"
+        return host in bound or (every in bound or not bound) and is_here(family, sockaddr)
 
     def _permit_stream(self, stream: Stream, link: Link) -> None:
         self._permitted(link, stream.target)
@@ -8360,22 +8491,38 @@ class Server(Endpoint):
 
     def _reverse_listener(self, key: bytes, address: Address, open_: Open) -> ReverseListener:
         """The one that is there, or a new one; RatrodError where it cannot be."""
-        there = next((listener for listener in self.reverse if listener.address == address), None)
-        if there and there.key == key:
+        there = next((listener for listener in self.reverse if listener.address == address and listener.key == key), None)
+        if there:
             if there.is_retired(open_.instance):
                 raise RatrodError("cannot listen on `%s`: a later run of this client does" % str(address))
             return there
-        if there:
-            raise RatrodError("cannot listen on `%s`: it is in use by another client" % str(address))
-        for listener in [listener for listener in self.reverse if listener.is_abandoned]:
+        self._check_free(key, address)
+        mine = [listener for listener in self.reverse if listener.key == key]
+        for listener in [listener for listener in mine if listener.is_abandoned]:
             listener.close(LinkClosed("the reverse tunnel has ended"))
-        if sum(listener.key == key for listener in self.reverse) >= self.limits.listeners_per_key:
-            raise RatrodError("this client listens on as many addresses as one may have (%d)" % self.limits.listeners_per_key)
-        listener = ReverseListener(self, key, open_.instance, open_.target, listen(address))
+            mine.remove(listener)
+        if len(mine) >= self.limits.listeners_per_key:
+            raise RatrodError("this client listens on as many addresses as one may have (%d); serve"
+                              " --max-listeners-per-key allows more" % self.limits.listeners_per_key)
+        sockets = listen(address)
+        try:
+            self._check_free(key, address._replace(port=sockets[0].getsockname()[1]))
+        except RatrodError:
+            close_all(sockets)
+            raise
+        listener = ReverseListener(self, key, open_.instance, open_.target, sockets)
         self.reverse.add(listener)
         line = "📻 [TCP] Listening on `%s` for the client with key %s" % (str(listener.address), self.show_key(key))
         self.counters.fail(key, line, logging.INFO)
         return listener
+
+    def _check_free(self, key: bytes, address: Address) -> None:
+        """RatrodError where visitors of somebody else's address could come to this one."""
+        others = [listener.address for listener in self.reverse if listener.key != key]
+        if any(is_shared(address, other) for other in others):
+            raise RatrodError("cannot listen on `%s`: it is in use by another client" % str(address))
+        if any(is_shared(address, Address(*listener.address[:2])) for listener in self.listeners):
+            raise RatrodError("cannot listen on `%s`: this server itself is on that port" % str(address))
 
     def forget_reverse(self, listener: ReverseListener) -> None:
         if listener in self.reverse:
@@ -8459,8 +8606,6 @@ class Server(Endpoint):
                 return on_connected(None, ConnectError("the client is gone"))
             try:
                 target, grants = self._permitted(link, stream.target)
-                if self.options.authorize and is_literal(target.host):  # it is not asked about what policy refuses
-                    self.policy.check_addresses(target, (target.host,), grants)
             except PolicyError as error:
                 return on_connected(None, error)
 
@@ -8475,8 +8620,8 @@ class Server(Endpoint):
                         if connector.is_closed:  # its time was over before the look-up was
                             slot.leave()
                     slot.leave()
-                    self.lookups.look_up(key, address, lambda *result: slot.enter(lambda: go_on(*result)))
-                return connector.start(find, lambda found: self.policy.check_addresses(target, tuple(found), grants))
+                    self._find(key, grants, address, lambda *result: slot.enter(lambda: go_on(*result)))
+                return connector.start(find)
             return self._ask_authorizer(key, str(target), on_permitted)
         slot.enter(begin)
 
@@ -8526,17 +8671,16 @@ class Server(Endpoint):
             if session.is_over or not found:
                 return None if session.is_over else done(error)
             try:
-                hosts = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants)
-                session.addresses = [(family_of(host), (host, target.port)) for host in hosts]
+                session.addresses = list(found)
                 session.connect()
-            except (PolicyError, OSError) as failure:
+            except OSError as failure:
                 return done(failure)
             return done(None)
 
         def on_permitted(error: Exception | None) -> None:
             if error or is_literal(target.host):
-                return on_found(None if error else [(0, (target.host,))], error)
-            return self.lookups.look_up(key, target, on_found)
+                return on_found(None if error else [literal(target)], error)
+            return self._find(key, grants, target, on_found, is_udp=True)
         return self._ask_authorizer(key, "udp " + str(target), on_permitted)
 
 
@@ -8545,7 +8689,7 @@ class PipeServer(Server):
     himself. It ends with its link."""
 
     def __init__(self, loop: EventLoop, limits: Limits):
-        super().__init__(loop, NoKeys(), limits, ServerOptions(Address("", 0), Policy(".*|unix:.*")), Callbacks(), [])
+        super().__init__(loop, NoKeys(), limits, ServerOptions(Address("", 0), Policy([".*", "unix:.*"])), Callbacks(), [])
 
     def start(self) -> None:
         link = Link(self, None, PipeHandshake(), ACCEPTOR, "ssh")
@@ -9085,8 +9229,9 @@ class Client(Endpoint):
         if spec.kind == SOCKS:
             report("📻 [SOCKS] Listening on `%s`, and routing through `%s` ...", spec.local, self.server_names)
         elif spec.kind == FORWARD:
-            for protocol in ("UNIX",) if spec.local.is_unix else ("TCP",) if spec.remote.is_unix else ("TCP", "UDP"):
-                report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local, self.server_names, spec.remote)
+            for protocol in ("UNIX",) if spec.local.is_unix else spec.protocols:
+                report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local,
+                       self.server_names, spec.remote)
 
     def _test(self, remote: str) -> None:
         self.reach.dial(Open(TCP, remote) if self.is_legacy else None, functools.partial(self._on_test_dialed, remote), self.options.report)
@@ -9208,7 +9353,7 @@ class Client(Endpoint):
                 self._outer += 1
                 self.associations.add(SocksPort(self, sock, request.target, self._outer))
             elif request.command == request.CONNECT:
-                target = str(parse_target(request.target))
+                target = str(parse_target(request.target))  # a name in another alphabet becomes punycode here
                 stream = SocksStream(self, self.pool, OPENER, new_label(show_address(address), target), target)
                 stream.version = request.version
                 stream.join(sock)
@@ -9884,6 +10029,68 @@ def check_ssh(servers: Sequence[Place], command: str | None, python: str | None,
         raise ConfigError("cannot understand the --ssh-command `%s`: %s" % (printable(str(command)), error)) from None
 
 
+SLOW = 0.02  # seconds of processor time for one name: an everyday pattern takes 0.0002 at most
+PROBED = 1.0  # such seconds that the tries may take, however long the pattern is
+PROBE_LENGTH = 253  # of the longest name
+
+
+def make_policy(regexes: str | Sequence[str]) -> Policy:
+    """The Policy of -r. ConfigError for a pattern that some name would keep busy for ages: a client could stop the server
+    with it, for nothing ends a match."""
+    policy = Policy(regexes)
+    for regex in policy.regexes:
+        name = find_slow_name(regex)
+        if name:
+            raise ConfigError(
+                "cannot use the remote regex `%s`: it takes %g s and more for a name as `%s`, and a client could stop the"
+                " server with a longer one. Where a part of it repeats, let one way of matching alone fit: [a-z0-9-]+ in"
+                " place of ([a-z0-9]+-?)+" % (regex, SLOW, printable(name, 60)))
+    return policy
+
+
+def find_slow_name(regex: str) -> str:
+    """A text that takes the pattern, or one of its parts, longer than SLOW; "" where there seems to be none.
+
+    The texts grow letter by letter, for the time may double with each: none is tried that takes much longer than SLOW.
+    """
+    until = time.process_time() + PROBED
+    words = list(dict.fromkeys(re.findall("[a-z0-9]{2,}", regex.lower())))
+    letters = sorted(set(re.findall("[a-z0-9_]", regex.lower())) | set("a0"))
+    for part in _parts_of(regex):
+        for unit in [*letters, ".", "-", ":", "/", "a.", "a-", "0.", "/a", *words[:20]]:
+            for n in range(1, PROBE_LENGTH):
+                text = (unit * n)[:n] + "\n"  # no pattern has a use for the last character
+                started = time.perf_counter()
+                part.fullmatch(text)
+                # Processor time, and of two tries the shorter: a busy machine is no slow pattern.
+                if time.perf_counter() - started > SLOW and min(_time_of(part, text) for _ in range(2)) > SLOW:
+                    return text[:-1]
+            if time.process_time() > until:
+                return ""
+    return ""
+
+
+def _time_of(part: re.Pattern[str], text: str) -> float:
+    clock = getattr(time, "thread_time", time.process_time)
+    started = clock()
+    part.fullmatch(text)
+    return float(clock() - started)
+
+
+def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
+    """The pattern, and what in it begins with a group or a repeated piece: a name that fits what stands before leads
+    there."""
+    yield re.compile(regex, re.IGNORECASE)
+    tokens = re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", regex, re.DOTALL)
+    starts = [token.start() for token in tokens if token.group() == "(" or regex[token.end():token.end() + 1] in ("*", "+", "{")]
+    ends = [end.end() for end in re.finditer(r"\)(?:[*+?]|\{[0-9,]+\})?", regex)]
+    for start in starts[:20]:
+        for end in [len(regex), *(end for end in ends if end > start)]:  # to the end, or to that of a group
+            with contextlib.suppress(re.error, RuntimeError, OverflowError):
+                yield re.compile(regex[start:end], re.IGNORECASE)
+                break
+
+
 def require_keys(folder: KeyFolder) -> None:
     if not folder.exists():
         raise ConfigError("no security files in `%s`: run `ratrod keygen` first" % folder.path)
@@ -9922,17 +10129,18 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     return Tunnel(lambda loop, callbacks: Client(loop, folder, limits, options, callbacks), timeout)
 
 
-def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str = ".*",
+def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_regex: str | Sequence[str] = ".*",
           authorize: Authorizer | None = None, allow_listen: bool = False, legacy: bool = False,
           limits: Limits = DEFAULT_LIMITS) -> Service:
     """Takes clients on `bind`: `with serve("0.0.0.0:19000") as s`.
 
     `authorize(key, target)` decides in place of authorized_keys: with target "", whether a client with this public key
-    may come in; then, for each target, whether the client may have it: `db:5432`, `udp db:53`,
-    `listen 127.0.0.1:9000`. It is called on threads of the server, must not block for long, and refuses if it raises.
+    may come in; then, for each target, whether the client may have it: `db:5432`, `udp db:53`, `listen localhost:9000`,
+    and a loopback, link-local or metadata address that a name has. It is called on threads of the server, must not
+    block for long, and refuses if it raises.
     ConfigError: a key file or an argument is wrong. RatrodError: the address is in use.
     """
-    options = ServerOptions(parse_endpoint(bind, "address to bind", lowest=0), Policy(remote_regex), legacy=legacy,
+    options = ServerOptions(parse_endpoint(bind, "address to bind", lowest=0), make_policy(remote_regex), legacy=legacy,
                             allow_listen=allow_listen, authorize=authorize)
     folder = KeyFolder(key_path, parse_grant)
     require_keys(folder)
@@ -9951,7 +10159,7 @@ class Options(NamedTuple):
     key_path: str | None = None
     verbose: bool = False
     bind: str = ""
-    remote_regex: str = ".*"
+    remote_regex: tuple[str, ...] = (".*",)
     server: str = ""
     tunnels: tuple[str, ...] = ()
     accept_all_hosts: bool = False
@@ -9979,6 +10187,7 @@ class Options(NamedTuple):
 
 # Any other option that limits something has the name of its field of Limits, with or without "max-" in front.
 LIMIT_FIELDS = {"--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
+MAY_BE_REPEATED = ("--remote-regex",)  # of any other option the last one counts
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
 MAX_ARGUMENTS = 1 << 20  # characters of a file of arguments
 
@@ -10127,7 +10336,7 @@ def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
         from docopt import DocoptExit, docopt
     except ImportError:
         return reader.read(argv)
-    # Every option may be repeated, and the last one counts. People need not see that at each option.
+    # Every option may be repeated. People need not see that at each option.
     text = __doc__.replace(USAGE, re.sub(r"(\[-(?!-\])[^\]]*\])", r"\1...", USAGE))
     try:
         # By position: docopt-ng and docopt 0.6.2 name these differently. False: ratrod itself prints help and version.
@@ -10173,13 +10382,13 @@ def _from_environment(reader: UsageReader, given: dict[str, Any], environ: Mappi
 
 
 def _to_options(given: dict[str, Any], value_of: dict[str, str]) -> Options:
-    """The Options in docopt's dictionary: of each repeated option the last one, converted as the usage text says."""
+    """The Options in docopt's dictionary, converted as the usage text says."""
     fields: dict[str, Any] = {"command": next(command for command in COMMANDS if given.get(command))}
     limits: dict[str, Any] = {}
     for name, value in given.items():
         if value in (None, [], False, 0):
             continue
-        if name in value_of:
+        if name in value_of and name not in MAY_BE_REPEATED:
             value = _convert(name, value[-1] if isinstance(value, list) else value, value_of[name])
         field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
         limit = LIMIT_FIELDS.get(name) or re.sub("^max_", "", field)
@@ -10813,12 +11022,13 @@ DRAIN = 8.0  # seconds by default: `docker stop` kills what has not ended after 
 
 def serve_command(options: Options) -> int:
     bind = parse_endpoint(options.bind, "address to bind", lowest=0)
-    what = ServerOptions(bind, Policy(options.remote_regex), legacy=options.legacy, allow_listen=options.allow_listen,
-                         proxies=parse_networks(options.proxy_protocol))
+    what = ServerOptions(
+        bind, make_policy(options.remote_regex), legacy=options.legacy, allow_listen=options.allow_listen,
+        proxies=parse_networks(options.proxy_protocol),
+        metrics_ports=frozenset(address.port for address in check_workers(options) if address and options.workers > 1))
     folder = KeyFolder(options.key_path, parse_grant)
     if options.allow_listen and options.workers > 1:
         raise ConfigError("--allow-listen and --workers do not go together: a reverse tunnel is one process's")
-    check_workers(options)
     ensure_keys(folder)
     raise_descriptor_limit()
     sockets = listen_for(options.workers, bind, share=options.reuse_port)

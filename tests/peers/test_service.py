@@ -245,7 +245,7 @@ def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
     server, port = serve("--allow-listen")
     client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "3600", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port,
                     "R:0:127.0.0.1:%d" % tcp_echo.port)
-    bound = int(client.wait_for(r"listens on `127\.0\.0\.1:(\d+)`").group(1))
+    bound = int(client.wait_for(r"listens on `localhost:(\d+)`").group(1))
     server.process.kill()
     server.wait()
     client.wait_for("Lost the server")

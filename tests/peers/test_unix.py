@@ -46,7 +46,7 @@ def test_redis(mode, forward, redis):
     path, port = redis
     folder = path.parent
     _, client = forward(mode, "0:unix:%s" % path, "unix:%s/a.sock:127.0.0.1:%d" % (folder, port), "unix:%s/b.sock:unix:%s" % (folder, path),
-                        serve_flags=("-r", r"unix:%s|127\.0\.0\.1" % path))
+                        serve_flags=("-r", "unix:%s" % path, "-r", r"127\.0\.0\.1"))
     assert [client.wait_for(UNIX_LISTENING, n).group(1) for n in (1, 2)] == ["%s/a.sock" % folder, "%s/b.sock" % folder]
     local = tcp_port(client)
     assert redis_cli("-p", local, "ping") == b"PONG\n"

@@ -161,7 +161,7 @@ def udp_originator(client, n=1):
     return made
 
 
-def bound(client, remote="", host=r"127\.0\.0\.1"):
+def bound(client, remote="", host="(?:localhost|127\\.0\\.0\\.1)"):
     """The port at which the server listens for the R: tunnel to `remote`."""
     return int(client.wait_for(r"\[TCP\] `.*?` listens on `%s:(\d+)`, and routing back to `.*?%s` \.\.\." % (host, re.escape(remote))).group(1))
 

@@ -194,7 +194,7 @@ def test_several_tunnels_of_one_client(ends, target):
     assert tunnel.address == tunnel.addresses[0]
     assert len(set(tunnel.addresses)) == 4
     for number, address in enumerate(tunnel.addresses):
-        assert address[0] == "127.0.0.1"
+        assert address[0] == ("localhost" if number == 1 else "127.0.0.1")
         with dial(address) as connection:
             assert receive_all(connection) == b"%d" % number
 
@@ -312,7 +312,7 @@ def test_the_interpreter_ends_without_closing(run):
         """))
 
 
-@pytest.mark.parametrize("asked", ["", "127.0.0.1:1", "listen 127.0.0.1:0"])
+@pytest.mark.parametrize("asked", ["", "127.0.0.1:1", "listen localhost:0"])
 def test_the_interpreter_ends_while_authorize_hangs(run, asked):
     """It must not block for long; where it does, the process still ends."""
     assert_silent(run("""
@@ -381,7 +381,7 @@ def test_arguments_that_are_wrong(ends, server):
     ends.fails(ratrod.ConfigError, "stdio", server, "stdio:127.0.0.1:1")
     ends.fails(ratrod.ConfigError, "legacy", server, "R:0:127.0.0.1:1", legacy=True)
     ends.fails(ratrod.ConfigError, "--socks-user", server, "0:socks", socks_user="without a colon")
-    for options in ({"bind": "nonsense"}, {"bind": "127.0.0.1:x"}, {"remote_regex": "("}):
+    for options in ({"bind": "nonsense"}, {"bind": "127.0.0.1:x"}, {"remote_regex": "("}, {"remote_regex": [".*", "(a+)+b"]}):
         assert_error(ratrod.ConfigError, ".", lambda options=options: ends.serve(**options))
 
 
@@ -443,6 +443,18 @@ def listens(address):
     except OSError:
         return False
     return True
+
+
+def test_a_listener_waits_for_its_own_client(ends, second, monkeypatch):
+    """For a moment after its last link. That another key asks for some address does not end the wait; that its own key does makes room at once."""
+    monkeypatch.setattr(ratrod, "GRACE", 1000.0)
+    server = ends.serve(allow_listen=True)
+    tunnel = ends.tunnel(server, "R:" + local(1))
+    tunnel.close()
+    ends.tunnel(server, "R:" + local(1), key_path=str(second.path))
+    assert listens(tunnel.address)
+    ends.tunnel(server, "R:" + local(1))
+    eventually(lambda: not listens(tunnel.address), "its own key has made room")
 
 
 def test_a_server_that_comes_back_is_no_error(ends, tcp_echo, keys):
@@ -779,8 +791,8 @@ def test_authorize_allows(ends, keys, tcp_echo, udp_echo):
     assert judge.asked[0] == (keys.client.public, "")
     assert {key for key, _ in judge.asked} == {keys.client.public}
     # After port 0 the client asks for the port that it has.
-    assert judge.targets() - {"listen 127.0.0.1:%d" % tunnel.addresses[2][1]} == {
-        "", "127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen 127.0.0.1:0"}
+    assert judge.targets() - {"listen localhost:%d" % tunnel.addresses[2][1]} == {
+        "", "127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen localhost:0"}
     (keys.server.path / "authorized_keys").unlink()
     ask(ends.tunnel(server, local(tcp_echo.port)).address)
     # The server's own key is no client's, whatever authorize() says.
@@ -812,7 +824,7 @@ def test_authorize_refuses_a_target(ends, target, udp_echo, caplog):
         eventually(lambda: "udp 127.0.0.1:%d" % udp_echo.port in judge.targets(), "it was asked")
     ask(tunnel.addresses[2])
     ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
-    assert "listen 127.0.0.1:0" in judge.targets()
+    assert "listen localhost:0" in judge.targets()
     assert (watched.accepted, udp_echo.seen) == (0, 0)
 
 
@@ -822,6 +834,29 @@ def test_authorize_comes_on_top_of_the_regex(ends, tcp_echo, target):
     ask(tunnel.addresses[0])
     assert_reset(tunnel.addresses[1])
     assert tcp_echo.accepted == 0
+
+
+def test_authorize_is_asked_about_the_address_inside_that_a_name_has(ends, tcp_echo, udp_echo, monkeypatch, caplog):
+    """It has said yes to a name, over which somebody else may rule. About an address elsewhere it is not asked."""
+    def found(address, kind=socket.SOCK_STREAM, flags=0):
+        hosts = {"inside.example": ["127.0.0.1"], "both.example": ["198.18.0.1", "127.0.0.1"]}.get(address.host, [address.host])
+        return [(socket.AF_INET, (host, address.port)) for host in hosts]
+    monkeypatch.setattr(ratrod, "look_up", found)
+    inside, by_udp = "127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port
+    allowed = {inside, by_udp}
+    judge = Judge(lambda key, target: not target.startswith(("127.", "udp 127.")) or target in allowed)
+    tunnel = ends.tunnel(ends.serve(authorize=judge), *("0:%s:%d" % each for each in (
+        ("inside.example", tcp_echo.port), ("both.example", tcp_echo.port), ("inside.example", udp_echo.port))))
+    ask(tunnel.addresses[0])
+    assert ask_by_udp(tunnel.addresses[2])
+    allowed.clear()
+    with caplog.at_level(logging.INFO, "ratrod"):
+        assert_reset(tunnel.addresses[0])
+        eventually(lambda: "`inside.example:%d` resolves to `%s`, which authorize() does not permit" % (tcp_echo.port, inside) in caplog.text, "why")
+    assert {inside, by_udp, "inside.example:%d" % tcp_echo.port} <= judge.targets()
+    dial(tunnel.addresses[1]).close()
+    eventually(lambda: "both.example:%d" % tcp_echo.port in judge.targets(), "it is asked about the name")
+    assert not [target for target in judge.targets() if "198.18" in target]
 
 
 def test_authorize_that_returns_something_false(ends, tcp_echo):
@@ -842,7 +877,7 @@ def test_authorize_that_raises(ends, tcp_echo, udp_echo, caplog):
     server = ends.serve(authorize=Judge(allow), allow_listen=True)
     tunnel = ends.tunnel(server, local(tcp_echo.port), local(udp_echo.port))
     ask(tunnel.addresses[0])
-    broken |= {"127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen 127.0.0.1:0"}
+    broken |= {"127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen localhost:0"}
     with caplog.at_level(logging.INFO, "ratrod"):
         assert_reset(tunnel.addresses[0])
         eventually(lambda: "of the test" in caplog.text, "it is logged")

@@ -62,6 +62,7 @@ FLAGS = [  # flag, of which commands, the field of Limits, PROTOCOL.md's default
     ("--idle-links", CONNECT, "idle_links", 8),
     ("--link-age", BOTH, "link_age", 3600.0),
     ("--max-connects-per-key", SERVE, "connects_per_key", 32),
+    ("--max-listeners-per-key", SERVE, "listeners_per_key", 64),
     ("--connect-timeout", BOTH, "connect_timeout", 10.0),
     ("--max-udp-sessions-per-link", BOTH, "udp_sessions", 4096),
     ("--max-udp-sessions", SERVE, "udp_sessions_in_all", 16384),

@@ -84,7 +84,9 @@ def test_streams_and_how_they_end(reverse, stage):
     """Whoever speaks, ends or resets first, the other side learns it as without a tunnel."""
     made = reverse(stage.port)
     assert made.port not in (0, stage.port, made.server_port)
-    # A bare port is loopback: what another address of this machine gives is no listener of ours.
+    # A bare port is loopback of both families: what another address of this machine gives is no listener of ours.
+    stage.play(echo)
+    ask(made.port, host="::1")
     with pytest.raises(OSError):
         dial(made.port, "127.0.0.2").close()
     for question in (b"?", b"", b"x" * 100_000):
@@ -212,8 +214,23 @@ def test_permitlisten(serve, client, keys, tcp_echo):
     ask(bound(client(server_port, "R:%d:127.0.0.1:%d" % (port, tcp_echo.port))))
 
 
+def test_nobody_listens_beside_another_keys_address(reverse, serve, client, keys, second, target):
+    """A visitor of `localhost` tries both families, and one of every address any: what is asked for must not take them away. The server's own port
+    is not to be had either; another address with the same port is."""
+    made = reverse(target(says(b"first")).port)
+    hosts = ["", "127.0.0.1:", "[::1]:", "localhost:", "0.0.0.0:", "[::]:", "*:"]
+    lines = [["-k", second.path, "connect", "127.0.0.1:%d" % made.server_port, "R:%s%d:127.0.0.1:1" % (host, port)]
+             for port in (made.port, made.server_port) for host in hosts]
+    for line, outcome in zip(lines, run_lines(lines)):
+        said = "in use|this server itself is on that port" if line[-1].split(":")[-3].endswith(str(made.server_port)) else "in use by another client"
+        assert outcome.code == 1 and re.search(said, outcome.err), (line, outcome)
+    other = target(says(b"other")).port
+    assert bound(client(made.server_port, "R:127.0.0.2:%d:127.0.0.1:%d" % (made.port, other), who=second), host=r"127\.0\.0\.2") == made.port
+    assert [greeting(made.port, host) for host in ("127.0.0.1", "::1", "127.0.0.2")] == [b"first", b"first", b"other"]
+
+
 def test_64_listeners_for_a_key(serve, client, second, target):
-    """For all its clients together; another key has 64 of its own."""
+    """For all its clients together; another key has 64 of its own, and a flag allows more."""
     _, server_port = serve("--allow-listen")
     first, remote = free_port(65), target(says(b"hello")).port
     many = "R:%d-%d:127.0.0.1:%d-%d"
@@ -222,6 +239,8 @@ def test_64_listeners_for_a_key(serve, client, second, target):
     assert greeting(bound(holder, ":%d" % remote)) == b"hello"
     assert_start_fails(client(server_port, "R:0:127.0.0.1:%d" % remote), "as many addresses as one may have")
     assert greeting(bound(client(server_port, "R:0:127.0.0.1:%d" % remote, who=second))) == b"hello"
+    _, server_port = serve("--allow-listen", "--max-listeners-per-key", "2")
+    assert_start_fails(client(server_port, *["R:0:127.0.0.1:1"] * 3), "one may have \\(2\\); serve --max-listeners-per-key allows more")
 
 
 @pytest.mark.parametrize("flag", ["--max-streams", "--max-streams-per-key"])

@@ -8,14 +8,27 @@ import hashlib
 import os
 import re
 import socket
+import subprocess
 
 import pytest
 
 from support import sockets
 from support.pressure import LONG, memory_before, peak_growth
-from support.programs import LEGACY, PATIENCE, RATROD2, bound, every_mode, tcp_port
+from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, bound, every_mode, tcp_port
 from support.rows import row
-from support.sockets import ask, check_half_close, dial, free_port, port_of, push_until_stuck, receive_all, receive_exactly, reset
+from support.sockets import (
+    ask,
+    assert_refused,
+    check_half_close,
+    dial,
+    eventually,
+    free_port,
+    port_of,
+    push_until_stuck,
+    receive_all,
+    receive_exactly,
+    reset,
+)
 from support.socks5 import ask_socks, request, socks_port
 from support.targets import echo
 
@@ -244,6 +257,7 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
         ("0.0.0.0:%d:127.0.0.1:%d" % (port, tcp_echo.port), r"0\.0\.0\.0:%d" % port, remote, ["127.0.0.1", "127.0.0.2"]),
         ("%d:localhost:%d" % (port + 1, tcp_echo.port), r"127\.0\.0\.1:%d" % (port + 1), "localhost:%d" % tcp_echo.port, ["127.0.0.1"]),
         ("%d:%d" % (port + 2, tcp_echo.port), r"127\.0\.0\.1:%d" % (port + 2), remote, ["127.0.0.1"]),
+        ("*:0:127.0.0.1:%d" % tcp_echo.port, r"\*:\d+", remote, ["127.0.0.1", "127.0.0.2", "::1"]),
         ("[::]:0:127.0.0.1:%d" % tcp_echo.port, r"\[::\]:\d+", remote, ["::1"]),
     ]
     _, client = forward(RATROD2, *[form[0] for form in forms], *["0:%d" % each.port for each in names], connect_flags=("-v",))
@@ -255,7 +269,7 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
     # Without a local host it is loopback that listens, and nothing else.
     with pytest.raises(ConnectionRefusedError):
         dial(port + 1, "127.0.0.2")
-    # The IPv6 wildcard takes IPv4 too, and shows it as such.
+    # The IPv6 wildcard takes IPv4 too, as * does, and shows it as such.
     with dial(tcp_port(client, len(forms))) as connection:
         connection.sendall(b"still there?")
         assert receive_exactly(connection, 12) == b"still there?"
@@ -265,3 +279,82 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
     for n, name in ((1, b"second"), (0, b"first"), (1, b"second")):
         with dial(tcp_port(client, len(forms) + 1 + n)) as connection:
             assert receive_all(connection) == name
+
+
+def test_one_protocol_alone(forward, tcp_echo, udp_echo):
+    """Where the port is taken for the other one; two tunnels may share a number."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("127.0.0.1", 0))
+        _, client = forward(RATROD2, "tcp:%d:127.0.0.1:%d" % (port_of(other), tcp_echo.port), connect_flags=("-v",))
+        ask(tcp_port(client))
+        assert "[UDP]" not in client.output
+    port = free_port()
+    _, client = forward(RATROD2, "tcp:%d:127.0.0.1:%d" % (port, tcp_echo.port), "udp:%d:127.0.0.1:%d" % (port, udp_echo.port))
+    ask(port)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+        originator.settimeout(PATIENCE)
+        originator.connect(("127.0.0.1", port))
+        originator.send(b"?")
+        assert originator.recv(10) == b"?"
+
+
+def test_every_address_of_both_families(ratrod, keys, tcp_echo):
+    """BIND, --metrics, a SOCKS proxy; of a reverse tunnel in test_reverse.py."""
+    server = ratrod("-k", keys.server.path, "serve", "--metrics", "*:0", "*:0")
+    port = int(server.wait_for(r"Starting server on `\*:(\d+)`").group(1))
+    metrics = int(server.wait_for(r"http://\*:(\d+)/metrics").group(1))
+    for host in ("127.0.0.1", "[::1]"):
+        client = ratrod("-k", keys.client.path, "connect", "-a", "%s:%d" % (host, port), "*:0:socks")
+        socks = int(client.wait_for(r"\[SOCKS\] Listening on `\*:(\d+)`").group(1))
+        client.wait_for(READY)
+        for ask_at in (metrics, socks):
+            dial(ask_at, host.strip("[]")).close()
+
+
+def test_a_link_local_address_keeps_its_zone(namespace, start, ratrod, keys, target):
+    """Without it no system knows on which of its networks the address is: as BIND, as SERVER, as a local address, and as the target of R:."""
+    cable = "rt%dv" % os.getpid()
+    addresses = {}
+
+    def settled():
+        for name, command in ((cable, ()), ("eth0", namespace.command)):
+            words = "ip -6 -o addr show dev %s scope link" % name
+            shown = subprocess.run([*command, *words.split()], stdout=subprocess.PIPE, check=True).stdout
+            addresses[name] = re.search(rb"(fe80:\S+)/64(?!.*tentative)", shown)
+        return all(addresses.values())
+    eventually(settled, "both ends of the cable have an address")
+    near, far = ("%s%%%s" % (found.group(1).decode(), name) for name, found in addresses.items())
+    server = start(*namespace.command, *RATROD, "-k", keys.server.path, "serve", "--allow-listen", "[%s]:0" % far)
+    port = server.wait_for(STARTED).group(1)
+    inside, outside = namespace.make(target, echo), target(echo, host="::")
+    client = ratrod("-k", keys.client.path, "connect", "-a", "[%s%%%s]:%s" % (far.split("%")[0], cable, port),
+                    "[%s]:0:127.0.0.1:%d" % (near, inside.port), "R:0:[%s]:%d" % (near, outside.port))
+    client.wait_for(READY)
+    ask(tcp_port(client), host=near)
+    back = int(client.wait_for(r"listens on `localhost:(\d+)`").group(1))
+    namespace.make(ask, back)
+
+
+# ---------------------------------------------------------------------------------------------------- policy
+
+
+def test_a_server_opens_none_of_its_own_addresses(serve, ratrod, keys):
+    """Its metrics tell of all keys; behind --proxy-protocol its own port believes a header. Another address with such a port is another's."""
+    server, port = serve("--metrics", "*:0")
+    metrics = int(server.wait_for(r"/\*:(\d+)/metrics").group(1))
+    try:
+        other = socket.create_server(("127.0.0.2", port))
+    except OSError:
+        pytest.skip("127.0.0.2 is no address of this machine")
+    own = ["127.0.0.1:%d" % port, "localhost:%d" % port, "[::ffff:127.0.0.1]:%d" % port, "127.0.0.1:%d" % metrics, "127.9.9.9:%d" % metrics,
+           "[::1]:%d" % metrics, "localhost:%d" % metrics]
+    with other:
+        client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, *["0:" + each for each in own], "0:127.0.0.2:%d" % port)
+        client.wait_for(READY)
+        for n, each in enumerate(own, 1):
+            with row(each):
+                assert_refused(tcp_port(client, n))
+        server.wait_for("is an address that this server itself listens on", 1)
+        with dial(tcp_port(client, len(own) + 1)):
+            other.settimeout(PATIENCE)
+            other.accept()[0].close()

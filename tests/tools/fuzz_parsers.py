@@ -855,7 +855,7 @@ def names(data):
             allowed.append(None)
             continue
         for text in resolved:
-            address = ipaddress.ip_address(text)
+            address = ratrod.parse_ip(text)
             assert not (address.is_loopback or address.is_unspecified or address.is_multicast)
             assert not address.is_link_local or not grants[0].permitopen
         allowed.append(len(resolved))
@@ -866,7 +866,8 @@ TUNNELS = (b"80", b"2000:80", b"2000:db:5432", b"127.0.0.1:2000:db:5432", b"[::1
            b"8000-8003", b"[::1]:8000-8003:[::2]:9000-9003", b"1080:socks", b"127.0.0.1:1080:socks", b"unix:/tmp/p:socks", b"stdio:db:5432",
            b"stdio:unix:/run/x", b"unix:/tmp/p:db:80", b"2000:unix:/run/x", b"unix:/tmp/p:unix:/run/x", b"R:9000:db:80", b"R:0.0.0.0:9000:db:80",
            b"R:[::]:0:[::1]:80", b"R:80", b"R:9000-9003:db:80-83", b"R:9000:unix:/run/x")
-TUNNEL_WORDS = (b"unix:/", b":socks", b"stdio:", b"R:", b"[::1]", b":", b"-", b"0-", b"1-65535", b"65535-1", b"99999", b"-0", *NAMES)
+TUNNEL_WORDS = (b"unix:/", b":socks", b"stdio:", b"R:", b"tcp:", b"udp:", b"*:", b"%eth0]",
+                b"[::1]", b":", b"-", b"0-", b"1-65535", b"65535-1", b"99999", b"-0", *NAMES)
 
 
 def written(spec):
@@ -874,6 +875,8 @@ def written(spec):
     if spec.kind == ratrod.STDIO:
         return "stdio:%s" % (spec.remote,)
     local = str(spec.local) if spec.local.host else str(spec.local.port)
+    if spec.kind == ratrod.FORWARD and len(spec.protocols) == 1:
+        local = "%s:%s" % (spec.protocols[0].lower(), local)
     return {ratrod.SOCKS: "%s:socks" % local, ratrod.REVERSE: "R:%s:%s" % (local, spec.remote)}.get(spec.kind, "%s:%s" % (local, spec.remote))
 
 
@@ -889,7 +892,7 @@ def tunnel(data):
     for spec in found:
         assert spec.kind == ratrod.SOCKS or spec.remote.is_unix or 1 <= spec.remote.port <= 65535
         if spec.kind != ratrod.SOCKS and not spec.remote.is_unix:
-            check_host(spec.remote.host)
+            check_host(spec.remote.host.partition("%")[0] if spec.kind == ratrod.REVERSE else spec.remote.host)
         assert ratrod.parse_tunnels(written(spec)) == [spec], "%r is written %r" % (spec, written(spec))
     return len(found) > 1, found[0].kind, found[0].local.is_unix, found[0].remote.is_unix
 

@@ -846,7 +846,7 @@ class Soak:
             self.programs[name] = self._launch(keys.path, *words)
             stack.callback(self._stop, self.programs[name])
             return self.programs[name]
-        at = launch("server", server, "serve", "--legacy", "--allow-listen", "-r", re.escape(NETWORK) + r"\..*|unix:/.*", *times, HOST + ":0")
+        at = launch("server", server, "serve", "--legacy", "--allow-listen", "-r", re.escape(NETWORK) + r"\..*", "-r", "unix:.*", *times, HOST + ":0")
         self._start_relay(stack, int(at.wait_for(STARTED).group(1)))
         here, through = HOST + ":0:", HOST + ":%d"
         to, to_unix, socks = "%s%s:%d" % (here, HOST, self.target_port), "%sunix:%s" % (here, self.unix_path), here + "socks"

@@ -266,7 +266,13 @@ PATH = "/run/echo.sock"
     ('permitopen="unix:/run"', ".*", False, False),
     ("", "unix:" + PATH, True, False),
     ("", "unix:.*", True, False),
-    ("", ".*|unix:.*", True, True),
+    # A pattern that begins with unix: is for paths alone, the others never match a path.
+    ("", ".*|unix:.*", False, True),
+    ("", [".*", "unix:" + PATH], True, True),
+    ("", [".*", "unix:/other"], False, True),
+    ("", ["unix:/other", "unix:" + PATH.upper(), "unix:" + PATH, "db"], True, False),
+    ("", "unix:.*|127.*", True, False),
+    ("", "(?:unix:.*)", False, False),
     ("", "unix:/run", False, False),
     ("", "nix:%s|unix:" % PATH, False, False),
     ("no-udp", "unix:" + PATH, True, False),
@@ -299,7 +305,7 @@ def test_odd_spellings_of_unix_sockets():
         "unix://" + PATH, "unix:localhost" + PATH, "\ufb01:" + PATH, "unix\0:" + PATH, "\uff55nix:" + PATH, "tcp unix:" + PATH, "udp unix:" + PATH,
         "unix:unix:" + PATH,
     ]
-    assert [target for target in targets if opens(target, grants_of(""), r"(?s:.*)|unix:.*")] == []
+    assert [target for target in targets if opens(target, grants_of(""), [r"(?s:.*)", "unix:.*"])] == []
     for longest in ("/" + "a" * 99, "/a" + "\u00e9" * 49):
         assert len(longest.encode()) == 100 and opens("unix:" + longest, grants_of(""), "unix:.*")
 
@@ -313,6 +319,12 @@ def test_odd_spellings_of_unix_sockets():
     ('permitlisten="127.0.0.1:8080"', "127.0.0.1:8080", True),
     ('permitlisten="8080"', "8080", True),
     ('permitlisten="8080"', "localhost:8080", True),
+    ('permitlisten="8080"', "127.0.0.1:8080", True),
+    ('permitlisten="8080"', "[::1]:8080", True),
+    ('permitlisten="[::]:8080"', "*:8080", True),
+    ('permitlisten="*:8080"', "*:8080", True),
+    ('permitlisten="8080"', "*:8080", False),
+    ('permitlisten="0.0.0.0:8080"', "*:8080", False),
     ('permitlisten="127.0.0.1:*"', "8080", True),
     ('permitlisten="127.0.0.1:*"', "0", True),
     ('permitlisten="*"', "0", True),
@@ -343,7 +355,7 @@ ASKED = {
         "[localhost]:8080", "\x1b[2J:8080", "[::1%lo]:8080"), False)}
 # Nothing that anybody may listen on.
 BAD_ADDRESSES = ["", ":", ":0", "127.0.0.1", "127.0.0.1:", "127.1:0", "0x7f000001:0", "127.0.0.1:0\n", "127.0.0.1:00", "127.0.0.1:65536",
-                 "127.0.0.1:-1", "127.0.0.1:\u0660", "[::1", "[fe80::1%lo]:0", "*:0", "a b:0", "unix:/tmp/x", "no.such.name.invalid:0"]
+                 "127.0.0.1:-1", "127.0.0.1:\u0660", "[::1", "[fe80::1%lo]:0", "**:0", "*.x:0", "a b:0", "unix:/tmp/x", "no.such.name.invalid:0"]
 
 
 def test_spellings_of_an_address_to_listen_on():

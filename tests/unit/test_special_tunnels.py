@@ -23,7 +23,41 @@ NO_TUNNELS = [
     # Reverse tunnels.
     "R:", "R:0", "R:0:127.0.0.1", "R:x:127.0.0.1:1", "R:65536:127.0.0.1:1", "R:0:127.0.0.1:0", "R:0:127.1:1", "R:0:unix:relative",
     "R:stdio:127.0.0.1:1", "R:unix:/tmp/a:127.0.0.1:1", "R:1-3:127.0.0.1:1-2", "R:3-1:127.0.0.1:3-1",
+    "stdio:[]:22", "stdio:[db:22", "stdio:db]:22", "stdio:[[::1]]:22", "stdio:2001:db8::7", "stdio:2001:db8:7:22", "stdio:[::1]22",
+    # One of TCP and UDP alone: of what has both, and listens on a port of its own.
+    "tcp:", "udp:", "tcp:udp:80", "tcp:tcp:80", "TCP:80", "sctp:80", "udp:R:80:db:80", "udp:unix:/a:db:80", "udp:0:unix:/a", "udp:0:socks",
+    "tcp:0:socks", "tcp:stdio:db:80", "udp:stdio:db:80", "tcp:db:80", "2000:tcp:db:80",
+    # Zones: of link-local addresses, at this side alone.
+    "2000:[fe80::1%eth0]:80", "R:2000:[::1%lo]:80", "R:2000:[2001:db8::7%eth0]:80", "R:2000:[fe80::1%]:80", "R:2000:[fe80::1%a b]:80",
+    "R:2000:[::ffff:169.254.1.1%eth0]:80", "stdio:fe80::1%eth0:22",
 ]
+
+
+@pytest.mark.parametrize("text, spec", [
+    # What ssh fills in for %h:%p, and for [%h]:%p.
+    ("stdio:db:22", (("", 0), ("db", 22), ratrod.STDIO)),
+    ("stdio:[db]:22", (("", 0), ("db", 22), ratrod.STDIO)),
+    ("stdio:192.0.2.7:22", (("", 0), ("192.0.2.7", 22), ratrod.STDIO)),
+    ("stdio:[192.0.2.7]:22", (("", 0), ("192.0.2.7", 22), ratrod.STDIO)),
+    ("stdio:2001:db8::7:22", (("", 0), ("2001:db8::7", 22), ratrod.STDIO)),
+    ("stdio:[2001:db8::7]:22", (("", 0), ("2001:db8::7", 22), ratrod.STDIO)),
+    ("stdio:::1:22", (("", 0), ("::1", 22), ratrod.STDIO)),
+    ("stdio:unix:/run/sshd", (("", 0), ("/run/sshd", 0), ratrod.STDIO)),
+    # Every address of both families.
+    ("*:1080:socks", (("*", 1080), ("", 0), ratrod.SOCKS)),
+    ("R:*:9000:localhost:80", (("*", 9000), ("localhost", 80), ratrod.REVERSE)),
+    # One protocol alone, where there is but one: said, it is no mistake.
+    ("tcp:R:9000:db:80", (("", 9000), ("db", 80), ratrod.REVERSE)),
+    ("tcp:unix:/a:db:80", (("/a", 0), ("db", 80), ratrod.FORWARD)),
+    ("tcp:2000:unix:/a", (("127.0.0.1", 2000), ("/a", 0), ratrod.FORWARD)),
+    # A host that is called so.
+    ("2000:tcp:80", (("127.0.0.1", 2000), ("tcp", 80), ratrod.FORWARD, ("TCP", "UDP"))),
+    ("udp:2000:udp:80", (("127.0.0.1", 2000), ("udp", 80), ratrod.FORWARD, ("UDP",))),
+    # The zone of what this side itself connects to.
+    ("R:9000:[fe80::1%eth0.1]:80", (("", 9000), ("fe80::1%eth0.1", 80), ratrod.REVERSE)),
+])
+def test_tunnels_of_special_forms(text, spec):
+    assert ratrod.parse_tunnels(text) == [ratrod.TunnelSpec(*spec)]
 
 
 def test_tunnels_that_are_none():

@@ -37,8 +37,8 @@ def test_the_spellings_are_told_apart():
     """Each list holds what its comment says, by the text alone."""
     assert len(ODD) == len(set(ODD))
     for host in NEVER:
-        with pytest.raises(ValueError):
-            ratrod.parse_target("%s:80" % host)
+        with pytest.raises(ratrod.PolicyError, match="not a target"):
+            ratrod.Policy().check("%s:80" % host)
     for host in ODD[len(NEVER):]:
         found = ratrod.parse_target("%s:80" % host)
         assert ratrod.is_address(found.host) == (host not in NAMES + UNRESOLVED and "localhost" not in host.lower())
@@ -56,7 +56,7 @@ def test_no_spelling_reaches_loopback_past_a_rule(rules):
 def test_without_a_rule_only_plain_spellings_lead_there():
     found = {host: reached(".*", "", host) for host in ODD}
     assert [host for host in ODD if found[host] is None] == [host for host in ODD if host in NEVER + NOWHERE]
-    leads = [host for host in ODD if found[host] and all(address.startswith("127.") or address == "::1" for address in found[host])]
+    leads = [host for host in ODD if found[host] and all(ratrod.parse_ip(address).is_loopback for address in found[host])]
     assert leads == [host for host in ODD if host in LOOPBACK + NAMES + UNRESOLVED]
 
 

@@ -20,7 +20,7 @@ from support.old_docopt import old_docopt
 
 # ---------------------------------------------------------------------------------------------------- the three readers
 
-OPTIONS = {"command": None, "key_path": None, "verbose": False, "bind": "", "remote_regex": ".*", "server": "", "tunnels": (),
+OPTIONS = {"command": None, "key_path": None, "verbose": False, "bind": "", "remote_regex": (".*",), "server": "", "tunnels": (),
            "accept_all_hosts": False, "encrypt": False, "legacy": False, "udp_timeout": 120, "handshake_timeout": 10, "topic": None}
 
 
@@ -47,11 +47,11 @@ COMMAND_LINES = [
     ("serve S:1 --verbose", serving(verbose=True)),
     ("-vkkeys serve S:1", serving(verbose=True, key_path="keys")),
     ("-vk keys serve S:1", serving(verbose=True, key_path="keys")),
-    ("-r x serve S:1", serving(remote_regex="x")),
-    ("serve -r x S:1", serving(remote_regex="x")),
-    ("serve --remote-regex=x S:1", serving(remote_regex="x")),
-    ("serve --remote-regex= S:1", serving(remote_regex="")),
-    ("serve -r -x S:1", serving(remote_regex="-x")),
+    ("-r x serve S:1", serving(remote_regex=("x",))),
+    ("serve -r x S:1", serving(remote_regex=("x",))),
+    ("serve --remote-regex=x S:1", serving(remote_regex=("x",))),
+    ("serve --remote-regex= S:1", serving(remote_regex=("",))),
+    ("serve -r -x S:1", serving(remote_regex=("-x",))),
     ("serve --legacy S:1", serving(legacy=True)),
     ("--legacy serve S:1", serving(legacy=True)),
     ("serve --handshake-timeout 2.5 S:1", serving(handshake_timeout=2.5)),
@@ -87,7 +87,7 @@ COMMAND_LINES = [
     ("-k a -k b serve S:1", serving(key_path="b")),
     ("-k a serve S:1 --key-path=b", serving(key_path="b")),
     ("--key-path=b serve S:1 -k a", serving(key_path="a")),
-    ("serve -r a -r b S:1 -r c", serving(remote_regex="c")),
+    ("serve -r a -r b S:1 -r c", serving(remote_regex=("a", "b", "c"))),
     ("connect -a -a -e -e --legacy --legacy S:1", connecting(accept_all_hosts=True, encrypt=True, legacy=True)),
     ("connect --udp-timeout 1 --udp-timeout 2 S:1", connecting(udp_timeout=2)),
     ("keygen", dict(OPTIONS, command="keygen")),
@@ -290,7 +290,9 @@ def test_a_range_is_a_tunnel_for_each_port(text, local, remote):
 
 def test_the_edges_of_ranges():
     # The shortest form has the same ports at both ends.
-    assert ratrod.parse_tunnels("8000-8002") == [(Address("127.0.0.1", port),) * 2 + (ratrod.FORWARD,) for port in (8000, 8001, 8002)]
+    assert [spec[:3] for spec in ratrod.parse_tunnels("8000-8002")] == [
+        (Address("127.0.0.1", port), Address("127.0.0.1", port), ratrod.FORWARD) for port in (8000, 8001, 8002)]
+    assert {spec.protocols for spec in ratrod.parse_tunnels("udp:8000-8002:db:9000-9002")} == {("UDP",)}
     # A range of one, the highest port, and as many as there may be.
     assert ratrod.parse_tunnels("80-80:db:81-81") == ratrod.parse_tunnels("80:db:81")
     assert [spec.remote.port for spec in ratrod.parse_tunnels("1-2:db:65534-65535")] == [65534, 65535]
@@ -353,7 +355,7 @@ def test_at_signs_that_are_meant(parse, file):
     file("count", "3")
     assert parse("serve", "--max-links", "@count", "S:1").limits.links == 3
     # With "=" it is one word, and does not begin with it.
-    assert parse("serve", "--remote-regex=@count", "S:1").remote_regex == "@count"
+    assert parse("serve", "--remote-regex=@count", "S:1").remote_regex == ("@count",)
 
 
 def test_what_a_file_may_hold(parse, file):
@@ -433,11 +435,11 @@ def test_values(parse):
     options = parse("serve", "S:1", RATROD_MAX_LINKS="10", RATROD_DRAIN="0", RATROD_HANDSHAKE_RATE="5", RATROD_REMOTE_REGEX="@a b",
                     RATROD_KEY_PATH="", RATROD_LOG_FORMAT="json", RATROD_METRICS="127.0.0.1:1", RATROD_WORKERS="2")
     assert (options.limits.links, options.drain, options.limits.handshake_rate, options.remote_regex, options.key_path, options.log_format,
-            options.metrics, options.workers) == (10, 0.0, 5.0, "@a b", None, "json", "127.0.0.1:1", 2)
+            options.metrics, options.workers) == (10, 0.0, 5.0, ("@a b",), None, "json", "127.0.0.1:1", 2)
     # The command line wins, in whichever form.
     for words in (["--max-links=3", "-r", "x"], ["--max-links", "3", "--remote-regex=x"]):
         options = parse("serve", *words, "S:1", RATROD_MAX_LINKS="nonsense", RATROD_REMOTE_REGEX="y")
-        assert (options.limits.links, options.remote_regex) == (3, "x")
+        assert (options.limits.links, options.remote_regex) == (3, ("x",))
 
 
 @pytest.mark.parametrize("name, value, said", [
