@@ -112,7 +112,7 @@ def test_everything_that_must_be_refused(most):
 
 
 NAMES_THAT_ARE_NONE = (b".", b"a b", b"a\nb", b"a\0b", b"\xff\xfe", b"\x1b[2J", b"x" * 255, b"a..b", b"127.1", b"0x7f.1", b"a/b", b"user@host",
-                       b"*", b"[::1]", b"localhost:1", b"::1%lo", b":")
+                       b"*", b"[::1]", b"localhost:1", b"::1%lo", b":", "\uff11\uff12\uff17.0.0.1".encode())
 
 
 def test_names_that_are_none():
@@ -133,7 +133,7 @@ def test_a_name_is_no_way_to_a_unix_socket():
 def test_every_way_to_write_an_address():
     for host, port, target in (("localhost", 80, "localhost:80"), ("LOCALHOST", 80, "localhost:80"), (b"127.0.0.1", 80, "127.0.0.1:80"),
                                ("localhost.", 80, "localhost:80"), ("::ffff:127.0.0.1", 80, "127.0.0.1:80"), (b"::1", 80, "[::1]:80"),
-                               ("::1", 80, "[::1]:80")):
+                               ("::1", 80, "[::1]:80"), ("b\u00fccher.example".encode(), 80, "xn--bcher-kva.example:80")):
         with row(host):
             parsed = parse_target(Served(GREETING + request(host, port)).handshake.target)
             assert str(parsed) == target
