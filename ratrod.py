@@ -7903,8 +7903,8 @@ class Source:
     def name(host: str) -> str:
         import ipaddress
 
-        host = host.split("%")[0]
-        return str(ipaddress.ip_network(host + "/64", strict=False)) if ":" in host else host
+        address = parse_ip(host)
+        return str(address) if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
 class Admission:

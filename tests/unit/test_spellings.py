@@ -3,7 +3,7 @@
 import ast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ratrod
@@ -63,6 +63,7 @@ def test_without_a_rule_only_plain_spellings_lead_there():
 # ---------------------------------------------------------------------------------------------------- texts for a terminal
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_whatever_is_made_printable_is(text):
     shown = ratrod.printable(text)
