@@ -3869,9 +3869,14 @@ def is_literal(host: str) -> bool:
     return is_address(host) and "%" not in host
 
 
+def family_of(host: str) -> int:
+    """The family of an address."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def literal(address: Address) -> tuple[int, Any]:
     """What look_up() would find for an address."""
-    return int(socket.AF_INET6 if ":" in address.host else socket.AF_INET), tuple(address)
+    return family_of(address.host), tuple(address)
 
 
 CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
@@ -3968,13 +3973,10 @@ class Connector:
         self._finish(None, error)
 
 
-def is_here(family: int, sockaddr: Any) -> bool:
-    """Whether an address is one of this machine's own: to those a system talks from themselves, or is on loopback."""
-    address = parse_ip(sockaddr[0])
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(sockaddr)
-        return bool(address.is_loopback or parse_ip(probe.getsockname()[0]) == address)
-    return False
+def is_here(sockaddr: Any) -> bool:
+    """Whether an address is one of this machine's own, which a system connects to from the address itself."""
+    address, from_there = parse_ip(sockaddr[0]), address_towards(sockaddr)
+    return bool(address.is_loopback or from_there and parse_ip(from_there) == address)
 
 
 # ---------------------------------------------------------------------------------------------------- listening
@@ -8310,7 +8312,7 @@ class Server(Endpoint):
         if not bound and sockaddr[1] not in self.options.metrics_ports:
             return False
         host, every = str(parse_ip(sockaddr[0])), "::" if family == socket.AF_INET6 else "0.0.0.0"
-        return host in bound or (every in bound or not bound) and is_here(family, sockaddr)
+        return host in bound or (every in bound or not bound) and is_here(sockaddr)
 
     def _permit_stream(self, stream: Stream, link: Link) -> None:
         self._permitted(link, stream.target)

@@ -283,19 +283,19 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
 
 def test_one_protocol_alone(forward, tcp_echo, udp_echo):
     """Where the port is taken for the other one; two tunnels may share a number."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
-        other.bind(("127.0.0.1", 0))
-        _, client = forward(RATROD2, "tcp:%d:127.0.0.1:%d" % (port_of(other), tcp_echo.port), connect_flags=("-v",))
-        ask(tcp_port(client))
-        assert "[UDP]" not in client.output
-    port = free_port()
-    _, client = forward(RATROD2, "tcp:%d:127.0.0.1:%d" % (port, tcp_echo.port), "udp:%d:127.0.0.1:%d" % (port, udp_echo.port))
-    ask(port)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+    port = free_port(2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+        other.bind(("127.0.0.1", port))
+        _, client = forward(RATROD2, *[word % each for word, each in (
+            ("tcp:%d:127.0.0.1:%%d" % port, tcp_echo.port), ("tcp:%d:127.0.0.1:%%d" % (port + 1), tcp_echo.port),
+            ("udp:%d:127.0.0.1:%%d" % (port + 1), udp_echo.port))])
+        ask(port)
+        ask(port + 1)
         originator.settimeout(PATIENCE)
-        originator.connect(("127.0.0.1", port))
+        originator.connect(("127.0.0.1", port + 1))
         originator.send(b"?")
         assert originator.recv(10) == b"?"
+    assert [re.search(r"\[(\w+)\] Listening", line).group(1) for line in client.lines if "Listening" in line] == ["TCP", "TCP", "UDP"]
 
 
 def test_every_address_of_both_families(ratrod, keys, tcp_echo):
