@@ -5932,7 +5932,7 @@ class UdpSession:
     def on_first_answer(self) -> None:
         """The target is found. A client that knows only its name is told the address."""
         _, (host, port, *_) = self.addresses[self.attempt % len(self.addresses)]
-        self.address, self.addresses = str(Address(unmapped(host.split("%")[0]), port)), []
+        self.address, self.addresses = str(Address(host.split("%")[0], port)), []
         self.take_kept()
         if not is_address(parse_target(self.target).host) and self.udp.link:
             self.udp.link.send_record(SESSION_ADDRESS, self.number, self.address)
