@@ -3014,7 +3014,6 @@ class EventLoop:
         self.portion, self._hurry_until = MAX_CONTENT, self.now  # bytes that one callback takes at most
         self._spare: list[memoryview] = []
         self._lent = 0
-        self.batch = DatagramBatch(self)
         ours, self._waker = socket.socketpair()
         self._waker.setblocking(False)
         self._wake_receiver = Transport(self, ours, self._on_wake)
@@ -6258,6 +6257,8 @@ class DatagramBatch:
     """Gathers the datagrams of one callback into as few records as possible, in the loop's scratch buffer: each is
     received right where it is sealed."""
 
+    __slots__ = ("_scratch", "_at", "_udp")
+
     def __init__(self, loop: EventLoop):
         self._scratch = loop.scratch_out
         self._at = HEADROOM
@@ -6337,7 +6338,7 @@ class UdpPort:
             del self.sessions[session.key]
 
     def _on_event(self, _mask: int) -> None:
-        batch = self.loop.batch
+        batch = DatagramBatch(self.loop)
         for _ in range(BATCH):
             if not self._transport.events:  # what came before has ended it
                 break
