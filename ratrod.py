@@ -3483,16 +3483,15 @@ class LookUps(FairQueue):
         self._begin_waiting()
 
     def _tell(self, made: LookUp, result: Any, error: Exception | None) -> None:
-        """Tells all that wait, once."""
+        """Tells all that wait, once, each by a call of its own: a mistake of one takes no answer from the others."""
         if made.waiting:
-            waiting, made.waiting = made.waiting, []
             made.deadline.clear()
             if made.began < NEVER:
                 self._awaited.change(made.key, -1)
             if made.name:
                 del self._by_name[made.key, made.name]
-            for done in waiting:
-                done(result, error)
+        while made.waiting:
+            self._loop.call_later(0, functools.partial(made.waiting.pop(0), result, error))
 
 
 @functools.lru_cache(maxsize=None)

@@ -334,8 +334,8 @@ def test_a_look_up_that_nobody_waits_for_takes_no_place(names):
 def test_a_look_up_whose_turn_never_came_is_not_refused(names):
     """It is the other names that are silent."""
     made = names(lookup_threads=4)
-    silent = [made.find(b"a", "silent%d" % n) for n in range(3)]
-    good = made.find(b"a", "good", timeout=0.05)
+    silent = [made.find(b"a", "silent%d" % n, timeout=1) for n in range(3)]
+    good = made.find(b"a", "good", timeout=1)
     made.run_until(lambda: all([*silent, good]))
     again = made.find(b"a", "good")
     made.run_until(lambda: bool(again))
