@@ -77,23 +77,3 @@ def run_demo(*words, packages=None):
 @pytest.mark.parametrize("version", OLD)
 def test_older_pynacl_runs_the_demo(version):
     assert "AEGIS" not in run_demo(SCRIPT[1], "-v", "demo", packages=old_pynacl(version))
-
-
-HIDING = """
-import sys
-import types
-
-import nacl.bindings
-import nacl._sodium
-
-nacl._sodium.lib = types.SimpleNamespace()
-del nacl._sodium.ffi
-import ratrod
-
-sys.exit(ratrod.main(["-v", "demo"]))
-"""
-
-
-def test_the_demo_runs_where_private_names_are_missing():
-    assert "nacl._sodium" in run_demo(SCRIPT[1], "-v", "demo")
-    assert "nacl._sodium" not in run_demo("-c", HIDING)

@@ -523,20 +523,6 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
 # ---------------------------------------------------------------------------------------------------- as a library
 
 
-def test_a_tunnel_of_the_library_that_gives_up(serve, keys, tcp_echo, door):
-    with pytest.raises(module.RatrodError):
-        module.tunnel("127.0.0.1:%d" % door.port, "0:127.0.0.1:1", key_path=str(keys.client.path), retries=2)
-    assert len(door.tries) == 3
-    server, door.to = serve()
-    with module.tunnel("127.0.0.1:%d" % door.port, "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path), retries=2) as tunnel:
-        ask(tunnel.address[1])
-        door.to = None
-        kill(server)
-        eventually(lambda: tunnel.error is not None, "it says that it has given up")
-        assert "Giving up after 2 tries" in str(tunnel.error)
-        assert refused(tunnel.address[1])
-
-
 def test_a_link_that_the_server_ends_each_time_does_not_spin(connect, keys, target):
     """A server that takes the client in and closes the link at once: every try counts as one, with its pause."""
     seen = []
