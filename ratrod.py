@@ -9483,6 +9483,8 @@ class Client(Endpoint):
             if isinstance(error, LinkClosed):
                 return udp.end_all()
             return self.on_session_failed(next(iter(udp.sessions.values())), error) if udp.sessions else None
+        if link and isinstance(error, LinkClosed):
+            self.pool.distrust(link)
         udp.failures = 0 if self.loop.now - udp.opened_at > 1 else udp.failures + 1
         if self.draining or not udp.sessions:
             return None

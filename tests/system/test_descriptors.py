@@ -25,7 +25,7 @@ from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
 from support.programs import PATIENCE, READY, STARTED, descriptors, need, tcp_port, udp_port
 from support.relays import Door
-from support.sockets import assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
+from support.sockets import ask_until_answered, assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
 from support.targets import echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -316,10 +316,9 @@ def socks_udp(port, remote):
         local.sendall(b"\5\1\0" + b"\5\3\0\1" + bytes(6))
         assert receive_exactly(local, 6) == b"\5\0\5\0\0\1"
         host, relay = struct.unpack(">4sH", receive_exactly(local, 6))
-        originator.settimeout(PATIENCE)
+        originator.connect((socket.inet_ntoa(host), relay))
         head = b"\0\0\0\1" + socket.inet_aton("127.0.0.1") + struct.pack(">H", remote)
-        originator.sendto(head + WORD, (socket.inet_ntoa(host), relay))
-        assert originator.recv(100) == head + WORD
+        ask_until_answered(originator, head + WORD)
 
 
 def socks_that_leaves(port):

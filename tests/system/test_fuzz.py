@@ -79,7 +79,7 @@ def test_a_mistake_is_found_and_its_input_kept(monkeypatch, tmp_path, mistake):
 
 def run(*words):
     return subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "fuzz.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          stdin=subprocess.DEVNULL, timeout=200)
+                          stdin=subprocess.DEVNULL, timeout=600)
 
 
 @pytest.mark.parametrize("engine", ["plain", "guided"])

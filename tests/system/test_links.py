@@ -51,7 +51,7 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
             with contextlib.suppress(socket.timeout):
                 return sock.recv(100) == b"hello"
         eventually(is_answered, lambda: "%s, %s" % (asked, client.output))
-    assert asked in ([True, False], [True, True, False]), "one that was in its handshake may be tried"  # of three tries
+    assert len(asked) < 6 and asked[-1] is False, asked  # those that were in their handshakes meanwhile may be tried
     assert "❌" not in client.output
 
 
