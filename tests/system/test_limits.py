@@ -786,7 +786,7 @@ def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack)
     long_one, originator = (stack.enter_context(made) for made in (dial(tcp_port(client)), udp_originator(client)))
     originator.settimeout(1)
     answers, until = 0, time.monotonic() + 2.5
-    while time.monotonic() < until or len(links) < 5:
+    while time.monotonic() < until or len(links) < 5 or answers <= 10:
         ask(tcp_port(client))
         ping(long_one)
         with contextlib.suppress(socket.timeout):
@@ -794,7 +794,6 @@ def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack)
             answers += originator.recv(100) == b"question"
     # Ages are looked at now and then, and a busy machine may see Open late.
     assert 0.2 < max(ages) < 2
-    assert answers > 10
 
 
 def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, stack):
