@@ -9635,49 +9635,20 @@ REQUEST_TIMEOUT = 10.0  # seconds until a request for the metrics is complete
 LINK_STATES = ("idle", "busy", "closing")
 
 
-class ServerState(NamedTuple):
-    """How a client sees its server."""
-
-    is_started: bool  # the test connection has succeeded
-    is_connected: bool
-    text: str  # as `away for 5.0 s`
-    round_trip: float  # seconds; 0 if unknown
-    reconnects: int  # how often the server was found again
-
-
 class Snapshot(NamedTuple):
-    """How an endpoint is at one moment. Counters.tally() says what is counted, by peer key in `keys` and in all."""
+    """What an endpoint carries at one moment: Counters.tally() by peer key and in all. What else is told of the endpoint
+    is read from it before the loop goes on: showing all takes 50 ms for 10,000 streams."""
 
+    endpoint: Any
     now: float  # by the loop's clock
-    began_at: float  # seconds since the epoch
-    title: str  # the endpoint and its state in one line
-    details: Iterator[str]  # a line for each thing that only this kind of endpoint has, made as it is read
     keys: dict[bytes, collections.Counter[str]]
     total: collections.Counter[str]
-    streams: tuple[Any, ...]  # to be read before the loop goes on, as the sessions: showing all takes 50 ms for 10,000
-    sessions: tuple[Any, ...]
-    results: dict[str, int]  # streams that ended, by how they ended
-    detached: int  # streams that wait for another link
-    resumed: int  # how often a stream went on over another link
-    given_up: dict[str, int]  # streams that did not go on, by reason
-    links_made: int
-    handshakes: int  # under way
-    handshakes_failed: int
-    show_key: Callable[[bytes], str]
-    server: ServerState | None = None  # only a client has one
 
 
 def snapshot(endpoint: Endpoint) -> Snapshot:
     """To be called on the loop's thread."""
-    counters = endpoint.counters
-    details = endpoint.describe()
-    keys = counters.tally(endpoint.links)
-    total = sum(keys.values(), collections.Counter())
-    server = ServerState(endpoint.started, endpoint.connected, endpoint.state(), endpoint.round_trip(),
-                         counters.reconnects) if isinstance(endpoint, Client) else None
-    return Snapshot(endpoint.loop.now, counters.began_at, next(details), details, keys, total, tuple(counters.streams),
-                    tuple(counters.sessions), counters.results, len(counters.detached), counters.resumed,
-                    counters.given_up, counters.links, endpoint.handshakes, counters.handshakes_failed, endpoint.show_key, server)
+    keys = endpoint.counters.tally(endpoint.links)
+    return Snapshot(endpoint, endpoint.loop.now, keys, sum(keys.values(), collections.Counter()))
 
 
 def show_tally(tally: collections.Counter[str]) -> str:
@@ -9700,17 +9671,19 @@ def report_status(endpoint: Endpoint) -> None:
 
 def show_table(shot: Snapshot) -> Iterator[str]:
     """The lines of a status table: few, also where an endpoint carries 10,000 streams."""
-    uptime = show_time(time.time() - shot.began_at)
+    endpoint, counters = shot.endpoint, shot.endpoint.counters
+    title, *details = endpoint.describe()
     yield "%s; up %s; %s; handshakes: %d under way, %d failed" % (
-        shot.title, uptime, show_tally(shot.total), shot.handshakes, shot.handshakes_failed)
-    if shot.detached or shot.resumed or any(shot.given_up.values()):
+        title, show_time(time.time() - counters.began_at), show_tally(shot.total), endpoint.handshakes,
+        counters.handshakes_failed)
+    given_up = ["%d (%s)" % (n, why) for why, n in counters.given_up.items() if n]
+    if counters.detached or counters.resumed or given_up:
         yield "%s detached, %d resumed, given up: %s" % (
-            plural(shot.detached, "stream"), shot.resumed,
-            ", ".join("%d (%s)" % (n, why) for why, n in shot.given_up.items() if n) or "none")
-    yield from first_of(list(shot.details), str)
+            plural(len(counters.detached), "stream"), counters.resumed, ", ".join(given_up) or "none")
+    yield from first_of(details, str)
     keys = [key for key in shot.keys if key]
-    yield from first_of(keys, lambda key: "key %s: %s" % (shot.show_key(key), show_tally(shot.keys[key])))
-    for carried in (shot.streams, shot.sessions):
+    yield from first_of(keys, lambda key: "key %s: %s" % (endpoint.show_key(key), show_tally(shot.keys[key])))
+    for carried in (counters.streams, counters.sessions):
         oldest_first = sorted(carried, key=lambda one: one.started)
         yield from first_of(oldest_first, lambda one: "%s: %d bytes sent to the link, %d received, for %s" % (
             one.label, one.sent, one.received, show_time(shot.now - one.started)))
@@ -9745,26 +9718,27 @@ def _label(name: str, counts: Mapping[str, int], values: Iterable[str]) -> dict[
 
 
 def _families(shot: Snapshot) -> Iterator[Family]:
+    endpoint, counters, total = shot.endpoint, shot.endpoint.counters, shot.total
     yield "ratrod_info", "The version that runs.", {'version="%s"' % __version__: 1}
     yield ("ratrod_links", "Links: authenticated connections between client and server.",
-           _label("state", shot.total, LINK_STATES))
-    yield "ratrod_links_total", "Links that were made.", {"": shot.links_made}
-    yield "ratrod_streams", "TCP connections through the tunnels.", {"": shot.total["streams"]}
+           _label("state", total, LINK_STATES))
+    yield "ratrod_links_total", "Links that were made.", {"": counters.links}
+    yield "ratrod_streams", "TCP connections through the tunnels.", {"": total["streams"]}
     yield ("ratrod_streams_total", "TCP connections that ended, and how; refused: by the server's policy or limits.",
-           _label("result", shot.results, Counters.RESULTS))
-    yield "ratrod_streams_detached", "TCP connections that wait for another link.", {"": shot.detached}
-    yield "ratrod_streams_resumed_total", "How often one went on over another link.", {"": shot.resumed}
+           _label("result", counters.results, Counters.RESULTS))
+    yield "ratrod_streams_detached", "TCP connections that wait for another link.", {"": len(counters.detached)}
+    yield "ratrod_streams_resumed_total", "How often one went on over another link.", {"": counters.resumed}
     yield ("ratrod_streams_given_up_total", "TCP connections that did not go on over another link, by reason.",
-           _label("reason", shot.given_up, shot.given_up))
-    yield "ratrod_udp_sessions", "UDP sessions.", {"": shot.total["sessions"]}
+           _label("reason", counters.given_up, Counters.GIVEN_UP))
+    yield "ratrod_udp_sessions", "UDP sessions.", {"": total["sessions"]}
     yield ("ratrod_bytes_total", "Payload, sent to links and received from them.",
-           _label("direction", shot.total, ("sent", "received")))
-    yield "ratrod_handshakes_under_way", "Connections that are being authenticated.", {"": shot.handshakes}
+           _label("direction", total, ("sent", "received")))
+    yield "ratrod_handshakes_under_way", "Connections that are being authenticated.", {"": endpoint.handshakes}
     yield ("ratrod_handshakes_failed_total", "Connections that were refused, or could not be made.",
-           {"": shot.handshakes_failed})
-    if shot.server:
-        yield "ratrod_connected", "Whether the server is there.", {"": int(shot.server.is_connected)}
-        yield "ratrod_reconnects_total", "How often the server was found again.", {"": shot.server.reconnects}
+           {"": counters.handshakes_failed})
+    if isinstance(endpoint, Client):
+        yield "ratrod_connected", "Whether the server is there.", {"": int(endpoint.connected)}
+        yield "ratrod_reconnects_total", "How often the server was found again.", {"": counters.reconnects}
     tallies = {'key="%s"' % encode_key(key): tally for key, tally in shot.keys.items() if key}
     yield "ratrod_key_links", "Links of each key of the other side.", {
         key: count_links(tally) for key, tally in tallies.items()}
@@ -9778,7 +9752,7 @@ def _families(shot: Snapshot) -> Iterator[Family]:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[1])
         yield "process_resident_memory_bytes", "Memory.", {"": pages * os.sysconf("SC_PAGE_SIZE")}
-    yield "process_start_time_seconds", "When it began, in seconds since the epoch.", {"": shot.began_at}
+    yield "process_start_time_seconds", "When it began, in seconds since the epoch.", {"": counters.began_at}
 
 
 def serve_metrics(endpoint: Endpoint, address: Address, share: bool) -> None:
@@ -9810,12 +9784,10 @@ class MetricsServer:
         self._connections.pop(negotiation, None)
         request = negotiation.handshake
         if error is None and isinstance(request, HttpRequest):
-            answer = LastWord(self._endpoint.loop, negotiation.sock, self._answer(request), REQUEST_TIMEOUT, self._on_answered)
+            answer = LastWord(self._endpoint.loop, negotiation.sock, self._answer(request), REQUEST_TIMEOUT,
+                              lambda answer: self._connections.pop(answer, None))
             if not answer.is_closed:
                 self._connections[answer] = None
-
-    def _on_answered(self, answer: LastWord) -> None:
-        self._connections.pop(answer, None)
 
     def _answer(self, request: HttpRequest) -> bytes:
         kind = "text/plain"
@@ -9838,16 +9810,16 @@ class MetricsServer:
 
 def show_line(shot: Snapshot, before: Snapshot) -> str:
     """The client's rates since `before`, what it carries, and how its server is; "" before the client has started."""
-    server, total, elapsed = shot.server, shot.total, max(shot.now - before.now, 0.001)
-    if not server or not server.is_started:  # a question may be asked
+    client, total, elapsed = shot.endpoint, shot.total, max(shot.now - before.now, 0.001)
+    if not client.started:  # a question may be asked
         return ""
     parts = ["%s/s %s" % (show_size((total[name] - before.total[name]) / elapsed), way)
              for name, way in (("sent", "up"), ("received", "down"))]
     parts += [plural(total["streams"], "stream"), plural(total["sessions"], "UDP session")]
-    if not server.is_connected:
-        parts.insert(0, "server " + server.text)
-    elif server.round_trip:
-        parts.append("round trip " + show_time(server.round_trip))
+    if not client.connected:
+        parts.insert(0, "server " + client.state())
+    elif client.round_trip():
+        parts.append("round trip " + show_time(client.round_trip()))
     return "ratrod: " + ", ".join(parts)
 
 
@@ -10809,7 +10781,7 @@ class EndpointRun:
         before = before or shot
         # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
         writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
-        self._loop.call_later(1.0, lambda: self._draw_status(shot._replace(streams=(), sessions=())))
+        self._loop.call_later(1.0, lambda: self._draw_status(shot))
 
     # ---- signals
 
@@ -11128,59 +11100,51 @@ def demo_payload() -> Iterator[bytes]:
         yield number.to_bytes(8, "big") + block[8:]
 
 
-@contextlib.contextmanager
-def demo_targets() -> Iterator[tuple[int, int]]:
-    """A TCP service that sends the payload to its first client, and a UDP echo: gives the ports of both."""
-    with socket.socket() as service, socket.socket(type=socket.SOCK_DGRAM) as echo:
-        for sock in (service, echo):
-            sock.bind(("127.0.0.1", 0))
-        service.listen()
+def demo_targets() -> tuple[int, int]:
+    """The ports of a TCP service that sends the payload to its first client, and of a UDP echo."""
+    service, echo = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
+    echo.bind(("127.0.0.1", 0))
 
-        def send_payload() -> None:
-            with contextlib.suppress(OSError), service.accept()[0] as connection:
-                for block in demo_payload():
-                    connection.sendall(block)
+    def send_payload() -> None:
+        with contextlib.suppress(OSError), service, service.accept()[0] as connection:
+            for block in demo_payload():
+                connection.sendall(block)
 
-        def answer() -> None:
-            with contextlib.suppress(OSError):
-                echo.sendto(*echo.recvfrom(100))
-        for run in (send_payload, answer):
-            threading.Thread(target=run, daemon=True).start()
-        yield service.getsockname()[1], echo.getsockname()[1]
-
-
-def demo_download(port: int, signals: list[int]) -> float:
-    """Receives the payload through the tunnel, shows progress, and compares every byte: the seconds it took."""
-    started, live = time.monotonic(), sys.stdout.isatty()
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as sock, sock.makefile("rb") as received:
-        for number, block in enumerate(demo_payload(), 1):
-            if received.read(len(block)) != block:
-                raise RatrodError(DEMO_FAILED)
-            if signals:
-                raise KeyboardInterrupt
-            if live or number % (DEMO_MB // 4) == 0:
-                print("%s  %3d%%  %d of %d MB" % ("\r" * live, number * 100 // DEMO_MB, number, DEMO_MB),
-                      end="" if live and number < DEMO_MB else "\n", flush=True)
-    return time.monotonic() - started
+    def answer() -> None:
+        with contextlib.suppress(OSError), echo:
+            echo.sendto(*echo.recvfrom(100))
+    for sock, run in ((service, send_payload), (echo, answer)):
+        sock.settimeout(60)
+        threading.Thread(target=run, daemon=True).start()
+    return service.getsockname()[1], echo.getsockname()[1]
 
 
 def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
-    with contextlib.ExitStack() as stack:
-        ports = stack.enter_context(demo_targets())
-        try:
-            server = stack.enter_context(serve(key_path=folders[0].path))
-            made = stack.enter_context(tunnel(
-                str(Address(*server.address)), *("0:127.0.0.1:%d" % port for port in ports), key_path=folders[1].path))
+    """A tunnel to the targets; every byte is compared. It ends soon when a signal has come."""
+    ports = demo_targets()
+    try:
+        with serve(key_path=folders[0].path) as server, tunnel(
+                str(Address(*server.address)), *("0:127.0.0.1:%d" % port for port in ports),
+                key_path=folders[1].path) as made:
             print("A tunnel from %s through %s to a service on port %d, encrypted:"
-                  % (Address(*made.address), Address(*server.address), ports[0]))
-            seconds = demo_download(made.address[1], signals)
+                  % (Address(*made.address), Address(*server.address), ports[0]), flush=True)
+            started = time.monotonic()
+            with socket.create_connection(made.address, 60) as sock, sock.makefile("rb") as received:
+                for number, block in enumerate(demo_payload(), 1):
+                    if received.read(len(block)) != block:
+                        raise RatrodError(DEMO_FAILED)
+                    if signals:
+                        raise KeyboardInterrupt
+                    if number % (DEMO_MB // 4) == 0:
+                        print("  %3d%%  %d of %d MB" % (number * 100 // DEMO_MB, number, DEMO_MB), flush=True)
+            seconds = time.monotonic() - started
             with socket.socket(type=socket.SOCK_DGRAM) as sock:
                 sock.settimeout(10)
                 sock.sendto(b"ratrod", made.addresses[1])
                 if sock.recv(100) != b"ratrod":
                     raise RatrodError(DEMO_FAILED)
-        except OSError as failure:
-            raise RatrodError("the demo failed: %s" % reason(failure)) from None
+    except OSError as failure:
+        raise RatrodError("the demo failed: %s" % reason(failure)) from None
     print("Every byte arrived: %d MB in %.1f s, %.2f GB/s, and a UDP datagram there and back.\n"
           % (DEMO_MB, seconds, (DEMO_MB << 20) / seconds / 1e9))
     print("For real, on the machine that reaches your database:\n\n    ratrod serve 0.0.0.0:19000\n\n"
@@ -11190,10 +11154,8 @@ def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
 
 
 def demo_command(_options: Options) -> int:
-    """A target, a server and a client in this process, with keys that are thrown away.
-
-    A signal is only noted. It would otherwise be an exception anywhere, also where Python can only print it.
-    """
+    """A target, a server and a client in this process, with keys that are thrown away. A signal is only noted: as an
+    exception it could come where Python can only print it."""
     import shutil
     import tempfile
 
@@ -11208,16 +11170,15 @@ def demo_command(_options: Options) -> int:
         path = tempfile.mkdtemp(prefix="ratrod-demo-")
         try:
             folders = [KeyFolder(os.path.join(path, name), parse_grant) for name in ("server", "client")]
-            server_key, client_key = (encode_key(folder.generate().public) for folder in folders)
-            for folder, name, key in (
-                    (folders[0], "authorized_keys", client_key), (folders[1], "known_hosts", server_key)):
+            keys = [encode_key(folder.generate().public) for folder in folders]
+            for folder, name, key in zip(folders, ("authorized_keys", "known_hosts"), reversed(keys)):
                 with open(os.path.join(folder.path, name), "w") as file:
                     file.write(key + "\n")
-            thread = threading.Thread(
-                target=lambda: codes.append(exit_code_of(lambda: demo_run(folders, signals))), daemon=True)
+            thread = threading.Thread(target=lambda: codes.append(exit_code_of(lambda: demo_run(folders, signals))),
+                                      daemon=True)
             thread.start()
             while thread.is_alive() and not signals:
-                thread.join(0.1)  # not longer: on Windows Ctrl-C is noted after that
+                thread.join(0.1)  # not longer: Windows notes Ctrl-C after that
             thread.join(2)
         finally:
             shutil.rmtree(path, ignore_errors=True)
