@@ -153,14 +153,15 @@ Options:
 # ---- What always holds
 #
 # 1. Only the loop's thread touches the sockets of links, streams and sessions. Threads do what blocks or takes long:
-#    look-ups, public-key steps, `authorize()`, starting ssh.
+#    look-ups, public-key steps, `authorize()`, starting ssh, writing the log (`LogWriter`).
 # 2. What a state of a link allows is a table, `LEGAL`. A record that is not in it ends the link.
 # 3. A link carries one user. When the link ends, its user hears of that once; a stream is then over or detached.
 # 4. While a user holds, nothing of its link is read; while a link has a backlog, its stream's local socket is not read.
 # 5. The loop's shared buffers are valid during one callback, but for those that it lends (`EventLoop.lend_scratch`).
 # 6. A quota or a grant is given back where its link or stream ends, whatever ended it.
 # 7. Only `Reach` dials.
-# 8. Nothing on the loop's thread waits for a peer, a remote or a name. The log and the key files alone are used there.
+# 8. Nothing on the loop's thread waits for a peer, a remote, a name or a reader of the log. The key files alone are
+#    used there.
 
 import sys
 
@@ -9636,8 +9637,8 @@ LINK_STATES = ("idle", "busy", "closing")
 
 
 class Snapshot(NamedTuple):
-    """What an endpoint carries at one moment: Counters.tally() by peer key and in all. What else is told of the endpoint
-    is read from it before the loop goes on: showing all takes 50 ms for 10,000 streams."""
+    """What an endpoint carries at one moment: Counters.tally() by peer key and in all. All else is read from the
+    endpoint before the loop goes on: showing all takes 50 ms for 10,000 streams."""
 
     endpoint: Any
     now: float  # by the loop's clock
@@ -9958,22 +9959,22 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
     """The tunnels that `texts` describe; ConfigError says what is wrong with them, or does not go together."""
     tunnels = [spec for text in texts for spec in parse_tunnels(text)]
     kinds = [spec.kind for spec in tunnels]
-    if socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL):
-        raise ConfigError("--socks-user takes name:password")
-    if any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)):
-        raise ConfigError("--socks-user: SOCKS5 has room for 255 bytes of name and of password")
-    if send_proxy and REVERSE not in kinds:
-        raise ConfigError("--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses")
-    if legacy and REVERSE in kinds:
-        raise ConfigError("the original's protocol (--legacy) has no reverse tunnels (R:)")
-    if kinds.count(STDIO) > 1:
-        raise ConfigError("standard input and output can be one tunnel's only (stdio:)")
-    if STDIO in kinds and not hasattr(os, "get_blocking"):
-        raise ConfigError("stdio: needs a POSIX system")
-    if STDIO in kinds and not (sys.stdin and sys.stdout):
-        raise ConfigError("stdio: needs standard input and output, and whatever started this has closed one of them")
-    if workers > 1 and {STDIO, REVERSE} & set(kinds):
-        raise ConfigError("--workers does not go together with stdio: and R: tunnels, which are one process's")
+    for is_wrong, why in (
+            (socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL),
+             "--socks-user takes name:password"),
+            (any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)),
+             "--socks-user: SOCKS5 has room for 255 bytes of name and of password"),
+            (send_proxy and REVERSE not in kinds,
+             "--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses"),
+            (legacy and REVERSE in kinds, "the original's protocol (--legacy) has no reverse tunnels (R:)"),
+            (kinds.count(STDIO) > 1, "standard input and output can be one tunnel's only (stdio:)"),
+            (STDIO in kinds and not hasattr(os, "get_blocking"), "stdio: needs a POSIX system"),
+            (STDIO in kinds and not (sys.stdin and sys.stdout),
+             "stdio: needs standard input and output, and whatever started this has closed one of them"),
+            (workers > 1 and {STDIO, REVERSE} & set(kinds),
+             "--workers does not go together with stdio: and R: tunnels, which are one process's")):
+        if is_wrong:
+            raise ConfigError(why)
     return tunnels
 
 
@@ -10446,16 +10447,16 @@ class LogFormatter(logging.Formatter):
 
 
 class LogWriter(logging.Handler):
-    """Writes the log on a thread of its own, and at a terminal a status line below the log. Where nobody reads a pipe, or
-    Ctrl-S holds a terminal, that thread alone waits. Lines that cannot be written are counted, and the log says so as
-    soon as it can.
+    """Writes the log on a thread of its own, and at a terminal a status line below the log. Where nobody reads a pipe,
+    or Ctrl-S holds a terminal, that thread alone waits. Lines that cannot be written are counted, and the log says so
+    as soon as it can.
 
     The cursor stays at the beginning of the status line: what follows on the screen is that line and nothing else, also
     where a terminal that became narrower has broken the line in two.
     """
 
     WAITING = 4096  # lines that may wait to be written
-    PATIENCE = 0.5  # seconds that the end waits for the last lines: --drain and the end together take less than 10 s
+    PATIENCE = 1.0  # seconds that the end waits for the last lines: --drain and the end together take less than 10 s
 
     def __init__(self, stream: Any, has_status: bool):
         super().__init__()
@@ -10495,8 +10496,9 @@ class LogWriter(logging.Handler):
     def close(self) -> None:
         if self._status:
             self.show("")
+        calls = self._calls
         self.flush()
-        self._calls.put(None)
+        calls.put(None)
         self.restart()
         super().close()
 
@@ -10534,7 +10536,7 @@ class LogWriter(logging.Handler):
             self._write(self.format(record) + "\n", lost)
 
     def _fit(self, status: str) -> str:
-        """The status line as wide as the terminal is; "" in the background, in the middle of another program's screen."""
+        """The status line as wide as the terminal is; "" in the background, where it would disturb another program."""
         with contextlib.suppress(OSError, ValueError):
             if os.tcgetpgrp(self._stream.fileno()) == os.getpgrp():
                 return status[:(os.get_terminal_size(self._stream.fileno()).columns or 80) - 1]
@@ -10546,7 +10548,8 @@ class LogWriter(logging.Handler):
             self._stream.write(text)
             self._stream.flush()
             return
-        data = text.encode(self._stream.encoding or "utf-8", "replace")  # an ASCII locale must not lose a line for its emoji
+        # "replace": an ASCII locale must not lose a line for its emoji.
+        data = text.encode(self._stream.encoding or "utf-8", "replace")
         while data:
             written = self._raw.write(data)
             if written is None:  # a program that shares the descriptor has made it non-blocking
@@ -10702,8 +10705,8 @@ Notify = Callable[..., Any]
 
 
 def terminal_closed() -> Callable[[], bool]:
-    """A function that says whether the terminal that this process was started at is closed, or its shell has ended: then
-    it is the terminal of this process no more. A process that was started with nohup goes on."""
+    """A function that says whether the terminal that this process was started at is closed, or its shell has ended:
+    then it is the terminal of this process no more. A process that was started with nohup goes on."""
     def is_there(terminal: int) -> bool:
         with contextlib.suppress(OSError):
             return os.tcgetpgrp(terminal) >= 0
@@ -10737,8 +10740,9 @@ class EndpointRun:
 
         if metrics_at and isinstance(self._endpoint, Endpoint):
             serve_metrics(self._endpoint, metrics_at, share)
+        soon = self._loop.call_soon_threadsafe
         with handling({"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
-                       "SIGUSR1": self._on_report}, self._loop.fileno()):
+                       "SIGUSR1": lambda *_: soon(self._report)}, self._loop.fileno()):
             self._endpoint.start()
             if os.environ.get("NOTIFY_SOCKET"):
                 self._loop.call_later(STATUS_INTERVAL, self._report_state)
@@ -10818,9 +10822,6 @@ class EndpointRun:
         # Where the shell was killed, the signal comes just before the terminal goes.
         self._loop.call_later(1.0, lambda: self._on_end(signal.SIGHUP, None) if self._is_closed() else None)
 
-    def _on_report(self, _number: int, _frame: Any) -> None:
-        self._loop.call_soon_threadsafe(self._report)
-
     def _report(self) -> None:
         if isinstance(self._endpoint, Endpoint):
             report_status(self._endpoint)
@@ -10856,8 +10857,8 @@ class Workers:
     """The processes among which the work is shared, in the place of an endpoint in their parent: what a signal asks of
     the parent, it asks of them. The end of one process ends all.
 
-    A pair of sockets joins the parent to each. A byte says that the process is ready (again), the end of the stream that
-    the other side has ended.
+    A pair of sockets joins the parent to each process. A byte says that the process is ready (again); the end of the
+    stream says that the other side has ended.
     """
 
     def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int]):
@@ -10890,7 +10891,7 @@ class Workers:
     @staticmethod
     def _wait(pid: int) -> int:
         """The exit code of the process, which has ended or is about to."""
-        with contextlib.suppress(ChildProcessError):  # the program around main() waits for every child, or ignores SIGCHLD
+        with contextlib.suppress(ChildProcessError):  # the program around main() waits for its children itself
             status = os.waitpid(pid, 0)[1]
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
         return 1
@@ -11075,6 +11076,7 @@ def check_connection(options: Options, folder: KeyFolder, what: ClientOptions) -
     if not code:
         said = "The server `%s` lets this client in." % str(made[0].server)
         record = log.makeRecord(log.name, logging.INFO, "", 0, said, (), None)
+        flush_log()
         print(LogFormatter(as_json=True).format(record) if options.log_format == "json" else said)
     return code
 
@@ -11194,6 +11196,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         with putting_back():
+            set_up_logging(logging.INFO)  # until the options are known
             return exit_code_of(lambda: _run_command(words), words)
     except KeyboardInterrupt:
         return 130
@@ -11204,8 +11207,8 @@ def program() -> NoReturn:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top of this file
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # Ctrl-C would interrupt the interpreter's own end
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the end of the interpreter would show where Ctrl-C interrupts it
     try:
         if sys.stdout:
             sys.stdout.flush()

@@ -569,7 +569,7 @@ def test_main_leaves_the_process_as_it_was(run):
             pass
         else:
             raise AssertionError("Ctrl-C is not the program's any more")
-        """))
+        """, timeout=4 * PATIENCE))
 
 
 def test_workers_of_a_thread(run):
