@@ -1023,7 +1023,7 @@ class KeyFolder:
         except ValueError as error:
             raise ConfigError(self._explain(text, error)) from None
         # Only the owner can mend it. A Kubernetes secret belongs to root, and is read through its group.
-        if os.name == "posix" and status.st_mode & 0o077 and (status.st_uid or not os.getuid()):
+        if os.name == "posix" and status.st_mode & 0o077 and status.st_uid == os.getuid():
             self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone:"
                                  " chmod 600 %s" % (path, stat.S_IMODE(status.st_mode), path))
         try:

@@ -220,7 +220,7 @@ def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
     (keys.client.path / "key").rename(tmp_path / "old key")
     (keys.client.path / "key").write_text("nonsense")
     client.process.send_signal(signal.SIGHUP)
-    client.wait_for("ERROR .*the key file .* is damaged.*the key that was read before stays in use")
+    client.wait_for("ERROR .*`.*key` is no private key of ratrod.*the key that was read before stays in use")
     ask(tcp_port(client))
     new = make_keys(tmp_path / "new")
     keys.server.trust(new, "authorized_keys")
