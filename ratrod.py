@@ -8053,7 +8053,7 @@ class ReverseListener(Opener):
         self.links.add(link)
         self._lost_at = None
         link.instance = instance
-        for other in self.links:  # the client may make a new one because their path is dead
+        for other in list(self.links):  # the client may make a new one because their path is dead
             if other is not link and self.loop.awake - other.heard_at > 1:
                 other.doubt()
         if instance != self.instance:
@@ -8816,10 +8816,11 @@ class Pool(Opener):
             return
         if not self._sought:
             self._sought_since = now
-        workers = max((stream.instance[6] for stream in self.detached if stream.instance), default=0)
-        is_there = bool(self.detached) and any(link.is_completed and not link.is_stuck for link in self.links)
-        is_quick = is_there and self._sought < self.OTHER_RUNS * workers
-        if is_quick or now - self._sought_at >= (0 if not is_there and now - self._sought_since < 60 else 5):
+        others = {(link.name, link.instance) for link in self.links if link.is_completed and not link.is_stuck}
+        elsewhere = [stream for stream, last in self.detached.items() if stream.instance and any(
+            name == last.name and instance != stream.instance for name, instance in others)]
+        is_quick = bool(elsewhere) and self._sought < self.OTHER_RUNS * max(stream.instance[6] for stream in elsewhere)
+        if is_quick or now - self._sought_at >= (0 if not elsewhere and now - self._sought_since < 60 else 5):
             self._sought_at = now
             servers = list(dict.fromkeys(link.name for link in self.detached.values())) or [""]
             for _ in range(min(self.SEARCH if is_quick else 1, self._reach.HANGING - self._reach.dialing)):
@@ -8988,7 +8989,7 @@ class ReverseTunnel(LinkUser):
 
     def ask_more(self) -> None:
         """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask for."""
-        if self._client.draining or self._loop.now < self._rests_until:
+        if not self._client.started or self._client.draining or self._loop.now < self._rests_until:
             return
         wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self.error else 1
         while len(self.waiting) + self._asking < wanted and self._client.may_ask_for(self._asking + 1):
