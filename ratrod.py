@@ -4944,7 +4944,14 @@ class Counters:
         self.detached: set[Stream] = set()  # streams that have lost their link, and do not go on yet
         self.given_up = dict.fromkeys(self.GIVEN_UP, 0)  # streams that did not go on
         self._lost_at, self._went_on, self._has_said_lost = 0.0, 0, False
-        self._bytes: dict[bytes, list[int]] = {}  # of what is over: peer key -> sent, received
+        self._bytes: dict[bytes, tuple[int, int]] = {}  # of what is over: peer key -> sent, received; the latest last
+
+    def _count_bytes(self, key: bytes, sent: int, received: int) -> None:
+        """authorize() may let in any number of keys: what the others have carried counts for none, b""."""
+        before = self._bytes.pop(key, (0, 0))
+        self._bytes[key] = before[0] + sent, before[1] + received
+        if len(self._bytes) > SOURCES:
+            self._count_bytes(b"", *self._bytes.pop(next(iter(self._bytes))))
 
     def count(self, error: Exception | None) -> None:
         """A stream is over, or was refused before it was one."""
@@ -4986,9 +4993,7 @@ class Counters:
             self._on_given_up(carried, error)  # type: ignore[arg-type]
         self.streams.discard(carried)  # type: ignore[arg-type]
         self.sessions.discard(carried)  # type: ignore[arg-type]
-        total = self._bytes.setdefault(carried.peer_key, [0, 0])
-        total[0] += carried.sent
-        total[1] += carried.received
+        self._count_bytes(carried.peer_key, carried.sent, carried.received)
         has_failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
         if has_failed:
             self.fail(carried.peer_key, "❌ %s: %s%s" % (carried.label, "refused: " if isinstance(error, PolicyError) else "", error))
@@ -8035,7 +8040,7 @@ class ReverseListener(Opener):
         super().__init__(server, server.patience)
         self._server, self.key, self.instance, self.asked = server, key, instance, asked
         self.address = parse_bind(asked)._replace(port=sockets[0].getsockname()[1])
-        self._retired: set[bytes] = set()
+        self._retired: collections.deque[bytes] = collections.deque(maxlen=64)  # of earlier runs
         self.links: set[Link] = set()
         self._lost_at: float | None = None
         self._visitors: dict[Stream, str] = {}  # their streams, with their sources
@@ -8058,7 +8063,7 @@ class ReverseListener(Opener):
                 other.doubt()
         if instance != self.instance:
             log.debug("%s: taken over by a new run of its client", self)
-            self._retired.add(self.instance)
+            self._retired.append(self.instance)
             self.instance = instance
             for old in self.idle[:]:
                 self.drop(old)

@@ -1,5 +1,6 @@
 """The loop's own parts: what it polls with, timers, and the buffers that links borrow."""
 
+import collections
 import os
 import select
 import socket
@@ -386,3 +387,26 @@ def test_links_that_fail_together_are_one_try(reach):
     for _ in range(10):
         reach.fail(ratrod.ConnectError("still away"))
     assert len(again) == 1 and "after 2 tries" in str(given_up[0])
+
+
+def test_byte_counts_of_any_number_of_keys_are_bounded():
+    """With authorize() there is no list that bounds them. Nothing is lost of the sum."""
+    counters, carried = ratrod.Counters(ratrod.EventLoop()), collections.namedtuple("Carried", "peer_key sent received label started")
+    for n in range(3 * ratrod.SOURCES):
+        key = b"%d" % (n if n % 2 else 0)  # one of them comes again and again
+        counters.on_end(carried(key, 1, 2, "", 0.0))
+    tally = counters.tally([])
+    assert len(tally) == ratrod.SOURCES
+    assert tally[b"0"]["sent"] == 3 * ratrod.SOURCES // 2
+    assert [sum(of_key[what] for of_key in tally.values()) for what in ("sent", "received")] == [3 * ratrod.SOURCES, 6 * ratrod.SOURCES]
+
+
+def test_receive_buffers_of_udp_sockets():
+    """For bursts: 1 MiB, or what the system gives for that."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        loop = ratrod.EventLoop()
+        for address in (None, asked.getsockname()):
+            port = ratrod.RemotePort(loop, ratrod.open_udp(loop, socket.AF_INET, address or ("127.0.0.1", 9)), is_shared=not address)
+            assert port.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == asked.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            port.close()
