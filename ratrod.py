@@ -5845,7 +5845,7 @@ class StdioStream(Stream):
 # ratrod2: the sessions of all tunnels of a client share one link, under numbers that rise. Legacy: each session has a
 # link of its own.
 
-IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform.startswith("linux") else None)  # only newer Pythons name it
+IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if IS_LINUX else None)  # named in newer Pythons
 UDP_BUFFER = 1 << 20  # bytes that the system is asked to keep of a burst for each UDP socket; Linux gives 416 KiB
 _NOTHING = memoryview(b"")
 KEPT = 64  # what a datagram that is kept for its target counts beside its bytes: an empty one is no way to fill memory
@@ -5985,7 +5985,8 @@ class UdpLink(LinkUser):
     """
 
     __slots__ = ("owner", "loop", "limits", "link", "owner_key", "peer_key", "sessions", "since", "instance",
-                 "is_waiting", "rests_until", "opened_at", "failures", "shared", "_queue", "_rest", "_next", "_new", "_counted")
+                 "is_waiting", "rests_until", "opened_at", "failures", "shared", "_queue", "_rest", "_next", "_new",
+                 "_counted")
     JOINED = 0.01  # seconds: datagrams that began to wait within so little are one piece of the queue
 
     def __init__(self, owner: Any, peer_key: bytes = b""):
@@ -6038,6 +6039,8 @@ class UdpLink(LinkUser):
         session.is_over = True
         del self.sessions[session.number], session.peers[session]
         session.take_kept()
+        if not self.sessions:
+            self._forget()
         if session.port:
             session.port.leave(session)
         if self.link and self.link.is_legacy:
@@ -6069,17 +6072,14 @@ class UdpLink(LinkUser):
         # What waits for a client that does not read is no longer kept where its key has no memory left.
         most = 0 if self.owner.memory.is_out(self.owner_key) else self.limits.udp_backlog
         while sum(len(run) for _, run in queue) > most:
-            self._drop_oldest()
+            oldest = queue[0][1]
+            del oldest[:DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(oldest)[1]]
+            if not oldest:
+                queue.popleft()
         self._count()
         if link is None:
             self.ask_for_link()
         return None
-
-    def _drop_oldest(self) -> None:
-        run = self._queue[0][1]
-        del run[:DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(run)[1]]
-        if not run:
-            self._queue.popleft()
 
     def _count(self) -> None:
         """So many bytes of datagrams are kept from now on."""
@@ -6512,7 +6512,8 @@ class SocksPort(UdpPort):
         self._connection.want(READ)
 
     def _find(self, source: Any, data: memoryview) -> tuple[UdpSession | None, int]:
-        if source != self._sender and (self._sender or source[0] != self._host or self._sender_port not in (0, source[1])):
+        if source != self._sender and (
+                self._sender or source[0] != self._host or self._sender_port not in (0, source[1])):
             return self._refuse(source, "it comes from another program than this association is for")
         try:
             size = measure_socks_head(data)
@@ -8667,7 +8668,7 @@ class Server(Endpoint):
                 session.udp.end(session, error, Error(INVALID_HOST, REFUSED))
 
     def _connect_udp(self, session: UdpSession, done: Callable[[Exception | None], None]) -> None:
-        """Connects a session to its target: done(None), or done(the reason why not). Nothing follows where it ends before."""
+        """Connects a session to its target: done(None), or done(the reason why not). No call where it ends before."""
         key, link = session.peer_key, session.udp.link
         assert link is not None
         try:
@@ -9499,7 +9500,8 @@ class Client(Endpoint):
             return udp.ask_for_link()
         udp.rests_until = self.loop.now + 1
         if not self.reach.error:
-            self.loop.complain("❌ %d more failures of UDP links", "❌ UDP through `%s`: %s" % (self.server_names, reason(error)))
+            self.loop.complain("❌ %d more failures of UDP links", "❌ UDP through `%s`: %s" % (
+                self.server_names, reason(error)))
         return None
 
     # ---- what it tells, and is told
@@ -9567,7 +9569,7 @@ class Client(Endpoint):
         self.pool.seek(self._move_from_dead_paths())
 
     def _renew_udp(self) -> None:
-        """The link of the UDP sessions is too old, or carries nothing: it ends. Where there are sessions, they go on over another one."""
+        """Ends the link of the UDP sessions, which is too old or carries nothing. The sessions go on over another."""
         udp = self._udp
         udp.drop_link()
         if udp.sessions:
