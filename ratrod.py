@@ -1460,10 +1460,8 @@ def parse_pattern(text: str, default: str | None = None) -> Pattern:
             raise ValueError("the path of a Unix socket begins with /")
         star = "*." if text.startswith("*.") else ""
         return text if text == "*" else star + parse_host(text[len(star):])
-
-    def port(text: str) -> int:
-        return 0 if text == "*" else parse_port(text)
-    return Pattern(*join_host_port(split_host_port(text), host, port, default))
+    return Pattern(*join_host_port(
+        split_host_port(text), host, lambda port: 0 if port == "*" else parse_port(port), default))
 
 
 class Grant(NamedTuple):
@@ -1553,11 +1551,8 @@ def parse_date(text: str) -> float:
 @functools.lru_cache(maxsize=None)
 def _guarded_networks() -> tuple[Any, ...]:
     """This machine, link-local, and where clouds answer questions about a machine, its passwords among them."""
-    import ipaddress
-
-    return tuple(map(ipaddress.ip_network, (
-        "0.0.0.0/8", "127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10", "100.100.100.200/32", "168.63.129.16/32",
-        "192.0.0.0/24", "fd00:ec2::/32", "fd20:ce::/32", "fd00:c1::/32", "fd00:42::/32")))
+    return parse_networks("0.0.0.0/8,127.0.0.0/8,::1,169.254.0.0/16,fe80::/10,100.100.100.200,168.63.129.16,"
+                          "192.0.0.0/24,fd00:ec2::/32,fd20:ce::/32,fd00:c1::/32,fd00:42::/32")
 
 
 def _forms_of(address: Any) -> Iterator[Any]:
@@ -1579,8 +1574,9 @@ def _forms_of(address: Any) -> Iterator[Any]:
 def is_guarded(target: Address, host: str) -> bool:
     """Whether the address `host`, which target.host resolved to, is open only where it is allowed by itself: somebody
     else may rule over the name. An address means itself, and `localhost` loopback."""
-    return target.host not in ("localhost", str(parse_ip(host))) and any(
-        form in network for form in _forms_of(parse_ip(host)) for network in _guarded_networks())
+    address, networks = parse_ip(host), _guarded_networks()
+    return target.host not in ("localhost", str(address)) and any(
+        form in network for form in _forms_of(address) for network in networks)
 
 
 class Policy:
@@ -10045,21 +10041,22 @@ def find_slow_name(regex: str) -> str:
         for unit in [*letters, ".", "-", ":", "/", "a.", "a-", "0.", "/a", *words[:20]]:
             for n in range(1, PROBE_LENGTH):
                 text = (unit * n)[:n] + "\n"  # no pattern has a use for the last character
-                started = time.perf_counter()
-                part.fullmatch(text)
-                # Processor time, and of two tries the shorter: a busy machine is no slow pattern.
-                if time.perf_counter() - started > SLOW and min(_time_of(part, text) for _ in range(2)) > SLOW:
+                if _is_slow(part, text):
                     return text[:-1]
             if time.process_time() > until:
                 return ""
     return ""
 
 
-def _time_of(part: re.Pattern[str], text: str) -> float:
-    clock = getattr(time, "thread_time", time.process_time)
-    started = clock()
-    part.fullmatch(text)
-    return float(clock() - started)
+def _is_slow(part: re.Pattern[str], text: str) -> bool:
+    """By the clock, and then twice by processor time: a busy machine is no slow pattern."""
+    processor_time = getattr(time, "thread_time", time.process_time)
+    for clock in (time.perf_counter, processor_time, processor_time):
+        started = clock()
+        part.fullmatch(text)
+        if clock() - started <= SLOW:
+            return False
+    return True
 
 
 def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
