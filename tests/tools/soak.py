@@ -797,10 +797,11 @@ class Vitals:
 
 
 class Soak:
-    def __init__(self, seconds, seed, scale, bare, deeds, logs, folder):
+    def __init__(self, seconds, seed, scale, bare, deeds, logs, folder, workers=1):
         self.seconds, self.seed, self.bare, self.folder = seconds, seed, bare, pathlib.Path(folder)
         self.silence, self._deeds, self._logs = 45 * scale, deeds, logs
-        self.scale = scale
+        self.scale, self.workers = scale, workers
+        self.kinds = {kind: n for kind, n in ({"forward": 1} if bare else KINDS).items() if kind != "reverse" or workers == 1}
         # What the protocol allows an unlucky stream: each try of its Open, then a path that is dead; and the machine's own slowness.
         self.allowed = 3 if bare else TRIES * (CONNECT_TIMEOUT + HANDSHAKE_TIMEOUT) + self.silence + 10
         self.selector = selectors.DefaultSelector()
@@ -846,19 +847,21 @@ class Soak:
             self.programs[name] = self._launch(keys.path, *words)
             stack.callback(self._stop, self.programs[name])
             return self.programs[name]
-        at = launch("server", server, "serve", "--legacy", "--allow-listen", "-r", re.escape(NETWORK) + r"\..*", "-r", "unix:.*", *times, HOST + ":0")
+        listens = ["--allow-listen"] if self.workers == 1 else ["--workers", str(self.workers)]  # a reverse tunnel is one process's
+        at = launch("server", server, "serve", "--legacy", *listens, "-r", re.escape(NETWORK) + r"\..*", "-r", "unix:.*", *times, HOST + ":0")
         self._start_relay(stack, int(at.wait_for(STARTED).group(1)))
         here, through = HOST + ":0:", HOST + ":%d"
         to, to_unix, socks = "%s%s:%d" % (here, HOST, self.target_port), "%sunix:%s" % (here, self.unix_path), here + "socks"
         times += "--max-retry-interval", str(RETRY_INTERVAL)  # for the reverse tunnel, which asks again that rarely
-        new = launch("client", client, "connect", *times, through % self.relay.ports["ratrod2"], to, socks, to_unix, "R:" + to)
+        new = launch("client", client, "connect", *times, through % self.relay.ports["ratrod2"], to, socks, to_unix,
+                     *["R:" + to] * (self.workers == 1))
         old = launch("legacy client", client, "connect", "--legacy", "-e", *times, through % self.relay.ports["legacy"], to, socks)
         new.wait_for(READY)
         old.wait_for(READY)
         to_socks, to_unix, reverse = r"\[SOCKS\] Listening on `.*?:(\d+)`", r"\[\w+\] Listening on `.*?:(\d+)`.* `unix:", r" listens on `.*?:(\d+)`"
         self.ports = {kind: int(program.wait_for(pattern).group(1)) for kind, program, pattern in (
             ("forward", new, LISTENING), ("socks", new, to_socks), ("unix", new, to_unix), ("reverse", new, reverse),
-            ("legacy", old, LISTENING), ("legacy socks", old, to_socks))}
+            ("legacy", old, LISTENING), ("legacy socks", old, to_socks)) if kind in self.kinds}
         for n in range(8):
             self._ask_anew(n)
 
@@ -973,7 +976,7 @@ class Soak:
     # ---- streams
 
     def _begin(self):
-        stream = Stream(self.seed, next(self._numbers), self.content_size, {"forward": 1} if self.bare else KINDS)
+        stream = Stream(self.seed, next(self._numbers), self.content_size, self.kinds)
         self.streams[stream.number] = stream
         greeting = b""
         if "socks" in stream.kind:
@@ -1136,7 +1139,7 @@ class Soak:
         """Without which a run shows nothing."""
         needed = ["undisturbed", "whole"]
         if not self.bare:
-            needed += ["kind " + kind for kind in KINDS] + ["datagrams answered, " + name for name in ("forward", "socks", "legacy")]
+            needed += ["kind " + kind for kind in self.kinds] + ["datagrams answered, " + name for name in ("forward", "socks", "legacy")]
         return [name for name in needed if not self.counts[name]]
 
     def _report(self, before, after):
@@ -1168,6 +1171,7 @@ def main():
     parser.add_argument("--scale", type=float, default=0.1, help="of the keepalive and silence times (0.1)")
     parser.add_argument("--deeds", help="of the relay: only these, with commas (%s)" % ", ".join(Relay.HOSTILE))
     parser.add_argument("--logs", metavar="FOLDER", type=pathlib.Path, help="where the endpoints' logs of every connection go (default: none)")
+    parser.add_argument("--workers", type=int, default=1, help="of the server; with more than one there are no reverse tunnels (1)")
     parser.add_argument("--bare", action="store_true", help="with no ratrod between: shows what the soak finds where streams are cut unseen")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else int.from_bytes(os.urandom(3), "big")
@@ -1175,7 +1179,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with tempfile.TemporaryDirectory(prefix="ratrod-soak-") as folder, contextlib.ExitStack() as stack:
         soak = Soak(arguments.seconds, seed, arguments.scale, arguments.bare, arguments.deeds.split(",") if arguments.deeds else (),
-                    arguments.logs, folder)
+                    arguments.logs, folder, arguments.workers)
         soak.start(stack)
         soak.run()
         stack.close()
