@@ -147,6 +147,17 @@ def test_the_next_instance_takes_over(link, busy):
                 serve_one(new, originator)
 
 
+def test_64_earlier_instances_are_remembered(link):
+    """Those that live must not take the address from each other for ever; nor may their number grow without end."""
+    instances = [b"run %4d" % n for n in range(66)]
+    address = "127.0.0.1:0"
+    for instance in instances:
+        address = link().listen(address, instance)
+    with pytest.raises(PeerError):
+        link().listen(address, instances[1])
+    assert link().listen(address, instances[0]) == address
+
+
 def test_more_waiting_links_than_a_listener_may_have(link):
     first = link()
     address = first.listen("127.0.0.1:0", b"instance")
