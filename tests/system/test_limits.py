@@ -915,7 +915,7 @@ def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
         figure(name + ", the server's CPU time", "%.2f s of %.2f s" % (used, took))
         ping(sock)
         figure(name + ", tries that were pushed out", "%d of %d" % (pushed_out, tries))
-    assert max(times + handshakes) < 5
+    assert max(times + handshakes) < 5 + 5 * max(quiet)  # on a machine where the start of a program takes long by itself
     assert pushed_out <= 1 + tries // 20
     assert peak_growth(server, before) < 32 << 20
     assert "❌" not in client.output
