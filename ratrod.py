@@ -145,6 +145,7 @@ Options:
 # a half-close is forwarded              `Stream._send_end`, `Stream._on_end`
 # a slow reader costs no more memory     `Stream.on_data` has its link hold (`Link.hold`), so that TCP slows the sender
 #                                        down; `Stream._room` and `Window` bound what is kept, `Memory` all of it
+# one key holds up no other              `Turns`; what it keeps `Memory` bounds, and what it has `Quota`
 # a removed key is cut off               `Server._check_lists`, once a second
 # a UDP session expires                  `UdpSessions.sweep`
 # signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`

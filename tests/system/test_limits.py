@@ -953,6 +953,9 @@ CROWDS = [  # silent, stopped after message 1, how many a second, from where, fr
     pytest.param(0, 1500 if LONG else 150, 100, ["127.0.0.77"], "127.0.0.77", False, 1, id="100 a second of its address that stop"),
     pytest.param(0, 3000 if LONG else 700, 700, NETWORKS, "127.0.0.78", True, 2, id="700 a second of four networks that stop, and a slow path"),
 ]
+if LONG:
+    CROWDS.append(pytest.param(0, 30000, 1500, [pressure.from_address(n) for n in range(4000)], "127.0.0.79", True, 3,
+                               id="1,500 a second of 4,000 addresses that stop, and a slow path"))
 
 
 @linux

@@ -32,6 +32,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "strangers": Measure("thousands of strangers that say nothing, or a byte a second", "system/test_limits.py", "thousands_of_strangers"),
+    "harm": Measure("one key that does all it can: processor, memory, links, log", "system/test_harm.py"),
     "descriptors": Measure("connections of every kind, then what is left of them; and no descriptors", "system/test_descriptors.py",
                            "left_behind or without_descriptors"),
     "dead-path": Measure("a path that drops everything, and a path that returns", "system/test_dead_paths.py", "dead_path or slow_reader or outage"),

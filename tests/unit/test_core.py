@@ -758,3 +758,19 @@ def test_each_section_uses_only_what_stands_above_it_or_in_it():
             own = names_in(statement, ast.Store) | {node.arg for node in ast.walk(statement) if isinstance(node, ast.arg)}
             below = {name for name in names_in(statement, ast.Load) - own if places.get(name, 0) > place[section]}
             assert not below, "line %d: section %s uses %s" % (statement.lineno, section, sorted(below))
+
+
+def test_a_line_that_a_peer_can_cause_goes_through_complain():
+    """Of what serves peers only these say something by themselves: what they say follows a change of the administrator's, is said once a minute,
+    or follows a line that was bounded. Anything else would let a peer fill the disk."""
+    lines, direct = SOURCE.split("\n"), set()
+    for section, statement in statements():
+        if isinstance(statement, ast.ClassDef) and section in ("7", "8", "9", "10", "12", "13"):
+            for part in statement.body:
+                if isinstance(part, ast.FunctionDef) and re.search(
+                        r"\blog\.(info|warning|error|log)\(", "\n".join(lines[part.lineno - 1:part.end_lineno])):
+                    direct.add("%s.%s" % (statement.name, part.name))
+    own = ("Client.", "Reach.", "ReverseTunnel.", "Stdio")  # of the client's user, and of its tries, which have their pauses
+    assert {name for name in direct if not name.startswith(own)} <= {
+        "Complaints.complain", "Complaints.sweep", "Counters.on_resumed", "Endpoint.__init__", "Endpoint.drain", "Endpoint.reload",
+        "Listener._starve", "ReverseListeners.check", "Server._check_lists", "Server._end_revoked"}
