@@ -550,11 +550,12 @@ def test_demo(run_all, environment, tmp_path):
 def test_demo_interrupted(start, environment, tmp_path, sign):
     """In each of its moments: a line of the log or of the demo, and the moments behind it."""
     temporary, env = demo_environment(environment, tmp_path)
-    lines = ["Testing server", "Starting server", "Listening on", "A tunnel from", "of 256 MB", "Every byte arrived", "ratrod connect"]
-    for number, line in enumerate(lines * 2):
-        demo = start(*RATROD, "-v", "demo", env=env)
+    lines = ["Testing server", "Starting server", "Listening on", "A tunnel from", "of 16 MB", "Every byte arrived", "ratrod connect"]
+    small = "import sys; sys.path.insert(0, %r); import ratrod; ratrod.DEMO_MB = 16; ratrod.program()" % str(ROOT)
+    for number, line in enumerate(lines):
+        demo = start(PYTHON, "-c", small, "-v", "demo", env=env)
         demo.wait_for(line)
-        time.sleep(number * 0.002)
+        time.sleep(number * 0.003)
         demo.process.send_signal(sign)
         code = demo.wait()
         # 0: it was just over. What comes then ends the interpreter.
