@@ -5054,7 +5054,7 @@ class Window:
 
     def on_full(self, now: float) -> None:
         """It alone holds the sender back."""
-        if self._full_end != self.end:
+        if not self._full_end:
             self._full_end, self._full_at = self.end, now
 
     def on_taken(self, taken: int, now: float) -> None:

@@ -53,7 +53,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 PATIENCE = 15.0  # for a peer to start, and for its first stream to open
 SETUP = 60.0  # for all streams of a measure to open
-ROUND_TRIP = 0.1  # of the delayed path, in seconds
+ROUND_TRIP, PATH = 0.1, 125e6  # of the delayed path: seconds, and bytes a second of each direction (1 Gbit/s)
 MENDED = CACHE / "rust-mended"
 
 
@@ -532,7 +532,7 @@ PEERS = [
 
 
 class Relay(threading.Thread):
-    """A path of ROUND_TRIP seconds to `port`: what it reads goes on half of that later.
+    """A path of ROUND_TRIP seconds and PATH bytes a second to `port`: what it reads goes on half of that later.
 
     The kernel here completes a connection at once. What on the real path would wait for that round trip waits in the relay: the
     server sees the connection, and the client's first bytes, one and a half round trips after it was begun.
@@ -549,6 +549,7 @@ class Relay(threading.Thread):
         self._order = itertools.count()
         self._begun = {}  # socket of the client's side -> when the other side knows of it
         self._other = {}
+        self._free = {}  # socket -> when what came from it before has gone on
         self._closed = False
         self.start()
 
@@ -585,7 +586,8 @@ class Relay(threading.Thread):
             data = sock.recv(65536)
         except OSError:
             data = b""
-        when = max(time.monotonic() + ROUND_TRIP / 2, self._begun.get(sock, 0.0))
+        when = max(time.monotonic() + ROUND_TRIP / 2, self._begun.get(sock, 0.0), self._free.get(sock, 0.0))
+        self._free[sock] = when + len(data) / PATH
         other = self._other[sock]
         if data:
             self._later(when, lambda: other.sendall(data))
@@ -743,6 +745,13 @@ def measure_bulk(tunnel, scale, direction):
         load.await_streams(1)
         speed, cpu = bulk_window(tunnel, load, tunnel.target if direction == "push" else load, scale)
     return {direction: speed, direction + "_cpu": cpu if tunnel.ends else None}
+
+
+def measure_far(tunnel, scale):
+    with tunnel.load("bulk", "push", 1) as load:
+        load.await_streams(1)
+        speed, _ = bulk_window(tunnel, load, tunnel.target, scale._replace(warm_up=scale.warm_up + 3, seconds=2 * scale.seconds))
+    return {"far": speed}
 
 
 def measure_streams(tunnel, scale, place):
@@ -977,6 +986,8 @@ STEPS = [
         Field("fair_ratio", "times", "", 1))),
     Step("firstbyte", measure_first_byte, (
         Field("first_byte", "a new connection's first byte, path of 100 ms", "ms", 0, chart=True, short="first byte ms"),), tunnel={"delayed": True}),
+    Step("far", measure_far, (
+        Field("far", "bulk, path of 100 ms and 1 Gbit/s", "GB/s", 3, more=True, short=""),), tunnel={"delayed": True}),
     Step("idle", measure_idle, (
         Field("idle", "memory of both ends for each of {idle:,} idle connections", "KB", 1, chart=True, short="KB idle"),),
          takes=lambda peer: peer.commands is not None, tunnel={}, rounds=2),  # it hardly varies

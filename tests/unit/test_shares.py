@@ -185,11 +185,13 @@ def test_a_window_that_alone_held_its_sender_back_grows(after, memory, most):
     for now in (10.0, 20.0):  # once for each time that it was full
         window.end = window.start + window.most
         window.on_full(now)
-        window.on_full(now + after / 2)  # asked again: it is full since then
-        window.on_taken(window.end - 1, now + after)
-        before = window.most
+        before, end = window.most, window.end
+        window.start, window.end = window.start + 10, end + 10  # some of it was taken: it is full again, long before the rest comes
+        window.on_full(now + 0.9 * after)
+        window.on_taken(end - 1, now + after)
+        assert window.most == before
         window.drop(window.end)
-        window.on_taken(window.end, now + after)
+        window.on_taken(end, now + after)
         window.on_taken(window.end, now + after)
         assert window.most == (most if now == 10 else before * most // W)
     for now in range(30, 40):
