@@ -249,8 +249,8 @@ def test_a_slow_reader_is_never_cut(site):
 def tries_soon():
     """Whether the system limits the pauses between two tries of TCP where it is asked to (Linux 6.15)."""
     with socket.socket() as sock, contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, ratrod.TCP_RTO_MAX_MS, 5000)
-        return sock.getsockopt(socket.IPPROTO_TCP, ratrod.TCP_RTO_MAX_MS) == 5000
+        sock.setsockopt(*ratrod.RETRY_WITHIN, 5000)
+        return sock.getsockopt(*ratrod.RETRY_WITHIN) == 5000
     return False
 
 
