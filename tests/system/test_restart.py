@@ -472,6 +472,6 @@ def test_workers_end_on_a_second_signal(serve, connect, target):
         while True:
             server.process.send_signal(TERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                assert server.process.wait(0.2) in (0, 143)
+                assert server.process.wait(0.2) in (0, 143, -TERM)  # one more may come when main() has put the handlers back
                 break
         assert_reset(*connections)

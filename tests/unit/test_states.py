@@ -612,7 +612,7 @@ class Streams(RuleBasedStateMachine):
 
 
 TestStreams = Streams.TestCase
-TestStreams.settings = settings(max_examples=1000 if LONG else 100, stateful_step_count=40, deadline=None, database=None,
+TestStreams.settings = settings(max_examples=1000 if LONG else 60, stateful_step_count=40, deadline=None, database=None,
                                 derandomize="CI" in os.environ,
                                 report_multiple_bugs=False,
                                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
