@@ -2043,14 +2043,13 @@ Script = Generator[int, bytes, None]
 
 
 def read_until(ends: tuple[bytes, ...], read: bytearray, most: int, too_long: str) -> Script:
-    """Adds to `read` up to and with one of `ends`, byte by byte: what comes behind that is not ours to read.
-
-    RemoteProtocolError(too_long) where `most` bytes have no such end.
-    """
+    """Adds to `read` up to and with one of `ends`; RemoteProtocolError(too_long) where `most` bytes have no such end."""
     while not read.endswith(ends):
         if len(read) >= most:
             raise RemoteProtocolError(too_long)
-        read += yield 1
+        # As many bytes as are certainly missing: what comes behind the end is for others to read.
+        missing = min(next(n for n in range(1, len(end) + 1) if read.endswith(end[:len(end) - n])) for end in ends)
+        read += yield min(missing, most - len(read))
 
 
 class Handshake:
@@ -3786,7 +3785,10 @@ class Negotiation:
                 del self._out[:self._transport.send(self._out)]
             return True
         except OSError as error:
-            self._on_broken(error)
+            self._out.clear()
+            self._read()  # what the other side said before it closed may say why
+            if not self._is_closed and not self.is_stepping:
+                self._on_broken(error)
             return False
 
     def _on_event(self, mask: int) -> None:
