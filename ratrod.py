@@ -2938,11 +2938,13 @@ class Complaints:
 
 
 class Turns:
-    """Callbacks that wait for the loop, by key: the key that has used least of the loop's time goes first, within a key the callback that has
-    waited longest. So a key with thousands of busy links holds up another one for a callback, which takes a few ms at most."""
+    """Callbacks that wait for the loop, by key: the key that has used least of the loop's time goes first, within a key
+    the callback that has waited longest. So a key with thousands of busy links holds up another one for a callback,
+    which takes a few ms at most."""
 
     def __init__(self) -> None:
-        self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}  # by key: callbacks and their masks
+        # By key: callbacks and their masks.
+        self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}
         self._order: list[tuple[float, bytes]] = []  # a heap: the keys that wait, and the seconds that each has used
         self._used: dict[bytes, float] = {}
         self._now = 0.0  # what the key that was served last had used; one that comes back begins there
@@ -2955,7 +2957,8 @@ class Turns:
         calls[callback] = calls.get(callback, 0) | mask
 
     def take(self, ready: list[tuple[Callable[[int], Any], int]]) -> Iterator[tuple[Callable[[int], Any], int]]:
-        """What waits and what is ready, one by one for TURNS seconds. What is left then, or was added meanwhile, waits for the next round."""
+        """What waits and what is ready, one by one for TURNS seconds. What is left then, or was added meanwhile, waits
+        for the next round."""
         for callback, mask in ready:
             self.add(getattr(getattr(callback, "__self__", None), "peer_key", b""), callback, mask)
         began = time.monotonic()
@@ -4279,15 +4282,17 @@ class Quota(KeyCounts):
 
 
 class Memory(KeyCounts):
-    """The bytes that are kept until they are acknowledged, and those of records of which only a part has come: at most `most` in all and
-    half of that for one key. Beyond it no window grows, a stream keeps at most POOR_WINDOW, the greediest key's local sockets are not
-    read, and of its links that hold half a record only the one that has waited longest is read on."""
+    """The bytes that are kept until they are acknowledged, those of records of which only a part has come, and those of
+    datagrams that wait: at most `most` in all and half of that for one key. Beyond it no window grows, a stream keeps at
+    most POOR_WINDOW, the greediest key's local sockets are not read, and of its links that hold half a record only the
+    one that has waited longest is read on."""
 
     def __init__(self, most: int):
         super().__init__()
         self.most = most
         self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
-        self._halves: dict[bytes, dict[Any, None]] = {}  # by key the links that hold half a record, the longest waiting first
+        # By key the links that hold half a record, the longest waiting first.
+        self._halves: dict[bytes, dict[Any, None]] = {}
 
     def change(self, key: bytes, n: int) -> None:
         """n bytes more, or less, are kept for this key."""
@@ -4301,7 +4306,8 @@ class Memory(KeyCounts):
     def is_out(self, key: bytes) -> bool:
         """Whether nothing more may be read for this key."""
         mine = self.of(key)
-        return self.is_tight and (mine > self.most // 2 or self.total > self.most and mine >= max(self.by_key.values(), default=0))
+        return self.is_tight and (mine > self.most // 2 or (
+            self.total > self.most and mine >= max(self.by_key.values(), default=0)))
 
     def hold(self, link: Any) -> None:
         """This link holds half a record."""
@@ -7736,7 +7742,8 @@ class Endpoint:
 
     def complain_of(self, link: Link, what: str, error: Exception) -> None:
         """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
-        is_news = isinstance(error, RemoteProtocolError) and not isinstance(error, (LinkClosed, PeerError, Revoked)) or isinstance(error, LinkSpoiled)
+        is_everyday = isinstance(error, (LinkClosed, PeerError, Revoked)) and not isinstance(error, LinkSpoiled)
+        is_news = isinstance(error, RemoteProtocolError) and not is_everyday
         if is_news:
             self.counters.fail(link.peer_key, "%s ended: %s" % (what, reason(error)))
         else:
@@ -7844,27 +7851,27 @@ class Endpoint:
         if left and seconds:
             log.info("🛑 Ending: %s may go on for %g s; a second signal ends at once", plural(left, "connection"), seconds)
 
-        def look() -> None:
-            now = time.monotonic()
-            if now >= until or not self.is_busy() and (now >= told or not self.links):
-                return self._say_goodbye(drained)
-            self.loop.call_later(0.02, look)
-            return None
-        look()
+        self._wait(until, lambda: not self.is_busy() and (time.monotonic() >= told or not self.links),
+                   functools.partial(self._say_goodbye, drained))
+
+    def _wait(self, until: float, is_over: Callable[[], bool], then: Callable[[], None]) -> None:
+        """then() once is_over(), at `until` at the latest."""
+        if time.monotonic() >= until or is_over():
+            return then()
+        self.loop.call_later(0.02, functools.partial(self._wait, until, is_over, then))
+        return None
 
     def _say_goodbye(self, drained: Callable[[], None]) -> None:
-        """What is still open ends with an Error, so that the other side does not wait for it; they get a moment to leave."""
+        """The streams get a moment to say that they end."""
+        self._end_streams()
+        self._wait(time.monotonic() + 1, lambda: not any(link.state == BYE and link.said_error for link in self.links),
+                   drained)
+
+    def _end_streams(self) -> None:
+        """What is open ends with an Error, so that the other side does not wait for it."""
         for link in list(self.links):
             if isinstance(link.user, Stream) and not link.is_legacy:
                 link.user.fail(LocalFailed(ENDING), Error(REMOTE_FAILED, "the other side has ended"))
-        until = time.monotonic() + 1
-
-        def look() -> None:
-            if time.monotonic() >= until or not any(link.state == BYE and link.said_error for link in self.links):
-                return drained()
-            self.loop.call_later(0.02, look)
-            return None
-        look()
 
     def is_busy(self) -> bool:
         """Whether anything is open that an end would cut."""
@@ -7880,10 +7887,8 @@ class Endpoint:
         self._sweeper.clear()
         for listener in self.listeners:
             listener.close()
+        self._end_streams()
         for link in list(self.links):
-            user = link.user
-            if isinstance(user, Stream) and not link.is_legacy:
-                user.fail(LocalFailed(ENDING), Error(REMOTE_FAILED, "the other side has ended"))
             if link.state == BYE:  # a reset would destroy the last word
                 link.close()
             else:
@@ -7916,18 +7921,21 @@ class Source:
 
 
 class Admission:
-    """The connections at a server that are not authenticated yet: they cost a socket each, and a thread for a public-key step alone. At a
-    limit the oldest makes room; of a source that has its share, the oldest of its own; none whose step is queued or running.
+    """The connections at a server that are not authenticated yet: they cost a socket each, and a thread for a
+    public-key step alone. At a limit the oldest makes room; of a source that has its share, the oldest of its own; none
+    whose step is queued or running.
 
-    Steps are served in three classes: sources with an authorized link now or in the last hour, sources that make few new handshakes, the
-    rest. Within a class those go first whose first message was answered, and the sources take turns, the newest first.
+    Steps are served in three classes: sources with an authorized link now or in the last hour, sources that make few
+    new handshakes, the rest. Within a class those go first whose first message was answered, and the sources take
+    turns, the newest first.
     """
 
     def __init__(self, server: Server):
         self._server, self._loop, self._limits = server, server.loop, server.limits
         self.most = self._limits.handshakes or max(16, min(4096, descriptor_limit() // 8))
         self._most_of_source = self._limits.handshakes_per_source or max(16, self.most // 4)
-        self._strangers: collections.OrderedDict[Negotiation, str] = collections.OrderedDict()  # the oldest first, with their sources
+        # The oldest first, with their sources.
+        self._strangers: collections.OrderedDict[Negotiation, str] = collections.OrderedDict()
         self._sources: dict[str, Source] = {}
         self._most_sources = SOURCES
         threads = min(8, os.cpu_count() or 1)
@@ -7940,7 +7948,8 @@ class Admission:
         if name not in self._sources:
             if len(self._sources) >= self._most_sources:
                 self.sweep()
-                self._most_sources = max(SOURCES, 2 * len(self._sources))  # so that looking through them is paid for by as many new ones
+                # So many new ones pay for looking through them.
+                self._most_sources = max(SOURCES, 2 * len(self._sources))
             self._sources[name] = Source(self._loop.now, self._limits.handshake_rate)
         return self._sources[name]
 
@@ -7979,7 +7988,8 @@ class Admission:
         def run_step(step: Callable[[], None], done: Callable[[Any, Exception | None], None]) -> None:
             def finish(result: Any, error: Exception | None) -> None:
                 self._steps.done(name)
-                if error is None and negotiation not in self._strangers:  # it ended while the step went on, which has let it in
+                # The step has let it in, and it ended meanwhile.
+                if error is None and negotiation not in self._strangers:
                     self._server.give_place_back(negotiation.handshake)
                 done(result, error)
             is_answered = negotiation.handshake.steps > 0
@@ -8024,7 +8034,8 @@ class Admission:
         self._server.on_negotiated(negotiation, negotiation.handshake, error)
 
     def is_busy(self) -> bool:
-        """Somebody in the middle of a handshake gets an answer; a connection that has said nothing for 2 s holds up nobody."""
+        """Whether somebody may be in the middle of a handshake: a connection that has been silent for 2 s holds up
+        nobody."""
         return any(self._loop.now - stranger.born < 2 for stranger in self._strangers)
 
     def close(self) -> None:
@@ -8033,8 +8044,8 @@ class Admission:
 
 
 class ReverseListener(Opener):
-    """What a client's `R:` tunnel listens on at the server: its sockets, and its links, of which each new connection takes one. It lives as
-    long as any of its links, waiting or busy, and any stream that waits for another link."""
+    """What a client's `R:` tunnel listens on at the server: its sockets, and its links, of which each new connection
+    takes one. It lives as long as any of its links, waiting or busy, and any stream that waits for another link."""
 
     def __init__(self, server: Server, key: bytes, instance: bytes, asked: str, sockets: list[socket.socket]):
         super().__init__(server, server.patience)
@@ -8045,8 +8056,10 @@ class ReverseListener(Opener):
         self._lost_at: float | None = None
         self._visitors: dict[Stream, str] = {}  # their streams, with their sources
         most = max(16, server.streams.most_of_key // 4)
-        self._visitors_of = Quota(most, max(16, most // 4), "carries as many connections", ("of one reverse tunnel", "of one visitor to it"))
-        self._listeners = [Listener(server.loop, sock, self._on_accept, server.limits.accept_pause, key) for sock in sockets]
+        self._visitors_of = Quota(most, max(16, most // 4), "carries as many connections",
+                                  ("of one reverse tunnel", "of one visitor to it"))
+        self._listeners = [Listener(server.loop, sock, self._on_accept, server.limits.accept_pause, key)
+                           for sock in sockets]
         for listener in self._listeners:
             listener.start()
 
@@ -8091,7 +8104,8 @@ class ReverseListener(Opener):
             super().on_detached(stream, link, error)
 
     def is_retired(self, instance: bytes) -> bool:
-        """Whether a later run than this one listens here: two that live must not take the address from each other for ever."""
+        """Whether a later run than this one listens here: two that live must not take the address from each other for
+        ever."""
         return instance in self._retired and any(link.instance == self.instance for link in self.links)
 
     @property
@@ -8157,7 +8171,8 @@ class ReverseListener(Opener):
             listener.close()
         for link in list(self.links):
             if isinstance(link.user, Stream):
-                link.user.fail(LinkClosed("the reverse tunnel has ended"), Error(REMOTE_FAILED, "the reverse tunnel has ended"))
+                link.user.fail(LinkClosed("the reverse tunnel has ended"),
+                               Error(REMOTE_FAILED, "the reverse tunnel has ended"))
             else:
                 link.close()
 
@@ -8175,7 +8190,8 @@ class Server(Endpoint):
         self.sessions = UdpSessions(self, most_sessions, UdpSessions.IN_ALL, 1.25 * limits.udp_timeout)
         self.admission = Admission(self)
         # Each stream needs a descriptor for its link and one for its remote, each UDP session one.
-        most = limits.links or max(min(16, descriptors // 8), (descriptors - 64 - most_sessions - self.admission.most) // 2)
+        left = descriptors - 64 - most_sessions - self.admission.most
+        most = limits.links or max(min(16, descriptors // 8), left // 2)
         self._links_of = Quota(most, limits.links_per_key or max(min(most, 16), most // 2), "has as many connections")
         most = limits.streams or most
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
@@ -8184,9 +8200,11 @@ class Server(Endpoint):
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
                                  lambda link, open_: new_label(link.name, open_.target))
         self._connecting = FairQueue(most_of_key=limits.connects_per_key)
-        self._listed: Any = None  # authorized_keys as the links were last held against it, and what is wrong with it ...
+        # authorized_keys as the links were last held against it, what is wrong with it, and when, by time.time(), the
+        # next of its lines expires.
+        self._listed: Any = None
         self._problems: list[str] = []
-        self._expiry = float("inf")  # ... and when, by time.time(), the next of its lines expires
+        self._expiry = float("inf")
         self.reverse: set[ReverseListener] = set()
         self._listening: dict[Link, ReverseListener] = {}
         self.address = options.bind
@@ -8243,8 +8261,8 @@ class Server(Endpoint):
         if is_legacy:
             grants = tuple(grant for grant in grants if not grant.no_legacy)
         if not grants:
-            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy); connect without --legacy"
-                                      % encode_key(key))
+            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy);"
+                                      " connect without --legacy" % encode_key(key))
         return grants
 
     def _why_not(self, key: bytes) -> AuthenticationError:
@@ -8348,7 +8366,8 @@ class Server(Endpoint):
             log.warning("`%s` lists nobody, so nobody can connect: it takes a line with the public key of each client",
                         self.folder.authorized_keys.path)
         self._listed = listed
-        self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines if grant.expires > time.time()), default=float("inf"))
+        self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines
+                            if grant.expires > time.time()), default=float("inf"))
         self._end_revoked(listed)
         self._recheck_sessions()
         for listener in list(self.reverse):
@@ -8382,7 +8401,8 @@ class Server(Endpoint):
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
         shown = show_address(negotiation.address)
-        has_place = not isinstance(error, (AuthenticationError, Overloaded)) and not negotiation.is_stepping  # a step's end gives it back
+        # The place of one whose step goes on is given back at the step's end.
+        has_place = not isinstance(error, (AuthenticationError, Overloaded)) and not negotiation.is_stepping
         if error is None and not self._grants(handshake.peer_key, self.loop.now):
             error = AuthenticationError("its key was removed from authorized_keys")
             negotiation.sock.close()
