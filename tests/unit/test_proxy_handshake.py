@@ -49,7 +49,10 @@ def test_what_a_proxy_is_asked():
     for url, answer, asked in GOOD:
         with row((url, answer)):
             assert talk(url, answer + b"what the server says") == (asked, len(answer))
-    for server, in_http, in_socks in (("127.0.0.1", b"127.0.0.1:9", b"\1\x7f\0\0\1\0\x09"), ("::1", b"[::1]:9", b"\4" + bytes(15) + b"\1\0\x09")):
+    for server, in_http, in_socks in (
+            ("127.0.0.1", b"127.0.0.1:9", b"\1\x7f\0\0\1\0\x09"),
+            ("::1", b"[::1]:9", b"\4" + bytes(15) + b"\1\0\x09"),
+            ("hö", b"xn--h-1ga:9", b"\3\x09xn--h-1ga\0\x09")):
         assert talk("http://proxy", b"HTTP/1.1 200\r\n\r\n", ratrod.Address(server, 9))[0].startswith(b"CONNECT " + in_http + b" HTTP")
         assert talk("socks5://proxy", b"\5\0\5\0" + BOUND, ratrod.Address(server, 9))[0] == b"\5\1\0\5\1\0" + in_socks
 
@@ -167,6 +170,6 @@ def test_urls_that_cannot_be():
 
 
 def test_servers_that_no_proxy_can_be_asked_for():
-    for server in ("a b:9", "127.1:9", "ho\r\nst:9", "[fe80::1%eth0]:9", "hö:9"):
+    for server in ("a b:9", "127.1:9", "ho\r\nst:9", "[fe80::1%eth0]:9", "hö\u0661:9"):
         with row(server), pytest.raises(ratrod.ConfigError, match="no proxy can be asked for the server "):
             ratrod.parse_proxy("http://127.0.0.1:9", ratrod.parse_servers(server))
