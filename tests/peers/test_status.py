@@ -79,7 +79,7 @@ def test_a_table_while_the_server_is_away(serve, ratrod, keys, tcp_echo, table):
     client.wait_for("` listens on")
     (head, *tunnels) = [line for line in table(client) if "tunnel" in line or "Client" in line]
     assert len(tunnels) == 4 and "tunnel (socks)" in tunnels[2]
-    assert re.search(r"reverse tunnel on `127.0.0.1:\d+`: \d links wait, 0 are busy", tunnels[3])
+    assert re.search(r"reverse tunnel on `localhost:\d+`: \d links wait, 0 are busy", tunnels[3])
     assert re.search(r"reverse tunnel on `127.0.0.1:\d+` for the client with key `%s`" % keys.client.public, "\n".join(table(server)))
     server.process.kill()
     server.wait()
