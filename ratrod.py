@@ -147,6 +147,7 @@ Options:
 #                                        down; `Stream._room` and `Window` bound what is kept, `Memory` all of it
 # one key holds up no other              `Turns`; what it keeps `Memory` bounds, and what it has `Quota`
 # a removed key is cut off               `Server._check_lists`, once a second
+# a dead path is noticed and left        `Client._move_from_dead_paths`, `Link.doubt`, `Pool.seek`
 # a UDP session expires                  `UdpSessions.sweep`
 # signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`
 # exit codes                             `exit_code_of`, `EndpointRun.run`, and the error types of section 1

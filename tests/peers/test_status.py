@@ -80,7 +80,7 @@ def test_a_table_while_the_server_is_away(serve, ratrod, keys, tcp_echo, table):
     (head, *tunnels) = [line for line in table(client) if "tunnel" in line or "Client" in line]
     assert len(tunnels) == 4 and "tunnel (socks)" in tunnels[2]
     assert re.search(r"reverse tunnel on `localhost:\d+`: \d links wait, 0 are busy", tunnels[3])
-    assert re.search(r"reverse tunnel on `127.0.0.1:\d+` for the client with key `%s`" % keys.client.public, "\n".join(table(server)))
+    assert re.search(r"reverse tunnel on `localhost:\d+` for the client with key `%s`" % keys.client.public, "\n".join(table(server)))
     server.process.kill()
     server.wait()
     away = r"Client of `127.0.0.1:%d`, away for [\d.]+ m?s \(.*\); \d+ waiting" % port

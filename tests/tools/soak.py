@@ -820,8 +820,8 @@ class Soak:
 
     def _launch(self, folder, *words):
         # The sweep, by which these are looked at, with them: a sign of life that is a second late counts for little in 30 s, but not in 3.
-        times = {"keepalive": 20 * self.scale, "silence": self.silence, "trusted": 30 * self.scale, "sweep_interval": self.scale,
-                 "idle_time": IDLE_TIME, "link_age": LINK_AGE}
+        times = {"keepalive": 20 * self.scale, "silence": self.silence, "doubt": 25 * self.scale, "trusted": 30 * self.scale,
+                 "sweep_interval": self.scale, "idle_time": IDLE_TIME, "link_age": LINK_AGE}
         return Program([*scaled(**times), *("-v",) * bool(self._logs), "-k", folder, *words])
 
     def start(self, stack):
