@@ -3286,13 +3286,16 @@ class Threads:
 
     def _next_task(self) -> tuple[Callable[[], Any], Done] | None:
         """None: this thread ends."""
-        item = None
-        with contextlib.suppress(queue.Empty):
+        item, has_timed_out = None, False
+        try:
             item = self._tasks.get(timeout=10)
+        except queue.Empty:
+            has_timed_out = True
         if item is None:
             with self._lock:
-                # Between the time-out and this lock a task may have come that counted on this thread.
-                with contextlib.suppress(queue.Empty):
+                # Between the time-out and this lock a task may have come that counted on this thread. The word to end
+                # is another matter: one thread must not take that of the next, too.
+                if has_timed_out and not self._tasks.empty():
                     item = self._tasks.get_nowait()
                 self._threads -= item is None
         return item

@@ -105,7 +105,7 @@ class Site:
         self.talks = []
 
     def begin(self, *tunnels, serve_flags=(), connect_flags=()):
-        self.server = self._start(*RATROD, "-k", self._keys.server.path, "serve", *serve_flags, self.outside + ":0")
+        self.server = self._start(*RATROD, "-k", self._keys.server.path, "serve", "--drain", "0", *serve_flags, self.outside + ":0")
         self.server_port = int(self.server.wait_for(STARTED).group(1))
         self.client = self._start(*self.namespace.command, *RATROD, "-k", self._keys.client.path, "connect", *connect_flags,
                                   "%s:%d" % (self.outside, self.server_port), *tunnels)
