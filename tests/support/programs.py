@@ -95,13 +95,13 @@ class Program:
     def output(self):
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern, count=1):
+    def wait_for(self, pattern, count=1, patience=PATIENCE):
         """The match of the count-th line (from the start of the output) that has `pattern`; fails when the program ends without it."""
         def found():
             matches = [match for match in (re.search(pattern, line) for line in self.lines) if match]
             return matches[count - 1] if len(matches) >= count else None
         with self._changed:
-            self._changed.wait_for(lambda: found() or self._ended, PATIENCE)
+            self._changed.wait_for(lambda: found() or self._ended, patience)
             match = found()
         assert match, "no line %r%s in:\n%s" % (pattern, "" if count == 1 else " (%d times)" % count, self.output)
         return match
