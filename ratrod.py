@@ -5161,6 +5161,9 @@ class Keeper:
     def on_opened(self, stream: Stream) -> None:
         """The other side is connected to its remote."""
 
+    def leave_behind(self, stream_id: bytes, instance: bytes) -> None:
+        """Opener: this instance of the other side is to forget the stream."""
+
     def on_closed_to(self, stream: Stream, link: Link) -> None:
         """Opener: the link takes no more streams, and has not looked at this one."""
 
@@ -5236,6 +5239,8 @@ class Stream(LinkUser):
         self.keeps = link.is_resumable
         self.window.belong_to(link.peer_key)
         if self._asked != link.instance and self.is_untouched:
+            if self._asked and self.keeps:
+                self.keeper.leave_behind(self.id, self._asked)  # that one may have connected already
             self.set_free()
         self._asked = link.instance
         self.attempt += 1
@@ -7064,11 +7069,14 @@ class Opener(Keeper):
 
     def on_unheard(self, stream: Stream) -> None:
         if stream.error is not None and stream.attempt and stream.instance:
-            while len(self._abandoned) >= ABANDONED:
-                self._abandoned.popitem(last=False)
-            self._abandoned[stream.id] = stream.instance, self.loop.now + ABANDONED_FOR
-            for link in [link for link in self.idle if link.instance == stream.instance][-1:]:
-                self._say_abandoned(link)
+            self.leave_behind(stream.id, stream.instance)
+
+    def leave_behind(self, stream_id: bytes, instance: bytes) -> None:
+        while len(self._abandoned) >= ABANDONED:
+            self._abandoned.popitem(last=False)
+        self._abandoned[stream_id] = instance, self.loop.now + ABANDONED_FOR
+        for link in [link for link in self.idle if link.instance == instance][-1:]:
+            self._say_abandoned(link)
 
     def _say_abandoned(self, link: Link) -> None:
         if link.is_legacy or not self._abandoned:

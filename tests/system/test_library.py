@@ -731,8 +731,11 @@ def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
                 os.write(done, b".")
                 os.read(lives, 1)
                 code = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
             finally:
                 os._exit(code)
+        os.close(done)
         context = multiprocessing.get_context("fork")
         worker = context.Process(target=time.sleep, args=(60,))
         worker.start()

@@ -159,7 +159,20 @@ class IdleLink:
     state, is_completed, is_legacy, peer_key = ratrod.IDLE, True, False, A
 
     def __init__(self, instance):
-        self.instance = instance
+        self.instance, self.said = instance, []
+
+    def send_record(self, *record):
+        self.said.append(record)
+
+
+def test_what_was_left_behind_is_abandoned_on_the_next_idle_link_of_its_instance():
+    """Another instance has the stream now, under another number; the first one may have connected already."""
+    opener = ratrod.Opener(types.SimpleNamespace(loop=types.SimpleNamespace(now=0.0), limits=None, draining=False), 10)
+    opener.leave_behind(b"n" * 16, b"a")
+    links = [IdleLink(instance) for instance in (b"b", b"a", b"a")]
+    for link in links:
+        opener.put(link)
+    assert [link.said for link in links] == [[], [(ratrod.ABANDON, b"n" * 16)], []]
 
 
 def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
