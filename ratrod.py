@@ -8776,6 +8776,7 @@ class Pool(Opener):
     # after which the search for the right one slows down.
     OTHER_RUNS = 8
     SEARCH = 10  # links a second
+    MIXED = b""  # in place of a run: two of them were alive at once
 
     def __init__(self, client: Client, reach: Reach, ready: int):
         super().__init__(client, client.patience)
@@ -8786,7 +8787,7 @@ class Pool(Opener):
         self._minute = self.loop.now
         self._is_due = False
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
-        self._several: set[str] = set()  # names of servers behind which two runs were alive at once
+        self._runs: dict[str, bytes] = {}  # server -> the run that it showed last, or MIXED where two were alive at once
         self._sought_since, self._sought_at, self._sought, self._sought_for = 0.0, 0.0, 0, 0
 
     @property
@@ -8958,9 +8959,13 @@ class Pool(Opener):
     def _judge(self, link: Link) -> None:
         """A stream of another run of this server cannot go on where that run is no more. One link to another run tells, unless there may be
         several servers behind the name: where it has come to another address, through a proxy, or where two runs were seen alive at once."""
-        alive = {other.instance[:6] for other in self.links if other.name == link.name and other.state != CLOSED and not other.is_stuck}
-        if len(alive) > 1:
-            self._several.add(link.name)
+        shown = link.instance[:6]
+        known = self._runs.setdefault(link.name, shown)
+        if not self.detached and known in (shown, self.MIXED):
+            return  # the usual case: to look at all links for each new one would be quadratic
+        alive = {other.instance[:6] for other in self.links
+                 if other.name == link.name and other.state != CLOSED and not other.is_stuck}
+        self._runs[link.name] = self.MIXED if len(alive) > 1 or known == self.MIXED else shown
         waiting = [(stream, last) for stream, last in self.detached.items() if stream.instance and last.name == link.name]
         for run in {stream.instance[:6] for stream, _ in waiting}:
             if run in alive:
@@ -8968,7 +8973,7 @@ class Pool(Opener):
                 continue
             self._others[run] = self._others.get(run, 0) + 1
             for stream, last in waiting:
-                is_one = (link.name not in self._several and not self._client.options.proxy
+                is_one = (self._runs[link.name] != self.MIXED and not self._client.options.proxy
                           and link.path is not None and last.path is not None and link.path[1] == last.path[1])
                 if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
                     del self.detached[stream]
