@@ -1473,7 +1473,7 @@ class Grant(NamedTuple):
     permitlisten: tuple[Pattern, ...] = ()
     no_udp: bool = False
     no_legacy: bool = False
-    expires: float = float("inf")
+    expires: float = NEVER
     comment: str = ""
 
     def opens(self, target: Address) -> bool:
@@ -5854,7 +5854,7 @@ class StdioStream(Stream):
 # ======================================================================================================================
 # 10. UDP
 # ======================================================================================================================
-# A port receives a datagram and finds its session, the loop's `DatagramBatch` makes one record of what came together,
+# A port receives a datagram and finds its session, a `DatagramBatch` makes one record of what came together,
 # and `UdpLink` sends the record. At the other side `UdpLink` gives each datagram to the port of its session.
 # ratrod2: the sessions of all tunnels of a client share one link, under numbers that rise. Legacy: each session has a
 # link of its own.
@@ -8216,7 +8216,7 @@ class Server(Endpoint):
         # next of its lines expires.
         self._listed: Any = None
         self._problems: list[str] = []
-        self._expiry = float("inf")
+        self._expiry = NEVER
         self.reverse: set[ReverseListener] = set()
         self._listening: dict[Link, ReverseListener] = {}
         self.address = options.bind
@@ -8254,7 +8254,7 @@ class Server(Endpoint):
         if self.options.authorize:  # it is asked when the client comes in, and then for each target
             return (Grant(),) if now is not None or self._permits(key, "") else ()
         lines = self.folder.authorized_keys.read(now).get(key, ())
-        return tuple(grant for _, grant in lines if grant.expires == float("inf") or time.time() < grant.expires)
+        return tuple(grant for _, grant in lines if grant.expires == NEVER or time.time() < grant.expires)
 
     def _permits(self, key: bytes, target: str) -> bool:
         """What the caller of serve(authorize=...) says to it. On a thread."""
@@ -8379,7 +8379,7 @@ class Server(Endpoint):
                         self.folder.authorized_keys.path)
         self._listed = listed
         self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines
-                            if grant.expires > time.time()), default=float("inf"))
+                            if grant.expires > time.time()), default=NEVER)
         self._end_revoked(listed)
         self._recheck_sessions()
         for listener in list(self.reverse):
@@ -9521,7 +9521,7 @@ class Client(Endpoint):
             self.loop.complain("❌ %%d more UDP sessions to `%s` failed" % session.target, line)
         session.has_failed = True
         session.rests_until = self.loop.now + (
-            1 if not isinstance(error, PeerError) else self.REST if error.code != INVALID_HOST else float("inf"))
+            1 if not isinstance(error, PeerError) else self.REST if error.code != INVALID_HOST else NEVER)
 
     def on_udp_lost(self, udp: UdpLink, link: Link | None, error: Exception) -> None:
         """The sessions go on at once over another link. After three that were lost within a second the next datagram
