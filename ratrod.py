@@ -6570,7 +6570,7 @@ class SocksPort(UdpPort):
 # 11. ssh
 # ======================================================================================================================
 
-LINKS_OF_A_MASTER = 8  # sshd takes 10 sessions on one connection by default (MaxSessions)
+LINKS_OF_A_CONNECTION = 8  # sshd takes 10 sessions on one connection by default (MaxSessions)
 # Nothing of the user's own configuration may get in the way. ControlPersist: seconds that a shared connection waits for
 # another link, even where its client was killed.
 SSH_OPTIONS = ("ControlPersist=60 LogLevel=ERROR RemoteCommand=none ClearAllForwardings=yes PermitLocalCommand=no"
@@ -6610,23 +6610,15 @@ class SshWay(NamedTuple):
     python: str = "python3"  # the program to run there
 
 
-class SshMaster:
-    """A connection of ssh's that links share; ssh finds it by the socket at `path`. `process` makes it, then ends."""
-
-    def __init__(self, process: subprocess.Popen[bytes], path: str):
-        self.process, self.path = process, path
-        self.links, self.room = 1, 0  # that use it, the first one from the beginning; that may use it: none yet
-
-
 class SshLink:
-    """The ssh process of one link. `sock` is our end of its standard input and output, `errors` its standard error.
+    """The ssh process of one link: `sock` is our end of its standard input and output, `errors` its standard error.
 
-    `said` is the end of `errors`, once the process has ended. `fresh`: its shared connection was made for it.
+    `path` names its shared connection; `is_first`: that was made for this link. `said` is the end of `errors`, once the
+    process has ended.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, errors: Any, master: SshMaster,
-                 fresh: bool):
-        self.process, self.sock, self.errors, self.master, self.fresh = process, sock, errors, master, fresh
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, errors: Any, path: str, is_first: bool):
+        self.process, self.sock, self.errors, self.path, self.is_first = process, sock, errors, path, is_first
         self.said = ""
         self.closed_at: float | None = None
 
@@ -6634,16 +6626,17 @@ class SshLink:
 class SshLinks:
     """Links to one machine through the system's ssh, where only Python is installed.
 
-    Each link is an ssh process that starts Python there and sends it this source. The links share a few connections
-    (ssh's ControlMaster), and only these authenticate themselves. Where this client is killed all of that ends by itself:
-    the far sides when their standard input ends, the shared connections after a minute.
+    Each link is an ssh process that starts Python there and sends it this source. Eight links share a connection (ssh's
+    ControlMaster), and authenticate themselves once. Where that is gone, or sshd takes fewer sessions on it, the ssh of
+    a link makes a connection by itself. Where this client is killed all of that ends by itself: the far sides when
+    their standard input ends, the shared connections after a minute.
 
     A link takes three steps: start() on a thread; handshake() on the loop, over link.sock within `patience` seconds; if
     that failed, explain() on a thread, once link.sock is closed.
     """
 
     LINGER = 5.0  # seconds that a link's process may take to end
-    REST = 600.0  # seconds until another connection is tried, after one that needed a password
+    REST = 600.0  # seconds without a further connection, after one that needed a password
 
     def __init__(self, way: SshWay, server: SshHost, limits: Limits):
         import shlex
@@ -6664,14 +6657,13 @@ class SshLinks:
         # The login shell there expands a ~ in front of the path, and takes nothing in the path apart.
         python = re.sub("^'(~[^/]*/)", r"\1'", shlex.quote(self._python))
         self._boot = '%s -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (python, BOOTSTRAP.hex(), len(self._program))
-        self._making = threading.Lock()  # held while a shared connection is made: one at a time
+        self._starting = threading.Lock()  # held while a link starts, or the connection for it is made: one at a time
         self._lock = threading.Lock()  # guards the attributes below
-        self._links: list[SshLink] = []
-        self._masters: list[SshMaster] = []
-        self._made, self._room = 0, LINKS_OF_A_MASTER
-        self._folder = ""
-        self._failed: tuple[float, Exception] = (float("-inf"), ConnectError("unknown reason"))
-        self._alone_until = float("-inf")  # until then no connection is made beside those that are there
+        self._links: list[SshLink] = []  # those whose process runs
+        self._folder, self._made = "", 0  # of the sockets by which ssh finds the shared connections; how many were made
+        self._maker: subprocess.Popen[bytes] | None = None  # makes the newest of them, then ends
+        self._failed: tuple[float, Exception] = (-NEVER, ConnectError("unknown reason"))
+        self._most, self._most_until = 0, -NEVER  # links, where no further connection is let in; until when
         self._is_ending = self._is_closed = False
 
     # ---- the steps of a link
@@ -6683,47 +6675,40 @@ class SshLinks:
         """
         import tempfile
 
+        began = time.monotonic()
         try:
-            master, fresh = self._reserve(may_ask)
-            with contextlib.ExitStack() as stack:
-                stack.callback(self._give_back, master)
+            with self._starting, contextlib.ExitStack() as stack:
+                shared = self._find_connection(began)
+                path = shared or self._connect(began, may_ask)
                 ours, theirs = map(stack.enter_context, socket.socketpair())
                 errors = stack.enter_context(tempfile.TemporaryFile("a+b"))  # noqa: SIM115 - reap() closes it
-                # ProxyCommand: where the shared connection is gone, ssh must not make one of its own.
-                options = ["-oControlMaster=no", "-oProxyCommand=false", "-oBatchMode=yes"]
-                process = self._run(options, master.path, self._boot, stdin=theirs, stdout=theirs, stderr=errors,
-                                    start_new_session=True)
+                process = self._run(["-oControlMaster=auto", "-oBatchMode=yes"], path, self._boot, stdin=theirs,
+                                    stdout=theirs, stderr=errors, start_new_session=True)
                 stack.pop_all()
+                theirs.close()
+                link = SshLink(process, ours, errors, path, not shared)
+                with self._lock:
+                    self._links.append(link)
+                    if self._is_closed:
+                        process.kill()
+                return link
         except OSError as error:
             raise ConnectError("cannot run `%s`: %s" % (self._command[0], reason(error))) from None
-        theirs.close()
-        link = SshLink(process, ours, errors, master, fresh)
-        with self._lock:
-            self._links.append(link)
-            if self._is_closed:
-                process.kill()
-        return link
 
     def handshake(self) -> PipeHandshake:
         return PipeHandshake(self._program, self._marker)
 
-    def explain(self, link: SshLink, handshake: PipeHandshake, error: Exception, tries_left: int) -> RatrodError | None:
-        """Why the handshake failed: the error to give up with, or None for another try. On a thread.
-
-        link.sock is closed by then. `error` is the handshake's, `tries_left` the number of tries after this one.
-        """
+    def explain(self, link: SshLink, handshake: PipeHandshake, error: Exception) -> RatrodError | None:
+        """Why the handshake failed, with `error`: what to give up with, or None for another try. On a thread; link.sock
+        is closed by then."""
         code = wait_for(link.process, 2)
         self.reap()
         log.debug("ssh to `%s` failed (%s, exit code %d): %s", self._server, error, code, printable(link.said))
-        if "refused by peer" in link.said and link.master.links:  # sshd's MaxSessions
-            link.master.room = self._room = link.master.links
-            return None if tries_left else Overloaded("sshd on `%s` lets in no further session" % str(self._server))
-        if "kex_exchange" in link.said and tries_left:  # what ProxyCommand=false leads to
-            time.sleep(0.1)  # a new connection in the background may not take links yet
-            return None
-        if link.fresh or not tries_left:
-            return self._error(code, link.said or handshake.seen.decode("utf-8", "replace"), str(error))
-        link.master.room = 0  # the shared connection is gone, or does not answer any more
+        failure = self._error(code, link.said or handshake.seen.decode("utf-8", "replace"), str(error))
+        if link.is_first or not isinstance(failure, ConnectError):
+            return failure
+        with contextlib.suppress(OSError):  # the shared connection does not answer any more: no other link finds it
+            os.rename(link.path, link.path + ".old")
         return None
 
     def _run(self, options: list[str], path: str, *command: str, **streams: Any) -> subprocess.Popen[bytes]:
@@ -6749,78 +6734,67 @@ class SshLinks:
         message = "ssh to `%s`: %s" % (self._server, text)
         if code != 255 or not re.search(refusals, said):
             return ConnectError(message)
+        if self._links:  # the links that are there had what this one lacks, as an answer to a question
+            self._most, self._most_until = len(self._links), time.monotonic() + self.REST
+            return Overloaded(message)
         return AuthenticationError(message + ("; see that `ssh` lets you in there" if asked else
                                               "; nothing can be asked here: see that `ssh` to there needs no answer"))
 
     # ---- the connections that links share
 
-    def _reserve(self, may_ask: bool) -> tuple[SshMaster, bool]:
-        """A shared connection, with one more link counted on it; and whether it was made just now."""
-        began = time.monotonic()
-        with self._making:
-            while True:
-                self.reap()
-                with self._lock:
-                    for master in self._masters:
-                        if master.links < master.room and os.path.exists(master.path):
-                            master.links += 1
-                            return master, False
-                    is_one_ending = any(link.sock.fileno() < 0 for link in self._links)
-                if not is_one_ending or time.monotonic() - began > 1:
-                    break
-                time.sleep(0.02)
-            if self._failed[0] > began:  # for another thread, while this one waited for it
-                raise self._failed[1]
-            try:
-                return self._make_master(may_ask), True
-            except RatrodError as error:
-                self._failed = time.monotonic(), error
-                raise
+    def _find_connection(self, began: float) -> str:
+        """The path of a shared connection that takes one more link, "" where there is none."""
+        while True:
+            self.reap()
+            with self._lock:
+                users = collections.Counter(link.path for link in self._links)
+                is_one_ending = any(link.sock.fileno() < 0 for link in self._links)
+            is_full = sum(users.values()) >= self._most and time.monotonic() < self._most_until
+            for name in os.listdir(self._folder) if self._folder and not is_full else ():
+                path = os.path.join(self._folder, name)
+                if users[path] < LINKS_OF_A_CONNECTION and "." not in name:  # ssh makes `m1` of `m1.JgTz4`
+                    return path
+            if not is_one_ending or time.monotonic() - began > 1:
+                break
+            time.sleep(0.02)
+        if is_full:
+            raise Overloaded("ssh to `%s`: no further connection for now" % str(self._server))
+        return ""
 
-    def _give_back(self, master: SshMaster) -> None:
-        with self._lock:
-            master.links -= 1
-
-    def _make_master(self, may_ask: bool) -> SshMaster:
+    def _connect(self, began: float, may_ask: bool) -> str:
+        """Makes a shared connection: its path. ssh goes to the background (-f) when it is authenticated; until then it
+        may ask at the terminal."""
         import subprocess
         import tempfile
 
+        if self._failed[0] > began:  # for another thread, while this one waited for it
+            raise self._failed[1]
         with tempfile.TemporaryFile("a+b") as errors:
             with self._lock:
                 if self._is_ending:
-                    raise ConnectError("ratrod is ending")
-                if time.monotonic() < self._alone_until and self._masters:
-                    raise Overloaded("ssh to `%s`: no further connection for now" % str(self._server))
+                    raise ConnectError(ENDING)
                 self._folder = self._folder or private_folder()
                 self._made += 1
                 path = os.path.join(self._folder, "m%d" % self._made)
-                # -f: ssh goes to the background when it is authenticated. Until then it may ask at the terminal.
                 options = ["-f", "-N", "-oControlMaster=yes", *([] if may_ask else ["-oBatchMode=yes"])]
-                master = SshMaster(self._run(options, path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                             stderr=errors, start_new_session=not may_ask), path)
-                self._masters.append(master)
-            code = wait_for(master.process, None if may_ask else self.patience)
-            with self._lock:
-                if code == 0 and not self._is_closed:
-                    master.room = self._room
-                    return master
-                master.links = 0
-                was_killed = code == -signal.SIGKILL
-                why = "no connection within %g s" % self.patience if was_killed else "it ended without a word"
-                error = self._error(code, last_lines(errors), why, may_ask)
-                if isinstance(error, AuthenticationError) and any(other.links for other in self._masters):
-                    self._alone_until = time.monotonic() + self.REST
-                    error = Overloaded(str(error))
-                raise error
+                self._maker = self._run(options, path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                        stderr=errors, start_new_session=not may_ask)
+            code = wait_for(self._maker, None if may_ask else self.patience)
+            if code == 0 and not self._is_closed:
+                return path
+            was_killed = code == -signal.SIGKILL
+            why = "no connection within %g s" % self.patience if was_killed else "it ended without a word"
+            error = self._error(code, last_lines(errors), why, may_ask)
+            self._failed = time.monotonic(), error
+            raise error
 
     def reap(self) -> None:
-        """Takes note of the processes and connections that have ended; kills a process that does not end."""
+        """Takes note of the processes that have ended; kills one that does not end."""
         now = time.monotonic()
         with self._lock:
             for link in list(self._links):
                 if link.process.poll() is not None:
                     self._links.remove(link)
-                    link.master.links -= 1
                     link.said = last_lines(link.errors)
                     link.errors.close()
                 elif link.sock.fileno() < 0:
@@ -6829,7 +6803,6 @@ class SshLinks:
                         link.process.kill()
                 elif os.fstat(link.errors.fileno()).st_size > 1 << 20:  # the far side's log is not to fill this disk
                     link.errors.truncate(0)
-            self._masters = [master for master in self._masters if master.links or os.path.exists(master.path)]
 
     def drain(self) -> None:
         """Makes no further connection; what is open goes on."""
@@ -6843,20 +6816,21 @@ class SshLinks:
         self.drain()
         with self._lock:
             self._is_closed = True
-            for master in self._masters:
+            if self._maker:
                 # Not killed at once: a terminal that asks for a password shows nothing until ssh has undone that.
-                master.process.terminate()
-                wait_for(master.process, 2)
-                if os.path.exists(master.path):
-                    with contextlib.suppress(OSError):
-                        wait_for(self._run(["-O", "exit"], master.path, stdin=subprocess.DEVNULL,
-                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 2)
+                self._maker.terminate()
+                wait_for(self._maker, 2)
+            folder, self._folder = self._folder, ""
+            for name in os.listdir(folder) if folder else ():
+                with contextlib.suppress(OSError):
+                    wait_for(self._run(["-O", "exit"], os.path.join(folder, name), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 2)
             for link in self._links:
                 link.process.kill()
                 link.process.wait()
         self.reap()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(process: subprocess.Popen[bytes], seconds: float | None) -> int:
@@ -7239,7 +7213,6 @@ class Dial:
     """One try to make a link: through the first of the servers that answers. A server that may be the wrong one, or refuses, ends the try."""
 
     LEAST_HANDSHAKE = 3.0  # seconds of one of many servers
-    SSH_TRIES = 3
 
     def __init__(self, client: Client, reach: Reach, open_: Open | None, done: Callable[[Link | None, Exception | None], None],
                  report: Report, server: str):
@@ -7254,7 +7227,6 @@ class Dial:
         self._number = 0
         self._server: Place = servers[0]
         self._ssh: SshLink | None = None
-        self._ssh_tries = 0
         self._step: Connector | Negotiation | None = None
         self._is_closed = False
 
@@ -7277,7 +7249,6 @@ class Dial:
         self._number = self._left.pop(0)
         self._server = self._client.servers[self._number]
         if isinstance(self._server, SshHost):
-            self._ssh_tries = self.SSH_TRIES
             return self._start_ssh()
         where = self._client.options.proxy.address if self._client.options.proxy else self._server
         self._step = Connector(self._client.loop, where, share, self._on_connected)
@@ -7380,7 +7351,6 @@ class Dial:
     # ---- ssh://
 
     def _start_ssh(self) -> None:
-        self._ssh_tries -= 1
         ssh = self._client.ssh[self._server]  # type: ignore[index]
         may_ask = self._client.options.may_ask and not self._client.started
         self._client.threads.submit(functools.partial(ssh.start, may_ask), self._on_ssh_started)
@@ -7405,7 +7375,7 @@ class Dial:
             if why is None and failure is None:
                 return self._start_ssh()
             return self._fail(failure or why or error)
-        self._client.threads.submit(functools.partial(ssh.explain, link, handshake, error, self._ssh_tries), on_explained)
+        self._client.threads.submit(functools.partial(ssh.explain, link, handshake, error), on_explained)
 
 
 class Acceptor(Keeper):

@@ -31,12 +31,12 @@ class Fake:
         self.program.write_text(script)
         self.program.chmod(0o755)
 
-    def fail(self, says, tries_left):
+    def fail(self, says):
         """(a link whose ssh ended with these words, what explain() makes of it)"""
         self._says.write_text(says)
         link = self.links.start(False)
         link.sock.close()
-        return link, self.links.explain(link, self.links.handshake(), ratrod.RemoteProtocolError("why"), tries_left)
+        return link, self.links.explain(link, self.links.handshake(), ratrod.RemoteProtocolError("why"))
 
 
 @pytest.fixture
@@ -47,28 +47,31 @@ def fake(tmp_path, monkeypatch):
 
 
 def test_what_allows_another_try(fake):
-    link, error = fake.fail("ssh: no way.\n", 2)  # nothing older than this link could be the cause
-    assert (link.fresh, type(error), str(error)) == (True, ratrod.ConnectError, "ssh to `ssh://far`: ssh: no way")
-    link, error = fake.fail("", 2)  # its shared connection may be gone: the next link has another
-    assert (link.fresh, error) == (False, None)
-    link, error = fake.fail("kex_exchange_identification: Connection closed\n", 1)  # a new one may not be ready yet
-    assert (link.fresh, error) == (True, None)
-    link, error = fake.fail("Permission denied (publickey).\n", 0)
-    assert (link.fresh, type(error)) == (False, ratrod.AuthenticationError)
-    assert link.master.links == 0 and link.errors.closed
+    link, error = fake.fail("ssh: no way.\n")  # nothing older than this link could be the cause
+    assert (link.is_first, type(error), str(error)) == (True, ratrod.ConnectError, "ssh to `ssh://far`: ssh: no way")
+    for says in ("", "Connection refused\n"):  # its shared connection may be gone: the next link has another
+        link, error = fake.fail(says)
+        assert (link.is_first, error) == (False, None)
+        link, error = fake.fail(says)
+        assert (link.is_first, type(error)) == (True, ratrod.ConnectError)
+    link, error = fake.fail("Permission denied (publickey).\n")
+    assert (link.is_first, type(error)) == (False, ratrod.AuthenticationError)
+    assert not fake.links._links and link.errors.closed
 
 
-def test_sshd_that_takes_few_sessions(fake):
-    link, _ = fake.fail("", 0)
-    link.master.links = 3
-    for tries_left, expected in ((1, type(None)), (0, ratrod.Overloaded)):
-        link.master.room = 8
-        link, error = fake.fail("mux_client_request_session: session request failed: Session open refused by peer\n", tries_left)
-        assert (type(error), link.master.room) == (expected, 3)
+def test_no_further_connection_is_tried_after_one_that_was_not_let_in(fake):
+    fake.become(FAKE.replace("cat", "read line; cat"))  # a link goes on until its standard input ends
+    held = fake.links.start(False)
+    link, error = fake.fail("session request failed: Session open refused by peer\nPermission denied (publickey).\n")
+    assert (held.is_first, link.is_first, type(error)) == (True, False, ratrod.Overloaded)
+    with pytest.raises(ratrod.Overloaded, match="no further connection for now"):
+        fake.links.start(False)
+    held.sock.close()  # one that ends makes room
+    assert fake.links.start(False).path == held.path
 
 
 def test_a_start_that_raises_is_not_counted(fake, monkeypatch):
-    link, _ = fake.fail("", 0)
+    fake.fail("")
     gc.collect()  # what other tests left to the collector
     before = len(os.listdir("/dev/fd"))
     for failure, expected in ((OSError(errno.EMFILE, "Too many open files"), ratrod.ConnectError), (KeyError("a bug"), KeyError)):
@@ -77,7 +80,7 @@ def test_a_start_that_raises_is_not_counted(fake, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(expected, match="cannot run `.*ssh`: Too many open files|a bug"):
             patch.setattr(fake.links, "_run", unable)
             fake.links.start(False)
-        assert link.master.links == 0 and len(os.listdir("/dev/fd")) <= before  # threads of other tests may still close theirs
+        assert not fake.links._links and len(os.listdir("/dev/fd")) <= before  # threads of other tests may still close theirs
 
 
 def test_the_end_while_a_connection_is_being_made(fake):
@@ -90,7 +93,8 @@ def test_the_end_while_a_connection_is_being_made(fake):
         heard.append(caught.value)
     thread = threading.Thread(target=start)
     thread.start()
-    eventually(lambda: fake.links._masters, "ssh runs")
+    eventually(lambda: fake.links._maker, "ssh runs")
+    folder = fake.links._folder
     fake.links.close()
     thread.join(10)
-    assert heard and not os.path.exists(fake.links._folder)
+    assert heard and folder and not os.path.exists(folder)
