@@ -1132,11 +1132,12 @@ def show_address(address: Any) -> str:
     return str(Address(*address[:2])) if isinstance(address, tuple) else "unix"
 
 
-def parse_ip(text: str) -> Any:
-    """The ipaddress object of an address without its zone; a mapped IPv4 address is unmapped. ValueError otherwise."""
+def parse_ip(text: str | bytes) -> Any:
+    """The ipaddress object of an address, without its zone, or of its 4 or 16 bytes; a mapped IPv4 address is unmapped.
+    ValueError otherwise."""
     import ipaddress
 
-    address = ipaddress.ip_address(text.split("%")[0])
+    address = ipaddress.ip_address(text.split("%")[0] if isinstance(text, str) else text)
     return getattr(address, "ipv4_mapped", None) or address
 
 
@@ -2054,27 +2055,29 @@ def read_until(ends: tuple[bytes, ...], read: bytearray, most: int, too_long: st
 
 
 class Handshake:
-    """One side of a handshake, without a socket: give what arrives to receive_data(), and send what data_to_send() gives.
+    """One side of a handshake, without a socket: give what arrives to receive_data(), and send what data_to_send()
+    gives. Any error is final; data_to_send() may hold a last word then.
 
-    `wanted` is how many more bytes it can use now, 0 once it is done; read no more than that, for what follows is not its
-    own. `is_heavy`: the next step takes public-key work, some 0.3 ms, which belongs on a thread. `successor`: the
-    handshake that follows on the same connection. The last one has `peer_key`, `reader`, `writer`, `suite`, `instance`.
-    Any error is final; data_to_send() may hold a last word then.
+    `wanted` is how many more bytes it can use now; read no more than that, for what follows is not its own. The last
+    handshake on a connection has `peer_key`, `reader`, `writer`, `suite` and `instance`.
     """
 
     bare = False  # whether its records go in the clear, for a pipe that ssh has sealed
+    is_heavy = False  # whether the next step takes public-key work, some 0.3 ms, which belongs on a thread
+    has_started = is_done = False
+    steps = 0  # messages of the other side that were answered
+    successor: Handshake | None = None  # the handshake that follows on the same connection
+    peer_key = instance = b""
+    suite = "none, in the clear"
+    reader: Reader
+    writer: Writer
+    # The error where the connection ends too early; {} says how.
+    end: tuple[type[RatrodError], str] = RemoteProtocolError, "{} during the handshake"
+    who = "the other side"
 
     def __init__(self) -> None:
-        self._received, self._to_send = bytearray(), bytearray()
+        self._received, self._to_send, self._needed = bytearray(), bytearray(), 0
         self._script = self._run()
-        self._needed = -1  # it has not started, or it has failed
-        self.is_heavy = False
-        self.successor: Handshake | None = None
-        self.steps = 0  # messages of the other side that were answered
-        self.peer_key = self.instance = b""
-        self.suite = "none, in the clear"
-        self.reader: Reader
-        self.writer: Writer
 
     def _run(self) -> Script:
         """Yields the number of bytes that it needs next, and gets exactly those."""
@@ -2082,30 +2085,20 @@ class Handshake:
 
     def start(self) -> None:
         """The first step, which may have something to send."""
+        self.has_started = True
         self._step(None)
 
     def _step(self, chunk: Any) -> None:
-        self.is_heavy = False
+        self.is_heavy, self._needed = False, 0
         try:
             self._needed = self._script.send(chunk)
             self.steps += bool(chunk and self._to_send)
         except StopIteration:
-            self._needed = 0
-        except BaseException:
-            self._needed = -1
-            raise
+            self.is_done = True
 
     @property
     def wanted(self) -> int:
-        return max(0, self._needed - len(self._received))
-
-    @property
-    def has_started(self) -> bool:
-        return self._needed >= 0
-
-    @property
-    def is_done(self) -> bool:
-        return self._needed == 0
+        return self._needed - len(self._received)
 
     def data_to_send(self) -> bytes:
         data = bytes(self._to_send)
@@ -2117,32 +2110,34 @@ class Handshake:
         if len(data) > self.wanted:
             raise LocalProtocolError("%d bytes for a handshake that wants %d" % (len(data), self.wanted))
         self._received += data
-        if not self.is_done and len(self._received) == self._needed:
+        if data and not self.wanted:
             chunk = bytes(self._received)
             self._received.clear()
             self._step(chunk)
 
-    def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
+    def receive_eof(self, why: str = "") -> NoReturn:
         """There is no more: `why` says how the connection ended."""
-        raise RemoteProtocolError("%s during the handshake" % why)
+        error, text = self.end
+        raise error(text.format(why or self.who + " closed the connection"))
 
 
 class KeyHandshake(Handshake):
     """What the handshakes of both wires share: this side proves its key, and judges the peer's.
 
-    A client's `check_server(key)` raises AuthenticationError for a server that is not known, a server's
-    `authorize(key)` AuthenticationError or Overloaded.
+    `check_key(key)` raises AuthenticationError where the peer is not known, at a server also Overloaded.
     """
 
-    def __init__(self, keys: KeyPair):
-        self._keys = keys
+    def __init__(self, keys: KeyPair, check_key: Callable[[bytes], None]):
+        self._keys, self._check_key = keys, check_key
         super().__init__()
 
     def _take_peer(self, key: bytes) -> None:
         """The peer has proved that this key is its own."""
         self.peer_key = key
+        # A legacy server signs anything for anybody: its own key proves nothing, wherever it is listed.
         if key == self._keys.public:
             raise AuthenticationError(SAME_KEY % encode_key(key))
+        self._check_key(key)
 
 
 # ---------------------------------------------------------------------------------------------------- legacy
@@ -2151,10 +2146,10 @@ class KeyHandshake(Handshake):
 class LegacyHandshake(KeyHandshake):
     """The parts of the legacy handshake that both sides share."""
 
-    def __init__(self, keys: KeyPair, ephemeral: bytes | None = None, challenge: bytes | None = None):
-        self._ephemeral = ephemeral or os.urandom(32)
-        self._challenge = challenge or os.urandom(32)
-        super().__init__(keys)
+    def __init__(self, keys: KeyPair, check_key: Callable[[bytes], None], ephemeral: bytes | None = None,
+                 challenge: bytes | None = None):
+        self._ephemeral, self._challenge = ephemeral or os.urandom(32), challenge or os.urandom(32)
+        super().__init__(keys, check_key)
 
     def _send(self, message: Any) -> None:
         self._to_send += LegacyWriter.clear_message(message)
@@ -2198,18 +2193,18 @@ class LegacyHandshake(KeyHandshake):
 class LegacyClientHandshake(LegacyHandshake):
     """The client's side up to ClientAuthentication. HandshakeCompletion is the link's: data may follow at once."""
 
+    is_heavy = True
+
     def __init__(self, keys: KeyPair, open_: Open, *, should_encrypt: bool = False,
-                 check_server: Callable[[bytes], None], **fixed: bytes):
-        self._open, self._should_encrypt, self._check_server = open_, should_encrypt, check_server
-        super().__init__(keys, **fixed)
-        self.is_heavy = True
+                 check_key: Callable[[bytes], None], **fixed: bytes):
+        self._open, self._should_encrypt = open_, should_encrypt
+        super().__init__(keys, check_key, **fixed)
 
     def _run(self) -> Script:
         self._send(ClientPreamble(self._public_ephemeral(), self._open.target, self._challenge, self._should_encrypt,
                                   self._open.kind == UDP))
         server = yield from self._receive(ServerPreamble)
         self._authenticate(server.identity_public_key, server.signature, "server")
-        self._check_server(self.peer_key)
         self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(server.challenge)))
         salt = server.challenge + self._challenge
         key = self._shared_key(server.exchange_public_key, salt) if self._should_encrypt else None
@@ -2217,13 +2212,9 @@ class LegacyClientHandshake(LegacyHandshake):
 
 
 class LegacyServerHandshake(LegacyHandshake):
-    """The server's side up to ClientAuthentication. HandshakeCompletion, or Error in its place, is the link's. Afterwards
-    it has `remote` and `is_udp`."""
+    """The server's side up to ClientAuthentication. HandshakeCompletion, or Error in its place, is the link's."""
 
-    def __init__(self, keys: KeyPair, *, authorize: Callable[[bytes], None], **fixed: bytes):
-        self._authorize = authorize
-        self.remote, self.is_udp = "", False
-        super().__init__(keys, **fixed)
+    remote, is_udp = "", False  # what the client asks for, known at the end
 
     def _run(self) -> Script:
         client = yield from self._receive(ClientPreamble)
@@ -2231,9 +2222,7 @@ class LegacyServerHandshake(LegacyHandshake):
         self._send(ServerPreamble(encode_key(self._keys.public), self._public_ephemeral(), signature, self._challenge))
         answer = yield from self._receive(ClientAuthentication)
         try:
-            # A legacy server signs anything for anybody: its own key proves nothing, wherever it is listed.
             self._authenticate(answer.identity_public_key, answer.signature, "client")
-            self._authorize(self.peer_key)
         except (AuthenticationError, Overloaded) as error:
             self._send(refusal(error))
             raise
@@ -2332,11 +2321,13 @@ class NoiseHandshake(KeyHandshake):
 
     STRANGERS = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server",
                  b"\x15\x03": "a TLS server", b"22": "a mail or FTP server"}  # by the first two bytes of what they say
+    _is_initiator = False
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], ephemeral: bytes | None, initiator: bool):
-        self._suites, self._initiator = suites, initiator
-        self._noise = HandshakeState(initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
-        super().__init__(keys)
+    def __init__(self, keys: KeyPair, suites: Sequence[Suite], check_key: Callable[[bytes], None],
+                 ephemeral: bytes | None):
+        self._suites = suites
+        self._noise = HandshakeState(self._is_initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
+        super().__init__(keys, check_key)
 
     def _send(self, payload: bytes) -> None:
         message = self._noise.write_message(payload)
@@ -2345,10 +2336,12 @@ class NoiseHandshake(KeyHandshake):
     def _receive(self, shortest: int) -> Generator[int, bytes, bytes]:
         """The payload of the next message, `shortest` bytes or more."""
         head = yield 2
+        if head == OVERLOADED and self._is_initiator:  # the server closes then; or a legacy frame begins so, and goes on
+            self.end = Overloaded, "the server is overloaded: more clients come in than it can take; try again later"
+            yield 1
+            raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
         size = int.from_bytes(head, "big")
-        if not size:
-            yield from self._receive_empty()
-        if size > MAX_NOISE_MESSAGE:
+        if not 0 < size <= MAX_NOISE_MESSAGE:
             who = self.STRANGERS.get(head)
             raise RemoteProtocolError("the other side does not speak ratrod2; what it says begins with %s%s" % (
                 ascii(head)[1:], ", as from " + who if who else ""))
@@ -2357,10 +2350,6 @@ class NoiseHandshake(KeyHandshake):
         if len(payload) < shortest:
             raise RemoteProtocolError("a handshake message with %d bytes of payload" % len(payload))
         return payload
-
-    def _receive_empty(self) -> Script:
-        yield from ()
-        raise RemoteProtocolError("a handshake message of 0 bytes")
 
     def _identify(self, identity: bytes) -> None:
         """Takes the peer's Ed25519 identity where its X25519 form is the key that this handshake has authenticated."""
@@ -2374,9 +2363,9 @@ class NoiseHandshake(KeyHandshake):
 
     def _finish(self, suite: Suite) -> None:
         k1, k2, h = self._noise.split()
-        mine, theirs = (k1, k2) if self._initiator else (k2, k1)
+        mine, theirs = (k1, k2) if self._is_initiator else (k2, k1)
         self.suite = suite.name + (" through nacl._sodium" if suite.aead.fast else " through nacl.bindings")
-        self.reader = RecordReader(record_cipher(suite, theirs, h), awaited=self._initiator)
+        self.reader = RecordReader(record_cipher(suite, theirs, h), awaited=self._is_initiator)
         self.writer = RecordWriter(record_cipher(suite, mine, h))
 
 
@@ -2384,52 +2373,38 @@ class NoiseClientHandshake(NoiseHandshake):
     """The client's side up to ClientAuthentication; records may follow at once. `is_known`: the server has answered
     ratrod2 before, so that --legacy is no advice where it is silent now."""
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_server: Callable[[bytes], None],
+    is_heavy = _is_initiator = True
+    who = "the server"
+
+    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_key: Callable[[bytes], None],
                  is_known: bool = False, ephemeral: bytes | None = None):
-        self._check_server = check_server
-        self._has_answered, self._is_turned_away = is_known, False
-        super().__init__(keys, suites, ephemeral, initiator=True)
-        self.is_heavy = True
+        if not is_known:
+            self.end = RemoteProtocolError, "{} before it said anything; " + NAME_LEGACY
+        super().__init__(keys, suites, check_key, ephemeral)
 
     def _run(self) -> Script:
         self._to_send += OPENING
         self._send(bytes((len(self._suites), *(suite.id for suite in self._suites))))
         payload = yield from self._receive(41)
-        self._has_answered = True
+        self.end = NoiseHandshake.end
         suite = next((suite for suite in self._suites if suite.id == payload[32]), None)
         if suite is None:
             raise RemoteProtocolError("the server chose the cipher suite %d, which was not offered" % payload[32])
-        self._identify(payload[:32])
         self.instance = payload[33:41]
-        self._check_server(self.peer_key)
+        self._identify(payload[:32])
         self._send(self._keys.public)
         self._finish(suite)
-
-    def _receive_empty(self) -> Script:
-        """Two zero bytes are an overloaded server's, which closes then, or begin a legacy frame, which goes on."""
-        self._is_turned_away = True
-        yield 1
-        raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
-
-    def receive_eof(self, why: str = "the server closed the connection") -> NoReturn:
-        if self._is_turned_away:
-            raise Overloaded("the server is overloaded: more clients come in than it can take; try again later")
-        if self._has_answered:
-            super().receive_eof(why)
-        raise RemoteProtocolError("%s before it said anything; %s" % (why, NAME_LEGACY))
 
 
 class NoiseServerHandshake(NoiseHandshake):
     """The server's side, up to and with HandshakeCompletion, or an Error in its place."""
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, authorize: Callable[[bytes], None], instance: bytes,
-                 ephemeral: bytes | None = None):
-        self._authorize = authorize
-        super().__init__(keys, suites, ephemeral, initiator=False)
-        self.instance = instance
+    end = Departed, "{} during the handshake"
 
-    def receive_eof(self, why: str = "the other side closed the connection") -> NoReturn:
-        raise Departed("%s during the handshake%s" % (why, "; it may not know this server's key" if self.steps else ""))
+    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_key: Callable[[bytes], None], instance: bytes,
+                 ephemeral: bytes | None = None):
+        super().__init__(keys, suites, check_key, ephemeral)
+        self.instance = instance
 
     def _run(self) -> Script:
         if (yield len(OPENING)) != OPENING:
@@ -2440,10 +2415,10 @@ class NoiseServerHandshake(NoiseHandshake):
             raise RemoteProtocolError("a client that does not offer ChaCha20-Poly1305")
         suite = next(suite for number in theirs for suite in self._suites if suite.id == number)
         self._send(self._keys.public + bytes((suite.id,)) + self.instance)
+        self.end = Departed, "{} during the handshake; it may not know this server's key"
         payload = yield from self._receive(32)
         try:
             self._identify(payload[:32])
-            self._authorize(payload[:32])
         except (AuthenticationError, Overloaded) as error:
             if self.peer_key:
                 self._finish(suite)
@@ -2457,12 +2432,11 @@ class FirstByte(Handshake):
     """At a server: the first byte of a connection tells the wire. `choose(is_legacy)` gives the handshake that goes on
     with it, None where this wire is not served."""
 
+    end = Speechless, "{} without a word"
+
     def __init__(self, choose: Callable[[bool], Handshake | None]):
         self._choose = choose
         super().__init__()
-
-    def receive_eof(self, why: str = "it closed the connection without a word") -> NoReturn:
-        raise Speechless(why)
 
     def _run(self) -> Script:
         first = yield 1
@@ -2485,15 +2459,13 @@ class PipeHandshake(Handshake):
     `marker`, which nobody can guess, and both go on with bare records. `seen`: what came until then, as a login shell's
     greeting. The far side has no program, and no marker to wait for."""
 
-    bare = True
+    bare, suite = True, "ssh's own"
     MAX_CHATTER = 64 * 1024
 
     def __init__(self, program: bytes = b"", marker: bytes = b""):
         self._program, self._marker, self.seen = program, marker, bytearray()
         super().__init__()
-        self.suite = "ssh's own"
-        self.reader = RecordReader(NoCipher(), awaited=bool(marker))
-        self.writer = RecordWriter(NoCipher())
+        self.reader, self.writer = RecordReader(NoCipher(), awaited=bool(marker)), RecordWriter(NoCipher())
 
     def _run(self) -> Script:
         self._to_send += self._program
@@ -2503,14 +2475,13 @@ class PipeHandshake(Handshake):
 
 # ---------------------------------------------------------------------------------------------------- SOCKS
 
+SOCKS_SIZES = {1: 4, 4: 16}  # bytes of an address by its type; type 3 is a name behind its length
+
 
 def read_short() -> Generator[int, bytes, bytes]:
     """Bytes behind their number, which is one byte."""
     size = (yield 1)[0]
     return (yield size) if size else b""
-
-
-SOCKS_SIZES = {1: 4, 4: 16}  # bytes of an address by its type; type 3 is a name behind its length
 
 
 def read_socks_address() -> Generator[int, bytes, str]:
@@ -2522,21 +2493,16 @@ def read_socks_address() -> Generator[int, bytes, str]:
 
 def socks_target(kind: int, host: bytes, port: bytes) -> str:
     """`host:port` of the parts of a SOCKS5 address. Whether the host is one is for others to judge."""
-    import ipaddress
-
-    shown = host.decode("utf-8", "replace") if kind == 3 else str(ipaddress.ip_address(host))
+    shown = host.decode("utf-8", "replace") if kind == 3 else str(parse_ip(host))
     # Not an Address: a name that looks like a path must stay a name, not become a Unix socket.
     return ("[%s]:%d" if ":" in shown else "%s:%d") % (shown, int.from_bytes(port, "big"))
 
 
 def socks_address(target: Address) -> bytes:
     """An address as SOCKS5 writes it."""
-    port = target.port.to_bytes(2, "big")
-    if is_address(target.host):
-        packed = parse_ip(target.host).packed
-        return (b"\x04" if len(packed) == 16 else b"\x01") + packed + port
-    name = target.host.encode("ascii")
-    return b"\x03" + bytes((len(name),)) + name + port
+    host = parse_ip(target.host).packed if is_address(target.host) else target.host.encode("ascii")
+    head = {4: b"\1", 16: b"\4"}[len(host)] if is_address(target.host) else bytes((3, len(host)))
+    return head + host + target.port.to_bytes(2, "big")
 
 
 def socks_reply(version: int, code: int, bound: Address = Address("0.0.0.0", 0)) -> bytes:  # noqa: B008 - a constant
@@ -2567,14 +2533,12 @@ class SocksHandshake(Handshake):
     """
 
     CONNECT, ASSOCIATE = 1, 3
+    end = Departed, "{}"
 
     def __init__(self, user: str | None = None):
         self._user = (user or "").encode("utf-8", "surrogateescape")
         self.version, self.command, self.target = 0, 0, ""
         super().__init__()
-
-    def receive_eof(self, why: str = "it left") -> NoReturn:
-        raise Departed(why)
 
     def _run(self) -> Script:
         first = yield 1
@@ -2641,12 +2605,11 @@ class SocksHandshake(Handshake):
 class ProxyHandshake(Handshake):
     """A proxy is asked to connect to `target` before the server can be talked to. Nothing behind its answer is read."""
 
+    who, end = "it", (RemoteProtocolError, "{} before it had answered")
+
     def __init__(self, target: Address, user: bytes | None, password: bytes):
         self._target, self._user, self._password = target, user, password
         super().__init__()
-
-    def receive_eof(self, why: str = "it closed the connection") -> NoReturn:
-        raise RemoteProtocolError(why + " before it had answered")
 
     def _refuse_user(self, scheme: str, said: str = "") -> NoReturn:
         raise AuthenticationError(said + (
@@ -2679,13 +2642,13 @@ class HttpProxyHandshake(ProxyHandshake):
         text = answer.decode("latin-1")
         status = text.split("\n")[0].strip()
         said = "it answered `%s`" % printable(status)
-        code = re.match(r"HTTP/[0-9.]+ ([0-9]{3})\b", status, re.ASCII)
-        if code and code.group(1) in ("401", "407"):
+        code = (re.findall(r"^HTTP/[0-9.]+ ([0-9]{3})\b", status, re.ASCII) or [""])[0]
+        if code in ("401", "407"):
             schemes = self._schemes(text)
             if schemes and "basic" not in map(str.lower, schemes):
                 self._refuse_method("%s; it takes only %s" % (said, printable(" and ".join(schemes))))
             self._refuse_user("http", said + "; ")
-        if not code or code.group(1)[0] != "2":
+        if not code.startswith("2"):
             raise RemoteProtocolError(said)
 
     @staticmethod
@@ -2718,8 +2681,8 @@ class Socks5ProxyHandshake(ProxyHandshake):
                 self._refuse_user("socks5")
             self._refuse_method("it takes neither a user with a password nor a client without; perhaps only GSSAPI")
         if method == 2:
-            assert self._user is not None
-            self._to_send += b"".join((b"\1", *(bytes((len(part),)) + part for part in (self._user, self._password))))
+            parts = self._user or b"", self._password
+            self._to_send += b"\1" + b"".join(bytes((len(part),)) + part for part in parts)
             if (yield 2)[1]:
                 self._refuse_user("socks5")
         self._to_send += b"\5\1\0" + socks_address(self._target)
@@ -2760,17 +2723,16 @@ class ProxyHeader(Handshake):
     """The header of a load balancer, version 1 or 2. `source`: the (address, port) that the connection came from, None
     where the header does not say. `is_local`: the balancer's own connection, as a health check."""
 
-    def __init__(self) -> None:
-        self.source: tuple[str, int] | None = None
-        self.is_local = self._has_begun = False
-        super().__init__()
+    source: tuple[str, int] | None = None
+    is_local = False
+    end: tuple[type[RatrodError], str] = Speechless, "{} without a word"
 
-    def receive_eof(self, why: str = "it left") -> NoReturn:
-        raise RemoteProtocolError(why) if self._has_begun or self._received else Speechless(why)
+    def receive_data(self, data: bytes) -> None:
+        self.end = RemoteProtocolError, "{} in its PROXY header"
+        super().receive_data(data)
 
     def _run(self) -> Script:
         head = bytearray((yield len(PROXY_SIGNATURE)))  # the shortest header of version 1 is longer
-        self._has_begun = True
         if head == PROXY_SIGNATURE:
             yield from self._version_2()
         elif head.startswith(b"PROXY "):
@@ -2788,26 +2750,18 @@ class ProxyHeader(Handshake):
             raise RemoteProtocolError("a PROXY header that cannot be")
         body = (yield length) if length else b""
         if size:
-            self.source = self._show(body[:size]), int.from_bytes(body[2 * size:2 * size + 2], "big")
-
-    @staticmethod
-    def _show(address: Any) -> str:
-        import ipaddress
-
-        return str(parse_ip(str(ipaddress.ip_address(address))))
+            self.source = str(parse_ip(body[:size])), int.from_bytes(body[2 * size:2 * size + 2], "big")
 
     def _version_1(self, line: str) -> None:
-        import ipaddress
-
         words = line.split(" ")
         if words[1] == "UNKNOWN":
             return
         try:
             _, protocol, source, destination, port, _port = words
-            versions = {ipaddress.ip_address(word).version for word in (source, destination)}
-            if "%" in line or versions != {{"TCP4": 4, "TCP6": 6}.get(protocol)}:  # a zone may be any text
+            families = {"TCP6" if ":" in word else "TCP4" for word in (source, destination) if parse_ip(word)}
+            if "%" in line or families != {protocol}:  # a zone may be any text
                 raise ValueError
-            self.source = self._show(source), parse_port(port, lowest=0)
+            self.source = str(parse_ip(source)), parse_port(port, lowest=0)
         except ValueError:
             raise RemoteProtocolError("a PROXY header that cannot be") from None
 
@@ -7282,8 +7236,8 @@ class Dial:
         client = self._client
         if client.options.legacy:
             return LegacyClientHandshake(client.keys, self._open or Open(TCP, ""), should_encrypt=client.options.encrypt,
-                                         check_server=self._check_server)
-        return NoiseClientHandshake(client.keys, client.suites, check_server=self._check_server,
+                                         check_key=self._check_server)
+        return NoiseClientHandshake(client.keys, client.suites, check_key=self._check_server,
                                     is_known=self._server in self._reach.answered)
 
     def _check_server(self, key: bytes) -> None:
@@ -7984,10 +7938,10 @@ class Admission:
 
     def _choose(self, is_legacy: bool) -> Handshake | None:
         server = self._server
-        authorize = functools.partial(server.admit, is_legacy)
+        check_key = functools.partial(server.admit, is_legacy)
         if not is_legacy:
-            return NoiseServerHandshake(server.keys, server.suites, authorize=authorize, instance=server.instance)
-        return LegacyServerHandshake(server.keys, authorize=authorize) if server.is_legacy else None
+            return NoiseServerHandshake(server.keys, server.suites, check_key=check_key, instance=server.instance)
+        return LegacyServerHandshake(server.keys, check_key) if server.is_legacy else None
 
     def _turn_away(self, victim: Negotiation) -> None:
         handshake = victim.handshake

@@ -34,7 +34,7 @@ class HostileLink:
     def __init__(self, port, keys, kind, argument, number):
         self.number, self.argument = number, argument
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=60)
-        hand = module.NoiseClientHandshake(keys, module.offered_suites(), check_server=lambda _key: None)
+        hand = module.NoiseClientHandshake(keys, module.offered_suites(), check_key=lambda _key: None)
         hand.start()
         while True:
             self.sock.sendall(hand.data_to_send())

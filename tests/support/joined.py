@@ -275,8 +275,8 @@ class Pair:
         self.may_be_silent = False  # and so what is on it may be given up
         self.pipes = {TO_ACCEPTOR: Pipe(near, opener, far, acceptor), TO_OPENER: Pipe(far, acceptor, near, opener)}
         suites = ratrod.offered_suites()
-        ours = ratrod.NoiseClientHandshake(CLIENT_KEYS, suites, check_server=lambda key: None)
-        theirs = ratrod.NoiseServerHandshake(SERVER_KEYS, suites, authorize=lambda key: None, instance=server.instance)
+        ours = ratrod.NoiseClientHandshake(CLIENT_KEYS, suites, check_key=lambda key: None)
+        theirs = ratrod.NoiseServerHandshake(SERVER_KEYS, suites, check_key=lambda key: None, instance=server.instance)
         self.pipes[TO_OPENER].held = shake_hands(ours, theirs)
         self.opener = ratrod.Link(client, opener, ours, ratrod.OPENER, "the server")
         self.opener.set_deadline(10.0, lambda: self.opener.abort(ratrod.ConnectError("the server did not complete the handshake")))

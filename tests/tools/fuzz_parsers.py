@@ -84,7 +84,7 @@ def kind_of(error):
 
 
 def only(*keys):
-    """authorize() or check_server(): AuthenticationError for any other key."""
+    """check_key(): AuthenticationError for any other key."""
     def check(key):
         if key not in [pair.public for pair in keys]:
             raise ratrod.AuthenticationError("not known: %s" % ratrod.encode_key(key))
@@ -370,8 +370,8 @@ def readable(plain):
 
 
 def noise_pair():
-    client = ratrod.NoiseClientHandshake(CLIENT, SUITES, check_server=only(SERVER), ephemeral=EPHEMERAL[CLIENT])
-    return started(client, ratrod.NoiseServerHandshake(SERVER, SUITES, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], instance=b"instance"))
+    client = ratrod.NoiseClientHandshake(CLIENT, SUITES, check_key=only(SERVER), ephemeral=EPHEMERAL[CLIENT])
+    return started(client, ratrod.NoiseServerHandshake(SERVER, SUITES, check_key=only(CLIENT), ephemeral=EPHEMERAL[SERVER], instance=b"instance"))
 
 
 def started(*handshakes):
@@ -381,9 +381,9 @@ def started(*handshakes):
 
 
 def legacy_pair(remote="db:5432", encrypt=True):
-    client = ratrod.LegacyClientHandshake(CLIENT, ratrod.Open(ratrod.TCP, remote), should_encrypt=encrypt, check_server=only(SERVER),
+    client = ratrod.LegacyClientHandshake(CLIENT, ratrod.Open(ratrod.TCP, remote), should_encrypt=encrypt, check_key=only(SERVER),
                                           ephemeral=EPHEMERAL[CLIENT], challenge=CHALLENGE[CLIENT])
-    return started(client, ratrod.LegacyServerHandshake(SERVER, authorize=only(CLIENT), ephemeral=EPHEMERAL[SERVER], challenge=CHALLENGE[SERVER]))
+    return started(client, ratrod.LegacyServerHandshake(SERVER, check_key=only(CLIENT), ephemeral=EPHEMERAL[SERVER], challenge=CHALLENGE[SERVER]))
 
 
 @functools.lru_cache(maxsize=None)

@@ -120,12 +120,12 @@ INSTANCE = b"instance"
 
 
 def client_end(keys=CLIENT, **options):
-    fixed = {"check_server": accept, "ephemeral": core.E_CLIENT, "suites": ratrod.offered_suites()}
+    fixed = {"check_key": accept, "ephemeral": core.E_CLIENT, "suites": ratrod.offered_suites()}
     return started(ratrod.NoiseClientHandshake(keys, **{**fixed, **options}))
 
 
 def server_end(keys=SERVER, **options):
-    fixed = {"authorize": accept, "ephemeral": core.E_SERVER, "suites": ratrod.offered_suites(), "instance": INSTANCE}
+    fixed = {"check_key": accept, "ephemeral": core.E_SERVER, "suites": ratrod.offered_suites(), "instance": INSTANCE}
     return started(ratrod.NoiseServerHandshake(keys, **{**fixed, **options}))
 
 
@@ -277,7 +277,7 @@ def test_every_flipped_byte_of_message_3():
     feed(server, [client.data_to_send()])
     feed(client, [server.data_to_send()])
     for at, wrong in flipped(client.data_to_send()):
-        server = server_end(authorize=asked.append)
+        server = server_end(check_key=asked.append)
         feed(server, [client_end().data_to_send()])
         server.data_to_send()
         assert refuses(server, wrong) or at < 2
@@ -472,7 +472,7 @@ IMPOSTORS = {
 def test_an_identity_that_is_not_the_static_key(options):
     # Nobody's list is asked, and the impostor is not told a thing.
     asked = []
-    server, client = server_end(authorize=asked.append), client_end(check_server=asked.append)
+    server, client = server_end(check_key=asked.append), client_end(check_key=asked.append)
     for honest, make, seed in ((server, PeerClient, CLIENT.seed), (client, PeerServer, SERVER.seed)):
         odd = {key: value or topped(seed) for key, value in options.items()}
         pytest.raises(AuthenticationError, make(honest, seed=seed, **odd).authenticate)
@@ -504,27 +504,27 @@ def refused_with(server, **options):
 def test_the_negative_of_a_listed_key_is_another_key():
     # P and -P share one X25519 form: lists are looked up by the exact bytes.
     wrong = negative(CLIENT.public)
-    assert refused_with(server_end(authorize=only(CLIENT.public)), claimed=wrong) == (
+    assert refused_with(server_end(check_key=only(CLIENT.public)), claimed=wrong) == (
         peer.INVALID_KEY, "`%s` is not listed" % ratrod.encode_key(wrong))
-    client = client_end(check_server=only(SERVER.public))
+    client = client_end(check_key=only(SERVER.public))
     pytest.raises(AuthenticationError, PeerServer(client, claimed=negative(SERVER.public)).answer)
     assert client.data_to_send() == b""
 
 
 def test_a_client_that_is_not_authorized_is_told_so_under_seal():
-    assert refused_with(server_end(authorize=refuse)) == (peer.INVALID_KEY, "it is not listed")
+    assert refused_with(server_end(check_key=refuse)) == (peer.INVALID_KEY, "it is not listed")
 
 
 def test_a_client_that_is_one_too_many_is_told_another_code():
     # InvalidKey would make its ratrod give up.
     def busy(_key):
         raise ratrod.Overloaded("try again later")
-    assert refused_with(server_end(authorize=busy)) == (peer.UNKNOWN, "try again later")
+    assert refused_with(server_end(check_key=busy)) == (peer.UNKNOWN, "try again later")
 
 
 def test_the_server_s_own_key_is_never_a_client():
     # Wherever it is listed.
-    code, text = refused_with(server_end(authorize=accept), seed=SERVER.seed)
+    code, text = refused_with(server_end(check_key=accept), seed=SERVER.seed)
     assert code == peer.INVALID_KEY and "same key" in text
     client = client_end(keys=SERVER)
     with pytest.raises(AuthenticationError, match="same key"):
@@ -533,7 +533,7 @@ def test_the_server_s_own_key_is_never_a_client():
 
 
 def test_no_message_3_for_a_server_that_is_not_known():
-    client = client_end(check_server=refuse)
+    client = client_end(check_key=refuse)
     pytest.raises(AuthenticationError, PeerServer(client).answer)
     assert client.data_to_send() == b""
 

@@ -284,11 +284,11 @@ def test_hkdf(secret, salt, info):
 def client_end(keys=CLIENT, remote="db:5432", is_udp=False, **options):
     fixed = {"ephemeral": core.E_CLIENT, "challenge": b"c" * 32}
     open_ = ratrod.Open(ratrod.UDP if is_udp else ratrod.TCP, remote)
-    return started(ratrod.LegacyClientHandshake(keys, open_, **{"check_server": accept, **fixed, **options}))
+    return started(ratrod.LegacyClientHandshake(keys, open_, **{"check_key": accept, **fixed, **options}))
 
 
 def server_end(keys=SERVER, **options):
-    return started(ratrod.LegacyServerHandshake(keys, **{"authorize": accept, "ephemeral": core.E_SERVER, "challenge": b"s" * 32, **options}))
+    return started(ratrod.LegacyServerHandshake(keys, **{"check_key": accept, "ephemeral": core.E_SERVER, "challenge": b"s" * 32, **options}))
 
 
 def shake(client, server, cut=whole):
@@ -482,12 +482,12 @@ def wrong_signatures(keys, challenge):
 @pytest.mark.parametrize("fields", list(wrong_signatures(CLIENT, b"s" * 32)))
 def test_a_client_s_signature_that_is_wrong(fields):
     asked = []
-    told, text = refused_with(server_end(authorize=asked.append), **fields)
+    told, text = refused_with(server_end(check_key=asked.append), **fields)
     assert told == [(legacy_peer.INVALID_KEY, text)] and not asked
 
 
 def test_a_client_that_is_not_authorized_is_told_so():
-    assert refused_with(server_end(authorize=refuse)) == ([(legacy_peer.INVALID_KEY, "it is not listed")], "it is not listed")
+    assert refused_with(server_end(check_key=refuse)) == ([(legacy_peer.INVALID_KEY, "it is not listed")], "it is not listed")
 
 
 def test_the_server_s_own_key_is_never_a_client():
@@ -521,12 +521,12 @@ def answer_with(client, error, **fields):
 @pytest.mark.parametrize("fields", list(wrong_signatures(SERVER, b"c" * 32)))
 def test_a_server_s_signature_that_is_wrong(fields):
     asked = []
-    answer_with(client_end(check_server=asked.append), AuthenticationError, **fields)
+    answer_with(client_end(check_key=asked.append), AuthenticationError, **fields)
     assert not asked
 
 
 def test_a_server_that_is_not_known():
-    assert "not listed" in str(answer_with(client_end(check_server=refuse), AuthenticationError))
+    assert "not listed" in str(answer_with(client_end(check_key=refuse), AuthenticationError))
 
 
 @pytest.mark.parametrize("field", ["exchange_public_key", "challenge"])
