@@ -5160,7 +5160,7 @@ class Stream(LinkUser):
         self.is_over = self.was_opened = self._has_eof = self._has_end = False
         self.keeps = True
         self.bound = ""
-        self.detached_at = self.give_up_at = 0.0
+        self.detached_at, self.give_up_at = 0.0, NEVER
         self._most_sent = self._acked = self._link_at = self._link_out = 0
         self._received = self.taken = self._link_in = self._told = 0
         self._pending: memoryview | None = None  # what the local socket did not take yet
@@ -5240,7 +5240,7 @@ class Stream(LinkUser):
         self._check_taken(open_.taken)
         if open_.at > self.taken or open_.taken < self.window.start:
             raise ConnectError("the stream cannot go on: bytes are missing")
-        self.link, self.attempt, self.was_opened = link, open_.attempt, True
+        self.link, self.attempt, self.was_opened, self.give_up_at = link, open_.attempt, True, NEVER
         self.keeps = link.is_resumable
         self._link_at = self._link_out = open_.taken
         self._link_in = open_.at
@@ -5506,7 +5506,7 @@ class Stream(LinkUser):
             self._on_taken(opened.taken)
         if self._pending is not None:  # of an earlier link
             link.hold()
-        self.was_opened, self.instance = True, link.instance
+        self.was_opened, self.instance, self.give_up_at = True, link.instance, NEVER
         self.owner.counters.on_resumed(self)
         self.keeper.on_opened(self)
         if self.link:
@@ -5610,7 +5610,8 @@ class Stream(LinkUser):
             return
         self._let_go()
         if isinstance(error, LinkClosed) and self.keeps and (self.owner.limits.resume or not self.was_opened):
-            self.detached_at = self.loop.now
+            if self.give_up_at == NEVER:
+                self.detached_at = self.loop.now
             if self.was_opened:
                 self.owner.counters.on_lost(self)
             return self.keeper.on_detached(self, link, error)
@@ -6961,9 +6962,16 @@ class Opener(Keeper):
         if not stream.was_opened:
             stream.give_up_at = stream.since + self.limits.connect_timeout
         else:
-            stream.give_up_at = now + resume_time(self.limits, error)
+            # Links that break before they answer do not make it wait longer.
+            stream.give_up_at = min(stream.give_up_at, now + resume_time(self.limits, error))
             log.debug("%s: %s; waiting for another link", stream.label, error)
+        if now >= stream.give_up_at:
+            return self._give_up(stream)
         return self._wait(stream, link)  # on_link_closed() follows
+
+    def _give_up(self, stream: Stream) -> None:
+        waited = self.loop.now - stream.detached_at
+        stream.give_up(ConnectError("no link to the other side within %g s" % waited) if stream.was_opened else self.why_no_link())
 
     def _wait(self, stream: Stream, last: Link) -> None:
         """The stream goes on over an idle link, or over the next one. `last` carried it."""
@@ -7021,8 +7029,7 @@ class Opener(Keeper):
         now = self.loop.now
         for stream in [stream for stream in self.detached if now >= stream.give_up_at]:
             del self.detached[stream]
-            stream.give_up(ConnectError("no link to the other side within %g s" % (now - stream.detached_at)) if stream.was_opened
-                           else self.why_no_link())
+            self._give_up(stream)
         while self.waiting and now - self.waiting[0].since > self.waits_for():
             self.waiting.popleft().give_up(self.why_no_link())
         for stream in list(self.detached):
@@ -7050,11 +7057,11 @@ class Opener(Keeper):
         while self.waiting:
             self.waiting.popleft().give_up(error)
 
-    def reset_detached(self, error: Exception) -> None:
-        while self.detached:
-            stream = next(iter(self.detached))
-            del self.detached[stream]
-            stream.give_up(error)
+    def reset_detached(self, error: Exception, server: str = "") -> None:
+        """`server`: only those that one of its links carried last."""
+        for stream in [stream for stream, last in self.detached.items() if server in ("", last.name)]:
+            if self.detached.pop(stream, None):
+                stream.give_up(error)
 
 
 class Reach:
@@ -7072,6 +7079,8 @@ class Reach:
         self.error: Exception | None = None  # the last one; None: all is well
         self.dialing = 0
         self.current = 0  # the server that answered last is tried first
+        self.refusals: dict[str, Exception] = {}  # by server, since one let this client in or all had been asked
+        self._refused: set[str] = set()  # those of whom the log says so
         self.answered: set[Place] = set()  # the servers that have answered ratrod2 in this run
         self._dials: set[Dial] = set()
         self._tries = self._begun = self._level = 0
@@ -7131,7 +7140,36 @@ class Reach:
             self._level += 1
         return None
 
-    def succeed(self, found: str) -> None:
+    def pass_by(self, server: str, error: Exception) -> Exception | None:
+        """A server is there and does not take this client: None where another one is left to be asked, or the error of
+        them all."""
+        names = [str(server) for server in self._client.servers]
+        self.refusals[server] = error
+        if names[self.current] == server:
+            self.current = (self.current + 1) % len(names)
+        if len(self.refusals) == len(set(names)):
+            return self.sum_up({})
+        if is_final(error) and server not in self._refused:  # an attack, or a mistake, that must not go unseen
+            self._refused.add(server)
+            log.error("❌ The server `%s` is passed by: %s", server, reason(error))
+        return None
+
+    def sum_up(self, failures: Mapping[str, Exception]) -> Exception:
+        """Why none of the servers could be used. All are asked the next time."""
+        failures = {**self.refusals, **failures}
+        self.refusals.clear()
+        errors = list(failures.values())
+        if len(errors) == 1:
+            return errors[0]
+        kind = (AuthenticationError if all(map(is_final, errors)) else
+                Overloaded if any(isinstance(error, Overloaded) for error in errors) else ConnectError)
+        what = "lets this client in" if any(map(is_final, errors)) else "has room" if kind is Overloaded else "answers"
+        return kind("none of the servers %s: %s" % (
+            what, "; ".join("`%s`: %s" % (server, reason(error)) for server, error in failures.items())))
+
+    def succeed(self, server: str, found: str) -> None:
+        self.refusals.clear()
+        self._refused.discard(server)
         if self.error is not None and self._said:
             log.info("✅ %s after %s in %.1f s", found, show_tries(self._tries + 1), self._loop.now - self._since)
         self.error = None
@@ -7174,8 +7212,10 @@ class Dial:
         self._limits = client.limits
         self._keys = client.keys
         first, servers = reach.current, client.servers
-        self._left = [n % len(servers) for n in range(first, first + len(servers)) if server in ("", str(servers[n % len(servers)]))]
-        self._failures: list[tuple[Place, Exception]] = []
+        turn = [n % len(servers) for n in range(first, first + len(servers))]
+        self._left = [n for n in turn if (str(servers[n]) not in reach.refusals if not server else str(servers[n]) == server)]
+        self._is_one = bool(server)
+        self._failures: dict[str, Exception] = {}
         self.born = client.loop.now
         self._until = time.monotonic() + self._limits.connect_timeout
         self._number = 0
@@ -7197,7 +7237,7 @@ class Dial:
         if self._is_closed:
             return None
         if not self._left:
-            return self._give_up()
+            return self._done(None, self._reach.sum_up(self._failures))
         # Each server gets its share of the time, as each of its addresses does.
         share = max((self._until - time.monotonic()) / len(self._left), self._limits.connect_timeout / len(self._client.servers))
         self._number = self._left.pop(0)
@@ -7292,15 +7332,16 @@ class Dial:
         return link
 
     def _fail(self, error: Exception) -> None:
-        if isinstance(error, (AuthenticationError, PeerError, Overloaded)) and not (isinstance(error, Overloaded) and self._left):
+        if self._is_one:
             return self._done(None, error)
-        self._failures.append((self._server, error))
+        # A server that nobody knows is for the user to decide about; a legacy server refuses a remote, not this client.
+        if isinstance(error, UnknownHost) or isinstance(error, PeerError) and not is_final(error):
+            return self._done(None, error)
+        if is_final(error):
+            failure = self._reach.pass_by(str(self._server), error)
+            return self._done(None, failure) if failure else self._try_next()
+        self._failures[str(self._server)] = error
         return self._try_next()
-
-    def _give_up(self) -> None:
-        failures = self._failures
-        self._done(None, failures[0][1] if len(failures) == 1 else ConnectError(
-            "none of the servers answers: " + "; ".join("`%s`: %s" % failure for failure in failures)))
 
     # ---- ssh://
 
@@ -7464,7 +7505,7 @@ class Acceptor(Keeper):
     def on_detached(self, stream: Stream, link: Link | None, error: Exception) -> None:
         if self.owner.draining and not self.limits.resume:
             return stream.give_up(error)
-        stream.give_up_at = self.loop.now + resume_time(self.limits, error)
+        stream.give_up_at = min(stream.give_up_at, self.loop.now + resume_time(self.limits, error))
         self._detached[stream] = None
         self._detached_of.change(stream.peer_key, 1)
         log.debug("%s: %s; waiting for another link", stream.label, error)
@@ -8675,20 +8716,14 @@ class PipeServer(Server):
 
 
 class Probe(LinkUser):
-    """Legacy's connection test: done(None) once the server has accepted this client, done(error) where it has not."""
+    """Legacy's connection test: Opened is HandshakeCompletion there."""
 
-    __slots__ = ("_done",)
-
-    def __init__(self, done: Callable[[Exception | None], None]):
-        self._done = done
+    __slots__ = ()
 
     def on_record(self, link: Link, kind: int, content: Any) -> None:
         link.detach()
+        link.owner.on_completed(link)
         link.close()
-        self._done(None)
-
-    def on_close(self, link: Link, error: Exception) -> None:
-        self._done(error)
 
 
 class Pool(Opener):
@@ -8874,7 +8909,7 @@ class Pool(Opener):
     def on_completed(self, link: Link) -> None:
         """The server has let it in."""
         with self._client.noticing():
-            self._reach.succeed("Connected to server `%s` again," % link.name)
+            self._reach.succeed(link.name, "Connected to server `%s` again," % link.name)
         if self.waiting or self.detached:
             self.want_links()
         else:
@@ -8909,10 +8944,10 @@ class Pool(Opener):
         if link not in self.links:
             return
         self.links.discard(link)
-        if not link.is_completed:
-            self.on_failed(error or LinkClosed(NOT_LET_IN))
-        else:
+        if link.is_completed:
             self.replace(link)
+        elif not isinstance(error, PeerError):  # Client.on_refused() follows
+            self.on_failed(error or LinkClosed(NOT_LET_IN))
 
     def drop(self, link: Link) -> None:
         self.links.discard(link)
@@ -9142,7 +9177,6 @@ class Client(Endpoint):
         self._test_link: Link | None = None
         self.started = self._has_given_up = False
         self.since = loop.now  # when it was connected, or lost the server
-        self._passed_by = 0
         self._reached_at = 0.0  # when the newest link that the server has let in was made, by the clock that counts sleep
         # On the original's wire each session has a link of its own.
         most_sessions = min(limits.udp_sessions, descriptor_limit() // 4 if options.legacy else sys.maxsize)
@@ -9210,11 +9244,9 @@ class Client(Endpoint):
         self.reach.dial(Open(TCP, remote) if self.is_legacy else None, functools.partial(self._on_test_dialed, remote), self.options.report)
 
     def _on_test_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
-        if link and self.is_legacy:
-            return link.ask(Probe(self._on_tested), Open(TCP, ""), self.patience)
         if link:
-            self._test_link = link  # on_completed() or on_link_closed() will tell
-            return None
+            self._test_link = link  # on_completed(), on_refused() or on_link_closed() will tell
+            return link.ask(Probe(), Open(TCP, ""), self.patience) if self.is_legacy else None
         # A Rust server with a regex refuses the empty remote that asks for nothing; it may allow what the tunnel is for.
         remotes = [str(spec.remote) for spec in self.tunnels if spec.kind in (FORWARD, STDIO)]
         if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
@@ -9227,7 +9259,7 @@ class Client(Endpoint):
                 log.warning("Server's public key `%s` is trusted for `%s` in this run alone: ratrod %s",
                             encode_key(error.key), error.address, failure)
             return self._test(remote)
-        return self._on_tested(error)
+        return self._on_test_failed(error or ConnectError("unknown reason"))
 
     def try_again(self) -> None:
         if self.started:
@@ -9243,18 +9275,17 @@ class Client(Endpoint):
             log.error("❌ %s", reason(error))
             self._callbacks.finished(error)
 
-    def _on_tested(self, error: Exception | None) -> None:
-        self._passed_by = 0
-        if error:
-            if self.draining:  # Ctrl-C while ssh asks: no news
-                return self._callbacks.finished(error)
-            if self.options.retries and not is_final(error):
-                return self.reach.fail(error, "Test connection failed", is_first=True)
+    def _on_test_failed(self, error: Exception) -> None:
+        if self.options.retries and not is_final(error) and not self.draining:
+            return self.reach.fail(error, "Test connection failed", is_first=True)
+        if not self.draining:  # Ctrl-C while ssh asks: no news
             log.error("❌ Test connection failed: %s", reason(error))
-            return self._callbacks.finished(error)
+        return self._callbacks.finished(error)
+
+    def _on_tested(self, server: str) -> None:
         self.options.report("✅ Challenge accepted!")
         self.options.report("✅ Test connection successful!")
-        self.reach.succeed("Connected")
+        self.reach.succeed(server, "Connected")
         self.since = self.loop.now
         if self.options.only_test:
             return self._callbacks.finished(None)
@@ -9373,10 +9404,12 @@ class Client(Endpoint):
         self._reached_at = self.loop.awake - (self.loop.now - link.born)
         if link is self._test_link:
             self._test_link = None
+            if self.is_legacy:
+                return self._on_tested(link.name)
             self.pool.links.add(link)
-            self._on_tested(None)
+            self._on_tested(link.name)
             self.pool.adopt(link)
-        self.pool.on_completed(link)
+        return self.pool.on_completed(link)
 
     def on_idle(self, link: Link, record: bytes) -> None:
         if link.role == ACCEPTOR:
@@ -9390,27 +9423,28 @@ class Client(Endpoint):
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
             return tunnel.on_link_closed(link, error)
-        was_passed = not link.is_completed and isinstance(error, PeerError) and not is_final(error) and self._pass_by(link.name)
-        if link is self._test_link:
+        if link is not self._test_link:
+            return self.pool.on_link_lost(link, error)
+        if not isinstance(error, PeerError):  # on_refused() follows
             self._test_link = None
-            if was_passed and self._passed_by < len(self.servers):
-                return self._test("")
-            return self._on_tested(error or LinkClosed(NOT_LET_IN))
-        return self.pool.on_link_lost(link, error)
-
-    def _pass_by(self, name: str) -> bool:
-        """A server that is there takes no more of this client, as one that is full: whether another one may."""
-        self._passed_by += 1
-        if str(self.servers[self.reach.current]) == name:
-            self.reach.current = (self.reach.current + 1) % len(self.servers)
-        return len(self.servers) > 1
+            self._on_test_failed(error or LinkClosed(NOT_LET_IN))
+        return None
 
     def on_refused(self, link: Link, error: PeerError) -> None:
-        """The server does not let this client in (any more)."""
-        if error.code == INVALID_KEY:
-            self.pool.reset_detached(error)
-            if link.is_legacy and self.started:  # on this wire an Opened completes the handshake
-                self.pool.on_failed(error)
+        """The server does not let this client in (any more): another one may. On the original's wire it may be the
+        remote of a stream that is refused."""
+        is_test = link is self._test_link
+        if is_final(error):
+            self.pool.reset_detached(error, link.name)
+        elif link.is_legacy and not is_test:
+            return None
+        failure = self.reach.pass_by(link.name, error)
+        if is_test:
+            self._test_link = None
+            return self._on_test_failed(failure) if failure else self._test("")
+        if failure:
+            return self.pool.on_failed(failure)
+        return self.pool.try_again() if self.reach.error else self.pool.want_links()
 
     # ---- what the tunnels carry
 

@@ -520,6 +520,32 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
     assert other.public in client.output
 
 
+@both_wires
+@pytest.mark.parametrize("why", ["refused", "changed"])
+def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, mode, why):
+    """It does not know the client's key, or shows another key than the listed one: that is said, and the next one is asked, at the start and
+    when the next one comes back. Where all turn it away its exit code is 3."""
+    other = make_keys(tmp_path / "other")
+    other.trust(keys.client if why == "changed" else other, "authorized_keys")
+    bad = int(ratrod("-k", other.path, "serve", *mode.serve, "127.0.0.1:0").wait_for(STARTED).group(1))
+    server, good = serve(*mode.serve)
+    listed = keys.server if why == "changed" else other
+    keys.client.write("known_hosts", "%s 127.0.0.1:%d\n%s 127.0.0.1:%d\n" % (listed.public, bad, keys.server.public, good))
+    passed = "server `127.0.0.1:%d` is passed by: .*%s" % (bad, other.public if why == "changed" else keys.client.public)
+    client = connect_to([bad, good], mode, *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    assert count(passed, client) == 1
+    ask(tcp_port(client))
+    kill(server)
+    wake(client, mode)
+    serve(*mode.serve, bind="127.0.0.1:%d" % good)
+    eventually(lambda: works(tcp_port(client)), "it is with the good one again")
+    keys.server.write("authorized_keys", "")
+    client = connect_to([bad, good], mode)
+    assert client.wait() == AUTHENTICATION_FAILED
+    assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: none of .*").group() for port in (bad, good))
+
+
 # ---------------------------------------------------------------------------------------------------- as a library
 
 

@@ -258,6 +258,20 @@ def test_a_stream_is_given_up_when_no_link_comes(world, how, seconds):
     world.finish()
 
 
+def test_links_that_break_before_they_answer_do_not_make_a_stream_wait_longer(world):
+    connection = join(world)
+    connection.is_disturbed = True
+    world.pairs[0].cut(RESET)
+    for _ in range(0, 90, 5):
+        world.clock.now += 5
+        world.turn()  # nothing is pumped: Open does not arrive
+        for pair in world.open_pairs:
+            pair.cut(RESET)
+        world.turn()
+    assert connection.stream.is_over and 10 < len(world.pairs) < 18
+    world.finish()
+
+
 @pytest.mark.parametrize("resume", [0, 600])
 def test_silence_is_noticed_by_both(resume):
     """And the stream goes on, unless nothing is to be resumed."""
