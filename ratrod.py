@@ -198,6 +198,7 @@ import stat
 import struct
 import threading
 import time
+import traceback
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import (
@@ -2792,7 +2793,8 @@ def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
 Done = Callable[[Any, Union[Exception, None]], None]  # (the result, None) or (None, the error)
 log = logging.getLogger("ratrod")
 log.addHandler(logging.NullHandler())  # as a library ratrod is silent unless its user wants to hear
-READ, WRITE = 1, 4  # as epoll has them
+HAS_EPOLL = hasattr(selectors, "EpollSelector")
+READ, WRITE = 1, 4 if HAS_EPOLL else 2  # as epoll has them, or `selectors`
 
 
 def boot_time() -> float:
@@ -2800,26 +2802,15 @@ def boot_time() -> float:
     return time.clock_gettime(CLOCK) if CLOCK is not None else time.monotonic()
 
 
-class Poller:
+class Poller(selectors.DefaultSelector):
     """The calls of epoll, on what this system has in its place."""
 
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self.unregister, self.close = self._selector.unregister, self._selector.close
-
-    def register(self, fd: int, events: int) -> None:
-        self._selector.register(fd, events & READ | (events & WRITE) >> 1)
-
-    def modify(self, fd: int, events: int) -> None:
-        self._selector.modify(fd, events & READ | (events & WRITE) >> 1)
-
     def poll(self, timeout: float | None = None, _most: int = -1) -> list[tuple[int, int]]:
-        return [(key.fd, mask & READ | (mask << 1) & WRITE) for key, mask in self._selector.select(timeout)]
+        return [(key.fd, mask) for key, mask in self.select(timeout)]
 
 
 def new_scratch(size: int = SCRATCH_IN) -> memoryview:
-    """Bytes on pages of their own, which go back to the system with them: malloc would keep them, 70 MB after a burst
-    of 128 links."""
+    """Bytes on pages of their own, which the system gets back: malloc would keep 70 MB after a burst of 128 links."""
     import mmap
 
     # By default a forked process shares them.
@@ -2851,9 +2842,9 @@ class Complaints:
     """Log lines that a peer can cause, bounded so that nobody fills the disk with them: of each cause LOG_BURST at once
     and then LOG_RATE a second, and of all causes no more than LOG_RATE_IN_ALL allows. The failures of an authenticated
     client (`is_known`) have LOG_RATE_IN_ALL for themselves. The rest is counted, and said when a line is due again.
-    With -v no line is left out."""
+    Beyond SOURCES causes the further ones are one. With -v no line is left out."""
 
-    OTHERS = "❌ %d more failures of other causes"
+    FURTHER = "❌ %d more failures of other causes", "❌ %d more failures of other clients"
 
     def __init__(self) -> None:
         self._in_all = TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, time.monotonic())
@@ -2862,34 +2853,32 @@ class Complaints:
 
     def complain(self, cause: str, line: str, is_known: bool = False, level: int = logging.ERROR) -> bool:
         """Logs `line`, or counts one more for `cause`, a text with a %d: whether the line was logged."""
+        now = time.monotonic()
+        if cause not in self._lines:
+            cause = cause if len(self._lines) < SOURCES else self.FURTHER[is_known]
+            self._lines.setdefault(cause, [TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
+                                   [TokenBucket(LOG_RATE, LOG_BURST, now), self._in_all])
         # Once a line was left out the others wait until sweep() has said how many: lines without end would leave it no
         # turn.
-        is_due = log.isEnabledFor(logging.DEBUG) or (
-            cause not in self._muted and self._is_due(time.monotonic(), cause, is_known))
+        is_due = log.isEnabledFor(logging.DEBUG) or cause not in self._muted and self._is_due(cause, now)
         if is_due:
             log.log(level, "%s", line)
         else:
             self._muted[cause] += 1
         return is_due
 
-    def _is_due(self, now: float, cause: str, is_known: bool = False) -> bool:
-        if cause not in self._lines:
-            if len(self._lines) >= SOURCES:
-                self._lines.clear()
-                self._muted = collections.Counter({self.OTHERS: sum(self._muted.values())})
-            self._lines[cause] = ([TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
-                                  [TokenBucket(LOG_RATE, LOG_BURST, now), self._in_all])
+    def _is_due(self, cause: str, now: float) -> bool:
         return all(bucket.take(now) for bucket in self._lines[cause])
 
     def sweep(self) -> None:
         """Called every second or so: says what was left out."""
         now = time.monotonic()
         for cause in list(self._muted):
-            if cause in self._muted and self._is_due(now, cause):  # which may have merged all causes into one
+            if self._is_due(cause, now):
                 log.error("%s", cause % self._muted.pop(cause))
-        unused = [cause for cause, lines in self._lines.items() if cause not in self._muted and lines[0].is_full(now)]
-        for cause in unused:
-            del self._lines[cause]
+        for cause, lines in list(self._lines.items()):
+            if cause not in self._muted and lines[0].is_full(now):
+                del self._lines[cause]
 
 
 class Turns:
@@ -2898,8 +2887,7 @@ class Turns:
     which takes a few ms at most."""
 
     def __init__(self) -> None:
-        # By key: callbacks and their masks.
-        self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}
+        self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}  # callbacks, their masks
         self._order: list[tuple[float, bytes]] = []  # a heap: the keys that wait, and the seconds that each has used
         self._used: dict[bytes, float] = {}
         self._now = 0.0  # what the key that was served last had used; one that comes back begins there
@@ -2912,8 +2900,7 @@ class Turns:
         calls[callback] = calls.get(callback, 0) | mask
 
     def take(self, ready: list[tuple[Callable[[int], Any], int]]) -> Iterator[tuple[Callable[[int], Any], int]]:
-        """What waits and what is ready, one by one for TURNS seconds. What is left then, or was added meanwhile, waits
-        for the next round."""
+        """What waits and what is ready, one by one for TURNS seconds. The rest waits for the next round."""
         for callback, mask in ready:
             self.add(getattr(getattr(callback, "__self__", None), "peer_key", b""), callback, mask)
         began = time.monotonic()
@@ -2942,9 +2929,8 @@ class EventLoop:
     def __init__(self) -> None:
         import select
 
-        # epoll by itself: 0.6 µs less for an event than `selectors`, and 2 µs for a socket, a twelfth of a short
-        # connection.
-        self._poller: Any = select.epoll() if hasattr(selectors, "EpollSelector") else Poller()
+        # epoll costs 0.6 µs less for an event than `selectors`, and 2 µs less for a socket: 8% of a short connection.
+        self._poller: Any = select.epoll() if HAS_EPOLL else Poller()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self.sockets: set[Any] = set()  # those of every Transport
         self.deadlines: list[tuple[float, int, Deadline]] = []  # a heap, of those that Deadline enters
@@ -2978,13 +2964,11 @@ class EventLoop:
 
     def hurry(self) -> None:
         """Somebody waits for short answers: for a moment bulk takes short turns. Otherwise each of its callbacks, 0.4 ms
-        for 512 KiB, stands in the way of a round trip four times, and the p99 of 64 bytes beside it is 25 times what it
-        is alone."""
+        for 512 KiB, delays a round trip four times, and the p99 of 64 bytes is 25 times what it is alone."""
         self.portion, self._hurry_until = SHORT_TURN, self.now + HURRY
 
     def lend_scratch(self) -> memoryview | None:
-        """scratch_in, whose bytes the caller keeps until give_back(), while another takes its place; None where too many
-        are lent."""
+        """scratch_in, whose bytes the caller keeps until give_back(): another takes its place. None: too many are lent."""
         if self._lent >= LENT_AT_ONCE:
             return None
         self._lent += 1
@@ -3006,18 +2990,15 @@ class EventLoop:
         return self._waker.fileno()
 
     def watch(self, end: Any, before: int, events: int, callback: Callable[[int], Any]) -> None:
-        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before` is what was watched until
-        now. A Transport alone calls this."""
+        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before`: what was watched until now.
+        A Transport alone calls this."""
         fd = end.fileno()
         if not events:
             del self._callbacks[fd]
-            return self._poller.unregister(fd)
-        if before:
-            self._poller.modify(fd, events)
+            self._poller.unregister(fd)
         else:
-            self._poller.register(fd, events)
-        self._callbacks[fd] = callback
-        return None
+            (self._poller.modify if before else self._poller.register)(fd, events)
+            self._callbacks[fd] = callback
 
     def has_room(self, sock: socket.socket, spare: int = 0) -> bool:
         """Whether this new socket, and `spare` more, can be watched."""
@@ -3115,14 +3096,9 @@ class EventLoop:
         return max(0.0, self.deadlines[0][0] - time.monotonic()) if self.deadlines else None
 
     def _on_bug(self, call: Callable[..., None], error: Exception) -> None:
-        trace, line = error.__traceback__, 0
-        while trace:
-            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == EventLoop.run.__code__.co_filename else line
-            trace = trace.tb_next
+        *_, line = (line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_globals is globals())
         self.complain("❌ %d more internal errors", "❌ internal error in line %d, please report it: %r" % (line, error))
-        end = getattr(getattr(call, "__self__", None), "abort", None)
-        if end:
-            end(error)
+        getattr(getattr(call, "__self__", None), "abort", lambda _error: None)(error)
 
 
 # ---- fork(): the loops and their descriptors are the parent's
@@ -3161,12 +3137,9 @@ class Deadline:
 
     def __init__(self, loop: EventLoop, seconds: float = NEVER, call: Callable[[], None] | None = None):
         self._loop, self._entry = loop, NEVER
-        self.when: float = NEVER
-        self._call: Callable[[], None] | None = None
-        if call:
-            self.set(seconds, call)
+        self.set(seconds, call)
 
-    def set(self, seconds: float, call: Callable[[], None]) -> None:
+    def set(self, seconds: float, call: Callable[[], None] | None) -> None:
         """call() after so many seconds, in place of what was due before."""
         self.when, self._call = time.monotonic() + seconds, call
         if self.when < self._entry:
@@ -3184,11 +3157,10 @@ class Deadline:
         """The entry of this time is due: the call, where it is due too."""
         if when != self._entry:  # a nearer one has taken its place
             return None
-        self._entry = NEVER
+        self._entry, call = NEVER, self._call
         if self._loop.now < self.when < NEVER:
             self._add_entry()
             return None
-        call = self._call
         self.clear()
         return call
 
@@ -3197,10 +3169,8 @@ class Deadline:
 
 
 class Threads:
-    """At most `size` daemon threads, made as they are needed and ended after ten idle seconds.
-
-    Not a ThreadPoolExecutor: that one joins its threads at exit, and a look-up that hangs would hold the process up.
-    """
+    """At most `size` daemon threads, made as they are needed and ended after ten idle seconds. A ThreadPoolExecutor would
+    join its threads at exit, and a look-up that hangs would hold the process up."""
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
@@ -3238,26 +3208,19 @@ class Threads:
         while self._threads and time.monotonic() < until:
             time.sleep(0.005)
 
-    def _next_task(self) -> tuple[Callable[[], Any], Done] | None:
-        """None: this thread ends."""
-        item, has_timed_out = None, False
-        try:
-            item = self._tasks.get(timeout=10)
-        except queue.Empty:
-            has_timed_out = True
-        if item is None:
-            with self._lock:
-                # Between the time-out and this lock a task may have come that counted on this thread. The word to end
-                # is another matter: one thread must not take that of the next, too.
-                if has_timed_out and not self._tasks.empty():
-                    item = self._tasks.get_nowait()
-                self._threads -= item is None
-        return item
-
     def _work(self) -> None:
         while True:
-            item = self._next_task()
+            try:
+                item = self._tasks.get(timeout=10)
+            except queue.Empty:
+                with self._lock:
+                    if not self._tasks.empty():  # a task that has come since counts on this thread
+                        continue
+                    self._threads -= 1
+                return
             if item is None:
+                with self._lock:
+                    self._threads -= 1
                 return
             task, done = item
             result, error = None, None
@@ -3324,11 +3287,10 @@ class FairQueue:
         self._is_beginning = True
         try:
             while self._running.total < self._most:
-                found = next(((waiting, key) for waiting in self._waiting for key in waiting if self._may_begin(key)),
-                             None)
-                if not found:
+                may_begin = ((waiting, key) for waiting in self._waiting for key in waiting if self._may_begin(key))
+                waiting, key = next(may_begin, (None, None))
+                if waiting is None:
                     return
-                waiting, key = found
                 call = waiting[key].popleft()
                 if waiting[key]:
                     waiting.move_to_end(key)
@@ -3364,9 +3326,9 @@ class LookUp:
 
     __slots__ = ("key", "name", "task", "waiting", "deadline", "began")
 
-    def __init__(self, key: bytes, name: str, task: Callable[[], Any], deadline: Deadline):
+    def __init__(self, key: bytes, name: str, task: Callable[[], Any], done: Done, deadline: Deadline):
         self.key, self.name, self.task, self.deadline, self.began = key, name, task, deadline, NEVER
-        self.waiting: list[Done] = []
+        self.waiting = [done]
 
 
 class LookUps(FairQueue):
@@ -3405,21 +3367,17 @@ class LookUps(FairQueue):
         """task() on a thread, then done(), within connect_timeout."""
         if sum(len(waiting.get(key, ())) for waiting in self._waiting) >= self.MOST_WAITING:
             return done(None, ConnectError("too many name look-ups of this client wait already"))
-        made = LookUp(key, name, task, Deadline(self._loop))
-        made.waiting.append(done)
+        made = LookUp(key, name, task, done, Deadline(self._loop))
         made.deadline.set(self._timeout, functools.partial(self._on_timeout, made))
         if name:
             self._by_name[key, name] = made
         return self.begin(key, functools.partial(self._start, made))
 
     def _may_begin(self, key: bytes) -> bool:
-        running = self._running
-        if not running.of(key):
-            return True
-        keys = len(set(running.by_key).union(*self._waiting))
-        share = max(1, (self._most_of_key - 1) // keys)
-        return (running.total < self._most - 1 and running.of(key) < self._most_of_key
-                and self._awaited.total < self._most_of_key and self._awaited.of(key) < share)
+        running, awaited = self._running, self._awaited
+        share = max(1, (self._most_of_key - 1) // len({key, *running.by_key}.union(*self._waiting)))
+        return not running.of(key) or (running.total < self._most - 1 and running.of(key) < self._most_of_key
+                                       and awaited.total < self._most_of_key and awaited.of(key) < share)
 
     def _start(self, made: LookUp) -> None:
         if not made.waiting:  # its time was over before its turn came
@@ -3444,10 +3402,9 @@ class LookUps(FairQueue):
         """Tells all that wait, once, each by a call of its own: a mistake of one takes no answer from the others."""
         if made.waiting:
             made.deadline.clear()
+            self._by_name.pop((made.key, made.name), None)
             if made.began < NEVER:
                 self._awaited.change(made.key, -1)
-            if made.name:
-                del self._by_name[made.key, made.name]
         while made.waiting:
             self._loop.call_later(0, functools.partial(made.waiting.pop(0), result, error))
 
@@ -3483,32 +3440,31 @@ def offered_suites() -> list[Suite]:
 # ---------------------------------------------------------------------------------------------------- sockets
 
 
-# Seconds until the kernel asks whether the other machine lives, between two questions, and how many it asks.
-KEEP_ALIVE = 60, 10, 6  # a local peer or a target that has lost power is found out after 2 min, where the system takes 2 h
-KEEP_ALIVE_OPTIONS = [getattr(socket, name, None) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")]
-if sys.platform == "darwin":
-    KEEP_ALIVE_OPTIONS[0] = 0x10  # TCP_KEEPALIVE, which Python names from 3.10 on
+def keep_alive(idle: float, interval: float, count: int) -> list[tuple[int, int, int]]:
+    """Options that have the kernel ask whether the other machine lives, as far as the system can: the first time after
+    `idle` seconds, then each `interval` seconds, `count` times."""
+    # 0x10 is macOS's TCP_KEEPALIVE, which Python names from 3.10 on.
+    numbers = [0x10 if sys.platform == "darwin" else getattr(socket, "TCP_KEEPIDLE", None),
+               getattr(socket, "TCP_KEEPINTVL", None), getattr(socket, "TCP_KEEPCNT", None)]
+    return [(socket.IPPROTO_TCP, number, max(1, round(figure)))
+            for number, figure in zip(numbers, (idle, interval, count)) if number is not None]
 
 
-def tune(sock: socket.socket) -> None:
-    """The options of every TCP socket that connects or listens; accepted sockets inherit them."""
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a record is complete; Nagle only adds delay
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)  # an urgent byte is lost otherwise
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    except OSError:  # already reset: the first read tells
-        pass
-    ask_for_life(sock, *KEEP_ALIVE)
+TCP_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # a record is complete; Nagle only adds delay
+    (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1),  # an urgent byte is lost otherwise
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *keep_alive(60, 10, 6),  # a peer or a target that has lost power is found out after 2 min; by the system after 2 h
+]
 
 
-def ask_for_life(sock: socket.socket, *figures: float) -> None:
-    """Has the kernel ask as often as these `figures`, in the order of KEEP_ALIVE, say, where the system can."""
-    for option, figure in zip(KEEP_ALIVE_OPTIONS, figures):
-        if option is not None:
-            try:  # contextlib.suppress() is three calls
-                sock.setsockopt(socket.IPPROTO_TCP, option, max(1, round(figure)))
-            except OSError:
-                pass
+def tune(sock: socket.socket, options: Iterable[tuple[int, int, int]] = ()) -> None:
+    """Sets these options, or those of every TCP socket that connects or listens; accepted sockets inherit them."""
+    for option in options or TCP_OPTIONS:
+        try:  # contextlib.suppress() is three calls
+            sock.setsockopt(*option)
+        except OSError:  # not on this system; or already reset, which the first read tells
+            pass
 
 
 # Options of a Transport, each (level, number); None: not on this system.
@@ -3525,7 +3481,7 @@ RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else None
 LINGER = socket.SOL_SOCKET, socket.SO_LINGER
 RECEIVE_BUFFER = socket.SOL_SOCKET, socket.SO_RCVBUF
 _LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
-_TCP_INFO = struct.Struct("=24xI24xII8xI")
+_TCP_INFO = struct.Struct("=2xBB20xI24xII8xI")
 
 
 class TcpInfo(NamedTuple):
@@ -3608,8 +3564,7 @@ class Transport:
     def tcp_info(self) -> TcpInfo:
         """What Linux knows of the path; nothing on other systems and other sockets."""
         try:
-            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)
-            return TcpInfo(info[2], info[3], *_TCP_INFO.unpack_from(info))
+            return TcpInfo(*_TCP_INFO.unpack(self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)))
         except (OSError, AttributeError, struct.error):
             return TcpInfo(0, 0, 0, 0, 0, 0)
 
@@ -3711,12 +3666,11 @@ class Negotiation:
             self.is_stepping = True
             self._transport.want(WRITE if self._out else 0)
             return self._run_step(step, self._on_step)
-        error = None
         try:
             step()
-        except RatrodError as raised:
-            error = raised
-        return self._on_step(None, error)
+        except RatrodError as error:
+            return self._on_step(None, error)
+        return self._on_step(None, None)
 
     def _on_step(self, _result: Any, error: Exception | None) -> None:
         self.is_stepping = False
@@ -3726,38 +3680,34 @@ class Negotiation:
             self._go_on()
 
     def _go_on(self) -> None:
-        """After a step: sends what is to be sent, and goes on with reading or with the next handshake."""
-        self._out += self.handshake.data_to_send()
-        if not self._flush():
-            return None
-        if not self.handshake.is_done:
-            return self._transport.want(READ | (WRITE if self._out else 0))
-        if self.handshake.successor:
-            self.handshake = self.handshake.successor
-            return self.start()
-        if self._out:  # what comes first from the link must not overtake the handshake's last message
-            return self._transport.want(WRITE)
-        return self._close(None)
-
-    def _flush(self) -> bool:
-        """False where the connection is broken."""
+        """Sends what is to be sent; then, unless a thread has the handshake, goes on with it or with the next one."""
+        if not self.is_stepping:
+            self._out += self.handshake.data_to_send()
         try:
             if self._out:
                 del self._out[:self._transport.send(self._out)]
-            return True
         except OSError as error:
             self._out.clear()
             self._read()  # what the other side said before it closed may say why
             if not self._is_closed and not self.is_stepping:
                 self._on_broken(error)
-            return False
+            return None
+        more = WRITE if self._out else 0
+        if self.is_stepping:
+            return self._transport.want(more)
+        if not self.handshake.is_done:
+            return self._transport.want(READ | more)
+        if self.handshake.successor:
+            self.handshake = self.handshake.successor
+            return self.start()
+        if more:  # what comes first from the link must not overtake the handshake's last message
+            return self._transport.want(more)
+        return self._close(None)
 
     def _on_event(self, mask: int) -> None:
         mask &= self._transport.events  # 0: closed in this very round, to make room
-        if mask & WRITE and not self.is_stepping:
+        if mask & WRITE:
             self._go_on()
-        elif mask & WRITE and self._flush():
-            self._transport.want(WRITE if self._out else 0)
         if mask & READ:
             self._read()
 
@@ -3788,9 +3738,9 @@ class Negotiation:
             self._fail(error)
 
     def _on_timeout(self) -> None:
-        if not self.heard and isinstance(self.handshake, FirstByte):
-            return self._fail(RemoteProtocolError("it said nothing: timed out"))
-        return self._fail(RemoteProtocolError("the handshake was not done within %g s" % self._timeout))
+        is_mute = not self.heard and isinstance(self.handshake, FirstByte)
+        self._fail(RemoteProtocolError("it said nothing: timed out" if is_mute else
+                                       "the handshake was not done within %g s" % self._timeout))
 
     def _fail(self, error: Exception) -> None:
         self.abort(error, bytes(self._out) + self.handshake.data_to_send())
@@ -3869,14 +3819,13 @@ class Connector:
             self._deadline.set(self._timeout, lambda: self.abort(socket.timeout("timed out")))
 
     def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
-        if self.is_closed:
-            return None
-        if not found:
-            return self.abort(error or self._error)
-        first = [pair for pair in found if pair[0] == found[0][0]]
-        others = [pair for pair in found if pair[0] != found[0][0]]
-        self._addresses = [pair for pairs in zip_longest(first, others) for pair in pairs if pair]
-        return self._try_next()
+        if found and not self.is_closed:
+            first = [pair for pair in found if pair[0] == found[0][0]]
+            others = [pair for pair in found if pair[0] != found[0][0]]
+            self._addresses = [pair for pairs in zip_longest(first, others) for pair in pairs if pair]
+            self._try_next()
+        elif not found:
+            self.abort(error or self._error)
 
     def _try_next(self) -> None:
         """Begins the next try; where it fails at once, the one after it."""
@@ -4003,25 +3952,24 @@ def bind_all(address: Address, kinds: Sequence[int], share: bool = False) -> lis
     is given."""
     port = address.port
     failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
-    with contextlib.ExitStack() as stack:
-        sockets: list[socket.socket] = []
-        for kind, host in [(kind, host) for kind in kinds for host in SEVERAL.get(address.host, (address.host,))]:
+    sockets: list[socket.socket] = []
+    try:
+        for kind, host in itertools.product(kinds, SEVERAL.get(address.host, (address.host,))):
             for family, sockaddr in look_up(address._replace(host=host), kind, socket.AI_PASSIVE):
                 try:
-                    sock = bind_socket(family, kind, (sockaddr[0], port, *sockaddr[2:]), share)
+                    sockets.append(bind_socket(family, kind, (sockaddr[0], port, *sockaddr[2:]), share))
+                    port = sockets[-1].getsockname()[1]
                 except OSError as error:
                     # Either family may be switched off.
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or address.host not in SEVERAL:
                         raise
                     failure = error
-                    continue
-                stack.callback(sock.close)
-                sockets.append(sock)
-                port = sock.getsockname()[1]
         if not sockets:
             raise failure
-        stack.pop_all()
         return sockets
+    except BaseException:
+        close_all(sockets)
+        raise
 
 
 def listen(address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,), share: bool = False) -> list[socket.socket]:
@@ -4088,15 +4036,10 @@ class Listener:
         self._transport.want(READ)
 
     def _on_rested(self) -> None:
-        try:
-            with self.sock.dup() as probe:
-                has_room = self._loop.has_room(probe, self._spare)
-        except OSError:
-            has_room = False
-        if has_room:
-            self.start()
-        else:
-            self._rest.set(self._pause, self._on_rested)
+        with contextlib.suppress(OSError), self.sock.dup() as probe:
+            if self._loop.has_room(probe, self._spare):
+                return self.start()
+        return self._rest.set(self._pause, self._on_rested)
 
     def _on_event(self, _mask: int) -> None:
         if self._transport.events:  # an earlier callback of this round may have closed it
@@ -4799,7 +4742,7 @@ class LegacyLink(Link):
 
     def _set_up(self) -> None:
         silence = self.owner.limits.silence
-        ask_for_life(self.transport.sock, silence / 3, silence / 9, 6)
+        tune(self.transport.sock, keep_alive(silence / 3, silence / 9, 6))
 
     def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
         """The handshake has named the target already: nothing is sent."""

@@ -3,6 +3,7 @@
 import collections
 import os
 import select
+import selectors
 import socket
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from ratrod import READ, WRITE
 from support.joined import Clock, Loop
 from support.programs import PATIENCE, ROOT
 
-POLLERS = [ratrod.Poller] + [select.epoll] * hasattr(select, "epoll")
-every_poller = pytest.mark.parametrize("make", POLLERS, ids=lambda make: make.__name__)
+POLLERS = [(ratrod.Poller, selectors.EVENT_WRITE)] + [(getattr(select, "epoll", None), WRITE)] * hasattr(select, "epoll")
+every_poller = pytest.mark.parametrize("make, write", POLLERS, ids=lambda value: getattr(value, "__name__", ""))
 
 
 @pytest.fixture
@@ -47,7 +48,9 @@ def test_a_machine_that_lost_power_is_found_out():
 
 
 @every_poller
-def test_events_have_the_bits_of_epoll(make, pair):
+def test_the_bits_of_events(make, write, pair):
+    """READ and WRITE are those of the poller that the loop has on this system: epoll or a selector."""
+    assert WRITE == POLLERS[-1][1]
     near, far = pair
     fd = near.fileno()
     poller = make()
@@ -55,10 +58,10 @@ def test_events_have_the_bits_of_epoll(make, pair):
     assert poller.poll(0) == []
     far.send(b"x")
     assert poller.poll(PATIENCE) == [(fd, READ)]
-    poller.modify(fd, WRITE)
-    assert poller.poll(PATIENCE) == [(fd, WRITE)]
-    poller.modify(fd, READ | WRITE)
-    assert poller.poll(PATIENCE) == [(fd, READ | WRITE)]
+    poller.modify(fd, write)
+    assert poller.poll(PATIENCE) == [(fd, write)]
+    poller.modify(fd, READ | write)
+    assert poller.poll(PATIENCE) == [(fd, READ | write)]
     poller.unregister(fd)
     assert poller.poll(0) == []
     poller.register(fd, READ)
@@ -71,7 +74,7 @@ def test_events_have_the_bits_of_epoll(make, pair):
 def test_a_system_without_epoll():
     """The whole program on another selector, as on macOS and Windows."""
     words = ("import selectors, sys; selectors.DefaultSelector = selectors.SelectSelector; vars(selectors).pop('EpollSelector', None); import ratrod;"
-             "assert isinstance(ratrod.EventLoop()._poller._selector, selectors.SelectSelector); sys.exit(ratrod.main(['demo']))")
+             "assert isinstance(ratrod.EventLoop()._poller, selectors.SelectSelector); sys.exit(ratrod.main(['demo']))")
     done = subprocess.run([sys.executable, "-c", words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout.decode("utf-8", "replace")
