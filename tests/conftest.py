@@ -9,7 +9,8 @@ import subprocess
 
 import pytest
 
-from support.keys import KeyPairs, make_keys
+from support import ratrod2_peer as peer
+from support.keys import KeyPairs, identity_of, make_keys, seed_of
 from support.namespaces import Namespace
 from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
 from support.resolver import Resolver
@@ -92,7 +93,6 @@ def tmux(tmp_path):
     """tmux(words...) -> what that command of a tmux of this test's own prints; it ends with the test, and leaves nothing."""
     name = "ratrod-%d-%s" % (os.getpid(), tmp_path.name[-20:])
     program = need("tmux")
-
     def run(*words):
         return subprocess.run([program, "-L", name, "-f", "/dev/null", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
                               env={**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}).stdout.decode()
@@ -193,10 +193,20 @@ def forward(serve, ratrod, keys):
 
 
 @pytest.fixture
+def link(serve, keys, stack):
+    """link(who=Keys, flags=()) -> a link of the independent client to our server (`link.server`, at `link.port`), which the first call starts."""
+    def make(who=None, flags=(), **options):
+        if not hasattr(make, "port"):
+            make.server, make.port = serve("-v", *flags)
+        made = peer.Client.connect(make.port, seed_of(who or keys.client), server=identity_of(keys.server), **options)
+        return stack.enter_context(made).handshake()
+    return make
+
+
+@pytest.fixture
 def resolver(tmp_path):
     """resolver(db_example=["127.0.0.1"]) -> Resolver, whose `environment` makes a program look these names up."""
     made = []
-
     def launch(**names):
         made.append(Resolver(tmp_path / ("resolver%d" % len(made)), {name.replace("_", "."): addresses for name, addresses in names.items()}))
         return made[-1]
@@ -211,7 +221,6 @@ def sshd(start, tmp_path):
     if os.geteuid() or not Sshd.PROGRAM:
         missing("sshd, and root, who can run one")
     made = []
-
     def launch(*options, **more):
         made.append(Sshd(start, tmp_path / ("sshd%d" % len(made)), *options, **more))
         return made[-1]
@@ -232,10 +241,8 @@ def namespace():
     # A /30 from 198.18.0.0/16, which is set aside for test benches.
     network = "198.18.%d.%d" % (os.getpid() // 64 % 256, os.getpid() % 64 * 4)
     outer, inner = ("%s.%d" % (network.rpartition(".")[0], int(network.rpartition(".")[2]) + n) for n in (1, 2))
-
     def ip(*words, check=True):
         return subprocess.run(["ip", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=check).returncode == 0
-
     if not ip("netns", "add", name, check=False):
         missing("permission to make a network namespace")
     try:

@@ -1,9 +1,5 @@
-"""More than one machine: the PROXY protocol, byte by byte; servers that share a key folder behind a real HAProxy; and what the README says of both.
-
-Every form of a PROXY header is in tests/unit/test_proxy_header.py; here are those of which more than the header counts.
-
-The rates and the load run longer with `RATROD_LONG=1 pytest -n0 -rP tests/peers/test_machines.py` (-rP shows the figures).
-"""
+"""More than one machine: the PROXY protocol, servers that share a key folder behind a real HAProxy, and what the README says of both.
+Longer with RATROD_LONG=1 and -rP, which shows the figures. Every form of a header is in unit/test_proxy_header.py."""
 
 import contextlib
 import copy
@@ -26,10 +22,10 @@ from support.kernel import owner
 from support.keys import make_keys, seed_of
 from support.many_lines import run_each
 from support.pressure import LONG, figure, memory
-from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, READY, ROOT, STARTED, bound, descriptors, missing, need, tcp_port, udp_originator
+from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, ROOT, STARTED, bound, descriptors, missing, need, tcp_port, udp_originator
 from support.proxy_headers import UNSPEC, addresses, introducing, tlv, v2
 from support.relays import Door
-from support.sockets import ask, ask_until_answered, dial, eventually, is_ready, port_of, receive_exactly, reset, works
+from support.sockets import ask, ask_until_answered, dial, eventually, is_ready, ping, port_of, receive_exactly, reset, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -38,7 +34,6 @@ FOREVER = "600"  # longer than any test waits: what ends before it has not waite
 BALANCER, UNLISTED = "127.0.9.1", "127.0.9.2"
 LISTED = BALANCER + ",127.0.10.0/24,::1"
 
-# ---------------------------------------------------------------------------------------------------- PROXY headers
 
 # What must be taken, and the client's address in the log; None: that of the proxy itself, for the header names none.
 TAKEN = {
@@ -186,13 +181,9 @@ def test_the_originals_wire_behind_a_proxy(serve, ratrod, keys, target, tcp_echo
     """A header goes before any protocol."""
     server, port = serve("-v", "--legacy", "--proxy-protocol", "127.0.0.1")
     proxy = Door(target, port, introducing("198.51.100.7"))
-    client = ratrod("-k", keys.client.path, "connect", "--legacy", "-e", "127.0.0.1:%d" % proxy.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = ratrod("-k", keys.client.path, "connect", "--legacy", "-e", "127.0.0.1:%d" % proxy.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     server.wait_for(r"Accepted `198\.51\.100\.7:4711`")
-
-
-# ---------------------------------------------------------------------------------------------------- limits behind a proxy
 
 
 def test_cut_at_the_deadline(proxied):
@@ -296,8 +287,6 @@ def test_a_port_probe_leaves_nothing_in_the_log(serve):
     assert not re.search(r"Refused .*`127\.0\.0\.1\b", server.output), server.output
 
 
-# ---------------------------------------------------------------------------------------------------- HAProxy
-
 CONFIGURATION = """
 global
     maxconn 4000
@@ -378,8 +367,7 @@ def machines(serve, balance):
 def client_of(connect):
     """client_of(machines, TUNNEL words...) -> Program: a client that reaches them through the balancer, its test connection made."""
     def launch(made, *words):
-        client = connect(made.port, *words)
-        client.wait_for(READY)
+        client = connect(made.port, *words).ready()
         return client
     return launch
 
@@ -393,8 +381,7 @@ def test_tunnels_through_a_balancer(machines, client_of, tcp_echo, udp_echo, n, 
     with contextlib.ExitStack() as stack:
         for _ in range(3 * n):  # held, so that each needs a link of its own
             connection = stack.enter_context(dial(port))
-            connection.sendall(b"!")
-            assert receive_exactly(connection, 1) == b"!"
+            ping(connection, b"!")
         ask(port, b"?" * 300000)
     assert all(made.links), made.links
     udp = client_of(made, "0:127.0.0.1:%d" % udp_echo.port)
@@ -464,13 +451,10 @@ class Held:
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
 @pytest.mark.parametrize("n", [2, 3] if LONG else [3])
 def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener, n):
-    """kill -9: what it carried ends with a reset, not one connection fails once the health check has seen it, the others' streams go on, and it
-    is used again when it is back."""
+    """What it carried is reset, no connection fails once the health check has seen it, and it is used again when it is back."""
     made = machines(n)
-    client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
-    holder = connect(made.port, "0:127.0.0.1:%d" % port_of(listener))
-    holder.wait_for(READY)
+    client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
+    holder = connect(made.port, "0:127.0.0.1:%d" % port_of(listener)).ready()
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(contextlib.closing(Held(tcp_port(holder), listener, made.servers))) for _ in range(4 * n)]
         by_server = [[one for one in held if one.server is server] for server in made.servers]
@@ -509,8 +493,7 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
 def test_each_server_restarted_in_turn_under_load(machines, connect, tcp_echo, mode):
     """SIGTERM, and a new one on the same port: a rolling update. Nothing is lost at all."""
     made = machines(2, *mode.serve)
-    client = connect(made.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(made.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with Load(tcp_port(client)) as load:
         for number in range(len(made.servers)) if not LONG else [0, 1] * 10:
             load.go_on(LOAD)
@@ -523,9 +506,6 @@ def test_each_server_restarted_in_turn_under_load(machines, connect, tcp_echo, m
         load.go_on(LOAD)
     figure("%s: 2 servers behind HAProxy restarted in turn under load" % mode.name, load)
     assert not load.failures, load.failures[:10]
-
-
-# ---------------------------------------------------------------------------------------------------- reverse tunnels behind a balancer
 
 
 def test_reverse_tunnels_want_one_server(machines, client_of, tcp_echo):
@@ -542,9 +522,6 @@ def test_reverse_tunnels_want_one_server(machines, client_of, tcp_echo):
     for _ in range(20):
         ask(port)
     assert made.links[1 - number]
-
-
-# ---------------------------------------------------------------------------------------------------- the README
 
 
 def readme(name):
@@ -569,8 +546,7 @@ def test_the_readmes_haproxy_file(serve, balance, connect, tcp_echo, tmp_path):
     ports = iter(port for _, port in started)
     made = balance(re.sub(r"^(    server \S+) \S+", lambda match: "%s 127.0.0.1:%d" % (match.group(1), next(ports)), text, flags=re.MULTILINE))
     assert len(names) >= 2 and not list(ports)
-    client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with Load(tcp_port(client)) as load:
         load.go_on(LOAD)
         assert started[0][0].stop() == 0
@@ -594,8 +570,7 @@ def manifest():
 
 
 def test_the_readmes_manifest_is_valid(manifest):
-    """Against the schemas of the oldest and the newest Kubernetes that the validator carries, where unknown fields are errors. The validator can
-    refuse, or that would say nothing."""
+    """By the schemas of the oldest and the newest Kubernetes, where unknown fields are errors. It can refuse, or that would say nothing."""
     try:
         import kubernetes_validate
     except ImportError:
@@ -670,29 +645,25 @@ READ_ONLY = ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$0"; mount -
 
 
 def test_a_key_folder_that_cannot_be_written(start, connect, secret_volume, keys, tmp_path, tcp_echo):
-    """As in a pod: mounted read-only, its files of another user and readable by the group, which the kubelet's fsGroup does. A key that comes with
-    an update of the Secret is taken, without a restart, and one that goes loses its links."""
+    """As in a pod: read-only, and its files another user's. A key that comes with an update of the Secret is taken, one that goes loses its links."""
     need("unshare")
     if subprocess.run([*READ_ONLY, str(tmp_path), "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
         missing("permission to mount")
     server = start(*READ_ONLY, secret_volume.path, *RATROD, "-k", secret_volume.path, "serve", "127.0.0.1:0")
     port = int(server.wait_for(STARTED).group(1))
-    client = connect(port, "--max-retry-count", "1", "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "--max-retry-count", "1", "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     second = make_keys(tmp_path / "second")
     second.trust(keys.server, "known_hosts")
     keys.server.write("authorized_keys", second.public + "\n")
     secret_volume.update(keys.server)
     assert client.wait() == 3
-    other = start(*RATROD, "-k", second.path, "connect", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)
-    other.wait_for(READY)
+    other = start(*RATROD, "-k", second.path, "connect", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(int(other.wait_for(LISTENING).group(1)))
 
 
 def test_the_manifests_command_runs(start, connect, manifest, secret_volume, tcp_echo):
-    """Its own words, but for the program, the folder and the port. No warning of a key that others may read, where its file is another user's: its
-    mode cannot be mended from here, and ssh is silent about it too."""
+    """Its own words, but for program, folder and port. No warning of a key that others may read where its file is another user's, as with ssh."""
     container = manifest["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     program, *words = [*container["command"], *container.get("args", ())]
     assert program == "ratrod"
@@ -700,8 +671,7 @@ def test_the_manifests_command_runs(start, connect, manifest, secret_volume, tcp
     words[-1] = "127.0.0.1:0"
     server = start(*RATROD, *words)
     port = int(server.wait_for(STARTED).group(1))
-    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     assert server.stop() == 0
     assert "can be read by others" not in server.output

@@ -1,8 +1,5 @@
 """Hostile names: name servers that change their mind, and control characters in all that a peer can make us show.
-
-The servers under test stand in a network namespace, whose only name server is the test's own: nothing that these names may lead to is anybody's.
-Odd spellings of an address, under all rules, are in unit/test_spellings.py.
-"""
+The servers under test stand in a network namespace, whose only name server is the test's own. Odd spellings are in unit/test_spellings.py."""
 
 import concurrent.futures
 import contextlib
@@ -22,17 +19,14 @@ from support import legacy_peer
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, READY, STARTED
-from support.sockets import receive_all
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, STARTED
+from support.sockets import receive_all, say
 from support.socks5 import socks_port
 from support.spellings import HOSTILE, LONG, SHORT
 
 A, CNAME, AAAA, ANY = 1, 5, 28, 255
 REFUSED = "not allowed by this server"
 NXDOMAIN, SERVFAIL = 3, 2
-
-
-# ---------------------------------------------------------------------------------------------------- a name server
 
 
 def encode_name(name):
@@ -67,8 +61,7 @@ class Answer:
 
 
 class NameServer:
-    """Answers on port 53 of 127.0.0.1 in the namespace. `names[name]`: the Answer of each look-up in turn, the last one for all that follow; any
-    other name has `default`. `asked` counts the questions by (name, kind)."""
+    """On port 53 of the namespace. `names[name]`: the Answer of each look-up, the last one for all that follow; others have `default`."""
 
     def __init__(self, namespace):
         self.names, self.default = {}, Answer(code=NXDOMAIN)
@@ -103,9 +96,6 @@ class NameServer:
 
     def close(self):
         self._socket.sendto(b"", self._socket.getsockname())
-
-
-# ---------------------------------------------------------------------------------------------------- the ground
 
 
 class Witness:
@@ -161,8 +151,7 @@ class Witness:
 
 
 class Place:
-    """A machine for servers under test. `inside` sees whatever reaches it, on loopback or otherwise; `outside`, on another machine, is what servers
-    are allowed to reach, on the same port. `names` is its name server."""
+    """A machine for servers under test. `inside` sees whatever reaches it; `outside`, on the same port of another machine, is what they may reach."""
 
     def __init__(self, namespace, names, start, keys):
         self.namespace, self.names, self._start, self.keys = namespace, names, start, keys
@@ -238,8 +227,6 @@ def place(namespace, start, keys):
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
 
-
-# ---------------------------------------------------------------------------------------------------- name servers that are against us
 
 RESTRICTED = ("-r", r"(?:.*\.)?ok\.example|198\.18\..*")
 LEADS_INSIDE = {
@@ -352,9 +339,6 @@ def test_name_servers_that_misbehave(place):
     assert not place.inside.seen
 
 
-# ---------------------------------------------------------------------------------------------------- what a terminal gets to see
-
-
 def assert_fit(lines):
     """Lines that were shown are fit for a terminal, and short."""
     for line in lines:
@@ -422,7 +406,6 @@ def test_what_a_server_says_of_a_listener(connect, keys, hostile_server, shown):
     outcomes = connect_each(keys, [answering(lambda link, stream: stream.refuse(peer.INVALID_HOST, HOSTILE)),
                                    answering(lambda link, stream: stream.opened(HOSTILE))])
     assert [(outcome.code, "marker-before" in outcome.err) for outcome in outcomes] == [(1, True)] * 2
-
     def originate(link, _stream):
         link.grant_listen("127.0.0.1:9000")
         link.send_open(peer.TCP, HOSTILE)
@@ -448,11 +431,10 @@ BANNERS = {
 def test_what_is_no_server(keys, target):
     cases = []
     for name, banner in BANNERS.items():
-        def say(connection, banner=banner):
-            connection.sendall(banner)
-            connection.shutdown(socket.SHUT_WR)
+        def answer(connection, banner=banner):
+            say(connection, banner)
             receive_all(connection)
-        cases += [(name, flags, "127.0.0.1:%d" % target(say).port) for flags in ((), ("--legacy",), ("--legacy", "-e"))]
+        cases += [(name, flags, "127.0.0.1:%d" % target(answer).port) for flags in ((), ("--legacy",), ("--legacy", "-e"))]
     outcomes = connect_each(keys, [[*flags, where, "0:127.0.0.1:1"] for _, flags, where in cases])
     for (name, flags, _), outcome in zip(cases, outcomes):
         assert outcome.code not in (0, -14), (name, flags, outcome)
@@ -462,22 +444,19 @@ def test_what_is_no_server(keys, target):
 def test_what_a_local_program_asks_a_proxy_for(serve, ratrod, keys, shown):
     """Names, addresses with zones, and what is no SOCKS at all; the server shows the names too."""
     server, port = serve("-v")
-    client = ratrod("-v", "-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:socks", "--socks-user", "marker\x1b[2J:wine")
-    client.wait_for(READY)
+    client = ratrod("-v", "-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:socks", "--socks-user", "marker\x1b[2J:wine").ready()
     proxy = socks_port(client)
     login = b"\5\1\2\1" + bytes([len("marker\x1b[2J")]) + b"marker\x1b[2J\4wine"
     texts = SHORT, LONG, HOSTILE, "[%s]" % SHORT, "a:" + SHORT, "::%" + SHORT, "::" + "A" * 240, "::\x1b[2J" * 20
     names = [text.encode("utf-8")[:255] for text in texts]
     for name, command in itertools.product(names, (1, 3)):
         with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
-            connection.sendall(login + bytes([5, command, 0, 3, len(name)]) + name + b"\0\x50")
-            connection.shutdown(socket.SHUT_WR)
+            say(connection, login + bytes([5, command, 0, 3, len(name)]) + name + b"\0\x50")
             receive_all(connection)
     for garbage in (SHORT.encode(), b"\5\1\2\1\7" + b"\x1b[2J\x07\r\n\4wine", b"\4\1\0\x50\x1b\x1b\x1b\x1b\x1b[2J\0",
                     b"GET \x1b[2J HTTP/1.1\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
-            connection.sendall(garbage)
-            connection.shutdown(socket.SHUT_WR)
+            say(connection, garbage)
             with contextlib.suppress(ConnectionError):
                 receive_all(connection)
     shown(client)
@@ -590,7 +569,6 @@ PROXY_HEADERS = [b"PROXY TCP6 fe80::1%\x1b[2J\x07 ::1 1 2\r\n", b"PROXY TCP6 fe8
 def test_what_a_proxy_says(serve, keys, shown):
     """Behind it an honest client, if it is let in, and then somebody who says nonsense: both are shown with the address that the proxy gave."""
     server, port = serve("-v", "--proxy-protocol", "127.0.0.0/8")
-
     def dial(n):
         # Each from an address of its own, so that none is only counted.
         return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=("127.0.1.%d" % n, 0))
@@ -601,8 +579,7 @@ def test_what_a_proxy_says(serve, keys, shown):
                 if seed:
                     peer.Client(connection, seed).handshake().finish()
                 else:
-                    connection.sendall(b"nonsense")
-                    connection.shutdown(socket.SHUT_WR)
+                    say(connection, b"nonsense")
                     receive_all(connection)
         # It goes on, and its log says so.
         with dial(n) as connection:

@@ -8,7 +8,7 @@ import pytest
 
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import ask, check_bulk_each_way, dial, eventually, free_port, port_of, receive_exactly, works
+from support.sockets import ask, check_bulk_each_way, dial, eventually, free_port, ping, port_of, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -36,7 +36,6 @@ class RealProxy:
 def real_proxy(start, tmp_path):
     """real_proxy(scheme, user, password, host=) -> RealProxy: tinyproxy for http, microsocks for socks5."""
     tinyproxy, microsocks = need("tinyproxy"), need("microsocks")
-
     def launch(scheme, *auth, host="127.0.0.1"):
         def command(port):
             if scheme != "http":
@@ -61,8 +60,7 @@ def test_a_tunnel_through_a_proxy(real_proxy, forward, tcp_echo, udp_echo, liste
             ask(tcp_port(client))
         else:  # both proxies close both directions at the first end: the legacy wire, where that is a stream's end, has no half-close there
             with dial(tcp_port(client)) as connection:
-                connection.sendall(b"question")
-                assert receive_exactly(connection, 8) == b"question"
+                ping(connection, b"question")
     with udp_originator(client, 2) as originator:
         originator.send(b"a datagram")
         assert originator.recv(100) == b"a datagram"
@@ -82,8 +80,7 @@ def test_a_tunnel_through_a_proxy(real_proxy, forward, tcp_echo, udp_echo, liste
 def test_credentials(real_proxy, serve, connect, scheme, user, password, typed, says):
     proxy = real_proxy(scheme, user, password)
     _, port = serve()
-    client = connect(port, "-v", "--proxy", "%s://%s@127.0.0.1:%d" % (scheme, typed, proxy.port), "0:127.0.0.1:1")
-    client.wait_for(READY)
+    client = connect(port, "-v", "--proxy", "%s://%s@127.0.0.1:%d" % (scheme, typed, proxy.port), "0:127.0.0.1:1").ready()
     client.stop()
     for secret in (password, typed):
         assert secret not in client.output
@@ -100,8 +97,7 @@ def test_ipv6_addresses_and_a_server_that_is_not_there(real_proxy, serve, ratrod
     proxy = real_proxy(scheme, host="::1")
     words = "-k", keys.client.path, "connect", "--proxy", "%s://[::1]:%d/" % (scheme, proxy.port)
     _, port = serve(bind="[::1]:0")
-    client = ratrod(*words, "[::1]:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = ratrod(*words, "[::1]:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     client = ratrod(*words, "127.0.0.1:%d" % closed, "0:127.0.0.1:1")
     client.wait_for("the proxy `.*` does not connect to the server `127.0.0.1:%d`: .*(5[0-9][0-9]|refused|failed)" % closed)
@@ -126,8 +122,7 @@ def test_several_servers_and_reconnect_through_a_proxy(real_proxy, ratrod, serve
     server, port = serve()
     _, other = serve()
     client = ratrod("-v", "-k", keys.client.path, "connect", "--proxy", "http://127.0.0.1:%d" % proxy.port,
-                    "127.0.0.1:%d,127.0.0.1:%d,127.0.0.1:%d" % (closed, port, other), "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+                    "127.0.0.1:%d,127.0.0.1:%d,127.0.0.1:%d" % (closed, port, other), "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     server.stop(signal.SIGKILL)
     # The next link goes to the next server. Until the proxy has passed on that this one is gone, a connection that has said something is lost.

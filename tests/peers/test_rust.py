@@ -13,7 +13,7 @@ from support import legacy_peer
 from support.keys import make_keys
 from support.programs import PATIENCE, READY, tcp_port
 from support.rows import row
-from support.sockets import ask, dial, eventually, free_port, receive_all, receive_exactly
+from support.sockets import ask, dial, eventually, free_port, ping, receive_all, receive_exactly, say
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -98,9 +98,6 @@ def assert_gets_nothing(port):
             assert receive_all(local) == b""
 
 
-# ---------------------------------------------------------------------------------------------------- the second implementation
-
-
 def test_legacy_peer_as_client(rust_serve, keys, tcp_echo, udp_echo):
     # test_bad_input.py judges by legacy_peer.py: this, and the next, are what make it a judge.
     _, port = rust_serve()
@@ -125,44 +122,33 @@ def test_legacy_peer_as_server(rust_connect, keys, target, udp_socket, flags):
     client.wait_for(READY)
     with dial(port) as local:
         payload = os.urandom(60000)
-        local.sendall(payload)
-        assert receive_exactly(local, len(payload)) == payload
+        ping(local, payload)
     local = udp_socket(port)
     local.send(b"datagram")
     assert local.recv(100) == b"datagram"
-
-
-# ---------------------------------------------------------------------------------------------------- traffic
 
 
 @every_encryption
 def test_traffic(mixed, tcp_echo, target, udp_echo, udp_socket, stack, flags):
     def answer_after_the_end(connection):
         connection.sendall(b"answer to " + receive_all(connection))
-
     got = []
-
     def end_at_once(connection):
-        connection.sendall(b"greeting")
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, b"greeting")
         got.append(receive_all(connection))
-
     echoing, answering, ending, udp = mixed([tcp_echo.port, target(answer_after_the_end).port, target(end_at_once).port, udp_echo.port], flags)
     for size in (1, 1000, 100000):
         with dial(echoing) as local:
             payload = os.urandom(size)
-            local.sendall(payload)
-            assert receive_exactly(local, size) == payload
+            ping(local, payload)
             local.shutdown(socket.SHUT_WR)
             assert receive_all(local) == b""
     with row("the client ends first and still receives"), dial(answering) as local:
-        local.sendall(b"question")
-        local.shutdown(socket.SHUT_WR)
+        say(local, b"question")
         assert receive_all(local) == b"answer to question"
     with row("the remote ends first and still receives"), dial(ending) as local:
         assert receive_all(local) == b"greeting"
-        local.sendall(b"thanks")
-        local.shutdown(socket.SHUT_WR)
+        say(local, b"thanks")
         # Nothing more can come back through the tunnel, so only the target can tell that it arrived (and the connection test may have come before).
         eventually(lambda: b"thanks" in got, got)
     for size in (0, 1, 1200, 65507):
@@ -189,11 +175,9 @@ def test_bulk_from_our_client_through_the_rust_server(rust_serve, our_connect, t
     # Only where our end reads the local socket: a Rust end whose read fills its buffer makes a message that its own frame cannot hold.
     _, server_port = rust_serve()
     client = our_connect(server_port, ["127.0.0.1:%d" % target(
-        lambda connection: connection.sendall(hashlib.sha256(receive_all(connection)).digest())).port], *flags)
-    client.wait_for(READY)
+        lambda connection: connection.sendall(hashlib.sha256(receive_all(connection)).digest())).port], *flags).ready()
     with dial(tcp_port(client)) as local:
-        local.sendall(BULK)
-        local.shutdown(socket.SHUT_WR)
+        say(local, BULK)
         assert receive_all(local) == hashlib.sha256(BULK).digest()
 
 
@@ -209,32 +193,24 @@ def test_udp_comes_back_when_the_remote_does(rust_serve, our_connect, udp_socket
     # The Rust server ends the link on an ICMP refusal; a later datagram of the same originator must get a new one.
     remote = ("127.0.0.1", free_port())
     _, server_port = rust_serve()
-    client = our_connect(server_port, ["%s:%d" % remote])
-    client.wait_for(READY)
-
+    client = our_connect(server_port, ["%s:%d" % remote]).ready()
     def echoes(local, tag):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
             bound.bind(remote)
             for each in (bound, local):
                 each.settimeout(0.1)
-
             def comes_back():
                 # Tried again until it does: a Rust link whose end is under way still takes datagrams out, and none back.
                 local.send(b"datagram")
                 with contextlib.suppress(socket.timeout):
                     bound.sendto(tag, bound.recvfrom(100)[1])
                     return local.recv(100) == tag
-
             eventually(comes_back, "a datagram comes back")
-
     local = udp_socket(tcp_port(client))
     echoes(local, b"before")
     local.send(b"refused")
     local.send(b"refused")
     echoes(local, b"after")
-
-
-# ---------------------------------------------------------------------------------------------------- keys, policy and failure
 
 
 def generated_by_rust(rust, folder):
@@ -305,12 +281,10 @@ def test_rust_clients_that_fail(serve, rust_connect, keys, stranger, tcp_echo, c
 def test_our_clients_that_fail_at_a_rust_server(rust_serve, our_connect, keys, stranger, tcp_echo, closed):
     remote, refusing = ("127.0.0.1:%d" % number for number in (tcp_echo.port, closed))
     server, port = rust_serve("-r", "^(%s|%s)$" % (remote, refusing))
-
     def failed(code, text, *words, **options):
         client = our_connect(port, *words, **options)
         assert client.wait() == code, client.output
         client.wait_for("❌ Test connection failed.*" + text)
-
     keys.client.write("known_hosts", "")
     failed(3, ": Server's public key `%s` is not in the known hosts file" % keys.server.public, [remote])
     our_connect(port, [remote], "-a").wait_for(READY)
@@ -323,8 +297,7 @@ def test_our_clients_that_fail_at_a_rust_server(rust_serve, our_connect, keys, s
     for flags in ((), ("-e",)):
         with row(("a remote that cannot be reached", flags)):
             # HandshakeCompletion comes before the Rust server's own connect, and Error after it, encrypted where all is.
-            client = our_connect(port, [refusing], *flags)
-            client.wait_for(READY)
+            client = our_connect(port, [refusing], *flags).ready()
             assert_gets_nothing(tcp_port(client))
             client.wait_for("Failed to connect to remote `%s`" % refusing)
 
@@ -334,12 +307,10 @@ def test_the_rust_server_goes_away(rust_serve, our_connect, target):
     remote = "127.0.0.1:%d" % target(echo).port
     # With any other remote in the test connection, a server that allows nothing else would refuse it.
     server, server_port = rust_serve("-r", "^%s$" % remote)
-    client = our_connect(server_port, [remote], "--connect-timeout=0.3")
-    client.wait_for(READY)
+    client = our_connect(server_port, [remote], "--connect-timeout=0.3").ready()
     port = tcp_port(client)
     with dial(port) as local:
-        local.sendall(b"x")
-        assert receive_exactly(local, 1) == b"x"
+        ping(local, b"x")
         server.process.kill()
         with contextlib.suppress(ConnectionResetError):
             assert receive_all(local) == b""

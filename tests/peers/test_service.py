@@ -18,7 +18,7 @@ import ratrod as ratrod_module
 from support.keys import make_keys
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, tcp_port
-from support.sockets import ask, dial, eventually, port_of
+from support.sockets import ask, dial, eventually, ping, port_of
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -26,16 +26,13 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 
 @pytest.fixture
 def manager(tmp_path):
-    """manager(abstract=False) -> (what NOTIFY_SOCKET is to be, receive() -> the next message's lines as a dict): systemd's end. What is STATUS
-    alone, as it comes from time to time, is passed over, or is what receive(status=True) awaits."""
+    """manager(abstract=False) -> (NOTIFY_SOCKET, receive() -> the next message's lines as a dict); STATUS alone is for receive(status=True)."""
     sockets = []
-
     def make(abstract=False):
         made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         sockets.append(made)
         name = "ratrod-test-%d-%d" % (os.getpid(), len(sockets)) if abstract else str(tmp_path / ("notify%d" % len(sockets)))
         made.bind("\0" + name if abstract else name)
-
         def receive(timeout=PATIENCE, status=False):
             made.settimeout(timeout)
             while True:
@@ -54,9 +51,6 @@ TALKATIVE = sys.executable, "-c", "import sys, ratrod; ratrod.STATUS_INTERVAL = 
 
 def notifying(path):
     return {"env": {**os.environ, "NOTIFY_SOCKET": path}}
-
-
-# ---------------------------------------------------------------------------------------------------- systemd
 
 
 def test_systemd_hears_how_it_goes(manager, ratrod, keys, tcp_echo):
@@ -110,8 +104,7 @@ def test_of_several_workers_the_parent_speaks(manager, ratrod, keys, tcp_echo):
     assert heard()["RELOADING"] == "1"
     assert heard()["READY"] == "1"
     server.wait_for("Read again", 2)
-    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     server.process.send_signal(signal.SIGUSR1)
     server.wait_for("📊 Server on", 2)
@@ -134,9 +127,6 @@ def test_a_manager_that_is_not_there(ratrod, keys, caplog):
     assert {record.levelname for record in caplog.records} <= {"DEBUG"}
 
 
-# ---------------------------------------------------------------------------------------------------- unit files
-
-
 def unit(name):
     """The fenced block of the README under <!-- ci: NAME -->."""
     found = re.search(r"<!-- ci: %s -->\n```\w*\n(.*?)^```" % re.escape(name), (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
@@ -156,7 +146,6 @@ def test_the_unit_files_of_the_readme(block, name, tmp_path):
     program.chmod(0o755)
     command = re.search(r"^ExecStart=(\S+)", text, re.M).group(1)
     assert command.endswith("/ratrod")
-
     def verify(text):
         path = tmp_path / name
         path.write_text(text)
@@ -169,13 +158,9 @@ def test_the_unit_files_of_the_readme(block, name, tmp_path):
     assert "Restrat" in str(verify(text.replace(command, str(program)).replace("Restart=", "Restrat=")))
 
 
-# ---------------------------------------------------------------------------------------------------- --log-format
-
-
 def test_a_log_for_machines(serve, connect, keys, tcp_echo, tmp_path):
     server, port = serve("-v", "--log-format", "json")
-    client = connect(port, "-v", "--log-format=json", "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "-v", "--log-format=json", "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     client.wait_for("✅ .* closed: ")
     assert client.stop() == server.stop() == 0
@@ -209,14 +194,10 @@ def run_once(ratrod):
     return launch
 
 
-# ---------------------------------------------------------------------------------------------------- SIGHUP
-
-
 def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
     """A client comes as who it is now; where its file is damaged it stays who it was, and says so."""
     server, port = serve("-v")
-    client = connect(port, "-v", "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "-v", "0:%d" % tcp_echo.port).ready()
     (keys.client.path / "key").rename(tmp_path / "old key")
     (keys.client.path / "key").write_text("nonsense")
     client.process.send_signal(signal.SIGHUP)
@@ -246,10 +227,8 @@ def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
     client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "3600", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port,
                     "R:0:127.0.0.1:%d" % tcp_echo.port)
     bound = int(client.wait_for(r"listens on `localhost:(\d+)`").group(1))
-    server.process.kill()
-    server.wait()
+    server.kill()
     client.wait_for("Lost the server")
-
     def tries():
         return client.output.count("; trying again")
     # Each time at once, whatever the pause has grown to: the next would be of over an hour.
@@ -258,8 +237,6 @@ def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
         client.process.send_signal(signal.SIGHUP)
         eventually(lambda before=before: tries() > before, lambda: client.output)
     server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
-
-
     def is_back():
         client.process.send_signal(signal.SIGHUP)
         with contextlib.suppress(AssertionError, OSError):
@@ -271,22 +248,16 @@ def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
 
 def test_hup_during_a_drain_changes_nothing_about_it(serve, connect, target):
     server, port = serve("--drain", "60")
-    client = connect(port, "--drain", "60", "0:%d" % target(echo).port)
-    client.wait_for(READY)
+    client = connect(port, "--drain", "60", "0:%d" % target(echo).port).ready()
     connection = dial(tcp_port(client))
-    connection.sendall(b"1")
-    assert connection.recv(1) == b"1"
+    ping(connection, b"1")
     client.process.terminate()
     client.wait_for("Ending")
     client.process.send_signal(signal.SIGHUP)
     client.wait_for("Read again")
-    connection.sendall(b"2")
-    assert connection.recv(1) == b"2"
+    ping(connection, b"2")
     connection.close()
     assert client.wait() == 0
-
-
-# ---------------------------------------------------------------------------------------------------- connect --check
 
 
 LETS_IN = "The server `127.0.0.1:%d` lets this client in."

@@ -39,9 +39,6 @@ def proxy(forward):
     return launch
 
 
-# ---------------------------------------------------------------------------------------------------- curl
-
-
 class WebServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1000
 
@@ -165,9 +162,6 @@ def test_curl_through_a_proxy_on_a_unix_socket(forward, web):
         assert curl("--proxy", "socks5h://localhost%s/socks" % folder, "http://localhost:%d/page" % web) == fetched("localhost")
 
 
-# ---------------------------------------------------------------------------------------------------- PySocks, and a real resolver
-
-
 @pytest.fixture
 def dns(start):
     """The port of a real DNS server on loopback that knows test.example (192.0.2.7) and long.example (700 bytes of text)."""
@@ -201,7 +195,6 @@ def through(stack):
     """through(proxy's port, kind, user, password) -> a socket that PySocks takes through it."""
     if not pysocks:
         missing("PySocks (pip install PySocks)")
-
     def launch(port, kind=socket.SOCK_DGRAM, user=None, password=None):
         made = stack.enter_context(contextlib.closing(pysocks.socksocket(socket.AF_INET, kind)))
         made.set_proxy(pysocks.SOCKS5, "127.0.0.1", port, username=user, password=password)

@@ -22,7 +22,7 @@ from support import sockets
 from support.pressure import scaled
 from support.programs import PATIENCE, READY, ROOT, SCRIPT, need, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import ask, ask_over, assert_refused, check_half_close, dial, eventually, port_of, receive_all, receive_exactly, reset
+from support.sockets import ask, ask_over, assert_refused, check_half_close, dial, eventually, ping, port_of, receive_all, receive_exactly, reset
 from support.sshd import processes
 from support.targets import UnixTarget, echo
 
@@ -72,7 +72,6 @@ def over_ssh(start, ground):
 def bin_with(tmp_path):
     """bin_with(name=script...) -> a folder for PATH, with these and what every shell needs."""
     made = []
-
     def make(**scripts):
         folder = tmp_path / ("bin%d" % len(made))
         made.append(folder)
@@ -92,12 +91,8 @@ def python38():
     return found[0]
 
 
-# ---------------------------------------------------------------------------------------------------- it works
-
-
 def test_tcp(sshd, over_ssh, bin_with, tcp_echo, listener, ground):
-    """The far side's python3 is 3.8 with the standard library alone; this side's has no site-packages, and nobody has a key of ratrod's. In the other
-    tests it is the system's. It is not on the PATH there, and is named by its path."""
+    """The far side's python3 is 3.8 with the standard library alone, and not on the PATH; this side has no site-packages, and nobody a key."""
     far = sshd(programs=bin_with())
     away = far.path / "it's $HOME" / "python 3"
     away.parent.mkdir()
@@ -158,14 +153,12 @@ def test_stdio(sshd, ground, closed, tcp_echo):
 
 
 def test_refused_remotes(sshd, over_ssh, closed):
-    client = over_ssh(sshd(), "0:127.0.0.1:%d" % closed, "0:nobody.invalid:80")
-    client.wait_for(READY)
+    client = over_ssh(sshd(), "0:127.0.0.1:%d" % closed, "0:nobody.invalid:80").ready()
     for _ in range(3):  # each costs a link
         assert_refused(tcp_port(client))
     client.wait_for("cannot connect to the remote `127.0.0.1:%d`: Connection refused" % closed)
     assert_refused(tcp_port(client, 2))
     client.wait_for("cannot connect to the remote `nobody.invalid:80`: cannot resolve")
-
     def zombies():
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -181,8 +174,7 @@ def test_more_connections_than_links(sshd, over_ssh, target, ground):
     assert ratrod_module.DEFAULT_LIMITS.ssh_links == 16
     far = sshd()
     held = target(echo)
-    client = over_ssh(far, "0:127.0.0.1:%d" % held.port, program=scaled(ssh_links=9))
-    client.wait_for(READY)
+    client = over_ssh(far, "0:127.0.0.1:%d" % held.port, program=scaled(ssh_links=9)).ready()
     connections = [dial(tcp_port(client)) for _ in range(20)]
     for n, connection in enumerate(connections):
         connection.sendall(b"%03d" % n)
@@ -202,11 +194,9 @@ def test_two_clients_at_once(sshd, over_ssh, tcp_echo, ground):
     for client in clients:
         client.wait_for(READY)
     with dial(tcp_port(clients[1])) as connection:
-        connection.sendall(b"one")
-        assert receive_exactly(connection, 3) == b"one"
+        ping(connection, b"one")
         assert clients[0].stop() == 0
-        connection.sendall(b"two")
-        assert receive_exactly(connection, 3) == b"two"
+        ping(connection, b"two")
         folder, = ground.folders()
         assert stat.S_IMODE(os.stat(os.path.join(ground.path, folder)).st_mode) == 0o700
         assert ground.ssh() and far.far_processes()
@@ -246,8 +236,7 @@ def test_login_shells(start, ground, tmp_path):
 
 def test_a_login_shell_that_talks(sshd, over_ssh, tcp_echo):
     far = sshd("ForceCommand printf 'Welcome!\\nratrod 00\\n\\nratrod %05000d' 7; echo over there >&2; exec sh -c \"$SSH_ORIGINAL_COMMAND\"")
-    client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
 
 
@@ -294,17 +283,12 @@ for wrong in (dict(legacy=True), dict(proxy="http://x"), dict(key_path="x"), dic
     assert not ground.folders() and not ground.ssh()
 
 
-# ---------------------------------------------------------------------------------------------------- what it leaves behind
-
-
 def test_a_drain_lets_connections_go_on(sshd, over_ssh, tcp_echo, ground):
     # Ctrl-C reaches the whole group of processes at a terminal: the links' ssh must not take it for theirs.
     far = sshd()
-    client = over_ssh(far, "-v", "--drain", "30", "0:127.0.0.1:%d" % tcp_echo.port, start_new_session=True)
-    client.wait_for(READY)
+    client = over_ssh(far, "-v", "--drain", "30", "0:127.0.0.1:%d" % tcp_echo.port, start_new_session=True).ready()
     with dial(tcp_port(client)) as connection:
-        connection.sendall(b"a")
-        assert receive_exactly(connection, 1) == b"a"
+        ping(connection, b"a")
         os.killpg(client.process.pid, signal.SIGINT)
         client.wait_for("may go on for 30 s")
         eventually(lambda: len(ground.ssh()) <= 2, lambda: client.output)  # a shared connection and this link's are left
@@ -316,22 +300,16 @@ def test_a_drain_lets_connections_go_on(sshd, over_ssh, tcp_echo, ground):
 
 def test_a_client_that_is_killed(sshd, over_ssh, tcp_echo, ground):
     far = sshd()
-    client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port, command=far.command + " -o ControlPersist=1")
-    client.wait_for(READY)
+    client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port, command=far.command + " -o ControlPersist=1").ready()
     with dial(tcp_port(client)) as connection:
-        connection.sendall(b"a")
-        assert receive_exactly(connection, 1) == b"a"
+        ping(connection, b"a")
         client.stop(signal.SIGKILL)
     eventually(lambda: not ground.ssh(), lambda: ground.ssh())
     eventually(lambda: not far.far_processes(), "the far side has ended")
 
 
-# ---------------------------------------------------------------------------------------------------- sshd's moods
-
-
 def test_few_sessions_on_a_connection(sshd, over_ssh, tcp_echo):
-    client = over_ssh(sshd("MaxSessions 2"), "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = over_ssh(sshd("MaxSessions 2"), "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(5)]
         for connection in connections:
@@ -350,8 +328,7 @@ def test_no_session_at_all(sshd, over_ssh):
 def test_links_wait_where_no_further_connection_is_let_in(sshd, over_ssh, tcp_echo):
     # As with a password, which only the first connection may ask for.
     far = sshd("MaxSessions 2")
-    client = over_ssh(far, "-v", "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = over_ssh(far, "-v", "0:127.0.0.1:%d" % tcp_echo.port).ready()
     far.authorized.write_text("")
     with contextlib.ExitStack() as stack:
         first, *others = [stack.enter_context(dial(tcp_port(client))) for _ in range(4)]
@@ -369,11 +346,9 @@ def test_links_wait_where_no_further_connection_is_let_in(sshd, over_ssh, tcp_ec
 
 def test_sshd_goes_under_load_and_comes_back(sshd, over_ssh, tcp_echo):
     far = sshd()
-    client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with dial(tcp_port(client)) as connection:
-        connection.sendall(b"a")
-        assert receive_exactly(connection, 1) == b"a"
+        ping(connection, b"a")
         far.kill()
         with pytest.raises(ConnectionResetError):  # cut is cut, never a clean end
             receive_all(connection)
@@ -381,9 +356,6 @@ def test_sshd_goes_under_load_and_comes_back(sshd, over_ssh, tcp_echo):
     far.start()
     client.wait_for("Connected to server `ssh://far` again")
     ask(tcp_port(client))
-
-
-# ---------------------------------------------------------------------------------------------------- what goes wrong
 
 
 def fails(client, says, code=1):

@@ -17,18 +17,13 @@ from support.targets import echo
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
-# ---------------------------------------------------------------------------------------------------- SIGUSR1
-
-
 @pytest.fixture
 def table():
     """table(program) -> the lines of its next status table, without time and level; another signal's end says that it is whole."""
     if not hasattr(signal, "SIGUSR1"):
         pytest.skip("this system has no SIGUSR1")
-
     def ask_for(program):
         before = len(program.lines)
-
         def lines():
             return program.lines[before:]
         program.process.send_signal(signal.SIGUSR1)
@@ -81,13 +76,10 @@ def test_a_table_while_the_server_is_away(serve, ratrod, keys, tcp_echo, table):
     assert len(tunnels) == 4 and "tunnel (socks)" in tunnels[2]
     assert re.search(r"reverse tunnel on `localhost:\d+`: \d links wait, 0 are busy", tunnels[3])
     assert re.search(r"reverse tunnel on `localhost:\d+` for the client with key `%s`" % keys.client.public, "\n".join(table(server)))
-    server.process.kill()
-    server.wait()
+    server.kill()
     away = r"Client of `127.0.0.1:%d`, away for [\d.]+ m?s \(.*\); \d+ waiting" % port
     eventually(lambda: re.search(away, table(client)[0]), lambda: client.output)
 
-
-# ---------------------------------------------------------------------------------------------------- the status line
 
 # A client that draws its line five times a second in place of once.
 QUICK = """
@@ -130,11 +122,9 @@ class Terminal:
 
 @pytest.fixture
 def at_terminal(tmux, tmp_path, keys, serve):
-    """at_terminal(words of connect..., width, env, before) -> Terminal in which it runs, and then shows its exit code; `shell`: in a shell.
-    All of a test share a server."""
+    """at_terminal(words of connect..., width, env, before) -> Terminal in which it runs, and shows its exit code; they share a server."""
     servers, terminals = [], []
     (tmp_path / "quick_ratrod.py").write_text(QUICK)
-
     def launch(*words, width=240, env="", before=(), shell=False):
         servers[:] = servers or [serve()]
         server, port = servers[0]
@@ -208,7 +198,6 @@ def test_it_shows_what_goes_on_and_leaves_nothing(at_terminal, target, port, udp
     with dial(port) as connection:
         terminal.shows("^ratrod: .* 1 stream, ")
         seen = set()
-
         def both_ways():
             # Until it is seen: what passed is shown only once.
             connection.sendall(b"x" * 100_000)
@@ -238,7 +227,6 @@ def test_nothing_is_drawn_while_nothing_changes(at_terminal, target, port):
         terminal.shows("^ratrod: .* 1 stream, ")
         # Once more when the rates have become 0; the round trip is measured only as something is sent, every 20 s.
         sizes = []
-
         def quiet():
             sizes.append(terminal.raw.stat().st_size)
             return len(sizes) > 50 and sizes[-1] == sizes[-50]
@@ -247,7 +235,6 @@ def test_nothing_is_drawn_while_nothing_changes(at_terminal, target, port):
 
 def test_a_narrow_window_and_one_that_changes(at_terminal):
     terminal = at_terminal("0:127.0.0.1:9", width=30)
-
     def cut_to(width):
         """The line has one row of this window, and there is nothing else of it."""
         def fits():

@@ -1,10 +1,5 @@
-"""Connections that survive what networks do: another address, a path that drops everything, a machine that stands still.
-
-The client and the programs that use it are in a namespace, the server and its targets outside: ssh, curl, redis-cli, and plain sockets. Nothing
-may be lost or doubled. With the longest outages, and the pauses that the programs saw:
-
-    RATROD_LONG=1 pytest -n0 -rP --timeout=900 tests/peers/test_survival.py
-"""
+"""Connections that survive what networks do: another address, a path that drops everything, a machine that stands still; nothing is lost or doubled.
+The client and its programs are in a namespace, server and targets outside. RATROD_LONG=1 with -rP: the longest outages, and the pauses they made."""
 
 import contextlib
 import hashlib
@@ -22,7 +17,7 @@ from support.namespaces import drop_all
 from support.pressure import LONG, figure
 from support.programs import PATIENCE, RATROD, READY, STARTED, UDP_LISTENING, need, tcp_port
 from support.relays import Door
-from support.sockets import dial, eventually, free_port, port_of, receive_exactly
+from support.sockets import dial, eventually, free_port, ping, port_of, say
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -64,8 +59,7 @@ class Talk:
 def over_socket(sock):
     def question(n):
         word = b"word %9d" % n
-        sock.sendall(word)
-        assert receive_exactly(sock, len(word)) == word
+        ping(sock, word)
     return question
 
 
@@ -163,8 +157,7 @@ def site(namespace, start, keys, stack):
 def half_closed(site, listener, n):
     """A connection whose originator has ended its direction: the answer is still to come."""
     with site.dial(n) as originator, listener.accept()[0] as target:
-        originator.sendall(b"question")
-        originator.shutdown(socket.SHUT_WR)
+        say(originator, b"question")
         assert target.recv(100, socket.MSG_WAITALL) == b"question"
         yield originator
         target.sendall(b"answer")

@@ -1,8 +1,5 @@
-"""One authorized key that does harm: `attacker.py PORT KEY_FOLDER KIND LINKS [ARGUMENT]` makes so many links to 127.0.0.1:PORT, says on
-standard output that all are there, and goes on with what KINDS says until its parent is gone.
-
-The handshakes are the module's own, for speed: thousands of links in some seconds. Everything after them is done by hand.
-"""
+"""One authorized key that does harm: `attacker.py PORT KEY_FOLDER KIND LINKS [ARGUMENT]` makes so many links, says that all are there, and goes on
+with what KINDS says until its parent is gone. The handshakes are the module's own, for speed; everything after them is done by hand."""
 
 import collections
 import contextlib
@@ -23,7 +20,6 @@ AT_ONCE = 64  # records in one piece
 
 def raise_limit():
     import resource
-
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
@@ -95,9 +91,6 @@ class HostileLink:
             with contextlib.suppress(BlockingIOError):
                 del self.out[:self.sock.send(self.out)]
         return bool(self.out)
-
-
-# ---------------------------------------------------------------------------------------------------- what a link does
 
 
 def half_record(link):
@@ -198,7 +191,6 @@ def main(port, folder, kind, count, argument=""):
     raise_limit()
     keys = module.KeyFolder(folder).load()
     epoll, links, parent = select.epoll(), {}, os.getppid()
-
     def enter():
         link = HostileLink(int(port), keys, kind, argument, len(links))
         links[link.sock.fileno()] = link

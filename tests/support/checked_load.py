@@ -1,5 +1,4 @@
-"""Connections to an echo, one after another from several threads, each checked to its last byte: what neither a restart nor a dead machine may break.
-"""
+"""Connections to an echo, one after another from several threads, each checked to its last byte."""
 
 import os
 import random

@@ -1,8 +1,5 @@
-"""Two joined ends in one process, on a loop and a clock of the test's own: the ground for test_states.py and whole_ends.py.
-
-Between the two links of a Pair stands a relay that the test pumps and breaks; at the outer ends stand Apps, of which every byte is known. A World
-has an opener and an acceptor, all the pairs between them and the connections that they carry.
-"""
+"""Two joined ends in one process, on a loop and a clock of the test's own. Between the two links of a Pair stands a relay that the test pumps and
+breaks; at the outer ends stand Apps. A World has an opener and an acceptor, all pairs between them and the connections that they carry."""
 
 import contextlib
 import errno
@@ -331,9 +328,6 @@ def other_side(side):
     return REMOTE if side == ORIGINATOR else ORIGINATOR
 
 
-# ---------------------------------------------------------------------------------------------------- what the links carry, and their owners
-
-
 class Connection:
     """An originator's connection, and what became of it. `is_disturbed`: something has happened that may end it."""
 
@@ -433,8 +427,7 @@ class ClientEnd(Owner):
 
 
 class ServerEnd(Owner):
-    """Connects what it is asked for in the next round; where it `hesitates`, when the test says so. `leaves`: Close answers the next Open, or stands
-    in place of the next Over."""
+    """Connects what it is asked for in the next round, or where it `hesitates` when told. `leaves`: Close answers the next Open or Over."""
 
     def __init__(self, world):
         super().__init__(world, SERVER_KEYS)

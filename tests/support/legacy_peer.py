@@ -1,7 +1,5 @@
-"""The legacy wire a second time: blocking, on `cryptography` and sockets only, every step callable by itself and open to being done wrongly.
-
-It was written from the protocol's description and is proved against the original (test_rust.py): so it can judge ratrod.py, and must never import it.
-"""
+"""The legacy wire a second time, on `cryptography` and sockets only, every step callable by itself and open to being done wrongly.
+It was written from the protocol's description and is proved against the original (test_rust.py): it must never import ratrod."""
 
 import base64
 import os
@@ -31,9 +29,6 @@ class Refused(WireError):
     def __init__(self, error):
         super().__init__("%s: %s" % error)
         self.error = error
-
-
-# ---------------------------------------------------------------------------------------------------- messages
 
 
 class ClientPreamble(NamedTuple):
@@ -167,9 +162,6 @@ def frame(payload, key=None, flag=None, size=None):
     return bytes([flag]) + nonce + (len(payload) if size is None else size).to_bytes(8, "big") + payload
 
 
-# ---------------------------------------------------------------------------------------------------- keys
-
-
 class Identity:
     """An Ed25519 key pair, made or read from a key folder."""
 
@@ -188,9 +180,6 @@ def check_signature(public, signature, challenge):
         Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(public + "=")).verify(signature, challenge)
     except (ValueError, InvalidSignature) as error:
         raise WireError("the signature of %r is wrong: %r" % (public, error)) from error
-
-
-# ---------------------------------------------------------------------------------------------------- one end of a link
 
 
 class Peer:

@@ -46,10 +46,7 @@ class Outcome(NamedTuple):
 
 
 def run_lines(lines, typed="", preload="", prepare="", program=(PYTHON,), env=None, **options):
-    """[Outcome] of command lines (lists of words) that end by themselves, one after the other. Each reads `typed` from its stdin.
-
-    `preload` is Python that runs once, before the first line; `prepare` runs in each line's process and knows the line's `number`.
-    """
+    """[Outcome] of command lines that end by themselves. `preload` is Python that runs once, `prepare` in each line's process with its `number`."""
     order = {"lines": [[str(word) for word in line] for line in lines], "typed": typed, "preload": preload, "prepare": prepare,
              "patience": PATIENCE}
     env = dict(os.environ if env is None else env)

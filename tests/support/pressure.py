@@ -1,9 +1,8 @@
 """What the tests of limits and of descriptors share: strangers in great number, a remote that never answers, and what a program uses.
 
-Run as a program it is the strangers: `pressure.py PORT SILENT DRIPPING RATE [AGAIN [BEGUN [ADDRESS...]]]` opens that many connections to
-127.0.0.1:PORT, RATE a second, each from an address of its own, or from one of those that are given. The second kind sends a byte a second, the
-third a whole first message, and then no more; with AGAIN those that were closed come back, so many a second in all. It says on standard
-output when the first and when all have connected once and when all have been closed, and ends with the process that started it.
+`pressure.py PORT SILENT DRIPPING RATE [AGAIN [BEGUN [ADDRESS...]]]` opens so many connections, RATE a second, each from an address of its own or one
+of those given. The second kind sends a byte a second, the third a whole first message; with AGAIN those that were closed come back, so many a second.
+It says when the first and when all have connected once and when all have been closed, and ends with its parent.
 """
 
 import collections
@@ -25,15 +24,11 @@ DRIP = b"ratrod2\n\x01\x00" + bytes(256)
 OVERLOADED = b"\0\0"  # what a server says to those that it turns away
 
 
-# ---------------------------------------------------------------------------------------------------- what a program uses
-
-
 def memory(program, field="VmRSS"):
     """Resident bytes, of /proc/PID/status; VmHWM is the most that it ever was, or since memory_before()."""
     path = pathlib.Path("/proc/%d/status" % program.process.pid)
     if not path.exists():
         import pytest
-
         pytest.skip("no /proc on this system")
     return int(re.search(field + r":\s*(\d+) kB", path.read_text()).group(1)) << 10
 
@@ -64,9 +59,6 @@ def scaled(**limits):
                                   " sys.exit(ratrod.main())" % (str(ROOT), limits))
 
 
-# ---------------------------------------------------------------------------------------------------- a remote that never answers
-
-
 class BlackHole:
     """A port of 127.0.0.1 that neither takes nor refuses connections: nobody accepts, and its queue is full (Linux drops the SYN then)."""
 
@@ -91,9 +83,6 @@ class BlackHole:
     def close(self):
         for sock in self._sockets:
             sock.close()
-
-
-# ---------------------------------------------------------------------------------------------------- strangers
 
 
 def from_address(n):
@@ -191,7 +180,6 @@ def first_message():
     """What a client that begins says first."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support import ratrod2_peer
-
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ratrod2_peer.Client(ours, bytes(32)).send_client_preamble()
@@ -200,7 +188,6 @@ def first_message():
 
 def main(port, silent, dripping, rate, again=0, begun=0, *addresses):
     import resource
-
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     Crowd(port, silent, dripping, rate, again, begun, addresses).run()

@@ -1,7 +1,4 @@
-"""The real programs as subprocesses: ratrod from this checkout, and what their output says.
-
-Nothing here imports ratrod, so that a mistake in the module cannot hide in the tests' own set-up.
-"""
+"""The real programs as subprocesses, and what their output says. Nothing here imports ratrod: a mistake in it cannot hide in the tests."""
 
 import atexit
 import os
@@ -105,6 +102,16 @@ class Program:
             match = found()
         assert match, "no line %r%s in:\n%s" % (pattern, "" if count == 1 else " (%d times)" % count, self.output)
         return match
+
+    def ready(self):
+        """The client itself, once its test connection was made."""
+        self.wait_for(READY)
+        return self
+
+    def kill(self):
+        """As a crash: it can say and close nothing."""
+        self.process.kill()
+        return self.wait()
 
     def wait(self):
         """The exit code, once it has ended by itself and all its output is here."""

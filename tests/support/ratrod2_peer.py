@@ -1,11 +1,6 @@
-"""An independent `ratrod2` peer, client and server: blocking, on plain sockets, for tests.
-
-It was written from PROTOCOL.md, Part 2, alone, on the PyPI packages `noiseprotocol`, `cryptography` and PyNaCl. It
-never imports ratrod: a mistake that both of ratrod's own ends make alike shows here. Its second use is to misbehave:
-every step is a call of its own, and a test can replace what a step sends by something wrong.
-
-From the bottom up: encoding, identities, Handshake (bytes in, bytes out), suites and records, the two directions of a
-stream, Peer (one end of a link; Client and Server), Stream, handlers.
+"""An independent `ratrod2` peer, client and server: blocking, on plain sockets. It is written from PROTOCOL.md alone, on noiseprotocol, cryptography
+and PyNaCl, and never imports ratrod: a mistake that both of ratrod's own ends make alike shows here. Every step is a call of its own, and a test can
+replace what a step sends by something wrong.
 """
 
 import collections
@@ -78,8 +73,6 @@ class LinkClosed(LinkEnded):
 
 
 # ---------------------------------------------------------------------------------------------------- encoding
-
-
 def varint(n):
     """bincode 2's variable-length unsigned integer, big-endian."""
     if n <= 250:
@@ -258,8 +251,6 @@ def decode_datagrams(content):
 
 
 # ---------------------------------------------------------------------------------------------------- identity
-
-
 def convert(identity_public_key):
     """The X25519 form of an Ed25519 public key."""
     if len(identity_public_key) != 32:
@@ -294,10 +285,7 @@ def keypair(private):
 
 
 def odd_keypair(public_bytes, private=None):
-    """A key pair whose public bytes are not what the private key gives.
-
-    Without a private key they are meant to be a point of small order: all secrets are zero.
-    """
+    """A key pair whose public bytes are not what the private key gives; without one they are meant to be a point of small order."""
     honest = keypair(private) if private else KeyPair25519()
     return KeyPair25519(honest.private, honest.public, public_bytes)
 
@@ -317,8 +305,6 @@ SMALL_ORDER_IDENTITY = b"\x01" + bytes(31)
 
 
 # ---------------------------------------------------------------------------------------------------- handshake
-
-
 def _dh_of_an_attacker(private, public):
     """DH that goes on with a zero shared secret, so that only the other end's own check can stop it."""
     if private is None:
@@ -384,8 +370,6 @@ class Handshake:
 
 
 # ---------------------------------------------------------------------------------------------------- records
-
-
 class _Aegis128L:
     """libsodium's AEGIS-128L with the methods of `cryptography`'s ciphers."""
 
@@ -434,10 +418,7 @@ class RecordWriter:
         self._cipher = suite.cipher(key)
 
     def seal(self, record_type, content=b"", number=None, length=None):
-        """The record as it goes over the wire.
-
-        A `number` changes the order, and counts nothing; `length` replaces the true length, in the header and the AAD.
-        """
+        """A record for the wire. A `number` changes the order, and counts nothing; `length` replaces the true one, in the header and the AAD."""
         plaintext = bytes([record_type]) + content
         header = struct.pack(">I", len(plaintext) + self.suite.tag_length if length is None else length)
         if number is None:
@@ -531,8 +512,6 @@ class Recorder:
 
 
 # ---------------------------------------------------------------------------------------------------- positions
-
-
 class Outgoing:
     """The direction of a stream that this end sends. A position counts bytes of Data, and one more for End."""
 
@@ -601,7 +580,6 @@ class Incoming:
 
 
 # ---------------------------------------------------------------------------------------------------- one end of a link
-
 # The table of PROTOCOL.md, as (state, record) -> the next state. Where both ends have the same states: Both (Data may
 # pass either way), Sent (this end has sent End), Got (it has got End), Done (both).
 _BUSY = ("Both", "Sent", "Got", "Done")
@@ -634,15 +612,11 @@ _END_GOT = {"Both": "Got", "Sent": "Done"}
 
 
 class Peer:
-    """One end of a link. `opener` says who begins streams: the client, but for a Listen link.
+    """One end of a link. `opener` begins streams: the client, but for a Listen link. `stream` is what the link carries, or carried last; `streams`
+    (number -> Stream, or None once given up) may be shared by the links of an acceptor; `abandoned` are numbers that this link was told to give up.
 
-    `instance` is the server's, at both ends. `stream` is the stream that the link carries, or carried last. `streams`
-    (number -> Stream, or None once the opener has given it up) may be shared by the links of an acceptor: accept()
-    attaches a stream that stands in it. `abandoned` lists the numbers that this link was told to give up.
-
-    Misbehaviour, for both ends: `static` and `ephemeral` (32 private bytes or a key pair) and `claimed` (the identity
-    in message 2 or 3) replace what the seed gives; `attacker` goes on with zero shared secrets; `suites` is the offer,
-    best first. send() and send_record() check nothing and change no state.
+    Misbehaviour: `static`, `ephemeral` and `claimed` replace what the seed gives; `attacker` goes on with zero shared secrets; `suites` is the offer.
+    send() and send_record() check nothing and change no state.
     """
 
     initiator = False
@@ -760,7 +734,6 @@ class Peer:
     def keeping_alive(self, interval=20.0):
         """Sends Keepalive from a thread while the block runs."""
         done = threading.Event()
-
         def run():
             with contextlib.suppress(OSError):
                 while not done.wait(interval):
@@ -795,10 +768,7 @@ class Peer:
         return _END_GOT.get(state, state) if self.stream.incoming.is_done else state
 
     def read_record(self, acks=False):
-        """The next record but Keepalive (and Ack, which is noted, unless `acks` asks for it).
-
-        A record that the state does not allow is a ProtocolError, Error a PeerError, Close LinkClosed.
-        """
+        """The next record but Keepalive (and Ack, which is noted, unless `acks`); PeerError for Error, LinkClosed for Close."""
         while True:
             record = self.read_any_record()
             if record.type == KEEPALIVE:
@@ -849,10 +819,7 @@ class Peer:
             self.streams[self.abandoned[-1]] = None
 
     def accept(self):
-        """The next stream that the other end opens, or attaches; None after its FIN.
-
-        A stream that was given up, or that is not new though nobody here knows it, is refused: PeerError.
-        """
+        """The next stream that the other end opens, or attaches; None after its FIN. One that cannot be is refused: PeerError."""
         try:
             opening = self.read_open()
         except LinkBroken:
@@ -914,8 +881,7 @@ class Peer:
         self.write(SESSION_OVER, encode_session_over(number, code, text))
 
     def read_udp(self):
-        """What came next on a UDP link but Opened: (DATAGRAMS, pairs), (SESSION, (number, target, outer)),
-        (SESSION_ADDRESS, (number, address)) or (SESSION_OVER, (number, code, text))."""
+        """What came next on a UDP link but Opened: (DATAGRAMS, pairs), or the type and the fields of what is about a session."""
         while True:
             record = self.read_record()
             if record.type != OPENED:
@@ -934,10 +900,7 @@ class ServerPreamble(NamedTuple):
 
 
 class Client(Peer):
-    """The client of a link. `server` (32 bytes), where given, is the only identity that it takes.
-
-    handshake() is made of steps that can be called alone.
-    """
+    """The client of a link; handshake() is made of steps. `server` (32 bytes), where given, is the only identity that it takes."""
 
     initiator = True
 
@@ -1005,10 +968,7 @@ class Client(Peer):
 
 
 class Server(Peer):
-    """The server of a link. `authorized`: the clients' identities, or None for anybody.
-
-    handshake() is made of steps that can be called alone.
-    """
+    """The server of a link; handshake() is made of steps. `authorized`: the clients' identities, or None for anybody."""
 
     def __init__(self, sock, seed, authorized=None, version="peer", instance=INSTANCE, **options):
         super().__init__(sock, seed, **options)
@@ -1067,10 +1027,7 @@ class Server(Peer):
         return self.send_record(HANDSHAKE_COMPLETION, encode_str(self.version if version is None else version))
 
     def serve_streams(self, handler):
-        """Each stream to handler(stream), one after the other, until the client's FIN.
-
-        What a handler left of a TCP stream is passed over.
-        """
+        """Each stream to handler(stream), until the client's FIN. What a handler left of a TCP stream is passed over."""
         while True:
             stream = self.accept()
             if stream is None:
@@ -1082,13 +1039,8 @@ class Server(Peer):
 
 
 # ---------------------------------------------------------------------------------------------------- streams
-
-
 class Stream:
-    """One stream, for its opener or its acceptor; `link` carries it now. One thread may send while another receives.
-
-    Only chunks(), over() and what stands on them (receive_all(), finish(), the handlers) send Acks: those that are due.
-    """
+    """One stream, for its opener or its acceptor, which `link` carries now. Only chunks(), over() and what stands on them send due Acks."""
 
     def __init__(self, opening):
         self.kind = opening.kind
@@ -1124,10 +1076,7 @@ class Stream:
     # An opener's.
 
     def attach(self, link, **wrong):
-        """Sends Open on `link`: for a new stream, or to go on there. `wrong` replaces what Open should say.
-
-        After Opened comes resend(), which begins at `at`.
-        """
+        """Sends Open on `link`, with what is `wrong` in place of what it should say. After Opened comes resend(), which begins at `at`."""
         self.attempt += 1
         fields = {"target": self.target, "attempt": self.attempt, "at": self.acknowledged, "taken": self.taken, **wrong}
         self.move(link, fields["at"], fields["taken"])
@@ -1237,10 +1186,7 @@ class Stream:
         self.link.fail(code, text)
 
     def chunks(self):
-        """Each Data up to End. What the caller has worked through is acknowledged, whenever 32 KiB are.
-
-        The Acks have a thread of their own: the other end may send nothing on, and read nothing, before this one reads.
-        """
+        """Each Data up to End, acknowledged whenever 32 KiB are, by a thread of their own: the other end may read nothing before this one reads."""
         acks, self._acker = queue.Queue(), None
         try:
             while not self.incoming.is_done and not self.is_over:
@@ -1292,8 +1238,6 @@ class Stream:
 
 
 # ---------------------------------------------------------------------------------------------------- handlers
-
-
 def echo(stream):
     """Handler: sends everything back. It can go on with a stream that was attached to another link."""
     stream.opened()
@@ -1305,10 +1249,7 @@ def echo(stream):
 
 
 def serve_udp(stream, answer=lambda target, data: data, address="192.0.2.1:53"):
-    """Handler of a UDP link, until its end: answer(target, data) gives the datagram that goes back, or None.
-
-    By default it echoes. A session whose target is a name hears that `address` answers.
-    """
+    """Handler of a UDP link, until its end: answer(target, data) gives the datagram that goes back, or None. `address` answers for a name."""
     link, sessions, unnamed = stream.link, {}, set()
     link.send_record(OPENED, encode_opened("", None))
     with contextlib.suppress(LinkEnded):

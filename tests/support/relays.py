@@ -9,10 +9,7 @@ from support.sockets import reset
 
 
 class Door:
-    """The address that a client knows as its server's. It passes connections on to the port `to`; shut (None), it resets them.
-
-    `tries`: when each connection came. `header`: what goes before each, as a proxy's word. cut_all() resets all.
-    """
+    """The address that a client knows as its server's, which passes on to the port `to`, `header` first; shut (None), it resets. `tries`: when."""
 
     def __init__(self, target, to=None, header=b""):
         self.to, self.tries, self.header = to, [], header

@@ -41,8 +41,7 @@ def port_of(sock):
 
 
 def free_port(n=1):
-    """The first of `n` ports in a row that are free for TCP and UDP: for what cannot say which one it got for port 0, and for where nobody
-    is to be. None of those that the system gives out by itself, 32768 and up: one of these soon belongs to another worker's test."""
+    """The first of `n` ports in a row that are free for TCP and UDP; none of those that the system gives out by itself, which others' tests get."""
     for _ in range(1000):
         first = random.SystemRandom().randrange(10000, 32000)  # hypothesis seeds the common one
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -69,11 +68,16 @@ def dial_with(data, client, port):
     return connection
 
 
+def say(connection, data):
+    """All that this side has to say, and its end."""
+    connection.sendall(data)
+    connection.shutdown(socket.SHUT_WR)
+
+
 def ask_over(connection, question=b"anybody there?"):
     """A whole exchange with an echo: question, end, answer, end."""
     with connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, question)
         assert receive_all(connection) == question
 
 
@@ -102,8 +106,7 @@ def assert_refused(port):
 
 def check_half_close(ended, other):
     """`ended` ends its direction. It still receives, for as long as the other side of the connection has something to say."""
-    ended.sendall(b"that is all")
-    ended.shutdown(socket.SHUT_WR)
+    say(ended, b"that is all")
     assert receive_all(other) == b"that is all"
     for size in (1, 1000, 50000):
         block = os.urandom(size)
@@ -117,18 +120,15 @@ def check_bulk_each_way(ends, blocks=24):
     """So many MB in each direction of a connection, at the same time; both arrive whole, and end."""
     # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
     block = os.urandom((1 << 20) - 3)
-
     def send(connection):
         for _ in range(blocks):
             connection.sendall(block)
         connection.shutdown(socket.SHUT_WR)
-
     def receive(connection):
         digest = hashlib.sha256()
         for chunk in iter(lambda: connection.recv(1 << 20), b""):
             digest.update(chunk)
         return digest.hexdigest()
-
     whole = hashlib.sha256()
     for _ in range(blocks):
         whole.update(block)
@@ -175,10 +175,7 @@ def refused(port):
 
 
 def outcome_of(port, question=b"anybody there?"):
-    """What comes of a new connection to an echo: "answered", "end" (a clean one), "reset" or what else the kernel says.
-
-    A connection that is refused may be reset before create_connection has returned, or while the question is sent: each is the same outcome.
-    """
+    """What comes of a new connection to an echo, whenever: "answered", "end" (a clean one), "reset" or what else the kernel says."""
     try:
         with dial(port) as connection:
             connection.sendall(question)

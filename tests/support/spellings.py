@@ -67,8 +67,6 @@ NOWHERE = ("0.0.0.0", "0.0.0.0.", "[::]", "[0:0::0]", "[::0.0.0.0]", "[::ffff:0.
 ODD = NEVER + LOOPBACK + NAMES + ELSEWHERE + UNRESOLVED + NOWHERE
 
 
-# ---------------------------------------------------------------------------------------------------- what no terminal is to get
-
 FORBIDDEN = [chr(code) for code in (*range(0x20), 0x7f, *range(0x80, 0xa0), *range(0x202a, 0x202f), *range(0x2060, 0x2070))]
 FORBIDDEN += "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028\u2029\ufeff\U000e0041"
 HOSTILE = "marker-before" + "".join(FORBIDDEN) + "\x1b]0;evil\x07\x1b[2J\x1b[1;31m" + "A" * 300

@@ -1,8 +1,5 @@
-"""Streams whose both ends a test holds: who sends, who reads, whether every byte arrives in its place, and how and when each end is over.
-
-One thread drives all ends of a test. That is what makes the verdict exact: the kernel tells of a reset once, to whoever comes first, and
-shows an end of file to the next; here nobody else comes.
-"""
+"""Streams whose both ends a test holds: whether every byte arrives in its place, and how and when each end is over.
+One thread drives them all: the kernel tells of a reset once, to whoever comes first."""
 
 import contextlib
 import os
@@ -30,8 +27,7 @@ def noise(position, n):
 
 
 class End:
-    """One end of a stream. A test says how many bytes it may send and read in all (`may_send`, `may_read`), and whether it then ends its
-    direction (`finishes`). `over` is how this socket's life ended, and when: END (a clean end of file), RESET, or what else the kernel says."""
+    """One end of a stream: how many bytes it `may_send` and `may_read`, whether it then ends its direction, and how its life is `over`."""
 
     def __init__(self, sock, name):
         sock.setblocking(False)
@@ -143,8 +139,7 @@ class Traffic:
         self._thread.start()
 
     def stream(self, dial, listener, name=""):
-        """A new Stream: dial() is its originator's socket, `listener` takes what arrives at its target. One at a time: they are matched by
-        their order."""
+        """A new Stream from the socket dial() to what `listener` takes. One at a time: they are matched by their order."""
         originator = dial()
         listener.settimeout(PATIENCE)
         target, _ = listener.accept()

@@ -1,8 +1,5 @@
 """A whole Client and a whole Server in one process, on the loop and the clock of joined.py, and between them links that a test pumps and cuts.
-
-Only what would take threads is replaced: the client's links are made here, their handshake done. Programs at the outer ends are plain sockets on
-loopback, of which every byte and datagram is known.
-"""
+Only what would take threads is replaced: the client's links are made here. At the outer ends are plain sockets, of which every byte is known."""
 
 import collections
 import contextlib
@@ -108,9 +105,6 @@ class Ends:
                 assert link.backlog <= ratrod.MAX_CONTENT + 64 * 1024
 
 
-# ---------------------------------------------------------------------------------------------------- datagrams
-
-
 class Originator:
     """A program that asks by UDP: which of its datagrams were sent, and which were answered."""
 
@@ -158,9 +152,6 @@ class Oracle:
         for _ in range(min(n, len(self._questions))):
             data, origin = self._questions.popleft()
             self.socket.sendto(b"answer " + data, origin)
-
-
-# ---------------------------------------------------------------------------------------------------- connections back
 
 
 END, RESET = "end", "reset"
@@ -217,8 +208,7 @@ class App:
 
 
 class Back:
-    """What comes back through a reverse tunnel: originators connect to the server's listener, `targets` are accepted at the client's remote. Which
-    belongs to which shows by the originator's address, which goes before everything else."""
+    """What comes back through a reverse tunnel. Which of the target's connections is whose shows by the number that goes before everything else."""
 
     def __init__(self):
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=100)

@@ -1,12 +1,11 @@
-"""Where words come from besides the command line: files of arguments (@file), and RATROD_* in the environment. What they mean is in
-tests/unit/test_usage.py; here the real program reads them."""
+"""Files of arguments (@file), and RATROD_* in the environment, as the real program reads them; what they mean is in unit/test_usage.py."""
 
 import re
 
 import pytest
 
 from support.many_lines import run_lines
-from support.programs import RATROD, READY, tcp_port
+from support.programs import RATROD, tcp_port
 from support.sockets import ask
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -25,8 +24,7 @@ def test_a_tunnel_whose_words_stand_in_files(start, serve, keys, tcp_echo, tmp_p
     keys.client.path.rename(spaced)
     (tmp_path / "common").write_bytes(("\ufeff# who we are\n-k '%s' --udp-timeout=5   # and so on\r\n\r\n" % spaced).encode())
     (tmp_path / "home.conf").write_text("@common connect\n127.0.0.1:%d\n" % port)
-    client = start(*RATROD, "@home.conf", "0:%d" % tcp_echo.port, cwd=tmp_path)
-    client.wait_for(READY)
+    client = start(*RATROD, "@home.conf", "0:%d" % tcp_echo.port, cwd=tmp_path).ready()
     ask(tcp_port(client))
 
 

@@ -1,8 +1,5 @@
-"""Peers that break the protocol, on purpose or by nature: each gives one clear line at the right side, and disturbs nothing else.
-
-The peer is legacy_peer.py, over real sockets, against the real program as server or as client. Which bytes are wrong is shown in memory by
-tests/unit/test_core_legacy.py; the tables here have a row for each way in which a program can meet them.
-"""
+"""Peers that break the legacy protocol: each gives one clear line at the right side, and disturbs nothing else.
+Which bytes are wrong is shown in memory by unit/test_core_legacy.py; here is a row for each way in which a program can meet them."""
 
 import contextlib
 import queue
@@ -20,7 +17,7 @@ from support.legacy_peer import INVALID_HOST, INVALID_KEY, LIMIT, REMOTE_FAILED,
 from support.many_lines import run_each
 from support.programs import LISTENING, PATIENCE, READY
 from support.rows import row
-from support.sockets import dial, eventually, is_ready, receive_all, receive_exactly, reset
+from support.sockets import dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 plain_and_encrypted = pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "encrypted"])
@@ -70,9 +67,6 @@ def leave(peer):
     return peer.drain()
 
 
-# ---------------------------------------------------------------------------------------------------- against our server
-
-
 class Served:
     """Our running server, and peers for it that hold the client's keys."""
 
@@ -109,8 +103,7 @@ class Served:
         assert peer.expect_data(len(payload)) == payload
 
     def check(self, guilty, most=None):
-        """The server lives and serves; it has one complaint about each of the guilty {name: socket}, and none, or at most so many, in all about
-        others; the regex never went over the wire."""
+        """The server lives and serves, has one complaint about each of the guilty and at most so many others, and never told the regex."""
         self.honest()
         for sock in guilty.values():
             self.program.wait_for(of(sock))
@@ -239,9 +232,6 @@ def test_instead_of_authentication(served, target):
     assert forbidden.accepted == 0
 
 
-# ---------------------------------------------------------------------------------------------------- policy
-
-
 def refusal(server, remote, identity=None, **options):
     """What a client learns that asks for `remote`: the Error in place of HandshakeCompletion."""
     peer = server.client(remote, identity, **options)
@@ -287,9 +277,6 @@ def test_policy_is_nothing_for_strangers(served, target):
     server.check({}, most=4 * len(remotes))
 
 
-# ---------------------------------------------------------------------------------------------------- unusual, and right
-
-
 def test_data_after_an_empty_remote_goes_nowhere(served, tcp_echo):
     server = served()
     peer = server.client("").handshake()
@@ -298,9 +285,6 @@ def test_data_after_an_empty_remote_goes_nowhere(served, tcp_echo):
     assert peer.drain() == b""
     assert tcp_echo.accepted == 0
     server.honest()
-
-
-# ---------------------------------------------------------------------------------------------------- bad data, at both ends
 
 
 class Bad(NamedTuple):
@@ -351,11 +335,9 @@ def send_bad(peer, bad):
 @plain_and_encrypted
 def test_bad_data_from_the_client(served, target, encrypt):
     endings = queue.Queue()
-
     def remote(connection):
         connection.sendall(receive_exactly(connection, 4))
         endings.put(ending(connection))
-
     server = served()
     address = "127.0.0.1:%d" % target(remote).port
     other = server.honest(encrypt)
@@ -404,7 +386,6 @@ def test_links_that_end_alone(served, target, udp_echo):
 def against(target, connect, keys):
     """against(play, flags...) -> our client, connected to a server that does play(peer) for every connection."""
     identity = legacy_peer.Identity.load(keys.server.path)
-
     def launch(play, *flags):
         return connect(target(lambda connection: play(legacy_peer.Server(connection, identity, PATIENCE))).port, "--legacy", *flags, "0:" + NOWHERE)
     return launch
@@ -419,7 +400,6 @@ def running(client):
 @plain_and_encrypted
 def test_bad_data_from_the_server(against, encrypt):
     todo = []
-
     def play(peer):
         peer.handshake()
         # The connection that tests brings nothing; the first that brings something meets the bad data, later ones an honest echo.
@@ -434,7 +414,6 @@ def test_bad_data_from_the_server(against, encrypt):
             if bad:
                 send_bad(peer, bad)
                 return peer.drain()
-
     client = against(play, *(["-e"] if encrypt else []))
     port = running(client)
     errors = {"no route to host": "no route to host", ESCAPES: "title", LONG: "A" * 100, "": ""}
@@ -447,17 +426,13 @@ def test_bad_data_from_the_server(against, encrypt):
                 assert bad in errors or receive_exactly(local, 4) == b"ping"
                 assert ending(local) == (b"", "reset")
             with dial(port) as local:
-                local.sendall(b"alive")
-                assert receive_exactly(local, 5) == b"alive"
+                ping(local, b"alive")
             expected += 1
             eventually(lambda expected=expected: len(complaints(client.lines)) >= expected, lambda: client.output)
             assert errors.get(bad, "") in complaints(client.lines)[-1]
     client.stop()
     assert_harmless(client.lines)
     assert len(complaints(client.lines)) == expected, client.output
-
-
-# ---------------------------------------------------------------------------------------------------- against our client
 
 
 OWN_WORDS = "words of the server"
@@ -546,7 +521,6 @@ DEADLINES = {
                                             (DEADLINES, ["--handshake-timeout=0.3"])], ids=["preamble", "completion", "deadline"])
 def test_servers_that_are_wrong(target, keys, servers, flags):
     identity, rest = legacy_peer.Identity.load(keys.server.path), []
-
     def launch(play):
         def handle(connection):
             peer = legacy_peer.Server(connection, identity, PATIENCE)
@@ -554,7 +528,6 @@ def test_servers_that_are_wrong(target, keys, servers, flags):
                 play(peer)
                 rest.append(peer.drain())
         return target(handle).port
-
     # With a tunnel, and where the connection is only tested.
     tunnels = [["0:" + NOWHERE], []] if servers is DEADLINES else [["0:" + NOWHERE]]
     lines = [(name, ["-k", keys.client.path, "connect", "--legacy", *flags, "127.0.0.1:%d" % launch(play), *words])
@@ -583,13 +556,9 @@ def test_data_and_the_end_may_follow_completion_at_once(against, encrypt):
         peer.send_raw(frame(encode(HandshakeCompletion())) + frame(encode(Data(b"220 ")), peer.key) + frame(encode(Data(b"ready")), peer.key))
         peer.end()
         peer.drain()
-
     client = against(play, *(["-e"] if encrypt else []))
     with dial(running(client)) as local:
         assert ending(local) == (b"220 ready", "end")
-
-
-# ---------------------------------------------------------------------------------------------------- another server, keys that do not fit
 
 
 GREETINGS = {
@@ -605,7 +574,6 @@ def test_a_port_where_something_else_answers(target, keys):
             connection.sendall(greeting)
             receive_all(connection)
         return target(handle).port
-
     outcomes = run_each(["-k", keys.client.path, "connect", "127.0.0.1:%d" % greets(greeting), "0:127.0.0.1:1"] for greeting in GREETINGS)
     for (greeting, says), (code, text) in zip(GREETINGS.items(), outcomes):
         assert code == 1 and re.search("❌ Test connection failed: .*ratrod2; .*" + says, text), (greeting, text)

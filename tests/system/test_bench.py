@@ -1,7 +1,4 @@
-"""bench.py runs, whole and with either load generator, and its JSON has the shape that others may rely on. What it measures is not judged.
-
-RATROD_LONG=1 takes every measure of ratrod with each generator; here each measure is taken with one of them.
-"""
+"""bench.py runs with either load generator, and its JSON has its shape; what it measures is not judged. RATROD_LONG=1 takes all with each."""
 
 import json
 import subprocess

@@ -1,8 +1,5 @@
-"""The command line as a user meets it: help, errors, exit codes, keys, log lines, signals.
-
-It runs the real program, because what is promised is what arrives on a terminal: text, stream and exit code. Command lines that end by
-themselves share a process (run_lines). What words mean, and what is wrong with a key folder, is in tests/unit (test_usage, test_key_folder).
-"""
+"""The command line as a user meets it: text, stream and exit code. Lines that end by themselves share a process (run_lines).
+What words mean, and what is wrong with a key folder, is in tests/unit (test_usage, test_key_folder)."""
 
 import base64
 import contextlib
@@ -24,8 +21,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from support.keys import base64url, make_keys
 from support.many_lines import run_lines
 from support.old_docopt import old_docopt
-from support.programs import LEGACY, LISTENING, PATIENCE, PYTHON, RATROD, READY, ROOT, STARTED, every_mode, need
-from support.sockets import port_of, receive_all, receive_exactly
+from support.programs import LEGACY, LISTENING, PATIENCE, PYTHON, RATROD, ROOT, STARTED, every_mode, need
+from support.sockets import ping, port_of, receive_all, say
 
 # A log line: UTC with microseconds, the level, the text.
 LOG_LINE = re.compile(r"^(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6})Z +(DEBUG|INFO|WARN|ERROR) +(\S.*)$")
@@ -42,7 +39,6 @@ def environment(tmp_path):
     """environment(NAME=value...) -> dict: this process's, with a home of its own and nothing that changes how a program prints."""
     home = tmp_path / "home"
     home.mkdir()
-
     def make(**changes):
         made = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR") and not name.startswith("PYTHON")}
         made.update({"HOME": str(home), "USERPROFILE": str(home), "TERM": "xterm-256color"})
@@ -97,8 +93,6 @@ def check_key_files(folder):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     return base64url(public)
 
-
-# ---------------------------------------------------------------------------------------------------- help, version, wrong words
 
 HELP = {"-h": None, "--help": None, "help": None, "help serve": "BIND", "serve -h": "BIND", "serve --help": "BIND", "-v serve -h": "BIND",
         "help connect": "TUNNEL", "connect --help": "TUNNEL", "keygen -h": "KEY_PATH", "demo --help": "demo", "help help": "COMMAND"}
@@ -208,9 +202,6 @@ def test_without_pynacl(run_all, keys, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- failures at run time
-
-
 @contextlib.contextmanager
 def held(kind):
     """A port of 127.0.0.1 that somebody else holds."""
@@ -258,9 +249,6 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (free + number,) * 2)
     for _, done in run_all(["connect %s 0:host:80" % NOBODY] * 8, env={"RATROD_KEY_PATH": keys.client.path}, prepare=prepare,
                            preload="import gc, ipaddress, mmap, encodings.idna, docopt, nacl.bindings, nacl.exceptions"):
         assert done.code in (1, 2) and "ERROR" in done.err, done
-
-
-# ---------------------------------------------------------------------------------------------------- first run and key files
 
 
 def test_first_run_declined(run_all, tmp_path):
@@ -356,9 +344,6 @@ def test_keys_that_cannot_be_read(run_all, tmp_path):
     assert {path.name for path in closed.path.iterdir()} == FILES
 
 
-# ---------------------------------------------------------------------------------------------------- log lines
-
-
 def ordered(lines, texts):
     """Asserts that each text is in a line of its own, in this order."""
     rest = iter(lines)
@@ -384,15 +369,13 @@ def test_connect_without_a_tunnel_only_tests(serve, run, keys):
 @every_mode
 def test_log_lines_are_the_originals_and_tell_no_secret(serve, connect, keys, target, mode):
     payload, answer = b"up-payload-" * 1111, b"down-payload-" * 2222
-
     def reply(connection):
         assert receive_all(connection) == payload
         connection.sendall(answer)
     made = target(reply)
     server, server_port = serve(*mode.serve, "-v")
     assert server.wait_for(r"INFO +🚀 Starting server on `127\.0\.0\.1:\d+` \.\.\.$")
-    client = connect(server_port, *mode.connect, "-v", "0:localhost:%d" % made.port)
-    client.wait_for(READY)
+    client = connect(server_port, *mode.connect, "-v", "0:localhost:%d" % made.port).ready()
     where = "127.0.0.1:%d" % server_port
     ordered(client.lines, [
         "INFO ⏳ Testing server connection ...",
@@ -412,8 +395,7 @@ def test_log_lines_are_the_originals_and_tell_no_secret(serve, connect, keys, ta
         assert client.lines.index(line.string) > tested
     with socket.create_connection(("127.0.0.1", int(client.wait_for(LISTENING).group(1))), PATIENCE) as connection:
         originator = "127.0.0.1:%d" % port_of(connection)
-        connection.sendall(payload)
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, payload)
         assert receive_all(connection) == answer
     up, down = len(payload), len(answer)
     for program in (client, server):
@@ -486,9 +468,6 @@ def test_closed_streams(run, tmp_path, closed, words, code):
     assert (tmp_path / "new").exists() == (words == ["keygen"])
 
 
-# ---------------------------------------------------------------------------------------------------- signals
-
-
 def test_interrupted_while_connecting(ratrod, keys):
     with held(socket.SOCK_STREAM) as port:
         client = ratrod("-k", keys.client.path, "connect", *LEGACY.connect, "127.0.0.1:%d" % port)
@@ -513,8 +492,7 @@ def test_signals_end_it_with_connections_open(tcp_echo, tunnel, connect):
     # A client, and its server goes on; then a server, and its other client goes on.
     for program, port, other in ((made.client, made.port, made.server), (made.server, second_port, second)):
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
-            connection.sendall(b"before")
-            assert receive_exactly(connection, 6) == b"before"
+            ping(connection, b"before")
             interrupt(program, drains=program is made.server)
             with contextlib.suppress(ConnectionError):
                 assert connection.recv(1) == b""
@@ -525,9 +503,6 @@ def test_signals_end_it_with_connections_open(tcp_echo, tunnel, connect):
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", port))
-
-
-# ---------------------------------------------------------------------------------------------------- demo
 
 
 def demo_environment(environment, tmp_path):

@@ -1,10 +1,5 @@
-"""Paths and programs that fall silent without a word: packets that are dropped, and processes that are stopped.
-
-The path is a namespace's own loopback: client, server, originators and targets are all inside, and nftables drops what arrives for the
-link's port. Here the times are about a twentieth of PROTOCOL.md's. Whole, with the real times, about 6 minutes:
-
-    RATROD_LONG=1 pytest -n0 -s --timeout=1200 tests/system/test_dead_paths.py
-"""
+"""Paths and programs that fall silent without a word: packets that nftables drops inside a namespace, and processes that are stopped.
+The times are about a twentieth of PROTOCOL.md's; with the real ones, 6 minutes: RATROD_LONG=1 and --timeout=1200."""
 
 import concurrent.futures
 import contextlib
@@ -41,15 +36,11 @@ NOTICED_WITHIN = 60 if LONG else 6
 LISTENS_BACK = r"listens on `[^`]*:(\d+)`"
 
 
-# ---------------------------------------------------------------------------------------------------- a silent path
-
-
 @contextlib.contextmanager
 def silence(namespace, port):
-    """Within this block no TCP packet from or to `port` arrives anywhere in the namespace, and nobody is told. Gives the time it begins.
+    """Within this block no TCP packet from or to `port` arrives in the namespace, and nobody is told. Gives the time it begins.
 
-    The rules stand where packets arrive. At the output hook they would not be silent: the sender's own kernel is told (EPERM), counts
-    nothing as in flight and takes it for a shut window (TCP_INFO after 4 s: unacked 0, probes 4; here: unacked 1, retransmits 4).
+    The rules stand where packets arrive: at the output hook the sender's own kernel is told (EPERM), and takes it for a shut window.
     """
     nft = [*namespace.command, need("nft")]
     table = "inet silence%d" % port
@@ -96,9 +87,6 @@ def site(namespace, start, keys):
 def tcp_sockets(program, state):
     """(local port, remote port) of all TCP sockets in the program's namespace that are in this state."""
     return {(row.local, row.remote) for row in rows(program.process.pid) if row.state == state}
-
-
-# ---------------------------------------------------------------------------------------------------- keepalive, state by state
 
 
 class State(NamedTuple):
@@ -215,8 +203,7 @@ def test_a_dead_path_is_noticed_in_each_state(site):
 
 @pytest.mark.timeout(400)
 def test_a_slow_reader_is_never_cut(site):
-    """Stalls longer than `silence`, then a byte now and then: whoever holds back does not judge by time, and the other
-    side hears its Keepalives."""
+    """Stalls longer than `silence`, then a byte now and then: whoever holds back does not judge by time, and the other side hears Keepalives."""
     stall, pause = (60, 5.0) if LONG else (3.5, 0.3)
     _, port = site.serve(limits=TIMES)
     listener = site.listener()
@@ -241,9 +228,6 @@ def test_a_slow_reader_is_never_cut(site):
         traffic.wait_until(lambda: all(stream.is_whole for stream in traffic.streams), "every byte arrives")
     figure("slow readers", "stalled for %g s, then a byte each %g s for %g s: %d MB or more each, whole" % (
         stall, pause, stall / 2, min(end.sent for end in senders) >> 20))
-
-
-# ---------------------------------------------------------------------------------------------------- after the outage
 
 
 def tries_soon():
@@ -403,8 +387,7 @@ class Recovery:
 
 @pytest.mark.timeout(400)
 def test_tunnels_work_again_after_an_outage(site):
-    """New connections at once, UDP too; streams go on where nobody has given up, with every byte, and are visibly reset where somebody has.
-    All outages at the same time, each on its own server's port."""
+    """New connections at once, UDP too; streams go on with every byte, or are visibly reset. All outages at the same time, each on its own port."""
     echo_target = site.namespace.make(Target, echo)
     udp_target = site.namespace.make(UdpEcho)
     with contextlib.closing(echo_target), contextlib.closing(udp_target), Traffic() as traffic:
@@ -413,9 +396,6 @@ def test_tunnels_work_again_after_an_outage(site):
             seen = [pool.submit(site.namespace.make, recovery.run, traffic) for recovery in recoveries]
         for recovery, result in zip(recoveries, seen):
             recovery.check(*result.result())
-
-
-# ---------------------------------------------------------------------------------------------------- a stopped process
 
 
 class Suspended:
@@ -483,16 +463,12 @@ def test_a_suspended_process(start, keys, tcp_echo, listener):
                 assert stream.is_whole or [end.over for end in stream.ends] == [RESET] * 2, stream
 
 
-# ---------------------------------------------------------------------------------------------------- a reset that nobody reads
-
-
 def test_a_reset_reaches_who_does_not_read(start, keys, listener):
     """Nobody reads the socket that is reset, because what it sent before has not been taken, nor the link for the same reason."""
     program = scaled(keepalive=0.5, drain_timeout=0.5, sweep_interval=0.2)
     server = start(*program, "-k", keys.server.path, "serve", "127.0.0.1:0")
     client = start(*program, "-k", keys.client.path, "connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1),
-                   "0:127.0.0.1:%d" % port_of(listener))
-    client.wait_for(READY)
+                   "0:127.0.0.1:%d" % port_of(listener)).ready()
     for side in ("originator", "target"):
         with dial(tcp_port(client)) as originator, listener.accept()[0] as target:
             sender, reader = (originator, target) if side == "originator" else (target, originator)
@@ -501,9 +477,6 @@ def test_a_reset_reaches_who_does_not_read(start, keys, listener):
             poll = select.poll()
             poll.register(reader, 0)  # errors alone
             assert poll.poll(1000 * PATIENCE), "nobody has told it of the reset by the %s" % side
-
-
-# ---------------------------------------------------------------------------------------------------- a machine that slept
 
 
 def test_a_machine_that_slept_gives_nobody_up(listener):

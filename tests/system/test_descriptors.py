@@ -1,7 +1,4 @@
-"""Descriptors: as many as there may be, what happens when they run out, and that none is ever left behind.
-
-test_nothing_is_left_behind has 1,500 connections of every kind here. 100,000: RATROD_LONG=1 pytest -n0 -s tests/system/test_descriptors.py
-"""
+"""Descriptors: as many as there may be, what happens when they run out, and that none is ever left behind (of 100,000 connections: RATROD_LONG=1)."""
 
 import collections
 import contextlib
@@ -25,7 +22,19 @@ from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
 from support.programs import PATIENCE, READY, STARTED, descriptors, need, tcp_port, udp_port
 from support.relays import Door
-from support.sockets import ask_until_answered, assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
+from support.sockets import (
+    ask_until_answered,
+    assert_refused,
+    assert_reset,
+    dial,
+    eventually,
+    is_ready,
+    ping,
+    receive_all,
+    receive_exactly,
+    reset,
+    say,
+)
 from support.targets import echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -45,20 +54,13 @@ def started(server):
     return int(server.wait_for(STARTED).group(1))
 
 
-# ---------------------------------------------------------------------------------------------------- as many as there may be
-
-
 def test_the_soft_limit_is_raised(limited, keys):
     """Most systems start programs with 1024, which is 500 connections; and before the tunnels listen, here on 300 sockets."""
     server = limited(256, 4096, keys.server, "serve", "127.0.0.1:0")
-    client = limited(256, 4096, keys.client, "connect", "127.0.0.1:%d" % started(server), *["0:127.0.0.1:9"] * 150)
-    client.wait_for(READY)
+    client = limited(256, 4096, keys.client, "connect", "127.0.0.1:%d" % started(server), *["0:127.0.0.1:9"] * 150).ready()
     for program in (server, client):
         limits = pathlib.Path("/proc/%d/limits" % program.process.pid).read_text()
         assert re.search(r"^Max open files +4096 +4096 ", limits, re.M), limits
-
-
-# ---------------------------------------------------------------------------------------------------- none is left
 
 
 def complaints(program):
@@ -80,8 +82,7 @@ def assert_it_rests(program, sock):
 def test_a_server_without_descriptors(limited, connect, keys, tcp_echo, stack):
     server = limited(FEW, FEW, keys.server, "serve", "--handshake-timeout", "60", "127.0.0.1:0")
     port = started(server)
-    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     sock = stack.enter_context(dial(tcp_port(client)))
     ping(sock)
     free = FEW - descriptors(server)
@@ -106,7 +107,6 @@ def test_a_server_that_ends_takes_what_waited_for_descriptors(limited, keys, sta
     """Few are left, so accepting rests; at the end they are for those that wait, which closing the listener would reset."""
     server = limited(FEW, FEW, keys.server, "serve", "--handshake-timeout", "60", "--drain", "30", "127.0.0.1:0")
     port = started(server)
-
     def enter(n):
         return stack.enter_context(dial(port, source=from_address(n)))
     spared = FEW // 8
@@ -151,13 +151,11 @@ class Locals:
 
 
 def test_a_client_without_descriptors(limited, serve, keys, tcp_echo, stack):
-    """One line, however many tunnels listen. Those that are open go on; the others wait in the system's queue, or are reset where there is
-    no descriptor for their links; and each that ends makes room."""
+    """One line, however many tunnels listen. What is open goes on, others wait or are reset, and each that ends makes room."""
     tunnels = 3
     _, port = serve()
     client = limited(FEW, FEW, keys.client, "connect", "--connect-timeout", "1", "127.0.0.1:%d" % port,
-                     *["0:127.0.0.1:%d" % tcp_echo.port] * tunnels)
-    client.wait_for(READY)
+                     *["0:127.0.0.1:%d" % tcp_echo.port] * tunnels).ready()
     ports = [tcp_port(client, n + 1) for n in range(tunnels)]
     sock = stack.enter_context(dial(ports[0]))
     ping(sock)
@@ -166,7 +164,6 @@ def test_a_client_without_descriptors(limited, serve, keys, tcp_echo, stack):
     assert_it_rests(client, sock)
     many.look()
     at_once = len(many.answered)
-
     def all_had_their_turn():
         while many.answered:
             local = many.answered.pop()
@@ -209,8 +206,7 @@ def test_select_alone(rule, most, start, serve, keys, tcp_echo, stack):
     """It takes no 1,025th descriptor, and on Windows no 513th: that would end the loop."""
     _, port = serve()
     client = start(need("prlimit"), "--nofile=8192:8192", sys.executable, "-c", SELECT_ALONE, rule, "-k", keys.client.path, "connect",
-                   "--connect-timeout", "2", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+                   "--connect-timeout", "2", "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     sock = stack.enter_context(dial(tcp_port(client)))
     ping(sock)
     many = Locals([tcp_port(client)], most, stack)
@@ -222,8 +218,6 @@ def test_select_alone(rule, most, start, serve, keys, tcp_echo, stack):
     ping(stack.enter_context(dial(tcp_port(client))))
     assert len(complaints(client)) == 1 and "internal error" not in client.output
 
-
-# ---------------------------------------------------------------------------------------------------- nothing is left behind
 
 CONNECTIONS = 100_000 if LONG else 1500
 FIRST = 1000 if LONG else 500  # after which everything has its size
@@ -239,8 +233,7 @@ def serve_as_told(connection):
     if told == b"R":
         reset(connection)
     elif told == b"H":
-        connection.sendall(WORD)
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, WORD)
         assert receive_all(connection) == WORD
     elif told == b"E":
         echo(connection)
@@ -248,8 +241,7 @@ def serve_as_told(connection):
 
 def clean(port):
     with dial(port) as local:
-        local.sendall(b"E" + WORD * 100)
-        local.shutdown(socket.SHUT_WR)
+        say(local, b"E" + WORD * 100)
         assert receive_all(local) == WORD * 100
 
 
@@ -258,8 +250,7 @@ def half_closed(port):
     with dial(port) as local:
         local.sendall(b"H")
         assert receive_all(local) == WORD
-        local.sendall(WORD)
-        local.shutdown(socket.SHUT_WR)
+        say(local, WORD)
 
 
 def without_a_byte(port):
@@ -301,8 +292,7 @@ def socks_connect(port, remote, answer):
 def socks(port, remote):
     with socks_connect(port, remote, 0) as local:
         receive_exactly(local, 8)
-        local.sendall(b"E" + WORD)
-        local.shutdown(socket.SHUT_WR)
+        say(local, b"E" + WORD)
         assert receive_all(local) == WORD
 
 
@@ -447,10 +437,8 @@ def used(programs):
 
 
 def settle(programs, expected=None):
-    """The descriptors of each, once nothing has changed for so long that surplus links and UDP sessions are gone, or once they are as
-    expected."""
+    """The descriptors of each, once nothing has changed for as long as surplus links and UDP sessions live, or once they are as expected."""
     last, since = used(programs), time.monotonic()
-
     def settled():
         nonlocal last, since
         now = used(programs)

@@ -1,7 +1,4 @@
-"""A few thousand inputs of each target of fuzz.py, the same ones in every run, and every input that ever failed.
-
-`python tests/tools/fuzz.py --inputs 1000000` is the whole of it.
-"""
+"""A few thousand inputs of each target of fuzz.py, the same ones in every run, and every input that ever failed."""
 
 import contextlib
 import os
@@ -47,13 +44,9 @@ def test_what_once_failed(path):
     fuzz.replay(path)
 
 
-# ---------------------------------------------------------------------------------------------------- the fuzzer itself
-
-
 @pytest.mark.parametrize("mistake", ["another exception", "a lax decoder", "a loop"])
 def test_a_mistake_is_found_and_its_input_kept(monkeypatch, tmp_path, mistake):
     right = ratrod.decode_message
-
     def wrong(data):
         if b"\xfb\x01" in data and mistake == "another exception":
             raise IndexError("index out of range")
@@ -62,7 +55,6 @@ def test_a_mistake_is_found_and_its_input_kept(monkeypatch, tmp_path, mistake):
         while b"\xfb\x01" in data and mistake == "a loop":
             pass
         return right(data)
-
     monkeypatch.setattr(ratrod, "decode_message", wrong)
     monkeypatch.setattr(fuzz, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.5)
@@ -95,16 +87,12 @@ def test_the_script(engine):
     assert ("guided by coverage" if engine == "guided" else "by plain mutation") in output
 
 
-# ---------------------------------------------------------------------------------------------------- what was found
-
-
 def test_a_reverse_tunnel_that_nobody_has_used_for_an_hour():
     """Its waiting links are all too old for a new stream, and more of them than an Open may be tried: the next connection must come through."""
     back = Back()
     ends = Ends("R:0:127.0.0.1:%d" % back.port)
     try:
         port = ends.client.tunnels[0].local.port
-
         def converse(n):
             for _ in range(n):
                 back.originate(port)
@@ -120,7 +108,6 @@ def test_a_reverse_tunnel_that_nobody_has_used_for_an_hour():
                 ends.rounds()
                 back.read()
             assert [app.outcome for app in apps] == [END] * n
-
         converse(5)
         ends.pass_time(int(ends.client.limits.link_age) + 10)
         converse(1)
@@ -139,7 +126,6 @@ def test_a_datagram_for_which_a_link_is_taken_while_others_wait():
     machine.teardown()
 
 
-# ---------------------------------------------------------------------------------------------------- UDP and reverse links, in any order of events
 # test_states.py has the machine for streams on links. Many more examples, some minutes:
 # RATROD_LONG=1 pytest -n0 tests/system/test_fuzz.py -k "TestDatagrams or TestReverse"
 
@@ -150,8 +136,7 @@ LIMITS = ratrod.DEFAULT_LIMITS._replace(udp_timeout=20.0, udp_sessions=3, udp_ba
 
 
 class Joined(RuleBasedStateMachine):
-    """What happens to the links of either. No preconditions: real sockets may differ by a moment from one run of the same steps to the next, and
-    hypothesis could not repeat them; what cannot be done just then is not done."""
+    """What happens to the links of either. No preconditions: real sockets may differ by a moment, and hypothesis could not repeat the steps."""
 
     numbers = st.integers(0, 5)
     rounds = st.integers(0, 4)
@@ -190,8 +175,7 @@ class Joined(RuleBasedStateMachine):
 
 
 class Datagrams(Joined):
-    """Originators and one that answers, while links come and go: a datagram may be lost, it never comes twice, nor to anybody else; sessions end by
-    themselves, and whoever asks again is answered."""
+    """Originators and one that answers: a datagram may be lost, but comes never twice, nor to another; sessions end; who asks again is answered."""
 
     def __init__(self):
         super().__init__()
@@ -250,8 +234,7 @@ class Datagrams(Joined):
 
 
 class Reverse(Joined):
-    """Connections back through a reverse tunnel, while links come and go: each is whole or visibly reset, none is another's, and once the path is
-    well new ones come through."""
+    """Connections back through a reverse tunnel: each is whole or visibly reset, none is another's, and on a good path new ones come through."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,4 @@
-"""What one key, an outsider or a stranger does to the others: each attack with real programs, and that the others go on.
-
-The attackers are few here. As many as the README's figures are of: RATROD_LONG=1 pytest -n0 -s tests/system/test_harm.py
-"""
+"""What one key, an outsider or a stranger does to the others, with real programs. As many as the README's figures are of: RATROD_LONG=1 with -s."""
 
 import contextlib
 import os
@@ -76,8 +73,7 @@ def test_another_key_beside_one_that_does_all_it_can(serve, client, keys, tcp_ec
     """Turns go by key: thousands of links of one key are one key. Before, 2,000 that made UDP sessions cost another key 30 s a round trip."""
     _, port = serve(*MANY)
     remote = "127.0.0.1:%d" % tcp_echo.port
-    honest = client(port, "0:" + remote)
-    honest.wait_for(READY)
+    honest = client(port, "0:" + remote).ready()
     for kind in KINDS:
         with row(kind):
             sock = stack.enter_context(dial(tcp_port(honest)))
@@ -100,8 +96,7 @@ def test_half_records_without_end(start, client, keys, tcp_echo, attack, half):
         server = start(*words, *RATROD, "-k", keys.server.path, "serve", *MANY, "--max-memory", most, "127.0.0.1:0")
         stack.callback(server.stop)
         port = int(server.wait_for(STARTED).group(1))
-        honest = client(port, "0:127.0.0.1:%d" % tcp_echo.port)
-        honest.wait_for(READY)
+        honest = client(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
         sock = stack.enter_context(dial(tcp_port(honest)))
         ping(sock)
         before = memory_before(server)
@@ -133,10 +128,8 @@ def test_a_key_that_is_taken_out_while_it_keeps_the_server_busy(serve, keys, sec
 def test_idle_visitors_of_a_reverse_tunnel_take_a_part_of_one_keys_streams(serve, client, second, tcp_echo, stack):
     """One listener has a quarter of its key's share, one visitor a quarter of that: others, its own key among them, go on."""
     server, port = serve("--allow-listen", "--max-streams-per-key", "256")
-    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    owner.wait_for(READY)
+    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     reverse = bound(owner)
-
     def visits(source, n):
         """How many of n connections are carried."""
         carried = 0
@@ -169,10 +162,8 @@ def test_a_key_that_listens_and_leaves_in_a_loop_fills_no_log(serve, attack):
 def test_outsiders_at_a_reverse_port_whose_target_is_down_fill_no_log(serve, client, closed):
     began = time.monotonic()
     server, port = serve("--allow-listen")
-    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % closed)
-    owner.wait_for(READY)
+    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % closed).ready()
     reverse = bound(owner)
-
     def more():
         for _ in range(20):
             outcome_of(reverse)
@@ -187,10 +178,8 @@ def test_senders_to_a_refused_udp_target_fill_no_log(serve, client, keys):
     keys.server.write("authorized_keys", '%s permitopen="192.0.2.1:9"\n' % keys.client.public)
     began = time.monotonic()
     server, port = serve()
-    owner = client(port, "0:127.0.0.1:9")
-    owner.wait_for(READY)
+    owner = client(port, "0:127.0.0.1:9").ready()
     address = "127.0.0.1", int(owner.wait_for(r"\[UDP\] Listening on `.*?:(\d+)`").group(1))
-
     def more():
         for _ in range(50):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -1,7 +1,5 @@
 """known_hosts: what a client does with a server's key that it does not know, or that has changed; alone, and in front of somebody at a terminal.
-
-What the lines of the file say, and which answers count, is in tests/unit/test_key_folder.py.
-"""
+What the lines of the file say, and which answers count, is in unit/test_key_folder.py."""
 
 import base64
 import contextlib
@@ -10,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import threading
@@ -22,7 +19,7 @@ from support.keys import make_keys
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, Program, missing, tcp_port
 from support.relays import Door
-from support.sockets import ask, dial, eventually, receive_all, receive_exactly
+from support.sockets import ask, dial, eventually, receive_all, receive_exactly, say
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -50,8 +47,7 @@ def strange(tmp_path):
 
 @pytest.fixture
 def clients(keys, tmp_path):
-    """clients((text of known_hosts, words...)...) -> [(path of its known_hosts, Outcome)]: clients that end by themselves, nobody at their
-    terminals, each with a copy of the client's folder."""
+    """clients((text of known_hosts, words...)...) -> [(path of its known_hosts, Outcome)]: that end by themselves, nobody at their terminals."""
     def launch(*rows):
         paths, lines = [], []
         for text, *words in rows:
@@ -74,12 +70,10 @@ def impostor(ratrod, keys, strange, tcp_echo):
         program = ratrod("-v", "-k", strange.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
         program.wait_for(STARTED)
         accepted = tcp_echo.accepted
-
         def noticed():
             if client.process.poll() is None:
                 with contextlib.suppress(OSError), dial(tcp_port(client)) as connection:
-                    connection.sendall(b"a secret")
-                    connection.shutdown(socket.SHUT_WR)
+                    say(connection, b"a secret")
                     assert receive_all(connection) == b""
                 # The log comes a moment later, and a second connection would wait in vain.
                 with contextlib.suppress(AssertionError):
@@ -105,9 +99,6 @@ def warnings(output):
 
 def line_of(keys, port):
     return "%s 127.0.0.1:%d\n" % (keys.server.public, port)
-
-
-# ---------------------------------------------------------------------------------------------------- nobody there to ask
 
 
 def test_the_line_to_add_is_the_one_that_works(serve, keys, clients):
@@ -170,8 +161,7 @@ def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, k
     known.unlink()
     server, port = serve("-v", *mode.serve)
     tunnels, flags = ["0:%d" % tcp_echo.port] * 2, (*mode.connect, "--accept-new")
-    dialled = client(port, *tunnels, flags=(*flags, "--max-retry-count", "1"))
-    dialled.wait_for(READY)
+    dialled = client(port, *tunnels, flags=(*flags, "--max-retry-count", "1")).ready()
     for n in (1, 2, 1, 2):
         ask(tcp_port(dialled, n))
     line = line_of(keys, port)
@@ -188,8 +178,7 @@ def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, k
     else:
         assert dialled.stop() == 0
     # Known now, it is silent. When the key changes while the client runs, the next link finds out.
-    dialled = client(port, *tunnels, flags=flags)
-    dialled.wait_for(READY)
+    dialled = client(port, *tunnels, flags=flags).ready()
     ask(tcp_port(dialled))
     assert warnings(dialled.output) == [] and server.stop() == 0
     impostor(dialled, mode, port, CHANGED)
@@ -224,21 +213,15 @@ def test_accept_new_where_the_file_cannot_be_written(mode, spoil, serve, keys, k
     assert "Accepted" not in server.output
 
 
-# ---------------------------------------------------------------------------------------------------- somebody at the terminal
-
-
 class Terminal(Program):
-    """A program whose terminal is in the hands of the test: stdin and stderr, whose `lines` are what is shown, and its keys for interrupts. stdout is
-    a pipe, where `stdout` gathers what comes; options replace streams."""
+    """A program whose terminal is in the hands of the test: stdin, and stderr, whose `lines` are what is shown. `stdout` gathers what comes there."""
 
     def __init__(self, command, **options):
         import fcntl
         import pty
         import termios
-
         self._ours, theirs = pty.openpty()
         self.stdout = b""
-
         def own_terminal():
             os.setsid()
             fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
@@ -354,8 +337,7 @@ def test_interrupted_or_ended_at_the_question(serve, known, at_terminal):
 
 
 def test_while_it_asks_nothing_is_open_and_connections_wait(serve, keys, known, at_terminal, target, tcp_echo):
-    """A server that is not known yet keeps no connection, however long somebody reads the fingerprint; what follows is a new one. Connections
-    that come to the tunnels' ports meanwhile wait for the one answer. Both wires, side by side."""
+    """A server that is not known yet keeps no connection, however long somebody reads; connections to the tunnels wait for the one answer."""
     made = []
     for mode in (RATROD2, LEGACY):
         door = Door(target, serve("-v", *mode.serve)[1])

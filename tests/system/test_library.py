@@ -1,7 +1,4 @@
-"""ratrod as a library: tunnel() and serve(), in this process, over real sockets.
-
-What concerns a whole process (its output, its end, its children) runs in one of its own.
-"""
+"""ratrod as a library: tunnel() and serve(), over real sockets. What concerns a whole process (its output, end, children) runs in one of its own."""
 
 import concurrent.futures
 import contextlib
@@ -25,7 +22,7 @@ import pytest
 import ratrod
 from support.keys import make_keys
 from support.programs import PATIENCE, ROOT, missing
-from support.sockets import ask_over, eventually, free_port, receive_all, receive_exactly
+from support.sockets import ask_over, eventually, free_port, receive_all, receive_exactly, say
 from support.targets import echo
 
 # A wait for any of these times is a test that hangs: longer than a test's patience.
@@ -152,8 +149,6 @@ def assert_silent(done, code=0):
 
 
 # ---------------------------------------------------------------------------------------------------- what it is for
-
-
 def test_a_tunnel(keys, tcp_echo, udp_echo):
     """TCP and UDP on one address, as on the command line."""
     with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
@@ -216,12 +211,10 @@ def test_many_at_once_in_one_process(ends, target):
         server = ends.serve()
         made = target(lambda connection, n=number: connection.sendall(receive_all(connection) + b"%d" % n))
         pairs += [(number, server, ends.tunnel(server, local(made.port), limits=HASTY)) for _ in range(2)]
-
     def use(number, tunnel):
         for _ in range(10):
             with dial(tunnel.address) as connection:
-                connection.sendall(b"x" * 10_000)
-                connection.shutdown(socket.SHUT_WR)
+                say(connection, b"x" * 10_000)
                 assert receive_all(connection) == b"x" * 10_000 + b"%d" % number
     with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
         for user in [pool.submit(use, number, tunnel) for number, _, tunnel in pairs]:
@@ -234,8 +227,6 @@ def test_many_at_once_in_one_process(ends, target):
 
 
 # ---------------------------------------------------------------------------------------------------- its end
-
-
 def test_closing_ends_what_is_carried(ends, server, target):
     made = target(lambda connection: (connection.sendall(b"!"), connection.recv(1)))
     for end in (0, 1):
@@ -340,8 +331,6 @@ def test_the_exit_code_is_the_programs_own(run, how, code):
 
 
 # ---------------------------------------------------------------------------------------------------- errors
-
-
 def test_missing_and_damaged_keys(ends, tmp_path):
     """Nothing is asked, made or written."""
     folder = tmp_path / "nothing"
@@ -422,7 +411,6 @@ def test_the_death_of_authorization(ends, server, keys, target):
         keys.server.write("authorized_keys", "# nobody\n")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
-
     def ended():
         with contextlib.suppress(OSError):
             dial(tunnel.address).close()
@@ -474,8 +462,6 @@ def test_a_server_that_comes_back_is_no_error(ends, tcp_echo, keys):
 
 
 # ---------------------------------------------------------------------------------------------------- a good guest in its process
-
-
 def handlers_of_signals():
     found = {}
     for number in signal.valid_signals():
@@ -766,8 +752,6 @@ def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
 
 
 # ---------------------------------------------------------------------------------------------------- authorize
-
-
 class Judge:
     """An authorize= that keeps what it was asked, and says what allow(key, target) does."""
 
@@ -873,7 +857,6 @@ def test_authorize_that_returns_something_false(ends, tcp_echo):
 def test_authorize_that_raises(ends, tcp_echo, udp_echo, caplog):
     """Refuses, and is logged with what was raised; the server lives."""
     broken = set()
-
     def allow(key, target):
         if target in broken:
             raise ZeroDivisionError("of the test")
@@ -907,7 +890,6 @@ def test_authorize_may_take_its_time(ends, tcp_echo, target):
     """What is carried goes on while it thinks."""
     slow = target(echo)
     thinking, think = threading.Event(), threading.Event()
-
     def allow(key, target):
         if target == "127.0.0.1:%d" % slow.port:
             thinking.set()
@@ -929,8 +911,6 @@ def test_authorize_may_take_its_time(ends, tcp_echo, target):
 
 
 # ---------------------------------------------------------------------------------------------------- the public surface
-
-
 def public():
     return {name: getattr(ratrod, name) for name in ratrod.__all__}
 
@@ -973,7 +953,6 @@ def members(cls):
 def test_all_of_it_is_documented_and_annotated(keys):
     """Functions, classes, and what their objects show."""
     undocumented, bare = [], []
-
     def look_at(name, function):
         if not inspect.getdoc(function):
             undocumented.append(name)

@@ -1,7 +1,4 @@
-"""Every limit of PROTOCOL.md's table: its flag, its default, and what happens at it. And strangers, thousands of them.
-
-The strangers are 500 here. All 4,000, with the default deadline: RATROD_LONG=1 pytest -n0 -s tests/system/test_limits.py -k thousands
-"""
+"""Every limit of PROTOCOL.md's table: its flag, its default, and what happens at it. And strangers: 500, or with RATROD_LONG=1 all 4,000."""
 
 import contextlib
 import itertools
@@ -48,7 +45,6 @@ def link(sock, who):
 
 
 # ---------------------------------------------------------------------------------------------------- flags and defaults
-
 BOTH, SERVE, CONNECT = ("serve", "connect"), ("serve",), ("connect",)
 FLAGS = [  # flag, of which commands, the field of Limits, PROTOCOL.md's default (0: it depends on the descriptors)
     ("--handshake-timeout", BOTH, "handshake_timeout", 10.0),
@@ -115,8 +111,6 @@ def test_a_wrong_value_of_each_limit():
 
 
 # ---------------------------------------------------------------------------------------------------- strangers: who makes room
-
-
 @pytest.fixture
 def strangers(serve, stack):
     """strangers(flags...) -> (server, port, dial(source) -> a connection that says nothing), with a deadline that comes after the test."""
@@ -215,8 +209,7 @@ def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
 @linux
 @pytest.mark.parametrize("rest", [b"", b"\0", b"\0\x70", b"\0\x70x"], ids=["nothing", "a byte", "a length", "more"])
 def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest):
-    """Those that were answered once and then say no more, or the beginning of the next message, have no right to stay before one that has just
-    come; nor do those that come after it push it out."""
+    """Those that were answered once and then say no more have no right to stay before one that has just come; nor do others push that one out."""
     _, _, enter = strangers("--max-handshakes", "8")
     for n in range(8):
         half_way(enter("127.0.0.%d" % (n + 3)), keys).sock.sendall(rest)
@@ -226,8 +219,7 @@ def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest)
 
 
 class Held:
-    """What stands between a client and the server, which knows it as 127.0.0.9: passes on so many messages of the client, and the answer to
-    each; then the server turns it away, because another one has come from there, and the client hears what the server says."""
+    """Passes on so many messages of a client as 127.0.0.9, and the answers; then the server turns it away, for another one comes from there."""
 
     def __init__(self, target, port, passed):
         self._port, self._passed = port, passed
@@ -257,15 +249,12 @@ def test_who_is_turned_away_hears_that_the_server_is_overloaded(serve, connect, 
 
 @linux
 def test_public_key_work_in_three_classes(keys, second, stack):
-    """Sources that have a link, or had one lately, come first, then those that make few handshakes, then the rest; within a class they take turns,
-    the newest first. Nobody is refused but he for whom no stranger can make room, as all wait for work that they have come for."""
+    """Sources that have had a link come first, then those that make few handshakes, then the rest; each class takes turns, the newest first."""
     order, gate, opened = [], threading.Semaphore(0), []
     at_once = min(8, os.cpu_count())
-
     def authorize(key, _target):
         order.append(key)
         return not opened or gate.acquire(timeout=PATIENCE)
-
     def come(source, number):
         """A client of its own key that has only to say its last message."""
         client = peer.Client(stack.enter_context(dial(server.address[1], source=source)), bytes([number]) * 32)
@@ -328,7 +317,6 @@ def test_failures_of_one_source_are_logged_once_a_second(strangers, stack):
         with contextlib.suppress(ConnectionResetError):
             sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
             receive_all(sock)
-
     def counted():
         shown = len([line for line in server.lines if re.search(r"Refused `127\.0\.0\.2:", line)])
         return shown + sum(int(n) for n in re.findall(r"Refused (\d+) more connections from `127\.0\.0\.2`", server.output)) == 50
@@ -351,7 +339,6 @@ def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, ca
                 with contextlib.suppress(ConnectionResetError):
                     receive_all(sock)
             most = max(most, len(server._endpoint.admission._sources))
-
         def counted():
             said = [record.getMessage() for record in list(caplog.records)]
             return sum(int(n or 1) for n in re.findall(r"(\d+) more |Refused `127", "\n".join(said))) == 130
@@ -361,13 +348,10 @@ def test_ten_thousand_sources_fill_neither_memory_nor_disk(keys, monkeypatch, ca
 
 
 # ---------------------------------------------------------------------------------------------------- links
-
-
 @linux
 @pytest.mark.parametrize("flag, whose", [("--max-links", "in all"), ("--max-links-per-key", "of this client")])
 def test_a_link_too_many(serve, connect, keys, second, stack, flag, whose):
-    """The client is told why; another key's is refused by the bound in all alone. A refused link stays a moment, until its client has read why, but
-    takes no place: those that come in that moment find the place of one that left."""
+    """The client is told why; another key's is refused by the bound in all alone. One that was refused takes no place while its client reads why."""
     server, port = serve(flag, "2")
     links = [link(stack.enter_context(dial(port)), keys.client) for _ in range(2)]
     text = r"the server has as many connections %s as it takes \(2\)" % whose
@@ -425,8 +409,6 @@ def test_links_by_the_descriptor_limit(start, keys, stack):
 
 
 # ---------------------------------------------------------------------------------------------------- streams
-
-
 @pytest.mark.parametrize("flag, in_all, mode", [("--max-streams", True, RATROD2), ("--max-streams-per-key", False, LEGACY)],
                          ids=["ratrod2 --max-streams", "legacy --max-streams-per-key"])
 def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag, in_all, mode):
@@ -453,8 +435,6 @@ def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag
 
 
 # ---------------------------------------------------------------------------------------------------- connect
-
-
 @pytest.fixture
 def black_hole():
     made = BlackHole()
@@ -482,7 +462,6 @@ def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole
     """Two at a time: a third of that key waits for one of them, and holds up nobody else's."""
     _, port = serve("--max-connects-per-key", "2", "--connect-timeout", "2.4")
     echo, nowhere = "127.0.0.1:%d" % tcp_echo.port, "127.0.0.1:%d" % black_hole.port
-
     def stream(who, target):
         return link(stack.enter_context(dial(port)), who).open(target)
     hanging = [stream(keys.client, nowhere) for _ in range(2)]
@@ -510,7 +489,6 @@ def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack):
     for number in range(opens):
         with link(dial(port), keys.client) as asking, pytest.raises(peer.PeerError, match="not allowed"):
             asking.open("127.0.0.1:%d" % (number + 1)).wait_opened()
-
     def counted():
         rest = re.findall(r"❌ (\d+) more failures with the key `%s`" % re.escape(keys.client.public), server.output)
         return len(re.findall("refused: ", server.output)) + sum(map(int, rest)) == sessions + opens
@@ -519,8 +497,6 @@ def test_what_one_key_has_refused_is_logged_within_bounds(serve, keys, stack):
 
 
 # ---------------------------------------------------------------------------------------------------- UDP
-
-
 class Asking:
     """An originator; ask(remote) -> the port at which the remote sees it, which is its session's at the server."""
 
@@ -646,8 +622,7 @@ def wait_until_read(port):
 def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
     """While there is no link the newest datagrams are kept, up to so many bytes: 8 of 1000 bytes with their heads, but not 9."""
     server = LateServer(keys, target)
-    client = connect(server.port, "--udp-backlog", "8192", "0:127.0.0.1:9")
-    client.wait_for(READY)
+    client = connect(server.port, "--udp-backlog", "8192", "0:127.0.0.1:9").ready()
     port = udp_port(client)
     originator = stack.enter_context(udp_originator(client))
     for n in range(100 // together):
@@ -666,8 +641,7 @@ def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
 def test_empty_datagrams_count_in_a_backlog(connect, keys, target, stack):
     """150 bytes of memory for each, and none of them in the count, were 50 MB here."""
     server = LateServer(keys, target)
-    client = connect(server.port, "0:127.0.0.1:9")
-    client.wait_for(READY)
+    client = connect(server.port, "0:127.0.0.1:9").ready()
     originators = [stack.enter_context(udp_originator(client)) for _ in range(10)]
     originators[0].send(b"")
     wait_until_read(udp_port(client))
@@ -704,18 +678,13 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
 
 
 # ---------------------------------------------------------------------------------------------------- links of a client: their number and age
-
-
 @pytest.mark.parametrize("flag", [1, 3])
 def test_idle_links(serve, start, keys, tcp_echo, flag):
-    """One that is used and two that are ready are there in any case, and must not be made anew all the time. A burst leaves as many as it
-    needed, and the next one finds them; those that nobody needs are let go."""
+    """One that is used and two that are ready are there in any case. A burst leaves as many as it needed; those that nobody needs are let go."""
     server, port = serve("-v")
     without = descriptors(server)
     client = start(*scaled(idle_time=1.0, sweep_interval=0.2), "-k", keys.client.path, "connect", "--idle-links", str(flag), "127.0.0.1:%d" % port,
-                   "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
-
+                   "0:127.0.0.1:%d" % tcp_echo.port).ready()
     def few():
         return descriptors(server) - without <= 3
     for _ in range(10):
@@ -736,7 +705,6 @@ def test_idle_links(serve, start, keys, tcp_echo, flag):
 def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target):
     """One that is made ahead may be refused yet, as by a server that is full: what is sent on it would be lost with it."""
     begun, one_is_idle, links = threading.Event(), threading.Event(), []
-
     def serve_link(connection):
         connection.settimeout(PATIENCE)
         server = peer.Server(connection, seed_of(keys.server))
@@ -752,8 +720,7 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target)
             server.read_client_authentication()
             while server.read_record():  # it is never let in
                 pass
-    client = connect(target(serve_link).port, "-v", "0:good:1")
-    client.wait_for(READY)
+    client = connect(target(serve_link).port, "-v", "0:good:1").ready()
     with dial(tcp_port(client)) as first:
         ping(first)
         assert begun.wait(PATIENCE)
@@ -769,11 +736,9 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target)
 def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack):
     """What is open on it goes on; UDP moves to another, and its originator hardly notices."""
     ages, links = [], []  # how old a link was when something began or was asked on it
-
     def behave(link, _number):
         links.append(time.monotonic())
         born = links[-1]
-
         def handle(stream):
             ages.append(time.monotonic() - born)
             if stream.kind == peer.TCP:
@@ -781,8 +746,7 @@ def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack)
             return peer.serve_udp(stream, lambda _, data: ages.append(time.monotonic() - born) or data)
         link.serve_streams(handle)
     server = Scripted(keys, target, behave)
-    client = start(*scaled(link_age=0.4, sweep_interval=0.1), "-k", keys.client.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1")
-    client.wait_for(READY)
+    client = start(*scaled(link_age=0.4, sweep_interval=0.1), "-k", keys.client.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1").ready()
     long_one, originator = (stack.enter_context(made) for made in (dial(tcp_port(client)), udp_originator(client)))
     originator.settimeout(1)
     answers, until = 0, time.monotonic() + 2.5
@@ -801,8 +765,7 @@ def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, sta
     server = start(*scaled(link_age=0.4), "-k", keys.server.path, "serve", "127.0.0.1:0")
     port = int(server.wait_for(STARTED).group(1))
     old = link(stack.enter_context(dial(port)), keys.client)
-    client = connect(port, "-v", "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "-v", "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ping(stack.enter_context(dial(tcp_port(client))))
     time.sleep(0.6)  # an age comes by no event
     old.open("127.0.0.1:%d" % tcp_echo.port)
@@ -814,7 +777,6 @@ def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, sta
 
 
 # ---------------------------------------------------------------------------------------------------- strangers in great number
-
 SILENT = DRIPPING = 2000 if LONG else 250
 RATE = 500  # a second
 SHORT_DEADLINE = () if LONG else ("--handshake-timeout", "2")
@@ -855,21 +817,17 @@ def timed(action, *args):
 def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
     """They hold the places that strangers have, and nothing else. Those that come back take them from each other, the oldest first."""
     server, port = serve(*SHORT_DEADLINE)
-    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     newcomers = itertools.count()
-
     def whole_connect():
         program = connect(port)
         if program.wait():
             raise ConnectionError(program.output)
-
     def newcomer():
         """From an address that the server has never seen: it has no more rights than the strangers."""
         number = next(newcomers)
         with dial(port, source="127.1.%d.%d" % (number // 250, number % 250 + 1)) as sock:
             link(sock, keys.client)
-
     def entering(action):
         """Seconds until it is in. On a machine that is so busy that its first word takes long it may be pushed out, and tries again."""
         nonlocal tries, pushed_out
@@ -922,8 +880,6 @@ def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
 
 
 # ---------------------------------------------------------------------------------------------------- an honest client among them
-
-
 class Slow:
     """A path with a round trip of 300 ms to the server, which knows it as `source`."""
 
@@ -963,10 +919,8 @@ if LONG:
 def test_an_honest_client_among_strangers(serve, connect, start, keys, tcp_echo, target, silent, begun, rate, addresses, source, is_slow, within):
     """It comes in, each time, as long as they come and while they stay; and a client that has links loses no connection."""
     server, port = serve()
-    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     through = Slow(target, port, source).port if is_slow else port
-
     def enter():
         with dial(through, source=None if is_slow else source) as sock:
             link(sock, keys.client)
@@ -998,11 +952,9 @@ def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
 
 def test_a_client_that_left_while_it_was_authorized_takes_no_place(keys):
     asked, answer = threading.Event(), threading.Event()
-
     def allow(_key, _target):
         asked.set()
         return answer.wait(PATIENCE)
-
     def comes_in():
         with dial(server.address[1]) as sock:
             try:

@@ -9,15 +9,14 @@ import threading
 import pytest
 
 from support import ratrod2_peer as peer
-from support.programs import LISTENING, READY, STARTED
+from support.programs import LISTENING, STARTED
 from support.scripted import Scripted
-from support.sockets import dial, eventually, receive_exactly
+from support.sockets import dial, eventually, ping, receive_exactly
 
 
 def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
     """As many idle links as there are tries, and each says Close: after the first the others are not trusted either."""
     ended, asked = threading.Event(), []
-
     def handle(stream, is_old):
         if stream.kind == peer.TCP:
             return peer.echo(stream)
@@ -27,13 +26,11 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
             return peer.serve_udp(stream)
         stream.link.send_record(peer.CLOSE)
         return stream.link.read_to_end()
-
     def serve_link(link, _number):
         is_old = not ended.is_set()
         with contextlib.suppress(peer.LinkEnded):
             link.serve_streams(lambda stream: handle(stream, is_old))
-    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % Scripted(keys, target, serve_link).port, "0:good:1")
-    client.wait_for(READY)
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % Scripted(keys, target, serve_link).port, "0:good:1").ready()
     with contextlib.ExitStack() as stack:  # so many idle links
         locals_ = [stack.enter_context(dial(int(client.wait_for(LISTENING).group(1)))) for _ in range(6)]
         for local in locals_:
@@ -45,7 +42,6 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(0.2)
         sock.connect(("127.0.0.1", int(client.wait_for(r"\[UDP\] Listening on `.*?:(\d+)`").group(1))))
-
         def is_answered():
             sock.send(b"hello")
             with contextlib.suppress(socket.timeout):
@@ -55,21 +51,16 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
     assert "❌" not in client.output
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_workers_share_a_port_and_end_together(ratrod, keys, tcp_echo):
     server = ratrod("-k", keys.server.path, "-v", "serve", "--workers", "2", "127.0.0.1:0")
     server_port = int(server.wait_for(STARTED).group(1))
-    client = ratrod("-k", keys.client.path, "connect", "--workers=2", "127.0.0.1:%d" % server_port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = ratrod("-k", keys.client.path, "connect", "--workers=2", "127.0.0.1:%d" % server_port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     port = int(client.wait_for(LISTENING).group(1))
     with contextlib.ExitStack() as stack:
         for n in range(50):
             local = stack.enter_context(dial(port))
-            local.sendall(b"%d" % n)
-            assert local.recv(10) == b"%d" % n
+            ping(local, b"%d" % n)
     assert len(re.findall("Starting server", server.output)) == 2  # -v shows each worker's
     assert client.stop() == 0
     assert server.stop() == 0

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.many_lines import run_lines
-from support.programs import LEGACY, LISTENING, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
+from support.programs import LEGACY, LISTENING, PATIENCE, RATROD2, need, tcp_port, udp_originator
 from support.relays import Door
 from support.sockets import ask, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset
 
@@ -52,7 +52,6 @@ def scrape(port):
 def becomes(program, expected):
     """What is scraped has these values soon, and is returned then."""
     port, seen = metrics_port(program), {}
-
     def looks():
         seen.update(scrape(port))
         return {place: seen.get(place) for place in expected} == expected
@@ -158,8 +157,7 @@ def test_a_server_that_goes_away_and_strangers(forward, serve, keys, second, rat
         becomes(server, {("ratrod_handshakes_failed_total",): 1, ("ratrod_handshakes_under_way",): 1})
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         becomes(server, {("ratrod_handshakes_failed_total",): 2, ("ratrod_handshakes_under_way",): 0})
-    server.process.kill()
-    server.wait()
+    server.kill()
     seen = becomes(client, {("ratrod_connected",): 0, ("ratrod_reconnects_total",): 0})
     assert seen["ratrod_handshakes_failed_total",] >= 1
     serve(bind="127.0.0.1:%d" % port)
@@ -177,9 +175,6 @@ def test_reverse_tunnels_and_one_that_waits_for_its_server(serve, ratrod, keys, 
     for program in (client, server):
         becomes(program, {("ratrod_streams_total", "closed"): 1, ("ratrod_bytes_total", "sent"): 7, ("ratrod_bytes_total", "received"): 7})
     becomes(client, {("ratrod_connected",): 1})
-
-
-# ---------------------------------------------------------------------------------------------------- not a scrape
 
 
 def test_other_requests(serve):
@@ -226,9 +221,6 @@ def test_those_who_say_nothing_make_room(serve):
         connection.close()
 
 
-# ---------------------------------------------------------------------------------------------------- where it listens
-
-
 def test_workers_have_ports_one_after_the_other(ratrod, keys, tcp_echo):
     port = free_port(2)
     server = ratrod("-k", keys.server.path, "serve", "--workers", "2", "--metrics", "127.0.0.1:%d" % port, "127.0.0.1:0")
@@ -245,11 +237,9 @@ def test_a_new_server_beside_one_that_drains(serve, connect, tcp_echo):
     port = free_port()
     words = "--reuse-port", "--drain", "60", "--metrics", "127.0.0.1:%d" % port
     old, server_port = serve(*words)
-    client = connect(server_port, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(server_port, "0:%d" % tcp_echo.port).ready()
     with dial(tcp_port(client)) as connection:
-        connection.sendall(b"1")
-        assert connection.recv(1) == b"1"
+        ping(connection, b"1")
         serve(*words, bind="127.0.0.1:%d" % server_port)
         old.process.terminate()
         old.wait_for("Ending")

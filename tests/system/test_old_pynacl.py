@@ -1,7 +1,4 @@
-"""Older PyNaCl, and one without the private names that make ours fast: the vectors, the ciphers and the demo on each.
-
-The short form runs the vectors; RATROD_LONG=1 runs all that ciphers and keys have a part in.
-"""
+"""Older PyNaCl: the vectors (with RATROD_LONG=1 all that ciphers and keys have a part in) and the demo on each."""
 
 import os
 import pathlib

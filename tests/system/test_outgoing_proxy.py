@@ -1,7 +1,4 @@
-"""`connect --proxy` without a real proxy: what only programs show.
-
-What a proxy is asked, what it may answer and how URLs are read are tables in unit/test_proxy_handshake.py; real proxies are in peers/test_proxy.py.
-"""
+"""`connect --proxy` without a real proxy (peers/test_proxy.py): what only programs show; the tables are in unit/test_proxy_handshake.py."""
 
 import contextlib
 import re
@@ -11,7 +8,7 @@ import threading
 import pytest
 
 import ratrod as ratrod_module
-from support.programs import PATIENCE, READY
+from support.programs import PATIENCE
 from support.rows import row
 from support.sockets import dial, receive_all, receive_exactly
 
@@ -23,10 +20,8 @@ def fake(target):
     """fake(handle) -> (port, seen): handle(connection, read) for each connection; read(n) keeps what it reads in `seen`, a bytearray."""
     def launch(handle):
         seen = bytearray()
-
         def serve_one(connection):
             connection.settimeout(PATIENCE)
-
             def read(n):
                 data = receive_exactly(connection, n)
                 seen.extend(data)
@@ -68,7 +63,6 @@ def http_answer(answer):
 def test_names_are_looked_up_at_the_proxy(serve, ratrod, keys, fake):
     """`db.invalid` is known to nobody here; a proxy that takes the name connects to whom it likes, and answers with a name as its own address."""
     _, port = serve()
-
     def relay(connection, read):
         read(3)
         connection.sendall(b"\5\0")
@@ -78,9 +72,8 @@ def test_names_are_looked_up_at_the_proxy(serve, ratrod, keys, fake):
             pump(connection, server)
     proxy, seen = fake(relay)
     keys.client.write("known_hosts", "")
-    client = ratrod("-k", keys.client.path, "connect", "--accept-new", "--proxy", "socks5://127.0.0.1:%d" % proxy,
-                    "db.invalid:19000", "0:127.0.0.1:1")
-    client.wait_for(READY)
+    ratrod("-k", keys.client.path, "connect", "--accept-new", "--proxy", "socks5://127.0.0.1:%d" % proxy,
+                    "db.invalid:19000", "0:127.0.0.1:1").ready()
     assert b"\x05\x01\x00\x03\x0adb.invalid" + (19000).to_bytes(2, "big") in seen
     assert "db.invalid:19000" in (keys.client.path / "known_hosts").read_text()
 

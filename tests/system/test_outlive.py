@@ -1,21 +1,16 @@
-"""Streams that outlive their links: PROTOCOL.md's rules 1-6, 8-11 and 13, and its negative tests 15, 17 and 35-40.
+"""Streams that outlive their links: PROTOCOL.md's rules 1-13 and negative tests 15, 17 and 35-40, of the real `serve` against the independent peer.
+The real `connect` is in test_outlive_client.py, what both ends do together in unit/test_states.py."""
 
-Over real sockets: the real `serve` against the independent peer. A test's name begins with what it shows. The real
-`connect` has its own file, test_outlive_client.py.
-"""
-
-import contextlib
 import selectors
 import signal
 import socket
 import sys
-import threading
 
 import pytest
-from test_ratrod2_negative import TAMPERED, was_reset
+from test_ratrod2_negative import BREAKS, assert_ended, send_tampered, was_reset
 
 from support import ratrod2_peer as peer
-from support.keys import identity_of, permit, seed_of
+from support.keys import permit
 from support.programs import PATIENCE
 from support.ratrod2_peer import ACK, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
 from support.sockets import dial, eventually, is_ready, port_of, receive_all, receive_exactly
@@ -27,35 +22,20 @@ NUMBER = bytes(range(16))
 sigterm = pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on")
 
 
-def fin(link):
-    link.sock.shutdown(socket.SHUT_WR)
-
-
-CUTS = {
-    "FIN": fin,
-    "RST": lambda link: peer.reset(link.sock),
-    "half a record": lambda link: (link.send(link.writer.seal(DATA, b"x" * 100)[:50]), fin(link)),
-}
-# A tag that fails and a length that cannot be: what is broken is the path, not the peer.
-SPOILED = ("replayed", "one left out", "reflected", "last byte of the tag", "length 0", "length 2^32 - 1")
-every_cut = pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-every_loss = pytest.mark.parametrize("how", (*CUTS, *SPOILED))
+every_loss = pytest.mark.parametrize("how", ["FIN", "RST", "half a record", "last byte of the tag", "length 2^32 - 1"])
 
 
 def lose(stream, how, local):
     """Both ends send a good record; then the link is lost."""
-    link = stream.link
     local.sendall(b"theirs")
-    theirs = link.read_record()
-    assert stream.incoming.take(theirs.type, theirs.content) == b"theirs"
-    ours = link.send_record(DATA, b"ours")
+    assert take(stream, 6) == b"theirs"
+    stream.link.send_record(DATA, b"ours")
     assert receive_exactly(local, 4) == b"ours"
-    if how in CUTS:
-        CUTS[how](link)
-        return
-    with contextlib.suppress(ConnectionError):
-        link.send(TAMPERED[how](link, ours, theirs.wire))
-    assert_ended(link)
+    if how in BREAKS:
+        BREAKS[how](stream.link)
+    else:
+        send_tampered(stream.link, how)
+        assert_ended(stream.link)
 
 
 def take(stream, n):
@@ -96,24 +76,6 @@ def attach(stream, link, **wrong):
     stream.resend()
 
 
-def assert_ended(link, allowed=(ERROR, KEEPALIVE, ACK)):
-    """The program ends the link, and answers nothing on it."""
-    assert {record.type for record in link.read_to_end()} <= set(allowed)
-
-
-@pytest.fixture
-def link(serve, keys):
-    """link(who=Keys, flags=(), ...) -> a link of the independent client to our server, which the first call starts."""
-    with contextlib.ExitStack() as stack:
-        def make(who=None, flags=(), **options):
-            if not hasattr(make, "port"):
-                make.server, make.port = serve("-v", *flags)
-            options["server"] = identity_of(keys.server)
-            made = peer.Client.connect(make.port, seed_of(who or keys.client), **options)
-            return stack.enter_context(made).handshake()
-        yield make
-
-
 def accepted(listener):
     connection = listener.accept()[0]
     connection.settimeout(PATIENCE)
@@ -121,16 +83,15 @@ def accepted(listener):
 
 
 @pytest.fixture
-def hold(link, listener):
+def hold(link, listener, stack):
     """hold(options of link) -> (stream, the target's end of it), on a link of its own; both have said something."""
-    with contextlib.ExitStack() as stack:
-        def make(**options):
-            stream = link(**options).open("127.0.0.1:%d" % port_of(listener))
-            stream.wait_opened()
-            local = stack.enter_context(accepted(listener))
-            talk(stream, local)
-            return stream, local
-        yield make
+    def make(**options):
+        stream = link(**options).open("127.0.0.1:%d" % port_of(listener))
+        stream.wait_opened()
+        local = stack.enter_context(accepted(listener))
+        talk(stream, local)
+        return stream, local
+    return make
 
 
 def ask(link, stream, **wrong):
@@ -166,33 +127,6 @@ def test_rule_01_another_identity_reaches_no_stream(link, hold, second, listener
     with accepted(listener) as their_local:
         live_and_end(theirs, their_local)
     live_and_end(stream, local)
-
-
-def test_rule_02_a_full_window_holds_the_local_socket_back(hold):
-    stream, local = hold()
-    stream.wait_acknowledged()  # an Ack that came later would be awaited like Data
-    data = bytes(range(256)) * (4 * WINDOW // 256)
-    threading.Thread(target=lambda: (local.sendall(data), local.shutdown(socket.SHUT_WR)), daemon=True).start()
-    received = stream.receive()
-    while is_ready(stream.link.sock, selectors.EVENT_READ, 1):
-        received += stream.receive()
-    assert WINDOW // 2 < len(received) <= WINDOW
-    stream.ack()
-    assert received + stream.receive_all() == data
-
-
-def test_rule_04_over_was_lost(link, hold, listener):
-    """Open says that all has been taken; Over is the answer, and the link is free again."""
-    stream, local = hold()
-    end(stream, local)
-    assert is_ready(stream.link.sock, selectors.EVENT_READ, PATIENCE)  # Over is there
-    peer.reset(stream.link.sock)
-    assert stream.attach(link(), at=stream.outgoing.sent).wait_opened() is None and stream.is_over
-    another = stream.link.open(stream.target)
-    another.wait_opened()
-    with accepted(listener) as its_local:
-        live_and_end(another, its_local)
-    assert_no_connect(listener)
 
 
 def test_rule_04_the_tail_is_kept_until_it_is_acknowledged(link, hold, listener):
@@ -243,23 +177,6 @@ def test_rule_06_a_higher_attempt_closes_the_older_link(link, hold, listener):
     assert_no_connect(listener)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="relies on Linux's way with a full backlog")
-def test_rule_06_a_stream_whose_connect_is_under_way(link):
-    """Opened goes to the new link, and there is one connect."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
-        full.settimeout(PATIENCE)
-        old = link()
-        stream = old.open("127.0.0.1:%d" % port_of(full))
-        assert not is_ready(old.sock, selectors.EVENT_READ, 0.5)
-        stream.attach(link())
-        assert_ended(old, (KEEPALIVE,))
-        full.accept()[0].close()  # room for the server's connect
-        stream.wait_opened()
-        with accepted(full) as local:
-            live_and_end(stream, local)
-        assert_no_connect(full)
-
-
 @pytest.mark.parametrize("attempt", [0, 1])
 def test_36_an_attempt_that_is_not_higher(link, hold, attempt):
     """Its link alone ends: it is an old one."""
@@ -295,18 +212,27 @@ def test_36_an_ack_that_ends_the_stream(link, hold, acks):
     refusal(stream.attach(link()))
 
 
-@pytest.mark.parametrize("how", ["over", "reset"])
+@pytest.mark.parametrize("how", ["over", "Over was lost", "reset"])
 def test_37_open_again_of_a_stream_that_ended(link, hold, listener, how):
-    """The opener says Error in the one case. In the other no Open has followed on the link of the stream."""
+    """The opener says Error where it was reset. Else Over is the answer; where it was lost, and all has been taken, the link is free again."""
     stream, local = hold()
-    if how == "over":
-        end(stream, local)
-        stream.over()
-        assert stream.attach(link(), at=0).wait_opened() is None and stream.is_over
-    else:
+    if how == "reset":
         stream.fail(UNKNOWN, "my originator vanished")
         assert was_reset(local)
         refusal(stream.attach(link()))
+    else:
+        end(stream, local)
+        if how == "over":
+            stream.over()
+        else:
+            assert is_ready(stream.link.sock, selectors.EVENT_READ, PATIENCE)  # it is there
+            peer.reset(stream.link.sock)
+        assert stream.attach(link(), at=0 if how == "over" else stream.outgoing.sent).wait_opened() is None and stream.is_over
+    if how == "Over was lost":
+        another = stream.link.open(stream.target)
+        another.wait_opened()
+        with accepted(listener) as its_local:
+            live_and_end(another, its_local)
     assert_no_connect(listener)
 
 
@@ -321,12 +247,11 @@ def test_37_open_of_a_stream_that_was_never_seen(link, listener):
     assert_no_connect(listener)
 
 
-@every_cut
 @pytest.mark.parametrize("resume", ["0", "1"])
-def test_rule_08_a_stream_is_given_up_after_resume(link, hold, cut, resume):
+def test_rule_08_a_stream_is_given_up_after_resume(link, hold, resume):
     """17: it is reset, never a clean end."""
     stream, local = hold(flags=("--resume", resume))
-    cut(stream.link)
+    BREAKS["FIN"](stream.link)
     assert was_reset(local)
     refusal(stream.attach(link()))
 
@@ -437,7 +362,6 @@ def test_38_a_key_that_lost_its_permission(link, hold, keys):
     stream, local = hold()
     peer.reset(stream.link.sock)
     permit(keys, 'permitopen="nowhere.example:1"')
-
     def refused():
         with pytest.raises(PeerError):
             link().open(stream.target).wait_opened()
@@ -459,15 +383,3 @@ def test_39_many_detached_streams_of_one_key(link, hold, second):
     stream, local = held[-1]
     attach(stream, link())
     live_and_end(stream, local)
-
-
-def test_40_a_recorded_open_on_another_link(link, listener):
-    """It is sealed with the keys of its own link, whose stream goes on."""
-    first, other = link(), link()
-    wire = first.send_open(TCP, "127.0.0.1:%d" % port_of(listener))
-    with accepted(listener) as local:
-        other.send(wire)
-        assert_ended(other, ())
-        first.send_record(DATA, b"alive")
-        assert receive_exactly(local, 5) == b"alive"
-    assert_no_connect(listener)

@@ -1,96 +1,38 @@
 """Streams of a real `connect` that outlive their links: its server is the independent peer. See test_outlive.py."""
 
 import contextlib
-import queue
 import signal
-import socket
-import threading
 
 import pytest
-from test_outlive import WINDOW, accepted, assert_ended, assert_no_connect, attach, end, every_loss, fin, live_and_end, lose, sigterm, take, talk
-from test_ratrod2_negative import was_reset
+from test_outlive import WINDOW, accepted, assert_no_connect, attach, end, every_loss, live_and_end, lose, sigterm, take, talk
+from test_ratrod2_negative import assert_ended, fin, was_reset
 
 from support import ratrod2_peer as peer
-from support.keys import identity_of, seed_of
-from support.programs import PATIENCE, READY, tcp_port
-from support.ratrod2_peer import ACK, CLOSE, LISTEN, OVER, TCP, PeerError
-from support.sockets import ask, dial, eventually, port_of, receive_all, receive_exactly
+from support.programs import tcp_port
+from support.ratrod2_peer import ACK, CLOSE, OVER, PeerError
+from support.scripted import Waiting
+from support.sockets import ask, dial, eventually, port_of, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 
-class Home:
-    """The independent server of a real client. `arrived` gets the first stream of each link, unanswered."""
-
-    def __init__(self, keys, target):
-        self._keys = keys
-        self._over = threading.Event()
-        self.open = threading.Event()
-        self.open.set()
-        self.streams, self.links, self.problems = {}, [], []
-        self.arrived = queue.Queue()
-        self.target = target(self._handle)
-        self.port = self.target.port
-
-    def _handle(self, connection):
-        connection.settimeout(4 * PATIENCE)
-        assert self.open.wait(PATIENCE)
-        client = identity_of(self._keys.client)
-        made = peer.Server(connection, seed_of(self._keys.server), [client], streams=self.streams)
-        try:
-            made.handshake()
-            self.links.append(made)
-            stream = made.accept()
-            if stream:
-                self.arrived.put(stream)
-                self._over.wait(4 * PATIENCE)
-        except peer.ProtocolError as error:
-            self.problems.append(error)
-        except PeerError:
-            # The client may reset a stream: its originator may be gone.
-            pass
-
-    def stream(self, kind=TCP):
-        stream = self.arrived.get(timeout=PATIENCE)
-        assert stream.kind == kind
-        return stream
-
-    def again(self, stream):
-        """The attach of a stream, answered."""
-        assert self.stream() is stream
-        stream.opened()
-        stream.resend()
-
-    def cut_all(self):
-        for made in self.links:
-            with contextlib.suppress(OSError):
-                made.sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self._over.set()
-        assert not self.problems, "the client broke the protocol: %r" % self.problems
-
-
 @pytest.fixture
 def home(keys, target):
-    made = Home(keys, target)
-    yield made
-    made.close()
+    with contextlib.closing(Waiting(keys, target)) as made:
+        yield made
 
 
 @pytest.fixture
-def originate(home, connect):
+def originate(home, connect, stack):
     """originate(flags...) -> (stream, the originator's end): opened, of a real client (`originate.client`)."""
-    with contextlib.ExitStack() as stack:
-        def make(*flags):
-            make.client = connect(home.port, "-v", *flags, "0:good:1")
-            make.client.wait_for(READY)
-            originator = stack.enter_context(dial(tcp_port(make.client)))
-            stream = home.stream()
-            stream.opened()
-            talk(stream, originator)
-            return stream, originator
-        yield make
+    def make(*flags):
+        make.client = connect(home.port, "-v", *flags, "0:good:1").ready()
+        originator = stack.enter_context(dial(tcp_port(make.client)))
+        stream = home.stream()
+        stream.opened()
+        talk(stream, originator)
+        return stream, originator
+    return make
 
 
 @every_loss
@@ -106,19 +48,6 @@ def test_rule_05_a_clients_stream_goes_on_over_another_link(home, originate, how
         assert take(stream, 9) == b"meanwhile"
         assert receive_exactly(originator, 10) == b"never sent"
     live_and_end(stream, originator)
-
-
-def test_rule_02_a_pipeline_that_is_written_before_its_replies_are_read(originate):
-    """A client whose local socket takes nothing processes no Ack either. It must send on all the same."""
-    stream, originator = originate()
-    replies, questions = b"r" * (16 * WINDOW), b"q" * (16 * WINDOW)
-    threading.Thread(target=lambda: (stream.send(replies), stream.end()), daemon=True).start()
-    received = queue.Queue()
-    threading.Thread(target=lambda: received.put(stream.receive_all()), daemon=True).start()
-    originator.sendall(questions)
-    originator.shutdown(socket.SHUT_WR)
-    assert received.get(timeout=PATIENCE) == questions
-    assert receive_all(originator) == replies
 
 
 @pytest.mark.parametrize("last", [OVER, CLOSE], ids=["Over", "Close"])
@@ -168,8 +97,7 @@ def test_rule_08_a_client_gives_up_after_resume(home, originate, resume):
 def test_rule_08_ends_that_do_not_wait_equally_long(serve, connect, tcp_echo, ours, theirs):
     """Either end acknowledges what it takes, whether it would wait for another link or not."""
     _, port = serve("--resume", theirs)
-    client = connect(port, "--resume", ours, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "--resume", ours, "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(client), bytes(range(256)) * (4 * WINDOW // 256))
 
 
@@ -197,18 +125,16 @@ def test_rule_11_a_client_abandons_what_failed_while_it_was_detached(home, origi
 def test_rule_13_a_stream_on_a_listen_link_of_a_client(home, connect, listener):
     """The server is the opener; the client has a new Listen link of the same instance for it, and connects once."""
     client = connect(home.port, "R:0:127.0.0.1:%d" % port_of(listener))
-    asked = home.stream(LISTEN)
-    asked.link.grant_listen("127.0.0.1:40123")
-    stream = asked.link.open("203.0.113.9:5000")
+    link, asked = home.grant()
+    stream = link.open("203.0.113.9:5000")
     stream.wait_opened()
     with accepted(listener) as local:
         talk(stream, local)
         fin(stream.link)
         local.sendall(b"meanwhile")
-        again = home.stream(LISTEN)
+        link, again = home.grant()
         assert again.instance == asked.instance
-        again.link.grant_listen("127.0.0.1:40123")
-        attach(stream, again.link)
+        attach(stream, link)
         assert take(stream, 9) == b"meanwhile"
         live_and_end(stream, local)
     assert_no_connect(listener)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from support.programs import READY, tcp_port
+from support.programs import tcp_port
 from support.relays import Door
 from support.sockets import ask, assert_reset, dial, eventually, ping
 
@@ -19,8 +19,7 @@ def reach(ratrod, keys, target, tcp_echo):
     def make(*ports):
         doors = [Door(target, port) for port in ports]
         servers = ",".join("127.0.0.1:%d" % door.port for door in doors)
-        client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "1", servers, "0:127.0.0.1:%d" % tcp_echo.port)
-        client.wait_for(READY)
+        client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "1", servers, "0:127.0.0.1:%d" % tcp_echo.port).ready()
         return client, doors
     return make
 
@@ -66,8 +65,7 @@ def test_a_stream_of_a_server_that_was_killed_is_reset_by_the_first_link_to_the_
     client, _ = reach(port)
     for _ in range(3):
         connections = originate(client, 3)
-        server.process.kill()
-        server.wait()
+        server.kill()
         server, _ = serve(bind="127.0.0.1:%d" % port)
         assert_reset(*connections)
         eventually(lambda: works(client), "the new one is used")
@@ -91,7 +89,6 @@ def test_a_stream_of_one_of_two_servers_behind_one_address(serve, reach, origina
     door.cut_all()
     for connection in connections:
         ping(connection)
-    servers[0][0].process.kill()
-    servers[0][0].wait()
+    servers[0][0].kill()
     eventually(lambda: "or another one answers" in client.output, "its streams are reset")
     ask(tcp_port(client))

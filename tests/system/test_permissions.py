@@ -1,8 +1,5 @@
 """What authorized_keys lets each key do: options, files that change, keys that expire, `unix:` targets, at real servers.
-
-The clients are real where it is about what they show, and the independent peer where it is about many lines or many targets. What each
-line says is in unit/test_core_grants.py; names that resolve to what is not allowed are in peers/test_names.py.
-"""
+What each line says is in unit/test_core_grants.py, names that resolve to what is not allowed in peers/test_names.py."""
 
 import contextlib
 import datetime
@@ -17,8 +14,8 @@ import pytest
 
 from support import ratrod2_peer as peer
 from support.keys import base64url, make_keys, seed_of
-from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, READY, ROOT, STARTED, tcp_port, udp_originator
-from support.sockets import ask, assert_refused, dial, receive_exactly
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, ROOT, STARTED, tcp_port, udp_originator
+from support.sockets import ask, assert_refused, dial, ping
 from support.targets import UdpEcho, UnixTarget, echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -113,8 +110,7 @@ def reread(server):
 
 def assert_lives(connection):
     """A stream to an echo that carries something."""
-    connection.sendall(b"!")
-    assert receive_exactly(connection, 1) == b"!"
+    ping(connection, b"!")
 
 
 def ask_by_udp(originator, question=b"anybody there?"):
@@ -136,8 +132,6 @@ def tcp_echo(target, stack):
 def second_echo(target):
     return target(echo)
 
-
-# ---------------------------------------------------------------------------------------------------- lines
 
 P, Q, UDP = "tcp P", "tcp Q", "udp P"
 
@@ -163,15 +157,11 @@ def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking,
     assert "\x1b" not in server.output and "\x07" not in server.output
 
 
-# ---------------------------------------------------------------------------------------------------- permitopen
-
-
 def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second_echo, udp_echo):
     """As both operators see it: the client learns that it may not, the server's log says why, and what is allowed goes on working."""
     authorized('KEY permitopen="127.0.0.1:%d" permitopen="secret-name.example:1" alice@laptop' % tcp_echo.port)
     server, port = serve()
-    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
-    client.wait_for(READY)
+    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port).ready()
     ask(tcp_port(client))
     with dial(tcp_port(client)) as running:
         assert_lives(running)
@@ -229,15 +219,11 @@ def test_keys_do_not_share_what_they_may(serve, keys, authorized, tcp_echo, seco
     assert askers[0].tcp("127.0.0.1:%d" % tcp_echo.port) == OPENED
 
 
-# ---------------------------------------------------------------------------------------------------- no-udp, no-legacy, comments
-
-
 def test_no_udp(serve, client, authorized, tcp_echo):
     """From the start; and added while sessions live, which ends them, but no stream."""
     authorized("KEY no-udp alice@laptop")
     server, port = serve()
-    client = client(port, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = client(port, "0:%d" % tcp_echo.port).ready()
     with dial(tcp_port(client)) as running:
         assert_lives(running)
         with udp_originator(client) as originator:
@@ -262,15 +248,13 @@ def test_no_legacy(serve, client, authorized, tcp_echo):
     assert refused.wait() == AUTHENTICATION_FAILED
     refused.wait_for("no-legacy")
     server.wait_for("no-legacy")
-    taken = client(port, "0:%d" % tcp_echo.port)
-    taken.wait_for(READY)
+    taken = client(port, "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(taken))
     with udp_originator(taken) as originator:
         ask_by_udp(originator)
     # A second line that allows it counts.
     authorized("KEY no-legacy", 'KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
-    again = client(port, "0:%d" % tcp_echo.port, flags=LEGACY_E.connect)
-    again.wait_for(READY)
+    again = client(port, "0:%d" % tcp_echo.port, flags=LEGACY_E.connect).ready()
     ask(tcp_port(again))
 
 
@@ -295,9 +279,6 @@ def test_options_hold_over_legacy_too(mode, forward, authorized, tcp_echo, secon
     assert (second_echo.accepted, udp_echo.seen) == (1, 0)
 
 
-# ---------------------------------------------------------------------------------------------------- files that change, keys that expire
-
-
 def through(remote, originator):
     """From which socket of the server a question comes, and so whether it is the same session."""
     originator.send(b"?")
@@ -313,8 +294,7 @@ def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, keys, aut
     other = make_keys(tmp_path / "other")
     authorized("KEY", other.public)
     _, port = serve()
-    client = client(port, "0:%d" % udp_echo.port, "0:%d" % remote.port)
-    client.wait_for(READY)
+    client = client(port, "0:%d" % udp_echo.port, "0:%d" % remote.port).ready()
     with udp_originator(client) as losing, udp_originator(client, 2) as keeping, Asker(port, seed_of(other)).link() as bystander:
         bystander.open_udp()
         bystander.session(1, "127.0.0.1:%d" % udp_echo.port)
@@ -338,8 +318,7 @@ def test_other_changes_end_nothing(serve, client, authorized, tcp_echo, remote):
     """A comment, an option that allows as much, a line more: streams and sessions are not disturbed."""
     authorized("KEY alice")
     server, port = serve()
-    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % remote.port)
-    client.wait_for(READY)
+    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % remote.port).ready()
     with dial(tcp_port(client)) as running, udp_originator(client, 2) as originator:
         session = through(remote, originator)
         for line in ("KEY bob", 'KEY permitopen="127.0.0.1:%d" bob' % remote.port, 'KEY no-legacy expires="%s"' % day(2), "KEY alice"):
@@ -371,8 +350,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
     """Its streams are reset. The client says why, and ends where the number of tries is limited; otherwise it comes back with its key."""
     authorized('KEY expires="%s" alice@laptop' % day(1))
     server = start(PYTHON, "-c", SHIFTED, tmp_path / "tomorrow", "-k", keys.server.path, "serve", "127.0.0.1:0", cwd=str(ROOT))
-    client = client(int(server.wait_for(STARTED).group(1)), *flags, "0:%d" % tcp_echo.port, "0:%d" % udp_echo.port)
-    client.wait_for(READY)
+    client = client(int(server.wait_for(STARTED).group(1)), *flags, "0:%d" % tcp_echo.port, "0:%d" % udp_echo.port).ready()
     port = tcp_port(client)
     with dial(port) as running, udp_originator(client, 2) as originator:
         assert_lives(running)
@@ -383,7 +361,6 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
             (tmp_path / "tomorrow").touch()
         with pytest.raises(ConnectionResetError):
             running.recv(1)
-
     if "--max-retry-count" in flags:
         assert client.wait() == AUTHENTICATION_FAILED, client.output
         client.wait_for("ERROR.*" + why)
@@ -424,12 +401,8 @@ def test_a_line_that_lets_nobody_in(serve, client, authorized, keys, tcp_echo):
     refused.wait_for(r"the server does not know this client's key \(its log says why\): " + keys.client.public)
     (keys.server.path / "authorized_keys").rmdir()
     authorized('KEY expires="%s" alice@laptop' % day(2))
-    taken = client(port, "0:%d" % tcp_echo.port)
-    taken.wait_for(READY)
+    taken = client(port, "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(taken))
-
-
-# ---------------------------------------------------------------------------------------------------- unix: targets
 
 
 @pytest.fixture
@@ -451,8 +424,7 @@ def test_a_unix_target_of_a_real_client(serve, client, authorized, unix_echo, tc
     """Open while the file names it, closed from the moment it does not."""
     authorized('KEY permitopen="unix:%s" permitopen="127.0.0.1:%d" alice@laptop' % (unix_echo.path, tcp_echo.port))
     server, port = serve()
-    client = client(port, "0:unix:" + unix_echo.path, "0:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = client(port, "0:unix:" + unix_echo.path, "0:%d" % tcp_echo.port).ready()
     first, second = tcp_port(client), tcp_port(client, 2)
     ask(first, os.urandom(300_000))
     ask(second)

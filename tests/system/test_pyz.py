@@ -1,7 +1,5 @@
 """ratrod as one file, on machines that have PyNaCl and nothing else: ratrod.pyz as `python setup.py pyz` builds it, and ratrod.py alone.
-
-Every Python here runs with -I, in an empty folder: neither this checkout nor what else is installed for the tests can stand in for what is missing.
-"""
+Every Python here runs with -I, in an empty folder: nothing that is installed for the tests can stand in for what is missing."""
 
 import hashlib
 import json
@@ -21,8 +19,8 @@ import nacl
 import pytest
 import setuptools
 
-from support.programs import CACHE, LISTENING, PATIENCE, READY, ROOT, STARTED, missing
-from support.sockets import receive_exactly
+from support.programs import CACHE, LISTENING, PATIENCE, ROOT, STARTED, missing
+from support.sockets import ping
 
 NAMES = ["LICENSE", "LICENSE.docopt-ng", "__main__.py", "docopt/__init__.py", "docopt/_version.py", "ratrod.py"]
 SOURCES = ("setup.py", "ratrod.py", "README.md", "LICENSE")
@@ -41,9 +39,6 @@ def run(*command, cwd, **environment):
 
 def build(*words, cwd, python=sys.executable, folder=ROOT, **environment):
     return run(python, folder / "setup.py", "pyz", *words, cwd=cwd, **environment)
-
-
-# ---------------------------------------------------------------------------------------------------- the machines, and the two files
 
 
 @pytest.fixture(scope="session")
@@ -113,9 +108,6 @@ def single(request, tmp_path):
     return pathlib.Path(shutil.copy2(str(request.getfixturevalue("pyz") if request.param == "ratrod.pyz" else ROOT / request.param), str(folder)))
 
 
-# ---------------------------------------------------------------------------------------------------- how it is built
-
-
 def test_two_builds_are_the_same_bytes(pyz, tmp_path):
     """So that whoever distrusts a ratrod.pyz can make it again and compare."""
     folder = tmp_path / "another" / "place"
@@ -176,9 +168,6 @@ def test_a_build_to_where_nothing_can_be_written(tmp_path, output):
     assert str((tmp_path / output).absolute()) in line and "directory" in line
 
 
-# ---------------------------------------------------------------------------------------------------- how it runs
-
-
 def test_on_a_machine_with_pynacl_alone(pynacl_alone, single):
     command, folder = (pynacl_alone, "-I", single.name), single.parent
     code, out, err = run(*command, "--help", cwd=folder)
@@ -198,11 +187,9 @@ def test_a_tunnel_between_two_of_them(start, no_traceback, pynacl_alone, single,
     command, options = (pynacl_alone, "-I", single.name), {"cwd": str(single.parent)}
     server = start(*command, "-k", keys.server.path, "serve", "127.0.0.1:0", **options)
     address = "127.0.0.1:" + server.wait_for(STARTED).group(1)
-    client = start(*command, "-k", keys.client.path, "connect", address, "0:127.0.0.1:%d" % tcp_echo.port, **options)
-    client.wait_for(READY)
+    client = start(*command, "-k", keys.client.path, "connect", address, "0:127.0.0.1:%d" % tcp_echo.port, **options).ready()
     with socket.create_connection(("127.0.0.1", int(client.wait_for(LISTENING).group(1))), timeout=PATIENCE) as connection:
-        connection.sendall(b"there and back" * 10000)
-        assert receive_exactly(connection, 140000) == b"there and back" * 10000
+        ping(connection, b"there and back" * 10000)
     assert (client.stop(), server.stop()) == (0, 0)
 
 

@@ -93,9 +93,6 @@ def answer(kind, port, host="127.0.0.1"):
         return asking.recv(100)
 
 
-# ---------------------------------------------------------------------------------------------------- they work
-
-
 @pytest.mark.parametrize("mode, flags", [(RATROD2, ("--workers", "2")), (LEGACY, ())], ids=["two workers", "legacy"])
 def test_every_port_reaches_its_own(mode, flags, forward, services):
     """TCP and UDP, the first, the last and those in between; each tunnel has its own line, and a single port stands beside them."""
@@ -124,9 +121,6 @@ def test_a_thousand_ports(forward, services):
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
             assert answer(kind, local + n) == b"%d" % (remote + n)
     assert client.stop() == 0
-
-
-# ---------------------------------------------------------------------------------------------------- or fail as a whole
 
 
 def test_one_busy_port(keys):

@@ -1,9 +1,5 @@
 """Servers and clients that go away and come back: what is lost shows, what is new works, and nothing is left behind.
-
-Whole, with 100 kills of each side, about 5 minutes:
-
-    RATROD_LONG=1 pytest -n0 -s --timeout=1200 tests/system/test_reconnect.py
-"""
+With 100 kills of each side, 5 minutes: RATROD_LONG=1 with -s and --timeout=1200."""
 
 import contextlib
 import os
@@ -21,7 +17,7 @@ from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, tcp_port, udp_originator
 from support.relays import Door
-from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, port_of, receive_exactly, refused, works
+from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, works
 from support.socks5 import ask_socks, request, socks_port
 from support.traffic import RESET, Traffic
 
@@ -39,11 +35,6 @@ AGAIN = r"✅ Connected to server `([^`]*)` again, after (\d+) (?:try|tries) in 
 GAVE_UP = r"❌ Giving up after (\d+) (?:try|tries) in [\d.]+ s: "
 
 both_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
-
-
-def kill(program):
-    program.process.kill()
-    program.wait()
 
 
 def count(pattern, program):
@@ -67,9 +58,6 @@ def pauses(times):
     return [after - before for before, after in zip(times, times[1:])]
 
 
-# ---------------------------------------------------------------------------------------------------- killed
-
-
 def ask_within(port, seconds=SOON):
     """How long a whole new connection takes."""
     since = time.monotonic()
@@ -84,8 +72,7 @@ def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, li
     """Each time the open streams are visibly reset, new ones work soon after it is back, the log says it twice, and nothing leaks."""
     server, port = serve()
     client = connect_to([port], RATROD2, *OFTEN, *AT_ONCE, "--idle-links", "1", "0:127.0.0.1:%d" % tcp_echo.port,
-                        "0:127.0.0.1:%d" % port_of(listener))
-    client.wait_for(READY)
+                        "0:127.0.0.1:%d" % port_of(listener)).ready()
     ports = [tcp_port(client, n) for n in (1, 2)]
     ask(ports[0])
     at_start, after, waited = descriptors(client), [], []
@@ -100,7 +87,7 @@ def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, li
             receives.flow()
             receives.originator.may_send = 0
             traffic.wait_until(lambda: min(sends.target.received, receives.originator.received) > 1 << 20, "bulk")  # noqa: B023
-            kill(server)
+            server.kill()
             traffic.wait_until(lambda: all(stream.originator.over for stream in traffic.streams), "each stream has ended")  # noqa: B023
             assert [stream.originator.over for stream in traffic.streams] == [RESET] * 3, traffic.streams
         with dial(ports[0]) as early:  # it waits for the server
@@ -128,8 +115,7 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
     at_start, worst = None, 0.0
     remote = "127.0.0.1:%d" % port_of(listener)
     for number in range(KILLS if LONG else 2):
-        client = connect_to([port], RATROD2, "0:" + remote, "0:127.0.0.1:%d" % udp_echo.port, "R:0:" + remote)
-        client.wait_for(READY)
+        client = connect_to([port], RATROD2, "0:" + remote, "0:127.0.0.1:%d" % udp_echo.port, "R:0:" + remote).ready()
         reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1))
         with Traffic() as traffic, contextlib.closing(udp_originator(client, 2)) as originator:
             streams = [traffic.stream(lambda: dial(tcp_port(client)), listener, name) for name in ("quiet", "busy")]  # noqa: B023
@@ -141,7 +127,7 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
             traffic.wait_until(lambda: all(stream.all_arrived for stream in traffic.streams), "bytes both ways")  # noqa: B023
             streams[1].flow()
             traffic.wait_until(lambda: streams[1].target.received > 1 << 20, "bulk")  # noqa: B023
-            kill(client)
+            client.kill()
             since = time.monotonic()
             # What the server itself ends is a reset. Of the sockets of a killed process the kernel says what it likes.
             ended_here = [stream.target for stream in streams] + [back.originator]
@@ -165,9 +151,6 @@ def settled(value):
         if value() != last:
             last, since = value(), time.monotonic()
     return last
-
-
-# ---------------------------------------------------------------------------------------------------- tries
 
 
 def test_the_first_failure_ends_it_at_once(connect, connect_to, closed, door):
@@ -204,10 +187,9 @@ def test_no_tries_at_all(serve, connect, tcp_echo, door, mode):
     assert client.wait() == FAILED
     assert len(door.tries) == 1
     server, door.to = serve(*mode.serve)
-    client = connect(door.port, *mode.connect, "--max-retry-count", "0", "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(door.port, *mode.connect, "--max-retry-count", "0", "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
-    kill(server)
+    server.kill()
     if mode is LEGACY:  # it has no link that could tell
         outcome_of(tcp_port(client))
     assert client.wait() == FAILED
@@ -218,14 +200,12 @@ def test_no_tries_at_all(serve, connect, tcp_echo, door, mode):
 def test_so_many_tries_after_a_loss(serve, connect, tcp_echo, door, mode):
     """That many idle links died at once is one loss."""
     server, door.to = serve(*mode.serve)
-    client = connect(door.port, *mode.connect, "--max-retry-count", "3", *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(door.port, *mode.connect, "--max-retry-count", "3", *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with contextlib.ExitStack() as stack:
         for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(6)]:
-            connection.sendall(b"x")
-            assert connection.recv(1) == b"x"
+            ping(connection, b"x")
     before, door.to = settled(lambda: len(door.tries)), None
-    kill(server)
+    server.kill()
     if mode is LEGACY:  # it has no link that could tell
         assert outcome_of(tcp_port(client)) == "reset"
     assert client.wait() == FAILED
@@ -236,16 +216,14 @@ def test_so_many_tries_after_a_loss(serve, connect, tcp_echo, door, mode):
 
 
 def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
-    """The pauses double and are drawn at random from their upper half: what the clients of a server that was started anew need most. And the
-    log has two lines."""
+    """The pauses double, and are drawn from their upper half: what the clients of a restarted server need most. And the log has two lines."""
     longest, tries = 0.5, 6
     server, door.to = serve()
-    client = connect(door.port, "--max-retry-interval", "%g" % longest, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(door.port, "--max-retry-interval", "%g" % longest, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     # A handshake that is under way when the server dies would be one more failed try.
     lines, before, door.to = len(client.lines), settled(lambda: len(door.tries)), None
-    kill(server)
+    server.kill()
     client.wait_for(LOST)
     eventually(lambda: len(door.tries) >= before + tries + 2, "it goes on trying")
     times = door.tries[before:]
@@ -269,9 +247,6 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
     assert len(client.lines) == lines + 2, client.output
 
 
-# ---------------------------------------------------------------------------------------------------- who waits
-
-
 @both_wires
 def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, mode):
     """However long the pauses have grown, they are short while somebody waits: here 0.3 s in place of 5 and more."""
@@ -282,7 +257,7 @@ def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, m
                        legacy=mode is LEGACY) as tunnel, contextlib.ExitStack() as stack:
         ask(tunnel.address[1])
         door.to = None
-        kill(server)
+        server.kill()
         if mode is RATROD2:  # what is sent on a link that nobody knows to be dead is lost with it
             eventually(lambda: "Lost the server" in caplog.text, "the loss")
         waiting = [stack.enter_context(dial(tunnel.address[1])) for _ in range(3)]
@@ -302,9 +277,8 @@ def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, m
 @both_wires
 def test_who_waits_too_long_is_reset_and_told_why(serve, connect_to, tcp_echo, mode):
     server, port = serve(*mode.serve)
-    client = connect_to([port], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:socks", "--connect-timeout", "0.5")
-    client.wait_for(READY)
-    kill(server)
+    client = connect_to([port], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:socks", "--connect-timeout", "0.5").ready()
+    server.kill()
     since = time.monotonic()
     with dial(tcp_port(client)) as connection:
         connection.sendall(b"x")
@@ -326,12 +300,11 @@ def socks_connect(client, port):
 def test_retry_is_invisible_after_a_restart_that_nobody_saw(serve, connect, tcp_echo):
     """The server was killed and started anew while the client was stopped: whoever connects then finds only dead links."""
     server, port = serve()
-    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     client.process.send_signal(signal.SIGSTOP)
     try:
-        kill(server)
+        server.kill()
         serve(bind="127.0.0.1:%d" % port)
         with dial(tcp_port(client)) as connection:
             connection.sendall(b"anybody there?")
@@ -340,9 +313,6 @@ def test_retry_is_invisible_after_a_restart_that_nobody_saw(serve, connect, tcp_
     finally:
         client.process.send_signal(signal.SIGCONT)
     assert not count(r"❌ \[", client), client.output
-
-
-# ---------------------------------------------------------------------------------------------------- keys that changed meanwhile
 
 
 def wake(client, mode):
@@ -354,13 +324,12 @@ def wake(client, mode):
 
 @both_wires
 def test_a_key_that_was_removed_meanwhile(serve, connect, keys, tcp_echo, mode):
-    """A client that was let in once says why nothing works, and goes on trying: an unattended client must not end because a list lacks its
-    key for a moment. One whose tries are counted ends."""
+    """A client that was let in once says why, and goes on trying: a list may lack its key for a moment. One whose tries are counted ends."""
     server, port = serve(*mode.serve)
     client, counted = (connect(port, *mode.connect, *OFTEN, *words, "0:127.0.0.1:%d" % tcp_echo.port) for words in ((), COUNTED))
     for one in (client, counted):
         one.wait_for(READY)
-    kill(server)
+    server.kill()
     keys.server.write("authorized_keys", "")
     serve(*mode.serve, bind="127.0.0.1:%d" % port)
     for one in (client, counted):
@@ -379,7 +348,7 @@ def test_another_host_key(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode
     client, counted = (connect(port, *mode.connect, *OFTEN, *words, "0:127.0.0.1:%d" % tcp_echo.port) for words in ((), COUNTED))
     for one in (client, counted):
         one.wait_for(READY)
-    kill(server)
+    server.kill()
     if mode is RATROD2:  # what it says of a server that is away does not keep it from saying more
         client.wait_for("ERROR .*Lost the server .*Connection refused")
     other = make_keys(tmp_path / "other")
@@ -393,12 +362,9 @@ def test_another_host_key(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode
     assert ("HAS CHANGED" in client.output) == bound
     # The client never trusts what it should not, and goes on when the right server is back.
     assert not works(tcp_port(client))
-    kill(wrong)
+    wrong.kill()
     serve(*mode.serve, bind="127.0.0.1:%d" % port)
     eventually(lambda: works(tcp_port(client)), "it is let in again")
-
-
-# ---------------------------------------------------------------------------------------------------- names
 
 
 # A name whose address stands in a file, as a dynamic name's does somewhere else.
@@ -419,17 +385,13 @@ def test_names_are_resolved_for_each_try(serve, start, keys, tmp_path, tcp_echo)
     address = tmp_path / "address"
     address.write_text("127.0.0.1")
     client = start(sys.executable, "-c", DYNAMIC, "-k", keys.client.path, "connect", "moves.test:%d" % port,
-                   "0:127.0.0.1:%d" % tcp_echo.port, env={**os.environ, "ADDRESS_FILE": str(address)})
-    client.wait_for(READY)
+                   "0:127.0.0.1:%d" % tcp_echo.port, env={**os.environ, "ADDRESS_FILE": str(address)}).ready()
     ask(tcp_port(client))
-    kill(server)
+    server.kill()
     client.wait_for(LOST)
     serve(bind="127.0.0.2:%d" % port)
     address.write_text("127.0.0.2")
     ask_within(tcp_port(client))
-
-
-# ---------------------------------------------------------------------------------------------------- several servers
 
 
 @both_wires
@@ -446,8 +408,7 @@ def assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port):
     code, connection = socks_connect(client, tcp_echo.port)
     with connection:
         assert code == 0
-        connection.sendall(b"through SOCKS")
-        assert receive_exactly(connection, 13) == b"through SOCKS"
+        ping(connection, b"through SOCKS")
     if reverse_port:
         # Whoever listens there asks again in its own time.
         eventually(lambda: not refused(reverse_port), "the reverse tunnel is there")
@@ -456,25 +417,23 @@ def assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port):
 
 @both_wires
 def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_echo, closed, mode):
-    """Through the one that answers: not the first, which is dead from the start; the second where the first is killed, and back; none for a
-    while; and the log names who it is."""
+    """Through the one that answers: the first is dead from the start, the second is killed, and back; none for a while; the log names it."""
     flags = [*mode.serve, *(["--allow-listen"] if mode is RATROD2 else [])]
     servers, ports = map(list, zip(*(serve(*flags) for _ in range(2))))
     reverse = ["R:0:127.0.0.1:%d" % tcp_echo.port] if mode is RATROD2 else []
-    client = connect_to([closed, *ports], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse)
-    client.wait_for(READY)
+    client = connect_to([closed, *ports], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse).ready()
     assert "❌" not in client.output
     reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1)) if reverse else None
     with contextlib.closing(udp_originator(client, 2)) as originator:
         def works():
             assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port)
         works()
-        kill(servers[0])  # fail-over
+        servers[0].kill()  # fail-over
         works()
         servers[0], _ = serve(*flags, bind="127.0.0.1:%d" % ports[0])
-        kill(servers[1])  # and back
+        servers[1].kill()  # and back
         works()
-        kill(servers[0])  # nobody
+        servers[0].kill()  # nobody
         if mode is RATROD2:
             line = client.wait_for(LOST + ".*", count(LOST, client) + (count(LOST, client) == count(AGAIN, client))).group()
             assert all("127.0.0.1:%d" % port in line for port in ports)
@@ -488,15 +447,13 @@ def test_the_one_that_worked_last_stays_in_use(serve, connect_to, tcp_echo, targ
     """The first one coming back is no reason to leave the second."""
     server, port = serve()
     first, second = Door(target), Door(target, port)
-    client = connect_to([first.port, second.port], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect_to([first.port, second.port], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     tried = len(first.tries)
     assert tried == 1
     first.to = port
     with contextlib.ExitStack() as stack:
         for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(10)]:  # more than there are idle links
-            connection.sendall(b"x")
-            assert connection.recv(1) == b"x"
+            ping(connection, b"x")
     assert len(first.tries) == tried
     assert len(second.tries) >= 10
 
@@ -504,8 +461,7 @@ def test_the_one_that_worked_last_stays_in_use(serve, connect_to, tcp_echo, targ
 @pytest.mark.parametrize("first, mode", [("wrong", LEGACY), ("dead", RATROD2), ("killed", RATROD2), ("killed", LEGACY)],
                          ids=["wrong-legacy", "dead-ratrod2", "killed-ratrod2", "killed-legacy"])
 def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, closed, first, mode):
-    """Whoever pretends to be one of them must not be passed over in silence. "wrong": it is asked first, and a good one is there too; "dead":
-    the good one never was there; "killed": the good one is no longer there."""
+    """It is not passed over in silence: where it is asked first, where the good one never was there, and where the good one is no longer there."""
     other = make_keys(tmp_path / "other")
     other.trust(keys.client, "authorized_keys")
     server, good = serve(*mode.serve)
@@ -514,7 +470,7 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
                         "0:127.0.0.1:%d" % tcp_echo.port)
     if first == "killed":
         client.wait_for(READY)
-        kill(server)
+        server.kill()
         wake(client, mode)
     assert client.wait() == AUTHENTICATION_FAILED
     assert other.public in client.output
@@ -532,11 +488,10 @@ def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, 
     listed = keys.server if why == "changed" else other
     keys.client.write("known_hosts", "%s 127.0.0.1:%d\n%s 127.0.0.1:%d\n" % (listed.public, bad, keys.server.public, good))
     passed = "server `127.0.0.1:%d` is passed by: .*%s" % (bad, other.public if why == "changed" else keys.client.public)
-    client = connect_to([bad, good], mode, *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect_to([bad, good], mode, *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     assert count(passed, client) == 1
     ask(tcp_port(client))
-    kill(server)
+    server.kill()
     wake(client, mode)
     serve(*mode.serve, bind="127.0.0.1:%d" % good)
     eventually(lambda: works(tcp_port(client)), "it is with the good one again")
@@ -546,28 +501,20 @@ def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, 
     assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: none of .*").group() for port in (bad, good))
 
 
-# ---------------------------------------------------------------------------------------------------- as a library
-
-
 def test_a_link_that_the_server_ends_each_time_does_not_spin(connect, keys, target):
     """A server that takes the client in and closes the link at once: every try counts as one, with its pause."""
     seen = []
-
     def handle(connection):
         connection.settimeout(PATIENCE)
         seen.append(time.monotonic())
         peer.Server(connection, seed_of(keys.server)).handshake()
         if len(seen) == 1:
             time.sleep(0.6)  # long enough to be worth another
-    client = connect(target(handle).port, "0:127.0.0.1:1")
-    client.wait_for(READY)
+    connect(target(handle).port, "0:127.0.0.1:1").ready()
     eventually(lambda: len(seen) >= 3, "it tries again")
     began = len(seen)
     time.sleep(1.5)  # nothing is awaited: it is counted what comes
     assert len(seen) - began < 15  # about 7, where each is a try with its pause; 40 without
-
-
-# ---------------------------------------------------------------------------------------------------- servers that are there and are no help
 
 
 def test_what_a_frozen_server_used_up_is_not_the_next_ones(serve, keys, tcp_echo, target, monkeypatch):
@@ -592,8 +539,7 @@ def test_a_full_server_is_passed_by(serve, connect_to, keys, tcp_echo, stack):
     client = connect_to(ports, RATROD2)
     assert client.wait() == 1
     client.wait_for("as many connections in all as it takes")
-    client = connect_to([*ports, serve()[1]], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect_to([*ports, serve()[1]], RATROD2, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
 
 
@@ -602,7 +548,7 @@ def test_who_has_only_reverse_tunnels_knows_that_the_server_is_away(serve, keys,
     with module.tunnel("127.0.0.1:%d" % port, "R:0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path)) as tunnel:
         client = tunnel._endpoint
         assert client.connected
-        kill(server)
+        server.kill()
         eventually(lambda: not client.connected, "it knows that it is away")
         serve("--allow-listen", bind="127.0.0.1:%d" % port)
         eventually(lambda: client.connected, "it knows that it is back")
@@ -612,7 +558,6 @@ def test_who_has_only_reverse_tunnels_knows_that_the_server_is_away(serve, keys,
 def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo, monkeypatch):
     """Its originator never falls silent, as WireGuard does not; its session is not to stay deaf for that."""
     asked = []
-
     def look_up(address, *rest):
         asked.append(address.host)
         if len(asked) == 1:
@@ -626,7 +571,6 @@ def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
             originator.settimeout(0.05)
             originator.connect(tunnel.address)
-
             def answered():
                 with contextlib.suppress(socket.timeout):
                     originator.send(b"anybody there?")

@@ -1,7 +1,5 @@
 """The end of a server or a client that loses nothing: SIGTERM drains, and with --reuse-port the next server takes over meanwhile.
-
-The restarts under load are three here. Twenty, and more load: RATROD_LONG=1 pytest -n0 -rP tests/system/test_restart.py (-rP shows the figures).
-"""
+Twenty restarts, and more load: RATROD_LONG=1 with -rP, which shows the figures."""
 
 import collections
 import contextlib
@@ -21,8 +19,8 @@ from support.checked_load import Load, exchange
 from support.kernel import queued
 from support.keys import seed_of
 from support.pressure import LONG, figure
-from support.programs import LEGACY_E, PATIENCE, RATROD2, READY, Program, bound, tcp_port, udp_originator
-from support.sockets import ask_until_answered, assert_reset, dial, eventually, port_of, receive_all, receive_exactly, refused, works
+from support.programs import LEGACY_E, PATIENCE, RATROD2, Program, bound, tcp_port, udp_originator
+from support.sockets import ask_until_answered, assert_reset, dial, eventually, port_of, receive_all, receive_exactly, refused, say, works
 
 pytestmark = [
     pytest.mark.usefixtures("no_traceback"),
@@ -89,9 +87,6 @@ def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------- nothing is open
-
-
 @pytest.mark.parametrize("sign, strangers", [(TERM, 5), (INT, 0)])
 def test_nothing_is_open(serve, sign, strangers):
     """Strangers do not count: a silent one would keep the server for as long as a handshake may take, again and again."""
@@ -113,8 +108,7 @@ def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel, mode):
 
 
 def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
-    """One identity, two links. The idle one hears Close and then FIN, never a reset: a client that is sending an Open at this moment reads that it
-    was not looked at. The busy one goes on, and hears Close in place of Over."""
+    """The idle one hears Close and FIN, never a reset: a client that sends an Open then reads that. The busy one hears Close in place of Over."""
     server, port = serve("--drain", FOREVER)
     with peer.Client.connect(port, seed_of(keys.client)).handshake() as idle, peer.Client.connect(port, seed_of(keys.client)).handshake() as busy:
         stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
@@ -130,9 +124,6 @@ def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
         assert stream.receive() == b""
         assert [record.type for record in busy.read_to_end()] == [peer.CLOSE]
     assert server.wait() == 0
-
-
-# ---------------------------------------------------------------------------------------------------- what is open goes on
 
 
 @pytest.mark.parametrize("mode, side, sign", [
@@ -197,7 +188,6 @@ def test_what_ends_meanwhile_is_whole(tunnel, target, side):
     """Bulk both ways that was on its way as the signal came: its last byte counts, and the target's half goes on after the originator's end."""
     up, down, seen = os.urandom(BULK), os.urandom(BULK), []
     halfway, go_on = threading.Event(), threading.Event()
-
     def half_duplex(connection):
         heard = hashlib.sha256(receive_exactly(connection, BULK // 2))
         halfway.set()
@@ -209,10 +199,7 @@ def test_what_ends_meanwhile_is_whole(tunnel, target, side):
     made = tunnel(target(half_duplex).port, RATROD2, **flags)
     ending = getattr(made, side)
     with made.connect() as connection:
-        def say():
-            connection.sendall(up)
-            connection.shutdown(socket.SHUT_WR)
-        speaker = threading.Thread(target=say, daemon=True)
+        speaker = threading.Thread(target=say, args=(connection, up), daemon=True)
         speaker.start()
         assert halfway.wait(PATIENCE)
         ending.process.send_signal(TERM)
@@ -244,9 +231,6 @@ def test_an_open_that_crosses_the_close(serve, keys, tcp_echo):
                 records += link.read_to_end()
             assert records[-1].type == peer.CLOSE, records
     assert server.wait() == 0
-
-
-# ---------------------------------------------------------------------------------------------------- one port, two servers
 
 
 class Servers:
@@ -298,8 +282,7 @@ UNDER_LOAD = [(RATROD2, ()), (RATROD2, ("--workers", "2")), (LEGACY_E, ())]
 def test_restarts_under_load_lose_nothing(servers, connect, tcp_echo, mode, flags):
     """What --reuse-port is for. Every connection is new, and whole or a failure."""
     chain = servers(*mode.serve, *flags, "--drain", "30")
-    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     olds = []
     with Load(tcp_port(client)) as load:
         load.go_on(CONNECTIONS)
@@ -316,8 +299,7 @@ def test_restarts_under_load_lose_nothing(servers, connect, tcp_echo, mode, flag
 def test_restarts_under_load_of_both_ends_at_once(servers, connect, tcp_echo):
     """Two servers that share a port for long, one of which is always about to end: an unlucky client meets the ending one twice in a row."""
     chain = servers("--drain", "30")
-    client = connect(chain.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    client.wait_for(READY)
+    client = connect(chain.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with Load(tcp_port(client)) as load:
         for _ in range(RESTARTS):
             first, second = chain.add(), chain.add()
@@ -329,14 +311,10 @@ def test_restarts_under_load_of_both_ends_at_once(servers, connect, tcp_echo):
     assert not load.failures, (load.failures[:10], client.output)
 
 
-# ---------------------------------------------------------------------------------------------------- what waits to be accepted
-
-
 @needs_reuse_port
 @linux
 def test_what_the_kernel_has_taken_is_served(serve, keys, tcp_echo):
-    """A connection that waits in the accept queue as the listener is closed is reset by the kernel: 50 of them, taken while the server was frozen,
-    each hear an orderly end instead, which tells a client to go elsewhere."""
+    """50 connections that wait in the accept queue as the listener is closed, which the kernel would reset: each hears an orderly end instead."""
     server, port = serve("--drain", FOREVER)
     outcomes = collections.Counter()
     with contextlib.ExitStack() as stack:
@@ -371,14 +349,10 @@ def test_what_the_kernel_has_taken_is_served(serve, keys, tcp_echo):
     assert server.wait() == 0
 
 
-# ---------------------------------------------------------------------------------------------------- UDP and reverse tunnels
-
-
 @pytest.fixture
 def slow(target):
     """A target that says "first", and once `go_on` is set "last"."""
     go_on = threading.Event()
-
     def handle(connection):
         connection.sendall(b"first")
         assert go_on.wait(PATIENCE)
@@ -391,13 +365,11 @@ def slow(target):
 @needs_reuse_port
 @two_wires
 def test_all_that_is_new_goes_to_the_next_server(servers, ratrod, keys, tcp_echo, udp_echo, slow, stack, mode):
-    """Long streams, also those of reverse tunnels, keep the old server alive and end whole. A reverse tunnel listens at the next one at once, on the
-    same port. UDP may lose, but not its way: sessions are not what a server waits for."""
+    """Long streams, also those of reverse tunnels, keep the old server alive and end whole; these listen at the next one; UDP finds its way."""
     has_reverse = mode is RATROD2
     chain = servers(*mode.serve, *["--allow-listen"] * has_reverse, "--drain", FOREVER)
     client = ratrod("-k", keys.client.path, "connect", *mode.connect, "127.0.0.1:%d" % chain.port, "0:127.0.0.1:%d" % slow.port,
-                    "0:127.0.0.1:%d" % udp_echo.port, *["R:0:127.0.0.1:%d" % made.port for made in (tcp_echo, slow)] * has_reverse)
-    client.wait_for(READY)
+                    "0:127.0.0.1:%d" % udp_echo.port, *["R:0:127.0.0.1:%d" % made.port for made in (tcp_echo, slow)] * has_reverse).ready()
     originators = [stack.enter_context(udp_originator(client, 2)) for _ in range(3)]
     for n, originator in enumerate(originators):
         ask_until_answered(originator, b"%d" % n)
@@ -436,9 +408,6 @@ def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow
     assert client.wait() == 0
 
 
-# ---------------------------------------------------------------------------------------------------- workers
-
-
 def told_to_end(stack, server, client, word):
     """Eight connections that have had `word`, through a server that has then been told to end."""
     connections = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
@@ -452,8 +421,7 @@ def told_to_end(stack, server, client, word):
 def test_workers_drain_each(serve, connect, slow):
     """The parent passes the signal on and waits for the last of them."""
     server, server_port = serve("--workers", "2", "--drain", FOREVER)
-    client = connect(server_port, "0:127.0.0.1:%d" % slow.port)
-    client.wait_for(READY)
+    client = connect(server_port, "0:127.0.0.1:%d" % slow.port).ready()
     with contextlib.ExitStack() as stack:
         connections = told_to_end(stack, server, client, b"first")
         eventually(lambda: refused(server_port), "nobody listens any more")
@@ -464,8 +432,7 @@ def test_workers_drain_each(serve, connect, slow):
 
 def test_workers_end_on_a_second_signal(serve, connect, target):
     server, server_port = serve("--workers", "2", "--drain", FOREVER)
-    client = connect(server_port, "0:127.0.0.1:%d" % target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port)
-    client.wait_for(READY)
+    client = connect(server_port, "0:127.0.0.1:%d" % target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port).ready()
     with contextlib.ExitStack() as stack:
         connections = told_to_end(stack, server, client, b"!")
         # Each worker takes the two signals by itself. One may still be at the first: two that wait are one to the kernel, so it is sent again.

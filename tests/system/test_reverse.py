@@ -1,7 +1,5 @@
 """Reverse tunnels (`R:`): the server listens, and the client connects to what its own command line names.
-
-Whole programs. What passes on their links is in test_reverse_links.py, what permitlisten permits in unit/test_core_grants.py.
-"""
+What passes on their links is in test_reverse_links.py, what permitlisten permits in unit/test_core_grants.py."""
 
 import contextlib
 import ipaddress
@@ -20,10 +18,10 @@ import pytest
 from support import ratrod2_peer as peer
 from support.keys import permit, seed_of
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, PATIENCE, READY, assert_start_fails, bound, descriptors, handshakes, tcp_port
+from support.programs import AUTHENTICATION_FAILED, PATIENCE, assert_start_fails, bound, descriptors, handshakes, tcp_port
 from support.proxy_headers import SIGNATURE
 from support.rows import row
-from support.sockets import ask, assert_refused, dial, eventually, free_port, port_of, receive_all, receive_exactly, refused, reset, works
+from support.sockets import ask, assert_refused, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, refused, reset, say, works
 from support.targets import UnixTarget, echo, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -77,9 +75,6 @@ def stage(target):
     return Stage(target)
 
 
-# ---------------------------------------------------------------------------------------------------- streams
-
-
 def test_streams_and_how_they_end(reverse, stage):
     """Whoever speaks, ends or resets first, the other side learns it as without a tunnel."""
     made = reverse(stage.port)
@@ -95,19 +90,15 @@ def test_streams_and_how_they_end(reverse, stage):
     # The target speaks first, and waits for nothing.
     stage.play(says(b"220 hello\r\n"))
     assert greeting(made.port) == b"220 hello\r\n"
-
     # The target ends first.
     def end_first(connection):
-        connection.sendall(b"bye")
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, b"bye")
         stage.heard.put(receive_all(connection))
     stage.play(end_first)
     with made.dial() as connection:
         assert receive_all(connection) == b"bye"
-        connection.sendall(b"wait, there is more")
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, b"wait, there is more")
         assert stage.hears() == b"wait, there is more"
-
     # The originator resets.
     def await_reset(connection):
         connection.sendall(b"!")
@@ -151,7 +142,6 @@ def test_a_target_that_refuses_is_a_reset(reverse):
 def test_many_in_a_row_and_many_at_once(reverse, stage):
     """A link that comes back is used again, and does not come on top of the one that has replaced it; a burst gets more links than wait."""
     made = reverse(stage.port)
-
     def many(n):
         for _ in range(n):
             stage.play(echo)
@@ -165,7 +155,6 @@ def test_many_in_a_row_and_many_at_once(reverse, stage):
     assert handshakes(made.server) - shaken <= 30
     # 100 at once, of which the target answers none before it has all.
     everybody, may_end = threading.Barrier(100), threading.Event()
-
     def answer_together(connection):
         data = receive_exactly(connection, 4)
         everybody.wait(PATIENCE)
@@ -186,9 +175,6 @@ def test_many_in_a_row_and_many_at_once(reverse, stage):
     # No more links are left than may wait for a listener, and what the client keeps for itself.
     eventually(lambda: descriptors(made.client) < held - 100, lambda: "%d at the peak, %d now" % (held, descriptors(made.client)))
     many(1)
-
-
-# ---------------------------------------------------------------------------------------------------- permission
 
 
 def test_a_server_that_was_not_started_for_it(serve, client, tcp_echo):
@@ -215,8 +201,7 @@ def test_permitlisten(serve, client, keys, tcp_echo):
 
 
 def test_nobody_listens_beside_another_keys_address(reverse, serve, client, keys, second, target):
-    """A visitor of `localhost` tries both families, and one of every address any: what is asked for must not take them away. The server's own port
-    is not to be had either; another address with the same port is."""
+    """A visitor of `localhost` tries both families, of every address any: what is asked for must not take them away. Nor the server's own port."""
     made = reverse(target(says(b"first")).port)
     hosts = ["", "127.0.0.1:", "[::1]:", "localhost:", "0.0.0.0:", "[::]:", "*:"]
     lines = [["-k", second.path, "connect", "127.0.0.1:%d" % made.server_port, "R:%s%d:127.0.0.1:1" % (host, port)]
@@ -250,8 +235,7 @@ def test_streams_have_a_bound_here_too(serve, client, tcp_echo, flag):
     reverse = bound(client(port, "R:0:127.0.0.1:%d" % tcp_echo.port))
     with dial(reverse) as first, dial(reverse) as second:
         for connection in (first, second):
-            connection.sendall(b"ping")
-            assert connection.recv(4) == b"ping"
+            ping(connection)
         assert_refused(reverse)
         server.wait_for("carries as many streams .* as it takes \\(2\\)")
     eventually(lambda: works(reverse), "there is room again")
@@ -293,9 +277,6 @@ def test_permission_to_listen_that_is_withdrawn(reverse, keys, tcp_echo):
         assert link.handshake().exchange("127.0.0.1:%d" % tcp_echo.port, b"still here") == b"still here"
 
 
-# ---------------------------------------------------------------------------------------------------- who has the port
-
-
 def test_the_listener_ends_with_its_client(serve, client, tcp_echo):
     server, server_port = serve("--allow-listen")
     clients = {sign: client(server_port, "R:0:127.0.0.1:%d" % tcp_echo.port) for sign in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)}
@@ -335,10 +316,8 @@ class Callers:
 def test_a_second_client_of_the_key_takes_the_port_over(reverse, client, target):
     """Without a gap, while the first lives: nobody who connects meanwhile is turned away, and who was connected stays so."""
     heard = queue.Queue()
-
     def old(connection):
-        connection.sendall(b"old")
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, b"old")
         heard.put(receive_all(connection))
     made = reverse(target(old).port)
     with Callers(made.port) as callers:
@@ -349,8 +328,7 @@ def test_a_second_client_of_the_key_takes_the_port_over(reverse, client, target)
             assert bound(newcomer) == made.port
             assert greeting(made.port) == b"new"
             eventually(lambda: callers.heard[-3:] == [b"new"] * 3, lambda: "the new one answers: %r" % callers.heard)
-            connection.sendall(b"still here")
-            connection.shutdown(socket.SHUT_WR)
+            say(connection, b"still here")
             eventually(lambda: heard.get(timeout=PATIENCE) == b"still here", "what was begun goes on")
         # The first one lives on, and asks for the port again and again, which SIGHUP hurries: it does not get it back.
         for n in range(1, 4):
@@ -365,7 +343,6 @@ def test_a_second_client_of_the_key_takes_the_port_over(reverse, client, target)
 def test_a_client_that_comes_back_has_its_port_at_once(reverse, client, stage, target):
     """Cut off with its machine, which the server does not hear: for it the old sockets are alive, as those of a stopped one; and after a crash."""
     made = reverse(stage.port)
-
     def comes_back(word):
         again = client(made.server_port, "R:%d:127.0.0.1:%d" % (made.port, target(says(word)).port))
         assert bound(again) == made.port
@@ -402,9 +379,6 @@ def test_a_server_that_was_started_anew(reverse, serve, tcp_echo):
     assert made.client.process.poll() is None
 
 
-# ---------------------------------------------------------------------------------------------------- forms
-
-
 def test_forms(serve, client, target, second):
     """Tunnels of both kinds, to a Unix socket, of IPv6 and in ranges, of one client or of two; and with nothing but a reverse tunnel it is ready."""
     _, server_port = serve("--allow-listen")
@@ -425,8 +399,7 @@ def test_forms(serve, client, target, second):
     near, far = free_port(3), free_port(3)
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", near + n))) for n in range(3)]
-        program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2), who=second)
-        program.wait_for(READY)
+        program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2), who=second).ready()
         for n, listener in enumerate(listeners):
             assert bound(program, ":%d" % (near + n)) == far + n
             listener.settimeout(PATIENCE)
@@ -453,8 +426,7 @@ def test_the_target_learns_who_the_visitor_is(serve, client, stage, kind):
             with row(host), dial(port, host) as visitor:
                 source = visitor.getsockname()[:2]
                 assert receive_exactly(visitor, 11) == b"220 hello\r\n"
-                visitor.sendall(b"hello")
-                visitor.shutdown(socket.SHUT_WR)
+                say(visitor, b"hello")
                 address = ipaddress.ip_address(source[0]).packed
                 family = b"\x11\0\x0c" if len(address) == 4 else b"\x21\0\x24"
                 ports = struct.pack(">HH", source[1], port)

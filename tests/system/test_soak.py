@@ -1,7 +1,4 @@
-"""Some seconds of the soak, what it would find, and the script that makes the README's table "What it withstands".
-
-The whole soak: python tests/tools/soak.py --seconds 3600
-"""
+"""Some seconds of the soak (tools/soak.py), what it found, and the script that makes the README's table "What it withstands"."""
 
 import ast
 import contextlib
@@ -20,9 +17,9 @@ from soak import HOST, Relay
 from support import ratrod2_peer as peer
 from support.keys import seed_of
 from support.pressure import scaled
-from support.programs import LEGACY_E, PATIENCE, READY, ROOT, STARTED, tcp_port
+from support.programs import LEGACY_E, PATIENCE, ROOT, STARTED, tcp_port
 from support.relays import Door
-from support.sockets import ask, ask_over, dial, eventually, receive_exactly, reset
+from support.sockets import ask, ask_over, dial, eventually, ping, reset
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")
 
@@ -56,11 +53,9 @@ def test_the_soak_finds_what_is_wrong():
 
 
 def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target):
-    """Found by the soak: where a length on the wire was made greater, or bytes are missing inside a record, what follows is taken for the rest
-    of it: signs of life, 37 bytes each, so that nothing ever ended that link. The stream on it stood still for hours."""
+    """Found by the soak: where a length was made greater, Keepalives were taken for the rest of the record, and nothing ever ended that link."""
     server = start(*scaled(keepalive=0.5, silence=1.1, trusted=0.8, resume=0.0), "-k", keys.server.path, "serve", "127.0.0.1:0")
     ended = threading.Event()
-
     def wait_for_reset(connection):
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b"x" and not connection.recv(1)
@@ -92,11 +87,9 @@ class SlowDoor(Door):
 
 
 def test_tries_that_were_held_up_are_no_empty_connections(serve, connect, target):
-    """Found by the soak: while somebody waits, a client of a server that is away tries again each second, and a legacy try names its target.
-    When a path that had held several of them up went on, the target saw a connection for each: one had the bytes, the others ended cleanly
-    without any, as a connection does whose sender had nothing to say."""
+    """Found by the soak: a legacy try names its target. When a path that had held several up went on, the target saw a connection of each, and all
+    but one ended cleanly without a byte, as of a sender who had nothing to say."""
     ends = []
-
     def read(connection):
         received = b""
         try:
@@ -109,8 +102,7 @@ def test_tries_that_were_held_up_are_no_empty_connections(serve, connect, target
     remote, door = target(read), SlowDoor(target)
     _, door.to = serve(*LEGACY_E.serve)
     door.opened.set()
-    client = connect(door.port, *LEGACY_E.connect, "0:127.0.0.1:%d" % remote.port)
-    client.wait_for(READY)
+    client = connect(door.port, *LEGACY_E.connect, "0:127.0.0.1:%d" % remote.port).ready()
     server_port, door.to = door.to, None
     with dial(tcp_port(client)) as originator:
         eventually(lambda: len(door.tries) > 1, "the client finds its server away")
@@ -147,8 +139,7 @@ class PathWithLinks(Relay):
 
 @on_linux
 def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod, keys, tcp_echo):
-    """Found by the soak: all waiting links were lost, a try to make another failed while a connection had just given its link back, and then
-    that link was lost too. Each of the three thought that another one of them would see to it, and the tunnel never came back."""
+    """Found by the soak: all waiting links were lost, a try failed as a connection gave its link back, which was lost too: it never came back."""
     _, server_port = serve("--allow-listen", bind=HOST + ":0")
     path = PathWithLinks(server_port)
     path.start()
@@ -158,8 +149,7 @@ def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod
     with dial(port) as connection:
         def used():
             before = path.carried()
-            connection.sendall(b"x")
-            assert receive_exactly(connection, 1) == b"x"
+            ping(connection, b"x")
             return [wire for wire, n in path.carried().items() if n != before.get(wire)]
         eventually(lambda: len(used()) == 1, "its own link alone carries something: no others are being made")
         busy = used()
@@ -172,16 +162,12 @@ def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod
     eventually(lambda: path.tries > tries + 1, "it still tries, though a link waits")
     path.cut(busy)
     path.closed = False
-
     def works():
         with contextlib.suppress(OSError):
             ask(port)
             return True
     eventually(works, lambda: "it listens again:\n" + client.output)
     path.stopping = True
-
-
-# ---------------------------------------------------------------------------------------------------- withstand.py
 
 
 def test_figures_are_found_in_what_tests_and_scripts_print():

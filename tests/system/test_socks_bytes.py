@@ -1,7 +1,5 @@
 """A SOCKS proxy at the client, spoken by hand over the real programs: replies, streams, associations.
-
-What its parser takes and refuses is in unit/test_socks5.py, real users of it are in peers/test_socks.py.
-"""
+What its parser takes and refuses is in unit/test_socks5.py, real users of it are in peers/test_socks.py."""
 
 import concurrent.futures
 import contextlib
@@ -20,7 +18,7 @@ import pytest
 from support.kernel import sockets_of
 from support.programs import LEGACY, PATIENCE, RATROD2, READY, Program, descriptors, every_mode
 from support.rows import row
-from support.sockets import eventually, free_port, port_of, receive_all, receive_exactly, reset
+from support.sockets import eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
 from support.targets import UdpEcho, UdpRemote, says
 
@@ -57,8 +55,7 @@ class Proxy(NamedTuple):
 
     def try_echo(self, port, host="127.0.0.1", question=b"anybody there?"):
         with self.open(port, host) as connection:
-            connection.sendall(question)
-            connection.shutdown(socket.SHUT_WR)
+            say(connection, question)
             assert receive_all(connection) == question
 
 
@@ -75,9 +72,6 @@ def assert_ended(connection):
     """Nothing more comes. Whether that shows as an end or as a reset depends on what was unread."""
     with contextlib.suppress(ConnectionResetError):
         assert connection.recv(100) == b""
-
-
-# ---------------------------------------------------------------------------------------------------- what is said at the start
 
 
 def test_several_proxies(forward, tcp_echo):
@@ -128,9 +122,6 @@ def test_two_workers(proxy, tcp_echo, udp_echo):
             made.try_echo(tcp_echo.port, host)
         with associate(made) as asking:
             assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
-
-
-# ---------------------------------------------------------------------------------------------------- replies
 
 
 @every_mode
@@ -202,8 +193,7 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
         (LOGIN + b"\5\1\0\x09", words(b"\5\x08\0\1" + bytes(6)), "its SOCKS5 request cannot be understood"),
     ):
         with row(data[:50]), made.dial() as connection:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
+            say(connection, data)
             assert receive_all(connection).startswith(answer)
             made.client.wait_for("❌ SOCKS client `127.0.0.1:%d`: .*%s" % (connection.getsockname()[1], told))
     for data in (b"", b"\5", LOGIN):
@@ -213,9 +203,6 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
         connection.sendall(LOGIN + request("127.0.0.1", tcp_echo.port) + b"!")
         assert receive_exactly(connection, 15)[-1:] == b"!"
     assert sum("SOCKS client" in line for line in made.client.lines) == 10, made.client.output
-
-
-# ---------------------------------------------------------------------------------------------------- in the handshake
 
 
 @every_mode
@@ -254,7 +241,6 @@ def test_users_of_the_proxy_that_vanish_in_the_handshake(proxy, tcp_echo):
     """At every byte, by an end and by a reset. Nothing is left of them, and nobody is disturbed. Nor do those that stay silent hold up anybody."""
     made = proxy(ANY, connect_flags=("-v", "--socks-user", "alice:secret"))
     whole = b"\5\2\0\2" + LOGIN[3:] + request("localhost", tcp_echo.port)
-
     def complete():
         """One byte at a time."""
         with made.dial() as connection:
@@ -280,8 +266,7 @@ def test_users_of_the_proxy_that_vanish_in_the_handshake(proxy, tcp_echo):
 
 
 def test_times(proxy, tcp_echo, udp_echo):
-    """Whoever says nothing more is closed when the handshake's time is over. A connection or an association that is through the handshake may be
-    silent for longer, and an association outlives its idle sessions."""
+    """Whoever says nothing more is closed at the handshake's time. What is through it may be silent; an association outlives its idle sessions."""
     made = proxy(ANY, serve_flags=("--udp-timeout", "0.3"), connect_flags=("--udp-timeout", "0.3", "--handshake-timeout", "2"))
     with made.open(tcp_echo.port) as through, associate(made) as asking, contextlib.ExitStack() as stack:
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
@@ -306,11 +291,7 @@ def test_times(proxy, tcp_echo, udp_echo):
         assert len(list(slow)) > 150
         eventually(lambda: not udp_sockets(made.server), "the session was forgotten")
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello again") == b"hello again"
-        through.sendall(b"still here")
-        assert receive_exactly(through, 10) == b"still here"
-
-
-# ---------------------------------------------------------------------------------------------------- UDP
+        ping(through, b"still here")
 
 
 class Association:
@@ -370,8 +351,7 @@ def associate(made, host="127.0.0.1", claimed=("0.0.0.0", 0)):
 
 @every_mode
 def test_datagrams(mode, proxy, udp_echo, remote):
-    """Of every size: a datagram stays one datagram, and 65497 is what SOCKS' own header leaves of the largest one. To every kind of address, in one
-    association: each answer says whose it is. And from twenty associations at once."""
+    """A datagram stays one, of every size (65497 is the largest under SOCKS' header) and to every kind of address; each answer says whose it is."""
     made = proxy(mode)
     with contextlib.closing(UdpEcho("::1")) as over_ipv6, associate(made) as asking:
         for size in (5, 0, 1, 512, 1200, 9000, 65497, 65496, 0):
@@ -413,14 +393,12 @@ def test_one_outer_port_for_all_targets(proxy, remote, stack):
     stranger = stack.enter_context(contextlib.closing(UdpRemote()))
     asking, elsewhere = (stack.enter_context(associate(made)) for _ in range(2))
     targets = [(remote, "127.0.0.1"), (remote, "localhost"), *zip(others, ("127.0.0.1", "127.0.0.2", "::1", "::1"))]
-
     def sources(association):
         for n, (target, host) in enumerate(targets):
             association.send(host, target.port, b"%d" % n)
             data, source = target.receive()
             assert data == b"%d" % n
             yield source
-
     seen = list(sources(asking))
     assert len({source[:2] for source in seen}) == 2, "one port of each family"
     assert not {source[:2] for source in seen} & {source[:2] for source in sources(elsewhere)}
@@ -542,7 +520,6 @@ def test_a_server_that_is_gone_and_comes_back(mode, proxy, serve, udp_echo, tcp_
             assert_ended(connection)
         serve(*mode.serve, bind=where)
         asking.socket.settimeout(0.2)
-
         def answered():
             with contextlib.suppress(socket.timeout):
                 return asking.ask("127.0.0.1", udp_echo.port, b"are you back?") == b"are you back?"

@@ -86,7 +86,6 @@ def test_a_start_that_raises_is_not_counted(fake, monkeypatch):
 def test_the_end_while_a_connection_is_being_made(fake):
     fake.become("#!/bin/sh\nexec sleep 600\n")
     heard = []
-
     def start():
         with pytest.raises(ratrod.ConnectError) as caught:
             fake.links.start(True)

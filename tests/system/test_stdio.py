@@ -16,7 +16,7 @@ import pytest
 from support.pressure import memory_before, peak_growth
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, every_mode
 from support.rows import row
-from support.sockets import ask, eventually, free_port, port_of, receive_all, receive_exactly, reset
+from support.sockets import ask, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
 
 pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
@@ -96,12 +96,8 @@ AT_ONCE = "--resume", "0"  # a lost link resets its stream
 
 @pytest.fixture
 def stdio(serve, launch):
-    """stdio(mode, target's port or all of it, serve_flags, connect_flags, stdin=..., stdout=...) -> Stdio of a client whose server is there.
-
-    For each mode there is one server, as long as it lives.
-    """
+    """stdio(mode, target's port or all of it, serve_flags, connect_flags, **of Stdio) -> Stdio, at a server that there is one of for each mode."""
     servers = {}
-
     def run(mode, target, serve_flags=(), connect_flags=(), **options):
         target = target if isinstance(target, str) else "127.0.0.1:%d" % target
         place = mode, serve_flags
@@ -135,9 +131,6 @@ def read_digest(read):
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------- a conversation, and its end
-
-
 @every_mode
 def test_conversation(mode, stdio, tcp_echo):
     made = stdio(mode, tcp_echo.port)
@@ -158,8 +151,7 @@ def test_ends(mode, stdio, listener):
     # what is still typed arrives.
     made = stdio(mode, port_of(listener))
     with accept(listener) as target:
-        target.sendall(b"goodbye")
-        target.shutdown(socket.SHUT_WR)
+        say(target, b"goodbye")
         assert made.read(7) == b"goodbye"
         assert made.stdout.read(1) == b""
         assert made.process.poll() is None
@@ -224,9 +216,6 @@ def test_killed_client(stdio, listener):
                 target.sendall(BLOCK)
 
 
-# ---------------------------------------------------------------------------------------------------- what stdin and stdout may be
-
-
 def as_file(content):
     file = tempfile.TemporaryFile()
     file.write(content)
@@ -283,8 +272,7 @@ def test_one_socket_as_both(stdio, tcp_echo):
         ours.settimeout(PATIENCE)
         with theirs:
             made = stdio(ANY, tcp_echo.port, stdin=theirs, stdout=theirs)
-        ours.sendall(b"hello")
-        assert receive_exactly(ours, 5) == b"hello"
+        ping(ours, b"hello")
         ours.shutdown(socket.SHUT_WR)
         assert receive_all(ours) == b""
     assert made.wait() == (0, "")
@@ -320,16 +308,12 @@ def test_streams_that_are_closed(serve, keys, target):
             assert b"".join(seen) == b""
 
 
-# ---------------------------------------------------------------------------------------------------- bulk and memory
-
-
 two_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY_E], ids=lambda mode: mode.name)
 
 
 def push_until_stuck(write):
     """Writes to a descriptor that does not block, until for half a second nothing more was taken; (bytes taken, their hash)."""
     digest, sent, last = hashlib.sha256(), 0, None
-
     def stuck():
         nonlocal sent, last
         before = sent
@@ -374,9 +358,6 @@ def test_who_does_not_read(mode, stdio, listener):
         made.stdin.close()
         assert read_digest(target.recv) == digest
     assert made.wait() == (0, "")
-
-
-# ---------------------------------------------------------------------------------------------------- what fails
 
 
 def one_error(made, code=1):
@@ -444,9 +425,6 @@ def test_missing_keys_are_never_asked_about(launch, tmp_path, closed):
     assert not (tmp_path / "none").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- beside the data
-
-
 def test_verbose_goes_to_stderr_only(stdio, tcp_echo):
     made = stdio(ANY, tcp_echo.port, connect_flags=("-v",))
     made.write(b"hello")
@@ -496,9 +474,6 @@ def test_signals(stdio, launch, listener):
         assert connection.recv(1)
         made.process.send_signal(signal.SIGINT)
         assert made.wait()[0] == 130
-
-
-# ---------------------------------------------------------------------------------------------------- terminals, and what is shared
 
 
 def make_controlling():

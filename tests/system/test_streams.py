@@ -1,7 +1,4 @@
-"""Streams on links that are reused, from end to end: few handshakes, round trips, links that die, keys that go.
-
-Real processes, and where the path matters a relay of the test's own between them.
-"""
+"""Streams on links that are reused, of real processes and a relay between them: few handshakes, round trips, links that die, keys that go."""
 
 import collections
 import contextlib
@@ -20,7 +17,7 @@ from support.keys import identity_of
 from support.pressure import LONG
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, ROOT, handshakes, tcp_port, udp_originator
 from support.scripted import Scripted
-from support.sockets import dial, dial_with, eventually, receive_all, receive_exactly
+from support.sockets import dial, dial_with, eventually, receive_all, receive_exactly, say
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -28,9 +25,6 @@ CONNECTIONS = 5_000 if LONG else 1_000
 CLIENT, SERVER = "client", "server"
 SERVER_PREAMBLE = 2 + 137
 CLIENT_AUTHENTICATION = 2 + 96
-
-
-# ---------------------------------------------------------------------------------------------------- a relay between client and server
 
 
 class Passage:
@@ -137,13 +131,9 @@ def path(serve, start, target, keys):
         server, port = serve("-v")
         relay = Relay(port, target)
         client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port,
-                       *("0:127.0.0.1:%d" % remote for remote in remotes), env={**os.environ, "PYTHONPATH": str(ROOT)})
-        client.wait_for(READY)
+                       *("0:127.0.0.1:%d" % remote for remote in remotes), env={**os.environ, "PYTHONPATH": str(ROOT)}).ready()
         return Path(server, client, relay, [tcp_port(client, n) for n in range(1, len(remotes) + 1)])
     return launch
-
-
-# ---------------------------------------------------------------------------------------------------- random ends
 
 
 def test_handshakes_do_not_grow_with_the_connections(path, target):
@@ -156,14 +146,8 @@ def test_handshakes_do_not_grow_with_the_connections(path, target):
     assert handshakes(made.server) == len(made.relay.passages)
 
 
-# ---------------------------------------------------------------------------------------------------- round trips
-
-
 class Gate:
-    """A Relay.hold: what the server says passes only once the target has seen the stream's first byte, but for `before` flights of a passage.
-
-    It stands for a long path, and needs no time: a client that waited for an answer before it went on would wait for the gate.
-    """
+    """A Relay.hold that stands for a long path: what the server says, but for `before` flights, passes once the target has seen the first byte."""
 
     def __init__(self, relay, before):
         self.seen = threading.Event()
@@ -180,7 +164,6 @@ def gated(path, target):
     """gated() -> (Path, the list for its Gate)"""
     def launch():
         gates = []
-
         def handle(connection):
             data = receive_exactly(connection, 1)
             gates[0].seen.set()
@@ -213,9 +196,6 @@ def test_a_fresh_link_takes_two_round_trips(gated):
     used, = (passage for passage in made.relay.passages[1:] if len(passage.said(CLIENT)) > 8 + 2 + 35 + CLIENT_AUTHENTICATION)
     assert used.turns()[:4] == [CLIENT, SERVER, CLIENT, SERVER]  # the fifth is the end of the stream, if that was as fast
     assert len(used.flights[1][1]) == SERVER_PREAMBLE
-
-
-# ---------------------------------------------------------------------------------------------------- links that die
 
 
 def all_idle(made, streams):
@@ -277,7 +257,6 @@ sys.exit(ratrod.main(sys.argv[1:]))
 def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
     """The client is not woken for each piece of a long record, but what trickles in is a sign of life: here for three times `silence`."""
     text = os.urandom(400_000)
-
     def behave(link, number):
         stream = link.accept()
         if stream:
@@ -292,11 +271,9 @@ def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
             link.accept()  # as long as the client is there: its Keepalives unread, closing would be a reset
     server = Scripted(keys, target, behave)
     client = start(sys.executable, "-c", HARD_OF_HEARING, "-k", keys.client.path, "-v", "connect", "127.0.0.1:%d" % server.port, "0:good:1",
-                   env={**os.environ, "PYTHONPATH": str(ROOT)})
-    client.wait_for(READY)
+                   env={**os.environ, "PYTHONPATH": str(ROOT)}).ready()
     with dial(tcp_port(client)) as connection:
-        connection.sendall(b"!")
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, b"!")
         assert receive_all(connection) == text
     server.check()
 
@@ -312,9 +289,6 @@ def test_a_refused_remote_is_a_reset_at_once(path, closed):
         program.wait_for("❌.*127.0.0.1:%d.*Connection refused" % closed, 3)
 
 
-# ---------------------------------------------------------------------------------------------------- keys that come and go
-
-
 def asks_by_udp(originator, question):
     originator.send(question)
     return originator.recv(100) == question
@@ -322,10 +296,8 @@ def asks_by_udp(originator, question):
 
 @pytest.mark.parametrize("mode, flags", [(RATROD2, ()), (LEGACY, ("--max-retry-count", "1"))], ids=["stays", "ends"])
 def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target, mode, flags):
-    """Removed: links, streams and UDP sessions end. The clients were let in before: they go on trying and come back by themselves, unless their
-    tries are counted."""
+    """Links, streams and UDP sessions end. The clients go on trying and come back by themselves, unless their tries are counted."""
     ends = queue.Queue()
-
     def handle(connection):
         connection.sendall(b"!")
         try:
@@ -356,7 +328,6 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
         if not flags:
             keys.server.trust(keys.client, "authorized_keys")
             originator.settimeout(1)
-
             def is_back():
                 with contextlib.suppress(OSError):
                     with dial(tcp_port(client)) as connection:
@@ -364,13 +335,9 @@ def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, ta
             eventually(is_back, "both clients are back")
 
 
-# ---------------------------------------------------------------------------------------------------- one link for all UDP
-
-
 def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second):
     """Those of all its tunnels; a second client has its own."""
     links = collections.Counter()
-
     def behave(link, _number):
         stream = link.accept()
         if stream:
@@ -380,8 +347,7 @@ def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second):
     server = Scripted(keys, target, behave, [keys.client, second])
     with contextlib.ExitStack() as stack:
         for who in (keys.client, second):
-            client = ratrod("-k", who.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1", "0:good:2")
-            client.wait_for(READY)
+            client = ratrod("-k", who.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1", "0:good:2").ready()
             for n in range(10):
                 assert asks_by_udp(stack.enter_context(udp_originator(client, 1 + n % 2)), b"%d" % n)
     assert links == {identity_of(keys.client): 1, identity_of(second): 1}

@@ -1,7 +1,4 @@
-"""TCP from end to end: an originator, a real `connect`, a real `serve`, a target.
-
-RATROD_LONG=1 sends 1 GB each way in place of 24 MB, on each wire.
-"""
+"""TCP from end to end: an originator, a real `connect`, a real `serve`, a target. RATROD_LONG=1 sends 1 GB each way in place of 24 MB."""
 
 import concurrent.futures
 import hashlib
@@ -24,6 +21,7 @@ from support.sockets import (
     dial,
     eventually,
     free_port,
+    ping,
     port_of,
     push_until_stuck,
     receive_all,
@@ -80,9 +78,6 @@ def send_until_cut(connection):
 def says(program, *parts):
     """Waits for a line of the program's that has all these patterns, in any order."""
     return program.wait_for("(?i)^" + "".join("(?=.*(?:%s))" % part for part in parts)).string
-
-
-# ---------------------------------------------------------------------------------------------------- bytes, ends, resets
 
 
 @every_mode
@@ -193,9 +188,6 @@ def test_bulk_and_slow_readers(mode, forward, listener, join, tcp_echo):
                 receive_all(reader)
 
 
-# ---------------------------------------------------------------------------------------------------- remotes that fail
-
-
 @either_wire
 def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
     # On an address of its own: another test's client may still try a port of 127.0.0.1 that was its target's before.
@@ -226,9 +218,6 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
             talk(originator, accepted)
 
 
-# ---------------------------------------------------------------------------------------------------- many connections
-
-
 @either_wire
 def test_many_connections(mode, forward, tcp_echo, stack):
     """200 at once are kept apart. That many one after the other leave nothing behind is in test_descriptors.py."""
@@ -243,9 +232,6 @@ def test_many_connections(mode, forward, tcp_echo, stack):
         connection.shutdown(socket.SHUT_WR)
     for connection in connections:
         assert connection.recv(1) == b""
-
-
-# ---------------------------------------------------------------------------------------------------- tunnel forms and addresses
 
 
 def test_tunnels_of_every_form(forward, target, tcp_echo):
@@ -274,8 +260,7 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
         dial(port + 1, "127.0.0.2")
     # The IPv6 wildcard takes IPv4 too, as * does, and shows it as such.
     with dial(tcp_port(client, len(forms))) as connection:
-        connection.sendall(b"still there?")
-        assert receive_exactly(connection, 12) == b"still there?"
+        ping(connection, b"still there?")
         says(client, r"127\.0\.0\.1:%d\b" % port_of(connection))
     assert "::ffff:" not in client.output
     # Each of two tunnels leads to its own target.
@@ -318,7 +303,6 @@ def test_a_link_local_address_keeps_its_zone(namespace, start, ratrod, keys, tar
     """Without it no system knows on which of its networks the address is: as BIND, as SERVER, as a local address, and as the target of R:."""
     cable = "rt%dv" % os.getpid()
     addresses = {}
-
     def settled():
         for name, command in ((cable, ()), ("eth0", namespace.command)):
             words = "ip -6 -o addr show dev %s scope link" % name
@@ -331,14 +315,10 @@ def test_a_link_local_address_keeps_its_zone(namespace, start, ratrod, keys, tar
     port = server.wait_for(STARTED).group(1)
     inside, outside = namespace.make(target, echo), target(echo, host="::")
     client = ratrod("-k", keys.client.path, "connect", "-a", "[%s%%%s]:%s" % (far.split("%")[0], cable, port),
-                    "[%s]:0:127.0.0.1:%d" % (near, inside.port), "R:0:[%s]:%d" % (near, outside.port))
-    client.wait_for(READY)
+                    "[%s]:0:127.0.0.1:%d" % (near, inside.port), "R:0:[%s]:%d" % (near, outside.port)).ready()
     ask(tcp_port(client), host=near)
     back = int(client.wait_for(r"listens on `localhost:(\d+)`").group(1))
     namespace.make(ask, back)
-
-
-# ---------------------------------------------------------------------------------------------------- policy
 
 
 def test_a_server_opens_none_of_its_own_addresses(serve, ratrod, keys):
@@ -352,8 +332,7 @@ def test_a_server_opens_none_of_its_own_addresses(serve, ratrod, keys):
     own = ["127.0.0.1:%d" % port, "localhost:%d" % port, "[::ffff:127.0.0.1]:%d" % port, "127.0.0.1:%d" % metrics, "127.9.9.9:%d" % metrics,
            "[::1]:%d" % metrics, "localhost:%d" % metrics]
     with other:
-        client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, *["0:" + each for each in own], "0:127.0.0.2:%d" % port)
-        client.wait_for(READY)
+        client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, *["0:" + each for each in own], "0:127.0.0.2:%d" % port).ready()
         for n, each in enumerate(own, 1):
             with row(each):
                 assert_refused(tcp_port(client, n))

@@ -46,9 +46,6 @@ def ask(connected, question=b"anybody there?"):
     assert connected.recv(65536) == question
 
 
-# ---------------------------------------------------------------------------------------------------- datagrams
-
-
 @every_mode
 def test_datagrams_to_an_echo(mode, forward, udp_echo, originator):
     server, client = forward(mode, *["0:%d" % udp_echo.port] * 4)
@@ -111,9 +108,6 @@ def test_target_sees_one_address_for_an_originator(mode, tunnel, remote, origina
     assert second.recv(65536) == b"for the second"
 
 
-# ---------------------------------------------------------------------------------------------------- sessions that end
-
-
 @either_wire
 def test_idle_sessions_are_forgotten_at_both_ends(mode, forward, remote, originator):
     server, client = forward(mode, "0:%d" % remote.port, serve_flags=("--udp-timeout", "1"), connect_flags=("--udp-timeout", "1"))
@@ -122,11 +116,9 @@ def test_idle_sessions_are_forgotten_at_both_ends(mode, forward, remote, origina
     reader = originator(udp_port(client))
     reader.send(b"news, please")
     source, began = remote.receive()[1], time.monotonic()
-
     def hears_news():
         remote.socket.sendto(b"news", source)
         return reader.recv(65536) == b"news"
-
     asking, sources = [originator(udp_port(client)) for _ in range(20)], set()
     for n, one in enumerate(asking):
         one.send(b"%d" % n)
@@ -134,12 +126,10 @@ def test_idle_sessions_are_forgotten_at_both_ends(mode, forward, remote, origina
         sources.add(address)
         assert data == b"%d" % n and hears_news()
     assert len(sources) == 20, "each has a socket of its own"
-
     def forgotten():
         # Some descriptors may be links that are kept. By 3 s each end has looked at the ages of its sessions after they were too old.
         return (hears_news() and time.monotonic() > began + 3
                 and descriptors(server) < before[0] + 10 and descriptors(client) < before[1] + 10)
-
     eventually(forgotten, "the sessions' sockets were closed")
     reader.send(b"thank you")
     assert remote.receive() == (b"thank you", source)
@@ -184,9 +174,6 @@ def answered_by(remote_socket, asking):
         return asking.recv(65536) == b"now."
 
 
-# ---------------------------------------------------------------------------------------------------- addresses
-
-
 def test_answer_comes_from_the_address_that_was_asked(forward, udp_echo, originator, loose):
     """Resolvers drop an answer from elsewhere, and the kernel prefers its own choice of source."""
     listeners = {
@@ -221,8 +208,7 @@ def test_answer_comes_from_the_address_that_was_asked(forward, udp_echo, origina
 
 @either_wire
 def test_a_target_with_several_addresses(mode, serve, client, resolver, originator):
-    """A service often has only one of them, as an echo on 127.0.0.1 of `localhost`. What comes back before any answer, as an ICMP refusal,
-    moves on to the next one with the datagrams that were sent; after an answer a refusal ends nothing."""
+    """An ICMP refusal before any answer moves on to the next one, with the datagrams that were sent; after an answer a refusal ends nothing."""
     names = resolver(second_example=["::1", "127.0.0.1"], third_example=["::1", "127.0.0.2", "127.0.0.1"], late_example=["::1", "127.0.0.1"])
     with contextlib.closing(UdpRemote()) as remote:
         _, port = serve(*mode.serve, env=names.environment)

@@ -1,8 +1,5 @@
 """Unix sockets at either end of a tunnel: bytes and ends, who may reach them, and the local one's life as a file.
-
-Which paths a server's rule or a key's line allows is a table in unit/test_core_grants.py, what a local socket replaces and leaves alone one in
-unit/test_unix_listener.py, how tunnels are written in unit/test_special_tunnels.py; a real Redis is in peers/test_unix.py.
-"""
+The tables are in unit (test_core_grants, test_unix_listener, test_special_tunnels); a real Redis is in peers/test_unix.py."""
 
 import contextlib
 import os
@@ -17,7 +14,7 @@ import pytest
 
 from support.programs import PATIENCE, RATROD2, READY, every_mode, tcp_port
 from support.rows import row
-from support.sockets import ask, ask_over, assert_reset, check_bulk_each_way, check_half_close, dial, receive_all, receive_exactly
+from support.sockets import ask, ask_over, assert_reset, check_bulk_each_way, check_half_close, dial, receive_all, receive_exactly, say
 from support.targets import UnixTarget, echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")]
@@ -57,9 +54,6 @@ def assert_refused(port):
         assert_reset(connection)
 
 
-# ---------------------------------------------------------------------------------------------------- bytes and ends
-
-
 @every_mode
 def test_streams(mode, forward, short, stack):
     """From a Unix socket to a Unix socket."""
@@ -69,7 +63,6 @@ def test_streams(mode, forward, short, stack):
     listener.settimeout(PATIENCE)
     _, client = forward(mode, "unix:%s/local.sock:unix:%s/target.sock" % (short, short), serve_flags=("-r", "unix:%s/.*" % short))
     client.wait_for(UNIX_LISTENING)
-
     def joined():
         originator = stack.enter_context(dial_unix(short / "local.sock"))
         target = stack.enter_context(listener.accept()[0])
@@ -100,9 +93,6 @@ def test_two_workers_share_a_unix_socket(forward, unix_echo, short):
     assert client.stop() == 0 and not (short / "local.sock").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- what the server allows
-
-
 def test_paths_that_a_rule_or_a_key_names(keys, forward, unix_echo, tcp_echo, short):
     """A rule of paths opens no host. Host names have no case, which is why a rule has none; files have."""
     upper = UnixTarget(echo, short / "ECHO.sock")
@@ -124,9 +114,6 @@ def test_paths_that_a_rule_or_a_key_names(keys, forward, unix_echo, tcp_echo, sh
         assert_refused(tcp_port(client, 2))
         ask(tcp_port(client, 3))
     assert (unix_echo.accepted, upper.accepted, tcp_echo.accepted) == (2, 0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------- targets that fail
 
 
 def test_targets_that_are_no_sockets(forward, unix_echo, short):
@@ -179,13 +166,9 @@ def serve_one(connection):
 
 def is_answered(connection):
     with contextlib.suppress(ConnectionError, OSError):
-        connection.sendall(b"?")
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, b"?")
         return receive_all(connection) == b"?"
     return False
-
-
-# ---------------------------------------------------------------------------------------------------- the local socket as a file
 
 
 def test_its_life(serve, ratrod, keys, tcp_echo, short):
