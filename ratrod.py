@@ -2883,8 +2883,8 @@ class Complaints:
 
 class Turns:
     """Callbacks that wait for the loop, by key: the key that has used least of the loop's time goes first, within a key
-    the callback that has waited longest. So a key with thousands of busy links holds up another one for a callback,
-    which takes a few ms at most."""
+    the callback that has waited longest. So a key with thousands of busy links holds up another for a callback, a few
+    ms at most."""
 
     def __init__(self) -> None:
         self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}  # callbacks, their masks
@@ -2937,27 +2937,28 @@ class EventLoop:
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._turns = Turns()
         self.take_turn = self._turns.add  # take_turn(key, callback): callback(0) when this key has its turn
+        # call_later(seconds, call); after 0 s in the next round, so that the others have their turn
+        self.call_later = functools.partial(Deadline, self)
         self._is_stopped = False
         self.most = descriptor_limit()
         self.spare = min(64, self.most // 8)  # descriptors for those that are in: accepting leaves them alone
         self.lock = threading.RLock()  # held for a round's callbacks: fork() waits for the end of the round
         _loops.add(self)
-        # Of this round: good enough for everything that counts in seconds.
-        self.now, self.awake = time.monotonic(), boot_time()
+        self.now, self.awake = time.monotonic(), boot_time()  # of this round: exact enough for what counts in seconds
         self.complaints = Complaints()
         self.complain = self.complaints.complain
         self.last_words: dict[LastWord, None] = {}  # the oldest first
-        # Shared by all: the bytes that one callback reads or seals here it has sent or kept elsewhere when it returns.
-        # A buffer of its own for every connection would cost 256 KB each.
+        # Shared by all: when a callback returns it has sent or copied what it read or sealed here. A buffer for every
+        # connection would cost 256 KB each.
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = new_scratch()
         self.portion, self._hurry_until = MAX_CONTENT, self.now  # bytes that one callback takes at most
         self._spare: list[memoryview] = []
         self._lent = 0
-        ours, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._wake_receiver = Transport(self, ours, self._on_wake)
+        ours, self.waker = socket.socketpair()  # signals too write to the waker: so they wake the loop on every system
+        self.waker.setblocking(False)
+        self._wake_receiver = Transport(self, ours, lambda _mask: self._wake_receiver.recv_into(self.scratch_in))
         self._wake_receiver.want(READ)
 
     # ---- shared buffers
@@ -2985,10 +2986,6 @@ class EventLoop:
 
     # ---- sockets
 
-    def fileno(self) -> int:
-        """The descriptor that signals write to, so that they wake the loop on every system."""
-        return self._waker.fileno()
-
     def watch(self, end: Any, before: int, events: int, callback: Callable[[int], Any]) -> None:
         """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before`: what was watched until now.
         A Transport alone calls this."""
@@ -3013,23 +3010,13 @@ class EventLoop:
         sock.setblocking(False)
         return sock
 
-    # ---- calls
-
-    def call_later(self, seconds: float, call: Callable[[], None]) -> Deadline:
-        """call() after so many seconds; after 0 s in the next round, so that the others have their turn."""
-        return Deadline(self, seconds, call)
+    # ---- rounds
 
     def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
         """call() in the loop's next round, if there is one."""
         self._calls.append(call)
         with contextlib.suppress(OSError):  # full: the loop will wake anyway; closed: this thread has outlived the loop
-            self._waker.send(b"\0")
-
-    def _on_wake(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_receiver.sock.recv(4096)
-
-    # ---- rounds
+            self.waker.send(b"\0")
 
     def run(self) -> None:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
@@ -3060,9 +3047,8 @@ class EventLoop:
         """What is due in this round; calls that these make are left for the next one."""
         due = []
         while self.deadlines and self.deadlines[0][0] <= self.now:
-            when, _, deadline = heapq.heappop(self.deadlines)
-            due.append((deadline, when))
-        for deadline, when in due:
+            due.append(heapq.heappop(self.deadlines))
+        for when, _, deadline in due:
             call = deadline.take(when)
             if call:
                 yield call
@@ -3075,17 +3061,17 @@ class EventLoop:
     def close(self) -> None:
         _loops.discard(self)
         self._wake_receiver.close()
-        self._waker.close()
+        self.waker.close()
         self._poller.close()
 
     def forget(self) -> None:
-        """In a forked child: closes its copies of this loop's descriptors, and nothing else. Unregistering one would
-        reach the parent's epoll, and closing a socket may remove its file."""
+        """In a forked child: closes its copies of this loop's descriptors, and nothing else: unregistering one would
+        change the parent's epoll, and closing a socket may remove its file."""
         self._is_stopped = True
         self._calls.clear()
         with contextlib.suppress(OSError):  # a kqueue is not inherited
             self._poller.close()
-        for sock in [*self.sockets, self._waker]:
+        for sock in [*self.sockets, self.waker]:
             with contextlib.suppress(OSError):
                 os.close(sock.detach())
         self.sockets.clear()
@@ -3128,9 +3114,8 @@ if hasattr(os, "register_at_fork"):
 
 
 class Deadline:
-    """A call that is due at a time which may change often. Its entry on the loop's heap stays where it is, and looks at
-    the time when the entry is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled
-    entries there each second."""
+    """A call that is due at a time which may change often. Its entry stays on the loop's heap, and the time is looked at
+    when the entry is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled entries."""
 
     __slots__ = ("when", "_loop", "_call", "_entry")
     _numbers = itertools.count()  # entries of one time are compared by these
@@ -3202,8 +3187,7 @@ class Threads:
                 self._tasks.put(None)
 
     def join(self, seconds: float) -> None:
-        """Waits for the threads, for so long at most: one that is inside libsodium when the interpreter ends crashes
-        it."""
+        """Waits for the threads, so long at most: one that is in libsodium when the interpreter ends crashes it."""
         until = time.monotonic() + seconds
         while self._threads and time.monotonic() < until:
             time.sleep(0.005)
@@ -3253,15 +3237,14 @@ class KeyCounts:
 
 class FairQueue:
     """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn.
-    Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a key that comes has the next
-    turn, so that some are served in time where more come than can be served; otherwise all would be served too late."""
+    Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a new key has the next turn, so
+    that where more come than can be served some are served in time, and not all too late."""
 
     def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, newest_first: bool = False):
         self._most, self._most_of_key, self._newest_first = most, most_of_key, newest_first
         self._running = KeyCounts()
-        # For each rank the keys in their order, each with what waits.
         self._waiting: list[collections.OrderedDict[Any, collections.deque[Callable[[], None]]]] = [
-            collections.OrderedDict() for _ in range(5)]
+            collections.OrderedDict() for _ in range(5)]  # for each rank the keys in their order
         self._is_beginning = False
 
     def begin(self, key: Any, call: Callable[[], None], rank: int = 0) -> None:
@@ -3333,9 +3316,9 @@ class LookUp:
 
 class LookUps(FairQueue):
     """Name look-ups on threads of their own: a name server that hangs holds up no handshake, and one client's look-ups
-    hold up no other's. A key gets a smaller share of the threads the more keys there are. A key that holds no thread
-    always finds one: beyond the shares there are threads for that, and for what takes the place of a look-up that
-    nobody waits for any more. The system alone ends such a look-up; meanwhile it counts for its key."""
+    hold up no other's. The more keys there are, the smaller is a key's share of the threads. Beyond the shares there
+    are threads for keys that hold none, and for what takes the place of a look-up that nobody waits for any more. The
+    system alone ends such a look-up; meanwhile it counts for its key."""
 
     MOST_WAITING = 1024  # of one key
     REFUSED_FOR = 2.0  # seconds for which a name that timed out is refused to its key
@@ -3352,8 +3335,8 @@ class LookUps(FairQueue):
         self._threads.close()
 
     def look_up(self, key: bytes, address: Address, done: Done) -> None:
-        """done() gets (family, socket address) of each address of a host, within connect_timeout. All who ask for one
-        name with one key meanwhile share one look-up, whatever their ports."""
+        """done() gets (family, socket address) of each address of a host, within connect_timeout. All that ask for one
+        name with one key meanwhile share a look-up."""
         def on_found(found: Any, error: Exception | None) -> None:
             done(found and [(family, (sockaddr[0], address.port, *sockaddr[2:])) for family, sockaddr in found], error)
         name = address.host.lower()
@@ -3422,8 +3405,7 @@ def _has_fast_aes(suite: Suite) -> bool:
     with contextlib.suppress(ImportError, AttributeError):
         from nacl._sodium import lib
         return bool(lib.crypto_aead_aes256gcm_is_available())
-    # The public functions do not say: 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five, so that
-    # a busy machine does not look like a slow one.
+    # 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five: a busy machine is not a slow one.
     view, times = memoryview(bytearray(64 * 1024 + suite.aead.tag)), []
     for number in range(5):
         started = time.perf_counter()
@@ -3469,14 +3451,13 @@ def tune(sock: socket.socket, options: Iterable[tuple[int, int, int]] = ()) -> N
 
 # Options of a Transport, each (level, number); None: not on this system.
 IS_LINUX = sys.platform.startswith("linux")
-# Data that has no place in these many bytes of the kernel's is not taken: what would leave late can be dropped before.
+# The kernel takes so many bytes of unsent data at most: what would leave late can still be dropped here.
 UNSENT = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25 if IS_LINUX else None)  # named in newer Pythons
-# Not readable before so many bytes are there, or the end: being woken for every piece of a long record costs bulk a
-# tenth. Linux lowers the number to what the socket's buffer can hold.
+# Not readable before so many bytes are there, or the end: each wake-up for a piece of a long record costs, in all a
+# tenth of bulk. Linux lowers the number to what the socket's buffer can hold.
 WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else None
-# Linux 6.15 (linux/tcp.h): what nobody acknowledges is sent again after so many ms at most, so that a link goes on soon
-# after its path is there again. Otherwise the pauses double: after an outage of 30 s the next try is 20 s away. With
-# these the system gives up after 6 s and 11 such pauses.
+# Linux 6.15 (linux/tcp.h): the longest pause in ms before unacknowledged data is sent again. By default the pauses
+# double: after an outage of 30 s the next try is 20 s away. With it the system gives up after 6 s and 11 such pauses.
 RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else None
 LINGER = socket.SOL_SOCKET, socket.SO_LINGER
 RECEIVE_BUFFER = socket.SOL_SOCKET, socket.SO_RCVBUF
@@ -3496,13 +3477,13 @@ class TcpInfo(NamedTuple):
 
     @property
     def is_stuck(self) -> bool:
-        """The next try is 1.6 s away or more (after 0.2, 0.4 and 0.8): a new connection is faster then."""
+        """The next try is 1.6 s away or more (after 0.2, 0.4 and 0.8): a new connection is faster."""
         return self.retransmits > 2
 
     @property
     def unanswered(self) -> float:
-        """Seconds for which the other machine has answered nothing though it was asked. A shut window is asked about by
-        probes, two of which may get lost."""
+        """Seconds for which the other machine has not answered though it was asked. Two probes of a shut window may get
+        lost."""
         return self.last_ack_recv / 1000 if self.unacked or self.probes > 2 else 0.0
 
 
@@ -3522,8 +3503,8 @@ class Transport:
     def __init__(self, loop: EventLoop, sock: socket.socket, callback: Callable[[int], None]):
         sock.setblocking(False)
         self.sock, self._loop, self._callback = sock, loop, callback
-        # What is waited for. An earlier callback of the same round may have closed this or changed its mind, and epoll
-        # reports errors as everything: a callback holds its mask against these.
+        # What is waited for. A callback compares its mask with these: an earlier one of the same round may have closed
+        # this, and epoll reports errors as everything.
         self.events = 0
         loop.sockets.add(sock)
 
@@ -3557,8 +3538,7 @@ class Transport:
                 pass
 
     def guard(self, on: bool) -> None:
-        """Whether closing is a reset, also the system's closing when this process is killed: what was cut must not look
-        like an end."""
+        """Whether closing is a reset, also when this process is killed: what was cut must not look like an end."""
         self.set_option(LINGER, _LINGER[on])
 
     def tcp_info(self) -> TcpInfo:
@@ -3594,8 +3574,7 @@ def _on_nothing(_mask: int) -> None:
 
 class LastWord:
     """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most:
-    closing on unread bytes would be a reset, which destroys them. on_close(self) when that is over. Of more than
-    LAST_WORDS the oldest closes."""
+    closing on unread bytes would be a reset, which destroys the last word. Of more than LAST_WORDS the oldest closes."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
                  on_close: Callable[[LastWord], None] = lambda _self: None):
@@ -3619,10 +3598,7 @@ class LastWord:
         except OSError:
             self.close()
 
-    def abort(self, _error: Exception) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, _error: Exception | None = None) -> None:
         if not self.is_closed:
             self.is_closed = True
             self._loop.last_words.pop(self)
@@ -3630,16 +3606,18 @@ class LastWord:
             self._transport.close()
             self._on_close(self)
 
+    abort = close
+
 
 RunStep = Callable[[Callable[[], None], Done], None]
 
 
 class Negotiation:
     """Drives a handshake, and those that follow it, over a socket: on_close(self, None) when the last is done, or
-    on_close(self, error).
+    on_close(self, error), after which the handshake's last word is sent and the socket closed.
 
     `run_step(step, done)` runs a public-key step on a thread; meanwhile nothing is read, and `is_stepping` is set.
-    `heard`: the other side has said something. After a failure the handshake's last word is sent, and the socket closed.
+    `heard`: the other side has said something.
     """
 
     __slots__ = ("sock", "address", "handshake", "heard", "born", "is_stepping", "_loop", "_on_close", "_run_step",
@@ -3690,7 +3668,7 @@ class Negotiation:
             self._out.clear()
             self._read()  # what the other side said before it closed may say why
             if not self._is_closed and not self.is_stepping:
-                self._on_broken(error)
+                self._on_end("the connection broke (%s)" % reason(error))
             return None
         more = WRITE if self._out else 0
         if self.is_stepping:
@@ -3702,7 +3680,7 @@ class Negotiation:
             return self.start()
         if more:  # what comes first from the link must not overtake the handshake's last message
             return self._transport.want(more)
-        return self._close(None)
+        return self.close()
 
     def _on_event(self, mask: int) -> None:
         mask &= self._transport.events  # 0: closed in this very round, to make room
@@ -3719,7 +3697,7 @@ class Negotiation:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                return self._on_broken(error)
+                return self._on_end("the connection broke (%s)" % reason(error))
             if not data:
                 return self._on_end()
             self.heard = True
@@ -3727,9 +3705,6 @@ class Negotiation:
                 self.handshake.receive_data(data)  # a part of a message is no work
             else:
                 self._step(functools.partial(self.handshake.receive_data, data))
-
-    def _on_broken(self, error: OSError) -> None:
-        self._on_end("the connection broke (%s)" % reason(error))
 
     def _on_end(self, *why: str) -> None:
         try:
@@ -3743,14 +3718,12 @@ class Negotiation:
                                        "the handshake was not done within %g s" % self._timeout))
 
     def _fail(self, error: Exception) -> None:
-        self.abort(error, bytes(self._out) + self.handshake.data_to_send())
+        self.close(error, bytes(self._out) + self.handshake.data_to_send())
 
-    def abort(self, error: Exception, last_word: bytes = b"") -> None:
-        """Ends the negotiation, and the connection after `last_word`."""
-        if not self._is_closed:
-            self._close(error, last_word)
-
-    def _close(self, error: Exception | None, last_word: bytes = b"") -> None:
+    def close(self, error: Exception | None = None, last_word: bytes = b"") -> None:
+        """Ends the negotiation, and after an error the connection, which hears `last_word` first."""
+        if self._is_closed:
+            return
         self._is_closed = True
         self._deadline.clear()
         self._transport.release()
@@ -3760,10 +3733,11 @@ class Negotiation:
             self.sock.close()
         self._on_close(self, error)
 
+    abort = close
+
 
 def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) -> list[tuple[int, Any]]:
-    """(family, socket address) of each address of a host, blocking; of IPv6 with its zone. ConnectError says why there
-    is none."""
+    """(family, socket address) of each address of a host, blocking; ConnectError says why there is none."""
     try:
         found = socket.getaddrinfo(address.host, address.port, 0, kind, 0, flags)
     except (OSError, UnicodeError) as error:
@@ -3792,12 +3766,9 @@ CONNECTING_CODES = (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
 
 
 class Connector:
-    """Connects to the first address of `target` that answers: a look-up on a thread, then parallel tries, each STAGGER
-    after the one before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or
-    on_close(None, error) on the loop, `timeout` seconds later at most.
-
-    `find(target, done)` looks the host up; the addresses that it finds are connected to as they are.
-    """
+    """Connects to the first address of `target` that answers: a look-up, then parallel tries, each STAGGER after the one
+    before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or on_close(None,
+    error), `timeout` seconds later at most. start(find): `find(target, done)` looks the host up."""
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float, on_close: Done):
         self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
@@ -3907,8 +3878,8 @@ def descriptor_limit() -> int:
 
 
 def raise_descriptor_limit() -> None:
-    """Takes as many descriptors as this user may have, before the first socket is made: each tunnelled connection needs
-    two. macOS refuses a soft limit over kern.maxfilesperproc though its hard limit is "infinity": fewer, step by step."""
+    """Takes as many descriptors as this user may have: each tunnelled connection needs two. Before the first socket is
+    made. macOS refuses a soft limit over kern.maxfilesperproc whatever the hard limit is: fewer, step by step."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -3948,8 +3919,7 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
 
 
 def bind_all(address: Address, kinds: Sequence[int], share: bool = False) -> list[socket.socket]:
-    """One socket for each of `kinds` on every address of the host, all on its port, or for 0 on the one that the first
-    is given."""
+    """One socket for each of `kinds` on every address of the host, all on its port, for 0 on the first one's."""
     port = address.port
     failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
     sockets: list[socket.socket] = []
@@ -3974,10 +3944,7 @@ def bind_all(address: Address, kinds: Sequence[int], share: bool = False) -> lis
 
 def listen(address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,), share: bool = False) -> list[socket.socket]:
     """Sockets on every address of the host, for each of `kinds`, all with one port: the one asked for, or for 0 any
-    that is free in all. RatrodError names the address and the reason.
-
-    `share`: others that share the port too may listen there (SO_REUSEPORT).
-    """
+    that is free in all. `share`: others that share the port too may listen there (SO_REUSEPORT)."""
     tries = 20 if address.port == 0 else 1  # a port that is free for TCP may be taken for UDP, or in the other family
     while True:
         tries -= 1
@@ -3995,8 +3962,8 @@ def listen(address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,), share
 
 def listen_for(workers: int, address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,),
                share: bool = False) -> list[list[socket.socket]]:
-    """listen() for each of several processes that are still to be forked, on the same port: with SO_REUSEPORT sockets
-    of its own, among which the kernel spreads the connections; where there is none, the same sockets."""
+    """listen() for each of several processes that are still to be forked, on one port: each has sockets of its own
+    (SO_REUSEPORT), among which the kernel spreads the connections; where there is none, the same sockets."""
     if share and not hasattr(socket, "SO_REUSEPORT"):
         raise ConfigError("--reuse-port needs a system where processes can share a port (SO_REUSEPORT), and this one"
                           " cannot; leave it out")
@@ -4018,9 +3985,8 @@ def close_all(sockets: Iterable[socket.socket]) -> None:
 
 
 class Listener:
-    """A listening TCP socket: on_accept(socket, address) for each connection. It pauses when descriptors run out, and
-    before: each connection needs one more to go on with, and those that are in must not be refused for those that
-    come. The connections wait in the system's queue meanwhile."""
+    """A listening TCP socket: on_accept(socket, address) for each connection. It pauses before descriptors run out: each
+    connection that is in needs one more. New ones wait in the system's queue meanwhile."""
 
     starved_at = -1e9  # of all listeners: one line for all
 
@@ -4077,9 +4043,8 @@ class Listener:
         self._rest.set(self._pause, self._on_rested)
 
     def drain(self) -> None:
-        """Takes the connections that wait in the system's queue, which closing would reset, and closes. None come after
-        them, so no descriptor is spared."""
-        self._spare = 0
+        """Takes the connections that wait in the system's queue, which closing would reset, and closes."""
+        self._spare = 0  # none come after them
         for _ in range(BACKLOG // BATCH + 1):  # not for as long as others come: a flood must not hold up the end
             if not self._transport.events and self._rest.when == NEVER or not self._accept():
                 break
@@ -4100,8 +4065,7 @@ def listen_for_tunnel(workers: int, spec: TunnelSpec) -> list[list[socket.socket
 
 
 def listen_unix(path: str) -> socket.socket:
-    """A listening Unix socket at `path` that its owner alone can connect to. A socket that nobody listens on any more is
-    replaced; RatrodError names what else is there."""
+    """A listening Unix socket at `path` that its owner alone can connect to, in place of one that nobody listens on."""
     if not hasattr(socket, "AF_UNIX"):
         raise RatrodError("cannot listen on `unix:%s`: this system has no Unix sockets here" % path)
     sock = UnixListener(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -4183,17 +4147,15 @@ class Quota(KeyCounts):
 
 
 class Memory(KeyCounts):
-    """The bytes that are kept until they are acknowledged, those of records of which only a part has come, and those of
-    datagrams that wait: at most `most` in all and half of that for one key. Beyond it no window grows, a stream keeps at
-    most POOR_WINDOW, the greediest key's local sockets are not read, and of its links that hold half a record only the
-    one that has waited longest is read on."""
+    """The bytes that are kept until they are acknowledged, of half records, and of datagrams that wait: at most `most`
+    in all and half of that for one key. Beyond it no window grows, a stream keeps at most POOR_WINDOW, the greediest
+    key's local sockets are not read, and of its links that hold half a record only the longest waiting is read on."""
 
     def __init__(self, most: int):
         super().__init__()
         self.most = most
         self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
-        # By key the links that hold half a record, the longest waiting first.
-        self._halves: dict[bytes, dict[Any, None]] = {}
+        self._halves: dict[bytes, dict[Any, None]] = {}  # by key the links with half a record, the longest waiting first
 
     def change(self, key: bytes, n: int) -> None:
         """n bytes more, or less, are kept for this key."""
@@ -10691,7 +10653,7 @@ class EndpointRun:
             serve_metrics(self._endpoint, metrics_at, share)
         soon = self._loop.call_soon_threadsafe
         with handling({"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
-                       "SIGUSR1": lambda *_: soon(self._report)}, self._loop.fileno()):
+                       "SIGUSR1": lambda *_: soon(self._report)}, self._loop.waker.fileno()):
             self._endpoint.start()
             if os.environ.get("NOTIFY_SOCKET"):
                 self._loop.call_later(STATUS_INTERVAL, self._report_state)
