@@ -1,6 +1,7 @@
 """The loop's own parts: what it polls with, timers, and the buffers that links borrow."""
 
 import collections
+import logging
 import os
 import select
 import selectors
@@ -50,7 +51,7 @@ def test_a_machine_that_lost_power_is_found_out():
 @every_poller
 def test_the_bits_of_events(make, write, pair):
     """READ and WRITE are those of the poller that the loop has on this system: epoll or a selector."""
-    assert WRITE == POLLERS[-1][1]
+    assert POLLERS[-1][1] == WRITE
     near, far = pair
     fd = near.fileno()
     poller = make()
@@ -239,6 +240,52 @@ def test_a_moment_without_threads(monkeypatch):
     pool.close()
     pool.join(PATIENCE)
     loop.close()
+
+
+@pytest.fixture
+def complaints(monkeypatch, caplog):
+    """(Complaints, the clock of the test's own, lines() -> what was logged since the last call)."""
+    clock = Clock()
+    monkeypatch.setattr(ratrod, "time", clock)
+    caplog.set_level(logging.INFO, "ratrod")
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+    return ratrod.Complaints(), clock, lines
+
+
+def test_failures_of_one_cause_are_counted(complaints):
+    made, clock, lines = complaints
+    said = [made.complain("%d more of a", "a") for _ in range(20)]
+    assert said == [True] * ratrod.LOG_BURST + [False] * (20 - ratrod.LOG_BURST) and lines() == ["a"] * ratrod.LOG_BURST
+    made.sweep()
+    assert not lines()
+    clock.now += 1 / ratrod.LOG_RATE
+    made.sweep()
+    assert lines() == ["%d more of a" % (20 - ratrod.LOG_BURST)] and made.complain("%d more of b", "b")
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_peer_who_makes_causes_without_end_gets_no_more_lines(complaints, is_known):
+    """Neither of causes that he has used up, nor by new ones, and no memory. The failures of other clients are said."""
+    made, clock, lines = complaints
+    names = ["%%d more of %d" % n for n in range(2 * ratrod.SOURCES)]
+    while made.complain(names[0], "the first", is_known):
+        pass
+    for name in names:
+        made.complain(name, "x", is_known)
+    assert not made.complain(names[0], "the first", is_known)
+    burst = ratrod.LOG_BURST_IN_ALL
+    assert len(lines()) <= (2 * burst + ratrod.SOURCES if is_known else burst)
+    assert len(made._lines) <= ratrod.SOURCES + 2 and sum(made._muted.values()) > ratrod.SOURCES // 2
+    if not is_known:
+        assert made.complain("%d more of a client", "a client's", True)
+    for _ in range(3 * ratrod.SOURCES):
+        clock.now += 1
+        made.sweep()
+    assert not made._lines and not made._muted, "nothing is kept of what was said"
 
 
 class Names:
