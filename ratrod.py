@@ -2769,17 +2769,21 @@ class ProxyHeader(Handshake):
 
 
 class HttpRequest(Handshake):
-    """The head of one HTTP request: `method` and `path`, empty where it is none, or longer than 8 KiB."""
+    """The head of one HTTP request, which answer(method, path) answers; both are empty where it is none, or longer than
+    8 KiB."""
 
-    method = path = b""
+    def __init__(self, answer: Callable[[bytes, bytes], bytes]):
+        self._answer = answer
+        super().__init__()
 
     def _run(self) -> Script:
-        head = bytearray()
+        method, path, head = b"", b"", bytearray()
         with contextlib.suppress(RemoteProtocolError):
             yield from read_until((b"\r\n\r\n", b"\n\n", b"\n\r\n"), head, 8192, "")
             found = re.match(rb"([A-Z]+) (/[^ ?]*)[^ ]* HTTP/1\.[01]\r?\n", head)
             if found:
-                self.method, self.path = found.groups()
+                method, path = found.groups()
+        self._to_send += self._answer(method, path)
 
 
 def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
@@ -5711,14 +5715,13 @@ class StdioStream(Stream):
 # ======================================================================================================================
 # 10. UDP
 # ======================================================================================================================
-# A port receives a datagram and finds its session, a `DatagramBatch` makes one record of what came together,
-# and `UdpLink` sends the record. At the other side `UdpLink` gives each datagram to the port of its session.
+# A port receives what waits at its socket as one run of datagrams, and `UdpLink` sends the run as one record. At the other
+# side `UdpLink` gives each datagram to the port of its session.
 # ratrod2: the sessions of all tunnels of a client share one link, under numbers that rise. Legacy: each session has a
 # link of its own.
 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if IS_LINUX else None)  # named in newer Pythons
 UDP_BUFFER = 1 << 20  # bytes that the system is asked to keep of a burst for each UDP socket; Linux gives 416 KiB
-_NOTHING = memoryview(b"")
 KEPT = 64  # what a datagram that is kept for its target counts beside its bytes: an empty one is no way to fill memory
 
 
@@ -5768,28 +5771,29 @@ class UdpSession:
 
     def connect(self) -> None:
         """Sends what is kept to the next address that a socket can be had for; OSError where there is none."""
-        family, address = self.addresses[self.attempt % len(self.addresses)]
-        try:
-            sock = open_udp(self.udp.loop, family, address)
-        except OSError:
-            self.attempt += 1
-            if self.attempt >= len(self.addresses):
-                raise
-            return self.connect()
+        loop = self.udp.loop
+        while True:
+            family, address = self.addresses[self.attempt % len(self.addresses)]
+            try:
+                sock = open_udp(loop, family, address)
+                break
+            except OSError:
+                self.attempt += 1
+                if self.attempt >= len(self.addresses):
+                    raise
         if self.outer:  # an unconnected socket hears no ICMP
             self.addresses, self.attempt, self.key = [(family, address)], 0, sock.getpeername()[:2]
             sock.close()
             shared, number = self.udp.shared, (self.outer, family)
             if number not in shared:
-                shared[number] = RemotePort(self.udp.loop, open_udp(self.udp.loop, family), is_shared=True)
+                shared[number] = RemotePort(loop, open_udp(loop, family), is_shared=True)
             self.port = shared[number]
         else:
-            self.port = RemotePort(self.udp.loop, sock, is_shared=False)
+            self.port = RemotePort(loop, sock, is_shared=False)
         self.port.join(self)
         for data in self.take_kept():
             with contextlib.suppress(OSError):
                 self.port.send(self, memoryview(data))  # where it is refused at once, the port is another one then
-        return None
 
     def on_refused(self) -> bool:
         """An ICMP refusal: before any answer the next address is tried, after the last one the first again. What is
@@ -5814,8 +5818,8 @@ class UdpSession:
 
 
 class UdpSessions:
-    """The UDP sessions of an endpoint, by key, the least recently used first. Where there are more than `most`, the
-    key that has most loses one."""
+    """The UDP sessions of an endpoint, by key, the least recently used first. Where a link has too many it loses its
+    first one; where there are more than `most` in all, the key that has most does."""
 
     PER_LINK, IN_ALL = "--max-udp-sessions-per-link", "--max-udp-sessions"
 
@@ -5824,14 +5828,19 @@ class UdpSessions:
         self._of_key: dict[bytes, collections.OrderedDict[UdpSession, None]] = {}
 
     def add(self, session: UdpSession) -> None:
-        self._owner.counters.sessions.add(session)
-        session.peers = self._of_key.setdefault(session.udp.owner_key, collections.OrderedDict())
+        """The session that makes room may be this one."""
+        udp, all_sessions, most = session.udp, self._owner.counters.sessions, self._owner.limits.udp_sessions
+        udp.sessions[session.number] = session
+        all_sessions.add(session)
+        session.peers = self._of_key.setdefault(udp.owner_key, collections.OrderedDict())
         session.peers[session] = None
-        if len(self._owner.counters.sessions) > self._most:
-            greediest = max(self._of_key, key=lambda key: len(self._of_key[key]))
-            self.evict(next(iter(self._of_key[greediest])), self._most, self._flag)
+        if len(all_sessions) > self._most:
+            greediest = max(self._of_key.values(), key=len)
+            self._evict(next(iter(greediest)), self._most, self._flag)
+        if len(udp.sessions) > most:
+            self._evict(next(iter(udp.sessions.values())), most, self.PER_LINK)
 
-    def evict(self, session: UdpSession, most: int, flag: str) -> None:
+    def _evict(self, session: UdpSession, most: int, flag: str) -> None:
         """Ends a session that may be alive, for another."""
         self._owner.loop.complain("❌ UDP: %d more sessions ended to make room for others", "❌ %s: ended to make room: "
                                   "there are more than %d UDP sessions (%s)" % (session.label, most, flag))
@@ -5870,18 +5879,10 @@ class UdpLink(LinkUser):
         self.failures = 0  # links in a row that were lost soon
         self.shared: dict[tuple[int, int], RemotePort] = {}  # by `outer` and family
         self._queue: collections.deque[tuple[float, bytearray]] = collections.deque()
-        self._rest = _NOTHING  # datagrams that came, for the next turns
+        self._rest = b""  # datagrams that came, for the next turns
         self._next, self._new, self._counted = 1, 0, 0
 
     # ---- sessions
-
-    def add(self, session: UdpSession) -> None:
-        """At a limit the least recently used session ends: it may be this one."""
-        self.sessions[session.number] = session
-        self.owner.sessions.add(session)
-        most = self.limits.udp_sessions
-        if len(self.sessions) > most:
-            self.owner.sessions.evict(next(iter(self.sessions.values())), most, UdpSessions.PER_LINK)
 
     def new_session(self, port: UdpPort, key: Any, label: Label, target: str) -> UdpSession:
         """Client: a session under the next number, which the server is told of."""
@@ -5889,9 +5890,17 @@ class UdpLink(LinkUser):
         self._next += 1
         session.port, session.key = port, key
         port.join(session)
-        self.add(session)
+        self.owner.sessions.add(session)
         self._announce(session)
         return session
+
+    def renew(self, session: UdpSession) -> None:
+        """Client: asks for a session again that has failed, under a new number."""
+        del self.sessions[session.number]
+        session.number, session.rests_until = self._next, 0.0
+        self._next += 1
+        self.sessions[session.number] = session
+        self._announce(session)
 
     def _announce(self, session: UdpSession) -> None:
         if self.link and not self.link.is_legacy and not session.is_over:
@@ -5929,13 +5938,12 @@ class UdpLink(LinkUser):
 
     def send_run(self, end: int) -> None:
         """Sends the run of datagrams at scratch_out[HEADROOM:end], or keeps it for a link without a backlog."""
-        link = self.link
-        if link is not None and not link.out and not self._queue:
+        link, queue = self.link, self._queue
+        if link is not None and not link.out and not queue:
             return link.send(link.writer.datagrams(self.loop.scratch_out, end))
         now, run = self.loop.now, self.loop.scratch_out[HEADROOM:end]
         if link is None and (not self.sessions or now < self.rests_until):
             return None
-        queue = self._queue
         if queue and now - queue[-1][0] < self.JOINED and len(queue[-1][1]) + len(run) <= DATAGRAMS_AT_ONCE:
             queue[-1][1].extend(run)
         else:
@@ -5948,9 +5956,7 @@ class UdpLink(LinkUser):
             if not oldest:
                 queue.popleft()
         self._count()
-        if link is None:
-            self.ask_for_link()
-        return None
+        return None if link else self.ask_for_link()
 
     def _count(self) -> None:
         """So many bytes of datagrams are kept from now on."""
@@ -5961,7 +5967,8 @@ class UdpLink(LinkUser):
     def _forget(self) -> None:
         """Drops the datagrams that wait, in either direction."""
         self._queue.clear()
-        self._keep_rest(_NOTHING)
+        self._rest = b""
+        self._count()
 
     def on_update(self) -> None:
         link, queue = self.link, self._queue
@@ -6015,8 +6022,8 @@ class UdpLink(LinkUser):
         link.accept(self, UDP_OPEN, Opened(""))
 
     def on_close(self, link: Link, error: Exception) -> None:
-        self.link = None
-        self._keep_rest(_NOTHING)
+        self.link, self._rest = None, b""
+        self._count()
         self.owner.on_udp_lost(self, link, error)
 
     def drop_link(self) -> None:
@@ -6034,24 +6041,23 @@ class UdpLink(LinkUser):
     # ---- in
 
     def on_record(self, link: Link, kind: int, content: Any) -> None:
+        session = self.sessions.get(content.number) if kind in (SESSION_ADDRESS, SESSION_OVER) else None
         if kind == OPENED:
             link.on_opened(UDP_OPEN)
             link.update()
         elif kind == DATAGRAMS:
-            at = self._on_datagrams(content)
-            if at < len(content):
-                link.hold()
-                self._keep_rest(memoryview(bytes(content[at:])))
+            self._deliver(link, content)
         elif kind == UDP_DATA:
             self._on_datagram(next(iter(self.sessions.values())), content)  # its only one
         elif kind == SESSION:
             self._on_session(link, content)
-        elif kind == SESSION_ADDRESS:
-            session = self.sessions.get(content.number)
-            if session:
-                session.address, session.head = content.address, b""
-        elif kind == SESSION_OVER:
-            self._on_session_over(content)
+        elif kind == SESSION_ADDRESS and session:
+            session.address, session.head = content.address, b""
+        elif kind == SESSION_OVER and session:
+            if content.code == UNKNOWN or link.role == ACCEPTOR:
+                self.end(session, tell=None)  # the other side has forgotten it: the next datagram makes a new session
+            else:
+                self.owner.on_session_failed(session, PeerError(content.code, printable(content.text)))
         elif kind == CLOSE:
             raise LinkClosed("the server takes no more streams on this connection")
 
@@ -6066,36 +6072,31 @@ class UdpLink(LinkUser):
             pass
         return None
 
-    def _on_datagrams(self, run: memoryview) -> int:
-        """Delivers as many as one turn takes: the bytes of these."""
+    def _deliver(self, link: Link, run: memoryview) -> None:
+        """Delivers as many datagrams as one turn takes. The link holds until the rest has had its turns."""
         at = 0
-        for n, (number, data) in enumerate(split_datagrams(run)):
-            if n == DATAGRAMS_IN_TURN:
-                break
+        for number, data in itertools.islice(split_datagrams(run), DATAGRAMS_IN_TURN):
             at += DATAGRAM_HEADER.size + len(data)
             session = self.sessions.get(number)
             if session:  # otherwise this side has forgotten it
                 self._on_datagram(session, data)
-        return at
-
-    def _keep_rest(self, rest: memoryview) -> None:
-        """Datagrams for the next turns. The link holds meanwhile."""
-        self._rest = rest
-        self._count()
-        if rest:
-            self.loop.take_turn(self.owner_key, self._go_on)
+        if self.link is link and (self._rest or at < len(run)):
+            self._rest = bytes(run[at:])
+            self._count()
+            if self._rest:
+                link.hold()
+                self.loop.take_turn(self.owner_key, self._go_on)
+            else:
+                link.release()
 
     def _go_on(self, _mask: int = 0) -> None:
         """After the others had their turn."""
         link = self.link
-        if link is None or link.state != UDP_OPEN:
-            return self._keep_rest(_NOTHING)
-        try:
-            self._keep_rest(self._rest[self._on_datagrams(self._rest):])
-        except RemoteProtocolError as error:
-            return link.abort(error)
-        if not self._rest and link.is_held:
-            link.release()
+        if link and self._rest:
+            try:
+                self._deliver(link, memoryview(self._rest))
+            except RemoteProtocolError as error:
+                link.abort(error)
 
     def _on_session(self, link: Link, message: Session) -> None:
         """Server: a new session, under a number that is higher than all before."""
@@ -6104,7 +6105,7 @@ class UdpLink(LinkUser):
         self._next = message.number + 1
         label = new_label(link.name, "udp " + message.target)
         session = UdpSession(self, message.number, label, message.target, message.outer)
-        self.add(session)
+        self.owner.sessions.add(session)
         if not session.is_over:
             self.owner.on_session(session)
         self._new += 1
@@ -6112,60 +6113,6 @@ class UdpLink(LinkUser):
             link.pause()
         if self.link and link.backlog > self.limits.udp_backlog:
             link.hold()  # nothing more is done for a client that does not read what it is told
-
-    def _on_session_over(self, message: SessionOver) -> None:
-        session = self.sessions.get(message.number)
-        if session and (message.code == UNKNOWN or self.link is None or self.link.role == ACCEPTOR):
-            self.end(session, tell=None)  # the other side has forgotten it: the next datagram makes a new session
-        elif session:
-            self.owner.on_session_failed(session, PeerError(message.code, printable(message.text)))
-
-    def renew(self, session: UdpSession) -> None:
-        """Client: asks for a session again that has failed, under a new number."""
-        del self.sessions[session.number]
-        session.number, session.rests_until = self._next, 0.0
-        self._next += 1
-        self.sessions[session.number] = session
-        self._announce(session)
-
-
-class DatagramBatch:
-    """Gathers the datagrams of one callback into as few records as possible, in the loop's scratch buffer: each is
-    received right where it is sealed."""
-
-    __slots__ = ("_scratch", "_at", "_udp")
-
-    def __init__(self, loop: EventLoop):
-        self._scratch = loop.scratch_out
-        self._at = HEADROOM
-        self._udp: UdpLink | None = None
-
-    def room(self) -> memoryview:
-        """Where the next datagram is to be received."""
-        start = self._at + DATAGRAM_HEADER.size
-        return self._scratch[start:start + MAX_DATAGRAM + 1]
-
-    def add(self, session: UdpSession, n: int) -> None:
-        """The n bytes in room() belong to `session`."""
-        udp = session.udp
-        if n > MAX_DATAGRAM:  # IPv6 allows a little more; room() has cut it off
-            return
-        udp.touch(session)
-        session.sent += n
-        if udp is not self._udp or self._at + DATAGRAM_HEADER.size + n > HEADROOM + DATAGRAMS_AT_ONCE:
-            data = bytes(self.room()[:n]) if self._udp else None  # sealing the run writes its tag over what follows it
-            self.flush()
-            if data is not None:
-                self.room()[:n] = data
-            self._udp = udp
-        DATAGRAM_HEADER.pack_into(self._scratch, self._at, session.number, n)
-        self._at += DATAGRAM_HEADER.size + n
-
-    def flush(self) -> None:
-        udp, end = self._udp, self._at
-        self._udp, self._at = None, HEADROOM
-        if udp is not None:
-            udp.send_run(end)
 
 
 # ---- sockets
@@ -6214,28 +6161,38 @@ class UdpPort:
             del self.sessions[session.key]
 
     def _on_event(self, _mask: int) -> None:
-        batch = DatagramBatch(self.loop)
+        """Makes as few runs as possible of the datagrams that are there, in the loop's scratch buffer: each datagram is
+        received right where it is sealed."""
+        scratch, at, header = self.loop.scratch_out, HEADROOM, DATAGRAM_HEADER.size
+        udp: UdpLink | None = None  # whose run it is
         for _ in range(BATCH):
             if not self._transport.events:  # what came before has ended it
                 break
-            room = batch.room()
+            room = scratch[at + header:at + header + MAX_DATAGRAM + 1]
             try:
-                n, source = self._receive(room)
+                session, start, end = self._receive(room)
             except OSError:  # nothing more is there, or an ICMP answer to an earlier datagram
                 break
-            session, skip = self._find(source, room[:n])
-            if session:
-                if skip:
-                    room[:n - skip] = room[skip:n]
-                batch.add(session, n - skip)
-        batch.flush()
+            n = end - start
+            if session is None or session.is_over or n > MAX_DATAGRAM:  # IPv6 allows a little more; room has cut it off
+                continue
+            data, is_in_place = room[start:end], not start
+            session.udp.touch(session)
+            session.sent += n
+            if session.udp is not udp or at + header + n > HEADROOM + DATAGRAMS_AT_ONCE:
+                if udp is not None:
+                    data, is_in_place = memoryview(bytes(data)), False  # sealing writes a tag over what follows the run
+                    udp.send_run(at)
+                udp, at = session.udp, HEADROOM
+            DATAGRAM_HEADER.pack_into(scratch, at, session.number, n)
+            at += header + n
+            if not is_in_place:
+                scratch[at - n:at] = data
+        if udp is not None:
+            udp.send_run(at)
 
-    def _receive(self, room: memoryview) -> tuple[int, Any]:
-        """The size of the next datagram, and its other end."""
-        return self.sock.recvfrom_into(room)
-
-    def _find(self, source: Any, data: memoryview) -> tuple[UdpSession | None, int]:
-        """The session of a datagram, and how many of its bytes are not payload."""
+    def _receive(self, room: memoryview) -> tuple[UdpSession | None, int, int]:
+        """The session of the next datagram, and where in `room` its payload begins and ends. OSError: none is there."""
         raise NotImplementedError
 
     def send(self, session: UdpSession, data: memoryview) -> None:
@@ -6268,22 +6225,21 @@ class RemotePort(UdpPort):
             session.udp.shared.pop((session.outer, self.sock.family), None)
             self.close()
 
-    def _receive(self, room: memoryview) -> tuple[int, Any]:
+    def _receive(self, room: memoryview) -> tuple[UdpSession | None, int, int]:
         if self._is_shared:
             n, source = self.sock.recvfrom_into(room)
-            return n, source[:2]
-        try:
-            return self.sock.recv_into(room), None
-        except OSError as error:
-            if is_refusal(error):
-                self.sessions[None].on_refused()
-            raise
-
-    def _find(self, source: Any, _data: memoryview) -> tuple[UdpSession | None, int]:
-        session = self.sessions.get(source)
+            session = self.sessions.get(source[:2])
+        else:
+            session = self.sessions[None]
+            try:
+                n = self.sock.recv_into(room)
+            except OSError as error:
+                if is_refusal(error):
+                    session.on_refused()
+                raise
         if session and not session.address:
             session.on_first_answer()
-        return None if session is None or session.is_over else session, 0
+        return session, 0, n
 
     def send(self, session: UdpSession, data: memoryview) -> None:
         if self._is_shared:
@@ -6300,47 +6256,42 @@ class RemotePort(UdpPort):
 
 
 class TunnelPort(UdpPort):
-    """The client's socket that a tunnel listens on."""
+    """The client's socket that a tunnel listens on.
+
+    On a wildcard address it answers from the address that was asked. Otherwise the kernel picks one, and the originator
+    does not know the answer for its own.
+    """
 
     def __init__(self, client: Client, sock: socket.socket, target: str):
         super().__init__(client.loop, sock)
         self._client, self._target = client, target
-        self._asks_destinations = self._ask_for_destinations()
-
-    def _ask_for_destinations(self) -> bool:
-        """A socket on a wildcard address answers from the address that was asked. Otherwise the kernel picks one, and
-        the originator does not know the answer for its own."""
-        if self.sock.getsockname()[0] not in ("0.0.0.0", "::") or not hasattr(self.sock, "recvmsg_into"):
-            return False
-        is_v6 = self.sock.family == socket.AF_INET6
+        is_v6, is_wildcard = sock.family == socket.AF_INET6, sock.getsockname()[0] in ("0.0.0.0", "::")
         option = getattr(socket, "IPV6_RECVPKTINFO", None) if is_v6 else IP_PKTINFO
-        if option is not None:
-            self.sock.setsockopt(socket.IPPROTO_IPV6 if is_v6 else socket.IPPROTO_IP, option, 1)
-        return option is not None
+        self._hears_destinations = is_wildcard and option is not None and hasattr(sock, "recvmsg_into")
+        if self._hears_destinations:
+            sock.setsockopt(socket.IPPROTO_IPV6 if is_v6 else socket.IPPROTO_IP, option, 1)  # type: ignore[arg-type]
 
     drain = UdpPort.close  # what waits is not taken: UDP may lose
 
-    def _receive(self, room: memoryview) -> tuple[int, Any]:
+    def _receive(self, room: memoryview) -> tuple[UdpSession | None, int, int]:
         """The other end is an address, and the control message that makes an answer leave from where it was asked."""
-        if self._asks_destinations:
+        control: list[tuple[int, int, bytes]] = []
+        if self._hears_destinations:
             n, control, _flags, address = self.sock.recvmsg_into([room], 256)
-            return n, (address, self._answer_from(control))
-        n, address = self.sock.recvfrom_into(room)
-        return n, (address, None)
-
-    def _find(self, source: Any, _data: memoryview) -> tuple[UdpSession | None, int]:
-        session = self.sessions.get(source)
+        else:
+            n, address = self.sock.recvfrom_into(room)
+        key = address, self._answer_from(control) if control else None
+        session = self.sessions.get(key)
         if session is None or session.rests_until:
-            session = self._client.find_session(self, source, self._target, source[0])
-        return session, 0
+            session = self._client.find_session(self, key, self._target, address)
+        return session, 0, n
 
     @staticmethod
     def _answer_from(control: list[tuple[int, int, bytes]]) -> Any:
         for level, kind, data in control:
-            if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
-                _interface, asked, _destination = struct.unpack("=I4s4s", data[:12])
-                return level, kind, struct.pack("=I4s4s", 0, asked, bytes(4))
-            if level == socket.IPPROTO_IPV6 and kind == getattr(socket, "IPV6_PKTINFO", None):
+            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):  # any interface, the address that was asked
+                return level, kind, bytes(4) + data[4:8] + bytes(4)
+            if (level, kind) == (socket.IPPROTO_IPV6, getattr(socket, "IPV6_PKTINFO", None)):
                 return level, kind, data
         return None
 
@@ -6373,35 +6324,32 @@ class SocksPort(UdpPort):
         try:
             udp.bind((sock.getsockname()[0], 0))
             super().__init__(client.loop, udp)
-            host, port = udp.getsockname()[:2]
             self._connection = Transport(client.loop, sock, self._on_connection)
-            self._connection.send(socks_reply(5, 0, Address(host, port)))
+            self._connection.send(socks_reply(5, 0, Address(*udp.getsockname()[:2])))
         except OSError:
             udp.close()
             raise
         self.start()
         self._connection.want(READ)
 
-    def _find(self, source: Any, data: memoryview) -> tuple[UdpSession | None, int]:
-        if source != self._sender and (
-                self._sender or source[0] != self._host or self._sender_port not in (0, source[1])):
-            return self._refuse(source, "it comes from another program than this association is for")
+    def _receive(self, room: memoryview) -> tuple[UdpSession | None, int, int]:
+        n, source = self.sock.recvfrom_into(room)
         try:
-            size = measure_socks_head(data)
-            key = bytes(data[3:size])
+            if source != self._sender and (
+                    self._sender or source[0] != self._host or self._sender_port not in (0, source[1])):
+                raise ValueError("it comes from another program than this association is for")
+            size = measure_socks_head(room[:n])
+            key = bytes(room[3:size])
             session = self.sessions.get(key)
             if session is None or session.rests_until:
-                target = parse_target(split_socks_datagram(data)[0])
+                target = parse_target(split_socks_datagram(room[:n])[0])
                 session = self._client.find_session(self, key, str(target), source)
         except ValueError as error:
-            return self._refuse(source, str(error))
+            self.loop.complain("❌ %d more SOCKS datagrams that go nowhere",
+                               "❌ SOCKS client `%s`, a datagram: %s" % (show_address(source), error))
+            return None, 0, n
         self._sender = source
-        return session, size
-
-    def _refuse(self, source: Any, why: str) -> tuple[None, int]:
-        self.loop.complain("❌ %d more SOCKS datagrams that go nowhere",
-                           "❌ SOCKS client `%s`, a datagram: %s" % (show_address(source), why))
-        return None, 0
+        return session, size, n
 
     def send(self, session: UdpSession, data: memoryview) -> None:
         if not session.head:
@@ -6423,6 +6371,7 @@ class SocksPort(UdpPort):
         for session in list(self.sessions.values()):
             session.udp.end(session)
         self._client.associations.discard(self)
+
 # ======================================================================================================================
 # 11. ssh
 # ======================================================================================================================
@@ -6521,7 +6470,7 @@ class SshLinks:
         self._maker: subprocess.Popen[bytes] | None = None  # makes the newest of them, then ends
         self._failed: tuple[float, Exception] = (-NEVER, ConnectError("unknown reason"))
         self._most, self._most_until = 0, -NEVER  # links, where no further connection is let in; until when
-        self._is_ending = self._is_closed = False
+        self._is_closed = False
 
     # ---- the steps of a link
 
@@ -6628,7 +6577,7 @@ class SshLinks:
             raise self._failed[1]
         with tempfile.TemporaryFile("a+b") as errors:
             with self._lock:
-                if self._is_ending:
+                if self._is_closed:
                     raise ConnectError(ENDING)
                 self._folder = self._folder or private_folder()
                 self._made += 1
@@ -6661,16 +6610,11 @@ class SshLinks:
                 elif os.fstat(link.errors.fileno()).st_size > 1 << 20:  # the far side's log is not to fill this disk
                     link.errors.truncate(0)
 
-    def drain(self) -> None:
-        """Makes no further connection; what is open goes on."""
-        self._is_ending = True
-
     def close(self) -> None:
         """Ends every process and connection."""
         import shutil
         import subprocess
 
-        self.drain()
         with self._lock:
             self._is_closed = True
             if self._maker:
@@ -8485,7 +8429,7 @@ class Server(Endpoint):
         session = UdpSession(udp, 0, new_label(link.name, remote), remote)
         link.attach(udp, CONNECTING)
         udp.link = link
-        udp.add(session)
+        self.sessions.add(session)
         if session.is_over:  # there was no room
             return None
 
@@ -9512,8 +9456,6 @@ class Client(Endpoint):
         self.pool.clear()
         for waiter in [waiter for waiter in self.pool.waiting if isinstance(waiter, (Question, UdpLink))]:
             self.pool.waiting.remove(waiter)
-        for ssh in self.ssh.values():
-            ssh.drain()
         for link in list(self.links):
             if link.state == IDLE or isinstance(link.user, Question):  # waits for a connection, or asks to
                 link.detach()
@@ -9665,52 +9607,38 @@ def _families(shot: Snapshot) -> Iterator[Family]:
 
 def serve_metrics(endpoint: Endpoint, address: Address, share: bool) -> None:
     """Answers requests for the metrics at `address` until the endpoint ends; RatrodError if it cannot listen there."""
-    server = MetricsServer(endpoint)
+    loop = endpoint.loop
+    requests: dict[Negotiation, None] = {}  # those that are not answered yet, the oldest first
+
+    def on_accept(sock: socket.socket, _address: Any) -> None:
+        if len(requests) >= MAX_REQUESTS:
+            next(iter(requests)).abort(Overloaded("others need its place"))
+        request = HttpRequest(functools.partial(answer_request, endpoint))
+        negotiation = Negotiation(loop, sock, None, request, REQUEST_TIMEOUT, on_answered)
+        requests[negotiation] = None
+        negotiation.start()
+
+    def on_answered(negotiation: Negotiation, error: Exception | None) -> None:
+        del requests[negotiation]
+        if not error:
+            LastWord(loop, negotiation.sock, b"")
+
     for sock in listen(address, share=share):
-        endpoint.listeners.append(Listener(endpoint.loop, sock, server.on_accept, endpoint.limits.accept_pause))
+        endpoint.listeners.append(Listener(loop, sock, on_accept, endpoint.limits.accept_pause))
         endpoint.listeners[-1].start()
     log.info("📈 Metrics on `http://%s/metrics`", address._replace(port=sock.getsockname()[1]))
 
 
-class MetricsServer:
-    """Answers HTTP requests, one on each connection."""
-
-    def __init__(self, endpoint: Endpoint):
-        self._endpoint = endpoint
-        self._connections: dict[Any, None] = {}  # negotiations and answers, the oldest first
-
-    def on_accept(self, sock: socket.socket, _address: Any) -> None:
-        if len(self._connections) >= MAX_REQUESTS:
-            oldest = next(iter(self._connections))
-            del self._connections[oldest]
-            oldest.abort(Overloaded("others need its place"))
-        negotiation = Negotiation(self._endpoint.loop, sock, None, HttpRequest(), REQUEST_TIMEOUT, self._on_request)
-        self._connections[negotiation] = None
-        negotiation.start()
-
-    def _on_request(self, negotiation: Negotiation, error: Exception | None) -> None:
-        self._connections.pop(negotiation, None)
-        request = negotiation.handshake
-        if error is None and isinstance(request, HttpRequest):
-            answer = LastWord(self._endpoint.loop, negotiation.sock, self._answer(request), REQUEST_TIMEOUT,
-                              lambda answer: self._connections.pop(answer, None))
-            if not answer.is_closed:
-                self._connections[answer] = None
-
-    def _answer(self, request: HttpRequest) -> bytes:
-        kind = "text/plain"
-        if not request.method:
-            status, text = "400 Bad Request", "this speaks HTTP/1.1, with headers of 8 KiB at most\n"
-        elif request.method != b"GET":
-            status, text = "405 Method Not Allowed\r\nAllow: GET", "only GET\n"
-        elif request.path == b"/metrics":
-            status, text = "200 OK", show_metrics(snapshot(self._endpoint))
-            kind = "text/plain; version=0.0.4"
-        elif request.path == b"/":
-            status, text = "200 OK", "ratrod %s: see /metrics\n" % __version__
-        else:
-            status, text = "404 Not Found", "see /metrics\n"
-        return http_answer(status, text, kind)
+def answer_request(endpoint: Endpoint, method: bytes, path: bytes) -> bytes:
+    if not method:
+        return http_answer("400 Bad Request", "this speaks HTTP/1.1, with headers of 8 KiB at most\n")
+    if method != b"GET":
+        return http_answer("405 Method Not Allowed\r\nAllow: GET", "only GET\n")
+    if path == b"/metrics":
+        return http_answer("200 OK", show_metrics(snapshot(endpoint)), "text/plain; version=0.0.4")
+    if path == b"/":
+        return http_answer("200 OK", "ratrod %s: see /metrics\n" % __version__)
+    return http_answer("404 Not Found", "see /metrics\n")
 
 
 # ---- the status line of a client at a terminal
@@ -9763,12 +9691,10 @@ class Background:
 
     def __init__(self, make: Make, timeout: float):
         self.error: RatrodError | None = None
-        self._ready: queue.Queue[RatrodError | None] = queue.Queue()
-        self._lock = threading.Lock()
-        self._loop = EventLoop()
+        self._ready, self._loop = threading.Event(), EventLoop()
         try:
             with self._loop.lock:
-                self._endpoint = make(self._loop, Callbacks(lambda: self._ready.put(None), self._on_finished))
+                self._endpoint = make(self._loop, Callbacks(self._ready.set, self._on_finished))
         except BaseException:
             self._loop.close()
             raise
@@ -9780,17 +9706,12 @@ class Background:
             self._loop.close()
             raise RatrodError("this system lets it start no thread for now (%s)" % failure) from None
         atexit.register(self.close)
-        error: RatrodError | None
         try:
-            error = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            error = ConnectError("not ready within %g s" % timeout)
+            if not self._ready.wait(timeout) or self.error:
+                raise self.error or ConnectError("not ready within %g s" % timeout)
         except BaseException:
             self.close()
             raise
-        if error:
-            self.close()
-            raise error
 
     def _run(self) -> None:
         try:
@@ -9808,17 +9729,15 @@ class Background:
         if error:
             self.error = error if isinstance(error, RatrodError) else RatrodError(reason(error))
             self._loop.stop()
-        self._ready.put(self.error)
+        self._ready.set()
 
     def close(self) -> None:
-        """Ends it with everything that it carries. Any thread may call this, more than once. A process that was forked
-        has its descriptors no more, and nothing to end."""
+        """Ends it with everything that it carries. Any thread may call this, more than once."""
         atexit.unregister(self.close)
+        # In a forked process the thread is not alive, and there is nothing to end.
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            with self._lock:  # not in a forked process, where nobody would release it: the thread is not alive there
-                if self._thread.is_alive():
-                    self._loop.call_soon_threadsafe(self._loop.stop)
-                    self._thread.join(2)  # an authorize() that hangs must not hang the caller too
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(2)  # an authorize() that hangs must not hang the caller too
 
     def __enter__(self: Self) -> Self:
         return self
