@@ -9999,31 +9999,23 @@ USAGE, COMMAND_LIST = (__doc__.split(title + ":\n")[1].split("\n\n")[0] + "\n" f
 COMMANDS = dict(re.findall(r"^  (\w+)  +(\S.*)$", COMMAND_LIST, re.M))
 
 
-class CommandUsage(NamedTuple):
-    """What the usage text says of one command."""
-
-    text: str
-    options: set[str]  # long names
-    arguments: list[tuple[str, bool, bool]]  # name, whether it is optional, whether it may be repeated
-
-
 class UsageReader:
     """Reads a command line by the usage text alone: if docopt is missing, and to say what is wrong with a line."""
 
     def __init__(self) -> None:
         options = re.findall(r"^  (?:-(\w), )?--([\w-]+)(?: ([A-Z_]+))?  ", __doc__, re.M)
         self.value_of = {"--" + long: value for _, long, value in options}  # what its value is called; "" if none
+        self._long_of = {"-" + short: "--" + long for short, long, _ in options if short}
         self._short = "".join(short + ":" * bool(value) for short, _, value in options if short)
         self._long = [long + "=" * bool(value) for _, long, value in options]
-        self._long_of = {"-" + short: "--" + long for short, long, _ in options if short}
-        self.commands: dict[str, CommandUsage] = {}
-        for text, words in re.findall(r"^(  ratrod (.*\n(?:   .*\n)*))", USAGE, re.M):
-            command = re.search(r"(?<![\w-])[a-z]+(?![\w-])", words)
-            names = {self._long_of.get(name, name) for name in re.findall(r"\[(-[-\w]+)[ \]]", words)} - {"--"}
-            arguments = re.findall(r"(\[)?(?<![-\w] )(?<![\w-])([A-Z]+)\]?(\.\.\.)?", words)
-            if command:
-                self.commands[command.group()] = CommandUsage(
-                    text, names, [(name, bool(optional), bool(more)) for optional, name, more in arguments])
+        # Of each command: its part of the text; its long options; its arguments, each with "[" if it is optional, and
+        # "..." if it may be repeated.
+        self.text_of = {command: text for text, command in re.findall(
+            r"^(  ratrod (?:\[[^\]]*\] )*([a-z]+).*\n(?:   .*\n)*)", USAGE, re.M)}
+        self.options_of = {command: {self._long_of.get(name, name) for name in re.findall(r"\[(-[-\w]+)[ \]]", text)} - {"--"}
+                           for command, text in self.text_of.items()}
+        self.arguments_of = {command: re.findall(r"(\[)?(?<![-\w] )(?<![\w-])([A-Z]+)\]?(\.\.\.)?", text)
+                             for command, text in self.text_of.items()}
 
     def read(self, argv: list[str]) -> dict[str, Any]:
         """What docopt would give: {"serve": True, "--key-path": [...], "BIND": ...}. UsageError says what is wrong."""
@@ -10031,13 +10023,13 @@ class UsageReader:
         if not words:
             raise UsageError("no command")
         command, *arguments = words
-        if command not in self.commands:
+        if command not in COMMANDS:
             raise UsageError("there is no command `%s`" % printable(command))
         for option in given:
-            if option not in self.commands[command].options:
+            if option not in self.options_of[command]:
                 raise UsageError("`%s` does not belong to `%s`" % (option, command))
         result: dict[str, Any] = {command: True, **given}
-        for name, optional, repeated in self.commands[command].arguments:
+        for optional, name, repeated in self.arguments_of[command]:
             if not arguments and not optional:
                 raise UsageError("`%s` needs %s" % (command, name))
             result[name] = arguments if repeated else arguments[0] if arguments else None
@@ -10072,56 +10064,44 @@ def expand_arguments(words: Iterable[str], inside: tuple[str, ...] = ()) -> Iter
     """Each `@file` replaced by the words of that file, and `@@x` by `@x`. `inside` are the files that hold these words.
     UsageError names the file, and the line if it can."""
     for word in words:
-        if word.startswith("@@"):
-            yield word[1:]
-        elif word.startswith("@"):
-            path = os.path.expanduser(word[1:])
-            if os.path.realpath(path) in inside:
-                raise UsageError("the arguments in `%s` name that file again" % printable(path))
-            if len(inside) >= 10:
-                raise UsageError("`%s` is the eleventh file of arguments inside each other" % printable(path))
-            yield from expand_arguments(_read_arguments(path), (*inside, os.path.realpath(path)))
-        else:
-            yield word
+        if not word.startswith("@") or word.startswith("@@"):
+            yield word[word.startswith("@"):]
+            continue
+        path = os.path.expanduser(word[1:])
+        if os.path.realpath(path) in inside:
+            raise UsageError("the arguments in `%s` name that file again" % printable(path))
+        if len(inside) >= 10:
+            raise UsageError("`%s` is the eleventh file of arguments inside each other" % printable(path))
+        yield from expand_arguments(_read_arguments(path), (*inside, os.path.realpath(path)))
 
 
 def _read_arguments(path: str) -> list[str]:
-    import io
     import shlex
 
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            text = file.read(MAX_ARGUMENTS + 1)
+            text, nul, _ = file.read(MAX_ARGUMENTS + 1).partition("\0")
     except OSError as error:
         raise UsageError("cannot read the arguments in `%s`: %s" % (printable(path), reason(error))) from None
-    start, what = 0, ""
-    if "\0" in text:
-        start, what = text.index("\0"), "a NUL character"
-    elif len(text) > MAX_ARGUMENTS:
-        what = "more than a file of arguments may be"
-    stream = io.StringIO("" if what else text)
-    lexer = shlex.shlex(stream, posix=True)  # shlex.split() would not say where it failed
-    lexer.whitespace_split = True
-    words = []
-    try:
-        for word in lexer:
-            words.append(word)
-            start = stream.tell()
-    except ValueError as error:
-        what = str(error).lower()
-        start += len(re.match(r"(?:\s+|#.*)*", text[start:]).group())  # type: ignore[union-attr]
-    if what:
-        line = text.count("\n", 0, start) + 1
-        raise UsageError("line %d of the arguments in `%s`: %s" % (line, printable(path), what))
-    return words
+    line, wrong = 1 + text.count("\n"), "a NUL character"
+    if len(text) > MAX_ARGUMENTS:
+        line, wrong = 1, "more than a file of arguments may be"
+    elif not nul:
+        lexer = shlex.shlex(text, posix=True)  # shlex.split() would not say where it failed
+        lexer.whitespace_split = True
+        try:
+            return list(lexer)
+        except ValueError as error:  # at the end of the file: what it took for a word began where the fault is
+            line, wrong = lexer.lineno - lexer.token.count("\n"), str(error).lower()
+    raise UsageError("line %d of the arguments in `%s`: %s" % (line, printable(path), wrong))
 
 
 # ---- from words to Options
 
 
 def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProxyType({})) -> Options:
-    """The Options in `argv`, which is without the program's name, and in `environ` for what `argv` leaves open.
-    UsageError says in one line what is wrong."""
+    """The Options in `argv`, which is without the program's name; what it leaves open may be in `environ`, as
+    RATROD_MAX_LINKS. An empty variable says nothing. UsageError says in one line what is wrong."""
     reader = UsageReader()
     flags = argv[:argv.index("--")] if "--" in argv else argv
     for letter, command in (("h", "help"), ("V", "version")):
@@ -10130,9 +10110,29 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProx
             if long == ["--" + command] or re.fullmatch("-[aev]*%s[aevhV]*" % letter, word):
                 return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
     given = _docopt(reader, argv)
-    found = _from_environment(reader, given, environ)
-    options = _to_options({**given, **found}, reader.value_of)
-    return options._replace(environment={option: values[0] for option, values in found.items()})
+    command = next(command for command in COMMANDS if given.get(command))
+    variables = {option: environ[variable_of(option)] for option in sorted(reader.options_of[command])
+                 if environ.get(variable_of(option)) and not given.get(option)}
+    fields: dict[str, Any] = {"command": command}
+    limits: dict[str, Any] = {}
+    for name, value in {**given, **variables}.items():
+        if value in (None, [], False, 0):
+            continue
+        try:
+            if name in reader.value_of:
+                value = _convert(name, value, reader.value_of[name])
+        except UsageError as error:
+            if name not in variables:
+                raise
+            raise UsageError("%s in the environment: %s" % (variable_of(name), error)) from None
+        field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
+        limit = LIMIT_FIELDS.get(name) or re.sub("^max_", "", field)
+        if field in Options._fields:
+            fields[field] = tuple(value) if isinstance(value, list) else value
+        elif limit in Limits._fields:
+            limits[limit] = value
+    return Options(limits=DEFAULT_LIMITS._replace(**limits), **fields, environment={
+        option: word if reader.value_of[option] else "" for option, word in variables.items()})
 
 
 def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
@@ -10150,6 +10150,29 @@ def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
         raise UsageError("these words do not go together") from None
 
 
+def _convert(name: str, value: Any, kind: str) -> Any:
+    """An option's value, which the usage text calls `kind`, from what docopt has found, or from the word in its
+    variable."""
+    if name in MAY_BE_REPEATED:
+        return [value] if isinstance(value, str) else value
+    if not kind:
+        meanings = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if isinstance(value, str) and value.lower() not in meanings:
+            raise UsageError("it is 1 or 0, true or false, yes or no, not `%s`" % printable(value))
+        return not isinstance(value, str) or meanings[value.lower()]
+    word = value[-1] if isinstance(value, list) else value
+    if kind == "FORMAT" and word not in ("text", "json"):
+        raise UsageError("`%s` takes text or json, not `%s`" % (name, printable(word)))
+    if kind not in ("SECS", "N", "BYTES"):
+        return word
+    convert, what, form = (float, "seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if kind == "SECS" else (
+        int, "a whole number", "[0-9]{1,9}")
+    lowest = "from 0 on" if name in MAY_BE_ZERO else "above 0"
+    if not re.fullmatch(form, word, re.ASCII) or float(word) <= 0 and name not in MAY_BE_ZERO:
+        raise UsageError("`%s` takes %s %s, not `%s`" % (name, what, lowest, printable(word)))
+    return convert(word)
+
+
 def variable_of(option: str) -> str:
     return "RATROD_" + option[2:].upper().replace("-", "_")
 
@@ -10162,61 +10185,6 @@ def name_variables(error: ConfigError, environment: Mapping[str, str]) -> Config
     return ConfigError("%s (see %s in the environment)" % (text, ", ".join(about))) if about else error
 
 
-def _from_environment(reader: UsageReader, given: dict[str, Any], environ: Mapping[str, str]) -> dict[str, list[str]]:
-    """What RATROD_MAX_LINKS and the like say of those options of the command that were not given: as docopt gives it,
-    [""] for a switch. An empty variable says nothing."""
-    command = next(command for command in COMMANDS if given.get(command))
-    found: dict[str, list[str]] = {}
-    for option in sorted(reader.commands[command].options):
-        name = variable_of(option)
-        word = environ.get(name, "")
-        if given.get(option) or not word:
-            continue
-        try:
-            if reader.value_of[option]:
-                _convert(option, word, reader.value_of[option])
-                found[option] = [word]
-            elif word.lower() in ("1", "true", "yes"):
-                found[option] = [""]
-            elif word.lower() not in ("0", "false", "no"):
-                raise UsageError("it is 1 or 0, true or false, yes or no, not `%s`" % printable(word))
-        except UsageError as error:
-            raise UsageError("%s in the environment: %s" % (name, error)) from None
-    return found
-
-
-def _to_options(given: dict[str, Any], value_of: dict[str, str]) -> Options:
-    """The Options in docopt's dictionary, converted as the usage text says."""
-    fields: dict[str, Any] = {"command": next(command for command in COMMANDS if given.get(command))}
-    limits: dict[str, Any] = {}
-    for name, value in given.items():
-        if value in (None, [], False, 0):
-            continue
-        if name in value_of and name not in MAY_BE_REPEATED:
-            value = _convert(name, value[-1] if isinstance(value, list) else value, value_of[name])
-        field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
-        limit = LIMIT_FIELDS.get(name) or re.sub("^max_", "", field)
-        if field in Options._fields:
-            fields[field] = tuple(value) if isinstance(value, list) else value
-        elif limit in Limits._fields:
-            limits[limit] = value
-    return Options(limits=DEFAULT_LIMITS._replace(**limits), **fields)
-
-
-def _convert(name: str, word: Any, kind: str) -> Any:
-    """The value of an option, which the usage text calls `kind`."""
-    if kind == "FORMAT" and word not in ("text", "json"):
-        raise UsageError("`%s` takes text or json, not `%s`" % (name, printable(word)))
-    if kind not in ("SECS", "N", "BYTES"):
-        return word if kind else True
-    convert, what, form = (float, "seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if kind == "SECS" else (
-        int, "a whole number", "[0-9]{1,9}")
-    lowest = "from 0 on" if name in MAY_BE_ZERO else "above 0"
-    if not re.fullmatch(form, word, re.ASCII) or float(word) <= 0 and name not in MAY_BE_ZERO:
-        raise UsageError("`%s` takes %s %s, not `%s`" % (name, what, lowest, printable(word)))
-    return convert(word)
-
-
 # ---- help
 
 
@@ -10224,7 +10192,7 @@ def usage_hint(argv: Sequence[str]) -> str:
     """What follows an error in `argv`: no more than a terminal shows together with the error."""
     command = next((word for word in argv if word in COMMANDS), None)
     if command:
-        return "Usage:\n%s\n`ratrod help %s` says more." % (UsageReader().commands[command].text, command)
+        return "Usage:\n%s\n`ratrod help %s` says more." % (UsageReader().text_of[command], command)
     return "Usage: ratrod COMMAND ...\n\nCommands:\n%s\n`ratrod help` says more." % COMMAND_LIST
 
 
@@ -10234,16 +10202,16 @@ def help_text(topic: str | None = None) -> str:
         return __doc__
     if topic not in COMMANDS:
         raise UsageError("there is no command `%s` to explain" % printable(topic))
-    usage = UsageReader().commands[topic]
-    sections = [COMMANDS[topic][0].upper() + COMMANDS[topic][1:] + ".\n", "Usage:\n" + usage.text]
-    named = {name for name, _, _ in usage.arguments}
-    for title, wanted in (("Arguments", named), ("Options", usage.options | {"--help"})):
+    reader = UsageReader()
+    text = "%s.\n\nUsage:\n%s" % (COMMANDS[topic][0].upper() + COMMANDS[topic][1:], reader.text_of[topic])
+    named = {name for _, name, _ in reader.arguments_of[topic]}
+    for title, wanted in (("Arguments", named), ("Options", reader.options_of[topic] | {"--help"})):
         block = __doc__.split(title + ":\n")[1].split("\n\n")[0]
         entries = [entry for entry in re.findall(r"^  \S.*(?:\n    .*)*", block, re.M)
                    if wanted & set(re.findall(r"--[\w-]+|[A-Z]+\b", re.split("   *", entry[2:])[0]))]
         if entries:
-            sections.append(title + ":\n" + "\n".join(entries) + "\n")
-    return "\n".join(sections)
+            text += "\n%s:\n%s\n" % (title, "\n".join(entries))
+    return text
 
 
 # ---- logging
@@ -10285,9 +10253,8 @@ class LogWriter(logging.Handler):
     WAITING = 4096  # lines that may wait to be written
     PATIENCE = 1.0  # seconds that the end waits for the last lines: --drain and the end together take less than 10 s
 
-    def __init__(self, stream: Any, has_status: bool):
+    def __init__(self, stream: Any):
         super().__init__()
-        self.has_status = has_status
         self._stream, buffer = stream, getattr(stream, "buffer", None)
         self._raw = getattr(buffer, "raw", buffer)  # a buffer has a lock, which would be held while a write waits
         self._lost = self._told = 0  # lines that were not written, and how many of them the log has told of
@@ -10384,10 +10351,10 @@ class LogWriter(logging.Handler):
             data = data[written or 0:]
 
 
-def set_up_logging(level: int, as_json: bool = False, status: bool = False) -> None:
+def set_up_logging(level: int, as_json: bool = False) -> None:
     handler: logging.Handler = logging.NullHandler()
     if sys.stderr:  # None if it was closed before the start
-        handler = LogWriter(sys.stderr, status)
+        handler = LogWriter(sys.stderr)
         handler.setFormatter(LogFormatter(as_json, colour=sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
     log.handlers[:] = [handler]
     log.propagate = False
@@ -10398,6 +10365,17 @@ def flush_log() -> None:
     """Before something else is written to the terminal."""
     for handler in log.handlers:
         handler.flush()
+
+
+def draw_status(client: Client, before: Snapshot | None = None) -> None:
+    """Draws the status line now and each second, where the log has a place for it."""
+    shot = snapshot(client)
+    before = before or shot
+    for writer in log.handlers:
+        if isinstance(writer, LogWriter):
+            # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
+            writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
+    client.loop.call_later(1.0, lambda: draw_status(client, shot))
 
 
 # ---- what belongs to the whole process, and to the program that called main()
@@ -10545,8 +10523,7 @@ def terminal_closed() -> Callable[[], bool]:
 
 
 class EndpointRun:
-    """An endpoint that is the whole process, with its signals, descriptor limit and garbage collector; systemd hears
-    of its states.
+    """An endpoint, or the Workers in its place, as the whole process: its signals, and what systemd hears of it.
 
     A first SIGINT or SIGTERM drains the endpoint: the process ends when everything open has ended, or after `drain`
     seconds. A second one ends it at once. On another thread than the main one there are no signals.
@@ -10561,20 +10538,17 @@ class EndpointRun:
         self._is_closed = terminal_closed()
         self._endpoint = make(self._loop, Callbacks(self._on_started, self._on_finished))
 
-    def run(self, metrics_at: Address | None = None, share: bool = False) -> int:
+    def run(self) -> int:
         """Runs the endpoint until it has finished, or a signal ends it: the exit code."""
         import gc
 
-        if metrics_at and isinstance(self._endpoint, Endpoint):
-            serve_metrics(self._endpoint, metrics_at, share)
         soon = self._loop.call_soon_threadsafe
         with handling({"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
                        "SIGUSR1": lambda *_: soon(self._report)}, self._loop.waker.fileno()):
             self._endpoint.start()
             if os.environ.get("NOTIFY_SOCKET"):
-                self._loop.call_later(STATUS_INTERVAL, self._report_state)
+                self._loop.call_later(STATUS_INTERVAL, self._tell_state)
             self._loop.call_later(1.0, give_back_heap)
-            self._draw_status()
             gc.collect()
             gc.freeze()  # what exists now stays, so later collections need not look at it
             self._loop.run()
@@ -10589,30 +10563,16 @@ class EndpointRun:
 
     def _on_started(self) -> None:
         self._is_ready = True
-        self._notify("READY=1", self._state())
-
-    def _state(self) -> str:
-        """What `systemctl status` shows."""
-        return "STATUS=" + next(self._endpoint.describe())
+        self._notify("READY=1", "STATUS=" + next(self._endpoint.describe()))
 
     def _on_finished(self, error: Exception | None) -> None:
         self._outcome.append(error)
         self._loop.stop()
 
-    def _report_state(self) -> None:
-        self._notify(self._state())
-        self._loop.call_later(STATUS_INTERVAL, self._report_state)
-
-    def _draw_status(self, before: Snapshot | None = None) -> None:
-        """Draws the status line each second, where a client's log has one."""
-        writer = log.handlers[0]
-        if not (isinstance(self._endpoint, Client) and isinstance(writer, LogWriter) and writer.has_status):
-            return
-        shot = snapshot(self._endpoint)
-        before = before or shot
-        # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
-        writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
-        self._loop.call_later(1.0, lambda: self._draw_status(shot))
+    def _tell_state(self) -> None:
+        """Brings what `systemctl status` shows up to date."""
+        self._notify("STATUS=" + next(self._endpoint.describe()))
+        self._loop.call_later(STATUS_INTERVAL, self._tell_state)
 
     # ---- signals
 
@@ -10690,9 +10650,8 @@ class Workers:
 
     def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int]):
         self._loop, self._callbacks, self._processes = loop, callbacks, processes  # {socket: process id}
-        self._count, self._ready = len(processes), 0
+        self._count, self._ready, self._is_ending = len(processes), 0, False
         self._failure: RatrodError | None = None
-        self._is_ending = False
 
     def start(self) -> None:
         for sock in self._processes:
@@ -10705,8 +10664,7 @@ class Workers:
                 self._callbacks.started()
             return
         self._loop.watch(sock, READ, 0, lambda _mask: None)
-        sock.close()
-        code = self._wait(self._processes.pop(sock))
+        code = self._wait(sock)
         if code and not self._failure:
             self._failure = RatrodError("a worker has failed")
             self._failure.exit_code = code
@@ -10715,9 +10673,10 @@ class Workers:
         else:
             self._callbacks.finished(self._failure)
 
-    @staticmethod
-    def _wait(pid: int) -> int:
-        """The exit code of the process, which has ended or is about to."""
+    def _wait(self, sock: socket.socket) -> int:
+        """The exit code of the process at the other end, which has ended or is about to."""
+        sock.close()
+        pid = self._processes.pop(sock)
         with contextlib.suppress(ChildProcessError):  # the program around main() waits for its children itself
             status = os.waitpid(pid, 0)[1]
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
@@ -10739,9 +10698,8 @@ class Workers:
     def close(self) -> None:
         """Ends at once what has not ended yet: a second signal."""
         self.tell(signal.SIGTERM)
-        for sock, pid in self._processes.items():
-            self._wait(pid)
-            sock.close()
+        for sock in list(self._processes):
+            self._wait(sock)
 
     def describe(self) -> Iterator[str]:
         yield plural(self._count, "worker")
@@ -10751,9 +10709,15 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
                 make: Callable[[int, EventLoop, Callbacks], Endpoint]) -> int:
     """Runs make(number, loop, callbacks) in a process for each group of listening sockets, or here for a single group:
     the exit code. systemd hears the parent alone: "ready" once all are ready (again)."""
-    def run(number: int, notify: Notify) -> int:
-        return EndpointRun(functools.partial(make, number), drain, notify).run(metrics_at[number], options.reuse_port)
     metrics_at = check_workers(options)
+
+    def run(number: int, notify: Notify) -> int:
+        def make_with_metrics(loop: EventLoop, callbacks: Callbacks) -> Endpoint:
+            endpoint, address = make(number, loop, callbacks), metrics_at[number]
+            if address:
+                serve_metrics(endpoint, address, options.reuse_port)
+            return endpoint
+        return EndpointRun(make_with_metrics, drain, notify).run()
     if len(sockets) == 1:
         return run(0, notify_systemd)
     flush_log()
@@ -10856,17 +10820,14 @@ def connect_command(options: Options) -> int:
         "-k": options.key_path, "-a": options.accept_all_hosts, "--accept-new": options.accept_new,
         "--legacy": options.legacy, "--proxy": options.proxy, "--workers": options.workers > 1}, tunnels)
     folder = NoKeys() if ssh else KeyFolder(options.key_path, parse_grant)
-    quiet = is_quiet(options)
-    ensure_keys(folder, may_ask=not quiet)
-    at_terminal = bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
-    may_ask = at_terminal and not quiet and options.workers == 1
+    ensure_keys(folder, may_ask=not is_quiet(options))
+    may_ask = (bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
+               and not is_quiet(options) and options.workers == 1)
     what = ClientOptions(
         servers, tunnels, legacy=options.legacy, encrypt=options.encrypt, accept_all_hosts=options.accept_all_hosts,
         accept_new=options.accept_new, ask_host=ask_host if may_ask else None, socks_user=options.socks_user,
         send_proxy=options.send_proxy, proxy=proxy, ssh=ssh, may_ask=may_ask, retries=options.max_retry_count)
-    if options.check:
-        return check_connection(options, folder, what._replace(report=log.debug, only_test=True))
-    return run_client(options, folder, what)
+    return (check_connection if options.check else run_client)(options, folder, what)
 
 
 def forget_useless(options: Options, servers: list[Place]) -> Options:
@@ -10888,7 +10849,10 @@ def run_client(options: Options, folder: KeyFolder, what: ClientOptions) -> int:
 
         def make(number: int, loop: EventLoop, callbacks: Callbacks) -> Client:
             own = what._replace(report=log.debug if number else log.info)
-            return Client(loop, folder, options.limits, own, callbacks, groups[number])
+            client = Client(loop, folder, options.limits, own, callbacks, groups[number])
+            if shows_status(options):
+                draw_status(client)
+            return client
         return run_workers(options, [sum(group, []) for group in groups], options.drain or 0.0, make)
 
 
@@ -10897,7 +10861,8 @@ def check_connection(options: Options, folder: KeyFolder, what: ClientOptions) -
     made: list[Client] = []
 
     def make(loop: EventLoop, callbacks: Callbacks) -> Client:
-        made.append(Client(loop, folder, options.limits, what, callbacks, [[] for _ in what.tunnels]))
+        own = what._replace(report=log.debug, only_test=True)
+        made.append(Client(loop, folder, options.limits, own, callbacks, [[] for _ in what.tunnels]))
         return made[0]
     code = EndpointRun(make, drain=0.0, notify=lambda *_lines: None).run()
     if not code:
@@ -10929,36 +10894,29 @@ def demo_payload() -> Iterator[bytes]:
         yield number.to_bytes(8, "big") + block[8:]
 
 
-def demo_targets() -> tuple[int, int]:
-    """The ports of a TCP service that sends the payload to its first client, and of a UDP echo."""
-    service, echo = socket.create_server(("127.0.0.1", 0)), socket.socket(type=socket.SOCK_DGRAM)
-    echo.bind(("127.0.0.1", 0))
-
-    def send_payload() -> None:
-        with contextlib.suppress(OSError), service, service.accept()[0] as connection:
-            for block in demo_payload():
-                connection.sendall(block)
-
-    def answer() -> None:
-        with contextlib.suppress(OSError), echo:
-            echo.sendto(*echo.recvfrom(100))
-    for sock, run in ((service, send_payload), (echo, answer)):
-        sock.settimeout(60)
-        threading.Thread(target=run, daemon=True).start()
-    return service.getsockname()[1], echo.getsockname()[1]
+def serve_demo_payload(service: socket.socket) -> None:
+    with contextlib.suppress(OSError), service.accept()[0] as connection:
+        for block in demo_payload():
+            connection.sendall(block)
 
 
 def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
-    """A tunnel to the targets; every byte is compared. It ends soon when a signal has come."""
-    ports = demo_targets()
+    """A tunnel to a TCP service and one to a UDP echo; every byte is compared. It ends soon when a signal has come."""
     try:
-        with serve(key_path=folders[0].path) as server, tunnel(
-                str(Address(*server.address)), *("0:127.0.0.1:%d" % port for port in ports),
-                key_path=folders[1].path) as made:
-            print("A tunnel from %s through %s to a service on port %d, encrypted:"
-                  % (Address(*made.address), Address(*server.address), ports[0]), flush=True)
+        with contextlib.ExitStack() as stack:
+            service = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            echo, sock = (stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)) for _ in range(2))
+            echo.bind(("127.0.0.1", 0))
+            for end in (service, echo, sock):
+                end.settimeout(60)
+            server = stack.enter_context(serve(key_path=folders[0].path))
+            targets = ["0:127.0.0.1:%d" % end.getsockname()[1] for end in (service, echo)]
+            made = stack.enter_context(tunnel(str(Address(*server.address)), *targets, key_path=folders[1].path))
+            print("A tunnel from %s through %s to a service on %s, encrypted:"
+                  % (Address(*made.address), Address(*server.address), targets[0][2:]), flush=True)
             started = time.monotonic()
-            with socket.create_connection(made.address, 60) as sock, sock.makefile("rb") as received:
+            threading.Thread(target=serve_demo_payload, args=(service,), daemon=True).start()
+            with socket.create_connection(made.address, 60) as connection, connection.makefile("rb") as received:
                 for number, block in enumerate(demo_payload(), 1):
                     if received.read(len(block)) != block:
                         raise RatrodError(DEMO_FAILED)
@@ -10967,11 +10925,10 @@ def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
                     if number % (DEMO_MB // 4) == 0:
                         print("  %3d%%  %d of %d MB" % (number * 100 // DEMO_MB, number, DEMO_MB), flush=True)
             seconds = time.monotonic() - started
-            with socket.socket(type=socket.SOCK_DGRAM) as sock:
-                sock.settimeout(10)
-                sock.sendto(b"ratrod", made.addresses[1])
-                if sock.recv(100) != b"ratrod":
-                    raise RatrodError(DEMO_FAILED)
+            sock.sendto(b"ratrod", made.addresses[1])
+            echo.sendto(*echo.recvfrom(100))
+            if sock.recv(100) != b"ratrod":
+                raise RatrodError(DEMO_FAILED)
     except OSError as failure:
         raise RatrodError("the demo failed: %s" % reason(failure)) from None
     print("Every byte arrived: %d MB in %.1f s, %.2f GB/s, and a UDP datagram there and back.\n"
@@ -10985,7 +10942,6 @@ def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
 def demo_command(_options: Options) -> int:
     """A target, a server and a client in this process, with keys that are thrown away. A signal is only noted: as an
     exception it could come where Python can only print it."""
-    import shutil
     import tempfile
 
     signals: list[int] = []
@@ -10995,22 +10951,20 @@ def demo_command(_options: Options) -> int:
         signals.append(number)
         log.setLevel(logging.CRITICAL)  # the connections that this cuts are no news
 
-    with handling({"SIGINT": on_end, "SIGTERM": on_end}):
-        path = tempfile.mkdtemp(prefix="ratrod-demo-")
-        try:
-            folders = [KeyFolder(os.path.join(path, name), parse_grant) for name in ("server", "client")]
-            keys = [encode_key(folder.generate().public) for folder in folders]
-            for folder, name, key in zip(folders, ("authorized_keys", "known_hosts"), reversed(keys)):
-                with open(os.path.join(folder.path, name), "w") as file:
-                    file.write(key + "\n")
-            thread = threading.Thread(target=lambda: codes.append(exit_code_of(lambda: demo_run(folders, signals))),
-                                      daemon=True)
-            thread.start()
-            while thread.is_alive() and not signals:
-                thread.join(0.1)  # not longer: Windows notes Ctrl-C after that
-            thread.join(2)
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+    def run() -> None:
+        codes.append(exit_code_of(lambda: demo_run(folders, signals)))
+
+    with handling({"SIGINT": on_end, "SIGTERM": on_end}), tempfile.TemporaryDirectory(prefix="ratrod-demo-") as path:
+        folders = [KeyFolder(os.path.join(path, name), parse_grant) for name in ("server", "client")]
+        keys = [encode_key(folder.generate().public) for folder in folders]
+        for folder, name, key in zip(folders, ("authorized_keys", "known_hosts"), reversed(keys)):
+            with open(os.path.join(folder.path, name), "w") as file:
+                file.write(key + "\n")
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive() and not signals:
+            thread.join(0.1)  # not longer: Windows notes Ctrl-C after that
+        thread.join(2)
     return 128 + signals[0] if signals else codes[0]
 
 
@@ -11048,7 +11002,7 @@ def _run_command(argv: list[str]) -> int:
     options = parse_command_line(list(expand_arguments(argv)), os.environ)
     quiet = is_quiet(options)
     set_up_logging(logging.DEBUG if options.verbose else logging.WARNING if quiet else logging.INFO,
-                   options.log_format == "json", status=shows_status(options) and not quiet)
+                   options.log_format == "json")
     commands: dict[str, Callable[[Options], int | None]] = {
         "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,
         "help": lambda options: print(help_text(options.topic), end=""),
@@ -11069,9 +11023,10 @@ def is_quiet(options: Options) -> bool:
 
 def shows_status(options: Options) -> bool:
     """Whether there is a place for a status line: one process's log, on a terminal that can move its cursor."""
-    plain = options.verbose or options.no_status or options.log_format != "text" or options.workers > 1
-    return (options.command == "connect" and bool(options.tunnels) and not plain and hasattr(os, "tcgetpgrp")
-            and os.environ.get("TERM", "dumb") not in ("", "dumb") and bool(sys.stderr) and sys.stderr.isatty())
+    if options.verbose or options.no_status or options.log_format != "text" or options.workers > 1 or is_quiet(options):
+        return False
+    return (bool(options.tunnels) and hasattr(os, "tcgetpgrp") and os.environ.get("TERM", "dumb") not in ("", "dumb")
+            and bool(sys.stderr) and sys.stderr.isatty())
 
 
 def exit_code_of(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
