@@ -200,6 +200,7 @@ import struct
 import threading
 import time
 import traceback
+import types
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import (
@@ -9955,44 +9956,21 @@ def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_rege
 # ======================================================================================================================
 
 
-class Options(NamedTuple):
-    """A command line that was understood: a field for each option, and one for each argument."""
-
-    command: str = "help"
-    topic: str | None = None
-    key_path: str | None = None
-    verbose: bool = False
-    bind: str = ""
-    remote_regex: tuple[str, ...] = (".*",)
-    server: str = ""
-    tunnels: tuple[str, ...] = ()
-    accept_all_hosts: bool = False
-    accept_new: bool = False
-    allow_listen: bool = False
-    socks_user: str | None = None
-    send_proxy: bool = False
-    proxy: str | None = None
-    ssh_command: str | None = None
-    remote_python: str | None = None
-    encrypt: bool = False
-    legacy: bool = False
-    max_retry_count: int | None = None
-    drain: float | None = None
-    reuse_port: bool = False
-    proxy_protocol: str = ""
-    workers: int = 1
-    log_format: str = "text"
-    metrics: str = ""
-    no_status: bool = False
-    check: bool = False
-    limits: Limits = DEFAULT_LIMITS
-    environment: Mapping[str, str] = MappingProxyType({})  # {option: value} of those that come from there
+class Options(types.SimpleNamespace):
+    """A command line that was understood: a field for each option and argument of the usage text. One that was not given
+    has its value in DEFAULTS, or None, or False if it is a switch. What limits something stands in `limits`."""
 
 
-# Any other option that limits something has the name of its field of Limits, with or without "max-" in front.
-LIMIT_FIELDS = {"--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
+DEFAULTS: dict[str, Any] = {
+    "topic": None, "bind": "", "server": "", "tunnels": (), "remote_regex": (".*",), "proxy_protocol": "", "workers": 1,
+    "log_format": "text", "limits": DEFAULT_LIMITS, "environment": {}}  # {option: value} of those that come from there
+# Any other option has the name of its field, one that limits something with or without "max-" in front.
+FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-udp-sessions": "udp_sessions_in_all",
+          "--max-udp-sessions-per-link": "udp_sessions"}
 MAY_BE_REPEATED = ("--remote-regex",)  # of any other option the last one counts
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
+FOR_SSH = {"--ssh-command", "--remote-python"}
+NOT_FOR_SSH = {"--key-path", "--accept-all-hosts", "--accept-new"}
 MAX_ARGUMENTS = 1 << 20  # characters of a file of arguments
 
 USAGE, COMMAND_LIST = (__doc__.split(title + ":\n")[1].split("\n\n")[0] + "\n" for title in ("Usage", "Commands"))
@@ -10103,21 +10081,24 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProx
     """The Options in `argv`, which is without the program's name; what it leaves open may be in `environ`, as
     RATROD_MAX_LINKS. An empty variable says nothing. UsageError says in one line what is wrong."""
     reader = UsageReader()
+    fields: dict[str, Any] = {_field_of(name): None if kind else False for name, kind in reader.value_of.items()}
+    fields = {**{field: value for field, value in fields.items() if field not in Limits._fields}, **DEFAULTS}
     flags = argv[:argv.index("--")] if "--" in argv else argv
     for letter, command in (("h", "help"), ("V", "version")):
         for word in flags:
             long = [name for name in reader.value_of if word.startswith("--") and name.startswith(word)]
             if long == ["--" + command] or re.fullmatch("-[aev]*%s[aevhV]*" % letter, word):
-                return Options(command, topic=next((word for word in flags if word in COMMANDS), None))
-    given = _docopt(reader, argv)
-    command = next(command for command in COMMANDS if given.get(command))
-    variables = {option: environ[variable_of(option)] for option in sorted(reader.options_of[command])
-                 if environ.get(variable_of(option)) and not given.get(option)}
-    fields: dict[str, Any] = {"command": command}
+                topic = next((word for word in flags if word in COMMANDS), None)
+                return Options(**{**fields, "command": command, "topic": topic})
+    found = {name: value for name, value in _docopt(reader, argv).items() if value not in (None, [], False, 0)}
+    command = next(command for command in COMMANDS if command in found)
+    given = {name: value for name, value in found.items() if name in reader.value_of or name.isupper()}
+    # On a command line these are a mistake where they mean nothing; in the environment they are not.
+    useless = NOT_FOR_SSH if given.get("SERVER", "").strip().startswith("ssh://") else FOR_SSH
+    variables = {name: environ[variable_of(name)] for name in sorted(reader.options_of[command] - useless - set(given))
+                 if environ.get(variable_of(name))}
     limits: dict[str, Any] = {}
     for name, value in {**given, **variables}.items():
-        if value in (None, [], False, 0):
-            continue
         try:
             if name in reader.value_of:
                 value = _convert(name, value, reader.value_of[name])
@@ -10125,14 +10106,18 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProx
             if name not in variables:
                 raise
             raise UsageError("%s in the environment: %s" % (variable_of(name), error)) from None
-        field = {"TUNNEL": "tunnels", "COMMAND": "topic"}.get(name) or name.lstrip("-").replace("-", "_").lower()
-        limit = LIMIT_FIELDS.get(name) or re.sub("^max_", "", field)
-        if field in Options._fields:
-            fields[field] = tuple(value) if isinstance(value, list) else value
-        elif limit in Limits._fields:
-            limits[limit] = value
-    return Options(limits=DEFAULT_LIMITS._replace(**limits), **fields, environment={
-        option: word if reader.value_of[option] else "" for option, word in variables.items()})
+        field = _field_of(name)
+        (limits if field in Limits._fields else fields)[field] = tuple(value) if isinstance(value, list) else value
+    fields.update(command=command, limits=DEFAULT_LIMITS._replace(**limits), environment={
+        name: word if reader.value_of[name] else "" for name, word in variables.items()})
+    return Options(**fields)
+
+
+def _field_of(name: str) -> str:
+    """The field of Options or Limits for an option or argument of the usage text."""
+    field = name.lstrip("-").replace("-", "_").lower()
+    limit = FIELDS.get(name) or re.sub("^max_", "", field)
+    return limit if name in FIELDS or limit in Limits._fields else field
 
 
 def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
@@ -10811,7 +10796,6 @@ def serve_command(options: Options) -> int:
 def connect_command(options: Options) -> int:
     raise_descriptor_limit()
     servers = parse_servers(options.server)
-    options = forget_useless(options, servers)
     proxy = parse_proxy(options.proxy, servers)
     tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers,
                             socks_user=options.socks_user, send_proxy=options.send_proxy)
@@ -10828,15 +10812,6 @@ def connect_command(options: Options) -> int:
         accept_new=options.accept_new, ask_host=ask_host if may_ask else None, socks_user=options.socks_user,
         send_proxy=options.send_proxy, proxy=proxy, ssh=ssh, may_ask=may_ask, retries=options.max_retry_count)
     return (check_connection if options.check else run_client)(options, folder, what)
-
-
-def forget_useless(options: Options, servers: list[Place]) -> Options:
-    """Without the usual options in the environment that mean nothing for these servers. On a command line they are a
-    mistake."""
-    is_ssh = isinstance(servers[0], SshHost)
-    useless = ("key_path", "accept_all_hosts", "accept_new") if is_ssh else ("ssh_command", "remote_python")
-    return options._replace(**{field: Options._field_defaults[field] for field in useless
-                               if "--" + field.replace("_", "-") in options.environment})
 
 
 def run_client(options: Options, folder: KeyFolder, what: ClientOptions) -> int:

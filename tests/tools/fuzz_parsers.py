@@ -970,7 +970,7 @@ def check_fall_back(argv, found):
         if docopt:
             sys.modules["docopt"] = docopt
     # A second "--" may be left among the tunnels, where it is none and refused as such.
-    one, two = (options._replace(tunnels=tuple(word for word in options.tunnels if word != "--")) for options in (found, other))
+    one, two = ({**vars(options), "tunnels": [word for word in options.tunnels if word != "--"]} for options in (found, other))
     assert one == two, "the fall-back understands another thing: %r" % (other,)
 
 

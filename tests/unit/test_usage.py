@@ -410,19 +410,17 @@ def test_files_inside_each_other(parse, file):
 # ---------------------------------------------------------------------------------------------------- RATROD_*
 
 
-def test_usual_options_that_mean_nothing_here_are_no_error():
-    servers = ratrod.parse_servers("ssh://far"), ratrod.parse_servers("near:1")
+def test_usual_options_that_mean_nothing_here_are_no_error(parse):
     given = {"RATROD_KEY_PATH": "k", "RATROD_ACCEPT_NEW": "1", "RATROD_ACCEPT_ALL_HOSTS": "1", "RATROD_SSH_COMMAND": "ssh -v",
              "RATROD_REMOTE_PYTHON": "/opt/python", "RATROD_PROXY": "http://p"}
-    options = ratrod.parse_command_line(["connect", "S:1"], given)
-    through, straight = (ratrod.forget_useless(options, server) for server in servers)
+    through, straight = (parse("connect", server, **given) for server in ("ssh://far", "near:1"))
     assert (through.key_path, through.accept_new, through.accept_all_hosts, through.ssh_command, through.proxy) == (
         None, False, False, "ssh -v", "http://p")
     assert (straight.key_path, straight.accept_new, straight.accept_all_hosts, straight.ssh_command) == ("k", True, True, None)
     assert (through.remote_python, straight.remote_python) == ("/opt/python", None)
-    typed = ratrod.parse_command_line(["-k", "typed", "connect", "--ssh-command", "typed", "S:1"], given)
-    assert [ratrod.forget_useless(typed, server).key_path for server in servers] == ["typed"] * 2
-    assert [ratrod.forget_useless(typed, server).ssh_command for server in servers] == ["typed"] * 2
+    for server in ("ssh://far", "near:1"):
+        typed = parse("-k", "typed", "connect", "--ssh-command", "typed", server, **given)
+        assert (typed.key_path, typed.ssh_command) == ("typed", "typed")
 
 
 def test_a_flag(parse):
