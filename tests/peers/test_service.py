@@ -127,16 +127,20 @@ def test_a_manager_that_is_not_there(ratrod, keys, caplog):
     assert {record.levelname for record in caplog.records} <= {"DEBUG"}
 
 
-def unit(name):
+def block(name):
     """The fenced block of the README under <!-- ci: NAME -->."""
     found = re.search(r"<!-- ci: %s -->\n```\w*\n(.*?)^```" % re.escape(name), (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
     assert found, "README.md has no block %s" % name
     return found.group(1)
 
 
-@pytest.mark.parametrize("block, name", [("serve.service", "ratrod-serve.service"), ("connect.service", "ratrod-connect@x.service")])
-def test_the_unit_files_of_the_readme(block, name, tmp_path):
-    text = unit(block)
+@pytest.mark.parametrize("name, command", [("ratrod-serve.service", "-k /etc/ratrod serve"), ("ratrod-connect@x.service", "connect @/etc/ratrod/%i.conf")])
+def test_the_unit_files_of_the_readme(name, command, tmp_path):
+    text = block("serve.service")
+    if "connect" in name:
+        (tmp_path / "ratrod-serve.service").write_text(text)
+        subprocess.run(["sh", "-ec", block("connect.service").replace("/etc/systemd/system", str(tmp_path))], check=True, timeout=PATIENCE)
+        text = (tmp_path / "ratrod-connect@.service").read_text()
     for line in ("Type=notify", "Restart=on-failure", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed"):
         assert re.search("^%s$" % re.escape(line), text, re.M), line
     if not shutil.which("systemd-analyze"):
@@ -144,8 +148,7 @@ def test_the_unit_files_of_the_readme(block, name, tmp_path):
     program = tmp_path / "ratrod"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    command = re.search(r"^ExecStart=(\S+)", text, re.M).group(1)
-    assert command.endswith("/ratrod")
+    command = re.search(r"^ExecStart=(\S+/ratrod) %s" % re.escape(command), text, re.M).group(1)
     def verify(text):
         path = tmp_path / name
         path.write_text(text)
