@@ -9,7 +9,6 @@ import logging
 import os
 import pathlib
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -462,30 +461,6 @@ def test_a_server_that_comes_back_is_no_error(ends, tcp_echo, keys):
 
 
 # ---------------------------------------------------------------------------------------------------- a good guest in its process
-def handlers_of_signals():
-    found = {}
-    for number in signal.valid_signals():
-        with contextlib.suppress(OSError, ValueError):
-            found[number] = signal.getsignal(number)
-    return found
-
-
-def wakeup_fd():
-    """The descriptor that Python writes to when a signal comes; it is set anew to be read."""
-    descriptor = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(descriptor)
-    return descriptor
-
-
-def test_signals_are_left_alone(keys, tcp_echo):
-    before = handlers_of_signals(), wakeup_fd()
-    with contextlib.ExitStack() as stack:
-        ends = Ends(keys, stack)
-        ask(ends.tunnel(ends.serve(), local(tcp_echo.port)).address)
-        assert (handlers_of_signals(), wakeup_fd()) == before
-    assert (handlers_of_signals(), wakeup_fd()) == before
-
-
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to itself")
 def test_ctrl_c_is_the_programs(run):
     """Nobody else's: the main thread gets KeyboardInterrupt, and what it cleans up by works until then."""
@@ -578,11 +553,14 @@ def test_workers_of_a_thread(run):
 
 
 def test_what_else_belongs_to_the_process(run):
-    """The limit of descriptors, the garbage collector, the locale, the environment, the working directory, the threads' exception hooks."""
+    """Signals, the limit of descriptors, the garbage collector, the locale, the environment, the working directory, the threads' exception hooks."""
     assert_silent(run("""
-        import gc, locale, resource
+        import gc, locale, resource, signal
         def state():
-            return (resource.getrlimit(resource.RLIMIT_NOFILE), gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.callbacks[:],
+            wakeup = signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(wakeup)
+            return ([signal.getsignal(number) for number in signal.valid_signals()], wakeup, resource.getrlimit(resource.RLIMIT_NOFILE),
+                    gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.callbacks[:],
                     locale.setlocale(locale.LC_ALL), dict(os.environ), os.getcwd(), sys.excepthook, threading.excepthook, sys.getswitchinterval(),
                     socket.getdefaulttimeout(), os.umask(0o022))
         os.umask(0o022)
@@ -660,29 +638,6 @@ def test_made_by_a_pools_thread(run):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
-def test_a_forked_child_leaves_its_parents_tunnels_alone(run):
-    """However it ends: it has copies of the sockets and of the selector, but no thread that serves them."""
-    assert_silent(run("""
-        import warnings
-        warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # Python's own word on fork()
-        server, tunnel = both()
-        ask(tunnel.address)
-        held = socket.create_connection(tunnel.address, 20)
-        held.sendall(b"x")
-        assert held.recv(1) == b"x"
-        for end in ("os._exit(3)", "sys.exit(3)", "tunnel.close(); server.close(); sys.exit(3)"):
-            pid = os.fork()
-            if pid == 0:
-                exec(end)
-            status = os.waitpid(pid, 0)[1]
-            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 3, (end, status)
-            ask(tunnel.address)
-            held.sendall(b"y")
-            assert held.recv(1) == b"y", end
-        """), 0)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
     """It would take connections that nobody serves, and keep ports and connections that its parent has closed. (A key file that a thread of the
     parent reads at the moment of the fork is open in the child, too, and does no harm there: only sockets and selectors are counted.)"""
@@ -699,6 +654,13 @@ def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
         held = socket.create_connection(tunnel.address, 20)
         held.sendall(b"x")
         assert held.recv(1) == b"x"
+        for end in ("os._exit(3)", "sys.exit(3)", "tunnel.close(); server.close(); sys.exit(3)"):
+            pid = os.fork()
+            if pid == 0:
+                exec(end)
+            status = os.waitpid(pid, 0)[1]
+            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 3, (end, status)
+            ask(tunnel.address)
         child_done, done = os.pipe()
         lives, ends = os.pipe()
         mine = {os.readlink("/proc/self/fd/%d" % fd) for fd in (held.fileno(), child_done, done, lives, ends)} if before else set()
@@ -797,23 +759,37 @@ def test_authorize_refuses_a_key(ends, keys, second, tcp_echo):
     assert {target for key, target in judge.asked if key == second.public} == {""}
 
 
-def test_authorize_refuses_a_target(ends, target, udp_echo, caplog):
-    """As any refusal by policy: a reset at the originator, a reason in the server's log."""
-    watched, good = target(echo), target(echo)
-    judge = Judge(lambda key, target: target in ("", "127.0.0.1:%d" % good.port))
-    server = ends.serve(authorize=judge, allow_listen=True)
+@pytest.mark.parametrize("raises", [False, True], ids=["says no", "raises"])
+def test_authorize_refuses_a_target(ends, keys, target, udp_echo, caplog, raises):
+    """As any refusal by policy: a reset at the originator, a reason in the server's log; also where it raises, of which the client learns nothing."""
+    watched, good, broken = target(echo), target(echo), set()
+
+    def allow(_key, asked):
+        if asked in broken and raises:
+            raise ZeroDivisionError("of the test")
+        return asked not in broken
+    server = ends.serve(authorize=allow, allow_listen=True)
     tunnel = ends.tunnel(server, local(watched.port), local(udp_echo.port), local(good.port))
+    broken |= {"127.0.0.1:%d" % watched.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen localhost:0"}
     with caplog.at_level(logging.INFO, "ratrod"):
+        def is_logged(asked):
+            eventually(lambda: asked in caplog.text and ("of the test" if raises else "refused") in caplog.text.lower(), "it is logged")
+            caplog.clear()
         assert_reset(tunnel.addresses[0])
-        eventually(lambda: "127.0.0.1:%d" % watched.port in caplog.text and "refused" in caplog.text, "the refusal is in the log")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-        made.connect(tunnel.addresses[1])
-        made.send(b"?")
-        eventually(lambda: "udp 127.0.0.1:%d" % udp_echo.port in judge.targets(), "it was asked")
-    ask(tunnel.addresses[2])
-    ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
-    assert "listen localhost:0" in judge.targets()
-    assert (watched.accepted, udp_echo.seen) == (0, 0)
+        is_logged("127.0.0.1:%d" % watched.port)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+            made.connect(tunnel.addresses[1])
+            made.send(b"?")
+            is_logged("udp 127.0.0.1:%d" % udp_echo.port)
+        ask(tunnel.addresses[2])
+        ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
+        is_logged("listen")
+        broken.add("")
+        ends.fails(ratrod.AuthenticationError, "^((?!of the test).)*$", server)
+        is_logged(keys.client.public)
+    broken.clear()
+    ask(ends.tunnel(server, local(good.port)).address)
+    assert (watched.accepted, udp_echo.seen, server.error) == (0, 0, None)
 
 
 def test_authorize_comes_on_top_of_the_regex(ends, tcp_echo, target):
@@ -852,38 +828,6 @@ def test_authorize_that_returns_something_false(ends, tcp_echo):
     for answer in (None, 0, ""):
         server = ends.serve(authorize=lambda key, target, answer=answer: answer)
         ends.fails(ratrod.AuthenticationError, ".", server)
-
-
-def test_authorize_that_raises(ends, tcp_echo, udp_echo, caplog):
-    """Refuses, and is logged with what was raised; the server lives."""
-    broken = set()
-    def allow(key, target):
-        if target in broken:
-            raise ZeroDivisionError("of the test")
-        return True
-    server = ends.serve(authorize=Judge(allow), allow_listen=True)
-    tunnel = ends.tunnel(server, local(tcp_echo.port), local(udp_echo.port))
-    ask(tunnel.addresses[0])
-    broken |= {"127.0.0.1:%d" % tcp_echo.port, "udp 127.0.0.1:%d" % udp_echo.port, "listen localhost:0"}
-    with caplog.at_level(logging.INFO, "ratrod"):
-        assert_reset(tunnel.addresses[0])
-        eventually(lambda: "of the test" in caplog.text, "it is logged")
-        caplog.clear()
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-            made.connect(tunnel.addresses[1])
-            made.send(b"?")
-            eventually(lambda: "of the test" in caplog.text, "it is logged")
-        caplog.clear()
-        ends.fails(ratrod.PolicyError, REFUSED, server, "R:0:127.0.0.1:1")
-        assert "of the test" in caplog.text
-        broken.add("")
-        caplog.clear()
-        ends.fails(ratrod.AuthenticationError, "^((?!of the test).)*$", server)
-        eventually(lambda: "of the test" in caplog.text, "it is logged")
-    broken.clear()
-    ask(ends.tunnel(server, local(tcp_echo.port)).address)
-    assert udp_echo.seen == 0
-    assert server.error is None
 
 
 def test_authorize_may_take_its_time(ends, tcp_echo, target):
