@@ -53,7 +53,9 @@ LEGACY = Mode("legacy", ("--legacy",), ("--legacy",))
 LEGACY_E = Mode("legacy-e", ("--legacy",), ("--legacy", "-e"))
 RATROD2 = Mode("ratrod2")
 MODES = (RATROD2, LEGACY, LEGACY_E)
-every_mode = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+every_mode, either_wire, two_wires = (pytest.mark.parametrize("mode", modes, ids=lambda mode: mode.name) for modes in (
+    MODES, (RATROD2, LEGACY), (RATROD2, LEGACY_E)))  # the last two are for what encryption does not change, or the clear
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc, all of 127.0.0.0/8, or what a full queue does")
 
 
 def missing(what):

@@ -206,18 +206,32 @@ def ask_until_answered(connected, question):
     connected.settimeout(PATIENCE)
 
 
-def push_until_stuck(connection):
-    """Sends to a reader that does not read until no more is taken. What was taken, as its size and hash."""
-    connection.setblocking(False)
+def push_until_stuck(end, write=None):
+    """Sends to a reader that does not read until no more is taken. What was taken, as its size and hash. `end` may be a pipe, with its write()."""
+    os.set_blocking(end.fileno(), False)
     # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
     block = os.urandom((1 << 20) - 3)
     digest, sent = hashlib.sha256(), 0
     # Nothing announces that no room will come any more. A second without is taken for it; where that is too short, the test is weaker, not wrong.
-    while is_ready(connection, selectors.EVENT_WRITE, 1.0):
+    while is_ready(end, selectors.EVENT_WRITE, 1.0):
         piece = memoryview(block)[sent % len(block):]
-        n = connection.send(piece)
+        n = (write or end.send)(piece)
         digest.update(piece[:n])
         sent += n
         assert sent < 256 << 20, "a reader that reads nothing never held up its sender"
-    connection.settimeout(PATIENCE)
+    if not write:
+        end.settimeout(PATIENCE)
     return sent, digest.hexdigest()
+
+
+def talk(one, other, message=b"!"):
+    """A message each way: the whole path stands."""
+    for sender, receiver in ((one, other), (other, one)):
+        sender.sendall(message)
+        assert receive_exactly(receiver, len(message)) == message
+
+
+def accept(listener):
+    connection, _ = listener.accept()
+    connection.settimeout(PATIENCE)
+    return connection

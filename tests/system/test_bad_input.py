@@ -6,7 +6,6 @@ import queue
 import re
 import selectors
 import socket
-import sys
 from typing import Any, Callable, NamedTuple
 
 import pytest
@@ -15,7 +14,7 @@ from support import legacy_peer
 from support.keys import make_keys
 from support.legacy_peer import INVALID_HOST, INVALID_KEY, LIMIT, REMOTE_FAILED, UNKNOWN, Data, Error, HandshakeCompletion, UdpData, encode, frame
 from support.many_lines import run_each
-from support.programs import LISTENING, PATIENCE, READY
+from support.programs import LISTENING, PATIENCE, READY, linux
 from support.rows import row
 from support.sockets import dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
 
@@ -124,8 +123,6 @@ def served(serve, keys, tcp_echo, stack):
     return launch
 
 
-# Only Linux has all of 127.0.0.0/8. A server logs a few refusals of one address, and then their number.
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="each stranger has an address of 127.0.0.0/8")
 SOURCES = ["127.0.%d.%d" % (n // 50 + 1, n % 50 + 1) for n in range(100)]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from support.keys import make_keys
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, Program, missing, tcp_port
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, Program, either_wire, missing, tcp_port
 from support.relays import Door
 from support.sockets import ask, dial, eventually, receive_all, receive_exactly, say
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 INTERRUPTED = 130
 UNKNOWN = "is not in the known hosts file"
 CHANGED = "HAS CHANGED"
-both_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
 QUESTION = r"\(yes/no/\[fingerprint\]\)\?"
 AGAIN = "Please type 'yes', 'no' or the fingerprint: "
 
@@ -156,7 +155,7 @@ def test_flags_and_what_the_file_says(serve, keys, strange, clients):
         assert done.code == 0 and path.read_text() == before + added and len(warnings(done.err)) == warned, (before, flag, done)
 
 
-@both_wires
+@either_wire
 def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, keys, known, strange, client, impostor, tcp_echo):
     known.unlink()
     server, port = serve("-v", *mode.serve)

@@ -21,13 +21,26 @@ from support.joined import CLIENT_KEYS, TO_ACCEPTOR
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
-from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, need, tcp_port, udp_originator, udp_port
+from support.programs import (
+    LEGACY,
+    PATIENCE,
+    RATROD,
+    RATROD2,
+    READY,
+    STARTED,
+    descriptors,
+    either_wire,
+    linux,
+    need,
+    tcp_port,
+    udp_originator,
+    udp_port,
+)
 from support.scripted import Scripted
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="all of 127.0.0.0/8, /proc, and what a full queue does")
 
 
 def is_closed(sock):
@@ -604,7 +617,7 @@ class LateServer:
                         self.changed.notify_all()
 
 
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+@either_wire
 def test_senders_to_a_refused_target_do_not_fill_the_log(forward, stack, mode):
     _, client = forward(mode, "0:127.0.0.1:9", serve_flags=("-r", ".*:80"))
     for n in range(100):

@@ -15,7 +15,19 @@ import ratrod as module
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, tcp_port, udp_originator
+from support.programs import (
+    AUTHENTICATION_FAILED,
+    LEGACY,
+    PATIENCE,
+    RATROD2,
+    READY,
+    ROOT,
+    STARTED,
+    descriptors,
+    either_wire,
+    tcp_port,
+    udp_originator,
+)
 from support.relays import Door
 from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, works
 from support.socks5 import ask_socks, request, socks_port
@@ -34,7 +46,6 @@ LOST = r"❌ Lost the server"
 AGAIN = r"✅ Connected to server `([^`]*)` again, after (\d+) (?:try|tries) in [\d.]+ s"
 GAVE_UP = r"❌ Giving up after (\d+) (?:try|tries) in [\d.]+ s: "
 
-both_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
 
 
 def count(pattern, program):
@@ -170,7 +181,7 @@ def test_so_many_tries_at_the_start(connect, door):
     assert re.search(GAVE_UP, failures[1]).group(1) == "3"
 
 
-@both_wires
+@either_wire
 def test_a_server_that_comes_late(serve, connect, tcp_echo, door, mode):
     """With a count the first connection may take its time too."""
     client = connect(door.port, *mode.connect, "--max-retry-count", "1000", *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port)
@@ -181,7 +192,7 @@ def test_a_server_that_comes_late(serve, connect, tcp_echo, door, mode):
     assert count("❌", client) == 1, client.output
 
 
-@both_wires
+@either_wire
 def test_no_tries_at_all(serve, connect, tcp_echo, door, mode):
     client = connect(door.port, *mode.connect, "--max-retry-count", "0", "0:127.0.0.1:%d" % tcp_echo.port)
     assert client.wait() == FAILED
@@ -196,7 +207,7 @@ def test_no_tries_at_all(serve, connect, tcp_echo, door, mode):
     assert count("❌", client) == 1, client.output
 
 
-@both_wires
+@either_wire
 def test_so_many_tries_after_a_loss(serve, connect, tcp_echo, door, mode):
     """That many idle links died at once is one loss."""
     server, door.to = serve(*mode.serve)
@@ -247,7 +258,7 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
     assert len(client.lines) == lines + 2, client.output
 
 
-@both_wires
+@either_wire
 def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, mode):
     """However long the pauses have grown, they are short while somebody waits: here 0.3 s in place of 5 and more."""
     monkeypatch.setattr(module.Reach, "FIRST", 10.0)
@@ -274,7 +285,7 @@ def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, m
             assert connection.recv(10) == b"%d" % n
 
 
-@both_wires
+@either_wire
 def test_who_waits_too_long_is_reset_and_told_why(serve, connect_to, tcp_echo, mode):
     server, port = serve(*mode.serve)
     client = connect_to([port], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:socks", "--connect-timeout", "0.5").ready()
@@ -322,7 +333,7 @@ def wake(client, mode):
             connection.recv(1)
 
 
-@both_wires
+@either_wire
 def test_a_key_that_was_removed_meanwhile(serve, connect, keys, tcp_echo, mode):
     """A client that was let in once says why, and goes on trying: a list may lack its key for a moment. One whose tries are counted ends."""
     server, port = serve(*mode.serve)
@@ -394,7 +405,7 @@ def test_names_are_resolved_for_each_try(serve, start, keys, tmp_path, tcp_echo)
     ask_within(tcp_port(client))
 
 
-@both_wires
+@either_wire
 def test_all_of_them_are_dead_at_the_start(connect_to, closed, door, mode):
     client = connect_to([closed, door.port], mode, "0:127.0.0.1:1")
     assert client.wait() == FAILED
@@ -415,7 +426,7 @@ def assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port):
         ask(reverse_port)
 
 
-@both_wires
+@either_wire
 def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_echo, closed, mode):
     """Through the one that answers: the first is dead from the start, the second is killed, and back; none for a while; the log names it."""
     flags = [*mode.serve, *(["--allow-listen"] if mode is RATROD2 else [])]
@@ -476,7 +487,7 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
     assert other.public in client.output
 
 
-@both_wires
+@either_wire
 @pytest.mark.parametrize("why", ["refused", "changed"])
 def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, mode, why):
     """It does not know the client's key, or shows another key than the listed one: that is said, and the next one is asked, at the start and

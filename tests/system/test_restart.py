@@ -19,7 +19,7 @@ from support.checked_load import Load, exchange
 from support.kernel import queued
 from support.keys import seed_of
 from support.pressure import LONG, figure
-from support.programs import LEGACY_E, PATIENCE, RATROD2, Program, bound, tcp_port, udp_originator
+from support.programs import LEGACY_E, PATIENCE, RATROD2, Program, bound, linux, tcp_port, two_wires, udp_originator
 from support.sockets import ask_until_answered, assert_reset, dial, eventually, port_of, receive_all, receive_exactly, refused, say, works
 
 pytestmark = [
@@ -33,9 +33,7 @@ ENDING = r"🛑 Ending: (\d+) connections? may go on for %s s; a second signal e
 BULK = 10 << 20  # more than the buffers on the way take
 TERM, INT = signal.SIGTERM, signal.SIGINT
 CODE = {TERM: 0, INT: 130}  # the exit code after an orderly end
-two_wires = pytest.mark.parametrize("mode", [RATROD2, LEGACY_E], ids=lambda mode: mode.name)
 either_side = pytest.mark.parametrize("side", ["server", "client"])
-linux = pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
 needs_reuse_port = pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="no SO_REUSEPORT here")
 
 

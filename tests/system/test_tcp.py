@@ -12,7 +12,7 @@ import pytest
 
 from support import sockets
 from support.pressure import LONG, memory_before, peak_growth
-from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, bound, every_mode, tcp_port
+from support.programs import PATIENCE, RATROD, RATROD2, READY, STARTED, bound, either_wire, every_mode, tcp_port
 from support.rows import row
 from support.sockets import (
     ask,
@@ -33,8 +33,6 @@ from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-# For what encryption does not change. What happens beside the wire (addresses, policy) is tested on one.
-either_wire = pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
 # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes a run of these.
 BLOCK = os.urandom((1 << 20) - 3)
 SIDES = "originator", "target"

@@ -9,15 +9,13 @@ import time
 import pytest
 
 from support.kernel import waiting_bytes
-from support.programs import LEGACY, PATIENCE, RATROD2, descriptors, every_mode, tcp_port, udp_port
+from support.programs import PATIENCE, RATROD2, descriptors, either_wire, every_mode, tcp_port, udp_port
 from support.rows import row
 from support.sockets import eventually, free_port
 from support.targets import UdpEcho, UdpRemote
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-# For what encryption does not change.
-either_wire = pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
 NOISE = os.urandom(65507)
 
 
