@@ -25,7 +25,7 @@ from support.pressure import LONG, figure, memory
 from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, ROOT, STARTED, bound, descriptors, missing, need, tcp_port, udp_originator
 from support.proxy_headers import UNSPEC, addresses, introducing, tlv, v2
 from support.relays import Door
-from support.sockets import ask, ask_until_answered, dial, eventually, is_ready, ping, port_of, receive_exactly, reset, works
+from support.sockets import accept, ask, ask_until_answered, dial, eventually, is_ready, ping, port_of, receive_all, reset, talk, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -66,15 +66,6 @@ def introduced(port, header, source=BALANCER):
 def enter(sock, keys):
     """A whole handshake: the link."""
     return peer.Client(sock, seed_of(keys.client)).handshake()
-
-
-def silence_of(sock):
-    """What comes until the other side ends the connection, however it does."""
-    heard = b""
-    with contextlib.suppress(ConnectionResetError):
-        for data in iter(lambda: sock.recv(4096), b""):
-            heard += data
-    return heard
 
 
 def still_open(socks):
@@ -119,7 +110,7 @@ def test_every_header_that_cannot_be(proxied, keys):
             with contextlib.suppress(ConnectionError):
                 sock.sendall(b"ratrod2\n" + b"\0\x23" + bytes(135))
             try:
-                if silence_of(sock) != b"":
+                if peer.receive_to_end(sock) != b"":
                     wrong.append(name + ": it answered")
             except socket.timeout:
                 wrong.append(name + ": it waited for more")
@@ -138,7 +129,7 @@ def test_local_is_the_proxys_own(serve):
     for header in (v2(family=UNSPEC, command=0), v2(addresses("198.51.100.7"), command=0), v2(bytes(300), 0x33, command=0), b""):
         with introduced(port, header) as sock:
             sock.shutdown(socket.SHUT_WR)
-            assert silence_of(sock) == b""
+            assert peer.receive_to_end(sock) == b""
         reset(introduced(port, header))
     assert server.stop() == 0
     assert [line for line in server.lines if not re.search("Starting server|The server's key", line)] == []
@@ -151,7 +142,7 @@ def test_a_header_from_an_unlisted_source(proxied, keys):
         with introduced(port, header, UNLISTED) as sock:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(b"ratrod2\n")
-            assert silence_of(sock) == b""
+            assert peer.receive_to_end(sock) == b""
     server.wait_for("❌ Refused `%s:" % re.escape(UNLISTED))
     assert "198.51.100" not in server.output
     # It needs none.
@@ -173,7 +164,7 @@ def test_which_sources_are_listed(serve, keys):
     server.wait_for(r"Accepted `198\.51\.100\.77:4711`")
     for source in ("127.0.9.3", "127.0.11.1"):
         with introduced(port, introducing("198.51.100.99"), source) as sock:
-            assert silence_of(sock) == b""
+            assert peer.receive_to_end(sock) == b""
     assert "198.51.100.99" not in server.output
 
 
@@ -198,7 +189,7 @@ def test_cut_at_the_deadline(proxied):
                 if is_ended(drip):
                     raise ConnectionResetError
                 threading.Event().wait(0.1)  # the drip
-        assert [silence_of(sock) for sock in silent] == [b""] * len(silent)
+        assert [peer.receive_to_end(sock) for sock in silent] == [b""] * len(silent)
 
 
 def test_limits_count_the_address_in_the_header(proxied, keys):
@@ -281,7 +272,7 @@ def test_a_port_probe_leaves_nothing_in_the_log(serve):
         reset(dial(port))
     with dial(port, source="127.0.0.77") as sock:  # whoever does say something is in the log: then the others have been looked at
         sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert silence_of(sock) == b""
+        assert peer.receive_to_end(sock) == b""
     server.wait_for(r"❌ Refused `127\.0\.0\.77:")
     assert server.stop() == 0
     assert not re.search(r"Refused .*`127\.0\.0\.1\b", server.output), server.output
@@ -417,35 +408,22 @@ def test_health_checks_leave_nothing_in_the_log(serve, balance, send):
 class Held:
     """A connection through the tunnel that stays open, and the server that carries it."""
 
-    def __init__(self, port, listener, servers):
-        self.originator = dial(port)
-        self.originator.sendall(b"!")
-        self.target, (_, peer_port) = listener.accept()
-        self.target.settimeout(PATIENCE)
-        assert receive_exactly(self.target, 1) == b"!"
-        self.server = owner(servers, peer_port, port_of(listener))
-
-    def talk(self):
-        for one, other in ((self.originator, self.target), (self.target, self.originator)):
-            one.sendall(b"still there?")
-            assert receive_exactly(other, 12) == b"still there?"
+    def __init__(self, port, listener, servers, stack):
+        self.ends = [stack.enter_context(dial(port)), stack.enter_context(accept(listener))]
+        talk(*self.ends)
+        self.server = owner(servers, self.ends[1].getpeername()[1], port_of(listener))
 
     def how_it_ended(self):
         """(what the originator sees, what the target sees): "reset" or "end"."""
-        return tuple(self._end(sock) for sock in (self.originator, self.target))
+        return tuple(map(self._end, self.ends))
 
     @staticmethod
     def _end(sock):
         try:
-            while sock.recv(4096):
-                pass
+            receive_all(sock)
             return "end"
         except ConnectionError:
             return "reset"
-
-    def close(self):
-        self.originator.close()
-        self.target.close()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="no /proc on this system")
@@ -456,7 +434,7 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
     client = connect(made.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     holder = connect(made.port, "0:127.0.0.1:%d" % port_of(listener)).ready()
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(contextlib.closing(Held(tcp_port(holder), listener, made.servers))) for _ in range(4 * n)]
+        held = [Held(tcp_port(holder), listener, made.servers, stack) for _ in range(4 * n)]
         by_server = [[one for one in held if one.server is server] for server in made.servers]
         assert all(by_server), [len(ones) for ones in by_server]
         with Load(tcp_port(client)) as load:
@@ -468,7 +446,7 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
             load.go_on(2 * LOAD if not LONG else 10000)
             endings = [one.how_it_ended() for one in by_server[0]]
             for one in sum(by_server[1:], []):
-                one.talk()
+                talk(*one.ends)
             made.restart(0)
             made.balancer.saw(0, "UP")
             with contextlib.ExitStack() as links:
@@ -477,7 +455,7 @@ def test_a_server_killed_under_load(machines, keys, connect, tcp_echo, listener,
                 made.servers[0].wait_for("Accepted")
             load.go_on(LOAD)
             for one in sum(by_server[1:], []):
-                one.talk()
+                talk(*one.ends)
     unseen = [failure for failure in load.failures if killed <= failure.at + failure.took and failure.at <= seen]
     figure("one of %d servers killed under load" % n, load)
     figure("... the health check saw it after", "%.2f s" % (seen - killed))

@@ -17,24 +17,13 @@ import time
 import pytest
 
 from support import ratrod2_peer as peer
+from support import sockets
 from support.kernel import cpu_seconds
 from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
 from support.programs import PATIENCE, READY, STARTED, descriptors, need, tcp_port, udp_port
 from support.relays import Door
-from support.sockets import (
-    ask_until_answered,
-    assert_refused,
-    assert_reset,
-    dial,
-    eventually,
-    is_ready,
-    ping,
-    receive_all,
-    receive_exactly,
-    reset,
-    say,
-)
+from support.sockets import assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset, say
 from support.targets import echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -308,7 +297,7 @@ def socks_udp(port, remote):
         host, relay = struct.unpack(">4sH", receive_exactly(local, 6))
         originator.connect((socket.inet_ntoa(host), relay))
         head = b"\0\0\0\1" + socket.inet_aton("127.0.0.1") + struct.pack(">H", remote)
-        ask_until_answered(originator, head + WORD)
+        sockets.ask_until_answered(originator, head + WORD)
 
 
 def socks_that_leaves(port):

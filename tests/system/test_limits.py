@@ -15,27 +15,13 @@ from types import SimpleNamespace
 import pytest
 
 import ratrod as module
-from support import pressure
+from support import pressure, programs
 from support import ratrod2_peer as peer
 from support.joined import CLIENT_KEYS, TO_ACCEPTOR
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
-from support.programs import (
-    LEGACY,
-    PATIENCE,
-    RATROD,
-    RATROD2,
-    READY,
-    STARTED,
-    descriptors,
-    either_wire,
-    linux,
-    need,
-    tcp_port,
-    udp_originator,
-    udp_port,
-)
+from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
 from support.scripted import Scripted
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
@@ -411,7 +397,7 @@ def test_links_that_are_made_at_once_are_counted_too(serve, keys, stack, flag):
 @linux
 def test_links_by_the_descriptor_limit(start, keys, stack):
     """Half of what is left after 64, the strangers and the UDP sessions: each link may need a descriptor for its remote."""
-    need("prlimit")
+    programs.need("prlimit")
     server = start("prlimit", "--nofile=200:200", *RATROD, "-k", keys.server.path, "serve", "--max-udp-sessions", "16",
                    "--max-links-per-key", "60", "127.0.0.1:0")
     port = int(server.wait_for(STARTED).group(1))

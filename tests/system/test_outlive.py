@@ -13,7 +13,7 @@ from support import ratrod2_peer as peer
 from support.keys import permit
 from support.programs import PATIENCE
 from support.ratrod2_peer import ACK, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
-from support.sockets import dial, eventually, is_ready, port_of, receive_all, receive_exactly
+from support.sockets import accept, dial, eventually, is_ready, port_of, receive_all, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -76,19 +76,13 @@ def attach(stream, link, **wrong):
     stream.resend()
 
 
-def accepted(listener):
-    connection = listener.accept()[0]
-    connection.settimeout(PATIENCE)
-    return connection
-
-
 @pytest.fixture
 def hold(link, listener, stack):
     """hold(options of link) -> (stream, the target's end of it), on a link of its own; both have said something."""
     def make(**options):
         stream = link(**options).open("127.0.0.1:%d" % port_of(listener))
         stream.wait_opened()
-        local = stack.enter_context(accepted(listener))
+        local = stack.enter_context(accept(listener))
         talk(stream, local)
         return stream, local
     return make
@@ -124,7 +118,7 @@ def test_rule_01_another_identity_reaches_no_stream(link, hold, second, listener
     theirs = stranger(listener, stream.number)
     assert refusal(theirs.attach(link(second), attempt=2, at=1)).code == UNKNOWN
     attach(theirs, link(second), attempt=3, at=0)
-    with accepted(listener) as their_local:
+    with accept(listener) as their_local:
         live_and_end(theirs, their_local)
     live_and_end(stream, local)
 
@@ -231,7 +225,7 @@ def test_37_open_again_of_a_stream_that_ended(link, hold, listener, how):
     if how == "Over was lost":
         another = stream.link.open(stream.target)
         another.wait_opened()
-        with accepted(listener) as its_local:
+        with accept(listener) as its_local:
             live_and_end(another, its_local)
     assert_no_connect(listener)
 
@@ -240,7 +234,7 @@ def test_37_open_of_a_stream_that_was_never_seen(link, listener):
     """Where nothing has passed it is a new one, whatever its attempt: the Opens before may have been lost."""
     stream = stranger(listener)
     attach(stream, link(), attempt=3)
-    with accepted(listener) as local:
+    with accept(listener) as local:
         live_and_end(stream, local)
     for passed in ({"at": 1}, {"taken": 1}, {"at": 1, "taken": 1, "attempt": 2}):
         assert refusal(stranger(listener, bytes(16)).attach(link(), **passed)).code == UNKNOWN
@@ -288,7 +282,7 @@ def test_rule_09_an_attach_passes_the_limit_of_links(link, hold, listener):
     live_and_end(stream, local)
     another = full.open(stream.target)
     another.wait_opened()
-    with accepted(listener) as its_local:
+    with accept(listener) as its_local:
         live_and_end(another, its_local)
 
 

@@ -4,14 +4,14 @@ import contextlib
 import signal
 
 import pytest
-from test_outlive import WINDOW, accepted, assert_no_connect, attach, end, every_loss, live_and_end, lose, sigterm, take, talk
+from test_outlive import WINDOW, assert_no_connect, attach, end, every_loss, live_and_end, lose, sigterm, take, talk
 from test_ratrod2_negative import assert_ended, fin, was_reset
 
 from support import ratrod2_peer as peer
 from support.programs import tcp_port
 from support.ratrod2_peer import ACK, CLOSE, OVER, PeerError
 from support.scripted import Waiting
-from support.sockets import ask, dial, eventually, port_of, receive_exactly
+from support.sockets import accept, ask, dial, eventually, port_of, receive_exactly
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -128,7 +128,7 @@ def test_rule_13_a_stream_on_a_listen_link_of_a_client(home, connect, listener):
     link, asked = home.grant()
     stream = link.open("203.0.113.9:5000")
     stream.wait_opened()
-    with accepted(listener) as local:
+    with accept(listener) as local:
         talk(stream, local)
         fin(stream.link)
         local.sendall(b"meanwhile")

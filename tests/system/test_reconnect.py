@@ -12,22 +12,11 @@ import time
 import pytest
 
 import ratrod as module
+from support import programs
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure
-from support.programs import (
-    AUTHENTICATION_FAILED,
-    LEGACY,
-    PATIENCE,
-    RATROD2,
-    READY,
-    ROOT,
-    STARTED,
-    descriptors,
-    either_wire,
-    tcp_port,
-    udp_originator,
-)
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, either_wire, tcp_port
 from support.relays import Door
 from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, works
 from support.socks5 import ask_socks, request, socks_port
@@ -128,7 +117,7 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
     for number in range(KILLS if LONG else 2):
         client = connect_to([port], RATROD2, "0:" + remote, "0:127.0.0.1:%d" % udp_echo.port, "R:0:" + remote).ready()
         reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1))
-        with Traffic() as traffic, contextlib.closing(udp_originator(client, 2)) as originator:
+        with Traffic() as traffic, contextlib.closing(programs.udp_originator(client, 2)) as originator:
             streams = [traffic.stream(lambda: dial(tcp_port(client)), listener, name) for name in ("quiet", "busy")]  # noqa: B023
             back = traffic.stream(lambda: dial(reverse_port), listener, "reverse")  # noqa: B023 - called at once
             for stream in traffic.streams:
@@ -435,7 +424,7 @@ def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_ec
     client = connect_to([closed, *ports], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse).ready()
     assert "❌" not in client.output
     reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1)) if reverse else None
-    with contextlib.closing(udp_originator(client, 2)) as originator:
+    with contextlib.closing(programs.udp_originator(client, 2)) as originator:
         def works():
             assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port)
         works()

@@ -14,20 +14,7 @@ from support import sockets
 from support.pressure import LONG, memory_before, peak_growth
 from support.programs import PATIENCE, RATROD, RATROD2, READY, STARTED, bound, either_wire, every_mode, tcp_port
 from support.rows import row
-from support.sockets import (
-    ask,
-    assert_refused,
-    check_half_close,
-    dial,
-    eventually,
-    free_port,
-    ping,
-    port_of,
-    push_until_stuck,
-    receive_all,
-    receive_exactly,
-    reset,
-)
+from support.sockets import accept, ask, assert_refused, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, talk
 from support.socks5 import ask_socks, request, socks_port
 from support.targets import echo
 
@@ -44,8 +31,7 @@ def join(listener, stack):
     """join(port, first) -> (the end named `first`, the other) of a new connection through a tunnel that leads from `port` to `listener`."""
     def launch(port, first="originator"):
         originator = stack.enter_context(dial(port))
-        target = stack.enter_context(listener.accept()[0])
-        target.settimeout(PATIENCE)
+        target = stack.enter_context(accept(listener))
         return (originator, target) if first == "originator" else (target, originator)
     return launch
 
@@ -57,13 +43,6 @@ def closed():
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(("127.0.0.1", 0))
         yield made
-
-
-def talk(one, other, message=b"!"):
-    """A message each way: the whole path stands."""
-    for sender, receiver in ((one, other), (other, one)):
-        sender.sendall(message)
-        assert receive_exactly(receiver, len(message)) == message
 
 
 def send_until_cut(connection):
@@ -88,7 +67,7 @@ def test_bytes_and_ends(mode, tunnel, listener, join):
         talk(originator, target, BLOCK[:size])
     for first in SIDES:
         with row("the %s ends first" % first):
-            check_half_close(*join(port, first))
+            sockets.check_half_close(*join(port, first))
         with row("the %s ends first, without a byte" % first):
             ended, other = join(port, first)
             for one, another in ((ended, other), (other, ended)):
@@ -114,8 +93,7 @@ def test_urgent_data_stays_in_line(way, forward, listener, stack):
         near = stack.enter_context(ask_socks(socks_port(client), request("127.0.0.1", port_of(listener)))[0])
     else:
         near = stack.enter_context(dial(tcp_port(client) if way == "forward" else bound(client)))
-    far = stack.enter_context(listener.accept()[0])
-    far.settimeout(PATIENCE)
+    far = stack.enter_context(accept(listener))
     for one, other in ((near, far), (far, near)):
         one.sendall(b"before ")
         one.send(b"!", socket.MSG_OOB)
@@ -163,7 +141,7 @@ def test_bulk_and_slow_readers(mode, forward, listener, join, tcp_echo):
         before = memory_before(server), memory_before(client)
         pairs = [join(port, first) for _ in range(3)]
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            taken = list(pool.map(push_until_stuck, [sender for _, sender in pairs]))
+            taken = list(pool.map(sockets.push_until_stuck, [sender for _, sender in pairs]))
         with row("the %s does not read: that costs no memory, and holds up nobody else" % first):
             # What nobody takes waits in the sockets' own buffers, and then the sender waits.
             for _ in range(20):
@@ -200,7 +178,7 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
     for n, parts in enumerate([(re.escape(refusing), "refused"), *[(re.escape(name), "look.?up|resolv|not known") for name in names],
                                (re.escape("%s:%d" % (apart, forbidden.port)), NOT_ALLOWED + "|regex")], 2):
         with row(parts):
-            sockets.assert_refused(tcp_port(client, n))
+            assert_refused(tcp_port(client, n))
             for program in (server, client):
                 says(program, *parts)
     # A client is told that it may not, and never the regex.
@@ -210,10 +188,8 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
     ask(tcp_port(client))
     closed.listen()
     closed.settimeout(PATIENCE)
-    with dial(tcp_port(client, 2)) as originator:
-        with closed.accept()[0] as accepted:
-            accepted.settimeout(PATIENCE)
-            talk(originator, accepted)
+    with dial(tcp_port(client, 2)) as originator, accept(closed) as accepted:
+        talk(originator, accepted)
 
 
 @either_wire
