@@ -309,6 +309,7 @@ BACKLOG = 1024  # connections that the system takes for a listener before they a
 FEW = 4  # callbacks that are ready at once, 1 ms each or less, whose order does not matter: to ask for their keys costs 1 µs each
 TURNS = 0.005  # seconds of callbacks before the loop looks for new events
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
+STEPS_AT_ONCE = min(8, os.cpu_count() or 1)  # threads for public-key steps
 LAST_WORDS = 256  # connections that are sent a last word at once
 STAGGER = 0.25  # seconds between two parallel tries to connect (RFC 8305, section 5)
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
@@ -750,6 +751,7 @@ class KeyPair(NamedTuple):
     def sign(self, message: bytes) -> bytes:
         return sodium().crypto_sign(message, self.seed + self.public)[:64]
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - of an identity, which lives as long: 30 µs of each handshake
     def exchange_key(self) -> bytes:
         """The private X25519 form of this identity."""
         return sodium().crypto_sign_ed25519_sk_to_curve25519(self.seed + self.public)
@@ -2243,6 +2245,11 @@ NAME_LEGACY = "this may be an original ratrod, or one that serves its wire: if y
 OVERLOADED = b"\0\0"  # a handshake message of length 0: the server turns a stranger away for want of room
 
 
+@functools.lru_cache(maxsize=4)  # of the same identity in each handshake: 40 µs
+def public_half(s: bytes) -> bytes:
+    return sodium().crypto_scalarmult_base(s)
+
+
 class HandshakeState:
     """The XX pattern, with its SymmetricState: sections 5.2 and 5.3 of the Noise specification. `s` and `e` are private
     X25519 keys, `rs` and `re` the peer's public ones; `h` is the handshake hash."""
@@ -2265,7 +2272,7 @@ class HandshakeState:
                 self._mix_hash(public)
                 buffer += public
             elif token == "s":
-                buffer += self._encrypt_and_hash(sodium().crypto_scalarmult_base(self._s))
+                buffer += self._encrypt_and_hash(public_half(self._s))
             else:
                 self._mix_key(token)
         return buffer + self._encrypt_and_hash(payload)
@@ -3019,9 +3026,11 @@ class EventLoop:
 
     def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
         """call() in the loop's next round, if there is one."""
+        was_idle = not self._calls  # otherwise the one that made it busy wakes it
         self._calls.append(call)
-        with contextlib.suppress(OSError):  # full: the loop will wake anyway; closed: this thread has outlived the loop
-            self.waker.send(b"\0")
+        if was_idle:
+            with contextlib.suppress(OSError):  # closed: this thread has outlived the loop
+                self.waker.send(b"\0")
 
     def run(self) -> None:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
@@ -3166,7 +3175,7 @@ class Threads:
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
-        self._tasks: queue.Queue[tuple[Callable[[], Any], Done] | None] = queue.Queue()  # None: end
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Done] | None] = queue.SimpleQueue()  # None: end
         self._lock = threading.Lock()
         self._threads = self._unfinished = 0
 
@@ -3244,14 +3253,14 @@ class KeyCounts:
 
 class FairQueue:
     """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn.
-    Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a new key has the next turn, so
-    that where more come than can be served some are served in time, and not all too late."""
+    Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a new key has the next turn, and
+    of its things the newest, so that where more come than can be served some are served in time, and not all too late."""
 
     def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, newest_first: bool = False):
         self._most, self._most_of_key, self._newest_first = most, most_of_key, newest_first
         self._running = KeyCounts()
         self._waiting: list[collections.OrderedDict[Any, collections.deque[Callable[[], None]]]] = [
-            collections.OrderedDict() for _ in range(5)]  # for each rank the keys in their order
+            collections.OrderedDict() for _ in range(7)]  # for each rank the keys in their order
         self._is_beginning = False
 
     def begin(self, key: Any, call: Callable[[], None], rank: int = 0) -> None:
@@ -3262,6 +3271,14 @@ class FairQueue:
             waiting.move_to_end(key, last=not self._newest_first)
         waiting[key].append(call)
         self._begin_waiting()
+
+    def cancel(self, key: Any, call: Callable[[], None]) -> None:
+        """Nobody waits for call() any more."""
+        for waiting in self._waiting:
+            if call in waiting.get(key, ()):
+                waiting[key].remove(call)
+                if not waiting[key]:
+                    del waiting[key]
 
     def done(self, key: Any) -> None:
         self._running.change(key, -1)
@@ -3281,7 +3298,7 @@ class FairQueue:
                 waiting, key = next(may_begin, (None, None))
                 if waiting is None:
                     return
-                call = waiting[key].popleft()
+                call = waiting[key].pop() if self._newest_first else waiting[key].popleft()
                 if waiting[key]:
                     waiting.move_to_end(key)
                 else:
@@ -3295,20 +3312,28 @@ class FairQueue:
 class Slot:
     """The place of one thing in a FairQueue, which it may leave and enter again."""
 
-    def __init__(self, queue: FairQueue, key: Any):
-        self._queue, self._key, self._is_held = queue, key, False
+    __slots__ = ("is_held", "_queue", "_key", "_call")
 
-    def enter(self, call: Callable[[], Any]) -> None:
+    def __init__(self, queue: FairQueue, key: Any):
+        self._queue, self._key, self.is_held = queue, key, False
+        self._call: Callable[[], Any]
+
+    def enter(self, call: Callable[[], Any], rank: int = 0) -> None:
         """call() with the place held, now or later."""
-        def on_turn() -> None:
-            self._is_held = True
-            call()
-        self._queue.begin(self._key, on_turn)
+        self._call = call
+        self._queue.begin(self._key, self._on_turn, rank)
+
+    def _on_turn(self) -> None:
+        self.is_held = True
+        self._call()
 
     def leave(self) -> None:
-        if self._is_held:
-            self._is_held = False
+        """Gives back the place, or the turn for one."""
+        if self.is_held:
+            self.is_held = False
             self._queue.done(self._key)
+        else:
+            self._queue.cancel(self._key, self._on_turn)
 
 
 class LookUp:
@@ -3646,7 +3671,6 @@ class Negotiation:
     def _step(self, step: Callable[[], None]) -> None:
         if self.handshake.is_heavy and self._run_step:
             self.is_stepping = True
-            self._transport.want(WRITE if self._out else 0)
             return self._run_step(step, self._on_step)
         try:
             step()
@@ -3688,7 +3712,7 @@ class Negotiation:
 
     def _on_event(self, mask: int) -> None:
         mask &= self._transport.events  # 0: closed in this very round, to make room
-        if mask & WRITE:
+        if mask & WRITE or mask and self.is_stepping:  # then reading stops only now: most say nothing meanwhile
             self._go_on()
         if mask & READ:
             self._read()
@@ -3731,9 +3755,12 @@ class Negotiation:
         self._is_closed = True
         self._deadline.clear()
         self._transport.release()
-        if last_word:
+        if last_word and not self.is_stepping:
             LastWord(self._loop, self.sock, last_word)
         elif error:
+            if last_word:  # it waits for an answer, so that closing meets no bytes of its own
+                with contextlib.suppress(OSError):
+                    self.sock.send(last_word)
             self.sock.close()
         self._on_close(self, error)
 
@@ -7531,7 +7558,7 @@ class Endpoint:
         self.memory = Memory(limits.memory or memory)
         self.links: set[Link] = set()
         self.listeners: list[Any] = []
-        self.threads = Threads(loop, min(8, os.cpu_count() or 1))  # public-key steps
+        self.threads = Threads(loop, STEPS_AT_ONCE)  # public-key steps
         self.lookups = LookUps(loop, limits)
         self.draining = self.has_slept = False
         self._swept_at = boot_time()
@@ -7725,12 +7752,13 @@ class Endpoint:
 class Source:
     """One address (IPv6: one /64) that connections come from."""
 
-    __slots__ = ("strangers", "links", "authorized_at", "tries")
+    __slots__ = ("strangers", "links", "authorized_at", "tries", "is_new")
 
     def __init__(self, now: float, rate: float):
         self.strangers: collections.OrderedDict[Negotiation, None] = collections.OrderedDict()  # the oldest first
         self.links = 0
         self.authorized_at = -1e9
+        self.is_new = True  # none of its messages was answered yet
         self.tries = TokenBucket(rate, 2 * rate, now)
 
     def is_trusted(self, now: float) -> bool:
@@ -7738,32 +7766,39 @@ class Source:
 
     @staticmethod
     def name(host: str) -> str:
+        if ":" not in host:
+            return host  # of each stranger, so it has to be quick
         import ipaddress
 
         address = parse_ip(host)
         return str(address) if address.version == 4 else str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
+    @staticmethod
+    def network(name: str) -> str:
+        """What one owner may have many sources in: an IPv4 /24, an IPv6 /48."""
+        return name.rpartition(".")[0] or ":".join(name.split(":")[:3])
+
 
 class Admission:
     """The connections at a server that are not authenticated yet: they cost a socket each, and a thread for a
-    public-key step alone. At a limit the oldest makes room; of a source that has its share, the oldest of its own; none
-    whose step is queued or running.
+    public-key step alone. At a limit the oldest makes room; of a source that has its share, the oldest of its own.
 
     Steps are served in three classes: sources with an authorized link now or in the last hour, sources that make few
-    new handshakes, the rest. Within a class those go first whose first message was answered, and the sources take
-    turns, the newest first.
+    new handshakes, the rest. Within a class those go first whose first message was answered, then new sources, and the
+    networks of the sources take turns, the newest first. So a newcomer comes in at once beside thousands of sources that
+    begin again and again: 1,500 a second are more than one processor can answer.
     """
 
     def __init__(self, server: Server):
         self._server, self._loop, self._limits = server, server.loop, server.limits
         self.most = self._limits.handshakes or max(16, min(4096, descriptor_limit() // 8))
         self._most_of_source = self._limits.handshakes_per_source or max(16, self.most // 4)
-        # The oldest first, with their sources.
-        self._strangers: collections.OrderedDict[Negotiation, str] = collections.OrderedDict()
+        # The oldest first, each with its source, and its place for a step.
+        self._strangers: collections.OrderedDict[Negotiation, tuple[Source, Slot]] = collections.OrderedDict()
         self._sources: dict[str, Source] = {}
         self._most_sources = SOURCES
-        threads = min(8, os.cpu_count() or 1)
-        self._steps = FairQueue(threads, newest_first=True)
+        # Four for each thread: one that is done need not wait for the loop, which may be in a round of 5 ms.
+        self._steps = FairQueue(4 * STEPS_AT_ONCE, newest_first=True)
 
     def __len__(self) -> int:
         return len(self._strangers)
@@ -7801,26 +7836,25 @@ class Admission:
         source = self.source(name)
         crowd: Any = source.strangers if name and len(source.strangers) >= self._most_of_source else self._strangers
         if crowd is not self._strangers or len(crowd) >= self.most:
-            victim = next((stranger for stranger in crowd if not stranger.is_stepping), None)
-            if victim is None:
-                LastWord(self._loop, sock, OVERLOADED)
-                return self._server.complain_of_stranger(address, Overloaded("too many others authenticate themselves"))
-            self._turn_away(victim)
+            self._turn_away(next(iter(crowd)))
         is_slow = source.tries.take(self._loop.now)
-        rank = 0 if source.is_trusted(self._loop.now) else 2 if is_slow else 4
+        is_trusted = source.is_trusted(self._loop.now)
+        slot = Slot(self._steps, Source.network(name))
 
         def run_step(step: Callable[[], None], done: Callable[[Any, Exception | None], None]) -> None:
             def finish(result: Any, error: Exception | None) -> None:
-                self._steps.done(name)
+                slot.leave()
+                source.is_new = False
                 # The step has let it in, and it ended meanwhile.
                 if error is None and negotiation not in self._strangers:
                     self._server.give_place_back(negotiation.handshake)
                 done(result, error)
-            is_answered = negotiation.handshake.steps > 0
-            self._steps.begin(name, lambda: self._server.threads.submit(step, finish), max(0, rank - is_answered))
+            rank = 1 if negotiation.handshake.steps else 2 if source.is_new else 3
+            slot.enter(lambda: self._server.threads.submit(step, finish),
+                       0 if is_trusted else rank if is_slow else 3 + rank)
         negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close,
                                   run_step)
-        self._strangers[negotiation] = name
+        self._strangers[negotiation] = source, slot
         source.strangers[negotiation] = None
         return negotiation.start()
 
@@ -7838,7 +7872,10 @@ class Admission:
         victim.abort(error, OVERLOADED if hears else b"")
 
     def _remove(self, negotiation: Negotiation) -> None:
-        self._sources[self._strangers.pop(negotiation)].strangers.pop(negotiation)
+        source, slot = self._strangers.pop(negotiation)
+        del source.strangers[negotiation]
+        if not slot.is_held:  # otherwise its step is on a thread, and gives the place back when it is done
+            slot.leave()
 
     def _on_introduced(self, negotiation: Negotiation, error: Exception | None) -> None:
         """A load balancer has said whose connection this is."""
@@ -8394,7 +8431,6 @@ class Server(Endpoint):
         self.acceptor.sweep()
         for listener in list(self.reverse):
             listener.sweep()
-        self.admission.sweep()
 
     # ---- opening a remote: policy, look-up, policy for the addresses, connect
 

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import os
 import re
 import selectors
 import socket
@@ -248,9 +247,11 @@ def test_who_is_turned_away_hears_that_the_server_is_overloaded(serve, connect, 
 
 @linux
 def test_public_key_work_in_three_classes(keys, second, stack):
-    """Sources that have had a link come first, then those that make few handshakes, then the rest; each class takes turns, the newest first."""
+    """Sources that have a link, or had one lately, come first, then those that make few handshakes, then the rest; within a class their networks
+    take turns, the newest first. For one more the oldest makes room, and hears why."""
     order, gate, opened = [], threading.Semaphore(0), []
-    at_once = min(8, os.cpu_count())
+    at_once = module.STEPS_AT_ONCE
+
     def authorize(key, _target):
         order.append(key)
         return not opened or gate.acquire(timeout=PATIENCE)
@@ -260,25 +261,24 @@ def test_public_key_work_in_three_classes(keys, second, stack):
         client.send_client_preamble()
         client.read_server_preamble()
         return client, module.encode_key(module.KeyPair.from_seed(bytes([number]) * 32).public)
-    limits = module.DEFAULT_LIMITS._replace(handshake_rate=1, handshakes=at_once + 7, handshakes_per_source=16)
+    limits = module.DEFAULT_LIMITS._replace(handshake_rate=1)
     with module.serve(key_path=keys.server.path, limits=limits, authorize=authorize) as server:
-        link(stack.enter_context(dial(server.address[1], source="127.0.3.1")), keys.client)
-        for source in ("127.0.3.3", "127.0.3.4"):
+        admission = server._endpoint.admission
+        admission._steps._most = at_once  # so that none waits for a thread that has had its turn
+        link(stack.enter_context(dial(server.address[1], source="127.1.3.1")), keys.client)
+        for source in ("127.3.3.1", "127.4.3.1"):
             for _ in range(2):  # as many as a source may make at once
                 stack.enter_context(dial(server.address[1], source=source)).close()
-        busy = [come("127.0.3.%d" % (100 + n), 100 + n) for n in range(at_once)]
-        clients = [come("127.0.3." + source, number) for number, source in enumerate("3334421", 1)]
+        busy = [come("127.%d.3.1" % (100 + n), 100 + n) for n in range(at_once)]
+        clients = [come("127.%s.3.1" % network, number) for number, network in enumerate("3334421", 1)]
         del order[:]
         opened.append(True)
         for client, _ in busy:
             client.send_message(client.client_authentication())
         eventually(lambda: len(order) == at_once, "all threads are at work")
-        admission = server._endpoint.admission
         for n, (client, _) in enumerate(clients):
             client.send_message(client.client_authentication())
             eventually(lambda n=n: sum(len(of) for waiting in admission._steps._waiting for of in waiting.values()) == n + 1, "it waits for its turn")
-        with dial(server.address[1], source="127.0.3.9") as one_more:
-            assert receive_all(one_more) == module.OVERLOADED
         for n in range(len(clients)):
             gate.release()
             eventually(lambda n=n: len(order) == at_once + n + 1, "the next one's turn")
@@ -286,7 +286,31 @@ def test_public_key_work_in_three_classes(keys, second, stack):
             gate.release()
         for client, _ in busy + clients:
             client.read_completion()
-    assert order[at_once:] == [clients[n][1] for n in (6, 5, 3, 0, 4, 1, 2)]
+    assert order[at_once:] == [clients[n][1] for n in (6, 5, 4, 2, 3, 1, 0)]
+
+
+@linux
+def test_the_oldest_makes_room_also_while_it_waits_for_its_turn(keys):
+    """A step that is queued is no claim to a place: otherwise those that come would be turned away for those that are never served."""
+    gate = threading.Event()
+    limits = module.DEFAULT_LIMITS._replace(handshakes=16)
+    with contextlib.ExitStack() as stack, module.serve(key_path=keys.server.path, limits=limits, authorize=lambda *_: gate.wait(PATIENCE)) as server:
+        admission, clients = server._endpoint.admission, []
+
+        def come():
+            clients.append(peer.Client(stack.enter_context(dial(server.address[1], source="127.%d.3.1" % (len(clients) + 1))), bytes(32)))
+            clients[-1].send_client_preamble()
+        for n in range(module.STEPS_AT_ONCE):
+            come()
+            clients[n].read_server_preamble()
+            clients[n].send_message(clients[n].client_authentication())
+        while len(clients) < 16:
+            come()
+        eventually(lambda: [stranger.is_stepping for stranger in admission._strangers] == [True] * 16, "each waits for its turn")
+        for n in range(module.STEPS_AT_ONCE + 1):
+            come()
+            assert receive_all(clients[n].sock) == (b"" if n < module.STEPS_AT_ONCE else module.OVERLOADED)
+        gate.set()
 
 
 @linux
