@@ -224,8 +224,9 @@ if TYPE_CHECKING:
     import subprocess
 
 __version__ = "0.8.0"
-__all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError", "PolicyError",
-           "ProtocolError", "RatrodError", "RemoteProtocolError", "Service", "Tunnel", "UnknownHost", "UsageError", "main", "serve", "tunnel"]
+__all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError",
+           "PolicyError", "ProtocolError", "RatrodError", "RemoteProtocolError", "Service", "Tunnel", "UnknownHost",
+           "UsageError", "main", "serve", "tunnel"]
 
 # ======================================================================================================================
 # 1. Limits and errors
@@ -233,14 +234,14 @@ __all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "Loca
 
 
 class Limits(NamedTuple):
-    """Every limit and time of an endpoint in one place, so that a test can scale them. Times in seconds, sizes in bytes."""
+    """Every limit and time of an endpoint, so that a test can scale them. Times in seconds, sizes in bytes."""
 
     handshake_timeout: float = 10.0  # from accept to the peer's authentication; the peer has the same limit
     connect_timeout: float = 10.0  # look-up and connect of a remote or a server
     handshakes: int = 0  # unauthenticated connections in all; 0: 4,096, or an eighth of the descriptors
     handshakes_per_source: int = 0  # unauthenticated connections of one source; 0: a quarter of those in all
     handshake_rate: float = 20.0  # sources with fewer new handshakes a second are served before the others
-    links: int = 0  # authenticated links in all; 0: half of what 64, the strangers and the UDP sessions leave of the descriptors
+    links: int = 0  # authenticated links in all; 0: half of the descriptors that 64, strangers and UDP sessions leave
     links_per_key: int = 0  # links of one client's key; 0: half of those in all
     streams: int = 0  # TCP streams in all; 0: as many as links
     streams_per_key: int = 0  # streams of one client's key; 0: half of those in all
@@ -257,17 +258,17 @@ class Limits(NamedTuple):
     link_age: float = 3600.0  # forward secrecy is per link: an older link takes no new stream
     keepalive: float = 20.0  # a side that has sent nothing for so long sends Keepalive
     silence: float = 45.0  # a side that reads and hears nothing for so long gives the link up
-    doubt: float = 25.0  # a link that carries something and was not heard from for so long is doubted: its path may be dead
+    doubt: float = 25.0  # a busy link that was not heard from for so long is doubted: its path may be dead
     trusted: float = 30.0  # a link that was not heard from for so long is not handed out
     resume: float = 600.0  # how long a stream waits for another link
     resume_after_close: float = 60.0  # how long a stream waits where the peer's system ended the link
     memory: int = 0  # bytes kept for streams and of half records; 0: 256 MiB at a server, 128 MiB at a client
     retry_interval: float = 30.0  # the longest pause between two tries to reach a server
     drain_timeout: float = 5.0  # after our Error: how long we discard what the peer still sends
-    udp_timeout: float = 120.0  # a UDP session without a datagram in either direction; the server waits a quarter longer
+    udp_timeout: float = 120.0  # a UDP session without a datagram either way; the server waits a quarter longer
     udp_sessions: int = 4096  # UDP sessions of one link; at the limit the least recently used session makes room
     udp_sessions_in_all: int = 16384  # UDP sessions of a server; the key that has most makes room
-    udp_backlog: int = 256 * 1024  # bytes of datagrams that wait for a link; the oldest are dropped: UDP may lose, not lag
+    udp_backlog: int = 256 * 1024  # bytes of datagrams that wait for a link; the oldest are dropped: UDP must not lag
     udp_lag: float = 0.2  # how long a datagram may wait for an open link
     accept_pause: float = 1.0  # after EMFILE: accepting again at once would spin
     sweep_interval: float = 1.0  # how often ages are looked at
@@ -280,7 +281,7 @@ NEVER = float("inf")  # a time that does not come
 LAST_NONCE = 1 << 63  # records of one direction of a link; no link lives long enough to count so far
 EARLY_DATA = 64 * 1024  # bytes of Data that an opener sends before Opened
 WINDOW, LARGEST_WINDOW = 1 << 20, 16 << 20  # bytes that a side sends before they are acknowledged: at first, at most
-GROWS_AFTER, GROWS_WITHIN = 0.01, 1.0  # seconds to the Ack of a full window: 1 MiB each 10 ms is 1 Gbit/s, enough for a near path
+GROWS_AFTER, GROWS_WITHIN = 0.01, 1.0  # seconds to the Ack of a full window: 1 MiB in 10 ms is 1 Gbit/s
 POOR_WINDOW = 64 * 1024  # the same where memory is short
 ACK_AFTER = 32 * 1024  # bytes taken that are acknowledged after a read; fewer are acknowledged a second later
 MAX_NOISE_MESSAGE = 1024
@@ -294,7 +295,7 @@ HEADROOM = 32  # in front of payload in a scratch buffer: frame header (21) and 
 TAILROOM = 64  # behind payload in a scratch buffer: the tag
 SCRATCH_IN = MAX_CONTENT + 64 * 1024  # one read of a link: a whole record, and what came with it
 BULK_READ = 64 * 1024  # a read of so many bytes means bulk: from then on bytes are read straight into the window
-SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn for so many seconds after a read of less than so many
+SHORT_TURN, SHORT_READ, HURRY = 64 * 1024, 4096, 0.1  # bytes of a turn after a read of so few, for so many seconds
 LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 1,000 streams of bulk are a third slower
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
@@ -306,7 +307,7 @@ RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 Ki
 SESSIONS_IN_TURN = 16  # new UDP sessions of one link in a turn, 100 µs each
 DATAGRAMS_IN_TURN = 256  # datagrams of one record in a turn, 20 µs each: a record of 512 KiB may hold 87,000
 BACKLOG = 1024  # connections that the system takes for a listener before they are accepted
-FEW = 4  # callbacks that are ready at once, 1 ms each or less, whose order does not matter: to ask for their keys costs 1 µs each
+FEW = 4  # callbacks ready at once, 1 ms each or less, whose order does not matter: asking for a key costs 1 µs
 TURNS = 0.005  # seconds of callbacks before the loop looks for new events
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 STEPS_AT_ONCE = min(8, os.cpu_count() or 1)  # threads for public-key steps
@@ -322,76 +323,62 @@ CLOCK = getattr(time, "CLOCK_BOOTTIME", None)  # counts while the machine sleeps
 NO_SUCH_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
+# The types of what goes wrong: whose fault it is, and what follows from it.
+
 class RatrodError(Exception):
     """Anything that ratrod reports to its user: the thing, the reason and the next step in one line."""
 
     exit_code = 1
-
 
 class ConfigError(RatrodError):
     """A wrong argument, key file or setting: nothing was started."""
 
     exit_code = 2
 
-
 class UsageError(ConfigError):
     """A command line that cannot be understood."""
-
 
 class ConnectError(RatrodError):
     """A TCP connection or a name look-up that failed."""
 
-
 class Overloaded(RatrodError):
     """A limit of the server is reached: the same may work later."""
 
-
 class PolicyError(RatrodError):
-    """A target that this server does not open. The peer is told `REFUSED` and nothing else; this text is for the own log."""
-
+    """A target that this server does not open. The peer is told `REFUSED` alone; this text is for the own log."""
 
 class LocalFailed(RatrodError):
     """The local socket of a stream broke. This is everyday life, and shown with -v alone."""
 
-
 class ProtocolError(RatrodError):
     """The wire protocol was broken."""
-
 
 class LocalProtocolError(ProtocolError):
     """The wire protocol was broken by a wrong call of ours."""
 
-
 class RemoteProtocolError(ProtocolError):
     """The wire protocol was broken by what the peer sent."""
 
-
 class LinkClosed(RemoteProtocolError):
-    """The connection between client and server ended without a last word: the stream on it can go on over another link."""
-
+    """A link's connection ended without a last word: the stream on it can go on over another link."""
 
 class LinkSpoiled(LinkClosed):
     """What arrives on the connection cannot be believed any more: it was damaged or forged on the way."""
 
-
 class LinkSilent(LinkClosed):
     """The path or the machine is dead: nothing was heard, or the system says so."""
 
-
 class Speechless(RemoteProtocolError):
-    """A connection that ended before it said anything, as the probes of load balancers and Kubernetes do: shown with -v alone."""
-
+    """A connection that ended before it said anything, as health checks do: shown with -v alone."""
 
 class Departed(RemoteProtocolError):
     """A peer that left in the middle of its handshake: no news where the same machine has links."""
-
 
 class AuthenticationError(RemoteProtocolError):
     """A key or signature that is not accepted, ours or the peer's. `own`: more about it, for the own log alone."""
 
     exit_code = 3
     own = ""
-
 
 class Revoked(AuthenticationError):
     """A key that was authorized is not any more; said once, for all of its links."""
@@ -402,9 +389,7 @@ class PeerError(RemoteProtocolError):
 
     def __init__(self, code: int, text: str):
         super().__init__(text)
-        self.code = code
-        if code == INVALID_KEY:
-            self.exit_code = AuthenticationError.exit_code
+        self.code, self.exit_code = code, 3 if code == INVALID_KEY else 1
 
 
 INVALID_HOST, INVALID_KEY, REMOTE_FAILED, UNKNOWN = range(4)  # codes of Error
@@ -415,18 +400,17 @@ ENDING = "ratrod is ending"
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """What may be shown of a text that came from a peer: no control or escape characters, `limit` characters at most."""
+    """What may be shown of a peer's text: no control or escape characters, `limit` characters at most."""
     if text.isprintable() and len(text) <= limit:
         return text
-    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit]) + ("..." if len(text) > limit else "")
+    return "".join(c if c.isprintable() else "\ufffd" for c in text[:limit]) + "..." * (len(text) > limit)
 
 
 def reason(error: BaseException) -> str:
     """An exception as a user reads it: `Connection refused`, not `[Errno 111] Connection refused`."""
-    if isinstance(error, socket.timeout):  # a socket.timeout is an OSError too, without strerror
+    if isinstance(error, socket.timeout):  # an OSError without strerror
         return "timed out"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text or type(error).__name__
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def plural(n: int, word: str) -> str:
@@ -435,23 +419,19 @@ def plural(n: int, word: str) -> str:
 
 def show_time(seconds: float) -> str:
     """`0.3 ms`, `12.5 s`, `2 h 5 min`"""
-    if seconds < 1:
-        return ("%.0f ms" if seconds >= 0.01 else "%.1f ms") % (seconds * 1000)
-    if seconds < 60:
-        return "%.1f s" % seconds
-    size, big, small = next(step for step in ((60, "min", "s"), (3600, "h", "min"), (86400, "d", "h"))
-                            if seconds < step[0] * 60 or step[0] == 86400)
-    return "%d %s %d %s" % (seconds // size, big, seconds % size // {60: 1, 3600: 60, 86400: 3600}[size], small)
+    for size, unit, smaller, name in (86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"):
+        if seconds >= size:
+            return "%d %s %d %s" % (seconds // size, unit, seconds % size // smaller, name)
+    return "%.1f s" % seconds if seconds >= 1 else "%.*f ms" % (seconds < 0.01, seconds * 1000)
 
 
 def show_size(n: float) -> str:
     """`950 B`, `1.2 kB`, `34 MB`"""
-    unit = "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if n < 999.5:
-            break
-        n, unit = n / 1000, larger
-    return ("%.1f %s" if n < 9.95 and unit != "B" else "%.0f %s") % (n, unit)
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while n >= 999.5 and units[1:]:
+        n /= 1000
+        del units[0]
+    return "%.*f %s" % (n < 9.95 and units[0] != "B", n, units[0])
 
 # ======================================================================================================================
 # 2. Messages: one tuple a message, one encoder and decoder for both wires
@@ -500,8 +480,7 @@ SessionAddress = NamedTuple("SessionAddress", [("number", int), ("address", str)
 
 LEGACY_MESSAGES: tuple[tuple[type[Any], str], ...] = (  # the position is the variant
     (ClientPreamble, "bsb??"), (ServerPreamble, "sbbb"), (ClientAuthentication, "sb"), (HandshakeCompletion, ""),
-    (Data, "b"), (UdpData, "b"), (Error, "vs"), (Shutdown, ""),
-)
+    (Data, "b"), (UdpData, "b"), (Error, "vs"), (Shutdown, ""))
 _VARIANTS = {kind: (variant, layout) for variant, (kind, layout) in enumerate(LEGACY_MESSAGES)}
 DATA_VARIANT, UDP_DATA_VARIANT = _VARIANTS[Data][0], _VARIANTS[UdpData][0]
 
@@ -513,8 +492,7 @@ TCP, UDP, LISTEN = 1, 2, 3  # kinds of Open
 _RECORDS: dict[int, tuple[type[Any] | None, str]] = {  # the content of each type; None: its only field, or nothing
     COMPLETED: (None, "s"), ERROR: (Error, "vs"), OPENED: (Opened, "sP"), END: (None, ""), OVER: (None, ""),
     ACK: (None, "8"), ABANDON: (None, "S"), SESSION: (Session, "4s4"), SESSION_OVER: (SessionOver, "4vs"),
-    SESSION_ADDRESS: (SessionAddress, "4s"), KEEPALIVE: (None, ""), CLOSE: (None, ""),
-}
+    SESSION_ADDRESS: (SessionAddress, "4s"), KEEPALIVE: (None, ""), CLOSE: (None, "")}
 _STREAM = struct.Struct(">16sIQQ")  # of an Open of kind TCP, behind the target
 _WIDE = {251: 2, 252: 4, 253: 8}  # marker -> bytes of the integer that follows
 
@@ -531,17 +509,14 @@ class Decoder:
     """Reads the fields of one whole message; RemoteProtocolError for what does not fit."""
 
     def __init__(self, data: bytes | memoryview):
-        self._data = data
-        self._at = 0
+        self._data, self.left = data, len(data)
 
     def take(self, n: int) -> bytes:
-        if n > len(self._data) - self._at:
-            raise RemoteProtocolError("a message ends %d bytes too early" % (n - len(self._data) + self._at))
-        self._at += n
-        return bytes(self._data[self._at - n:self._at])
-
-    def rest(self) -> bytes:
-        return self.take(len(self._data) - self._at)
+        if n > self.left:
+            raise RemoteProtocolError("a message ends %d bytes too early" % (n - self.left))
+        self.left -= n
+        at = len(self._data) - self.left
+        return bytes(self._data[at - n:at])
 
     def varint(self) -> int:
         first = self.take(1)[0]
@@ -550,8 +525,7 @@ class Decoder:
         if first not in _WIDE:
             raise RemoteProtocolError("an integer with the unknown marker %d" % first)
         n = self.number(_WIDE[first])
-        # bincode never writes a longer form than needed; one encoding for each value leaves nothing to tell apart.
-        if encode_varint(n)[0] != first:
+        if encode_varint(n)[0] != first:  # bincode never does this: there is one encoding for each value
             raise RemoteProtocolError("an integer in a longer form than it needs")
         return n
 
@@ -568,7 +542,7 @@ class Decoder:
         return int.from_bytes(self.take(width), "big")
 
     def position(self) -> int:
-        return self.number(8) if self._at < len(self._data) else -1
+        return self.number(8) if self.left else -1
 
     def bool(self) -> bool:
         value = self.take(1)[0]
@@ -577,8 +551,8 @@ class Decoder:
         return bool(value)
 
     def end(self) -> None:
-        if self._at != len(self._data):
-            raise RemoteProtocolError("%d bytes left over after a message" % (len(self._data) - self._at))
+        if self.left:
+            raise RemoteProtocolError("%d bytes left over after a message" % self.left)
 
 
 _READ: dict[str, Callable[[Decoder], Any]] = {
@@ -586,14 +560,10 @@ _READ: dict[str, Callable[[Decoder], Any]] = {
     "S": functools.partial(Decoder.take, n=16),
     **{width: functools.partial(Decoder.number, width=int(width)) for width in "148"}}
 _WRITE: dict[str, Callable[[Any], bytes]] = {
-    "b": lambda data: encode_varint(len(data)) + data,
-    "s": lambda text: _WRITE["b"](text.encode("utf-8")),
-    "?": lambda value: bytes((value,)),
-    "v": encode_varint,
-    "P": lambda n: _WRITE["8"](n) if n >= 0 else b"",
-    "S": bytes,
+    "b": lambda data: encode_varint(len(data)) + data, "s": lambda text: _WRITE["b"](text.encode("utf-8")),
+    "?": lambda value: bytes((value,)), "v": encode_varint, "S": bytes,
     "1": lambda n: n.to_bytes(1, "big"), "4": lambda n: n.to_bytes(4, "big"), "8": lambda n: n.to_bytes(8, "big"),
-}
+    "P": lambda n: n.to_bytes(8, "big") if n >= 0 else b""}
 
 
 def _encode(layout: str, fields: Iterable[Any]) -> bytes:
@@ -607,17 +577,9 @@ def _decode(make: Any, layout: str, content: bytes | memoryview) -> Any:
     return make(*fields) if make else fields[0] if fields else None
 
 
-# The cached functions cost 3 µs otherwise. Nearly all of their records are the same few, as the Open of one target.
-
-
-@functools.lru_cache(maxsize=256)
-def _encode_head(kind: int, target: str) -> bytes:
-    return _encode("1s", (kind, target))
-
-
-@functools.lru_cache(maxsize=256)
-def _decode_head(content: bytes) -> tuple[int, str]:
-    return _decode(lambda *fields: fields, "1s", content)  # type: ignore[no-any-return]
+# What is cached costs 3 µs otherwise. Nearly all records are the same few, as the Open of one target.
+_encode_head = functools.lru_cache(maxsize=256)(lambda *fields: _encode("1s", fields))
+_decode_head = functools.lru_cache(maxsize=256)(lambda content: _decode(lambda *fields: fields, "1s", content))
 
 
 @functools.lru_cache(maxsize=256)
@@ -762,10 +724,6 @@ class KeyPair(NamedTuple):
 
 # ---- files that people write, on any system
 
-OTHER_WRITERS = ("`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone:"
-                 " chmod go-w %s")
-
-
 def read_text(path: str, most: int = -1) -> str:
     """The text of a file. One in UTF-16 keeps its zero characters: find_foreign() knows it by them."""
     with open(path, "rb") as file:
@@ -792,27 +750,27 @@ def describe_file(text: str) -> str:
     return "another file" if text.strip() else "an empty file (`ratrod keygen` makes a key where that is removed)"
 
 
-def can_others_write(path: str, status: os.stat_result) -> bool:
-    """Whether the mode of a file or a folder lets others change it.
-
-    With umask 002 a group can write what an editor makes. In a folder of mode 0700 the group does not reach it.
-    """
-    if os.name != "posix" or not status.st_mode & 0o022:
-        return False
-    if stat.S_ISDIR(status.st_mode):
-        return not status.st_mode & stat.S_ISVTX  # in a sticky folder, as /tmp, nobody replaces another's file
-    folder = os.path.dirname(os.path.realpath(path))
-    return stat.S_ISREG(status.st_mode) and bool(os.stat(folder).st_mode & 0o011)
-
-
-def find_writers(path: str, status: os.stat_result) -> list[str]:
-    """Who else can change a file or a folder, and what helps, as a list of one line at most."""
-    if can_others_write(path, status):
-        return [OTHER_WRITERS % (path, stat.S_IMODE(status.st_mode), path)]
-    if os.name == "posix" and status.st_uid not in (0, os.getuid()):
-        return ["`%s` belongs to another user (uid %d), who could let himself in; make it yours: chown %d %s"
-                % (path, status.st_uid, os.getuid(), path)]
-    return []
+def find_writers(path: str, status: os.stat_result, is_strict: bool = False) -> list[str]:
+    """Who else can change a file or a folder, and what helps, as a list of one line at most. With `is_strict`,
+    PermissionError where its mode lets others change it, as with sshd's StrictModes."""
+    if os.name != "posix":
+        return []
+    is_open, mode = bool(status.st_mode & 0o022), status.st_mode
+    if stat.S_ISDIR(mode):
+        is_open &= not mode & stat.S_ISVTX  # in a sticky folder, as /tmp, nobody replaces another's file
+    elif is_open:
+        # With umask 002 a group can write what an editor makes. In a folder of mode 0700 the group does not reach it.
+        folder = os.stat(os.path.dirname(os.path.realpath(path)))
+        is_open = stat.S_ISREG(mode) and bool(folder.st_mode & 0o011)
+    if is_open:
+        text = ("`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod"
+                " go-w %s" % (path, stat.S_IMODE(mode), path))
+        if is_strict:
+            raise PermissionError(errno.EPERM, text)
+        return [text]
+    return [] if status.st_uid in (0, os.getuid()) else [
+        "`%s` belongs to another user (uid %d), who could let himself in; make it yours: chown %d %s"
+        % (path, status.st_uid, os.getuid(), path)]
 
 
 Line = Tuple[int, Any]  # the line's number, and what KeyLines' `parse` made of the words behind the key
@@ -829,7 +787,7 @@ class KeyLines:
     """
 
     USELESS = "authorizes nobody"
-    is_strict = True  # counts as empty while others can write it, as with sshd's StrictModes
+    is_strict = True  # counts as empty while others can write it
 
     def __init__(self, path: str, parse: Callable[[list[str]], Any]):
         self.path, self._parse_words = path, parse
@@ -841,12 +799,10 @@ class KeyLines:
         self._is_stale = False
 
     def read(self, now: float | None = None) -> Lines:
-        """The lines of each key; the same object as before where nothing is new. A line that cannot be understood
-        lists nobody, a file that cannot be read neither. In each round of the loop, which began at `now`, the file is
-        looked at once."""
+        """The lines of each key; the same object as before where nothing is new. A line that cannot be understood, or
+        a file that cannot be read, lists nobody. In the round of the loop that began at `now` the file is read once."""
         if now is None or now != self._round:
-            self._cache = self._read()
-            self._round = now
+            self._cache, self._round = self._read(), now
         return self._cache[1]
 
     def forget(self) -> None:
@@ -860,21 +816,20 @@ class KeyLines:
 
     def _read(self) -> tuple[Any, Lines]:
         signature: Any = None
+        lines: Lines = {}
+        broken: list[tuple[int, str, str]] = []
         try:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
             if not self._is_stale and self._is_current(status, signature):
                 return self._cache
-            problems = find_writers(self.path, status)
-            if self.is_strict and can_others_write(self.path, status):
-                raise PermissionError(errno.EPERM, problems[0])
+            problems = find_writers(self.path, status, self.is_strict)
             lines, broken = self._parse(read_text(self.path))
         except OSError as error:
             # A lack of descriptors throws nobody out while the file is the one that was read.
             if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
                 return self._cache
             signature = None  # so that the next read() looks again
-            lines, broken = {}, []
             problems = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
         self.broken, self._is_stale, self.is_unusable = broken, False, signature is None
         self.problems = problems + [
@@ -1022,11 +977,10 @@ class KeyFolder:
         try:
             status, text = os.stat(path), read_text(path, 4096).lstrip("\ufeff").strip()
             pair = KeyPair.decode(text)
-            if can_others_write(path, status):
-                raise ConfigError("the private key " + OTHER_WRITERS % (path, stat.S_IMODE(status.st_mode), path))
+            find_writers(path, status, is_strict=True)
             self.warnings += find_writers(self.path, os.stat(self.path))
         except OSError as error:
-            raise ConfigError("cannot read the key file `%s`: %s" % (path, reason(error))) from None
+            raise ConfigError("cannot use the key file `%s`: %s" % (path, reason(error))) from None
         except ValueError as error:
             raise ConfigError(self._explain(text, error)) from None
         # Only the owner can mend it. A Kubernetes secret belongs to root, and is read through its group.
@@ -1051,7 +1005,7 @@ class KeyFolder:
                     " `key` in it" % (self.key_file, describe_file(plain)))
         foreign = find_foreign(text)
         if foreign:
-            return "cannot read the key file `%s`: %s" % (self.key_file, foreign)
+            return "cannot use the key file `%s`: %s" % (self.key_file, foreign)
         return ("the key file `%s` is damaged: %s. Move it away and make another with `ratrod keygen`"
                 % (self.key_file, error))
 
@@ -1115,13 +1069,15 @@ class Address(NamedTuple):
     port: int
 
     def __str__(self) -> str:
-        if self.is_unix:
-            return "unix:" + self.host
-        return ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
+        return "unix:" + self.host if self.is_unix else show_host_port(*self)
 
     @property
     def is_unix(self) -> bool:
         return self.host.startswith("/")
+
+
+def show_host_port(host: str, port: int) -> str:
+    return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port)
 
 
 NOWHERE = Address("", 0)
@@ -1146,6 +1102,7 @@ def parse_ip(text: str | bytes) -> Any:
     return getattr(address, "ipv4_mapped", None) or address
 
 
+@functools.lru_cache(maxsize=None)
 def parse_networks(text: str) -> tuple[Any, ...]:
     """The ipaddress networks in `10.0.0.7,10.1.0.0/16,::1`; ConfigError names the word that is none."""
     import ipaddress
@@ -1225,11 +1182,11 @@ def parse_host(text: str) -> str:
 
 def parse_near_host(text: str) -> str:
     """parse_host() of a host that this side itself connects to: a link-local address keeps its zone, fe80::1%eth0."""
-    plain, has_zone, zone = text.partition("%")
+    plain, percent, zone = text.partition("%")
     host = parse_host(plain)
-    if has_zone and not (":" in host and parse_ip(host).is_link_local and re.fullmatch(r"[\w.-]+", zone, re.ASCII)):
+    if percent and not (":" in host and parse_ip(host).is_link_local and re.fullmatch(r"[\w.-]+", zone, re.ASCII)):
         raise ValueError("`%s` is no link-local address with a zone (as fe80::1%%eth0)" % printable(text))
-    return host + has_zone + zone
+    return host + percent + zone
 
 
 def parse_own_host(text: str) -> str:
@@ -1495,56 +1452,43 @@ class Grant(NamedTuple):
 def parse_grant(words: list[str]) -> Grant:
     """The Grant of `[option ...] [comment]`, the words behind a key. Capitals, `-` and `_` make no difference in the
     name of an option. ValueError for a word that may have been meant as an option: it must not pass for a comment."""
-    grant = Grant()
-    change: dict[str, Any]
+    fields: dict[str, Any] = {"permitopen": (), "permitlisten": (), "expires": NEVER}
     for number, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        name = plain_option(name)
+        option, equals, value = word.partition("=")
+        name = re.sub("[-_]", "", option.lower())
         quoted = re.fullmatch(r'"([^"]*)"', value)
         if name in ("permitopen", "permitlisten") and quoted:
-            pattern = parse_pattern(quoted.group(1), "localhost" if name == "permitlisten" else None)
-            change = {name: (*getattr(grant, name), pattern)}
+            fields[name] += (parse_pattern(quoted.group(1), "localhost" if name == "permitlisten" else None),)
         elif name == "expires" and quoted:
-            change = {name: min(grant.expires, parse_date(quoted.group(1)))}
+            fields[name] = min(fields[name], parse_date(quoted.group(1)))
         elif name in ("noudp", "nolegacy") and not equals:
-            change = {"no_" + name[2:]: True}
+            fields["no_" + name[2:]] = True
         else:
             for later in words[number:]:
                 refuse_option(later)
-            return grant._replace(comment=printable(" ".join(words[number:]), 60))
-        grant = grant._replace(**change)
-    return grant
+            return Grant(**fields, comment=printable(" ".join(words[number:]), 60))
+    return Grant(**fields)
 
 
-OPTIONS = ("permitopen", "permitlisten", "expires", "noudp", "nolegacy")
+OPTIONS = ("permitopen", "permitlisten", "expires", "noudp", "nolegacy", "restrict")
 SSHD_OPTIONS = tuple("restrict pty userrc portforwarding agentforwarding x11forwarding certauthority verifyrequired"
                      " touchrequired".split())  # those without a value and `no-`
 
 
-def plain_option(word: str) -> str:
-    return word.lower().replace("-", "").replace("_", "")
-
-
 def refuse_option(word: str) -> None:
-    """ValueError for a word of a comment that may have been meant as an option."""
-    for part in re.split("[,;]", word):
-        name = re.sub(r"[\W_]", "", part.lower())
-        if name in SSHD_OPTIONS or name.startswith("no") and name[2:] in SSHD_OPTIONS:
-            raise ValueError("`%s` is an option of sshd's, which ratrod does not have" % printable(part))
-        is_like = is_close_to_option(name) or re.match("permit|no[-_]|expire", part.lower())
-        if "=" in word or is_like and "@" not in word:
-            raise ValueError("`%s` is no option, or stands behind the comment" % printable(word))
-
-
-def is_close_to_option(name: str) -> bool:
-    """Whether a word looks like an option that was mistyped. `legacy` does not: it may well be a comment."""
-    # Comparing letters costs 5 µs a word, difflib 100 µs: lists have thousands of comments.
-    close = [option for option in (*OPTIONS, "restrict") if len(set(option) ^ set(name)) < 4 and name != "legacy"]
-    if not close:
-        return False
+    """ValueError for a word of a comment that may have been meant as an option, or is one that was mistyped."""
     import difflib
 
-    return bool(difflib.get_close_matches(name, close, 1, 0.8)) or sorted(name) in map(sorted, close)
+    for part in re.split("[,;]", word):
+        name = re.sub(r"[\W_]", "", part.lower())
+        if re.sub("^no", "", name) in SSHD_OPTIONS:
+            raise ValueError("`%s` is an option of sshd's, which ratrod does not have" % printable(part))
+        # Comparing letters costs 5 µs a word, difflib 100 µs: lists have thousands of comments. `legacy` may be one.
+        close = [option for option in OPTIONS if len(set(option) ^ set(name)) < 4 and name != "legacy"]
+        is_like = re.match("permit|no[-_]|expire", part.lower()) or close and (
+            difflib.get_close_matches(name, close, 1, 0.8) or sorted(name) in map(sorted, close))
+        if "=" in word or is_like and "@" not in word:
+            raise ValueError("`%s` is no option, or stands behind the comment" % printable(word))
 
 
 def parse_date(text: str) -> float:
@@ -1556,43 +1500,39 @@ def parse_date(text: str) -> float:
     return datetime.datetime.strptime(text + " +0000", "%Y-%m-%d %z").timestamp()
 
 
-@functools.lru_cache(maxsize=None)
-def _guarded_networks() -> tuple[Any, ...]:
-    """This machine, link-local, and where clouds answer questions about a machine, its passwords among them."""
-    return parse_networks("0.0.0.0/8,127.0.0.0/8,::1,169.254.0.0/16,fe80::/10,100.100.100.200,168.63.129.16,"
-                          "192.0.0.0/24,fd00:ec2::/32,fd20:ce::/32,fd00:c1::/32,fd00:42::/32")
+# This machine, link-local, and where clouds answer questions about a machine, its passwords among them.
+GUARDED = ("0.0.0.0/8,127.0.0.0/8,::1,169.254.0.0/16,fe80::/10,100.100.100.200,168.63.129.16,192.0.0.0/24,"
+           "fd00:ec2::/32,fd20:ce::/32,fd00:c1::/32,fd00:42::/32")
 
 
 def _forms_of(address: Any) -> Iterator[Any]:
     """An address, and the IPv4 addresses that a router may make of it."""
-    import ipaddress
-
     yield address
     if address.version == 6:
         raw = address.packed
         is_nat64 = raw[:4] == b"\0\x64\xff\x9b"
         if is_nat64 and not any(raw[11:]):  # 64:ff9b:1:aabb:cc:dd00::
-            yield ipaddress.IPv4Address(raw[6:8] + raw[9:11])
+            yield parse_ip(raw[6:8] + raw[9:11])
         # 64:ff9b::a.b.c.d, ::a.b.c.d, ::ffff:0:a.b.c.d, and what an ISATAP router has in any network
         elif is_nat64 or raw[:12] in (bytes(12), bytes(8) + b"\xff\xff\0\0") or raw[9:12] == b"\0\x5e\xfe":
-            yield ipaddress.IPv4Address(raw[12:])
+            yield parse_ip(raw[12:])
         yield from filter(None, (address.sixtofour, *(address.teredo or ())))
 
 
 def is_guarded(target: Address, host: str) -> bool:
     """Whether the address `host`, which target.host resolved to, is open only where it is allowed by itself: somebody
     else may rule over the name. An address means itself, and `localhost` loopback."""
-    address, networks = parse_ip(host), _guarded_networks()
+    address = parse_ip(host)
     return target.host not in ("localhost", str(address)) and any(
-        form in network for form in _forms_of(address) for network in networks)
+        form in network for form in _forms_of(address) for network in parse_networks(GUARDED))
 
 
 class Policy:
     """The targets that a server opens: those that match one of its regular expressions and that the client's grants
     permit.
 
-    An expression matches the whole host (of IPv6 in brackets) or the whole `host:port`. One that begins with `unix:` is
-    for the paths of Unix sockets, and no other one is: who writes `.*db.*` means machines, and no docker.sock.
+    A regex matches the whole host (of IPv6 in brackets) or the whole `host:port`. One that begins with `unix:` is for
+    the paths of Unix sockets, and no other one is: `.*db.*` means machines, and no docker.sock.
     """
 
     def __init__(self, regexes: str | Sequence[str] = ".*"):
@@ -1615,12 +1555,10 @@ class Policy:
         """Why the target may not be opened; "" where it may."""
         text, is_unix = str(target), target.is_unix
         forms = (text,) if is_unix else (text, text.rpartition(":")[0])
-        rules = self._rules[is_unix and self._is_restricted]
-        if not any(rule.fullmatch(form) for rule in rules for form in forms):
+        is_free = is_unix and not self._is_restricted  # without a -r, a permitopen has to name a Unix socket
+        if not is_free and not any(rule.fullmatch(form) for rule in self._rules[is_unix] for form in forms):
             return "does not match the remote regex" + ", of which the part for paths begins with unix:" * is_unix
-        # Without a -r a permitopen has to name a Unix socket.
-        is_named = self._is_restricted or not is_unix
-        if not any(grant.opens(target) and (is_named or grant.permitopen) for grant in grants):
+        if not any(grant.opens(target) and (grant.permitopen or not is_free) for grant in grants):
             return "is not what authorized_keys permits this key to open"
         return ""
 
@@ -1663,13 +1601,12 @@ FORGED = "a record failed its authentication: it was damaged or forged on the wa
 class Aead:
     """One cipher of libsodium, without copies and allocations.
 
-    `nacl._sodium` is a private name of PyNaCl: 0.8 µs for 1,400 bytes against 6 µs of its public functions, which copy.
-    Where the private name is missing, or has another shape, the public functions do the same work. Both are closures: a
-    record of a few bytes costs more calls than cipher.
+    `nacl._sodium` is a private name of PyNaCl: 0.8 µs for 1,400 bytes against 6 µs of its public functions, which copy
+    but always work. Both are closures: a record of a few bytes costs more calls than cipher.
 
-    seal(plain, into, nonce, key, aad) writes the ciphertext of `plain` and the tag to `into`. `plain` may be the beginning
-    of `into`: sealing in place costs the same. open(view, nonce, key, aad) decrypts `view`, tag included, in place and
-    returns the plaintext; LinkSpoiled where `view` was not sealed with these.
+    seal(plain, into, nonce, key, aad) writes the ciphertext of `plain` and the tag to `into`, which may begin at
+    `plain`. open(view, nonce, key, aad) decrypts `view`, tag included, in place and returns the plaintext; LinkSpoiled
+    where `view` was not sealed with these.
     """
 
     __slots__ = ("name", "tag", "fast", "seal", "open")
@@ -1681,8 +1618,7 @@ class Aead:
         self.seal, self.open = pair or self._public()
 
     def _public(self) -> tuple[Callable[..., None], Callable[..., memoryview]]:
-        encrypt = getattr(sodium(), "crypto_aead_%s_encrypt" % self.name)
-        decrypt = getattr(sodium(), "crypto_aead_%s_decrypt" % self.name)
+        encrypt, decrypt = (getattr(sodium(), "crypto_aead_%s_%scrypt" % (self.name, way)) for way in ("en", "de"))
         tag = self.tag
         import nacl.exceptions
 
@@ -1701,8 +1637,7 @@ class Aead:
         sodium()  # sodium_init(): without it libsodium uses its slow portable code
         try:
             from nacl._sodium import ffi, lib
-            encrypt = getattr(lib, "crypto_aead_%s_encrypt" % self.name)
-            decrypt = getattr(lib, "crypto_aead_%s_decrypt" % self.name)
+            encrypt, decrypt = (getattr(lib, "crypto_aead_%s_%scrypt" % (self.name, way)) for way in ("en", "de"))
         except (ImportError, AttributeError):
             return None
         null, tag, from_buffer = ffi.NULL, self.tag, ffi.from_buffer
@@ -1716,8 +1651,7 @@ class Aead:
             at = from_buffer(view)
             # Our own check of the length: libsodium's says nothing of where a shorter plaintext would be written.
             wrong = len(view) < tag or decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key)
-            # An error's traceback must not keep `at`: CPython's collector crashes on a view exported so (found by fuzzing).
-            del at
+            del at  # in a traceback it would make CPython's collector crash (found by fuzzing)
             if wrong:
                 raise LinkSpoiled(FORGED)
             return view[:-tag]
@@ -1725,13 +1659,13 @@ class Aead:
 
 
 class Suite(NamedTuple):
-    """A cipher suite of ratrod2. Sizes in bytes; `nonce` makes the nonce of a record's number."""
+    """A cipher suite of ratrod2."""
 
     id: int
     name: str
-    key_size: int
+    key_size: int  # in bytes
     aead: Aead
-    nonce: Callable[[int], bytes]
+    nonce: Callable[[int], bytes]  # of a record's number
 
 
 @functools.lru_cache(maxsize=None)
@@ -1788,8 +1722,7 @@ class NoCipher:
         return view
 
 
-# hashlib and hmac are imported where they are used: OpenSSL's half of them takes as long to load as all the rest of --help.
-
+# hashlib and hmac are imported where they are used: their half of OpenSSL takes as long to load as all else of --help.
 
 def sha256(data: bytes) -> bytes:
     import hashlib
@@ -1809,16 +1742,16 @@ def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------- framing
-# A reader gives records one at a time out of a buffer that the link owns; a writer gives the bytes to send. A record means
-# the same on every wire.
+# A reader gives records one at a time out of a buffer that the link owns; a writer gives the bytes to send. A record
+# means the same on every wire.
 
 _HEADER_CLEAR, _HEADER_SEALED = struct.Struct(">BQ"), struct.Struct(">B12sQ")
 Record = Tuple[int, Any, int]
 
 
 class LegacyReader:
-    """Frames of the legacy wire. With a `key` encryption is on, and a frame in the clear ends the link. HandshakeCompletion,
-    or Error in its place, is in the clear even so; it is `awaited` until it has come."""
+    """Frames of the legacy wire. With a `key` encryption is on, and a frame in the clear ends the link; but
+    HandshakeCompletion, or Error in its place, is in the clear. It is `awaited` until it has come."""
 
     __slots__ = ("_key", "_awaited", "wanted")
 
@@ -1826,11 +1759,9 @@ class LegacyReader:
         self._key, self._awaited, self.wanted = key, awaited, 0
 
     def next(self, view: memoryview, start: int, end: int) -> Record | None:
-        """The record that begins at view[start]: (type, content, where it ends). The content of Data is a piece of `view`.
-
-        None where the record is not whole: then `wanted` is how many bytes it has, as far as its header is here.
-        RemoteProtocolError as soon as the bytes cannot become a legal frame.
-        """
+        """The record that begins at view[start]: (type, content, where it ends). The content of Data is a piece of
+        `view`. None where the record is not whole: then `wanted` is how many bytes it has, as far as is known.
+        RemoteProtocolError as soon as the bytes cannot become a legal frame."""
         sealed = view[start]
         if sealed > 1:
             raise RemoteProtocolError("a frame with the flag %d" % sealed)
@@ -1859,17 +1790,18 @@ class LegacyReader:
         # Data first and by hand: nearly every frame is one, and its bytes need no copy.
         if content and content[0] in (DATA_VARIANT, UDP_DATA_VARIANT) and not self._awaited:
             data = self._payload(content)
-            if content[0] == UDP_DATA_VARIANT:
-                return UDP_DATA, data
-            return (DATA, data) if data else self._end("an empty Data")
+            if data or content[0] == UDP_DATA_VARIANT:
+                return DATA if content[0] == DATA_VARIANT else UDP_DATA, data
+            content = data  # an empty Data means Shutdown
         message = decode_message(content) if content else Shutdown()
         if isinstance(message, Error):
             return ERROR, message
         if isinstance(message, HandshakeCompletion) and self._awaited:
             self._awaited = False
             return OPENED, Opened("", 0)
-        if isinstance(message, Shutdown) and not self._awaited:
-            return self._end("a Shutdown")
+        # Frames of an encrypted link can be replayed, and Rust sends no Shutdown on purpose: there only FIN is an end.
+        if isinstance(message, Shutdown) and not self._awaited and self._key is None:
+            return END, None
         raise RemoteProtocolError("a %s where none belongs" % type(message).__name__)
 
     @staticmethod
@@ -1880,12 +1812,6 @@ class LegacyReader:
         if marker > 253 or len(content) != 2 + width + size or (width and len(encode_varint(size)) != width + 1):
             raise RemoteProtocolError("a Data whose length does not fit its frame")
         return content[2 + width:]
-
-    def _end(self, what: str) -> tuple[int, Any]:
-        # Frames of an encrypted link can be replayed, and Rust sends none of these on purpose: there only FIN is an end.
-        if self._key is not None:
-            raise RemoteProtocolError("%s on an encrypted link" % what)
-        return END, None
 
 
 class LegacyWriter:
@@ -1904,7 +1830,7 @@ class LegacyWriter:
         return _HEADER_CLEAR.pack(0, len(body)) + body
 
     def record(self, kind: int, *fields: Any) -> bytes:
-        """Opened, or an Error in its place, where alone a Rust client shows one. This wire has none of the other records."""
+        """Opened, or an Error in its place, where alone a Rust client shows one. This wire has no other records."""
         if kind == ERROR:
             return self.clear_message(Error(*fields))
         return self.clear_message(HandshakeCompletion()) if kind == OPENED else b""
@@ -1926,10 +1852,9 @@ class LegacyWriter:
 
     def datagrams(self, scratch: memoryview, end: int) -> bytes:
         """A frame for each datagram of the run (session u32, length u16, bytes) at scratch[HEADROOM:end]."""
-        def frame(data: memoryview) -> memoryview:
-            room = memoryview(bytearray(HEADROOM) + data + bytes(TAILROOM))
-            return self.data(room, len(data), UDP_DATA)
-        return b"".join(frame(data) for _, data in split_datagrams(scratch[HEADROOM:end]))
+        return b"".join(
+            self.data(memoryview(bytearray(HEADROOM) + data + bytes(TAILROOM)), len(data), UDP_DATA)
+            for _, data in split_datagrams(scratch[HEADROOM:end]))
 
 
 DATAGRAM_HEADER = struct.Struct(">IH")
@@ -2050,7 +1975,7 @@ Script = Generator[int, bytes, None]
 
 
 def read_until(ends: tuple[bytes, ...], read: bytearray, most: int, too_long: str) -> Script:
-    """Adds to `read` up to and with one of `ends`; RemoteProtocolError(too_long) where `most` bytes have no such end."""
+    """Adds to `read` up to and with one of `ends`; RemoteProtocolError(too_long) where `most` bytes have none."""
     while not read.endswith(ends):
         if len(read) >= most:
             raise RemoteProtocolError(too_long)
@@ -2288,7 +2213,7 @@ class HandshakeState:
                 self.rs = self._decrypt_and_hash(decoder.take(48))
             else:
                 self._mix_key(token)
-        return self._decrypt_and_hash(decoder.rest())
+        return self._decrypt_and_hash(decoder.take(decoder.left))
 
     def _mix_key(self, token: str) -> None:
         """DH of two keys: the first letter names the initiator's, the second the responder's."""
@@ -2346,7 +2271,7 @@ class NoiseHandshake(KeyHandshake):
     def _receive(self, shortest: int) -> Generator[int, bytes, bytes]:
         """The payload of the next message, `shortest` bytes or more."""
         head = yield 2
-        if head == OVERLOADED and self._is_initiator:  # the server closes then; or a legacy frame begins so, and goes on
+        if head == OVERLOADED and self._is_initiator:  # the server closes then; a legacy frame begins so and goes on
             self.end = Overloaded, "the server is overloaded: more clients come in than it can take; try again later"
             yield 1
             raise RemoteProtocolError("the server does not answer in ratrod2; " + NAME_LEGACY)
@@ -2505,7 +2430,7 @@ def socks_target(kind: int, host: bytes, port: bytes) -> str:
     """`host:port` of the parts of a SOCKS5 address. Whether the host is one is for others to judge."""
     shown = host.decode("utf-8", "replace") if kind == 3 else str(parse_ip(host))
     # Not an Address: a name that looks like a path must stay a name, not become a Unix socket.
-    return ("[%s]:%d" if ":" in shown else "%s:%d") % (shown, int.from_bytes(port, "big"))
+    return show_host_port(shown, int.from_bytes(port, "big"))
 
 
 def socks_address(target: Address) -> bytes:
