@@ -644,8 +644,8 @@ def sodium() -> Any:
     try:
         import nacl.bindings
     except ImportError as error:
-        raise ConfigError("PyNaCl is missing (%s): install it with `pip install pynacl`, on Debian with"
-                          " `apt install python3-nacl`" % printable(str(error))) from None
+        raise ConfigError("PyNaCl is missing (%s): install it with `pip install pynacl`, on Debian with `apt install"
+                          " python3-nacl`" % printable(str(error))) from None
     return nacl.bindings
 
 
@@ -655,16 +655,14 @@ def encode_key(raw: bytes) -> str:
 
 
 def decode_key(text: str, size: int = 32) -> bytes:
-    """`size` raw bytes from unpadded base64url; ValueError unless they encode to exactly `text`.
-
-    Python's decoder skips characters that it does not know (and from 3.15 on warns of some), and ignores spare bits.
-    With two texts for one key, "the same key" would mean two things.
-    """
+    """`size` raw bytes from unpadded base64url; ValueError unless they encode to exactly `text`: with two texts for one
+    key, "the same key" would mean two things."""
     length = (size * 4 + 2) // 3
     if len(text) == 2 * length:  # `cat key.pub >> authorized_keys`, twice: key.pub has no newline
         raise ValueError("it looks like two keys in one line; each needs a line of its own")
     if len(text) != length:
         raise ValueError("its key has %d characters instead of %d" % (len(text), length))
+    # Python's decoder skips other characters (and from 3.15 on warns of some), and ignores spare bits.
     is_known = re.fullmatch("[A-Za-z0-9_-]*", text)
     raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if is_known else b""
     if encode_key(raw) != text:
@@ -782,8 +780,8 @@ LINE_END = re.compile("\r\0?\n\0?|[\r\n]\0?")  # with the zero characters of UTF
 class KeyLines:
     """The lines `KEY [word]...` of authorized_keys or known_hosts, read again when the file has changed.
 
-    `parse(words)` makes something of the words behind a key; its ValueError says what is wrong with them. `broken` has
-    the lines that cannot be understood: number, text, reason. `problems` says all that is wrong. Any thread may call.
+    `parse(words)` makes something of the words behind a key, or says in a ValueError what is wrong with them. Any
+    thread may call.
     """
 
     USELESS = "authorizes nobody"
@@ -791,8 +789,8 @@ class KeyLines:
 
     def __init__(self, path: str, parse: Callable[[list[str]], Any]):
         self.path, self._parse_words = path, parse
-        self.broken: list[tuple[int, str, str]] = []
-        self.problems: list[str] = []
+        self.broken: list[tuple[int, str, str]] = []  # lines that cannot be understood: number, text, reason
+        self.problems: list[str] = []  # all that is wrong, for people
         self.is_unusable = False  # the whole file counts as empty
         self._cache: tuple[Any, Lines] = (None, {})  # the file's signature and its lines
         self._round: float | None = None
@@ -946,10 +944,7 @@ class KnownHosts(KeyLines):
 
 
 class KeyFolder:
-    """The four security files, in a folder or beside a key file. `warnings` holds what a user should be told once.
-
-    `parse_grant`, a server's: what KeyLines is to make of the words behind the keys of authorized_keys.
-    """
+    """The four security files, in a folder or beside a key file. `parse_grant` is for authorized_keys."""
 
     def __init__(self, key_path: str | None = None, parse_grant: Callable[[list[str]], Any] = tuple):
         named = os.fspath(key_path or os.path.join("~", ".ratrod"))
@@ -961,7 +956,7 @@ class KeyFolder:
         self.path = os.path.dirname(self.key_file) or "."
         self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"), parse_grant)
         self.known_hosts = KnownHosts(os.path.join(self.path, "known_hosts"))
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # what a user should be told once
 
     def exists(self) -> bool:
         """Whether there may be a key file. One that cannot be looked at is not replaced, and load() says why."""
@@ -1028,8 +1023,7 @@ class KeyFolder:
 
 
 def write_new(path: str, text: str) -> None:
-    """Writes a file that others see whole or not at all. OSError where there is one: of two that generate keys, one
-    wins."""
+    """Writes a file that others see whole or not at all. OSError where there is one: one of two keygens wins."""
     temporary = "%s.%d.tmp" % (path, os.getpid())
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -1094,8 +1088,7 @@ def show_address(address: Any) -> str:
 
 
 def parse_ip(text: str | bytes) -> Any:
-    """The ipaddress object of an address, without its zone, or of its 4 or 16 bytes; a mapped IPv4 address is unmapped.
-    ValueError otherwise."""
+    """The ipaddress object of an address, without its zone, or of its bytes; mapped IPv4 is unmapped. Or ValueError."""
     import ipaddress
 
     address = ipaddress.ip_address(text.split("%")[0] if isinstance(text, str) else text)
@@ -1112,8 +1105,7 @@ def parse_networks(text: str) -> tuple[Any, ...]:
             raise ValueError("a zone says nothing there")
         return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",")) if text else ()
     except ValueError as error:
-        raise ConfigError("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16: %s"
-                          % error) from None
+        raise ConfigError("--proxy-protocol takes addresses and networks, 10.0.0.7,10.1.0.0/16: %s" % error) from None
 
 
 def is_within(host: str, networks: Iterable[Any]) -> bool:
@@ -1232,8 +1224,8 @@ def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
 
 
 def is_shared(one: Address, other: Address) -> bool:
-    """Whether visitors of one of two addresses to listen on could come to the other: who connects to `localhost` tries
-    both families, and some systems let a single address be had beside all of them."""
+    """Whether visitors of one of two addresses to listen on could come to the other: `localhost` is tried in both
+    families, and some systems let a single address be had beside all of them."""
     hosts = {one.host, other.host}
     return one.port == other.port and (
         len(hosts) == 1 or hosts <= {"localhost", "127.0.0.1", "::1"} or bool(hosts & {"*", "::", "0.0.0.0"}))
@@ -1245,10 +1237,8 @@ FORWARD, SOCKS, STDIO, REVERSE = "forward", "socks", "stdio", "reverse"  # kinds
 
 
 class TunnelSpec(NamedTuple):
-    """One tunnel: listen on `local` (port 0: a free one), for `remote` as the server sees it.
-
-    REVERSE: the server listens, on its loopback where `local` has no host, for `remote` as the client sees it.
-    """
+    """One tunnel: listen on `local` (port 0: a free one), for `remote` as the server sees it. REVERSE: the server
+    listens, on its loopback where `local` has no host, for `remote` as the client sees it."""
 
     local: Address
     remote: Address
@@ -1264,8 +1254,7 @@ def parse_tunnels(text: str) -> list[TunnelSpec]:
             return [TunnelSpec(NOWHERE, _parse_stdio(text[6:]), STDIO)]
         tunnels = [_parse_tunnel(pieces) for pieces in _spread_ranges(split_host_port(rest))]
         if only and (only not in tunnels[0].protocols or tunnels[0].kind == SOCKS):
-            raise ValueError("tcp: and udp: stand in front of the first two forms alone, and Unix sockets and R: have"
-                             " no UDP")
+            raise ValueError("tcp: and udp: go with the first two forms alone; Unix sockets and R: have no UDP")
         return [tunnel._replace(protocols=(only,)) if only else tunnel for tunnel in tunnels]
     except ValueError as error:
         raise ConfigError(
@@ -1340,8 +1329,7 @@ def parse_servers(text: str) -> list[Place]:
     words = [word.strip() for word in text.split(",")]
     over_ssh = [word.startswith("ssh://") for word in words]
     if any(over_ssh) and not all(over_ssh):
-        raise ConfigError("the servers `%s` are of two kinds: take either host:port for all, or ssh://host"
-                          % printable(text))
+        raise ConfigError("the servers `%s` are of two kinds: take host:port for all, or ssh://" % printable(text))
     return list(dict.fromkeys(parse_ssh(word) if over_ssh[0] else parse_endpoint(word, "server") for word in words))
 
 
@@ -1351,8 +1339,7 @@ def parse_ssh(text: str) -> SshHost:
                          r"(?::([^/]*))?/?", text, re.ASCII)
     try:
         if not match:
-            raise ValueError("it is not ssh://[user@]host[:port], with names of letters, digits and ._- that do not"
-                             " begin with -")
+            raise ValueError("it is not ssh://[user@]host[:port], letters, digits and ._- that do not begin with -")
         user, name, v6, port = match.groups()
         return SshHost(user or "", name or v6, parse_port(port) if port is not None else 0)
     except ValueError as error:
@@ -1389,16 +1376,13 @@ def parse_proxy(url: str | None, servers: Iterable[Place]) -> Proxy | None:
         pieces = split_host_port(match.group(4))
         address = join_host_port(pieces if len(pieces) > 1 else [*pieces, "1080"], parse_own_host, parse_port)
     except ValueError as error:
-        raise ConfigError(
-            "cannot understand the --proxy: %s. It is written as http://user:password@proxy:3128 or"
-            " socks5://[::1]:1080, with what is neither letter nor digit in a name or password written as %%40"
-            % error) from None
+        raise ConfigError("cannot understand the --proxy: %s. It is written http://user:password@proxy:3128 or"
+                          " socks5://[::1]:1080, in user and password %%40 for @ and the like" % error) from None
     for server in servers:
         try:
             parse_host(server.host)
         except ValueError as error:
-            raise ConfigError("no proxy can be asked for the server `%s`: %s"
-                              % (printable(str(server)), error)) from None
+            raise ConfigError("no proxy can be asked for server `%s`: %s" % (printable(str(server)), error)) from None
     return Proxy(match.group(1), address, user, password or b"")
 
 
@@ -1450,8 +1434,8 @@ class Grant(NamedTuple):
 
 
 def parse_grant(words: list[str]) -> Grant:
-    """The Grant of `[option ...] [comment]`, the words behind a key. Capitals, `-` and `_` make no difference in the
-    name of an option. ValueError for a word that may have been meant as an option: it must not pass for a comment."""
+    """The Grant of `[option ...] [comment]`, the words behind a key. Capitals, `-` and `_` make no difference to an
+    option. ValueError for a word that may have been meant as one: it must not pass for a comment."""
     fields: dict[str, Any] = {"permitopen": (), "permitlisten": (), "expires": NEVER}
     for number, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -1528,8 +1512,7 @@ def is_guarded(target: Address, host: str) -> bool:
 
 
 class Policy:
-    """The targets that a server opens: those that match one of its regular expressions and that the client's grants
-    permit.
+    """The targets that a server opens: those that match one of its regexes and that the client's grants permit.
 
     A regex matches the whole host (of IPv6 in brackets) or the whole `host:port`. One that begins with `unix:` is for
     the paths of Unix sockets, and no other one is: `.*db.*` means machines, and no docker.sock.
@@ -1766,8 +1749,7 @@ class LegacyReader:
         if sealed > 1:
             raise RemoteProtocolError("a frame with the flag %d" % sealed)
         if bool(sealed) != (self._key is not None and not self._awaited):
-            raise RemoteProtocolError("an encrypted frame too early" if sealed else
-                                      "a frame that is not encrypted on an encrypted link")
+            raise RemoteProtocolError("a frame %s where it must not be" % ("encrypted" if sealed else "in the clear"))
         body = start + (_HEADER_SEALED.size if sealed else _HEADER_CLEAR.size)
         if end < body:
             self.wanted = body - start
@@ -2102,9 +2084,6 @@ class LegacyHandshake(KeyHandshake):
                 raise RemoteProtocolError("a preamble with a %s of %d bytes" % (name, len(getattr(message, name))))
         return message
 
-    def _public_ephemeral(self) -> bytes:
-        return sodium().crypto_scalarmult_base(self._ephemeral)
-
     def _authenticate(self, identity: str, signature: bytes, whose: str) -> None:
         """Takes the peer's identity where the peer signed our challenge."""
         try:
@@ -2131,7 +2110,8 @@ class LegacyClientHandshake(LegacyHandshake):
         super().__init__(keys, check_key, **fixed)
 
     def _run(self) -> Script:
-        self._send(ClientPreamble(self._public_ephemeral(), self._open.target, self._challenge, self._should_encrypt,
+        ephemeral = sodium().crypto_scalarmult_base(self._ephemeral)
+        self._send(ClientPreamble(ephemeral, self._open.target, self._challenge, self._should_encrypt,
                                   self._open.kind == UDP))
         server = yield from self._receive(ServerPreamble)
         self._authenticate(server.identity_public_key, server.signature, "server")
@@ -2148,8 +2128,8 @@ class LegacyServerHandshake(LegacyHandshake):
 
     def _run(self) -> Script:
         client = yield from self._receive(ClientPreamble)
-        signature = self._keys.sign(client.challenge)
-        self._send(ServerPreamble(encode_key(self._keys.public), self._public_ephemeral(), signature, self._challenge))
+        ephemeral, signature = sodium().crypto_scalarmult_base(self._ephemeral), self._keys.sign(client.challenge)
+        self._send(ServerPreamble(encode_key(self._keys.public), ephemeral, signature, self._challenge))
         answer = yield from self._receive(ClientAuthentication)
         try:
             self._authenticate(answer.identity_public_key, answer.signature, "client")
@@ -2381,18 +2361,15 @@ class FirstByte(Handshake):
         self.successor = self._choose(is_legacy)
         if self.successor is None:
             self._to_send += LegacyWriter.clear_message(Error(
-                UNKNOWN, "this server speaks ratrod2; start it with --legacy to serve the original's protocol, or"
-                " connect with a client that speaks ratrod2"))
-            raise RemoteProtocolError("a client of the original's wire; serve it with --legacy, if you know what that"
-                                      " gives up")
+                UNKNOWN, "this server speaks ratrod2; start it with --legacy, or take a client that speaks ratrod2"))
+            raise RemoteProtocolError("a client of the original's wire: serve it with --legacy, if you know what that costs")
         self.successor.start()
         self.successor.receive_data(first)
 
 
 class PipeHandshake(Handshake):
-    """Over a pipe that ssh has authenticated and sealed. The client sends `program`, the far side answers with
-    `marker`, which nobody can guess, and both go on with bare records. `seen`: what came until then, as a login shell's
-    greeting. The far side has no program, and no marker to wait for."""
+    """Over a pipe that ssh has authenticated and sealed. The client sends `program`, the far side, which has none,
+    answers with `marker`, which nobody can guess, and both go on with bare records. `seen`: what came until then."""
 
     bare, suite = True, "ssh's own"
     MAX_CHATTER = 64 * 1024
@@ -2641,8 +2618,7 @@ PROXY_SIZES = {0x11: 4, 0x21: 16}  # bytes of an address: TCP over IPv4, over IP
 
 
 def proxy_header(visitor: str, own: Address) -> bytes:
-    """The header, version 2, for a connection from `visitor`, `host:port`, to the address `own`; it names nobody where
-    `visitor` is no address."""
+    """The header, version 2, of a connection from `visitor`, `host:port`, to `own`; nobody's where it is no address."""
     try:
         host, port = split_host_port(visitor)
         source, source_port = parse_ip(host).packed, parse_port(port, lowest=0)
