@@ -1105,7 +1105,8 @@ def parse_networks(text: str) -> tuple[Any, ...]:
             raise ValueError("a zone says nothing there")
         return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",")) if text else ()
     except ValueError as error:
-        raise ConfigError("--proxy-protocol takes addresses and networks, 10.0.0.7,10.1.0.0/16: %s" % error) from None
+        raise ConfigError("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16: %s"
+                          % printable(str(error))) from None
 
 
 def is_within(host: str, networks: Iterable[Any]) -> bool:
@@ -2362,7 +2363,7 @@ class FirstByte(Handshake):
         if self.successor is None:
             self._to_send += LegacyWriter.clear_message(Error(
                 UNKNOWN, "this server speaks ratrod2; start it with --legacy, or take a client that speaks ratrod2"))
-            raise RemoteProtocolError("a client of the original's wire: serve it with --legacy, if you know what that costs")
+            raise RemoteProtocolError("a client of the original's wire: serve it with --legacy, if you know its price")
         self.successor.start()
         self.successor.receive_data(first)
 
