@@ -3254,7 +3254,7 @@ class LookUps(FairQueue):
     are threads for keys that hold none, and for what takes the place of a look-up that nobody waits for any more. The
     system alone ends such a look-up; meanwhile it counts for its key."""
 
-    MOST_WAITING = 1024  # of one key
+    MOST_WAITING = 1024  # names of one key
     REFUSED_FOR = 2.0  # seconds for which a name that timed out is refused to its key
 
     def __init__(self, loop: EventLoop, limits: Limits):
@@ -3282,13 +3282,13 @@ class LookUps(FairQueue):
 
     def submit(self, key: bytes, task: Callable[[], Any], done: Done, name: str = "") -> None:
         """task() on a thread, then done(), within connect_timeout."""
-        if sum(len(waiting.get(key, ())) for waiting in self._waiting) >= self.MOST_WAITING:
+        if name and len(self._waiting[1].get(key, ())) >= self.MOST_WAITING:
             return done(None, ConnectError("too many name look-ups of this client wait already"))
         made = LookUp(key, name, task, done, Deadline(self._loop))
         made.deadline.set(self._timeout, functools.partial(self._on_timeout, made))
         if name:
             self._by_name[key, name] = made
-        return self.begin(key, functools.partial(self._start, made))
+        return self.begin(key, functools.partial(self._start, made), 1 if name else 0)
 
     def _may_begin(self, key: bytes) -> bool:
         running, awaited = self._running, self._awaited
@@ -3904,10 +3904,7 @@ def listen_for(workers: int, address: Address, kinds: Sequence[int] = (socket.SO
     # Bound without sharing first: a port that another program has, though willing to share it, is a port that is taken.
     address = address._replace(port=sockets[0].getsockname()[1])
     close_all(sockets)
-    try:
-        return [bind_all(address, kinds, share=True) for _ in range(workers)]
-    except OSError as error:
-        raise RatrodError("cannot listen on `%s`: %s" % (address, reason(error))) from None
+    return [listen(address, kinds, share=True) for _ in range(workers)]
 
 
 def close_all(sockets: Iterable[socket.socket]) -> None:
@@ -8381,39 +8378,35 @@ class Server(Endpoint):
         self._connect_udp(session, on_connected)
         return link.update()
 
-    def _connect(self, stream: Stream, link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
+    def _connect(self, stream: Stream, link: Link, done: Done) -> None:
         """The acceptor's: connects to the remote of a stream, one of at most connects_per_key of its key at a time. A
         look-up counts for nothing there: names that a name server is silent about must not hold up all others."""
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
-        slot = Slot(self._connecting, key)
+        try:
+            target, grants = self._permitted(link, stream.target)
+        except PolicyError as error:
+            return done(None, error)
 
-        def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
-            slot.leave()
-            done(sock, error)
+        def on_permitted(error: Exception | None) -> None:
+            if error or target.is_unix or is_literal(target.host):
+                return on_found(None, error)
+            return self._find(key, grants, target, on_found)
 
-        def begin() -> None:
+        def on_found(found: Any, error: Exception | None) -> None:
+            if error:
+                return done(None, error)
+            return self._connecting.begin(key, functools.partial(begin, found))
+
+        def begin(found: Any) -> None:
             if stream.is_over:  # it waited too long, or left
                 return on_connected(None, ConnectError("the client is gone"))
-            try:
-                target, grants = self._permitted(link, stream.target)
-            except PolicyError as error:
-                return on_connected(None, error)
+            connector = Connector(self.loop, target, max(0.01, until - time.monotonic()), on_connected)
+            return connector.start(lambda _target, on_found: on_found(found, None))
 
-            def on_permitted(error: Exception | None) -> None:
-                if error:
-                    return on_connected(None, error)
-                connector = Connector(self.loop, target, max(0.01, until - time.monotonic()), on_connected)
-
-                def find(address: Address, on_found: Done) -> None:
-                    def go_on(found: Any, error: Exception | None) -> None:
-                        on_found(found, error)
-                        if connector.is_closed:  # its time was over before the look-up was
-                            slot.leave()
-                    slot.leave()
-                    self._find(key, grants, address, lambda *result: slot.enter(lambda: go_on(*result)))
-                return connector.start(find)
-            return self._ask_authorizer(key, str(target), on_permitted)
-        slot.enter(begin)
+        def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
+            self._connecting.done(key)
+            done(sock, error)
+        return self._ask_authorizer(key, str(target), on_permitted)
 
     @staticmethod
     def _answer(target: str, error: Exception) -> tuple[Exception, Error]:
