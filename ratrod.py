@@ -3292,9 +3292,11 @@ class LookUps(FairQueue):
 
     def _may_begin(self, key: bytes) -> bool:
         running, awaited = self._running, self._awaited
-        share = max(1, (self._most_of_key - 1) // len({key, *running.by_key}.union(*self._waiting)))
-        return not running.of(key) or (running.total < self._most - 1 and running.of(key) < self._most_of_key
-                                       and awaited.total < self._most_of_key and awaited.of(key) < share)
+        if not running.of(key):
+            return True
+        share = max(1, (self._most_of_key - 1) // len(set(running.by_key).union(*self._waiting)))
+        return (running.total < self._most - 1 and running.of(key) < self._most_of_key
+                and awaited.total < self._most_of_key and awaited.of(key) < share)
 
     def _start(self, made: LookUp) -> None:
         if not made.waiting:  # its time was over before its turn came
@@ -3374,9 +3376,9 @@ TCP_OPTIONS = [
 ]
 
 
-def tune(sock: socket.socket, options: Iterable[tuple[int, int, int]] = ()) -> None:
+def tune(sock: socket.socket, options: Iterable[tuple[int, int, int]] = TCP_OPTIONS) -> None:
     """Sets these options, or those of every TCP socket that connects or listens; accepted sockets inherit them."""
-    for option in options or TCP_OPTIONS:
+    for option in options:
         try:  # contextlib.suppress() is three calls
             sock.setsockopt(*option)
         except OSError:  # not on this system; or already reset, which the first read tells
@@ -3387,8 +3389,8 @@ def tune(sock: socket.socket, options: Iterable[tuple[int, int, int]] = ()) -> N
 IS_LINUX = sys.platform.startswith("linux")
 # The kernel takes so many bytes of unsent data at most: what would leave late can still be dropped here.
 UNSENT = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25 if IS_LINUX else None)  # named in newer Pythons
-# Not readable before so many bytes are there, or the end: each wake-up for a piece of a long record costs, in all a
-# tenth of bulk. Linux lowers the number to what the socket's buffer can hold.
+# Not readable before so many bytes are there, or the end: being woken for each piece of a long record costs bulk a
+# tenth. Linux lowers the number to what the socket's buffer can hold.
 WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else None
 # Linux 6.15 (linux/tcp.h): the longest pause in ms before unacknowledged data is sent again. By default the pauses
 # double: after an outage of 30 s the next try is 20 s away. With it the system gives up after 6 s and 11 such pauses.
@@ -3732,8 +3734,7 @@ class Connector:
         """Begins the next try; where it fails at once, the one after it."""
         while self._addresses:
             family, sockaddr = self._addresses.pop(0)
-            is_unix = isinstance(sockaddr, str)
-            sock = None
+            sock, is_unix = None, self._target.is_unix
             try:
                 sock = self._loop.make_socket(family)
                 if not is_unix:
