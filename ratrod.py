@@ -2853,7 +2853,7 @@ class EventLoop:
         self.take_turn = self._turns.add  # take_turn(key, callback): callback(0) when this key has its turn
         # call_later(seconds, call); after 0 s in the next round, so that the others have their turn
         self.call_later = functools.partial(Deadline, self)
-        self._is_stopped = False
+        self._is_stopped = self._is_woken = False
         self.most = descriptor_limit()
         self.spare = min(64, self.most // 8)  # descriptors for those that are in: accepting leaves them alone
         self.lock = threading.RLock()  # held for a round's callbacks: fork() waits for the end of the round
@@ -2872,7 +2872,7 @@ class EventLoop:
         self._lent = 0
         ours, self.waker = socket.socketpair()  # signals too write to the waker: so they wake the loop on every system
         self.waker.setblocking(False)
-        self._wake_receiver = Transport(self, ours, lambda _mask: self._wake_receiver.recv_into(self.scratch_in))
+        self._wake_receiver = Transport(self, ours, self._on_wake)
         self._wake_receiver.want(READ)
 
     # ---- shared buffers
@@ -2928,11 +2928,15 @@ class EventLoop:
 
     def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
         """call() in the loop's next round, if there is one."""
-        was_idle = not self._calls  # otherwise the one that made it busy wakes it
         self._calls.append(call)
-        if was_idle:
+        if not self._is_woken:  # first the call and then this, while the loop does it the other way round
+            self._is_woken = True
             with contextlib.suppress(OSError):  # closed: this thread has outlived the loop
                 self.waker.send(b"\0")
+
+    def _on_wake(self, _mask: int) -> None:
+        self._wake_receiver.recv_into(self.scratch_in)
+        self._is_woken = False
 
     def run(self) -> None:
         """Until stop(). An exception of a callback is a bug: it ends what the callback belongs to, never the loop."""
