@@ -8091,7 +8091,7 @@ class Server(Endpoint):
             refusal = PolicyError("`%s` resolves to `%s`, which authorize() does not permit" % (target, show(guarded[0])))
             return self.lookups.submit(
                 key, lambda: [pair for pair in found if pair[1] not in guarded or self._permits(key, show(pair[1]))],
-                lambda permitted, error: done(permitted, error or refusal))
+                lambda permitted, error: done(permitted, None if permitted else error or refusal))
         self.lookups.look_up(key, target, on_found)
 
     def _is_own(self, family: int, sockaddr: Any) -> bool:
