@@ -1848,9 +1848,7 @@ def split_datagrams(run: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(session, bytes) of each datagram in a Datagrams record; RemoteProtocolError where a length passes its end."""
     at, size, header = 0, len(run), DATAGRAM_HEADER.size
     while at < size:
-        if size - at < header:
-            raise RemoteProtocolError("a datagram's header passes the end of its record")
-        number, length = DATAGRAM_HEADER.unpack_from(run, at)
+        number, length = DATAGRAM_HEADER.unpack_from(run, at) if size - at >= header else (0, size)
         at += header + length
         if at > size:
             raise RemoteProtocolError("a datagram passes the end of its record")
@@ -2542,11 +2540,11 @@ class HttpProxyHandshake(ProxyHandshake):
     MAX_ANSWER = 16 * 1024
 
     def _run(self) -> Script:
-        lines = ["CONNECT {0} HTTP/1.1", "Host: {0}"]
+        self._to_send += "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n".format(self._target).encode("ascii")
         if self._user is not None:
-            login = base64.b64encode(self._user + b":" + self._password).decode("ascii")
-            lines.append("Proxy-Authorization: Basic " + login)
-        self._to_send += ("\r\n".join(lines).format(self._target) + "\r\n\r\n").encode("ascii")
+            login = base64.b64encode(self._user + b":" + self._password)
+            self._to_send += b"Proxy-Authorization: Basic " + login + b"\r\n"
+        self._to_send += b"\r\n"
         answer = bytearray((yield 5))
         if answer != b"HTTP/":
             raise RemoteProtocolError("it does not speak HTTP")

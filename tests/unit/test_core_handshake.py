@@ -1,5 +1,6 @@
 """Section 6 of ratrod.py, the Noise handshake of ratrod2, against PROTOCOL.md, the vectors and `noiseprotocol`; and all of it on older PyNaCl."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -11,6 +12,7 @@ import test_core as core
 from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteProtocolError
 from support import ratrod2_peer as peer
 from support.ratrod2_peer import OPENING, SMALL_ORDER_POINTS, Identity, negative, odd_keypair
+from support.rows import row
 from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, refuse, started, whole, write_data
 
 VECTORS = pathlib.Path(__file__).resolve().parents[1] / "support" / "vectors"
@@ -366,17 +368,13 @@ def exchange(ours, noise, suite):
 
 
 @both_suites
-def test_noiseprotocol_as_the_client(suite):
+def test_noiseprotocol_at_the_other_end(suite):
     server = server_end(suites=[suite])
     client = PeerClient(server)
     their_suite = client.authenticate()
     assert their_suite.id == suite.id
     assert (server.is_done, server.peer_key) == (True, CLIENT.public)
     exchange(server, client.noise, their_suite)
-
-
-@both_suites
-def test_noiseprotocol_as_the_server(suite):
     client = client_end(suites=OFFER)
     server = PeerServer(client, suite=suite.id)
     assert server.authenticate() == CLIENT.public
@@ -405,50 +403,45 @@ def test_the_server_takes_the_first_suite_that_it_offers_itself(offer, ours, cho
     assert PeerClient(server, offer=offer).say_hello() == SERVER.public + bytes((chosen,)) + INSTANCE
 
 
-@pytest.mark.parametrize("offer", [b"", b"\0", b"\0\2", b"\1", b"\1\1", b"\2\1\7", b"\2\2", b"\3\1\2", b"\xff" + bytes(254), b"\1\0\2"])
-def test_offers_without_suite_2_or_cut_short_are_refused(offer):
-    server = server_end()
-    pytest.raises(RemoteProtocolError, PeerClient(server, offer=offer).say_hello)
-    assert server.data_to_send() == b""
+def check_refused(end, step):
+    """In this step of the independent peer's our end says no more, and is not done."""
+    pytest.raises(RemoteProtocolError, step)
+    assert end.data_to_send() == b"" and not end.is_done
 
 
-@pytest.mark.parametrize(("offered", "chosen"), [((2,), 1), ((1, 2), 0), ((1, 2), 3), ((2,), 255)])
-def test_a_suite_that_was_not_offered(offered, chosen):
-    client = client_end(suites=[{1: AEGIS, 2: CHACHA}[number] for number in offered])
-    pytest.raises(RemoteProtocolError, PeerServer(client, suite=chosen).answer)
-    assert client.data_to_send() == b""
+def test_suites_that_were_not_offered():
+    # Offers without suite 2 or cut short, and an answer that names another.
+    for offer in (b"", b"\0", b"\0\2", b"\1", b"\1\1", b"\2\1\7", b"\2\2", b"\3\1\2", b"\xff" + bytes(254), b"\1\0\2"):
+        with row(offer):
+            server = server_end()
+            check_refused(server, PeerClient(server, offer=offer).say_hello)
+    for offered, chosen in (((2,), 1), ((1, 2), 0), ((1, 2), 3), ((2,), 255)):
+        with row((offered, chosen)):
+            client = client_end(suites=[{1: AEGIS, 2: CHACHA}[number] for number in offered])
+            check_refused(client, PeerServer(client, suite=chosen).answer)
 
 
-@pytest.mark.parametrize("size", [0, 1, 31])
-def test_payloads_that_are_too_short(size):
-    server = server_end()
-    pytest.raises(RemoteProtocolError, PeerClient(server, claimed=CLIENT.public[:size]).authenticate)
-    assert server.data_to_send() == b""
-    for payload in (SERVER.public[:size], SERVER.public, SERVER.public + b"\2" + INSTANCE[:-1]):
+def test_payloads_that_are_too_short():
+    for size in (0, 1, 31):
+        server = server_end()
+        check_refused(server, PeerClient(server, claimed=CLIENT.public[:size]).authenticate)
+    for payload in (b"", SERVER.public[:1], SERVER.public[:31], SERVER.public, SERVER.public + b"\2" + INSTANCE[:-1]):
         client = client_end()
         dishonest = PeerServer(client)
         dishonest.payload = payload
-        pytest.raises(RemoteProtocolError, dishonest.answer)
-        assert client.data_to_send() == b""
+        check_refused(client, dishonest.answer)
 
 
-def test_a_key_of_another_size_never_reaches_libsodium():
+def test_keys_of_another_size_or_of_small_order():
     # crypto_scalarmult() reads 32 bytes whatever it is given.
     for size in (0, 1, 31, 33, 64):
         pytest.raises(RemoteProtocolError, ratrod.diffie_hellman, core.E_SERVER, b"\x09" * size)
-
-
-@pytest.mark.parametrize("point", SMALL_ORDER_POINTS, ids=bytes.hex)
-@pytest.mark.parametrize("which", ["ephemeral", "static"])
-def test_keys_of_small_order(point, which):
-    odd = {which: odd_keypair(point), "attacker": True}
-    server = server_end()
-    dishonest = PeerClient(server, **odd)
-    pytest.raises(RemoteProtocolError, dishonest.authenticate)
-    assert server.data_to_send() == b"" and not server.is_done
-    client = client_end()
-    pytest.raises(RemoteProtocolError, PeerServer(client, **odd).answer)
-    assert client.data_to_send() == b"" and not client.is_done
+    for point, which in itertools.product(SMALL_ORDER_POINTS, ("ephemeral", "static")):
+        with row((point.hex(), which)):
+            odd = {which: odd_keypair(point), "attacker": True}
+            server, client = server_end(), client_end()
+            check_refused(server, PeerClient(server, **odd).authenticate)
+            check_refused(client, PeerServer(client, **odd).answer)
 
 
 def topped(seed):
@@ -507,18 +500,14 @@ def test_the_negative_of_a_listed_key_is_another_key():
     assert refused_with(server_end(check_key=only(CLIENT.public)), claimed=wrong) == (
         peer.INVALID_KEY, "`%s` is not listed" % ratrod.encode_key(wrong))
     client = client_end(check_key=only(SERVER.public))
-    pytest.raises(AuthenticationError, PeerServer(client, claimed=negative(SERVER.public)).answer)
-    assert client.data_to_send() == b""
+    check_refused(client, PeerServer(client, claimed=negative(SERVER.public)).answer)
 
 
 def test_a_client_that_is_not_authorized_is_told_so_under_seal():
-    assert refused_with(server_end(check_key=refuse)) == (peer.INVALID_KEY, "it is not listed")
-
-
-def test_a_client_that_is_one_too_many_is_told_another_code():
-    # InvalidKey would make its ratrod give up.
+    # One too many is told another code: InvalidKey would make its ratrod give up.
     def busy(_key):
         raise ratrod.Overloaded("try again later")
+    assert refused_with(server_end(check_key=refuse)) == (peer.INVALID_KEY, "it is not listed")
     assert refused_with(server_end(check_key=busy)) == (peer.UNKNOWN, "try again later")
 
 
@@ -541,38 +530,36 @@ def test_no_message_3_for_a_server_that_is_not_known():
 # ---- lengths and beginnings
 
 
-@pytest.mark.parametrize("size", [0, 1025, 1030, 2000, 65535])
-def test_handshake_lengths_that_cannot_be(size):
-    header = size.to_bytes(2, "big")
-    client, server, late = client_end(), server_end(), server_end()
-    feed(late, [client.data_to_send()])
-    late.data_to_send()
-    for end, before in ((client, b""), (server, OPENING), (late, b"")):
-        with pytest.raises(RatrodError) as caught:
-            feed(end, [before, header])
-            assert end is client and not size  # a client waits for the rest: an overloaded server closes, a legacy one goes on
-            end.receive_eof()
-        assert isinstance(caught.value, ratrod.Overloaded if end is client and not size else RemoteProtocolError)
-        assert end.data_to_send() == b"" and not end.is_done
-        # None of these speaks for a legacy server, and nobody may be talked into --legacy.
-        assert "--legacy" not in str(caught.value)
+def test_handshake_lengths_that_cannot_be():
+    for size in (0, 1025, 1030, 2000, 65535):
+        client, server, late = client_end(), server_end(), server_end()
+        feed(late, [client.data_to_send()])
+        late.data_to_send()
+        for end, before in ((client, b""), (server, OPENING), (late, b"")):
+            with pytest.raises(RatrodError) as caught:
+                feed(end, [before, size.to_bytes(2, "big")])
+                assert end is client and not size  # a client waits for the rest: an overloaded server closes, a legacy one goes on
+                end.receive_eof()
+            assert isinstance(caught.value, ratrod.Overloaded if end is client and not size else RemoteProtocolError)
+            assert end.data_to_send() == b"" and not end.is_done
+            # None of these speaks for a legacy server, and nobody may be talked into --legacy.
+            assert "--legacy" not in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [1, 2, 12, 22, 31, 32, 80, 1024])
-def test_handshake_messages_of_an_allowed_length_are_read_whole_and_then_refused(size):
-    for end, before in ((client_end(), b""), (server_end(), OPENING)):
-        feed(end, [before + size.to_bytes(2, "big")])
-        assert end.wanted == size
-        with pytest.raises(RemoteProtocolError) as caught:
-            feed(end, [b"\x09" * size])
-        assert "--legacy" not in str(caught.value)
+def test_handshake_messages_of_an_allowed_length_are_read_whole_and_then_refused():
+    for size in (1, 2, 12, 22, 31, 32, 80, 1024):
+        for end, before in ((client_end(), b""), (server_end(), OPENING)):
+            feed(end, [before + size.to_bytes(2, "big")])
+            assert end.wanted == size
+            with pytest.raises(RemoteProtocolError) as caught:
+                feed(end, [b"\x09" * size])
+            assert "--legacy" not in str(caught.value)
 
 
-@pytest.mark.parametrize("opening", [b"ratrod2\r", b"ratrod3\n", b"RATROD2\n", b"SSH-2.0-", b"GET / HT", bytes(8), b"\xff" * 8])
-def test_another_opening_is_refused_without_an_answer(opening):
-    server = server_end()
-    pytest.raises(RemoteProtocolError, feed, server, [opening])
-    assert server.data_to_send() == b""
+def test_another_opening_is_refused_without_an_answer():
+    for opening in (b"ratrod2\r", b"ratrod3\n", b"RATROD2\n", b"SSH-2.0-", b"GET / HT", bytes(8), b"\xff" * 8):
+        server = server_end()
+        check_refused(server, functools.partial(feed, server, [opening]))
 
 
 def test_a_server_that_says_nothing_or_speaks_legacy_names_the_flag():

@@ -16,6 +16,7 @@ from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteP
 from support import legacy_peer
 from support.legacy_peer import LIMIT
 from support.ratrod2_peer import SMALL_ORDER_POINTS
+from support.rows import row
 from test_core import CLIENT, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, whole, write_data, write_datagrams
 
 # ---------------------------------------------------------------------------------------------------- 2. messages
@@ -59,10 +60,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("message", "wire"), EXACT, ids=lambda value: type(value).__name__ if isinstance(value, tuple) else "")
-def test_exact_bytes_of_messages(message, wire):
-    assert ratrod.encode_message(message).hex() == wire
-    assert ratrod.decode_message(bytes.fromhex(wire)) == message
+def test_exact_bytes_of_messages():
+    for message, wire in EXACT:
+        assert ratrod.encode_message(message).hex() == wire
+        assert ratrod.decode_message(bytes.fromhex(wire)) == message
+    for wire in BAD:
+        with row(wire):
+            pytest.raises(RemoteProtocolError, ratrod.decode_message, bytes.fromhex(wire))
 
 
 @unlimited
@@ -73,20 +77,8 @@ def test_messages_there_and_back(message):
     for data in (wire, memoryview(wire)):
         decoded = ratrod.decode_message(data)
         assert (type(decoded), decoded) == (type(message), message)
-
-
-@unlimited
-@given(MESSAGES)
-def test_messages_that_are_cut_or_too_long_are_refused(message):
-    wire = ratrod.encode_message(message)
-    pytest.raises(RemoteProtocolError, ratrod.decode_message, wire + b"\0")
-    for end in range(len(wire)):
-        pytest.raises(RemoteProtocolError, ratrod.decode_message, wire[:end])
-
-
-@pytest.mark.parametrize("wire", BAD)
-def test_bytes_that_are_no_message(wire):
-    pytest.raises(RemoteProtocolError, ratrod.decode_message, bytes.fromhex(wire))
+    for wrong in (wire + b"\0", *(wire[:end] for end in range(len(wire)))):
+        pytest.raises(RemoteProtocolError, ratrod.decode_message, wrong)
 
 
 # ---------------------------------------------------------------------------------------------------- 5. frames
@@ -155,18 +147,15 @@ def test_wanted_at_every_prefix_of_a_frame(key):
 
 
 @every_key
-def test_a_size_over_the_limit_is_refused_before_more_is_read(key):
+def test_a_size_that_cannot_be_is_refused_before_more_is_read(key):
     head = framed(b"", flag=int(key is not None))[:-8]
     for size in (LIMIT + 1, 1 << 20, 1 << 32, 1 << 63, (1 << 64) - 1):
         pytest.raises(RemoteProtocolError, read_records, ratrod.LegacyReader(key), [head + size.to_bytes(8, "big")])
     reader = ratrod.LegacyReader(key)
     assert read_records(reader, [head + LIMIT.to_bytes(8, "big")]) == ([], HEADER[key])
     assert reader.wanted == HEADER[key] + LIMIT
-
-
-def test_a_sealed_frame_shorter_than_its_tag_is_refused_before_more_is_read():
-    for size in range(TAG):
-        pytest.raises(RemoteProtocolError, read_records, ratrod.LegacyReader(KEY), [b"\1" + bytes(12) + size.to_bytes(8, "big")])
+    for size in range(TAG if key else 0):  # shorter than its tag
+        pytest.raises(RemoteProtocolError, read_records, ratrod.LegacyReader(KEY), [head + size.to_bytes(8, "big")])
 
 
 @every_key
@@ -190,21 +179,14 @@ def test_the_flag_alone_is_judged():
                 pytest.raises(RemoteProtocolError, reader.next, view, 0, 1)
 
 
-@pytest.mark.parametrize("payload", ENDS, ids=["size 0", "Shutdown", "empty Data"])
-def test_ends_of_a_direction(payload):
-    assert read_records(ratrod.LegacyReader(), [framed(payload) + framed(b"\4\1x")]) == ([(ratrod.END, None), (ratrod.DATA, b"x")], 0)
-    # Sealed frames can be replayed, and so could these.
-    pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(KEY), framed(payload, KEY))
-
-
-@every_key
-def test_an_empty_datagram_is_no_end(key):
-    assert read_records(ratrod.LegacyReader(key), [framed(b"\5\0", key)]) == ([(ratrod.UDP_DATA, b"")], 0)
-
-
-@every_key
-def test_an_error_of_the_peer(key):
-    assert read_records(ratrod.LegacyReader(key), [framed(b"\6\2\2no", key)]) == ([(ratrod.ERROR, ratrod.Error(2, "no"))], 0)
+def test_ends_of_a_direction():
+    for payload in ENDS:
+        assert read_records(ratrod.LegacyReader(), [framed(payload) + framed(b"\4\1x")]) == ([(ratrod.END, None), (ratrod.DATA, b"x")], 0)
+        # Sealed frames can be replayed, and so could these.
+        pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(KEY), framed(payload, KEY))
+    for key in (None, KEY):  # an empty datagram is no end
+        assert read_records(ratrod.LegacyReader(key), [framed(b"\5\0", key)]) == ([(ratrod.UDP_DATA, b"")], 0)
+        assert read_records(ratrod.LegacyReader(key), [framed(b"\6\2\2no", key)]) == ([(ratrod.ERROR, ratrod.Error(2, "no"))], 0)
 
 
 PAYLOADS_THAT_CANNOT_BE = ["03", "0400ff", "0402ff", "04", "05", "04fb", "04fb00", "04fb000178", "04fc0000000178", "04fd00", "04fe", "05ff", "050278",
@@ -212,9 +194,10 @@ PAYLOADS_THAT_CANNOT_BE = ["03", "0400ff", "0402ff", "04", "05", "04fb", "04fb00
 
 
 @every_key
-@pytest.mark.parametrize("payload", PAYLOADS_THAT_CANNOT_BE)
-def test_payloads_that_cannot_be(key, payload):
-    pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(key), framed(bytes.fromhex(payload), key))
+def test_payloads_that_cannot_be(key):
+    for payload in PAYLOADS_THAT_CANNOT_BE:
+        with row(payload):
+            pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(key), framed(bytes.fromhex(payload), key))
 
 
 OPENED = ratrod.OPENED, ratrod.Opened("", 0)
@@ -222,39 +205,28 @@ OPENED = ratrod.OPENED, ratrod.Opened("", 0)
 
 @every_key
 def test_a_client_awaits_completion_in_the_clear(key):
-    # And once only; sealed is what comes after it.
+    # Once only; sealed is what comes after it.
     reader = ratrod.LegacyReader(key, awaited=True)
     completion = ratrod.LegacyWriter(key).record(ratrod.OPENED, "", 0)
     assert completion == framed(legacy_peer.encode(legacy_peer.HandshakeCompletion()))
     assert read_records(reader, [completion, framed(b"\4\1x", key)]) == ([OPENED, (ratrod.DATA, b"x")], 0)
     pytest.raises(RemoteProtocolError, read_one, reader, completion)
     pytest.raises(RemoteProtocolError, read_one, reader, framed(b"\3", key))
-
-
-@every_key
-def test_a_client_may_be_refused_in_place_of_completion(key):
+    # It may be refused in its place, and nothing else.
     refusal = ratrod.LegacyWriter(key).record(ratrod.ERROR, 2, "no")
     assert refusal == framed(legacy_peer.encode(legacy_peer.Error(2, "no")))
     assert read_records(ratrod.LegacyReader(key, awaited=True), [refusal]) == ([(ratrod.ERROR, ratrod.Error(2, "no"))], 0)
-
-
-@every_key
-@pytest.mark.parametrize("payload", [*ENDS, b"\4\1x", b"\5\1x", b"\5\0"])
-def test_nothing_else_may_come_in_place_of_completion(key, payload):
-    for flag_key in (None, KEY):
+    for payload, flag_key in itertools.product((*ENDS, b"\4\1x", b"\5\1x", b"\5\0"), (None, KEY)):
         pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(key, awaited=True), framed(payload, flag_key))
 
 
-def test_every_flipped_byte_of_a_sealed_frame_is_refused():
-    for _, wrong in core.flipped(write_data(ratrod.LegacyWriter(KEY), b"some data")):
-        pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(KEY), wrong)
-
-
 @every_key
-def test_a_frame_cut_anywhere_is_never_a_record(key):
+def test_a_frame_that_is_cut_or_flipped_anywhere_is_never_a_record(key):
     wire = write_data(ratrod.LegacyWriter(key), b"some data")
     for end in range(len(wire)):
         assert read_records(ratrod.LegacyReader(key), [wire[:end]]) == ([], end)
+    for _, wrong in core.flipped(wire) if key else ():
+        pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(KEY), wrong)
 
 
 @every_key
@@ -262,13 +234,8 @@ def test_each_datagram_of_a_run_is_a_frame(key):
     datagrams = [b"", b"x", b"y" * ratrod.MAX_DATAGRAM, b"", b"z" * 300]
     wire = write_datagrams(ratrod.LegacyWriter(key), list(enumerate(datagrams)))
     assert read_records(ratrod.LegacyReader(key), [wire]) == ([(ratrod.UDP_DATA, data) for data in datagrams], 0)
-
-
-@every_key
-def test_other_records_do_not_exist_on_this_wire(key):
-    writer = ratrod.LegacyWriter(key)
-    for kind in (ratrod.END, ratrod.OVER, ratrod.CLOSE, ratrod.KEEPALIVE):
-        assert writer.record(kind) == b""
+    for kind in (ratrod.END, ratrod.OVER, ratrod.CLOSE, ratrod.KEEPALIVE):  # which do not exist on this wire
+        assert ratrod.LegacyWriter(key).record(kind) == b""
 
 
 # ---------------------------------------------------------------------------------------------------- 6. the handshake
@@ -382,12 +349,11 @@ def places_of(frame, fields):
     return {at for at, (byte, changed) in enumerate(zip(frame, other)) if byte != changed}
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_every_flipped_byte_of_the_handshake_but_those_that_nobody_signs(which):
-    frame = sent_by_both()[which]
-    uncovered = places_of(frame, UNCOVERED[which])
-    for at, mask in itertools.product(range(len(frame)), core.MASKS):
-        assert at in uncovered or tampered(which, at, mask), (at, mask)
+def test_every_flipped_byte_of_the_handshake_but_those_that_nobody_signs():
+    for which, frame in enumerate(sent_by_both()):
+        uncovered = places_of(frame, UNCOVERED[which])
+        for at, mask in itertools.product(range(len(frame)), core.MASKS):
+            assert at in uncovered or tampered(which, at, mask), (which, at, mask)
 
 
 # ---- the independent peer at the other end
@@ -479,15 +445,21 @@ def wrong_signatures(keys, challenge):
     yield {"identity_public_key": ratrod.encode_key(OTHER.public)}
 
 
-@pytest.mark.parametrize("fields", list(wrong_signatures(CLIENT, b"s" * 32)))
-def test_a_client_s_signature_that_is_wrong(fields):
+def test_a_signature_that_is_wrong():
+    # Nobody's list is asked.
     asked = []
-    told, text = refused_with(server_end(check_key=asked.append), **fields)
-    assert told == [(legacy_peer.INVALID_KEY, text)] and not asked
+    for fields in wrong_signatures(CLIENT, b"s" * 32):
+        told, text = refused_with(server_end(check_key=asked.append), **fields)
+        assert told == [(legacy_peer.INVALID_KEY, text)], fields
+    for fields in wrong_signatures(SERVER, b"c" * 32):
+        answer_with(client_end(check_key=asked.append), AuthenticationError, **fields)
+    assert not asked
 
 
-def test_a_client_that_is_not_authorized_is_told_so():
+def test_a_peer_that_is_not_listed():
+    # A client is told so.
     assert refused_with(server_end(check_key=refuse)) == ([(legacy_peer.INVALID_KEY, "it is not listed")], "it is not listed")
+    assert "not listed" in str(answer_with(client_end(check_key=refuse), AuthenticationError))
 
 
 def test_the_server_s_own_key_is_never_a_client():
@@ -502,10 +474,11 @@ def test_the_server_s_own_key_is_never_a_client():
 BAD_KEYS = ["", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 43 + "=", "A" * 43 + "\n", "\u00e9" * 43, "+" * 43]
 
 
-@pytest.mark.parametrize("text", BAD_KEYS, ids=ascii)
-def test_identities_that_are_no_key(text):
-    assert refused_with(server_end(), RemoteProtocolError, identity_public_key=text)[0] == []
-    answer_with(client_end(), RemoteProtocolError, identity_public_key=text)
+def test_identities_that_are_no_key():
+    for text in BAD_KEYS:
+        with row(text):
+            assert refused_with(server_end(), RemoteProtocolError, identity_public_key=text)[0] == []
+            answer_with(client_end(), RemoteProtocolError, identity_public_key=text)
 
 
 def answer_with(client, error, **fields):
@@ -518,26 +491,14 @@ def answer_with(client, error, **fields):
     return caught.value
 
 
-@pytest.mark.parametrize("fields", list(wrong_signatures(SERVER, b"c" * 32)))
-def test_a_server_s_signature_that_is_wrong(fields):
-    asked = []
-    answer_with(client_end(check_key=asked.append), AuthenticationError, **fields)
-    assert not asked
-
-
-def test_a_server_that_is_not_known():
-    assert "not listed" in str(answer_with(client_end(check_key=refuse), AuthenticationError))
-
-
-@pytest.mark.parametrize("field", ["exchange_public_key", "challenge"])
-@pytest.mark.parametrize("size", [0, 1, 31, 33, 64, 300])
-def test_sizes_of_a_preamble(field, size):
+def test_sizes_of_a_preamble():
     # crypto_scalarmult() reads 32 bytes whatever it is given.
-    answer_with(client_end(), RemoteProtocolError, **{field: bytes(size)})
-    server = server_end()
-    client = peer_client(server)
-    pytest.raises(RemoteProtocolError, client.send_preamble, **{field: bytes(size)})
-    assert server.data_to_send() == b""
+    for field, size in itertools.product(("exchange_public_key", "challenge"), (0, 1, 31, 33, 64, 300)):
+        with row((field, size)):
+            answer_with(client_end(), RemoteProtocolError, **{field: bytes(size)})
+            server = server_end()
+            pytest.raises(RemoteProtocolError, peer_client(server).send_preamble, **{field: bytes(size)})
+            assert server.data_to_send() == b""
 
 
 @pytest.mark.parametrize("point", SMALL_ORDER_POINTS, ids=bytes.hex)
@@ -578,30 +539,20 @@ def test_an_error_in_place_of_server_preamble_is_shown_harmlessly():
     assert str(caught.value).isprintable() and len(str(caught.value)) <= 203 and "no" in str(caught.value)
 
 
-@pytest.mark.parametrize("first", [b"\1", b"\2", b"r", b"S", b"\xff"])
-def test_another_first_byte(first):
-    for end in (client_end(), server_end()):
-        end.data_to_send()
-        pytest.raises(RemoteProtocolError, feed, end, [first])
-        assert end.data_to_send() == b""
-
-
-@pytest.mark.parametrize("size", [0, 16 * 1024 + 1, LIMIT, 1 << 32, (1 << 64) - 1])
-def test_handshake_sizes_that_cannot_be(size):
-    for end in (client_end(), server_end()):
-        end.data_to_send()
-        pytest.raises(RemoteProtocolError, feed, end, [b"\0", size.to_bytes(8, "big")])
-        assert end.data_to_send() == b"" and not end.is_done
+def test_another_first_byte_and_sizes_that_cannot_be():
+    sizes = (b"\0" + size.to_bytes(8, "big") for size in (0, 16 * 1024 + 1, LIMIT, 1 << 32, (1 << 64) - 1))
+    for data, make in itertools.product((b"\1", b"\2", b"r", b"S", b"\xff", *sizes), (client_end, server_end)):
+        with row((data, make.__name__)):
+            end = make()
+            end.data_to_send()
+            pytest.raises(RemoteProtocolError, feed, end, [data])
+            assert end.data_to_send() == b"" and not end.is_done
 
 
 def test_an_end_inside_the_handshake_is_an_error():
-    sent = sent_by_both()
-    for at in range(len(sent[0])):
-        end = server_end()
-        feed(end, [sent[0][:at]])
-        pytest.raises(RemoteProtocolError, end.receive_eof)
-    for at in range(len(sent[1])):
-        end = client_end()
-        feed(end, [sent[1][:at]])
-        assert not end.is_done
-        pytest.raises(RemoteProtocolError, end.receive_eof)
+    for sent, make in zip(sent_by_both(), (server_end, client_end)):
+        for at in range(len(sent)):
+            end = make()
+            feed(end, [sent[:at]])
+            assert not end.is_done
+            pytest.raises(RemoteProtocolError, end.receive_eof)
