@@ -314,8 +314,8 @@ STEPS_AT_ONCE = min(8, os.cpu_count() or 1)  # threads for public-key steps
 LAST_WORDS = 256  # connections that are sent a last word at once
 STAGGER = 0.25  # seconds between two parallel tries to connect (RFC 8305, section 5)
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
-REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept, ...
-NUMBERS_OF_KEY, NUMBERS_IN_ALL = 4096, 65536  # and how many of them
+REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept
+NUMBERS = 65536  # of all keys; the protocol's 4,096 of a key are filled by 10 connections a second for 20 min on a bad path
 DETACHED_OF_KEY = 1024  # streams of one key that wait for another link
 DOUBTED_FOR = 2.0  # seconds after which a server takes the path of a doubted link for dead
 ABANDONED, ABANDONED_FOR = 4096, 600.0  # streams that an opener has given up and remembers, and for how many seconds
@@ -7149,6 +7149,51 @@ class Dial:
         self._client.threads.submit(functools.partial(ssh.explain, link, handshake, error), on_explained)
 
 
+class EndedNumbers:
+    """The numbers of streams that are over, by key: a late Open of one of them connects for nobody. They are kept for an
+    hour, NUMBERS at most; of more the oldest goes of the key that has most."""
+
+    def __init__(self, loop: EventLoop):
+        self._loop = loop
+        self._of: dict[bytes, collections.OrderedDict[bytes, tuple[bool, float]]] = {}  # was it reset, when
+        self._count = 0
+        self._incomplete_until: dict[bytes, float] = {}
+
+    def get(self, number: tuple[bytes, bytes]) -> bool | None:
+        """Whether the stream of this key and number was reset; None where it is not known."""
+        key, stream = number
+        return self._of[key][stream][0] if stream in self._of.get(key, ()) else None
+
+    def are_all(self, key: bytes) -> bool:
+        """Whether none of this key's was dropped for want of room."""
+        return key not in self._incomplete_until
+
+    def add(self, number: tuple[bytes, bytes], was_reset: bool) -> None:
+        key, stream = number
+        self.discard(number)
+        self._of.setdefault(key, collections.OrderedDict())[stream] = was_reset, self._loop.now
+        self._count += 1
+        if self._count > NUMBERS:
+            most = max(self._of, key=lambda key: len(self._of[key]))
+            self._incomplete_until[most] = self._loop.now + REMEMBERED
+            self.discard((most, next(iter(self._of[most]))))
+
+    def discard(self, number: tuple[bytes, bytes]) -> None:
+        key, stream = number
+        if stream in self._of.get(key, ()):
+            del self._of[key][stream]
+            self._count -= 1
+            if not self._of[key]:
+                del self._of[key]
+
+    def sweep(self) -> None:
+        now = self._loop.now
+        for key, numbers in list(self._of.items()):
+            while numbers and now - next(iter(numbers.values()))[1] > REMEMBERED:
+                self.discard((key, next(iter(numbers))))
+        self._incomplete_until = {key: until for key, until in self._incomplete_until.items() if now < until}
+
+
 class Acceptor(Keeper):
     """What an Open meets: the streams of this side, those that wait for another link, and the numbers of those that are over.
 
@@ -7166,9 +7211,7 @@ class Acceptor(Keeper):
         self._opens: dict[Stream, Open] = {}  # of those whose remote is being connected to
         self._detached: collections.OrderedDict[Stream, None] = collections.OrderedDict()  # the longest detached first
         self._detached_of = KeyCounts()
-        self._ended: collections.OrderedDict[tuple[bytes, bytes], tuple[bool, float]] = collections.OrderedDict()  # was it reset, when
-        self._ended_of = KeyCounts()
-        self._full_at: dict[bytes, float] = {}  # when a number of this key was dropped for want of room
+        self._ended = EndedNumbers(self.loop)
 
     # ---- Open
 
@@ -7179,14 +7222,15 @@ class Acceptor(Keeper):
         stream = self._streams.get(number)
         if stream is not None:
             return self._attach(link, open_, stream)
-        ended = self._ended.get(number)
-        if ended is not None and not ended[0] and open_.attempt > 1:
+        was_reset = self._ended.get(number)
+        if was_reset is False and open_.attempt > 1:
             # It is over, and everything was acknowledged; the link ends, for what came with this Open must be skipped.
             return link.leave(link.writer.record(OVER) + link.writer.record(CLOSE))
-        is_new = open_.at == open_.taken == 0 and open_.attempt >= 1 and (
-            open_.attempt == 1 or self.loop.now - self._full_at.get(link.peer_key, -1e9) > REMEMBERED)
-        if ended is not None or not is_new:
-            return link.refuse(Error(UNKNOWN, "the stream is not known here any more" if ended is None else "the stream was reset"))
+        is_new = open_.at == open_.taken == 0 and (
+            open_.attempt == 1 or open_.attempt > 1 and self._ended.are_all(link.peer_key))
+        if was_reset is not None or not is_new:
+            why = "the stream is not known here any more" if was_reset is None else "the stream was reset"
+            return link.refuse(Error(UNKNOWN, why))
         return self._begin(link, open_, number)
 
     def _begin(self, link: Link, open_: Open, number: tuple[bytes, bytes]) -> None:
@@ -7274,7 +7318,7 @@ class Acceptor(Keeper):
         if stream:
             stream.move_from()
             stream.fail(LocalFailed("the other side gave it up"))
-        self._remember(number, True)
+        self._ended.add(number, True)
 
     # ---- ends
 
@@ -7348,9 +7392,9 @@ class Acceptor(Keeper):
         if self._streams.pop(number, None) is not None or has_seen_over:
             self._forget_detached(stream)
             if has_seen_over and stream.attempt == 1:
-                self._unremember(number)
+                self._ended.discard(number)
             else:
-                self._remember(number, False)
+                self._ended.add(number, False)
 
     def on_unheard(self, stream: Stream) -> None:
         """The link went before the last bytes were acknowledged: the opener may ask for them over another link."""
@@ -7360,31 +7404,13 @@ class Acceptor(Keeper):
     def _forget(self, stream: Stream, was_reset: bool) -> None:
         number = stream.peer_key, stream.id
         if self._streams.pop(number, None) is not None and was_reset:
-            self._remember(number, True)
-
-    def _remember(self, number: tuple[bytes, bytes], was_reset: bool) -> None:
-        key = number[0]
-        self._unremember(number)
-        self._ended[number] = was_reset, self.loop.now
-        self._ended_of.change(key, 1)
-        if self._ended_of.of(key) > NUMBERS_OF_KEY:
-            self._full_at[key] = self.loop.now
-            self._unremember(next(other for other in self._ended if other[0] == key))
-        elif len(self._ended) > NUMBERS_IN_ALL:
-            oldest = next(iter(self._ended))
-            self._full_at[oldest[0]] = self.loop.now
-            self._unremember(oldest)
-
-    def _unremember(self, number: tuple[bytes, bytes]) -> None:
-        if self._ended.pop(number, None):
-            self._ended_of.change(number[0], -1)
+            self._ended.add(number, True)
 
     def sweep(self) -> None:
         now = self.loop.now
         for stream in [stream for stream in self._detached if now >= stream.give_up_at]:
             self._give_up(stream, ConnectError("no other link within %g s" % (now - stream.detached_at)))
-        while self._ended and now - next(iter(self._ended.values()))[1] > REMEMBERED:
-            self._unremember(next(iter(self._ended)))
+        self._ended.sweep()
         for stream in list(self._detached):
             stream.on_sweep()
 

@@ -55,6 +55,19 @@ def test_keys_of_a_queue_take_turns_and_lower_ranks_go_first():
     assert order == [0, 6, 1, 3, 2, 4, 5]
 
 
+def test_numbers_of_ended_streams_make_room_where_a_key_has_most(monkeypatch):
+    """Others' late Opens must connect for nobody whatever one key does; of that key nobody can tell any more for an hour."""
+    monkeypatch.setattr(ratrod, "NUMBERS", 3)
+    ended = ratrod.EndedNumbers(types.SimpleNamespace(now=0.0))
+    for stream, (key, was_reset) in enumerate([(B, True), (A, False), (A, True), (A, True)]):
+        ended.add((key, stream), was_reset)
+    assert [ended.get((A, 1)), ended.get((A, 2)), ended.get((B, 0)), ended.get((C, 0))] == [None, True, True, None]
+    assert (ended.are_all(A), ended.are_all(B)) == (False, True)
+    ended._loop.now = ratrod.REMEMBERED + 1
+    ended.sweep()
+    assert (ended.get((B, 0)), ended.are_all(A), ended._of, ended._count) == (None, True, {}, 0)
+
+
 W, SMALL = ratrod.WINDOW, ratrod.POOR_WINDOW
 
 
