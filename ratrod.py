@@ -10165,8 +10165,7 @@ def help_text(topic: str | None = None) -> str:
 class LogFormatter(logging.Formatter):
     """`2025-03-12T22:56:13.939034Z  INFO text`, as the original; or {"time": ..., "level": ..., "message": ...}."""
 
-    _NAMES = {"WARNING": "WARN", "CRITICAL": "ERROR"}
-    _COLOURS = {"ERROR": "31", "WARN": "33", "INFO": "32", "DEBUG": "34"}
+    _COLOURS = {"ERROR": 31, "WARN": 33, "INFO": 32, "DEBUG": 34}
 
     def __init__(self, as_json: bool = False, colour: bool = False):
         super().__init__()
@@ -10174,16 +10173,13 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%06dZ" % (record.created % 1 * 1e6)
-        level, message = self._NAMES.get(record.levelname, record.levelname), record.getMessage()
+        level, message = record.levelname.replace("WARNING", "WARN"), record.getMessage()
         if self._as_json:
             import json
 
             return json.dumps({"time": moment, "level": level, "message": message}, ensure_ascii=False)
-        shown = "%5s" % level
-        if self._colour:
-            moment = "\x1b[2m%s\x1b[0m" % moment
-            shown = "\x1b[%sm%s\x1b[0m" % (self._COLOURS.get(level, "0"), shown)
-        return "%s %s %s" % (moment, shown, message)
+        form = "\x1b[2m%%s\x1b[0m \x1b[%dm%%5s\x1b[0m %%s" % self._COLOURS[level] if self._colour else "%s %5s %s"
+        return form % (moment, level, message)
 
 
 class LogWriter(logging.Handler):
@@ -10242,18 +10238,15 @@ class LogWriter(logging.Handler):
         super().close()
 
     def _put(self, call: Callable[[], object]) -> None:
-        if not self._is_running:
-            try:
-                threading.Thread(target=self._run, args=(self._calls,), daemon=True, name="ratrod log").start()
-            except RuntimeError:  # the system lets it start no thread for now
+        def run(calls: queue.SimpleQueue[Callable[[], object] | None] = self._calls) -> None:
+            for call in iter(calls.get, None):
                 call()
-                return
+        try:
+            if not self._is_running:
+                threading.Thread(target=run, daemon=True, name="ratrod log").start()
             self._is_running = True
-        self._calls.put(call)
-
-    @staticmethod
-    def _run(calls: queue.SimpleQueue[Callable[[], object] | None]) -> None:
-        for call in iter(calls.get, None):
+            self._calls.put(call)
+        except RuntimeError:  # the system lets it start no thread for now
             call()
 
     def _write(self, line: str, count: int) -> None:
@@ -10392,8 +10385,7 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
     flush_log()
     print(QUESTION, end="", flush=True)
     answer = read_answer()
-    if not answer.endswith("\n"):
-        print(flush=True)
+    print(end="" if answer.endswith("\n") else "\n", flush=True)
     if answer.strip().lower() not in ("y", "yes"):
         raise ConfigError("no security files in `%s`, and nothing was written. Answer y next time, or run"
                           " `ratrod keygen`" % folder.path)
@@ -10456,17 +10448,11 @@ STATUS_INTERVAL = 5.0  # seconds between two updates of what `systemctl status` 
 Notify = Callable[..., Any]
 
 
-def terminal_closed() -> Callable[[], bool]:
-    """A function that says whether the terminal that this process was started at is closed, or its shell has ended:
-    then it is the terminal of this process no more. A process that was started with nohup goes on."""
-    def is_there(terminal: int) -> bool:
-        with contextlib.suppress(OSError):
-            return os.tcgetpgrp(terminal) >= 0
-        return False
-    hang_up = getattr(signal, "SIGHUP", None)
-    ignored = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
-    terminal = None if ignored else next(filter(is_there, range(3)), None)
-    return lambda: terminal is not None and not is_there(terminal)
+def is_terminal(descriptor: int) -> bool:
+    """Whether it is the terminal of this process: not where that is closed, or its shell has ended."""
+    with contextlib.suppress(OSError):
+        return os.tcgetpgrp(descriptor) >= 0
+    return False
 
 
 class EndpointRun:
@@ -10482,7 +10468,10 @@ class EndpointRun:
         self._signals = 0
         self._impatient: threading.Timer | None = None
         self._is_ready = False
-        self._is_closed = terminal_closed()
+        # A process that was started with nohup outlives its terminal, and Windows has no such signal.
+        hang_up = getattr(signal, "SIGHUP", None)
+        outlives = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
+        self._terminal = None if outlives else next(filter(is_terminal, range(3)), None)
         self._endpoint = make(self._loop, Callbacks(self._on_started, self._on_finished))
 
     def run(self) -> int:
@@ -10543,8 +10532,11 @@ class EndpointRun:
         self._notify("STOPPING=1")
         self._endpoint.drain(self._drain, self._loop.stop)
 
+    def _is_terminal_closed(self) -> bool:
+        return self._terminal is not None and not is_terminal(self._terminal)
+
     def _on_hang_up(self, number: int, frame: Any) -> None:
-        if self._is_closed():
+        if self._is_terminal_closed():
             return self._on_end(number, frame)
         return self._loop.call_soon_threadsafe(self._reload)
 
@@ -10555,7 +10547,7 @@ class EndpointRun:
         if self._is_ready and isinstance(self._endpoint, Endpoint):  # workers say by themselves that they are ready
             self._notify("READY=1")
         # Where the shell was killed, the signal comes just before the terminal goes.
-        self._loop.call_later(1.0, lambda: self._on_end(signal.SIGHUP, None) if self._is_closed() else None)
+        self._loop.call_later(1.0, lambda: self._on_hang_up(signal.SIGHUP, None) if self._is_terminal_closed() else None)
 
     def _report(self) -> None:
         if isinstance(self._endpoint, Endpoint):

@@ -134,7 +134,8 @@ def block(name):
     return found.group(1)
 
 
-@pytest.mark.parametrize("name, command", [("ratrod-serve.service", "-k /etc/ratrod serve"), ("ratrod-connect@x.service", "connect @/etc/ratrod/%i.conf")])
+@pytest.mark.parametrize("name, command", [
+    ("ratrod-serve.service", "-k /etc/ratrod serve"), ("ratrod-connect@x.service", "connect @/etc/ratrod/%i.conf")])
 def test_the_unit_files_of_the_readme(name, command, tmp_path):
     text = block("serve.service")
     if "connect" in name:
