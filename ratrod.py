@@ -165,13 +165,14 @@ Options:
 # 8. Nothing on the loop's thread waits for a peer, a remote, a name or a reader of the log. The key files alone are
 #    used there.
 
+import os
 import sys
 
 if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]) and sys.stdout:
     try:
         sys.stdout.write(__doc__)  # 40 ms before main() could
         sys.stdout.flush()
-        sys.exit()
+        os._exit(0)  # everything is written; taking the syntax tree of this file apart would cost 10 ms
     except OSError:  # a full disk, a reader that is gone: main() reports it
         pass
 
@@ -186,10 +187,10 @@ import collections
 import contextlib
 import errno
 import functools
+import gc
 import heapq
 import itertools
 import logging
-import os
 import queue
 import re
 import select
@@ -9957,31 +9958,10 @@ class UsageReader:
 
     def read(self, argv: list[str]) -> dict[str, Any]:
         """What docopt would give: {"serve": True, "--key-path": [...], "BIND": ...}. UsageError says what is wrong."""
-        given, words = self._split(argv)
-        if not words:
-            raise UsageError("no command")
-        command, *arguments = words
-        if command not in COMMANDS:
-            raise UsageError("there is no command `%s`" % printable(command))
-        for option in given:
-            if option not in self.options_of[command]:
-                raise UsageError("`%s` does not belong to `%s`" % (option, command))
-        result: dict[str, Any] = {command: True, **given}
-        for optional, name, repeated in self.arguments_of[command]:
-            if not arguments and not optional:
-                raise UsageError("`%s` needs %s" % (command, name))
-            result[name] = arguments if repeated else arguments[0] if arguments else None
-            arguments = [] if repeated else arguments[1:]
-        if arguments:
-            raise UsageError("`%s` takes no further argument: `%s`" % (command, printable(arguments[0])))
-        return result
-
-    def _split(self, argv: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-        """({long option: its values}, the other words)"""
         import getopt
 
         end = argv.index("--") if "--" in argv else len(argv)
-        given: dict[str, list[str]] = {}
+        given: dict[str, Any] = {}
         words: list[str] = []
         rest = argv[:end]
         try:
@@ -9992,7 +9972,24 @@ class UsageReader:
                 words, rest = words + rest[:1], rest[1:]
         except getopt.GetoptError as error:
             raise UsageError(printable(str(error))) from None
-        return given, words + argv[end + 1:]
+        words += argv[end + 1:]
+        if not words:
+            raise UsageError("no command")
+        command, *arguments = words
+        if command not in COMMANDS:
+            raise UsageError("there is no command `%s`" % printable(command))
+        for option in given:
+            if option not in self.options_of[command]:
+                raise UsageError("`%s` does not belong to `%s`" % (option, command))
+        given[command] = True
+        for optional, name, repeated in self.arguments_of[command]:
+            if not arguments and not optional:
+                raise UsageError("`%s` needs %s" % (command, name))
+            given[name] = arguments if repeated else arguments[0] if arguments else None
+            arguments = [] if repeated else arguments[1:]
+        if arguments:
+            raise UsageError("`%s` takes no further argument: `%s`" % (command, printable(arguments[0])))
+        return given
 
 
 # ---- words from files of arguments
@@ -10299,20 +10296,23 @@ def set_up_logging(level: int, as_json: bool = False) -> None:
     log.setLevel(level)
 
 
+def log_writers() -> list[LogWriter]:
+    return [handler for handler in log.handlers if isinstance(handler, LogWriter)]
+
+
 def flush_log() -> None:
     """Before something else is written to the terminal."""
-    for handler in log.handlers:
-        handler.flush()
+    for writer in log_writers():
+        writer.flush()
 
 
 def draw_status(client: Client, before: Snapshot | None = None) -> None:
     """Draws the status line now and each second, where the log has a place for it."""
     shot = snapshot(client)
     before = before or shot
-    for writer in log.handlers:
-        if isinstance(writer, LogWriter):
-            # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
-            writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
+    for writer in log_writers():
+        # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
+        writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
     client.loop.call_later(1.0, lambda: draw_status(client, shot))
 
 
@@ -10342,10 +10342,7 @@ def handling(handlers: Mapping[str, Any], wake_up: int = -1) -> Iterator[None]:
 
 @contextlib.contextmanager
 def putting_back() -> Iterator[None]:
-    """Puts back what main() changes of the process around it: how "ratrod" logs, how many descriptors there may be, and
-    what the garbage collector passes by."""
-    import gc
-
+    """Puts back what main() changes of the process around it: logging, the limit of descriptors, garbage collection."""
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
     frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
     try:
@@ -10357,9 +10354,8 @@ def putting_back() -> Iterator[None]:
     try:
         yield
     finally:
-        for handler in log.handlers:
-            if handler not in handlers:
-                handler.close()
+        for handler in set(log.handlers) - set(handlers):
+            handler.close()
         log.handlers[:], log.propagate = handlers, propagate
         log.setLevel(level)
         if descriptors:
@@ -10476,8 +10472,6 @@ class EndpointRun:
 
     def run(self) -> int:
         """Runs the endpoint until it has finished, or a signal ends it: the exit code."""
-        import gc
-
         soon = self._loop.call_soon_threadsafe
         with handling({"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
                        "SIGUSR1": lambda *_: soon(self._report)}, self._loop.waker.fileno()):
@@ -10569,8 +10563,7 @@ def serve_pipe(marker: bytes, limits: dict[str, Any]) -> None:
 
 
 def give_back_heap() -> None:
-    """Compiling this source leaves 20 MB of 39 unused in glibc's heap: they go back to the system, in 5 ms. A second
-    after the start nobody waits for that."""
+    """Compiling this source leaves 20 MB unused in glibc's heap. They go back in 5 ms, when nobody waits for the start."""
     with contextlib.suppress(Exception):  # no such library, or no such call: other systems need none
         import ctypes
 
@@ -10695,9 +10688,8 @@ def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn
         os.kill(os.getpid(), signal.SIGTERM)
     code = 1
     try:
-        for handler in log.handlers:
-            if isinstance(handler, LogWriter):
-                handler.restart()
+        for writer in log_writers():
+            writer.restart()
         os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
         threading.Thread(target=end_with_parent, daemon=True).start()
         code = exit_code_of(lambda: run(tell_parent))
@@ -10973,13 +10965,13 @@ def exit_code_of(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # a reader that went away, as in `ratrod help | head`, needs no word
+        pass
     except OSError as error:  # no descriptors left, a full disk
-        if not isinstance(error, BrokenPipeError):  # a reader that went away, as in `ratrod help | head`, needs no word
-            log.error("❌ %s", reason(error))
-        return 1
+        log.error("❌ %s", reason(error))
     except Exception as error:  # a bug; a traceback would tell a user less
         log.error("❌ internal error, please report it: %r", error)
-        return 1
+    return 1
 
 
 if __name__ == "__main__":
