@@ -203,7 +203,6 @@ import time
 import traceback
 import types
 from itertools import zip_longest
-from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -10034,7 +10033,7 @@ def _read_arguments(path: str) -> list[str]:
 # ---- from words to Options
 
 
-def parse_command_line(argv: list[str], environ: Mapping[str, str] = MappingProxyType({})) -> Options:
+def parse_command_line(argv: list[str], environ: Mapping[str, str] = types.MappingProxyType({})) -> Options:
     """The Options in `argv`, which is without the program's name; what it leaves open may be in `environ`, as
     RATROD_MAX_LINKS. An empty variable says nothing. UsageError says in one line what is wrong."""
     reader = UsageReader()
@@ -10117,14 +10116,6 @@ def _convert(name: str, value: Any, kind: str) -> Any:
 
 def variable_of(option: str) -> str:
     return "RATROD_" + option[2:].upper().replace("-", "_")
-
-
-def name_variables(error: ConfigError, environment: Mapping[str, str]) -> ConfigError:
-    """The error, with the variables that it is about: nobody typed what it complains of."""
-    text = str(error)
-    about = [variable_of(option) for option, value in environment.items()
-             if re.search(option + r"(?![\w-])", text) or value and "`" + value in text]
-    return ConfigError("%s (see %s in the environment)" % (text, ", ".join(about))) if about else error
 
 
 # ---- help
@@ -10526,11 +10517,11 @@ class EndpointRun:
         self._notify("STOPPING=1")
         self._endpoint.drain(self._drain, self._loop.stop)
 
-    def _is_terminal_closed(self) -> bool:
+    def _is_closed(self) -> bool:
         return self._terminal is not None and not is_terminal(self._terminal)
 
     def _on_hang_up(self, number: int, frame: Any) -> None:
-        if self._is_terminal_closed():
+        if self._is_closed():
             return self._on_end(number, frame)
         return self._loop.call_soon_threadsafe(self._reload)
 
@@ -10541,7 +10532,7 @@ class EndpointRun:
         if self._is_ready and isinstance(self._endpoint, Endpoint):  # workers say by themselves that they are ready
             self._notify("READY=1")
         # Where the shell was killed, the signal comes just before the terminal goes.
-        self._loop.call_later(1.0, lambda: self._on_hang_up(signal.SIGHUP, None) if self._is_terminal_closed() else None)
+        self._loop.call_later(1.0, lambda: self._on_end(signal.SIGHUP, None) if self._is_closed() else None)
 
     def _report(self) -> None:
         if isinstance(self._endpoint, Endpoint):
@@ -10563,7 +10554,7 @@ def serve_pipe(marker: bytes, limits: dict[str, Any]) -> None:
 
 
 def give_back_heap() -> None:
-    """Compiling this source leaves 20 MB unused in glibc's heap. They go back in 5 ms, when nobody waits for the start."""
+    """Compiling this source leaves 20 MB unused in glibc's heap. They go back in 5 ms; nobody waits for that by then."""
     with contextlib.suppress(Exception):  # no such library, or no such call: other systems need none
         import ctypes
 
@@ -10932,7 +10923,11 @@ def _run_command(argv: list[str]) -> int:
     try:
         code = commands[options.command](options) or 0
     except ConfigError as error:
-        raise name_variables(error, options.environment) from None
+        about = [variable_of(option) for option, value in options.environment.items()
+                 if re.search(option + r"(?![\w-])", str(error)) or value and "`" + value in str(error)]
+        if not about:
+            raise
+        raise ConfigError("%s (see %s in the environment)" % (error, ", ".join(about))) from None  # nobody typed it
     if sys.stdout:
         sys.stdout.flush()  # a failure of this is still reported
     return code
