@@ -252,6 +252,19 @@ def bind(text):
     return ratrod.parse_endpoint(text, "address to bind", lowest=0)
 
 
+# Ranges of ports: what was typed is named, not one of the tunnels that it would have been.
+NO_RANGES = [
+    "8000-8001:db:8000-8002", "8000-8002:db:8000-8001", "8000-8002:db:80", "8000:db:80-82", "0:db:80-82", "80-82:90", "80:90-92",
+    "8002-8000:db:9002-9000", "8000-8002:db:9002-9000", "8002-8000:db:9000-9002", "8002-8000", "8002-8000:9002-9000",
+    "8000-9000:db:8000-9000", "1-65535", "1000-2000",
+    "0-2:db:80-82", "0-2", "8000-8002:db:0-2", "65534-65536:db:80-82", "80-82:db:65534-65536", "65534-65536", "65536-65538",
+    "8000-:db:8000-", "8000-", "8000-8002-8004:db:8000-8002-8004", "8000--8002", "8000-8002-", "a-c:db:a-c", "a-c", "8000-8002:db:a-c", "8000-800x",
+    "08000-08002", "8000-+8002", "8000- 8002", "8000 -8002", "8000_1-8000_3", "8000–8002", "٨٠-٨٢", "8000:8002:db:80-82:1",
+    "80-82:db:", "80-82::90-92", "80-82:db:90-92:1", ":80-82:db:90-92",
+    "8000-8002:socks", "8000-8002:unix:/a", "unix:/a:db:80-82", "stdio:db:80-82",
+]
+
+
 @pytest.mark.parametrize("parse, texts", [
     (bind, ["", "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:x", "[::1:5", "[::1]", "-h"]),
     (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9", "a:1;a:2"]),
@@ -259,12 +272,14 @@ def bind(text):
         "a:b:c:d:e", "1:2:3:4:5", "70000", "65536:80", "0", "2000:host:0", "x", "x:80", "[::1:5", "::1:2000:host:80", "2000:host:080",
         "2000:host:8_0", "2000:host:+80", "2000:host:\uff18\uff10", "2000::80", "2000:host:", "2000:host:bad", "2000:127.1:80", "", " 80", "80\n",
         "2000:a host:80", "2000:host\n:80"]),
-], ids=["BIND", "SERVER", "TUNNEL"])
+    (ratrod.parse_tunnels, NO_RANGES),
+], ids=["BIND", "SERVER", "TUNNEL", "ranges"])
 def test_what_cannot_be_meant_is_named(parse, texts):
     for text in texts:
         with pytest.raises(ConfigError) as raised:
             parse(text)
-        assert "`%s`" % ratrod.printable(text) in str(raised.value) and str(raised.value).isprintable(), (text, raised.value)
+        said, named = str(raised.value), "`%s`" % ratrod.printable(text)
+        assert named in said and ":" in said.replace(named, "") and said.isprintable(), (text, said)
 
 
 def test_lists_of_servers_that_are_none():
@@ -298,26 +313,6 @@ def test_the_edges_of_ranges():
     assert [spec.remote.port for spec in ratrod.parse_tunnels("1-2:db:65534-65535")] == [65534, 65535]
     assert len(ratrod.parse_tunnels("1000-1999")) == 1000
     assert [spec.kind for spec in ratrod.parse_tunnels("R:80-81:db:90-91")] == [ratrod.REVERSE] * 2
-
-
-NO_RANGES = [
-    "8000-8001:db:8000-8002", "8000-8002:db:8000-8001", "8000-8002:db:80", "8000:db:80-82", "0:db:80-82", "80-82:90", "80:90-92",
-    "8002-8000:db:9002-9000", "8000-8002:db:9002-9000", "8002-8000:db:9000-9002", "8002-8000", "8002-8000:9002-9000",
-    "8000-9000:db:8000-9000", "1-65535", "1000-2000",
-    "0-2:db:80-82", "0-2", "8000-8002:db:0-2", "65534-65536:db:80-82", "80-82:db:65534-65536", "65534-65536", "65536-65538",
-    "8000-:db:8000-", "8000-", "8000-8002-8004:db:8000-8002-8004", "8000--8002", "8000-8002-", "a-c:db:a-c", "a-c", "8000-8002:db:a-c", "8000-800x",
-    "08000-08002", "8000-+8002", "8000- 8002", "8000 -8002", "8000_1-8000_3", "8000–8002", "٨٠-٨٢", "8000:8002:db:80-82:1",
-    "80-82:db:", "80-82::90-92", "80-82:db:90-92:1", ":80-82:db:90-92",
-    "8000-8002:socks", "8000-8002:unix:/a", "unix:/a:db:80-82", "stdio:db:80-82",
-]
-
-
-def test_ranges_that_are_none():
-    """What was typed is named, not one of the tunnels that it would have been."""
-    for text in NO_RANGES:
-        with pytest.raises(ConfigError) as raised:
-            ratrod.parse_tunnels(text)
-        assert "`%s`" % text in str(raised.value) and ":" in str(raised.value).replace(text, ""), text
 
 
 # ---------------------------------------------------------------------------------------------------- @file
