@@ -86,8 +86,8 @@ QUICK = """
 import sys
 sys.path.insert(0, %r)
 import ratrod
-later = ratrod.EventLoop.call_later
-ratrod.EventLoop.call_later = lambda self, delay, call: later(self, 0.2 if delay == 1.0 else delay, call)
+later = ratrod.Deadline.set
+ratrod.Deadline.set = lambda self, delay, call: later(self, 0.2 if delay == 1.0 else delay, call)
 sys.exit(ratrod.main())
 """ % str(ROOT)
 LINE = r"^ratrod: [\d.]+ k?M?B/s up, [\d.]+ k?M?B/s down, \d+ streams?, \d+ UDP sessions?(, round trip [\d.]+ ms)?"
