@@ -6,6 +6,7 @@ import pathlib
 import re
 import socket
 import subprocess
+import tempfile
 
 import pytest
 
@@ -16,7 +17,7 @@ from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, ST
 from support.resolver import Resolver
 from support.sockets import port_of
 from support.sshd import Sshd
-from support.targets import Target, UdpEcho, UdpRemote, echo
+from support.targets import Target, UdpEcho, UdpRemote, UnixTarget, echo
 
 
 @pytest.fixture
@@ -127,6 +128,19 @@ def listener():
 def stack():
     """Whatever a test opens, closed after it."""
     with contextlib.ExitStack() as made:
+        yield made
+
+
+@pytest.fixture
+def short():
+    """A folder whose path is short: a socket's may have 100 bytes, which pytest's own folders nearly use up."""
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
+        yield pathlib.Path(folder)
+
+
+@pytest.fixture
+def unix_echo(short):
+    with contextlib.closing(UnixTarget(echo, short / "echo.sock")) as made:
         yield made
 
 

@@ -7,7 +7,6 @@ import re
 import socket
 import struct
 import subprocess
-import tempfile
 import threading
 
 import pytest
@@ -153,13 +152,12 @@ def test_a_name_that_only_the_servers_machine_knows(other_names, start, ratrod, 
     assert curl("--socks5", where, "http://only-there.example:%d/page" % web)[0] in (6, CURL_PROXY_FAILED)
 
 
-def test_curl_through_a_proxy_on_a_unix_socket(forward, web):
+def test_curl_through_a_proxy_on_a_unix_socket(forward, web, short):
     version = re.match(r"curl (\d+)\.(\d+)", curl("--version")[1].decode())
     if tuple(map(int, version.groups())) < (7, 84):
         missing("curl 7.84, which knows proxies on Unix sockets")
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
-        forward(ANY, "unix:%s/socks:socks" % folder)
-        assert curl("--proxy", "socks5h://localhost%s/socks" % folder, "http://localhost:%d/page" % web) == fetched("localhost")
+    forward(ANY, "unix:%s/socks:socks" % short)
+    assert curl("--proxy", "socks5h://localhost%s/socks" % short, "http://localhost:%d/page" % web) == fetched("localhost")
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Unix sockets at either end of a tunnel, with a real Redis behind them. Without it: system/test_unix_ends.py."""
 
 import os
-import pathlib
 import socket
 import subprocess
-import tempfile
 
 import pytest
 
@@ -17,22 +15,18 @@ UNIX_LISTENING = r"\[UNIX\] Listening on `unix:(.+?)`"
 
 
 @pytest.fixture
-def redis(start):
+def redis(start, short):
     """(the path of its Unix socket, its port) of a real redis-server."""
-    # A socket's path may have 100 bytes, which pytest's own folders nearly use up.
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
-        for _ in range(5):  # it takes no port 0, and one that was free a moment ago may be another test's by now
-            port, path = free_port(), pathlib.Path(folder) / "redis.sock"
-            server = start(need("redis-server"), "--port", port, "--bind", "127.0.0.1", "--unixsocket", path, "--save", "", "--appendonly", "no",
-                           "--dir", folder)
-            try:
-                server.wait_for("(?i)ready to accept connections")
-                break
-            except AssertionError:
-                assert "in use" in server.output, server.output
-        else:
-            pytest.fail("no free port in five tries")
-        yield path, port
+    for _ in range(5):  # it takes no port 0, and one that was free a moment ago may be another test's by now
+        port, path = free_port(), short / "redis.sock"
+        server = start(need("redis-server"), "--port", port, "--bind", "127.0.0.1", "--unixsocket", path, "--save", "", "--appendonly", "no",
+                       "--dir", short)
+        try:
+            server.wait_for("(?i)ready to accept connections")
+            return path, port
+        except AssertionError:
+            assert "in use" in server.output, server.output
+    return pytest.fail("no free port in five tries")
 
 
 def redis_cli(*words, typed=None):

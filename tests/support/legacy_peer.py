@@ -2,9 +2,10 @@
 It was written from the protocol's description and is proved against the original (test_rust.py): it must never import ratrod."""
 
 import base64
+import contextlib
 import os
 import socket
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,58 +32,18 @@ class Refused(WireError):
         self.error = error
 
 
-class ClientPreamble(NamedTuple):
-    exchange_public_key: bytes
-    remote: str
-    challenge: bytes
-    should_encrypt: bool
-    is_udp: bool
-
-
-class ServerPreamble(NamedTuple):
-    identity_public_key: str
-    exchange_public_key: bytes
-    signature: bytes
-    challenge: bytes
-
-
-class ClientAuthentication(NamedTuple):
-    identity_public_key: str
-    signature: bytes
-
-
-class HandshakeCompletion(NamedTuple):
-    pass
-
-
-class Data(NamedTuple):
-    data: bytes
-
-
-class UdpData(NamedTuple):
-    data: bytes
-
-
-class Error(NamedTuple):
-    code: int
-    text: str
-
-
-class Shutdown(NamedTuple):
-    pass
-
-
+ClientPreamble = NamedTuple("ClientPreamble", [
+    ("exchange_public_key", bytes), ("remote", str), ("challenge", bytes), ("should_encrypt", bool), ("is_udp", bool)])
+ServerPreamble = NamedTuple("ServerPreamble", [
+    ("identity_public_key", str), ("exchange_public_key", bytes), ("signature", bytes), ("challenge", bytes)])
+ClientAuthentication = NamedTuple("ClientAuthentication", [("identity_public_key", str), ("signature", bytes)])
+HandshakeCompletion = NamedTuple("HandshakeCompletion", [])
+Data = NamedTuple("Data", [("data", bytes)])
+UdpData = NamedTuple("UdpData", [("data", bytes)])
+Error = NamedTuple("Error", [("code", int), ("text", str)])
+Shutdown = NamedTuple("Shutdown", [])
 # The place in this table is the variant's number on the wire.
-MESSAGES = (
-    (ClientPreamble, (bytes, str, bytes, bool, bool)),
-    (ServerPreamble, (str, bytes, bytes, bytes)),
-    (ClientAuthentication, (str, bytes)),
-    (HandshakeCompletion, ()),
-    (Data, (bytes,)),
-    (UdpData, (bytes,)),
-    (Error, (int, str)),
-    (Shutdown, ()),
-)
+MESSAGES = ClientPreamble, ServerPreamble, ClientAuthentication, HandshakeCompletion, Data, UdpData, Error, Shutdown
 
 
 def varint(n):
@@ -103,10 +64,7 @@ def field(kind, value):
 
 
 def encode(message):
-    for variant, (cls, kinds) in enumerate(MESSAGES):
-        if type(message) is cls:
-            return varint(variant) + b"".join(map(field, kinds, message))
-    raise TypeError(message)
+    return varint(MESSAGES.index(type(message))) + b"".join(map(field, get_type_hints(type(message)).values(), message))
 
 
 class Decoder:
@@ -145,8 +103,8 @@ def decode(payload):
     variant = decoder.varint()
     if variant >= len(MESSAGES):
         raise WireError("a message of variant %d" % variant)
-    cls, kinds = MESSAGES[variant]
-    message = cls(*map(decoder.field, kinds))
+    cls = MESSAGES[variant]
+    message = cls(*map(decoder.field, get_type_hints(cls).values()))
     if decoder.at != len(payload):
         raise WireError("%d bytes left over after %s" % (len(payload) - decoder.at, cls.__name__))
     return message
@@ -275,14 +233,9 @@ class Peer:
     def drain(self):
         """Reads until the other end closes or resets; returns what came."""
         before = len(self.received)
-        try:
-            while True:
-                chunk = self.socket.recv(65536)
-                if not chunk:
-                    break
+        with contextlib.suppress(ConnectionError):
+            for chunk in iter(lambda: self.socket.recv(65536), b""):
                 self.received += chunk
-        except ConnectionError:
-            pass
         return bytes(self.received[before:])
 
     def sign(self, challenge):

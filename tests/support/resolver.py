@@ -8,7 +8,6 @@ import os
 SITECUSTOMIZE = '''
 import json, os, socket, sys
 folder = os.environ["TEST_RESOLVER"]
-names = json.load(open(os.path.join(folder, "names")))
 real = socket.getaddrinfo
 
 def note(host):
@@ -18,7 +17,7 @@ def note(host):
     return host
 
 def getaddrinfo(host, port, family=0, type=0, proto=0, flags=0):
-    name = note(host)
+    name, names = note(host), json.load(open(os.path.join(folder, "names")))
     if name == "hang.example":
         open(os.path.join(folder, "release")).read()
     if name in names:
@@ -46,10 +45,15 @@ class Resolver:
         self._folder = folder
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        (folder / "names").write_text(json.dumps(names))
+        self.answer(names)
         (folder / "lookups").touch()
         os.mkfifo(folder / "release")
         self.environment = {**os.environ, "PYTHONPATH": str(folder), "TEST_RESOLVER": str(folder)}
+
+    def answer(self, names):
+        """{name: addresses}, from now on."""
+        (self._folder / "new").write_text(json.dumps(names))
+        os.replace(self._folder / "new", self._folder / "names")
 
     @property
     def lookups(self):

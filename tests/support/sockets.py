@@ -57,6 +57,13 @@ def dial(port, host="127.0.0.1", source=None):
     return socket.create_connection((host, port), PATIENCE, source and (source, 0))
 
 
+def dial_unix(path):
+    made = socket.socket(socket.AF_UNIX)
+    made.settimeout(PATIENCE)
+    made.connect(str(path))
+    return made
+
+
 def dial_with(data, client, port):
     """A connection to `client`, whose `data` is there when it accepts: on a busy machine it could come so late that Open leaves without it."""
     client.process.send_signal(signal.SIGSTOP)
@@ -152,6 +159,16 @@ def eventually(condition, what):
     while not condition():
         assert time.monotonic() < deadline, "never came true: %s" % (what() if callable(what) else what,)
         time.sleep(0.02)
+
+
+def settled(value, seconds=1):
+    """What value() is once it has not changed for so long."""
+    last, since = value(), time.monotonic()
+    while time.monotonic() - since < seconds:
+        time.sleep(0.05)
+        if value() != last:
+            last, since = value(), time.monotonic()
+    return last
 
 
 def works(port):

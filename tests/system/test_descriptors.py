@@ -1,6 +1,7 @@
 """Descriptors: as many as there may be, what happens when they run out, and that none is ever left behind (of 100,000 connections: RATROD_LONG=1)."""
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import pathlib
@@ -9,9 +10,7 @@ import re
 import selectors
 import signal
 import socket
-import struct
 import sys
-import threading
 import time
 
 import pytest
@@ -23,7 +22,9 @@ from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled
 from support.programs import PATIENCE, READY, STARTED, descriptors, need, tcp_port, udp_port
 from support.relays import Door
-from support.sockets import assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset, say
+from support.rows import row
+from support.sockets import assert_refused, assert_reset, dial, eventually, is_ready, ping, receive_all, receive_exactly, reset, say, settled
+from support.socks5 import ASSOCIATE, ask_socks, encode_address, request, socks_port
 from support.targets import echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")]
@@ -262,25 +263,17 @@ def reset_by_the_target(port):
 def udp(port):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
         originator.connect(("127.0.0.1", port))
-        originator.settimeout(1)
-        for _ in range(int(PATIENCE)):  # datagrams may be lost
-            originator.send(WORD)
-            with contextlib.suppress(socket.timeout):
-                assert originator.recv(100) == WORD
-                return
-        raise AssertionError("no answer over UDP")
+        sockets.ask_until_answered(originator, WORD)
 
 
 def socks_connect(port, remote, answer):
-    local = dial(port)
-    local.sendall(b"\5\1\0" + b"\5\1\0\1" + socket.inet_aton("127.0.0.1") + struct.pack(">H", remote))
-    assert receive_exactly(local, 4) == b"\5\0" + bytes([5, answer])
+    local, code, _ = ask_socks(port, request("127.0.0.1", remote))
+    assert code == answer
     return local
 
 
 def socks(port, remote):
     with socks_connect(port, remote, 0) as local:
-        receive_exactly(local, 8)
         say(local, b"E" + WORD)
         assert receive_all(local) == WORD
 
@@ -291,13 +284,11 @@ def socks_refused(port, remote):
 
 
 def socks_udp(port, remote):
-    with dial(port) as local, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
-        local.sendall(b"\5\1\0" + b"\5\3\0\1" + bytes(6))
-        assert receive_exactly(local, 6) == b"\5\0\5\0\0\1"
-        host, relay = struct.unpack(">4sH", receive_exactly(local, 6))
-        originator.connect((socket.inet_ntoa(host), relay))
-        head = b"\0\0\0\1" + socket.inet_aton("127.0.0.1") + struct.pack(">H", remote)
-        sockets.ask_until_answered(originator, head + WORD)
+    local, code, relay = ask_socks(port, request("0.0.0.0", 0, ASSOCIATE))
+    with local, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+        assert code == 0
+        originator.connect(relay)
+        sockets.ask_until_answered(originator, b"\0\0\0" + encode_address("127.0.0.1", remote) + WORD)
 
 
 def socks_that_leaves(port):
@@ -308,12 +299,10 @@ def socks_that_leaves(port):
 class Ends:
     """A server and its clients, and a connection of each kind through them."""
 
-    def __init__(self, start, keys, target, udp_echo, stack):
+    def __init__(self, start, keys, target, udp_echo, closed):
         self._start, self._keys = start, keys
         self._echo, self._udp = target(serve_as_told).port, udp_echo.port
-        nobody = stack.enter_context(socket.socket())
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
-        self._refused, self._forbidden = nobody.getsockname()[1], 9
+        self._refused, self._forbidden = closed, 9
         allowed = r"127\.0\.0\.1:(?:%d|%d|%d)" % (self._echo, self._udp, self._refused)
         self.server = self._run(keys.server, "serve", "--legacy", "-r", allowed, "127.0.0.1:0")
         self._port = started(self.server)
@@ -336,7 +325,7 @@ class Ends:
 
     def _plain(self, prefix, client):
         client.wait_for(READY)
-        proxy = int(client.wait_for(r"\[SOCKS\] Listening on `.*?:(\d+)`").group(1))
+        proxy = socks_port(client)
         to_echo, to_nobody, to_forbidden = (tcp_port(client, n) for n in (1, 2, 3))
         kinds = {function.__name__: functools.partial(function, to_echo)
                  for function in (clean, half_closed, without_a_byte, reset_by_the_originator, reset_by_the_target)}
@@ -366,10 +355,8 @@ class Ends:
         self.a_batch(self.cut, self._door.cut_all)
 
     def client_killed(self):
-        client = self._connect(self._port)
-        client.wait_for(READY)
-        self.a_batch(client, client.process.kill)
-        client.wait()
+        client = self._connect(self._port).ready()
+        self.a_batch(client, client.kill)
 
 
 class Load:
@@ -378,7 +365,6 @@ class Load:
     def __init__(self, ends, seed=1):
         self.counts, self.took = collections.Counter(), 0.0
         self._ends, self._rng = ends, random.Random(seed)
-        self._errors = []
 
     def run(self, connections):
         began = time.monotonic()
@@ -386,36 +372,19 @@ class Load:
         batches = connections // 10 // BATCH
         # A client costs more to start than all its streams; some are enough.
         killed = {batches * (2 * n + 1) // (2 * max(2, batches // 500)) for n in range(max(2, batches // 500))}
-        threads = [threading.Thread(target=self._guarded, args=(self._work, plans)) for _ in range(AT_ONCE)]
-        threads.append(threading.Thread(target=self._guarded, args=(self._die, batches, killed)))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE + 1) as pool:
+            for done in [*(pool.submit(self._work, plans) for _ in range(AT_ONCE)), pool.submit(self._die, batches, killed)]:
+                done.result()
         self.took += time.monotonic() - began
-        if self._errors:
-            raise self._errors[0]
-
-    def _guarded(self, work, *args):
-        try:
-            work(*args)
-        except BaseException as error:
-            self._errors.append(error)
 
     def _work(self, plans):
         for name in plans:  # next() of a list's iterator is atomic
-            if self._errors:
-                return
-            try:
+            with row(name):
                 self._ends.kinds[name]()
-            except BaseException as error:
-                raise AssertionError("%s: %r" % (name, error)) from error
             self.counts[name] += 1
 
     def _die(self, batches, killed):
         for n in range(batches):
-            if self._errors:
-                return
             name = "client_killed" if n in killed else "links_cut"
             getattr(self._ends, name)()
             self.counts[name] += BATCH
@@ -427,20 +396,14 @@ def used(programs):
 
 def settle(programs, expected=None):
     """The descriptors of each, once nothing has changed for as long as surplus links and UDP sessions live, or once they are as expected."""
-    last, since = used(programs), time.monotonic()
-    def settled():
-        nonlocal last, since
-        now = used(programs)
-        if now != last:
-            last, since = now, time.monotonic()
-        return now == expected if expected else time.monotonic() - since > 2
-    eventually(settled, lambda: "the same descriptors: %s, expected %s" % (last, expected))
-    return last
+    if expected:
+        eventually(lambda: used(programs) == expected, lambda: "the same descriptors: %s, expected %s" % (used(programs), expected))
+    return expected or settled(lambda: used(programs), 2)
 
 
 @pytest.mark.timeout(3600)
-def test_nothing_is_left_behind(start, keys, target, udp_echo, stack):
-    ends = Ends(start, keys, target, udp_echo, stack)
+def test_nothing_is_left_behind(start, keys, target, udp_echo, closed):
+    ends = Ends(start, keys, target, udp_echo, closed)
     load = Load(ends)
     load.run(FIRST)
     before, memory_before = settle(ends.programs), {name: memory(program) for name, program in ends.programs.items()}

@@ -86,9 +86,7 @@ def impostor(ratrod, keys, strange, tcp_echo):
 
 def fingerprint(public):
     """As `ssh-keygen -l` shows one: of the 32 raw bytes of the key."""
-    raw = base64.urlsafe_b64decode(public + "=")
-    assert len(raw) == 32
-    return "SHA256:" + base64.b64encode(hashlib.sha256(raw).digest()).rstrip(b"=").decode()
+    return "SHA256:" + base64.b64encode(hashlib.sha256(base64.urlsafe_b64decode(public + "=")).digest()).rstrip(b"=").decode()
 
 
 def warnings(output):
@@ -190,21 +188,12 @@ def make_folder(path):
     path.mkdir()
 
 
-def make_dangling(path):
-    path.unlink()
-    path.symlink_to(path.with_name("no") / "folder")
-
-
-def make_null(path):
-    path.unlink()
-    path.symlink_to(os.devnull)
-
-
-@pytest.mark.parametrize("mode, spoil", [(RATROD2, make_folder), (LEGACY, make_dangling), (RATROD2, make_null)],
+@pytest.mark.parametrize("mode, link", [(RATROD2, None), (LEGACY, "no/folder"), (RATROD2, os.devnull)],
                          ids=["folder", "legacy, dangling link", "null device"])
-def test_accept_new_where_the_file_cannot_be_written(mode, spoil, serve, keys, known, client):
+def test_accept_new_where_the_file_cannot_be_written(mode, link, serve, keys, known, client):
     """Any key would be new at each start, as with -a. The server learns nothing of who asked."""
-    spoil(known)
+    known.unlink()
+    known.symlink_to(known.parent / link) if link else known.mkdir()
     server, port = serve("-v", *mode.serve)
     dialled = client(port, "0:127.0.0.1:9", flags=(*mode.connect, "--accept-new"))
     assert dialled.wait() == AUTHENTICATION_FAILED
@@ -321,15 +310,13 @@ def test_what_declines(mode, typed, serve, known, strange, at_terminal):
 def test_interrupted_or_ended_at_the_question(serve, known, at_terminal):
     """By the key of a real terminal, in the middle of an answer; and by a service manager: it must not hang there."""
     _, port = serve()
-    terminal = at_terminal(port, "0:127.0.0.1:9")
-    terminal.wait_for(QUESTION)
+    terminal, ended = (at_terminal(port, "0:127.0.0.1:9") for _ in range(2))
+    for one in (terminal, ended):
+        one.wait_for(QUESTION)
     terminal.type("perhaps\n")
     terminal.wait_for(re.escape(AGAIN))
-    terminal.type("ye")
-    terminal.type("\x03")
+    terminal.type("ye\x03")
     assert terminal.wait() == INTERRUPTED
-    ended = at_terminal(port, "0:127.0.0.1:9")
-    ended.wait_for(QUESTION)
     ended.process.send_signal(signal.SIGTERM)
     ended.wait()
     assert known.read_text() == "" and terminal.stdout == ended.stdout == b""

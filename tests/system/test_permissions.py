@@ -3,12 +3,9 @@ What each line says is in unit/test_core_grants.py, names that resolve to what i
 
 import contextlib
 import datetime
-import hashlib
 import os
 import re
-import shutil
 import signal
-import tempfile
 
 import pytest
 
@@ -16,26 +13,22 @@ from support import ratrod2_peer as peer
 from support.keys import base64url, make_keys, seed_of
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, ROOT, STARTED, tcp_port, udp_originator
 from support.sockets import ask, assert_refused, dial, ping
-from support.targets import UdpEcho, UnixTarget, echo
+from support.targets import UdpEcho, echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 # What comes of asking for a target. A refusal by policy has one text, whatever its reason: anything else would tell a client what the policy is.
 NOT_ALLOWED = "not allowed by this server"
 OPENED, FAILED, UNKNOWN_KEY = "opened", "allowed, but cannot be reached", "unknown key"
-TODAY = datetime.datetime.now(datetime.timezone.utc).date()
 
 
 def day(n):
-    return (TODAY + datetime.timedelta(days=n)).isoformat()
+    return (datetime.datetime.now(datetime.timezone.utc).date() + datetime.timedelta(days=n)).isoformat()
 
 
-def seed_number(n):
-    return hashlib.sha256(b"a key for the tests, %d" % n).digest()
-
-
-def public_of(seed):
-    return base64url(peer.Identity.from_seed(seed).public)
+def ask_by_udp(originator, question=b"anybody there?"):
+    originator.send(question)
+    assert originator.recv(100) == question
 
 
 class Asker:
@@ -108,16 +101,6 @@ def reread(server):
     server.wait_for("Read again", count + 1)
 
 
-def assert_lives(connection):
-    """A stream to an echo that carries something."""
-    ping(connection, b"!")
-
-
-def ask_by_udp(originator, question=b"anybody there?"):
-    originator.send(question)
-    assert originator.recv(100) == question
-
-
 @pytest.fixture
 def tcp_echo(target, stack):
     """With a UDP echo on the same port."""
@@ -133,7 +116,6 @@ def second_echo(target):
     return target(echo)
 
 
-P, Q, UDP = "tcp P", "tcp Q", "udp P"
 
 
 def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking, authorized, keys):
@@ -164,7 +146,7 @@ def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second
     client = client(port, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port).ready()
     ask(tcp_port(client))
     with dial(tcp_port(client)) as running:
-        assert_lives(running)
+        ping(running)
         assert_refused(tcp_port(client, 2))
         client.wait_for(r"127\.0\.0\.1:%d.*%s" % (second_echo.port, NOT_ALLOWED))
         reason = server.wait_for(r"\u274c.*127\.0\.0\.1:%d.*refused: (.*)" % second_echo.port).group(1)
@@ -174,7 +156,7 @@ def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second
             client.wait_for(r"127\.0\.0\.1:%d.*%s" % (udp_echo.port, NOT_ALLOWED))
             server.wait_for(r"\u274c.*127\.0\.0\.1:%d.*refused: ." % udp_echo.port)
             ask_by_udp(allowed)
-        assert_lives(running)
+        ping(running)
     ask(tcp_port(client))
     assert (second_echo.accepted, udp_echo.seen) == (0, 0)
     # Nothing of the policy shows at the client.
@@ -185,8 +167,9 @@ def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second
 def test_all_refusals_share_one_text(serve, keys):
     """The operator is told more."""
     options = {"unlisted": 'permitopen="db:1"', "no-udp": "no-udp", "nothing": "", "no listening": 'permitlisten="1"'}
-    seeds = {name: seed_number(n) for n, name in enumerate(options)}
-    keys.server.write("authorized_keys", "".join("%s %s alice@laptop\n" % (public_of(seeds[name]), options[name]) for name in options))
+    seeds = {name: bytes([n]) * 32 for n, name in enumerate(options)}
+    keys.server.write("authorized_keys", "".join(
+        "%s %s alice@laptop\n" % (base64url(peer.Identity.from_seed(seeds[name]).public), options[name]) for name in options))
     for flags, cases in (
             ((), [("unlisted", "tcp", "127.0.0.1:9"), ("no-udp", "udp", "127.0.0.1:9"), ("nothing", "tcp", "unix:/tmp/x"), ("nothing", "tcp", ";;"),
                   ("nothing", "udp", ";;"), ("nothing", "udp", "unix:/tmp/x"), ("nothing", "listen", "127.0.0.1:0")]),
@@ -225,7 +208,7 @@ def test_no_udp(serve, client, authorized, tcp_echo):
     server, port = serve()
     client = client(port, "0:%d" % tcp_echo.port).ready()
     with dial(tcp_port(client)) as running:
-        assert_lives(running)
+        ping(running)
         with udp_originator(client) as originator:
             originator.send(b"?")
             client.wait_for(NOT_ALLOWED)
@@ -237,7 +220,7 @@ def test_no_udp(serve, client, authorized, tcp_echo):
             ask_by_udp(originator)
             authorized("KEY no-udp alice")
             client.wait_for(NOT_ALLOWED, 2)
-        assert_lives(running)
+        ping(running)
     ask(tcp_port(client))
 
 
@@ -324,7 +307,7 @@ def test_other_changes_end_nothing(serve, client, authorized, tcp_echo, remote):
         for line in ("KEY bob", 'KEY permitopen="127.0.0.1:%d" bob' % remote.port, 'KEY no-legacy expires="%s"' % day(2), "KEY alice"):
             authorized(line, "KEY no-shell")
             reread(server)
-            assert_lives(running)
+            ping(running)
             assert through(remote, originator) == session
 
 
@@ -353,7 +336,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
     client = client(int(server.wait_for(STARTED).group(1)), *flags, "0:%d" % tcp_echo.port, "0:%d" % udp_echo.port).ready()
     port = tcp_port(client)
     with dial(port) as running, udp_originator(client, 2) as originator:
-        assert_lives(running)
+        ping(running)
         ask_by_udp(originator)
         if line:
             authorized(line)
@@ -403,21 +386,6 @@ def test_a_line_that_lets_nobody_in(serve, client, authorized, keys, tcp_echo):
     authorized('KEY expires="%s" alice@laptop' % day(2))
     taken = client(port, "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(taken))
-
-
-@pytest.fixture
-def folder():
-    """A short path: a Unix socket's has at most 107 bytes."""
-    made = tempfile.mkdtemp(prefix="rt", dir="/tmp")
-    yield made
-    shutil.rmtree(made)
-
-
-@pytest.fixture
-def unix_echo(folder):
-    made = UnixTarget(echo, folder + "/echo.sock")
-    yield made
-    made.close()
 
 
 def test_a_unix_target_of_a_real_client(serve, client, authorized, unix_echo, tcp_echo):

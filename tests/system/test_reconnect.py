@@ -2,11 +2,9 @@
 With 100 kills of each side, 5 minutes: RATROD_LONG=1 with -s and --timeout=1200."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
-import sys
 import time
 
 import pytest
@@ -16,9 +14,9 @@ from support import programs
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, ROOT, STARTED, descriptors, either_wire, tcp_port
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, STARTED, descriptors, either_wire, tcp_port
 from support.relays import Door
-from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, works
+from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, settled, works
 from support.socks5 import ask_socks, request, socks_port
 from support.traffic import RESET, Traffic
 
@@ -141,16 +139,6 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
     figure("client killed", "server has let go of everything after %.2f s at worst; %d descriptors" % (worst, descriptors(server)))
     assert worst < SOON
     assert at_start < 16  # nothing but the program's own
-
-
-def settled(value):
-    """What it is once it has not changed for a second."""
-    last, since = value(), time.monotonic()
-    while time.monotonic() - since < 1:
-        time.sleep(0.05)
-        if value() != last:
-            last, since = value(), time.monotonic()
-    return last
 
 
 def test_the_first_failure_ends_it_at_once(connect, connect_to, closed, door):
@@ -367,30 +355,16 @@ def test_another_host_key(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode
     eventually(lambda: works(tcp_port(client)), "it is let in again")
 
 
-# A name whose address stands in a file, as a dynamic name's does somewhere else.
-DYNAMIC = """
-import os, socket, sys
-sys.path.insert(0, %r)
-import ratrod
-def look_up(host, *rest, real=socket.getaddrinfo, **named):
-    return real(open(os.environ["ADDRESS_FILE"]).read() if host == "moves.test" else host, *rest, **named)
-socket.getaddrinfo = look_up
-sys.exit(ratrod.main())
-""" % str(ROOT)
-
-
-def test_names_are_resolved_for_each_try(serve, start, keys, tmp_path, tcp_echo):
+def test_names_are_resolved_for_each_try(serve, ratrod, keys, resolver, tcp_echo):
     """A server that moves keeps its name."""
+    names = resolver(moves_example=["127.0.0.1"])
     server, port = serve()
-    address = tmp_path / "address"
-    address.write_text("127.0.0.1")
-    client = start(sys.executable, "-c", DYNAMIC, "-k", keys.client.path, "connect", "moves.test:%d" % port,
-                   "0:127.0.0.1:%d" % tcp_echo.port, env={**os.environ, "ADDRESS_FILE": str(address)}).ready()
+    client = ratrod("-k", keys.client.path, "connect", "moves.example:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port, env=names.environment).ready()
     ask(tcp_port(client))
     server.kill()
     client.wait_for(LOST)
     serve(bind="127.0.0.2:%d" % port)
-    address.write_text("127.0.0.2")
+    names.answer({"moves.example": ["127.0.0.2"]})
     ask_within(tcp_port(client))
 
 

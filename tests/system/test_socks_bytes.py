@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import struct
-import tempfile
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from support.kernel import sockets_of
 from support.programs import LEGACY, PATIENCE, RATROD2, READY, Program, descriptors, every_mode
 from support.rows import row
-from support.sockets import eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
+from support.sockets import dial_unix, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
 from support.targets import UdpEcho, UdpRemote, says
 
@@ -100,18 +99,15 @@ def test_usable_from_the_first_moment(serve, connect, udp_echo, tcp_echo):
     client.wait_for(READY)
 
 
-def test_a_proxy_on_a_unix_socket(forward, tcp_echo):
+def test_a_proxy_on_a_unix_socket(forward, tcp_echo, short):
     """Its user has no address that datagrams could come from: an association is refused, and connections go on."""
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
-        _, client = forward(ANY, "unix:%s/socks:socks" % folder)
-        client.wait_for(r"\[SOCKS\] Listening on `unix:%s/socks`, and routing through `127\.0\.0\.1:\d+` \.\.\.$" % re.escape(folder))
-        assert os.stat(folder + "/socks").st_mode & 0o777 == 0o600
-        for command, codes in ((ASSOCIATE, (1, 7)), (CONNECT, (0,))):
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(PATIENCE)
-                connection.connect(folder + "/socks")
-                connection.sendall(GREETING + request("127.0.0.1", tcp_echo.port, command))
-                assert receive_exactly(connection, 2) == b"\5\0" and read_reply(connection)[0] in codes
+    _, client = forward(ANY, "unix:%s/socks:socks" % short)
+    client.wait_for(r"\[SOCKS\] Listening on `unix:%s/socks`, and routing through `127\.0\.0\.1:\d+` \.\.\.$" % re.escape(str(short)))
+    assert os.stat(short / "socks").st_mode & 0o777 == 0o600
+    for command, codes in ((ASSOCIATE, (1, 7)), (CONNECT, (0,))):
+        with dial_unix(short / "socks") as connection:
+            connection.sendall(GREETING + request("127.0.0.1", tcp_echo.port, command))
+            assert receive_exactly(connection, 2) == b"\5\0" and read_reply(connection)[0] in codes
 
 
 def test_two_workers(proxy, tcp_echo, udp_echo):

@@ -5,7 +5,6 @@ import contextlib
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from typing import NamedTuple
@@ -14,10 +13,11 @@ import pytest
 
 from support import ratrod2_peer as peer
 from support.keys import identity_of
-from support.pressure import LONG
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, ROOT, handshakes, tcp_port, udp_originator
+from support.pressure import LONG, scaled
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, handshakes, tcp_port, udp_originator
 from support.scripted import Scripted
 from support.sockets import dial, dial_with, eventually, receive_all, receive_exactly, say
+from support.targets import says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -109,30 +109,17 @@ class Path(NamedTuple):
     server: object
     client: object
     relay: Relay
-    ports: list
-
-    @property
-    def port(self):
-        return self.ports[0]
-
-
-# Limits has it all in one place so that a test can scale it: here a server's silence is taken for its death sooner.
-IMPATIENT = """
-import sys, ratrod
-ratrod.DEFAULT_LIMITS = ratrod.DEFAULT_LIMITS._replace(connect_timeout=1.0)
-sys.exit(ratrod.main(sys.argv[1:]))
-"""
+    port: int
 
 
 @pytest.fixture
 def path(serve, start, target, keys):
-    """path(target ports..., program=RATROD) -> Path: `serve -v`, a relay, and `connect -v` with a tunnel to each port."""
-    def launch(*remotes, program=RATROD, flags=()):
+    """path(target's port, program=RATROD, flags=()) -> Path: `serve -v`, a relay, and `connect -v` with a tunnel to the target."""
+    def launch(remote, program=RATROD, flags=()):
         server, port = serve("-v")
         relay = Relay(port, target)
-        client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port,
-                       *("0:127.0.0.1:%d" % remote for remote in remotes), env={**os.environ, "PYTHONPATH": str(ROOT)}).ready()
-        return Path(server, client, relay, [tcp_port(client, n) for n in range(1, len(remotes) + 1)])
+        client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port, "0:127.0.0.1:%d" % remote).ready()
+        return Path(server, client, relay, tcp_port(client))
     return launch
 
 
@@ -161,15 +148,14 @@ class Gate:
 
 @pytest.fixture
 def gated(path, target):
-    """gated() -> (Path, the list for its Gate)"""
-    def launch():
-        gates = []
-        def handle(connection):
-            data = receive_exactly(connection, 1)
-            gates[0].seen.set()
-            connection.sendall(data)
-        return path(target(handle).port), gates
-    return launch
+    """(Path, the list for its Gate)"""
+    gates = []
+
+    def handle(connection):
+        data = receive_exactly(connection, 1)
+        gates[0].seen.set()
+        connection.sendall(data)
+    return path(target(handle).port), gates
 
 
 def first_byte(made, look=lambda: None):
@@ -180,7 +166,7 @@ def first_byte(made, look=lambda: None):
 
 
 def test_a_ready_link_takes_one_round_trip(gated):
-    made, gates = gated()
+    made, gates = gated
     ready, = made.relay.passages
     eventually(lambda: ready.turns() == [CLIENT, SERVER] * 2, "the handshake is done")
     gates.append(Gate(made.relay, before=4))
@@ -189,7 +175,7 @@ def test_a_ready_link_takes_one_round_trip(gated):
 
 def test_a_fresh_link_takes_two_round_trips(gated):
     """Open and the first byte leave behind ClientAuthentication: the client does not wait for HandshakeCompletion."""
-    made, gates = gated()
+    made, gates = gated
     cut_all(made, 0, socket.socket.close)
     gates.append(Gate(made.relay, before=2))
     first_byte(made)
@@ -212,11 +198,6 @@ def cut_all(made, streams, how):
         passage.cut(how)
 
 
-def speaks_first(connection):
-    """A target that waits for nothing: all that its originators need is an Open."""
-    connection.sendall(b"hello")
-
-
 def assert_greeted(port):
     with dial(port) as connection:
         assert receive_all(connection) == b"hello"
@@ -225,7 +206,7 @@ def assert_greeted(port):
 @pytest.mark.parametrize("streams", [0, 1, 8])
 def test_links_that_the_path_forgot_are_replaced(path, target, streams):
     """As a NAT that lost its table: nobody hears of it before the next byte, which is answered with a reset. The Open went out alone."""
-    made = path(target(speaks_first).port)
+    made = path(target(says(b"hello")).port)
     with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(dial(made.port)) for _ in range(streams)]
         for connection in connections:
@@ -240,18 +221,11 @@ def test_links_that_the_path_forgot_are_replaced(path, target, streams):
 
 def test_a_link_that_fell_silent_is_replaced(path, target):
     """Nobody ever hears of it: no answer comes."""
-    made = path(target(speaks_first).port, program=(sys.executable, "-c", IMPATIENT), flags=("--handshake-timeout", "2"))
+    made = path(target(says(b"hello")).port, program=scaled(connect_timeout=1.0), flags=("--handshake-timeout", "2"))
     all_idle(made, 0)
     for passage in made.relay.passages:
         passage.silent = True
     assert_greeted(made.port)
-
-
-HARD_OF_HEARING = """
-import sys, ratrod
-ratrod.DEFAULT_LIMITS = ratrod.DEFAULT_LIMITS._replace(keepalive=0.4, silence=1.0, sweep_interval=0.1)
-sys.exit(ratrod.main(sys.argv[1:]))
-"""
 
 
 def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
@@ -270,8 +244,8 @@ def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
             stream.finish()
             link.accept()  # as long as the client is there: its Keepalives unread, closing would be a reset
     server = Scripted(keys, target, behave)
-    client = start(sys.executable, "-c", HARD_OF_HEARING, "-k", keys.client.path, "-v", "connect", "127.0.0.1:%d" % server.port, "0:good:1",
-                   env={**os.environ, "PYTHONPATH": str(ROOT)}).ready()
+    client = start(*scaled(keepalive=0.4, silence=1.0, sweep_interval=0.1), "-k", keys.client.path, "-v", "connect",
+                   "127.0.0.1:%d" % server.port, "0:good:1").ready()
     with dial(tcp_port(client)) as connection:
         say(connection, b"!")
         assert receive_all(connection) == text

@@ -3,18 +3,16 @@ The tables are in unit (test_core_grants, test_unix_listener, test_special_tunne
 
 import contextlib
 import os
-import pathlib
 import re
 import signal
 import socket
-import tempfile
 import threading
 
 import pytest
 
-from support.programs import PATIENCE, RATROD2, READY, every_mode, tcp_port
+from support.programs import PATIENCE, RATROD2, every_mode, tcp_port
 from support.rows import row
-from support.sockets import ask, ask_over, assert_reset, check_bulk_each_way, check_half_close, dial, receive_all, receive_exactly, say
+from support.sockets import ask, ask_over, assert_refused, check_bulk_each_way, check_half_close, dial, dial_unix, receive_all, receive_exactly, say
 from support.targets import UnixTarget, echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")]
@@ -24,34 +22,6 @@ ANY = RATROD2
 UNIX_LISTENING = r"\[UNIX\] Listening on `unix:(.+?)`"
 BLOCK = os.urandom((1 << 20) - 3)
 NOT_ALLOWED = "not allowed by this server"
-
-
-@pytest.fixture
-def short():
-    """A folder whose path is short: a socket's may have 100 bytes, which pytest's own folders nearly use up."""
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
-        yield pathlib.Path(folder)
-
-
-@pytest.fixture
-def unix_echo(short):
-    with contextlib.closing(UnixTarget(echo, short / "echo.sock")) as made:
-        yield made
-
-
-def dial_unix(path):
-    made = socket.socket(socket.AF_UNIX)
-    made.settimeout(PATIENCE)
-    made.connect(str(path))
-    return made
-
-
-def assert_refused(port):
-    """The connection is reset, nothing having come. An echo that was reached after all would say so at once."""
-    with dial(port) as connection:
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_WR)
-        assert_reset(connection)
 
 
 @every_mode
@@ -152,43 +122,39 @@ def test_target_whose_queue_is_full(forward, short, unix_echo):
 
 
 def serve_all(listener):
+    """Each on its own: the order in which they come through is nobody's promise."""
+    def serve_one(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(PATIENCE)
+            echo(connection)
     with contextlib.suppress(OSError):
         while True:
-            # Each on its own: the order in which they come through is nobody's promise.
             threading.Thread(target=serve_one, args=(listener.accept()[0],), daemon=True).start()
 
 
-def serve_one(connection):
-    with connection, contextlib.suppress(OSError):
-        connection.settimeout(PATIENCE)
-        echo(connection)
-
-
 def is_answered(connection):
-    with contextlib.suppress(ConnectionError, OSError):
+    with contextlib.suppress(OSError):
         say(connection, b"?")
         return receive_all(connection) == b"?"
     return False
 
 
-def test_its_life(serve, ratrod, keys, tcp_echo, short):
+def test_its_life(serve, client, tcp_echo, short):
     """A line says so, others cannot have it while it is in use, and it is removed at the end, or replaced where its client was killed."""
-    path, tunnel = short / "local.sock", "unix:%s/%s.sock:127.0.0.1:%d"
+    path, tunnels = short / "local.sock", ["unix:%s/%s.sock:127.0.0.1:%d" % (short, name, tcp_echo.port) for name in ("local", "second")]
     _, port = serve()
     for sign, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0), (signal.SIGINT, 130)):
         with row(sign):
-            client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port,
-                            *(tunnel % (short, name, tcp_echo.port) for name in ("local", "second")))
-            assert client.wait_for(r"📻 \[UNIX\] Listening on `unix:%s/local\.sock`, and routing through `127\.0\.0\.1:%d` to `127.0.0.1:%d` \.\.\.$"
-                                   % (re.escape(str(short)), port, tcp_echo.port))
-            client.wait_for(READY)
+            program = client(port, *tunnels).ready()
+            assert program.wait_for(r"📻 \[UNIX\] Listening on `unix:%s/local\.sock`, and routing through `127\.0\.0\.1:%d` to `127.0.0.1:%d` \.\.\.$"
+                                    % (re.escape(str(short)), port, tcp_echo.port))
             ask_over(dial_unix(path))
             assert path.stat().st_mode & 0o777 == 0o600
             assert sorted(file.name for file in short.iterdir()) == ["local.sock", "second.sock"]
-            assert client.stop(sign) == code
+            assert program.stop(sign) == code
             assert list(short.iterdir()) == [] or sign == signal.SIGKILL
             # A stream only: there is no such thing as UDP here.
-            assert "[UDP]" not in client.output
+            assert "[UDP]" not in program.output
 
 
 def test_starts_that_fail(serve, ratrod, keys, closed, short):
