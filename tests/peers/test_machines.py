@@ -123,36 +123,9 @@ def test_every_header_that_cannot_be(proxied, keys):
     assert all(line.isprintable() for line in server.lines)
 
 
-def test_local_is_the_proxys_own(serve):
-    """Health checks: nothing in the log, without -v."""
-    server, port = serve("--proxy-protocol", LISTED)
-    for header in (v2(family=UNSPEC, command=0), v2(addresses("198.51.100.7"), command=0), v2(bytes(300), 0x33, command=0), b""):
-        with introduced(port, header) as sock:
-            sock.shutdown(socket.SHUT_WR)
-            assert peer.receive_to_end(sock) == b""
-        reset(introduced(port, header))
-    assert server.stop() == 0
-    assert [line for line in server.lines if not re.search("Starting server|The server's key", line)] == []
-
-
-def test_a_header_from_an_unlisted_source(proxied, keys):
-    """Whoever could say so without being believed could be anybody: for those limits, and for the log."""
-    server, port = proxied("--handshake-timeout", FOREVER)
-    for header in (introducing("198.51.100.7"), b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", v2(family=UNSPEC)):
-        with introduced(port, header, UNLISTED) as sock:
-            with contextlib.suppress(ConnectionError):
-                sock.sendall(b"ratrod2\n")
-            assert peer.receive_to_end(sock) == b""
-    server.wait_for("❌ Refused `%s:" % re.escape(UNLISTED))
-    assert "198.51.100" not in server.output
-    # It needs none.
-    with dial(port, source=UNLISTED) as sock:
-        enter(sock, keys)
-        server.wait_for("Accepted `%s:%d`" % ((re.escape(UNLISTED), sock.getsockname()[1])))
-
-
 def test_which_sources_are_listed(serve, keys):
-    """Networks, both families, and IPv4 as a listener on [::] sees it."""
+    """Networks, both families, and IPv4 as a listener on [::] sees it. Whoever is not listed needs no header, and is not believed one: it could be
+    anybody, for the limits and for the log."""
     server, port = serve("-v", "--proxy-protocol", LISTED, "--handshake-timeout", FOREVER, bind="[::]:0")
     for number, source in enumerate((BALANCER, "127.0.10.1", "127.0.10.255")):
         with introduced(port, introducing("198.51.100.%d" % number), source) as sock:
@@ -162,10 +135,15 @@ def test_which_sources_are_listed(serve, keys):
         sock.sendall(introducing("198.51.100.77"))
         enter(sock, keys)
     server.wait_for(r"Accepted `198\.51\.100\.77:4711`")
-    for source in ("127.0.9.3", "127.0.11.1"):
-        with introduced(port, introducing("198.51.100.99"), source) as sock:
+    for source, header in (("127.0.9.3", introducing("198.51.100.99")), ("127.0.11.1", v2(family=UNSPEC)),
+                           (UNLISTED, b"PROXY TCP4 198.51.100.99 10.0.0.2 4711 19000\r\n")):
+        with introduced(port, header, source) as sock:
             assert peer.receive_to_end(sock) == b""
+        server.wait_for("❌ Refused `%s:" % re.escape(source))
     assert "198.51.100.99" not in server.output
+    with dial(port, source=UNLISTED) as sock:
+        enter(sock, keys)
+        server.wait_for("Accepted `%s:%d`" % ((re.escape(UNLISTED), sock.getsockname()[1])))
 
 
 def test_the_originals_wire_behind_a_proxy(serve, ratrod, keys, target, tcp_echo):

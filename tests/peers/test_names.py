@@ -403,7 +403,7 @@ def test_what_a_server_says_of_a_listener(connect, keys, hostile_server, shown):
             if stream:  # the first link is only a test
                 answer(link, stream)
         return hostile_server(play), "R:0:127.0.0.1:1"
-    outcomes = connect_each(keys, [answering(lambda link, stream: stream.refuse(peer.INVALID_HOST, HOSTILE)),
+    outcomes = connect_each(keys, [answering(lambda link, stream: stream.fail(peer.INVALID_HOST, HOSTILE)),
                                    answering(lambda link, stream: stream.opened(HOSTILE))])
     assert [(outcome.code, "marker-before" in outcome.err) for outcome in outcomes] == [(1, True)] * 2
     def originate(link, _stream):

@@ -16,8 +16,7 @@ import pytest
 from support.namespaces import drop_all
 from support.pressure import LONG, figure
 from support.programs import PATIENCE, RATROD, READY, STARTED, UDP_LISTENING, need, tcp_port
-from support.relays import Door
-from support.sockets import dial, eventually, free_port, ping, port_of, say
+from support.sockets import eventually, free_port, ping, port_of, say
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -229,22 +228,3 @@ def test_a_client_that_stands_still(site, tcp_echo, seconds):
             os.kill(int(pid), sign)
         time.sleep(wait)  # it stands still
     site.end("%d s standing still" % seconds)
-
-
-def test_every_link_is_reset_again_and_again(serve, connect, target, tcp_echo, stack):
-    """By something in between, under load, every 2 s."""
-    server, port = serve()
-    door = Door(target, port)
-    client = connect(door.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    talks = []
-    for n in range(8):
-        talks.append(Talk("socket %d" % n, over_socket(stack.enter_context(dial(tcp_port(client))))))
-        talks[-1].goes_on(1)
-    for _ in range(30 if LONG else 4):
-        door.cut_all()
-        for talk in talks:
-            talk.goes_on()
-        threading.Event().wait(2 if LONG else 0)  # until the next
-    for talk in talks:
-        talk.end()
-    figure("links reset every 2 s", "longest pause: %.1f s" % max(talk.pause for talk in talks))

@@ -56,8 +56,7 @@ class PeerError(Exception):
 
     def __init__(self, code, text):
         super().__init__("%d: %s" % (code, text))
-        self.code = code
-        self.text = text
+        self.code, self.text = code, text
 
 
 class LinkEnded(ConnectionError):
@@ -83,58 +82,39 @@ def varint(n):
     raise ValueError("too large for a varint: %d" % n)
 
 
-def encode_bytes(data):
+def encode_str(text):
+    """`text` as str; bytes are taken as they are, so that a test can send what is not UTF-8."""
+    data = text if isinstance(text, bytes) else text.encode("utf-8")
     return varint(len(data)) + data
 
 
-def encode_str(text):
-    """`text` as str; bytes are taken as they are, so that a test can send what is not UTF-8."""
-    return encode_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+def decode(content, *fields):
+    """The values of a whole content. A field is "str", "varint", the size of an unsigned integer, or for so many bytes a negative number."""
+    values, at = [], 0
 
+    def raw(n):
+        nonlocal at
+        if n > len(content) - at:
+            raise ProtocolError("a content of %d bytes ends inside a field" % len(content))
+        at += n
+        return content[at - n:at]
 
-class Decoder:
-    """Reads a content from front to back; end() insists that nothing is left over."""
-
-    def __init__(self, data):
-        self._data = data
-        self._at = 0
-
-    def raw(self, n):
-        if n > len(self._data) - self._at:
-            raise ProtocolError("a content of %d bytes ends inside a field" % len(self._data))
-        self._at += n
-        return self._data[self._at - n:self._at]
-
-    def unsigned(self, size):
-        return int.from_bytes(self.raw(size), "big")
-
-    def varint(self):
-        first = self.unsigned(1)
+    def read_varint():
+        first = raw(1)[0]
         if first > 253:
             raise ProtocolError("a varint that begins with %d" % first)
-        return first if first <= 250 else self.unsigned(2 << (first - 251))
-
-    def str(self):
-        try:
-            return self.raw(self.varint()).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ProtocolError("a str that is not UTF-8") from error
-
-    @property
-    def left(self):
-        return len(self._data) - self._at
-
-    def end(self):
-        if self.left:
-            raise ProtocolError("%d bytes left over in a content" % self.left)
-
-
-def decode(content, *fields):
-    """The values of a whole content. A field is "str", "varint", or the size of an unsigned integer."""
-    decoder = Decoder(content)
-    values = tuple(decoder.unsigned(field) if isinstance(field, int) else getattr(decoder, field)() for field in fields)
-    decoder.end()
-    return values
+        return first if first <= 250 else int.from_bytes(raw(2 << (first - 251)), "big")
+    for field in fields:
+        if field == "str":
+            try:
+                values.append(raw(read_varint()).decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ProtocolError("a str that is not UTF-8") from error
+        else:
+            values.append(read_varint() if field == "varint" else raw(-field) if field < 0 else int.from_bytes(raw(field), "big"))
+    if at < len(content):
+        raise ProtocolError("%d bytes left over in a content" % (len(content) - at))
+    return tuple(values)
 
 
 def decode_str(content):
@@ -173,17 +153,15 @@ def encode_open(kind, target="", instance=b"", stream=None, attempt=1, at=0, tak
 
 
 def decode_open(content):
-    decoder = Decoder(content)
-    kind, target = decoder.unsigned(1), decoder.str()
-    if kind not in (TCP, UDP, LISTEN):
-        raise ProtocolError("Open of kind %d" % kind)
-    opening = Open(kind, target)
+    kind, *_ = content or b"\0"
     if kind == LISTEN:
-        opening = Open(kind, target, decoder.raw(8))
-    elif kind == TCP:
-        opening = Open(kind, target, b"", decoder.raw(16), *(decoder.unsigned(size) for size in (4, 8, 8)))
-    decoder.end()
-    return opening
+        return Open(*decode(content, 1, "str", -8))
+    if kind == UDP:
+        return Open(*decode(content, 1, "str"))
+    if kind != TCP:
+        raise ProtocolError("Open of kind %d" % kind)
+    kind, target, *rest = decode(content, 1, "str", -16, 4, 8, 8)
+    return Open(kind, target, b"", *rest)
 
 
 def encode_opened(bound="", taken=0):
@@ -205,9 +183,7 @@ def decode_ack(content):
 
 
 def decode_abandon(content):
-    if len(content) != 16:
-        raise ProtocolError("Abandon of %d bytes" % len(content))
-    return content
+    return decode(content, -16)[0]
 
 
 def encode_session(number, target, outer=0):
@@ -232,8 +208,7 @@ def encode_session_over(number, code=UNKNOWN, text=""):
 
 
 def decode_session_over(content):
-    decoder = Decoder(content)
-    return (decoder.unsigned(4), *decode_error(decoder.raw(decoder.left)))
+    return (*decode(content[:4], 4), *decode_error(content[4:]))
 
 
 def encode_datagrams(datagrams):
@@ -242,11 +217,13 @@ def encode_datagrams(datagrams):
 
 
 def decode_datagrams(content):
-    decoder = Decoder(content)
     datagrams = []
-    while decoder.left:
-        number = decoder.unsigned(4)
-        datagrams.append((number, decoder.raw(decoder.unsigned(2))))
+    while content:
+        number, size = decode(content[:6], 4, 2)
+        datagrams.append((number, content[6:6 + size]))
+        if len(datagrams[-1][1]) < size:
+            raise ProtocolError("a datagram of %d bytes ends early" % size)
+        content = content[6 + size:]
     return datagrams
 
 
@@ -307,11 +284,9 @@ SMALL_ORDER_IDENTITY = b"\x01" + bytes(31)
 # ---------------------------------------------------------------------------------------------------- handshake
 def _dh_of_an_attacker(private, public):
     """DH that goes on with a zero shared secret, so that only the other end's own check can stop it."""
-    if private is None:
-        return bytes(32)
     try:
         return private.exchange(public)
-    except ValueError:
+    except (AttributeError, ValueError):  # no private key, or a zero secret
         return bytes(32)
 
 
@@ -413,9 +388,7 @@ class RecordWriter:
     """Seals the records of one direction. `number` is the next record's."""
 
     def __init__(self, suite, key):
-        self.suite = suite
-        self.number = 0
-        self._cipher = suite.cipher(key)
+        self.suite, self.number, self._cipher = suite, 0, suite.cipher(key)
 
     def seal(self, record_type, content=b"", number=None, length=None):
         """A record for the wire. A `number` changes the order, and counts nothing; `length` replaces the true one, in the header and the AAD."""
@@ -431,13 +404,7 @@ class RecordReader:
     """Opens the records of one direction, in order."""
 
     def __init__(self, suite, key):
-        self.suite = suite
-        self.number = 0
-        self._cipher = suite.cipher(key)
-
-    def check_length(self, length):
-        if not 1 + self.suite.tag_length <= length <= 1 + BULK_LIMIT + self.suite.tag_length:
-            raise ProtocolError("a record of %d bytes" % length)
+        self.suite, self.number, self._cipher = suite, 0, suite.cipher(key)
 
     def open(self, wire):
         """The record that `wire` (its length, and the sealed bytes) holds."""
@@ -454,7 +421,8 @@ class RecordReader:
     def read(self, sock):
         header = receive_exactly(sock, 4)
         length = int.from_bytes(header, "big")
-        self.check_length(length)
+        if not 1 + self.suite.tag_length <= length <= 1 + BULK_LIMIT + self.suite.tag_length:
+            raise ProtocolError("a record of %d bytes" % length)
         return self.open(header + receive_exactly(sock, length, inside=True))
 
 
@@ -476,11 +444,11 @@ def receive_exactly(sock, n, inside=False):
 
 def receive_to_end(sock):
     """Everything up to the FIN (or a reset, which counts as one here)."""
-    data = bytearray()
+    data = b""
     with contextlib.suppress(ConnectionError):
         for chunk in iter(lambda: sock.recv(1 << 20), b""):
             data += chunk
-    return bytes(data)
+    return data
 
 
 def reset(sock):
@@ -490,25 +458,6 @@ def reset(sock):
     sock.close()
 
 
-class Recorder:
-    """A socket whose traffic is kept, so that a test can replay it."""
-
-    def __init__(self, sock):
-        self._sock = sock
-        self.sent = bytearray()
-        self.received = bytearray()
-
-    def sendall(self, data):
-        self.sent += data
-        self._sock.sendall(data)
-
-    def recv(self, n):
-        data = self._sock.recv(n)
-        self.received += data
-        return data
-
-    def __getattr__(self, name):
-        return getattr(self._sock, name)
 
 
 # ---------------------------------------------------------------------------------------------------- positions
@@ -516,9 +465,7 @@ class Outgoing:
     """The direction of a stream that this end sends. A position counts bytes of Data, and one more for End."""
 
     def __init__(self):
-        self.position = 0  # of all that is to be sent
-        self.sent = 0  # of all that any link has carried
-        self.acknowledged = 0
+        self.position = self.sent = self.acknowledged = 0  # of all that is to be sent, that any link has carried, and that was taken
         self.next = 0  # where the current link goes on
         self.ended = False
         self._kept = bytearray()
@@ -557,8 +504,7 @@ class Incoming:
     """The direction of a stream that this end receives."""
 
     def __init__(self):
-        self.taken = 0
-        self.next = 0  # the position of what the current link brings next
+        self.taken = self.next = 0  # the latter is the position of what the current link brings next
         self.ended = False
 
     @property
@@ -621,8 +567,7 @@ class Peer:
 
     initiator = False
 
-    def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, opener=None,
-                 streams=None):
+    def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, opener=None, streams=None):
         self.sock = sock
         self.identity = Identity.from_seed(seed)
         self.claimed = self.identity.public if claimed is None else claimed
@@ -630,18 +575,12 @@ class Peer:
         self.opener = self.initiator if opener is None else opener
         static = self.identity.static_private if static is None else static
         self.handshaker = Handshake(static, self.initiator, ephemeral, attacker=attacker)
-        self.remote_identity = None
-        self.suite = None
-        self.writer = None
-        self.reader = None
+        self.remote_identity = self.suite = self.writer = self.reader = self.instance = self.stream = None
         self.state = "Idle"
-        self.instance = None
-        self.stream = None
         self.streams = {} if streams is None else streams
         self.abandoned = []
         # Two locks: a reader must be able to note what it read while a sender is blocked in sendall().
-        self._sending = threading.Lock()
-        self._changing = threading.Lock()
+        self._sending, self._changing = threading.Lock(), threading.Lock()
 
     def __enter__(self):
         return self
@@ -731,20 +670,17 @@ class Peer:
         self.finish()
 
     @contextlib.contextmanager
-    def keeping_alive(self, interval=20.0):
+    def keeping_alive(self, interval):
         """Sends Keepalive from a thread while the block runs."""
         done = threading.Event()
+
         def run():
             with contextlib.suppress(OSError):
                 while not done.wait(interval):
                     self.send_keepalive()
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join(PATIENCE)
+        threading.Thread(target=run, daemon=True).start()
+        yield
+        done.set()
 
     # ------------------------------------------------------------------ records, by the state table
 
@@ -972,10 +908,7 @@ class Server(Peer):
 
     def __init__(self, sock, seed, authorized=None, version="peer", instance=INSTANCE, **options):
         super().__init__(sock, seed, **options)
-        self.instance = instance
-        self.authorized = authorized
-        self.version = version
-        self.offered = ()
+        self.instance, self.authorized, self.version, self.offered = instance, authorized, version, ()
 
     def handshake(self):
         """Raises PeerError for a client that it refused (and told so)."""
@@ -1043,19 +976,13 @@ class Stream:
     """One stream, for its opener or its acceptor, which `link` carries now. Only chunks(), over() and what stands on them send due Acks."""
 
     def __init__(self, opening):
-        self.kind = opening.kind
-        self.target = opening.target
-        self.instance = opening.instance
-        self.number = opening.stream
-        self.attempt = opening.attempt
-        self.outgoing = Outgoing()
-        self.incoming = Incoming()
-        self.link = None
-        self.bound = None
+        self.kind, self.target, self.instance = opening.kind, opening.target, opening.instance
+        self.number, self.attempt = opening.stream, opening.attempt
+        self.outgoing, self.incoming = Outgoing(), Incoming()
+        self.link = self.bound = self._acker = None
         self.is_over = False
         self.said = 0  # the last `taken` that this end has told
         self._pending = collections.deque()
-        self._acker = None
 
     @property
     def taken(self):
@@ -1109,7 +1036,8 @@ class Stream:
         self.said = self.taken if taken is None else taken
         self.link.write(OPENED, encode_opened(address, self.said if self.kind == TCP else None))
 
-    def refuse(self, code, text):
+    def fail(self, code, text):
+        """Also in place of Opened: a refusal."""
         self.link.fail(code, text)
 
     # Both.
@@ -1181,9 +1109,6 @@ class Stream:
             # The acceptor may have closed the link right after its Over.
             with contextlib.suppress(OSError):
                 self.ack()
-
-    def fail(self, code, text):
-        self.link.fail(code, text)
 
     def chunks(self):
         """Each Data up to End, acknowledged whenever 32 KiB are, by a thread of their own: the other end may read nothing before this one reads."""

@@ -158,7 +158,7 @@ def test_an_error_in_place_of_opened_resets_the_originator(listen, originate):
         for made in (listening, another):
             selector.register(made.sock, selectors.EVENT_READ, made)
         (chosen, _), = selector.select(PATIENCE)
-    chosen.data.accept().refuse(REMOTE_FAILED, "Connection refused")
+    chosen.data.accept().fail(REMOTE_FAILED, "Connection refused")
     with pytest.raises(ConnectionResetError):
         originator.recv(1)
     serve_one(another if chosen.data is listening else listening, originate(address))

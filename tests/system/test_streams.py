@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import os
-import queue
 import socket
 import threading
 import time
@@ -13,15 +12,14 @@ import pytest
 
 from support import ratrod2_peer as peer
 from support.keys import identity_of
-from support.pressure import LONG, scaled
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, handshakes, tcp_port, udp_originator
+from support.pressure import scaled
+from support.programs import PATIENCE, RATROD, tcp_port, udp_originator
 from support.scripted import Scripted
 from support.sockets import dial, dial_with, eventually, receive_all, receive_exactly, say
 from support.targets import says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-CONNECTIONS = 5_000 if LONG else 1_000
 CLIENT, SERVER = "client", "server"
 SERVER_PREAMBLE = 2 + 137
 CLIENT_AUTHENTICATION = 2 + 96
@@ -121,16 +119,6 @@ def path(serve, start, target, keys):
         client = start(*program, "-k", keys.client.path, "-v", "connect", *flags, "127.0.0.1:%d" % relay.port, "0:127.0.0.1:%d" % remote).ready()
         return Path(server, client, relay, tcp_port(client))
     return launch
-
-
-def test_handshakes_do_not_grow_with_the_connections(path, target):
-    made = path(target(lambda connection: connection.sendall(connection.recv(1))).port)
-    for _ in range(CONNECTIONS):
-        with dial(made.port) as connection:
-            connection.sendall(b"!")
-            assert receive_all(connection) == b"!"
-    assert len(made.relay.passages) < 10
-    assert handshakes(made.server) == len(made.relay.passages)
 
 
 class Gate:
@@ -252,61 +240,9 @@ def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
     server.check()
 
 
-def test_a_refused_remote_is_a_reset_at_once(path, closed):
-    made = path(closed)
-    for first in (b"", b"hello", os.urandom(250_000)):
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            with dial(made.port) as connection:
-                connection.sendall(first)
-                connection.recv(1)
-    for program in (made.server, made.client):
-        program.wait_for("❌.*127.0.0.1:%d.*Connection refused" % closed, 3)
-
-
 def asks_by_udp(originator, question):
     originator.send(question)
     return originator.recv(100) == question
-
-
-@pytest.mark.parametrize("mode, flags", [(RATROD2, ()), (LEGACY, ("--max-retry-count", "1"))], ids=["stays", "ends"])
-def test_a_key_that_is_removed_and_comes_back(serve, connect, keys, udp_echo, target, mode, flags):
-    """Links, streams and UDP sessions end. The clients go on trying and come back by themselves, unless their tries are counted."""
-    ends = queue.Queue()
-    def handle(connection):
-        connection.sendall(b"!")
-        try:
-            ends.put(connection.recv(1))
-        except ConnectionResetError as error:
-            ends.put(error)
-    server, server_port = serve("-v", *mode.serve)
-    client = connect(server_port, *mode.connect, "--max-retry-interval", "1", *flags, "0:%d" % target(handle).port)
-    udp_client = connect(server_port, *mode.connect, "--max-retry-interval", "1", *flags, "0:%d" % udp_echo.port)
-    for program in (client, udp_client):
-        program.wait_for(READY)
-    with dial(tcp_port(client)) as connection, udp_originator(udp_client) as originator:
-        receive_exactly(connection, 1)
-        assert asks_by_udp(originator, b"?")
-        keys.server.write("authorized_keys", "# nobody\n")
-        # Within a second, by the server. The client may hear it before, of a link that it makes just then, and end all that it has.
-        server.wait_for("is not in authorized_keys any more|❌ Refused .*(its key was removed|does not know this client)")
-        with pytest.raises(ConnectionResetError):
-            connection.recv(1)
-        assert isinstance(ends.get(timeout=PATIENCE), ConnectionResetError)
-        # Each needs a link again: the one for a connection, the other for its session.
-        with contextlib.suppress(OSError):
-            dial(tcp_port(client)).close()
-        originator.send(b"?")
-        for program in (client, udp_client):
-            program.wait_for("the server does not know this client's key")
-            assert not flags or program.wait() == AUTHENTICATION_FAILED
-        if not flags:
-            keys.server.trust(keys.client, "authorized_keys")
-            originator.settimeout(1)
-            def is_back():
-                with contextlib.suppress(OSError):
-                    with dial(tcp_port(client)) as connection:
-                        return receive_exactly(connection, 1) and asks_by_udp(originator, b"back")
-            eventually(is_back, "both clients are back")
 
 
 def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second):

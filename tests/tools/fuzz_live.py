@@ -397,10 +397,29 @@ def server_peer(data):
     return answer
 
 
+class Recorder:
+    """A socket whose traffic is kept, so that it can be replayed."""
+
+    def __init__(self, sock):
+        self._sock, self.sent, self.received = sock, bytearray(), bytearray()
+
+    def sendall(self, data):
+        self.sent += data
+        self._sock.sendall(data)
+
+    def recv(self, n):
+        data = self._sock.recv(n)
+        self.received += data
+        return data
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+
 def stranger_seeds():
     """Real sessions as they went over the wire, in both protocols, and what other programs say."""
     made, sessions = rig(ServerRig), []
-    sock = peer.Recorder(made.dial())
+    sock = Recorder(made.dial())
     with peer.Client(sock, SECRET["client"]) as link:
         link.handshake().exchange("127.0.0.1:%d" % made.echo.port, b"hello")
     sessions.append((bytes(sock.sent[:42 + 3]), bytes(sock.sent[45:])))
@@ -414,7 +433,7 @@ def stranger_seeds():
     return [joined(*parts) for parts in sessions] + [joined(part) for part in others] + [joined(b"".join(parts)) for parts in sessions]
 
 
-class Recording(peer.Recorder):
+class Recording(Recorder):
     """... that also keeps the pieces in which it was sent."""
 
     def __init__(self, sock):
