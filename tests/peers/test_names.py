@@ -23,6 +23,7 @@ from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, STARTED
 from support.sockets import receive_all, say
 from support.socks5 import socks_port
 from support.spellings import HOSTILE, LONG, SHORT
+from support.targets import Target, UdpEcho
 
 A, CNAME, AAAA, ANY = 1, 5, 28, 255
 REFUSED = "not allowed by this server"
@@ -99,54 +100,25 @@ class NameServer:
 
 
 class Witness:
-    """Listens on all addresses of where it is made, by TCP and UDP, on one port. `seen`: each connection and datagram; both are told `says`."""
+    """Listens on all addresses of where it is made, by TCP and UDP, on one port. Connections and datagrams are `seen`, and told `says`."""
 
     def __init__(self, make, says, host="::", port=0):
-        self.says, self.seen = says, []
-        self.tcp, self.udp = make(self._bind, host, port)
-        self.port = self.tcp.getsockname()[1]
-        for run in (self._accept, self._receive):
-            threading.Thread(target=run, daemon=True).start()
-
-    @staticmethod
-    def _bind(host, port):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         for _ in range(20):
-            tcp = socket.create_server((host, port), family=family, backlog=100, dualstack_ipv6=host == "::")
-            udp = socket.socket(family, socket.SOCK_DGRAM)
-            if host == "::":
-                udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            self.tcp = make(Target, lambda connection: connection.sendall(says), host, port)
+            self.port = self.tcp.port
             try:
-                udp.bind((host, tcp.getsockname()[1]))
-                return tcp, udp
+                self.udp = make(UdpEcho, host, self.port, says)
+                return
             except OSError:  # another program's, for UDP
-                tcp.close()
+                self.tcp.close()
         raise AssertionError("no free port")
 
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self.tcp.accept()
-                self.seen.append(connection.getsockname()[0])
-                with connection, contextlib.suppress(OSError):
-                    connection.sendall(self.says)
-
-    def _receive(self):
-        with contextlib.suppress(OSError):
-            while True:
-                data, origin = self.udp.recvfrom(65536)
-                if origin[:2] == self.udp.getsockname()[:2] and not data:
-                    return
-                self.seen.append("udp")
-                self.udp.sendto(self.says, origin)
+    @property
+    def seen(self):
+        return self.tcp.accepted + self.udp.seen
 
     def close(self):
-        with contextlib.suppress(OSError):
-            self.tcp.shutdown(socket.SHUT_RDWR)
         self.tcp.close()
-        host = self.udp.getsockname()[0]
-        with contextlib.suppress(OSError):
-            self.udp.sendto(b"", ("::1" if host == "::" else host, self.port))
         self.udp.close()
 
 
@@ -263,7 +235,7 @@ def test_no_answer_leads_inside(place):
 def test_what_does_not_answer_is_not_replaced_by_what_is_forbidden(place):
     """The allowed address refuses, or says nothing; the next one in the list would answer."""
     place.serve("--connect-timeout", "0.5", *RESTRICTED)
-    place.outside.tcp.shutdown(socket.SHUT_RDWR)
+    place.outside.tcp.close()
     place.names.names = {"closed.ok.example": (Answer(place.outer, "127.0.0.1", "::1"),),
                          "silent.ok.example": (Answer("198.18.255.254", "127.0.0.1"),)}
     # On the cable, where nobody answers.

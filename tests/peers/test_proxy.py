@@ -8,7 +8,7 @@ import pytest
 
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import ask, check_bulk_each_way, dial, eventually, free_port, ping, port_of, works
+from support.sockets import ask, ask_udp, check_bulk_each_way, dial, eventually, free_port, ping, port_of, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -62,8 +62,7 @@ def test_a_tunnel_through_a_proxy(real_proxy, forward, tcp_echo, udp_echo, liste
             with dial(tcp_port(client)) as connection:
                 ping(connection, b"question")
     with udp_originator(client, 2) as originator:
-        originator.send(b"a datagram")
-        assert originator.recv(100) == b"a datagram"
+        ask_udp(originator, b"a datagram")
     if mode is RATROD2:
         with dial(tcp_port(client, 3)) as near, listener.accept()[0] as far:
             check_bulk_each_way((near, far), 8)

@@ -13,7 +13,7 @@ from support import legacy_peer
 from support.keys import make_keys
 from support.programs import PATIENCE, READY, tcp_port
 from support.rows import row
-from support.sockets import ask, dial, eventually, free_port, ping, receive_all, receive_exactly, say
+from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, receive_all, receive_exactly, say
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -124,8 +124,7 @@ def test_legacy_peer_as_server(rust_connect, keys, target, udp_socket, flags):
         payload = os.urandom(60000)
         ping(local, payload)
     local = udp_socket(port)
-    local.send(b"datagram")
-    assert local.recv(100) == b"datagram"
+    ask_udp(local, b"datagram")
 
 
 @every_encryption
@@ -155,8 +154,7 @@ def test_traffic(mixed, tcp_echo, target, udp_echo, udp_socket, stack, flags):
         with row("datagrams of %d bytes" % size):
             local, payload = udp_socket(udp), os.urandom(size)
             for _ in range(3):
-                local.send(payload)
-                assert local.recv(65536) == payload
+                ask_udp(local, payload)
     with row("originators are kept apart"):
         one, two = udp_socket(udp), udp_socket(udp)
         one.send(b"one")

@@ -129,8 +129,7 @@ def test_other_tunnels(sshd, over_ssh, tcp_echo, udp_echo, ground):
         client.wait_for(READY)
         with udp_originator(client) as originator:
             for datagram in (b"a datagram", b"", b"x" * 60000):
-                originator.send(datagram)
-                assert originator.recv(65536) == datagram
+                sockets.ask_udp(originator, datagram)
         ask(int(client.wait_for(r"\[TCP\] Listening on `.*?:(\d+)`.*unix:").group(1)))
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(local)

@@ -3,9 +3,25 @@
 import contextlib
 import selectors
 import socket
+import threading
 import time
 
+from support.programs import PATIENCE
 from support.sockets import reset
+
+
+def pump(one, other, pause=0):
+    """Carries what each side says to the other, so long after it came, and their ends."""
+    def copy(source, sink):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: source.recv(65536), b""):
+                time.sleep(pause)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+    thread = threading.Thread(target=copy, args=(other, one), daemon=True)
+    thread.start()
+    copy(one, other)
+    thread.join(PATIENCE)
 
 
 class Door:

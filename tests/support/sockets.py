@@ -94,6 +94,12 @@ def ping(connection, word=b"ping"):
     assert receive_exactly(connection, len(word)) == word
 
 
+def ask_udp(connected, question=b"anybody there?"):
+    """A datagram to an echo."""
+    connected.send(question)
+    assert connected.recv(65536) == question
+
+
 def ask(port, question=b"anybody there?", host="127.0.0.1"):
     """A whole connection to an echo."""
     ask_over(dial(port, host), question)

@@ -11,8 +11,9 @@ from support.sockets import port_of
 class Target:
     """A TCP server on a free port: handle(connection) runs on a thread for each connection, which is closed after it."""
 
-    def __init__(self, handle, host="127.0.0.1"):
-        self._start(handle, socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1000))
+    def __init__(self, handle, host="127.0.0.1", port=0):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._start(handle, socket.create_server((host, port), family=family, backlog=1000, dualstack_ipv6=host == "::"))
         self.port = port_of(self._listener)
 
     def _start(self, handle, listener):
@@ -81,13 +82,14 @@ class UdpRemote:
 
 
 class UdpEcho:
-    """A UDP echo on a port of `host`, for 0 a free one; `seen` counts the datagrams."""
+    """A UDP echo on a port of `host`, for 0 a free one, or one that always `says` the same; `seen` counts the datagrams."""
 
-    def __init__(self, host="127.0.0.1", port=0):
+    def __init__(self, host="127.0.0.1", port=0, says=None):
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        if host == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.bind((host, port))
-        self.port = self.socket.getsockname()[1]
-        self.seen = 0
+        self.port, self.seen, self._says = port_of(self.socket), 0, says
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
@@ -97,7 +99,7 @@ class UdpEcho:
                 if address[1] == self.port:
                     return
                 self.seen += 1
-                self.socket.sendto(data, address)
+                self.socket.sendto(self._says or data, address)
             except OSError:
                 return
 

@@ -21,6 +21,7 @@ from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
+from support.relays import pump
 from support.scripted import Scripted
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
@@ -597,34 +598,19 @@ def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_ech
     assert flood.read_udp()[1][0] == 2
 
 
-class LateServer:
-    """The independent peer as a server that answers the first connection, closes it when it is idle, and makes the others wait for go()."""
+def late_server(keys, target):
+    """(port, go(), datagrams): the independent server, which closes its first connection when it is idle, and makes the others wait for go()."""
+    connections, may_go, datagrams = itertools.count(), threading.Event(), []
 
-    def __init__(self, keys, target):
-        self._seed, self._go = seed_of(keys.server), threading.Event()
-        self.datagrams, self.changed = [], threading.Condition()
-        self.go = self._go.set
-        self.port = target(self._serve).port
-        self._connections = 0
-
-    def _serve(self, connection):
+    def serve(connection):
         connection.settimeout(PATIENCE)
-        self._connections += 1
-        server = peer.Server(connection, self._seed)
-        if self._connections == 1:
-            server.handshake().send_record(peer.CLOSE)
-            return
-        self._go.wait(PATIENCE)
-        server.handshake()
+        server = peer.Server(connection, seed_of(keys.server))
+        if not next(connections):
+            return server.handshake().send_record(peer.CLOSE)
+        may_go.wait(PATIENCE)
         with contextlib.suppress(peer.LinkEnded):
-            stream = server.accept()
-            if stream and stream.kind == peer.UDP:
-                stream.link.send_record(peer.OPENED, peer.encode_str(""))
-                while True:
-                    kind, value = stream.link.read_udp()
-                    with self.changed:
-                        self.datagrams += [data for _, data in value] if kind == peer.DATAGRAMS else []
-                        self.changed.notify_all()
+            return server.handshake().serve_streams(lambda stream: peer.serve_udp(stream, lambda _, data: datagrams.append(data)))
+    return target(serve).port, may_go.set, datagrams
 
 
 @either_wire
@@ -644,27 +630,23 @@ def wait_until_read(port):
 @pytest.mark.parametrize("together", [1, 32])
 def test_udp_backlog_of_a_client(connect, keys, target, stack, together):
     """While there is no link the newest datagrams are kept, up to so many bytes: 8 of 1000 bytes with their heads, but not 9."""
-    server = LateServer(keys, target)
-    client = connect(server.port, "--udp-backlog", "8192", "0:127.0.0.1:9").ready()
-    port = udp_port(client)
+    server_port, go, datagrams = late_server(keys, target)
+    client = connect(server_port, "--udp-backlog", "8192", "0:127.0.0.1:9").ready()
     originator = stack.enter_context(udp_originator(client))
     for n in range(100 // together):
         for m in range(together):
             originator.send(b"%04d" % (n * together + m) + bytes(996))
-        wait_until_read(port)
+        wait_until_read(udp_port(client))
     last = b"%04d" % (100 // together * together - 1)
-    server.go()
-    with server.changed:
-        assert server.changed.wait_for(lambda: any(data.startswith(last) for data in server.datagrams), PATIENCE)
-    assert len(server.datagrams) == 8
-    assert server.datagrams == sorted(server.datagrams)
+    go()
+    eventually(lambda: any(data.startswith(last) for data in datagrams), "the last one")
+    assert len(datagrams) == 8 and datagrams == sorted(datagrams)
 
 
 @linux
 def test_empty_datagrams_count_in_a_backlog(connect, keys, target, stack):
     """150 bytes of memory for each, and none of them in the count, were 50 MB here."""
-    server = LateServer(keys, target)
-    client = connect(server.port, "0:127.0.0.1:9").ready()
+    client = connect(late_server(keys, target)[0], "0:127.0.0.1:9").ready()
     originators = [stack.enter_context(udp_originator(client)) for _ in range(10)]
     originators[0].send(b"")
     wait_until_read(udp_port(client))
@@ -903,27 +885,12 @@ def test_thousands_of_strangers(serve, connect, start, keys, tcp_echo, again):
 
 
 # ---------------------------------------------------------------------------------------------------- an honest client among them
-class Slow:
-    """A path with a round trip of 300 ms to the server, which knows it as `source`."""
-
-    def __init__(self, target, port, source):
-        self._port, self._source = port, source
-        self.port = target(self._serve).port
-
-    def _serve(self, near):
-        with dial(self._port, source=self._source) as far:
-            back = threading.Thread(target=self._pass, args=(far, near), daemon=True)
-            back.start()
-            self._pass(near, far)
-            back.join(PATIENCE)
-
-    @staticmethod
-    def _pass(one, other):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: one.recv(4096), b""):
-                time.sleep(0.15)
-                other.sendall(data)
-            other.shutdown(socket.SHUT_WR)
+def slow_path(target, port, source):
+    """The port of a path with a round trip of 300 ms to the server, which knows it as `source`."""
+    def serve(near):
+        with dial(port, source=source) as far:
+            pump(near, far, 0.15)
+    return target(serve).port
 
 
 NETWORKS = ["127.80.%d.%d" % (n % 4, n // 4 + 1) for n in range(40)]
@@ -943,7 +910,7 @@ def test_an_honest_client_among_strangers(serve, connect, start, keys, tcp_echo,
     """It comes in, each time, as long as they come and while they stay; and a client that has links loses no connection."""
     server, port = serve()
     client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-    through = Slow(target, port, source).port if is_slow else port
+    through = slow_path(target, port, source) if is_slow else port
     def enter():
         with dial(through, source=None if is_slow else source) as sock:
             link(sock, keys.client)

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.many_lines import run_lines
 from support.programs import LEGACY, LISTENING, PATIENCE, RATROD2, need, tcp_port, udp_originator
 from support.relays import Door
-from support.sockets import ask, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset
+from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -134,8 +134,7 @@ def test_streams_that_lose_their_links(serve, ratrod, keys, target, tcp_echo):
 def test_sessions_that_are_over_stay_counted(forward, udp_echo):
     server, client = forward(RATROD2, "0:%d" % udp_echo.port, serve_flags=METRICS, connect_flags=(*METRICS, "--udp-timeout", "0.5"))
     with udp_originator(client) as originator:
-        originator.send(b"abc")
-        assert originator.recv(10) == b"abc"
+        ask_udp(originator, b"abc")
     for program in (client, server):
         becomes(program, {("ratrod_udp_sessions",): 0, ("ratrod_bytes_total", "sent"): 3, ("ratrod_bytes_total", "received"): 3})
 

@@ -2,13 +2,12 @@
 
 import contextlib
 import re
-import socket
-import threading
 
 import pytest
 
 import ratrod as ratrod_module
 from support.programs import PATIENCE
+from support.relays import pump
 from support.rows import row
 from support.sockets import dial, receive_all, receive_exactly
 
@@ -30,18 +29,6 @@ def fake(target):
                 handle(connection, read)
         return target(serve_one).port, seen
     return launch
-
-
-def pump(one, other):
-    def copy(source, sink):
-        with contextlib.suppress(OSError):
-            for data in iter(lambda: source.recv(65536), b""):
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-    thread = threading.Thread(target=copy, args=(other, one), daemon=True)
-    thread.start()
-    copy(one, other)
-    thread.join(PATIENCE)
 
 
 def hold(connection):

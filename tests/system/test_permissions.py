@@ -11,7 +11,7 @@ import pytest
 from support import ratrod2_peer as peer
 from support.keys import base64url, make_keys, seed_of
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, ROOT, STARTED, tcp_port, udp_originator
-from support.sockets import ask, assert_refused, dial, ping
+from support.sockets import ask, ask_udp, assert_refused, dial, ping
 from support.targets import UdpEcho, echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -23,11 +23,6 @@ OPENED, FAILED, UNKNOWN_KEY = "opened", "allowed, but cannot be reached", "unkno
 
 def day(n):
     return (datetime.datetime.now(datetime.timezone.utc).date() + datetime.timedelta(days=n)).isoformat()
-
-
-def ask_by_udp(originator, question=b"anybody there?"):
-    originator.send(question)
-    assert originator.recv(100) == question
 
 
 class Asker:
@@ -154,7 +149,7 @@ def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second
             refused.send(b"?")
             client.wait_for(r"127\.0\.0\.1:%d.*%s" % (udp_echo.port, NOT_ALLOWED))
             server.wait_for(r"\u274c.*127\.0\.0\.1:%d.*refused: ." % udp_echo.port)
-            ask_by_udp(allowed)
+            ask_udp(allowed)
         ping(running)
     ask(tcp_port(client))
     assert (second_echo.accepted, udp_echo.seen) == (0, 0)
@@ -216,7 +211,7 @@ def test_no_udp(serve, client, authorized, tcp_echo):
         # Once the line allows it, it works without another client, from another originator.
         authorized("KEY alice@laptop")
         with udp_originator(client) as originator:
-            ask_by_udp(originator)
+            ask_udp(originator)
             authorized("KEY no-udp alice")
             client.wait_for(NOT_ALLOWED, 2)
         ping(running)
@@ -233,7 +228,7 @@ def test_no_legacy(serve, client, authorized, tcp_echo):
     taken = client(port, "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(taken))
     with udp_originator(taken) as originator:
-        ask_by_udp(originator)
+        ask_udp(originator)
     # A second line that allows it counts.
     authorized("KEY no-legacy", 'KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
     again = client(port, "0:%d" % tcp_echo.port, flags=LEGACY_E.connect).ready()
@@ -249,7 +244,7 @@ def test_options_hold_over_legacy_too(mode, forward, authorized, tcp_echo, secon
     client.wait_for(NOT_ALLOWED)
     server.wait_for(r"127\.0\.0\.1:%d.*refused: " % second_echo.port)
     with udp_originator(client) as allowed, udp_originator(client, 3) as refused:
-        ask_by_udp(allowed)
+        ask_udp(allowed)
         refused.send(b"?")
         client.wait_for(NOT_ALLOWED, 2)
     authorized("KEY no-udp")
@@ -282,7 +277,7 @@ def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, keys, aut
         bystander.session(1, "127.0.0.1:%d" % udp_echo.port)
         bystander.datagrams((1, b"?"))
         assert bystander.read_udp() == (peer.DATAGRAMS, [(1, b"?")])
-        ask_by_udp(losing)
+        ask_udp(losing)
         session = through(remote, keeping)
         seen = udp_echo.seen
         authorized('KEY permitopen="127.0.0.1:%d"' % remote.port, other.public)
@@ -337,7 +332,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
     port = tcp_port(client)
     with dial(port) as running, udp_originator(client, 2) as originator:
         ping(running)
-        ask_by_udp(originator)
+        ask_udp(originator)
         if line:
             authorized(line)
         else:

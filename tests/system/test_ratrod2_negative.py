@@ -23,7 +23,7 @@ from support.programs import PATIENCE
 from support.ratrod2_peer import DATA, DATAGRAMS, END, ERROR, KEEPALIVE, OPEN, OPENED, OPENING, SESSION, TCP, UDP, PeerError, encode_session
 from support.rows import row
 from support.scripted import Scripted
-from support.sockets import eventually, is_ready, receive_all, receive_exactly, say
+from support.sockets import ask_udp, eventually, is_ready, receive_all, receive_exactly, say
 
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
 RESETS = ("--resume", "0")  # where a link is lost the stream on it is reset
@@ -676,8 +676,7 @@ def test_28_datagram_of_an_unknown_session_to_the_client(connected, stack):
     sock.settimeout(PATIENCE)
     sock.connect(("127.0.0.1", end.evil))
     for data in (b"one", b"two"):
-        sock.send(data)
-        assert sock.recv(65536) == data
+        ask_udp(sock, data)
     still_serves(end)
 
 

@@ -16,7 +16,7 @@ from support.keys import make_keys, seed_of
 from support.pressure import LONG, figure
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD2, READY, STARTED, descriptors, either_wire, tcp_port
 from support.relays import Door
-from support.sockets import ask, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, settled, works
+from support.sockets import ask, ask_udp, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_exactly, refused, settled, works
 from support.socks5 import ask_socks, request, socks_port
 from support.traffic import RESET, Traffic
 
@@ -120,8 +120,7 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
             back = traffic.stream(lambda: dial(reverse_port), listener, "reverse")  # noqa: B023 - called at once
             for stream in traffic.streams:
                 stream.flow(1000)
-            originator.send(b"datagram")
-            assert originator.recv(100) == b"datagram"
+            ask_udp(originator, b"datagram")
             traffic.wait_until(lambda: all(stream.all_arrived for stream in traffic.streams), "bytes both ways")  # noqa: B023
             streams[1].flow()
             traffic.wait_until(lambda: streams[1].target.received > 1 << 20, "bulk")  # noqa: B023

@@ -14,7 +14,7 @@ from support import sockets
 from support.pressure import LONG, memory_before, peak_growth
 from support.programs import PATIENCE, RATROD, RATROD2, READY, STARTED, bound, either_wire, every_mode, tcp_port
 from support.rows import row
-from support.sockets import accept, ask, assert_refused, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, talk
+from support.sockets import accept, ask, ask_udp, assert_refused, dial, free_port, ping, port_of, receive_all, receive_exactly, reset, talk
 from support.socks5 import ask_socks, request, socks_port
 from support.targets import echo
 
@@ -255,8 +255,7 @@ def test_one_protocol_alone(forward, tcp_echo, udp_echo):
         ask(port + 1)
         originator.settimeout(PATIENCE)
         originator.connect(("127.0.0.1", port + 1))
-        originator.send(b"?")
-        assert originator.recv(10) == b"?"
+        ask_udp(originator, b"?")
     assert [re.search(r"\[(\w+)\] Listening", line).group(1) for line in client.lines if "Listening" in line] == ["TCP", "TCP", "UDP"]
 
 
@@ -283,7 +282,7 @@ def test_a_link_local_address_keeps_its_zone(namespace, start, ratrod, keys, tar
             shown = subprocess.run([*command, *words.split()], stdout=subprocess.PIPE, check=True).stdout
             addresses[name] = re.search(rb"(fe80:\S+)/64(?!.*tentative)", shown)
         return all(addresses.values())
-    eventually(settled, "both ends of the cable have an address")
+    sockets.eventually(settled, "both ends of the cable have an address")
     near, far = ("%s%%%s" % (found.group(1).decode(), name) for name, found in addresses.items())
     server = start(*namespace.command, *RATROD, "-k", keys.server.path, "serve", "--allow-listen", "[%s]:0" % far)
     port = server.wait_for(STARTED).group(1)

@@ -11,7 +11,7 @@ import pytest
 from support.kernel import waiting_bytes
 from support.programs import PATIENCE, RATROD2, descriptors, either_wire, every_mode, tcp_port, udp_port
 from support.rows import row
-from support.sockets import eventually, free_port
+from support.sockets import ask_udp, eventually, free_port
 from support.targets import UdpEcho, UdpRemote
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -39,11 +39,6 @@ def originator(loose):
     return launch
 
 
-def ask(connected, question=b"anybody there?"):
-    connected.send(question)
-    assert connected.recv(65536) == question
-
-
 @every_mode
 def test_datagrams_to_an_echo(mode, forward, udp_echo, originator):
     server, client = forward(mode, *["0:%d" % udp_echo.port] * 4)
@@ -51,12 +46,12 @@ def test_datagrams_to_an_echo(mode, forward, udp_echo, originator):
     for n, size in enumerate((0, 512, 65507), 1):
         with row("the first datagram, of %d bytes" % size):
             asking = originator(udp_port(client, n))
-            ask(asking, NOISE[:size])
+            ask_udp(asking, NOISE[:size])
     # A datagram stays one datagram: the empty one counts too, and the largest that IPv4 has fits.
     before = udp_echo.seen
     for size in (14, 0, 1, 512, 0, 1200, 9000, 65507, 65506, 0):
         with row("%d bytes" % size):
-            ask(asking, NOISE[:size])
+            ask_udp(asking, NOISE[:size])
     assert udp_echo.seen == before + 10
     # A burst is answered whole and in order: 16 are under way at any time, so that datagrams wait together everywhere on the way.
     questions = [b"%03d " % n + NOISE[:n * 7] for n in range(200)]
@@ -201,7 +196,7 @@ def test_answer_comes_from_the_address_that_was_asked(forward, udp_echo, origina
             assert asking.recvfrom(65536) == (host.encode(), (host, udp_port(client)))
         # A target may be an IPv6 one.
         for size in (1, 1200, 65507):
-            ask(originator(udp_port(client, len(listeners) + 1)), NOISE[:size])
+            ask_udp(originator(udp_port(client, len(listeners) + 1)), NOISE[:size])
 
 
 @either_wire
@@ -239,5 +234,5 @@ def test_remote_on_another_machine(mode, namespace, tunnel, originator):
         made = tunnel(echo.port, mode, host=namespace.address)
         asking = originator(udp_port(made.client))
         for size in (0, 60, 512, 1472, 1473, 65507):
-            ask(asking, NOISE[:size])
+            ask_udp(asking, NOISE[:size])
         assert echo.seen == 6
