@@ -15,7 +15,7 @@ from support.keys import KeyPairs, identity_of, make_keys, seed_of
 from support.namespaces import Namespace
 from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
 from support.resolver import Resolver
-from support.sockets import port_of
+from support.sockets import free_port, port_of
 from support.sshd import Sshd
 from support.targets import Target, UdpEcho, UdpRemote, UnixTarget, echo
 
@@ -31,6 +31,21 @@ def start():
             return program
         launch.programs = []
         yield launch
+
+
+@pytest.fixture
+def on_free_port(start):
+    """on_free_port(command(port), pattern) -> port: for programs that take no port 0; one that was free a moment ago may be another test's by now."""
+    def launch(command, pattern):
+        for _ in range(10):
+            port = free_port()
+            program = start(*command(port))
+            with contextlib.suppress(AssertionError):
+                program.wait_for(pattern)
+                return port
+            assert "in use" in program.output, program.output
+        raise AssertionError("no free port in ten tries")
+    return launch
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from support.kernel import owner
 from support.keys import make_keys, seed_of
 from support.many_lines import run_each
 from support.pressure import LONG, figure, memory
-from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, ROOT, STARTED, bound, descriptors, missing, need, tcp_port, udp_originator
+from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, STARTED, bound, descriptors, missing, need, readme, tcp_port, udp_originator
 from support.proxy_headers import UNSPEC, addresses, introducing, tlv, v2
 from support.relays import Door
 from support.sockets import accept, ask, ask_until_answered, dial, eventually, is_ready, ping, port_of, receive_all, reset, talk, works
@@ -478,15 +478,6 @@ def test_reverse_tunnels_want_one_server(machines, client_of, tcp_echo):
     for _ in range(20):
         ask(port)
     assert made.links[1 - number]
-
-
-def readme(name):
-    """The fenced block of the README under a mark."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^<!-- ci: %s -->\n```\w*\n(.*?)^```$" % name, text, re.MULTILINE | re.DOTALL)
-    if not found:
-        pytest.skip("README.md has no fenced block right under <!-- ci: %s --> yet" % name)
-    return found.group(1)
 
 
 def test_the_readmes_haproxy_file(serve, balance, connect, tcp_echo, tmp_path):

@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
 import subprocess
-import time
 
 import pytest
 
@@ -13,7 +13,7 @@ from support import legacy_peer
 from support.keys import make_keys
 from support.programs import PATIENCE, READY, tcp_port
 from support.rows import row
-from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, receive_all, receive_exactly, say
+from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, receive_all, receive_exactly, refused, say
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -29,14 +29,9 @@ def rust_serve(rust, keys):
     def launch(*flags):
         port = free_port()
         server = rust("-k", keys.server.path, "serve", *flags, "127.0.0.1:%d" % port)
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            # It logs its start before it binds, so nothing but a connection tells that it listens.
-            with contextlib.suppress(ConnectionRefusedError):
-                dial(port).close()
-                return server, port
-            assert server.process.poll() is None and time.monotonic() < deadline, server.output
-            time.sleep(0.01)
+        # It logs its start before it binds, so nothing but a connection tells that it listens.
+        eventually(lambda: not refused(port), lambda: server.output)
+        return server, port
     return launch
 
 
@@ -221,24 +216,17 @@ def generated_by_rust(rust, folder):
     program.stop()
 
 
-def generated_by_us(ratrod, folder):
-    program = ratrod("-k", folder, "keygen")
-    assert program.wait() == 0, program.output
-    assert (folder / "key.pub").read_text() in program.output
-
-
 def test_keys_of_one_serve_the_other(rust, ratrod, tmp_path, tcp_echo, mixed):
     public = {}
     for name in ("server", "client"):
         # The folders of the `keys` fixture, which the tunnels use, filled by the other one's program.
         folder = tmp_path / name
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
         if name == mixed.ours:
             generated_by_rust(rust, folder)
         else:
-            generated_by_us(ratrod, folder)
+            program = ratrod("-k", folder, "keygen")
+            assert program.wait() == 0 and (folder / "key.pub").read_text() in program.output
         assert sorted(file.name for file in folder.iterdir()) == ["authorized_keys", "key", "key.pub", "known_hosts"]
         public[name] = (folder / "key.pub").read_text()
         assert len(public[name]) == 43 and len((folder / "key").read_text()) == 111

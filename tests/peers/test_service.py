@@ -17,7 +17,7 @@ import pytest
 import ratrod as ratrod_module
 from support.keys import make_keys
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, tcp_port
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, readme, tcp_port
 from support.sockets import ask, dial, eventually, ping, port_of
 from support.targets import echo
 
@@ -127,20 +127,13 @@ def test_a_manager_that_is_not_there(ratrod, keys, caplog):
     assert {record.levelname for record in caplog.records} <= {"DEBUG"}
 
 
-def block(name):
-    """The fenced block of the README under <!-- ci: NAME -->."""
-    found = re.search(r"<!-- ci: %s -->\n```\w*\n(.*?)^```" % re.escape(name), (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
-    assert found, "README.md has no block %s" % name
-    return found.group(1)
-
-
 @pytest.mark.parametrize("name, command", [
     ("ratrod-serve.service", "-k /etc/ratrod serve"), ("ratrod-connect@x.service", "connect @/etc/ratrod/%i.conf")])
 def test_the_unit_files_of_the_readme(name, command, tmp_path):
-    text = block("serve.service")
+    text = readme("serve.service")
     if "connect" in name:
         (tmp_path / "ratrod-serve.service").write_text(text)
-        subprocess.run(["sh", "-ec", block("connect.service").replace("/etc/systemd/system", str(tmp_path))], check=True, timeout=PATIENCE)
+        subprocess.run(["sh", "-ec", readme("connect.service").replace("/etc/systemd/system", str(tmp_path))], check=True, timeout=PATIENCE)
         text = (tmp_path / "ratrod-connect@.service").read_text()
     for line in ("Type=notify", "Restart=on-failure", "ExecReload=/bin/kill -HUP $MAINPID", "KillMode=mixed"):
         assert re.search("^%s$" % re.escape(line), text, re.M), line

@@ -13,7 +13,6 @@ import pytest
 
 from support.programs import LEGACY_E, PATIENCE, RATROD, RATROD2, STARTED, every_mode, missing, need
 from support.rows import row
-from support.sockets import free_port
 from support.socks5 import socks_port
 
 try:
@@ -161,20 +160,12 @@ def test_curl_through_a_proxy_on_a_unix_socket(forward, web, short):
 
 
 @pytest.fixture
-def dns(start):
+def dns(on_free_port):
     """The port of a real DNS server on loopback that knows test.example (192.0.2.7) and long.example (700 bytes of text)."""
-    # It takes no port 0, and one that was free a moment ago may be another test's by now.
-    for _ in range(10):
-        port = free_port()
-        server = start(need("dnsmasq"), "--no-daemon", "--conf-file=/dev/null", "--port=%d" % port, "--listen-address=127.0.0.1",
-                       "--bind-interfaces", "--no-resolv", "--no-hosts", "--address=/test.example/192.0.2.7",
-                       "--txt-record=long.example," + ",".join(["x" * 250] * 3))
-        try:
-            server.wait_for("started, version")
-            return port
-        except AssertionError:
-            assert "already in use" in server.output, server.output
-    raise AssertionError("no free port in ten tries")
+    program = need("dnsmasq")
+    return on_free_port(lambda port: (
+        program, "--no-daemon", "--conf-file=/dev/null", "--port=%d" % port, "--listen-address=127.0.0.1", "--bind-interfaces", "--no-resolv",
+        "--no-hosts", "--address=/test.example/192.0.2.7", "--txt-record=long.example," + ",".join(["x" * 250] * 3)), "started, version")
 
 
 def dns_question(name, number, kind=1):

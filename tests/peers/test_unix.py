@@ -7,7 +7,6 @@ import subprocess
 import pytest
 
 from support.programs import PATIENCE, RATROD2, every_mode, need, tcp_port
-from support.sockets import free_port
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")]
 
@@ -15,18 +14,11 @@ UNIX_LISTENING = r"\[UNIX\] Listening on `unix:(.+?)`"
 
 
 @pytest.fixture
-def redis(start, short):
+def redis(on_free_port, short):
     """(the path of its Unix socket, its port) of a real redis-server."""
-    for _ in range(5):  # it takes no port 0, and one that was free a moment ago may be another test's by now
-        port, path = free_port(), short / "redis.sock"
-        server = start(need("redis-server"), "--port", port, "--bind", "127.0.0.1", "--unixsocket", path, "--save", "", "--appendonly", "no",
-                       "--dir", short)
-        try:
-            server.wait_for("(?i)ready to accept connections")
-            return path, port
-        except AssertionError:
-            assert "in use" in server.output, server.output
-    return pytest.fail("no free port in five tries")
+    path, program = short / "redis.sock", need("redis-server")
+    return path, on_free_port(lambda port: (program, "--port", port, "--bind", "127.0.0.1", "--unixsocket", path, "--save", "", "--appendonly", "no",
+                                            "--dir", short), "(?i)ready to accept connections")
 
 
 def redis_cli(*words, typed=None):

@@ -69,6 +69,36 @@ def need(program):
     return shutil.which(program) or missing(program)
 
 
+def kept(name, make):
+    """A folder of the cache that make(folder) fills, once for all runs."""
+    place = CACHE / name
+    if not place.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=str(CACHE)) as scratch:
+            make(pathlib.Path(scratch, "new"))
+            if not place.exists():  # another run may have been faster
+                shutil.move(os.path.join(scratch, "new"), str(place))
+    return place
+
+
+def install(folder, what, *options):
+    """What PyPI has; where it has no build for this Python there is nothing to test."""
+    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", *options, "--target", str(folder), what],
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = done.stdout.decode("utf-8", "replace").strip()
+    if "No matching distribution" in output and "from versions: none" not in output:
+        pytest.skip("%s has no build for this Python" % what)
+    if done.returncode:
+        missing("%s from PyPI (%s)" % (what, output[-300:]))
+
+
+def readme(name):
+    """The fenced block of the README under <!-- ci: NAME -->."""
+    found = re.search(r"^<!-- ci: %s -->\n```\w*\n(.*?)^```$" % re.escape(name), (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert found, "README.md has no block %s" % name
+    return found.group(1)
+
+
 class Program:
     """A running program whose output (both streams, one list of lines) a test can await and search."""
 

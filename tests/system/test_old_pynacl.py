@@ -1,16 +1,13 @@
 """Older PyNaCl: the vectors (with RATROD_LONG=1 all that ciphers and keys have a part in) and the demo on each."""
 
 import os
-import pathlib
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 
 import pytest
 
-from support.programs import CACHE, PATIENCE, ROOT, SCRIPT, missing
+from support.programs import PATIENCE, ROOT, SCRIPT, install, kept
 
 OLD = ("1.4.0", "1.5.0")  # neither has AEGIS
 CORE = ("test_core.py", "test_core_handshake.py")
@@ -29,27 +26,15 @@ def python(*words, packages=None):
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
-def install(version, place):
-    code, output = python("-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary", "pynacl", "--target", str(place),
-                          "pynacl==" + version)
-    # Not for want of anything that CI could install: where only other versions have a build for this Python, there is nothing to test.
-    if "No matching distribution" in output and "from versions: none" not in output or not code and python("-c", LOAD, packages=place)[0]:
-        pytest.skip("PyNaCl %s has no build for this Python" % version)
-    if code:
-        missing("PyNaCl %s (%s)" % (version, output.strip()[-300:]))
 
 
 def old_pynacl(version):
     """The folder of an older PyNaCl, installed once and kept."""
-    place = CACHE / ("pynacl-%s-%s" % (version, sys.implementation.cache_tag))
-    if not place.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=str(CACHE)) as scratch:
-            fresh = pathlib.Path(scratch, "packages")
-            install(version, fresh)
-            if not place.exists():  # another run may have been faster
-                shutil.move(str(fresh), str(place))
-    return place
+    def make(folder):
+        install(folder, "pynacl==" + version, "--only-binary", "pynacl")
+        if python("-c", LOAD, packages=folder)[0]:
+            pytest.skip("PyNaCl %s has no build for this Python" % version)
+    return kept("pynacl-%s-%s" % (version, sys.implementation.cache_tag), make)
 
 
 LOAD = "import nacl, ratrod; print(nacl.__version__, [suite.id for suite in ratrod.offered_suites()])"

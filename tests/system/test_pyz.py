@@ -19,7 +19,7 @@ import nacl
 import pytest
 import setuptools
 
-from support.programs import CACHE, LISTENING, PATIENCE, ROOT, STARTED, missing
+from support.programs import CACHE, LISTENING, PATIENCE, ROOT, STARTED, install, kept, missing
 from support.sockets import ping
 
 NAMES = ["LICENSE", "LICENSE.docopt-ng", "__main__.py", "docopt/__init__.py", "docopt/_version.py", "ratrod.py"]
@@ -50,10 +50,13 @@ def pyz(tmp_path_factory):
     return folder / "ratrod.pyz"
 
 
+IN_VENV = pathlib.Path("Scripts" if os.name == "nt" else "bin", "python")
+
+
 def make_venv(place):
     """The Python of a new environment without anything in it, not even pip."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
-    return place / ("Scripts" if os.name == "nt" else "bin") / "python"
+    return place / IN_VENV
 
 
 def site_packages(python):
@@ -70,21 +73,12 @@ def bare():
 @pytest.fixture(scope="session")
 def pynacl_alone():
     """A Python with PyNaCl, in the version that the tests themselves run on, and nothing more; installed once and kept."""
-    place = CACHE / ("venv-pynacl-%s-%s" % (nacl.__version__, sys.implementation.cache_tag))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=str(CACHE)) as scratch:
-        fresh = pathlib.Path(scratch, "venv")
-        python = make_venv(fresh)
-        if place.exists() and not (place / python.relative_to(fresh)).exists():  # it points to a Python that is gone
-            shutil.rmtree(str(place), ignore_errors=True)  # another run may be at it
-        if not place.exists():
-            done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--only-binary", ":all:", "--target",
-                                   site_packages(python), "pynacl==" + nacl.__version__], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            if done.returncode:
-                missing("PyNaCl %s from PyPI (%s)" % (nacl.__version__, done.stdout.decode()[-300:]))
-            if not place.exists():  # another run may have been faster
-                shutil.move(str(fresh), str(place))
-    python = place / python.relative_to(fresh)
+    def make(folder):
+        install(site_packages(make_venv(folder)), "pynacl==" + nacl.__version__, "--only-binary", ":all:")
+    name = "venv-pynacl-%s-%s" % (nacl.__version__, sys.implementation.cache_tag)
+    if (CACHE / name).exists() and not (CACHE / name / IN_VENV).exists():  # it points to a Python that is gone
+        shutil.rmtree(str(CACHE / name), ignore_errors=True)  # another run may be at it
+    python = kept(name, make) / IN_VENV
     for module, code in (("nacl.bindings", 0), ("docopt", 1), ("ratrod", 1)):
         assert subprocess.run([str(python), "-I", "-c", "import " + module], stderr=subprocess.DEVNULL, cwd=str(CACHE)).returncode == code, module
     return python
