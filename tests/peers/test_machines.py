@@ -155,36 +155,34 @@ def test_the_originals_wire_behind_a_proxy(serve, ratrod, keys, target, tcp_echo
     server.wait_for(r"Accepted `198\.51\.100\.7:4711`")
 
 
-def test_cut_at_the_deadline(proxied):
+def test_cut_at_the_deadline(proxied, stack):
     """Whatever part of it has been said; and a byte now and then must not start the time anew."""
     _, port = proxied("--handshake-timeout", "0.5")
-    with contextlib.ExitStack() as stack:
-        drip, *silent = [stack.enter_context(introduced(port, said)) for said in (
-            b"PROXY UNKNOWN ", b"", introducing("198.51.100.7")[:-1], b"PROXY TCP4 198.51", introducing("198.51.100.7"))]
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            for _ in range(90):
-                drip.sendall(b"x")
-                if is_ended(drip):
-                    raise ConnectionResetError
-                threading.Event().wait(0.1)  # the drip
-        assert [peer.receive_to_end(sock) for sock in silent] == [b""] * len(silent)
+    drip, *silent = [stack.enter_context(introduced(port, said)) for said in (
+        b"PROXY UNKNOWN ", b"", introducing("198.51.100.7")[:-1], b"PROXY TCP4 198.51", introducing("198.51.100.7"))]
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        for _ in range(90):
+            drip.sendall(b"x")
+            if is_ended(drip):
+                raise ConnectionResetError
+            threading.Event().wait(0.1)  # the drip
+    assert [peer.receive_to_end(sock) for sock in silent] == [b""] * len(silent)
 
 
-def test_limits_count_the_address_in_the_header(proxied, keys):
+def test_limits_count_the_address_in_the_header(proxied, keys, stack):
     """Not the proxy's, or one of its clients could keep out all the others."""
     server, port = proxied("--handshake-timeout", FOREVER, "--max-handshakes-per-source", "1")
-    with contextlib.ExitStack() as stack:
-        def silent(source):
-            return stack.enter_context(introduced(port, introducing(source)))
-        one = [silent("198.51.100.7") for _ in range(10)]
-        eventually(lambda: len(still_open(one)) == 1, lambda: "one of one address is left, not %d" % len(still_open(one)))
-        others = [silent("198.51.100.%d" % n) for n in range(100, 120)]
-        network = [silent("2001:db8:1:2::%x" % n) for n in range(1, 11)]
-        eventually(lambda: len(still_open(network)) == 1, lambda: "one of one /64 is left, not %d" % len(still_open(network)))
-        networks = [silent("2001:db8:1:%x::1" % n) for n in range(16, 26)]
-        with introduced(port, introducing("203.0.113.5")) as sock:
-            enter(sock, keys)
-        assert len(still_open(others)) == 20 and len(still_open(networks)) == 10
+    def silent(source):
+        return stack.enter_context(introduced(port, introducing(source)))
+    one = [silent("198.51.100.7") for _ in range(10)]
+    eventually(lambda: len(still_open(one)) == 1, lambda: "one of one address is left, not %d" % len(still_open(one)))
+    others = [silent("198.51.100.%d" % n) for n in range(100, 120)]
+    network = [silent("2001:db8:1:2::%x" % n) for n in range(1, 11)]
+    eventually(lambda: len(still_open(network)) == 1, lambda: "one of one /64 is left, not %d" % len(still_open(network)))
+    networks = [silent("2001:db8:1:%x::1" % n) for n in range(16, 26)]
+    with introduced(port, introducing("203.0.113.5")) as sock:
+        enter(sock, keys)
+    assert len(still_open(others)) == 20 and len(still_open(networks)) == 10
 
 
 def test_a_claimed_address_is_only_an_address(proxied, keys):

@@ -57,15 +57,14 @@ def test_the_table_of_a_busy_pair(forward, keys, target, udp_echo, table):
         assert "1000 bytes sent" in stream and "10 bytes sent" in session
 
 
-def test_a_table_stays_short(forward, listener, table):
+def test_a_table_stays_short(forward, listener, table, stack):
     server, client = forward(RATROD2, "0:%d" % listener.getsockname()[1])
-    with contextlib.ExitStack() as stack:
-        for _ in range(60):
-            stack.enter_context(dial(tcp_port(client)))
-            stack.enter_context(listener.accept()[0])
-        for program in (client, server):
-            lines = table(program)
-            assert len([line for line in lines if line.startswith("[")]) == 50 and lines[-1] == "... and 10 more" and "60 streams" in lines[0]
+    for _ in range(60):
+        stack.enter_context(dial(tcp_port(client)))
+        stack.enter_context(listener.accept()[0])
+    for program in (client, server):
+        lines = table(program)
+        assert len([line for line in lines if line.startswith("[")]) == 50 and lines[-1] == "... and 10 more" and "60 streams" in lines[0]
 
 
 def test_a_table_while_the_server_is_away(serve, ratrod, keys, tcp_echo, table):

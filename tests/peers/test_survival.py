@@ -1,11 +1,11 @@
-"""Connections that survive what networks do: another address, a path that drops everything, a machine that stands still; nothing is lost or doubled.
-The client and its programs are in a namespace, server and targets outside. RATROD_LONG=1 with -rP: the longest outages, and the pauses they made."""
+"""Connections of real programs that survive another address of their client's machine, with nothing lost or doubled.
+
+A path that drops everything and a machine that stands still are in system/test_dead_paths.py."""
 
 import contextlib
 import hashlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import threading
@@ -13,8 +13,7 @@ import time
 
 import pytest
 
-from support.namespaces import drop_all
-from support.pressure import LONG, figure
+from support.pressure import figure
 from support.programs import PATIENCE, RATROD, READY, STARTED, UDP_LISTENING, need, tcp_port
 from support.sockets import eventually, free_port, ping, port_of, say
 
@@ -197,34 +196,3 @@ def test_another_address(site, sshd, start, target, tcp_echo, udp_echo, listener
     assert hashlib.sha256(b"".join(came)).digest() == hashlib.sha256(DOWNLOAD).digest()
     site.end("another address")
     assert re.search(r"🔌 .* was lost", site.client.output) and "✅ Over another link" in site.client.output
-
-
-@pytest.mark.parametrize("seconds", [5, 20, 50] if LONG else [5])
-def test_a_path_that_drops_everything(site, tcp_echo, udp_echo, seconds):
-    site.begin("0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port)
-    for n in range(5):
-        site.talk("socket %d" % n, over_socket(site.dial()))
-    site.talk("UDP", over_udp(site.dial_udp(2)))
-    idle = site.dial()
-    with drop_all(site.namespace):
-        time.sleep(seconds)  # the outage
-    back = time.monotonic()
-    for talk in site.talks:
-        talk.goes_on(1)
-    figure("%d s of silence" % seconds, "all go on %.1f s after its end" % (time.monotonic() - back))
-    over_socket(idle)(1)
-    site.end("%d s of silence" % seconds)
-
-
-@pytest.mark.parametrize("seconds", [40] if LONG else [12])
-def test_a_client_that_stands_still(site, tcp_echo, seconds):
-    """As a laptop that sleeps."""
-    site.begin("0:127.0.0.1:%d" % tcp_echo.port)
-    for n in range(5):
-        site.talk("socket %d" % n, over_socket(site.dial()))
-    pids = subprocess.run(["ip", "netns", "pids", site.namespace.name], stdout=subprocess.PIPE, check=True).stdout.split()
-    for sign, wait in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0)):
-        for pid in pids:
-            os.kill(int(pid), sign)
-        time.sleep(wait)  # it stands still
-    site.end("%d s standing still" % seconds)

@@ -12,7 +12,7 @@ import pytest
 
 from support import attacker
 from support.pressure import LONG, figure, megabytes, memory_before, peak_growth
-from support.programs import RATROD, READY, STARTED, bound, descriptors, tcp_port
+from support.programs import RATROD, RATROD2, READY, STARTED, bound, descriptors, tcp_port
 from support.rows import row
 from support.sockets import dial, eventually, outcome_of, ping
 
@@ -158,10 +158,9 @@ def test_a_key_that_listens_and_leaves_in_a_loop_fills_no_log(serve, attack):
     assert lines_within(server, began), server.output
 
 
-def test_outsiders_at_a_reverse_port_whose_target_is_down_fill_no_log(serve, client, closed):
+def test_outsiders_at_a_reverse_port_whose_target_is_down_fill_no_log(forward, closed):
     began = time.monotonic()
-    server, port = serve("--allow-listen")
-    owner = client(port, "R:127.0.0.1:0:127.0.0.1:%d" % closed).ready()
+    server, owner = forward(RATROD2, "R:127.0.0.1:0:127.0.0.1:%d" % closed, serve_flags=("--allow-listen",))
     reverse = bound(owner)
     def more():
         for _ in range(20):

@@ -252,15 +252,14 @@ class Terminal(Program):
 
 
 @pytest.fixture
-def at_terminal(keys):
+def at_terminal(keys, stack):
     """at_terminal(port, TUNNEL words..., flags=()) -> Terminal: our client, somebody in front of it."""
     pytest.importorskip("pty")
-    with contextlib.ExitStack() as stack:
-        def launch(port, *tunnels, flags=(), **other):
-            made = Terminal((*RATROD, "-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % port, *tunnels), **other)
-            stack.callback(made.close)
-            return made
-        yield launch
+    def launch(port, *tunnels, flags=(), **other):
+        made = Terminal((*RATROD, "-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % port, *tunnels), **other)
+        stack.callback(made.close)
+        return made
+    return launch
 
 
 @pytest.mark.parametrize("mode, answer", [(RATROD2, "fingerprint"), (LEGACY, "yes")], ids=["ratrod2, fingerprint", "legacy, yes"])

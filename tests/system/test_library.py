@@ -105,9 +105,8 @@ def assert_error(kind, text, make):
 
 
 @pytest.fixture
-def ends(keys):
-    with contextlib.ExitStack() as stack:
-        yield Ends(keys, stack)
+def ends(keys, stack):
+    return Ends(keys, stack)
 
 
 @pytest.fixture
@@ -254,17 +253,16 @@ def test_close_twice_and_by_other_threads(ends, server, tcp_echo):
             pass  # closed already: leaving closes it once more
 
 
-def test_closing_ends_those_who_are_not_in_yet(keys):
+def test_closing_ends_those_who_are_not_in_yet(keys, stack):
     """Connections that have not authenticated themselves, and those whose turn has not come: none hangs on a server that is gone."""
     server = ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path), limits=ENDLESS)
-    with contextlib.ExitStack() as stack:
-        strangers = [stack.enter_context(dial(server.address)) for _ in range(6)]
-        for stranger in strangers[::2]:
-            stranger.sendall(b"ratrod2\n")
-        server.close()
-        for stranger in strangers:
-            with contextlib.suppress(ConnectionResetError):
-                assert stranger.recv(1) == b""
+    strangers = [stack.enter_context(dial(server.address)) for _ in range(6)]
+    for stranger in strangers[::2]:
+        stranger.sendall(b"ratrod2\n")
+    server.close()
+    for stranger in strangers:
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
 
 
 def test_nothing_is_left_behind(keys, tcp_echo, udp_echo):

@@ -1,17 +1,13 @@
 """Links: how many a client makes and may have, and of how many processes. What they carry is in test_streams.py."""
 
 import contextlib
-import os
-import re
 import socket
 import threading
 
-import pytest
-
 from support import ratrod2_peer as peer
-from support.programs import LISTENING, STARTED
+from support.programs import LISTENING
 from support.scripted import Scripted
-from support.sockets import dial, eventually, ping, receive_exactly
+from support.sockets import dial, eventually, receive_exactly
 
 
 def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
@@ -49,24 +45,6 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target):
         eventually(is_answered, lambda: "%s, %s" % (asked, client.output))
     assert len(asked) < 6 and asked[-1] is False, asked  # those that were in their handshakes meanwhile may be tried
     assert "❌" not in client.output
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_workers_share_a_port_and_end_together(ratrod, keys, tcp_echo):
-    server = ratrod("-k", keys.server.path, "-v", "serve", "--workers", "2", "127.0.0.1:0")
-    server_port = int(server.wait_for(STARTED).group(1))
-    client = ratrod("-k", keys.client.path, "connect", "--workers=2", "127.0.0.1:%d" % server_port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-    port = int(client.wait_for(LISTENING).group(1))
-    with contextlib.ExitStack() as stack:
-        for n in range(50):
-            local = stack.enter_context(dial(port))
-            ping(local, b"%d" % n)
-    assert len(re.findall("Starting server", server.output)) == 2  # -v shows each worker's
-    assert client.stop() == 0
-    assert server.stop() == 0
-    # Nobody is left behind who holds the port.
-    with socket.create_server(("127.0.0.1", server_port)):
-        pass
 
 
 def test_a_busy_port_stays_an_error_with_workers(ratrod, keys, serve):

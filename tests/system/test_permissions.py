@@ -10,7 +10,7 @@ import pytest
 
 from support import ratrod2_peer as peer
 from support.keys import base64url, make_keys, seed_of
-from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, ROOT, STARTED, tcp_port, udp_originator
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, RATROD2, ROOT, STARTED, tcp_port, udp_originator
 from support.sockets import ask, ask_udp, assert_refused, dial, ping
 from support.targets import UdpEcho, echo
 
@@ -133,11 +133,10 @@ def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking,
     assert "\x1b" not in server.output and "\x07" not in server.output
 
 
-def test_a_target_that_is_not_listed(serve, client, authorized, tcp_echo, second_echo, udp_echo):
+def test_a_target_that_is_not_listed(forward, authorized, tcp_echo, second_echo, udp_echo):
     """As both operators see it: the client learns that it may not, the server's log says why, and what is allowed goes on working."""
     authorized('KEY permitopen="127.0.0.1:%d" permitopen="secret-name.example:1" alice@laptop' % tcp_echo.port)
-    server, port = serve()
-    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port).ready()
+    server, client = forward(RATROD2, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
     ask(tcp_port(client))
     with dial(tcp_port(client)) as running:
         ping(running)
@@ -196,11 +195,10 @@ def test_keys_do_not_share_what_they_may(serve, keys, authorized, tcp_echo, seco
     assert askers[0].tcp("127.0.0.1:%d" % tcp_echo.port) == OPENED
 
 
-def test_no_udp(serve, client, authorized, tcp_echo):
+def test_no_udp(forward, authorized, tcp_echo):
     """From the start; and added while sessions live, which ends them, but no stream."""
     authorized("KEY no-udp alice@laptop")
-    server, port = serve()
-    client = client(port, "0:%d" % tcp_echo.port).ready()
+    server, client = forward(RATROD2, "0:%d" % tcp_echo.port)
     with dial(tcp_port(client)) as running:
         ping(running)
         with udp_originator(client) as originator:
@@ -291,11 +289,10 @@ def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, keys, aut
     assert not re.search(r"127\.0\.0\.1:%d.*%s" % (remote.port, NOT_ALLOWED), client.output)
 
 
-def test_other_changes_end_nothing(serve, client, authorized, tcp_echo, remote):
+def test_other_changes_end_nothing(forward, authorized, tcp_echo, remote):
     """A comment, an option that allows as much, a line more: streams and sessions are not disturbed."""
     authorized("KEY alice")
-    server, port = serve()
-    client = client(port, "0:%d" % tcp_echo.port, "0:%d" % remote.port).ready()
+    server, client = forward(RATROD2, "0:%d" % tcp_echo.port, "0:%d" % remote.port)
     with dial(tcp_port(client)) as running, udp_originator(client, 2) as originator:
         session = through(remote, originator)
         for line in ("KEY bob", 'KEY permitopen="127.0.0.1:%d" bob' % remote.port, 'KEY no-legacy expires="%s"' % day(2), "KEY alice"):

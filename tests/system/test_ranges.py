@@ -73,14 +73,13 @@ class Services:
 
 
 @pytest.fixture
-def services():
+def services(stack):
     """services(n) -> the first of n ports in a row, each with its Services."""
-    with contextlib.ExitStack() as stack:
-        def launch(n):
-            first = free_port(n)
-            Services(stack, range(first, first + n))
-            return first
-        yield launch
+    def launch(n):
+        first = free_port(n)
+        Services(stack, range(first, first + n))
+        return first
+    return launch
 
 
 def answer(kind, port, host="127.0.0.1"):
@@ -123,21 +122,20 @@ def test_a_thousand_ports(forward, services):
     assert client.stop() == 0
 
 
-def test_one_busy_port(keys):
+def test_one_busy_port(keys, stack):
     """Half a range would be found out much later, by whoever uses the other half."""
     first = free_port(33)
     rows = [(kind, which, first + 5 * n) for n, (kind, which) in enumerate(
         (kind, which) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM) for which in (0, 2, 4))]
-    with contextlib.ExitStack() as stack:
-        for kind, which, port in rows:
-            stack.enter_context(bind(kind, port + which))
-        lines = [["%d-%d:db:9000-9004" % (port, port + 4)] for _, _, port in rows]
-        # Two ranges that overlap are each other's.
-        lines.append(["%d-%d:db:9000-9001" % (first + 30, first + 31), "%d-%d:db:9001-9002" % (first + 31, first + 32)])
-        outcomes = run_lines([["-k", keys.client.path, "connect", "127.0.0.1:9", *line] for line in lines])
-        for line, done, busy in zip(lines, outcomes, [port + which for _, which, port in rows] + [first + 31]):
-            assert done.code == 1 and re.search("ERROR.*(?i:in use)", done.err), (line, done)
-            assert re.findall(r"127\.0\.0\.1:(?!9\b)(\d+)", done.err.splitlines()[-1]) == [str(busy)], (line, done)
-        for _, which, port in rows:
-            with held([port + n for n in range(5) if n != which]):
-                pass
+    for kind, which, port in rows:
+        stack.enter_context(bind(kind, port + which))
+    lines = [["%d-%d:db:9000-9004" % (port, port + 4)] for _, _, port in rows]
+    # Two ranges that overlap are each other's.
+    lines.append(["%d-%d:db:9000-9001" % (first + 30, first + 31), "%d-%d:db:9001-9002" % (first + 31, first + 32)])
+    outcomes = run_lines([["-k", keys.client.path, "connect", "127.0.0.1:9", *line] for line in lines])
+    for line, done, busy in zip(lines, outcomes, [port + which for _, which, port in rows] + [first + 31]):
+        assert done.code == 1 and re.search("ERROR.*(?i:in use)", done.err), (line, done)
+        assert re.findall(r"127\.0\.0\.1:(?!9\b)(\d+)", done.err.splitlines()[-1]) == [str(busy)], (line, done)
+    for _, which, port in rows:
+        with held([port + n for n in range(5) if n != which]):
+            pass

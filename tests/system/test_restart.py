@@ -414,15 +414,14 @@ def test_workers_drain_each(serve, connect, slow):
     assert server.wait() == 0
 
 
-def test_workers_end_on_a_second_signal(serve, connect, target):
+def test_workers_end_on_a_second_signal(serve, connect, target, stack):
     server, server_port = serve("--workers", "2", "--drain", FOREVER)
     client = connect(server_port, "0:127.0.0.1:%d" % target(lambda connection: (connection.sendall(b"!"), connection.recv(1))).port).ready()
-    with contextlib.ExitStack() as stack:
-        connections = told_to_end(stack, server, client, b"!")
-        # Each worker takes the two signals by itself. One may still be at the first: two that wait are one to the kernel, so it is sent again.
-        while True:
-            server.process.send_signal(TERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                assert server.process.wait(0.2) in (0, 143, -TERM)  # one more may come when main() has put the handlers back
-                break
-        assert_reset(*connections)
+    connections = told_to_end(stack, server, client, b"!")
+    # Each worker takes the two signals by itself. One may still be at the first: two that wait are one to the kernel, so it is sent again.
+    while True:
+        server.process.send_signal(TERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert server.process.wait(0.2) in (0, 143, -TERM)  # one more may come when main() has put the handlers back
+            break
+    assert_reset(*connections)

@@ -340,7 +340,7 @@ def test_a_server_that_was_started_anew(reverse, serve, tcp_echo):
     assert made.client.process.poll() is None
 
 
-def test_forms(serve, client, target, second, short):
+def test_forms(serve, client, target, second, short, stack):
     """Tunnels of both kinds, to a Unix socket, of IPv6 and in ranges, of one client or of two; and with nothing but a reverse tunnel it is ready."""
     _, server_port = serve("--allow-listen")
     ports = [target(says(b"%d" % number)).port for number in range(4)]
@@ -358,36 +358,34 @@ def test_forms(serve, client, target, second, short):
             assert [greeting(port) for port in reached] == [b"0", b"1", b"2", b"3", b"unix"]
         assert greeting(bound(program, host=r"\[::1\]"), "::1") == b"six"
     near, far = free_port(3), free_port(3)
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", near + n))) for n in range(3)]
-        program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2), who=second).ready()
-        for n, listener in enumerate(listeners):
-            assert bound(program, ":%d" % (near + n)) == far + n
-            listener.settimeout(PATIENCE)
-            with dial(far + n) as originator, accept(listener) as there:
-                talk(originator, there, b"%d" % n)
-        assert program.process.poll() is None
+    listeners = [stack.enter_context(socket.create_server(("127.0.0.1", near + n))) for n in range(3)]
+    program = client(server_port, "R:%d-%d:127.0.0.1:%d-%d" % (far, far + 2, near, near + 2), who=second).ready()
+    for n, listener in enumerate(listeners):
+        assert bound(program, ":%d" % (near + n)) == far + n
+        listener.settimeout(PATIENCE)
+        with dial(far + n) as originator, accept(listener) as there:
+            talk(originator, there, b"%d" % n)
+    assert program.process.poll() is None
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_the_target_learns_who_the_visitor_is(serve, client, stage, kind, short):
+def test_the_target_learns_who_the_visitor_is(serve, client, stage, kind, short, stack):
     """With --send-proxy it stands in front of what the visitor says, once for each connection, also where the target speaks first."""
     _, server_port = serve("--allow-listen")
-    with contextlib.ExitStack() as stack:
-        unix = stack.enter_context(contextlib.closing(UnixTarget(lambda connection: stage.plays.get(timeout=PATIENCE)(connection), short / "it")))
-        remote = "unix:" + unix.path if kind == "unix" else "127.0.0.1:%d" % stage.port
-        program = client(server_port, "R:localhost:0:" + remote, flags=["--send-proxy"])
-        port = bound(program, remote, "localhost")
-        for host in ("127.0.0.1", "::1", "127.0.0.1"):
-            stage.play(lambda connection: (connection.sendall(b"220 hello\r\n"), stage.heard.put(receive_all(connection))))
-            with row(host), dial(port, host) as visitor:
-                source = visitor.getsockname()[:2]
-                assert receive_exactly(visitor, 11) == b"220 hello\r\n"
-                say(visitor, b"hello")
-                address = ipaddress.ip_address(source[0]).packed
-                family = b"\x11\0\x0c" if len(address) == 4 else b"\x21\0\x24"
-                ports = struct.pack(">HH", source[1], port)
-                assert stage.hears() == SIGNATURE + b"\x21" + family + address + bytes(len(address)) + ports + b"hello"
+    unix = stack.enter_context(contextlib.closing(UnixTarget(lambda connection: stage.plays.get(timeout=PATIENCE)(connection), short / "it")))
+    remote = "unix:" + unix.path if kind == "unix" else "127.0.0.1:%d" % stage.port
+    program = client(server_port, "R:localhost:0:" + remote, flags=["--send-proxy"])
+    port = bound(program, remote, "localhost")
+    for host in ("127.0.0.1", "::1", "127.0.0.1"):
+        stage.play(lambda connection: (connection.sendall(b"220 hello\r\n"), stage.heard.put(receive_all(connection))))
+        with row(host), dial(port, host) as visitor:
+            source = visitor.getsockname()[:2]
+            assert receive_exactly(visitor, 11) == b"220 hello\r\n"
+            say(visitor, b"hello")
+            address = ipaddress.ip_address(source[0]).packed
+            family = b"\x11\0\x0c" if len(address) == 4 else b"\x21\0\x24"
+            ports = struct.pack(">HH", source[1], port)
+            assert stage.hears() == SIGNATURE + b"\x21" + family + address + bytes(len(address)) + ports + b"hello"
 
 
 def test_command_lines_that_are_wrong(keys):

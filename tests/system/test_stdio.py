@@ -79,16 +79,15 @@ class Stdio:
 
 
 @pytest.fixture
-def launch(tmp_path, keys):
+def launch(tmp_path, keys, stack):
     """launch(words of the command line...) -> Stdio, as the client whose keys are known."""
-    with contextlib.ExitStack() as stack:
-        def run(*words, folder=None, **options):
-            made = Stdio(tmp_path / ("stderr%d" % len(runs)), ("-k", folder or keys.client.path, "connect", *words), **options)
-            stack.callback(made.close)
-            runs.append(made)
-            return made
-        runs = []
-        yield run
+    def run(*words, folder=None, **options):
+        made = Stdio(tmp_path / ("stderr%d" % len(runs)), ("-k", folder or keys.client.path, "connect", *words), **options)
+        stack.callback(made.close)
+        runs.append(made)
+        return made
+    runs = []
+    return run
 
 
 AT_ONCE = "--resume", "0"  # a lost link resets its stream

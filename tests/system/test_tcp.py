@@ -192,22 +192,6 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
         talk(originator, accepted)
 
 
-@either_wire
-def test_many_connections(mode, forward, tcp_echo, stack):
-    """200 at once are kept apart. That many one after the other leave nothing behind is in test_descriptors.py."""
-    _, client = forward(mode, "0:%d" % tcp_echo.port)
-    working = tcp_port(client)
-    connections = [stack.enter_context(dial(working)) for _ in range(200)]
-    for n, connection in enumerate(connections):
-        connection.sendall(b"number %03d" % n)
-    for n, connection in enumerate(connections):
-        assert receive_exactly(connection, 10) == b"number %03d" % n
-    for connection in connections:
-        connection.shutdown(socket.SHUT_WR)
-    for connection in connections:
-        assert connection.recv(1) == b""
-
-
 def test_tunnels_of_every_form(forward, target, tcp_echo):
     inside = target(echo, host="::1")
     names = [target(lambda connection, name=name: connection.sendall(name)) for name in (b"first", b"second")]

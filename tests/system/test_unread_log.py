@@ -78,18 +78,17 @@ class Terminal(Pipe):
 
 
 @pytest.fixture
-def logging_to():
+def logging_to(stack):
     """logging_to(Pipe or Terminal, words...) -> (process, where its log goes)"""
-    with contextlib.ExitStack() as stack:
-        def launch(kind, *words):
-            log = kind()
-            stack.callback(log.close)
-            process = subprocess.Popen([*FORGETFUL, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log.writer,
-                                       preexec_fn=log.own, env={**os.environ, "TERM": "xterm"})
-            stack.callback(process.wait, PATIENCE)
-            stack.callback(process.kill)
-            return process, log
-        yield launch
+    def launch(kind, *words):
+        log = kind()
+        stack.callback(log.close)
+        process = subprocess.Popen([*FORGETFUL, *map(str, words)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log.writer,
+                                   preexec_fn=log.own, env={**os.environ, "TERM": "xterm"})
+        stack.callback(process.wait, PATIENCE)
+        stack.callback(process.kill)
+        return process, log
+    return launch
 
 
 @pytest.mark.parametrize("kind, flags", [
