@@ -127,8 +127,7 @@ class Place:
 
     def __init__(self, namespace, names, start, keys):
         self.namespace, self.names, self._start, self.keys = namespace, names, start, keys
-        self.address = namespace.address
-        self.outer = str(ipaddress.ip_address(namespace.address) - 1)
+        self.address, self.outer = namespace.address, str(ipaddress.ip_address(namespace.address) - 1)
         self.outside = Witness(lambda function, *args: function(*args), b"outside", self.outer)
         self.port = self.outside.port
         self.inside = Witness(namespace.make, b"inside", port=self.port)

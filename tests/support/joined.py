@@ -135,17 +135,38 @@ def piece(tag, start, n):
     return (text * ((start + n) // len(text) + 1))[start:start + n]
 
 
-class App:
-    """A program at an outer end: it speaks the text of its own tag and hears that of the other's, byte by byte."""
+class Talker:
+    """A program at an end of a connection: it speaks the text of its own tag and hears that of the other's, byte by byte."""
 
-    def __init__(self, tag, size):
-        self.tag = tag
-        self.socket, self.local = wires(size)
+    def __init__(self, tag, sock):
+        self.tag, self.socket = tag, sock
         self.sent = self.received = 0
         self.ended = False
+        self.outcome = self.other = None
+
+    def say(self, n):
+        self.sent += self.socket.send(piece(self.tag, self.sent, n))
+
+    def hear(self, data):
+        """What came, or without any the clean end."""
+        if not data:
+            self.outcome = END
+            assert self.other and self.other.ended, "a clean end that nobody made"
+            assert self.received == self.other.sent, "a clean end after %d of %d bytes" % (self.received, self.other.sent)
+        else:
+            assert self.other, "bytes from nowhere"
+            assert self.received + len(data) <= self.other.sent, "more than was sent"
+            assert data == piece(self.other.tag, self.received, len(data)), "other bytes than were sent"
+            self.received += len(data)
+
+
+class App(Talker):
+    """One whose own end is a Wire: `local`."""
+
+    def __init__(self, tag, size):
+        sock, self.local = wires(size)
+        super().__init__(tag, sock)
         self.reads = True
-        self.outcome = None
-        self.other = None
 
     @property
     def dead(self):
@@ -155,7 +176,7 @@ class App:
         if not n or self.ended or self.dead:
             return
         try:
-            self.sent += self.socket.send(piece(self.tag, self.sent, n))
+            self.say(n)
         except BlockingIOError:
             pass
         except BrokenPipeError:
@@ -180,20 +201,11 @@ class App:
         except BlockingIOError:
             return
         except ConnectionResetError:
-            data = b""
-            self.local.aborted = True
-        if not data:
-            self.outcome = RESET if self.local.aborted else END
-            return self.check_end()
-        assert self.other, "bytes from nowhere"
-        assert self.received + len(data) <= self.other.sent, "more than was sent"
-        assert data == piece(self.other.tag, self.received, len(data)), "other bytes than were sent"
-        self.received += len(data)
-
-    def check_end(self):
-        if self.outcome == END:
-            assert self.other and self.other.ended, "a clean end that nobody made"
-            assert self.received == self.other.sent, "a clean end after %d of %d bytes" % (self.received, self.other.sent)
+            data, self.local.aborted = b"", True
+        if not data and self.local.aborted:
+            self.outcome = RESET
+        else:
+            self.hear(data)
 
 
 class Pipe:
@@ -335,8 +347,7 @@ class Connection:
         self.number, self.remote_size = number, remote_size
         self.app = App((number, ORIGINATOR), size)
         self.remote = self.stream = self.accepted = None  # the other App; the two Streams
-        self.connects = 0
-        self.is_disturbed = False
+        self.connects, self.is_disturbed = 0, False
         self.has_skipped = False  # one side has sent more than a window, while its local socket took nothing
 
     @property

@@ -69,8 +69,7 @@ def encode(message):
 
 class Decoder:
     def __init__(self, payload):
-        self.payload = payload
-        self.at = 0
+        self.payload, self.at = payload, 0
 
     def take(self, n):
         if n > len(self.payload) - self.at:
@@ -146,12 +145,8 @@ class Peer:
     def __init__(self, sock, identity, timeout=30.0):
         sock.settimeout(timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = sock
-        self.identity = identity
-        self.received = bytearray()
-        self.key = None
-        self.challenge = os.urandom(32)
-        self._exchange = X25519PrivateKey.generate()
+        self.socket, self.identity, self.received, self.key = sock, identity, bytearray(), None
+        self.challenge, self._exchange = os.urandom(32), X25519PrivateKey.generate()
         self.exchange_public_key = self._exchange.public_key().public_bytes(*RAW)
 
     def __enter__(self):

@@ -103,9 +103,7 @@ class Program:
     """A running program whose output (both streams, one list of lines) a test can await and search."""
 
     def __init__(self, command, **options):
-        self.lines = []
-        self._changed = threading.Condition()
-        self._ended = False
+        self.lines, self._changed, self._ended = [], threading.Condition(), False
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen([str(word) for word in command], **{**streams, **options})
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -294,8 +294,7 @@ class Handshake:
     """One side of the Noise handshake: bytes in, bytes out. A key is 32 private bytes or a noiseprotocol key pair."""
 
     def __init__(self, static, initiator, ephemeral=None, prologue=OPENING, attacker=False):
-        self.initiator = initiator
-        self._connection = NoiseConnection.from_name(NOISE_NAME)
+        self.initiator, self._connection = initiator, NoiseConnection.from_name(NOISE_NAME)
         self._connection.set_prologue(prologue)
         (self._connection.set_as_initiator if initiator else self._connection.set_as_responder)()
         # Any static key satisfies start_handshake(). The real keys are put in after it: noiseprotocol warns of a given
@@ -467,8 +466,7 @@ class Outgoing:
     def __init__(self):
         self.position = self.sent = self.acknowledged = 0  # of all that is to be sent, that any link has carried, and that was taken
         self.next = 0  # where the current link goes on
-        self.ended = False
-        self._kept = bytearray()
+        self.ended, self._kept = False, bytearray()
 
     @property
     def is_done(self):
@@ -568,8 +566,7 @@ class Peer:
     initiator = False
 
     def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, opener=None, streams=None):
-        self.sock = sock
-        self.identity = Identity.from_seed(seed)
+        self.sock, self.identity = sock, Identity.from_seed(seed)
         self.claimed = self.identity.public if claimed is None else claimed
         self.suites = tuple(SUITES if suites is None else suites)
         self.opener = self.initiator if opener is None else opener
@@ -842,8 +839,7 @@ class Client(Peer):
 
     def __init__(self, sock, seed, server=None, **options):
         super().__init__(sock, seed, **options)
-        self.server = server
-        self.version = None
+        self.server, self.version = server, None
 
     @classmethod
     def connect(cls, port, seed, host="127.0.0.1", wrap=lambda sock: sock, **options):

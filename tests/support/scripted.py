@@ -16,8 +16,7 @@ class Scripted:
     def __init__(self, keys, target, behave, clients=None):
         self._seed, self._behave = seed_of(keys.server), behave
         self._clients = [identity_of(client) for client in clients or [keys.client]]
-        self._numbers = iter(range(10_000))
-        self.problems = []
+        self._numbers, self.problems = iter(range(10_000)), []
         self.port = target(self._handle).port
 
     def _handle(self, connection):

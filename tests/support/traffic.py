@@ -133,8 +133,7 @@ class Traffic:
     """All streams of a test, and the thread that drives them; a context manager."""
 
     def __init__(self):
-        self.streams = []
-        self._stopped = False
+        self.streams, self._stopped = [], False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

@@ -11,7 +11,7 @@ import tempfile
 from unittest import mock
 
 import ratrod
-from support.joined import CLIENT_KEYS, LARGE, SERVER_KEYS, Clock, Loop, Pair, piece
+from support.joined import CLIENT_KEYS, LARGE, RESET, SERVER_KEYS, Clock, Loop, Pair, Talker
 from support.keys import make_keys
 from support.sockets import reset
 
@@ -136,8 +136,7 @@ class Oracle:
         self.socket.setblocking(False)
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        self.heard = collections.Counter()
-        self._questions = collections.deque()
+        self.heard, self._questions = collections.Counter(), collections.deque()
 
     def hear(self):
         with contextlib.suppress(BlockingIOError):
@@ -154,23 +153,16 @@ class Oracle:
             self.socket.sendto(b"answer " + data, origin)
 
 
-END, RESET = "end", "reset"
 
 
-class App:
-    """A program at one end of a connection: it speaks the text of its own tag and hears that of the other's."""
-
-    def __init__(self, sock, tag):
-        self.socket, self.tag = sock, tag
-        self.sent = self.received = 0
-        self.ended = False
-        self.outcome = self.other = None
+class App(Talker):
+    """One whose end is a plain socket."""
 
     def write(self, n):
         if not self.ended and self.outcome != RESET:
             with contextlib.suppress(BlockingIOError):
                 try:
-                    self.sent += self.socket.send(piece(self.tag, self.sent, n))
+                    self.say(n)
                 except OSError:
                     self.outcome = RESET
 
@@ -186,25 +178,14 @@ class App:
             reset(self.socket)
 
     def read(self):
-        if self.outcome:
-            return
-        try:
-            data = self.socket.recv(1 << 20)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            assert error.errno in (errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED), error
-            self.outcome = RESET
-            return
-        if not data:
-            self.outcome = END
-            assert self.other and self.other.ended, "a clean end that nobody made"
-            assert self.received == self.other.sent, "a clean end after %d of %d bytes" % (self.received, self.other.sent)
-            return
-        assert self.other, "bytes from nowhere"
-        assert self.received + len(data) <= self.other.sent, "more than was sent"
-        assert data == piece(self.other.tag, self.received, len(data)), "other bytes than were sent"
-        self.received += len(data)
+        if not self.outcome:
+            try:
+                self.hear(self.socket.recv(1 << 20))
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                assert error.errno in (errno.ECONNRESET, errno.EPIPE, errno.ECONNREFUSED), error
+                self.outcome = RESET
 
 
 class Back:
@@ -220,7 +201,7 @@ class Back:
         sock = socket.socket()
         sock.connect(("127.0.0.1", port))  # into the listener's queue: it does not wait for the loop
         sock.setblocking(False)
-        app = App(sock, len(self.originators))
+        app = App(len(self.originators), sock)
         sock.send(b"%08d" % app.tag)
         self.originators.append(app)
 
@@ -245,7 +226,7 @@ class Back:
             if len(name) == 8:
                 originator = self.originators[int(name)]
                 assert originator.other is None, "one connection reached the target twice"
-                originator.other = App(sock, ("target", originator.tag))
+                originator.other = App(("target", originator.tag), sock)
                 originator.other.other = originator
             else:  # it ended before it said who it was; one byte at a time does not happen on loopback
                 assert not name

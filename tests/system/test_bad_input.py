@@ -72,9 +72,7 @@ class Served:
     def __init__(self, program, port, keys, echo_port, stack):
         self.program, self.port, self.keys, self.echo_port = program, port, keys, echo_port
         self.identity = legacy_peer.Identity.load(keys.client.path)
-        self.server_identity = legacy_peer.Identity.load(keys.server.path)
-        self.peers = []
-        self._stack = stack
+        self.server_identity, self.peers, self._stack = legacy_peer.Identity.load(keys.server.path), [], stack
 
     def dial(self, source=None):
         """Stays open until the test ends, so that no two peers have the same port."""

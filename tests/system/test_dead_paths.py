@@ -131,8 +131,7 @@ class Links:
 
     def __init__(self, server, port, streams):
         self._server, self._port, self._streams = server, port, streams
-        self._before = self._now()
-        self.since = {}
+        self._before, self.since = self._now(), {}
 
     def _now(self):
         found = tcp_sockets(self._server, ESTABLISHED)
@@ -276,9 +275,7 @@ class Answers:
     """Asks an echo over new connections, each on a thread of its own: when each was made, and what came of it after how long."""
 
     def __init__(self, port):
-        self._port = port
-        self._pool = concurrent.futures.ThreadPoolExecutor(50)
-        self._asked = []
+        self._port, self._pool, self._asked = port, concurrent.futures.ThreadPoolExecutor(50), []
 
     def ask(self):
         self._asked.append(self._pool.submit(self._ask, time.monotonic()))

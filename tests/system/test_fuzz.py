@@ -16,9 +16,9 @@ import fuzz
 import fuzz_live
 import ratrod
 from fuzz_parsers import FUZZES, hash_of
-from support.joined import BOTH_WAYS
+from support.joined import BOTH_WAYS, END, RESET
 from support.programs import ROOT
-from support.whole_ends import END, RESET, Back, Ends, Oracle, Originator
+from support.whole_ends import Back, Ends, Oracle, Originator
 
 CRASHERS = sorted((ROOT / "tests" / "tools" / "crashers").iterdir())
 PARSED, PLAYED = 2000, 120  # inputs of a parser, and of whole programs

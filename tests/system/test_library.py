@@ -80,8 +80,7 @@ class Ends:
     """serve() and tunnel() with the keys of the test, closed at its end."""
 
     def __init__(self, keys, stack):
-        self.keys = keys
-        self._stack = stack
+        self.keys, self._stack = keys, stack
 
     def serve(self, bind="127.0.0.1:0", **options):
         return self._stack.enter_context(ratrod.serve(bind, **{"key_path": str(self.keys.server.path), **options}))
@@ -716,8 +715,7 @@ class Judge:
     """An authorize= that keeps what it was asked, and says what allow(key, target) does."""
 
     def __init__(self, allow=lambda key, target: True):
-        self._allow = allow
-        self.asked = []
+        self._allow, self.asked = allow, []
 
     def __call__(self, key, target):
         self.asked.append((key, target))

@@ -525,8 +525,7 @@ class Asking:
     """An originator; ask(remote) -> the port at which the remote sees it, which is its session's at the server."""
 
     def __init__(self, client, stack):
-        self.client = client
-        self._sock = stack.enter_context(udp_originator(client))
+        self.client, self._sock = client, stack.enter_context(udp_originator(client))
 
     def ask(self, remote):
         self._sock.send(b"question")

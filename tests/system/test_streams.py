@@ -29,9 +29,7 @@ class Passage:
     """One connection through a Relay. `flights` are its turns of direction: [whose, all their bytes]."""
 
     def __init__(self, relay, near, far):
-        self.relay = relay
-        self.sockets = {CLIENT: near, SERVER: far}
-        self.flights = []
+        self.relay, self.sockets, self.flights = relay, {CLIENT: near, SERVER: far}, []
         self.forgotten = self.silent = self.is_cut = False
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self.carry, args=(whose,), daemon=True) for whose in self.sockets]
@@ -125,8 +123,7 @@ class Gate:
     """A Relay.hold that stands for a long path: what the server says, but for `before` flights, passes once the target has seen the first byte."""
 
     def __init__(self, relay, before):
-        self.seen = threading.Event()
-        self._before = before
+        self.seen, self._before = threading.Event(), before
         relay.hold = self.hold
 
     def hold(self, passage, whose):
