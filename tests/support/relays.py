@@ -30,7 +30,7 @@ class Door:
     def __init__(self, target, to=None, header=b""):
         self.to, self.tries, self.header = to, [], header
         self.next = []  # ports to take in turn in place of `to`, as a balancer does; one where nobody listens is passed by
-        self._passing = set()  # the near ends of what is passed on
+        self._passing, self._silent = set(), set()  # the near ends of what is passed on, and of what is swallowed
         self.port = target(self._handle).port
 
     def _handle(self, near):
@@ -64,7 +64,7 @@ class Door:
         if self._is_cut(near):
             raise ConnectionResetError
         if data:
-            return key.data.sendall(data)
+            return None if near in self._silent else key.data.sendall(data)
         selector.unregister(key.fileobj)
         return key.data.shutdown(socket.SHUT_WR)
 
@@ -75,6 +75,14 @@ class Door:
 
     def _is_cut(self, near):
         return near not in self._passing
+
+    def forget_all(self):
+        """As a NAT that lost its table: nobody hears of it before the next byte, which is answered with a reset."""
+        self._passing.clear()
+
+    def swallow_all(self):
+        """What is passed on now falls silent, and nobody ever hears of it."""
+        self._silent.update(self._passing)
 
     def cut_all(self):
         """Resets what is passed on now, at both ends."""

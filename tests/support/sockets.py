@@ -6,7 +6,6 @@ import hashlib
 import os
 import random
 import selectors
-import signal
 import socket
 import struct
 import time
@@ -62,17 +61,6 @@ def dial_unix(path):
     made.settimeout(PATIENCE)
     made.connect(str(path))
     return made
-
-
-def dial_with(data, client, port):
-    """A connection to `client`, whose `data` is there when it accepts: on a busy machine it could come so late that Open leaves without it."""
-    client.process.send_signal(signal.SIGSTOP)
-    try:
-        connection = dial(port)
-        connection.sendall(data)
-    finally:
-        client.process.send_signal(signal.SIGCONT)
-    return connection
 
 
 def say(connection, data):

@@ -72,6 +72,19 @@ def test_streams_follow_each_other_on_one_link_byte_by_byte(world):
     world.finish()
 
 
+def test_the_first_byte_waits_for_no_answer(world):
+    """Open and Data leave behind the client's last message of the handshake: neither HandshakeCompletion nor Opened has come back yet."""
+    connection = world.originate(first=1)
+    for _ in range(5):
+        world.turn()
+        for pair in world.pairs:
+            pair.pipes[TO_ACCEPTOR].pump()
+        world.server.connect_all()
+    connection.remote.read()
+    assert (connection.remote.received, world.pairs[0].pipes[TO_OPENER].moved) == (1, 0)
+    end_whole(world, connection, links=1)
+
+
 @pytest.mark.parametrize("how", [END, RESET])
 @pytest.mark.parametrize("first", [0, 1, LARGE])
 @pytest.mark.parametrize("ends", [False, True], ids=["goes on", "has ended"])
