@@ -5,7 +5,6 @@ import contextlib
 import copy
 import os
 import re
-import selectors
 import shutil
 import socket
 import subprocess
@@ -21,11 +20,11 @@ from support.checked_load import Load
 from support.kernel import owner
 from support.keys import make_keys, seed_of
 from support.many_lines import run_each
-from support.pressure import LONG, figure, memory
+from support.pressure import LONG, figure, is_closed, memory
 from support.programs import LISTENING, PATIENCE, RATROD, RATROD2, STARTED, bound, descriptors, missing, need, readme, tcp_port, udp_originator
 from support.proxy_headers import UNSPEC, addresses, introducing, tlv, v2
 from support.relays import Door
-from support.sockets import accept, ask, ask_until_answered, dial, eventually, is_ready, ping, port_of, receive_all, reset, talk, works
+from support.sockets import accept, ask, ask_until_answered, dial, eventually, ping, port_of, receive_all, reset, talk, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -70,16 +69,7 @@ def enter(sock, keys):
 
 def still_open(socks):
     """Those that the other side has not ended; all that it may say is that it is overloaded."""
-    return [sock for sock in socks if not is_ended(sock)]
-
-
-def is_ended(sock):
-    if not is_ready(sock, selectors.EVENT_READ, 0):
-        return False
-    try:
-        return sock.recv(2, socket.MSG_PEEK) in (b"", module.OVERLOADED)
-    except ConnectionResetError:
-        return True
+    return [sock for sock in socks if not is_closed(sock)]
 
 
 @pytest.fixture
@@ -163,7 +153,7 @@ def test_cut_at_the_deadline(proxied, stack):
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         for _ in range(90):
             drip.sendall(b"x")
-            if is_ended(drip):
+            if is_closed(drip):
                 raise ConnectionResetError
             threading.Event().wait(0.1)  # the drip
     assert [peer.receive_to_end(sock) for sock in silent] == [b""] * len(silent)

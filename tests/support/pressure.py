@@ -49,6 +49,18 @@ def figure(name, value):
     print("figure: %s = %s" % (name, value))
 
 
+def is_closed(sock):
+    """Whether the other side has closed a connection on which all that it may say is that it is overloaded."""
+    from support.sockets import is_ready
+
+    if not is_ready(sock, selectors.EVENT_READ, 0):
+        return False
+    try:
+        return sock.recv(2, socket.MSG_PEEK) in (b"", OVERLOADED)
+    except ConnectionResetError:
+        return True
+
+
 def megabytes(n):
     return "%.1f MB" % (n / (1 << 20))
 

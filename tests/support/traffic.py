@@ -9,7 +9,7 @@ import threading
 import time
 
 from support.programs import PATIENCE
-from support.sockets import eventually
+from support.sockets import eventually, settled
 
 # Whatever is sent at position p of a stream: bytes that are lost, doubled or from elsewhere show. A prime length, so that no block fits twice.
 NOISE = os.urandom(1_000_003)
@@ -154,14 +154,7 @@ class Traffic:
 
     def settle(self, ends):
         """Waits until the buffers are full: these ends have sent nothing for a second."""
-        sent, since = None, time.monotonic()
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() - since < 1:
-            assert time.monotonic() < deadline, "never full: %r" % ends
-            now_sent = [end.sent for end in ends]
-            if now_sent != sent:
-                sent, since = now_sent, time.monotonic()
-            time.sleep(ROUND)
+        settled(lambda: [end.sent for end in ends])
 
     def _run(self):
         while not self._stopped:

@@ -19,7 +19,7 @@ from support import ratrod2_peer as peer
 from support.joined import CLIENT_KEYS, TO_ACCEPTOR
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of
-from support.pressure import LONG, BlackHole, figure, megabytes, memory_before, peak_growth, scaled
+from support.pressure import LONG, BlackHole, figure, is_closed, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
 from support.relays import pump
 from support.scripted import Scripted
@@ -27,15 +27,6 @@ from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_o
 from support.whole_ends import Ends
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
-
-
-def is_closed(sock):
-    """Whether the other side has closed a connection on which all that it may say is that it is overloaded."""
-    if not is_ready(sock, selectors.EVENT_READ, 0):
-        return False
-    with contextlib.suppress(ConnectionResetError):
-        assert sock.recv(2) in (b"", module.OVERLOADED)
-    return True
 
 
 def link(sock, who):

@@ -163,11 +163,10 @@ def test_a_server_that_goes_away_and_strangers(forward, serve, keys, second, rat
     becomes(client, {("ratrod_connected",): 1, ("ratrod_reconnects_total",): 1})
 
 
-def test_reverse_tunnels_and_one_that_waits_for_its_server(serve, ratrod, keys, tcp_echo):
+def test_reverse_tunnels_and_one_that_waits_for_its_server(serve, client, tcp_echo):
     """It answers from the first moment on: a client that is not there yet is what an alarm is about."""
     port = free_port()
-    client = ratrod("-k", keys.client.path, "connect", *METRICS, "--max-retry-count", "1000", "--max-retry-interval", "0.2", "127.0.0.1:%d" % port,
-                    "R:0:127.0.0.1:%d" % tcp_echo.port)
+    client = client(port, "R:0:127.0.0.1:%d" % tcp_echo.port, flags=(*METRICS, "--max-retry-count", "1000", "--max-retry-interval", "0.2"))
     becomes(client, {("ratrod_connected",): 0})
     server, _ = serve("--allow-listen", *METRICS, bind="127.0.0.1:%d" % port)
     ask(int(server.wait_for(LISTENING).group(1)), b"1234567")

@@ -7,7 +7,7 @@ import pytest
 
 from support.programs import tcp_port
 from support.relays import Door
-from support.sockets import ask, assert_reset, dial, eventually, ping
+from support.sockets import ask, assert_reset, dial, eventually, ping, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 forks = pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="no workers that share a port here")
@@ -68,16 +68,8 @@ def test_a_stream_of_a_server_that_was_killed_is_reset_by_the_first_link_to_the_
         server.kill()
         server, _ = serve(bind="127.0.0.1:%d" % port)
         assert_reset(*connections)
-        eventually(lambda: works(client), "the new one is used")
+        eventually(lambda: works(tcp_port(client)), "the new one is used")
     assert "has been started anew" in client.output
-
-
-def works(client):
-    try:
-        ask(tcp_port(client))
-    except OSError:
-        return False
-    return True
 
 
 def test_a_stream_of_one_of_two_servers_behind_one_address(serve, reach, originate):

@@ -19,7 +19,7 @@ from support.keys import seed_of
 from support.pressure import scaled
 from support.programs import LEGACY_E, PATIENCE, ROOT, STARTED, tcp_port
 from support.relays import Door
-from support.sockets import ask, ask_over, dial, eventually, ping, reset
+from support.sockets import ask_over, dial, eventually, ping, reset, works
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")
 
@@ -162,11 +162,7 @@ def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod
     eventually(lambda: path.tries > tries + 1, "it still tries, though a link waits")
     path.cut(busy)
     path.closed = False
-    def works():
-        with contextlib.suppress(OSError):
-            ask(port)
-            return True
-    eventually(works, lambda: "it listens again:\n" + client.output)
+    eventually(lambda: works(port), lambda: "it listens again:\n" + client.output)
     path.stopping = True
 
 
