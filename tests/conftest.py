@@ -60,9 +60,7 @@ def no_traceback(start):
 @pytest.fixture
 def ratrod(start):
     """ratrod(words...) -> Program: ours, from this checkout."""
-    def launch(*words, **options):
-        return start(*RATROD, *words, **options)
-    return launch
+    return lambda *words, **options: start(*RATROD, *words, **options)
 
 
 @pytest.fixture
@@ -70,9 +68,7 @@ def rust(start):
     """rust(words...) -> Program: the original, Rust ratrod 0.6.3, real binary (it prints its log to stdout)."""
     if not RUST.exists():
         missing("Rust ratrod 0.6.3 (RUSTC_BOOTSTRAP=1 cargo install ratrod --version 0.6.3 --root %s)" % (CACHE / "rust"))
-    def launch(*words, **options):
-        return start(RUST, *words, **options)
-    return launch
+    return lambda *words, **options: start(RUST, *words, **options)
 
 
 @pytest.fixture

@@ -116,9 +116,7 @@ class Served:
 @pytest.fixture
 def served(serve, keys, tcp_echo, stack):
     """served(flags...) -> Served. It does not wait for open tunnels when it ends."""
-    def launch(*flags, regex=REGEX):
-        return Served(*serve("--legacy", "--drain=0", "-r", regex, *(flags or [NO_DEADLINE])), keys, tcp_echo.port, stack)
-    return launch
+    return lambda *flags, regex=REGEX: Served(*serve("--legacy", "--drain=0", "-r", regex, *(flags or [NO_DEADLINE])), keys, tcp_echo.port, stack)
 
 
 SOURCES = ["127.0.%d.%d" % (n // 50 + 1, n % 50 + 1) for n in range(100)]

@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import pathlib
 import socket
 import stat
-import tempfile
 
 import pytest
 
@@ -14,13 +12,6 @@ from ratrod import Address
 from support.rows import row
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
-
-
-@pytest.fixture
-def short():
-    """A folder whose path is short: a socket's may have 100 bytes, which pytest's own folders nearly use up."""
-    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp") as folder:
-        yield pathlib.Path(folder)
 
 
 def stale(path):
