@@ -48,7 +48,9 @@ from support.targets import Target, UdpEcho, echo
 GROWTH = 300  # MB that a program may gain after its first inputs
 
 RIGS = {}
-FINAL = 20.0  # seconds that anything may take to end once its other side has ended; most take a millisecond
+# Seconds that anything may take to end once its other side has ended; most take a millisecond. A bound on a hang: a stream that waits for a link is
+# tried for 10 s, and each handshake for 5, which eight tests at once on two cores have made more than 20 of.
+FINAL = 60.0
 SETTLED = 200  # after so many inputs an honest client is served
 WAIT = 0.05  # seconds that a step waits for an answer that a mutation may have made impossible
 MOST_SENT = 200_000  # bytes of one script: what fits into the buffers on the way, so that nobody waits for a reader that waits for him
