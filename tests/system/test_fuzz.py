@@ -126,6 +126,24 @@ def test_a_datagram_for_which_a_link_is_taken_while_others_wait():
     machine.teardown()
 
 
+def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again():
+    """Found by the soak: all waiting links were lost, a try failed as a connection gave its link back, which was lost too: it never came back."""
+    machine = Reverse()
+    machine.originate(rounds=8)
+    busy, = (pair for pair in machine.ends.live if ratrod.BUSY in {link.state for link in pair.links})
+    machine.be_reachable(whether=False)
+    for pair in machine.ends.live:
+        if pair is not busy:
+            pair.cut(RESET)
+    machine.pass_time(seconds=5)
+    for number in (0, 1):
+        machine.end(number=number, rounds=10)
+    assert ratrod.BUSY not in {link.state for link in busy.links}, "the link was not given back"
+    machine.pass_time(seconds=5)
+    busy.cut(RESET)
+    machine.teardown()
+
+
 # test_states.py has the machine for streams on links. Many more examples, some minutes:
 # RATROD_LONG=1 pytest -n0 tests/system/test_fuzz.py -k "TestDatagrams or TestReverse"
 

@@ -22,7 +22,6 @@ from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, is_closed, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
 from support.relays import pump
-from support.scripted import Scripted
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
 
@@ -695,64 +694,6 @@ def test_idle_links(serve, start, keys, tcp_echo, flag):
     assert made < 24
     eventually(few, lambda: "%d links that nobody needs" % (descriptors(server) - without))
     ask(tcp_port(client))
-
-
-def test_a_link_that_the_server_has_let_in_is_taken_first(connect, keys, target):
-    """One that is made ahead may be refused yet, as by a server that is full: what is sent on it would be lost with it."""
-    begun, one_is_idle, links = threading.Event(), threading.Event(), []
-    def serve_link(connection):
-        connection.settimeout(PATIENCE)
-        server = peer.Server(connection, seed_of(keys.server))
-        links.append(server)
-        with contextlib.suppress(peer.LinkEnded, peer.PeerError):
-            if len(links) == 1:
-                return server.handshake().serve_streams(peer.echo)
-            server.read_opening()
-            server.read_client_preamble()
-            begun.set()
-            one_is_idle.wait(PATIENCE)
-            server.send_message(server.server_preamble())
-            server.read_client_authentication()
-            while server.read_record():  # it is never let in
-                pass
-    client = connect(target(serve_link).port, "-v", "0:good:1").ready()
-    with dial(tcp_port(client)) as first:
-        ping(first)
-        assert begun.wait(PATIENCE)
-        ask_over(first)
-    eventually(lambda: " closed: " in client.output, "the first link is idle")
-    one_is_idle.set()
-    eventually(lambda: client.output.count("cipher: ") >= 3, lambda: "two more links")
-    for n in range(3):
-        eventually(lambda: client.output.count(" closed: ") == n + 1, "the link of the last connection is idle")  # noqa: B023 - called at once
-        ask(tcp_port(client))
-
-
-def test_an_old_link_takes_no_new_stream_of_a_client(start, keys, target, stack):
-    """What is open on it goes on; UDP moves to another, and its originator hardly notices."""
-    ages, links = [], []  # how old a link was when something began or was asked on it
-    def behave(link, _number):
-        links.append(time.monotonic())
-        born = links[-1]
-        def handle(stream):
-            ages.append(time.monotonic() - born)
-            if stream.kind == peer.TCP:
-                return peer.echo(stream)
-            return peer.serve_udp(stream, lambda _, data: ages.append(time.monotonic() - born) or data)
-        link.serve_streams(handle)
-    server = Scripted(keys, target, behave)
-    client = start(*scaled(link_age=0.4, sweep_interval=0.1), "-k", keys.client.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1").ready()
-    long_one, originator = (stack.enter_context(made) for made in (dial(tcp_port(client)), udp_originator(client)))
-    originator.settimeout(1)
-    answers, until = 0, time.monotonic() + 2.5
-    while time.monotonic() < until or len(links) < 5 or answers <= 10:
-        ask(tcp_port(client))
-        ping(long_one)
-        with contextlib.suppress(socket.timeout):
-            originator.send(b"question")
-            answers += originator.recv(100) == b"question"
-    # Ages are looked at now and then, and a busy machine may see Open late.
-    assert 0.2 < max(ages) < 2
 
 
 def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, stack):

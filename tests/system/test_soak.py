@@ -2,10 +2,7 @@
 
 import ast
 import contextlib
-import math
-import random
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -13,13 +10,12 @@ import threading
 import pytest
 
 import withstand
-from soak import HOST, Relay
 from support import ratrod2_peer as peer
 from support.keys import seed_of
 from support.pressure import scaled
 from support.programs import LEGACY_E, PATIENCE, ROOT, STARTED, tcp_port
 from support.relays import Door
-from support.sockets import ask_over, dial, eventually, ping, reset, works
+from support.sockets import ask_over, dial, eventually
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")
 
@@ -113,57 +109,6 @@ def test_tries_that_were_held_up_are_no_empty_connections(serve, connect, target
         ask_over(originator)
     eventually(lambda: remote.accepted == len(ends), "they end")
     assert set(ends) - {"reset"} == {b"anybody there?"}, ends
-
-
-class PathWithLinks(Relay):
-    """A quiet relay: the test looks at its links and cuts them. `closed`: new ones are reset; `tries` counts those."""
-
-    def __init__(self, server_port):
-        super().__init__(random.Random(0), server_port, silence=45)
-        self.next_rough, self.closed, self.tries = math.inf, False, 0
-
-    def _accept(self, listener, flavour):
-        if not self.closed:
-            return super()._accept(listener, flavour)
-        self.tries += 1
-        return reset(listener.accept()[0])
-
-    def carried(self):
-        return {wire: wire.up.seen + wire.down.seen for wire in list(self.wires)}
-
-    @staticmethod
-    def cut(wires):
-        for wire in wires:
-            wire.reset_at = 0.0
-
-
-@on_linux
-def test_a_reverse_tunnel_whose_last_links_go_while_it_tries_again(serve, ratrod, keys, tcp_echo):
-    """Found by the soak: all waiting links were lost, a try failed as a connection gave its link back, which was lost too: it never came back."""
-    _, server_port = serve("--allow-listen", bind=HOST + ":0")
-    path = PathWithLinks(server_port)
-    path.start()
-    client = ratrod("-k", keys.client.path, "connect", "--max-retry-interval", "1", "%s:%d" % (HOST, path.ports["ratrod2"]),
-                    "R:0:127.0.0.1:%d" % tcp_echo.port)
-    port = int(client.wait_for(r"listens on `.*?:(\d+)`").group(1))
-    with dial(port) as connection:
-        def used():
-            before = path.carried()
-            ping(connection, b"x")
-            return [wire for wire, n in path.carried().items() if n != before.get(wire)]
-        eventually(lambda: len(used()) == 1, "its own link alone carries something: no others are being made")
-        busy = used()
-        path.closed = True
-        path.cut(set(path.wires) - set(busy))
-        eventually(lambda: path.tries > 1 and not path.wires - set(busy), "it tries again")
-        connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(1) == b""
-    tries = path.tries
-    eventually(lambda: path.tries > tries + 1, "it still tries, though a link waits")
-    path.cut(busy)
-    path.closed = False
-    eventually(lambda: works(port), lambda: "it listens again:\n" + client.output)
-    path.stopping = True
 
 
 def test_figures_are_found_in_what_tests_and_scripts_print():

@@ -85,6 +85,39 @@ def test_the_first_byte_waits_for_no_answer(world):
     end_whole(world, connection, links=1)
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_link_that_the_server_has_let_in_is_taken_first(world, is_last):
+    """One that is made ahead may be refused yet, as by a server that is full: what is sent on it would be lost with it."""
+    if not is_last:
+        world.client.opener.put(world.add_pair().opener)  # whose HandshakeCompletion is still on its way
+    known = world.add_pair()
+    known.pipes[TO_OPENER].pump()
+    world.client.opener.put(known.opener)
+    if is_last:
+        world.client.opener.put(world.add_pair().opener)
+    world.turn()
+    connection = world.originate(first=1)
+    world.turn()
+    assert connection.stream.link is known.opener
+    end_whole(world, connection)
+
+
+def test_an_old_link_takes_no_new_stream():
+    """What is open on it goes on. That UDP moves to another is in system/test_fuzz.py."""
+    with World(limits=ratrod.DEFAULT_LIMITS._replace(link_age=100.0, idle_time=1000.0)) as world:
+        lasting, ended = join(world), join(world)
+        converse(ended)
+        world.settle()
+        for seconds, is_old in ((50, False), (70, True)):
+            world.pass_time(seconds)
+            another = world.originate(first=1)
+            world.settle()
+            assert (another.stream.link in [pair.opener for pair in world.pairs[:2]]) != is_old
+            converse(another)
+            world.settle()
+        end_whole(world, lasting)
+
+
 @pytest.mark.parametrize("how", [END, RESET])
 @pytest.mark.parametrize("first", [0, 1, LARGE])
 @pytest.mark.parametrize("ends", [False, True], ids=["goes on", "has ended"])
