@@ -12,7 +12,7 @@ from support.pressure import scaled
 from support.programs import RATROD, tcp_port, udp_originator
 from support.relays import Door
 from support.scripted import Scripted
-from support.sockets import ask_udp, dial, eventually, receive_all, say
+from support.sockets import ask_udp, dial, eventually, receive_all, say, settled
 from support.targets import says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -32,6 +32,7 @@ def all_idle(client, door, streams):
     """Waits until no link does anything: each handshake is done, and `streams` streams are over, as the client sees it."""
     eventually(lambda: client.output.count(" closed: ") == streams, "every stream is over")
     eventually(lambda: client.output.count("cipher: ") == len(door.tries), "every handshake is done")
+    settled(lambda: len(door.tries))  # HandshakeCompletion, which nothing shows, has come
 
 
 def assert_greeted(client, n=1):
