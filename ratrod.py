@@ -9917,8 +9917,8 @@ def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_rege
 
 
 class Options(types.SimpleNamespace):
-    """A command line that was understood: a field for each option and argument of the usage text. One that was not given
-    has its value in DEFAULTS, or None, or False if it is a switch. What limits something stands in `limits`."""
+    """A command line that was understood: a field for each option and argument of the usage text. One that was not
+    given has its value in DEFAULTS, or None, or False if it is a switch. What limits something stands in `limits`."""
 
 
 DEFAULTS: dict[str, Any] = {
@@ -9950,8 +9950,9 @@ class UsageReader:
         # "..." if it may be repeated.
         self.text_of = {command: text for text, command in re.findall(
             r"^(  ratrod (?:\[[^\]]*\] )*([a-z]+).*\n(?:   .*\n)*)", USAGE, re.M)}
-        self.options_of = {command: {self._long_of.get(name, name) for name in re.findall(r"\[(-[-\w]+)[ \]]", text)} - {"--"}
-                           for command, text in self.text_of.items()}
+        self.options_of = {
+            command: {self._long_of.get(name, name) for name in re.findall(r"\[(-[-\w]+)[ \]]", text)} - {"--"}
+            for command, text in self.text_of.items()}
         self.arguments_of = {command: re.findall(r"(\[)?(?<![-\w] )(?<![\w-])([A-Z]+)\]?(\.\.\.)?", text)
                              for command, text in self.text_of.items()}
 
@@ -10472,7 +10473,7 @@ class EndpointRun:
             self._loop.call_later(1.0, give_back_heap)
             gc.collect()
             gc.freeze()  # what exists now stays, so later collections need not look at it
-            gc.set_threshold(20_000, 50, 20)  # little here is a cycle: 8% more connections a second, with 64 at once 40%
+            gc.set_threshold(20_000, 50, 20)  # few cycles here: 8% more connections a second, with 64 at once 40%
             self._loop.run()
             self._endpoint.close()
             if isinstance(self._endpoint, Endpoint):
@@ -10554,7 +10555,7 @@ def serve_pipe(marker: bytes, limits: dict[str, Any]) -> None:
 
 
 def give_back_heap() -> None:
-    """Compiling this source leaves 20 MB unused in glibc's heap. They go back in 5 ms; nobody waits for that by then."""
+    """Compiling this source leaves 20 MB unused in glibc's heap. They go back in 5 ms, when nobody waits."""
     with contextlib.suppress(Exception):  # no such library, or no such call: other systems need none
         import ctypes
 
