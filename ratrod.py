@@ -5645,10 +5645,9 @@ class StdioStream(Stream):
 # ======================================================================================================================
 # 10. UDP
 # ======================================================================================================================
-# A port receives what waits at its socket as one run of datagrams, and `UdpLink` sends the run as one record. At the other
-# side `UdpLink` gives each datagram to the port of its session.
-# ratrod2: the sessions of all tunnels of a client share one link, under numbers that rise. Legacy: each session has a
-# link of its own.
+# A port receives what waits at its socket as one run of datagrams, and `UdpLink` sends the run as one record. At the
+# other side `UdpLink` gives each datagram to the port of its session. In ratrod2 all sessions of a client share one
+# link, under numbers that rise; on the original's wire each has a link of its own.
 
 IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if IS_LINUX else None)  # named in newer Pythons
 UDP_BUFFER = 1 << 20  # bytes that the system is asked to keep of a burst for each UDP socket; Linux gives 416 KiB
@@ -5656,11 +5655,11 @@ KEPT = 64  # what a datagram that is kept for its target counts beside its bytes
 
 
 class UdpSession:
-    """The datagrams between an originator and a target. `port` is this side's socket, whose other end is `key`.
+    """The datagrams between an originator and a target. `port` is this side's socket, whose other end is `key`;
+    `address` is who answers, where that is known.
 
     Client: what the originator sends is dropped until `rests_until`.
-    `address` is who answers, where that is known. At the server it is empty before the first answer; until then those
-    datagrams are `kept` that wait for a socket, or that the next of the `addresses` gets where this one refuses them.
+    Server: until the first answer datagrams are `kept`, for a socket, or for the next of the `addresses`.
     """
 
     __slots__ = ("udp", "number", "label", "target", "outer", "port", "key", "peers", "is_over", "last_used", "started",
@@ -5673,10 +5672,8 @@ class UdpSession:
         self.peers: collections.OrderedDict[UdpSession, None]  # those of the same key, in the order of their last use
         self.last_used = self.started = udp.loop.now
         self.sent = self.received = self.attempt = 0
-        self.rests_until = 0.0
-        self.is_over = self.has_failed = False
-        self.address = ""
-        self.head = b""  # what SOCKS5 has in front of an answer
+        self.rests_until, self.is_over, self.has_failed = 0.0, False, False
+        self.address, self.head = "", b""  # `head`: what SOCKS5 has in front of an answer
         self.addresses: list[tuple[int, Any]] = []
         self.kept: list[bytes] = []
 
@@ -5788,11 +5785,8 @@ class UdpSessions:
 
 class UdpLink(LinkUser):
     """The UDP sessions of a link by their numbers, the least recently used first, and the datagrams that wait for the
-    link, bounded in bytes and in time.
-
-    A client's sessions survive their link, and are announced again on the next one. A datagram that finds no link asks
-    for one; this then is what waits at the pool (`since`, `instance`).
-    """
+    link, bounded in bytes and in time. A client's sessions survive their link, and are announced again on the next one,
+    for which this waits at the pool (`since`, `instance`)."""
 
     __slots__ = ("owner", "loop", "limits", "link", "owner_key", "peer_key", "sessions", "since", "instance",
                  "is_waiting", "rests_until", "opened_at", "failures", "shared", "_queue", "_rest", "_next", "_new",
@@ -5827,8 +5821,7 @@ class UdpLink(LinkUser):
     def renew(self, session: UdpSession) -> None:
         """Client: asks for a session again that has failed, under a new number."""
         del self.sessions[session.number]
-        session.number, session.rests_until = self._next, 0.0
-        self._next += 1
+        session.number, session.rests_until, self._next = self._next, 0.0, self._next + 1
         self.sessions[session.number] = session
         self._announce(session)
 
@@ -5958,7 +5951,8 @@ class UdpLink(LinkUser):
 
     def drop_link(self) -> None:
         """Ends the link without a fault."""
-        link, self.link = self.link, None
+        link, self.link, self._rest = self.link, None, b""
+        self._count()
         if link:
             link.detach()
             link.close()
@@ -6235,11 +6229,8 @@ class TunnelPort(UdpPort):
 
 class SocksPort(UdpPort):
     """The client's end of a UDP ASSOCIATE of SOCKS5, which lives as long as the TCP connection that asked for it. Each
-    datagram names its target.
-
-    One sender is heard: the one that ASSOCIATE names, or that of the first datagram, on the machine of the TCP
-    connection. Others on that machine have not given the password of --socks-user.
-    """
+    datagram names its target. One sender is heard: the one that ASSOCIATE names, or that of the first datagram, on the
+    machine of the TCP connection. Others on that machine have not given the password of --socks-user."""
 
     def __init__(self, client: Client, sock: socket.socket, asked: str, outer: int):
         self._host, self.outer, self._client = sock.getpeername()[0], outer, client
@@ -6340,35 +6331,29 @@ def own_source() -> str:
 
 
 class SshWay(NamedTuple):
-    """How ssh:// servers are reached."""
+    """How ssh:// servers are reached: the words that run ssh here, and the program to run there."""
 
-    command: Sequence[str]  # the words that run ssh here
-    python: str = "python3"  # the program to run there
+    command: Sequence[str]
+    python: str = "python3"
 
 
 class SshLink:
-    """The ssh process of one link: `sock` is our end of its standard input and output, `errors` its standard error.
-
-    `path` names its shared connection; `is_first`: that was made for this link. `said` is the end of `errors`, once the
-    process has ended.
-    """
+    """The ssh process of one link: `sock` is our end of its standard input and output, `errors` its standard error, and
+    `said` the end of that, once the process has ended. `is_first`: its shared connection at `path` was made for it."""
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, errors: Any, path: str, is_first: bool):
         self.process, self.sock, self.errors, self.path, self.is_first = process, sock, errors, path, is_first
-        self.said = ""
-        self.closed_at: float | None = None
+        self.said, self.closed_at = "", 0.0
 
 
 class SshLinks:
-    """Links to one machine through the system's ssh, where only Python is installed.
+    """Links to one machine through the system's ssh, where only Python is installed: each is an ssh process that starts
+    Python there and sends it this source. A link takes three steps: start() on a thread; handshake() on the loop, over
+    link.sock within `patience` seconds; if that failed, explain() on a thread, once link.sock is closed.
 
-    Each link is an ssh process that starts Python there and sends it this source. Eight links share a connection (ssh's
-    ControlMaster), and authenticate themselves once. Where that is gone, or sshd takes fewer sessions on it, the ssh of
-    a link makes a connection by itself. Where this client is killed all of that ends by itself: the far sides when
-    their standard input ends, the shared connections after a minute.
-
-    A link takes three steps: start() on a thread; handshake() on the loop, over link.sock within `patience` seconds; if
-    that failed, explain() on a thread, once link.sock is closed.
+    Eight links share a connection (ssh's ControlMaster), which is authenticated once. Where that is gone, or sshd takes
+    fewer sessions on it, the ssh of a link makes a connection by itself. Where this client is killed all of that ends by
+    itself: the far sides when their standard input ends, the shared connections after a minute.
     """
 
     LINGER = 5.0  # seconds that a link's process may take to end
@@ -6518,8 +6503,7 @@ class SshLinks:
             code = wait_for(self._maker, None if may_ask else self.patience)
             if code == 0 and not self._is_closed:
                 return path
-            was_killed = code == -signal.SIGKILL
-            why = "no connection within %g s" % self.patience if was_killed else "it ended without a word"
+            why = "no connection within %g s" % self.patience if code == -signal.SIGKILL else "it ended without a word"
             error = self._error(code, last_lines(errors), why, may_ask)
             self._failed = time.monotonic(), error
             raise error
@@ -9741,27 +9725,32 @@ class Service(Background):
 # ---- what the command line and a call of tunnel() have to satisfy alike
 
 
+def check(*rules: tuple[Any, str]) -> None:
+    """ConfigError for the first rule that is broken: (whether it is, what to say)."""
+    for is_broken, why in rules:
+        if is_broken:
+            raise ConfigError(why)
+
+
 def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks_user: str | None = None,
                   send_proxy: bool = False) -> list[TunnelSpec]:
     """The tunnels that `texts` describe; ConfigError says what is wrong with them, or does not go together."""
     tunnels = [spec for text in texts for spec in parse_tunnels(text)]
     kinds = [spec.kind for spec in tunnels]
-    for is_wrong, why in (
-            (socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL),
-             "--socks-user takes name:password"),
-            (any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)),
-             "--socks-user: SOCKS5 has room for 255 bytes of name and of password"),
-            (send_proxy and REVERSE not in kinds,
-             "--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses"),
-            (legacy and REVERSE in kinds, "the original's protocol (--legacy) has no reverse tunnels (R:)"),
-            (kinds.count(STDIO) > 1, "standard input and output can be one tunnel's only (stdio:)"),
-            (STDIO in kinds and not hasattr(os, "get_blocking"), "stdio: needs a POSIX system"),
-            (STDIO in kinds and not (sys.stdin and sys.stdout),
-             "stdio: needs standard input and output, and whatever started this has closed one of them"),
-            (workers > 1 and {STDIO, REVERSE} & set(kinds),
-             "--workers does not go together with stdio: and R: tunnels, which are one process's")):
-        if is_wrong:
-            raise ConfigError(why)
+    check(
+        (socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL),
+         "--socks-user takes name:password"),
+        (any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)),
+         "--socks-user: SOCKS5 has room for 255 bytes of name and of password"),
+        (send_proxy and REVERSE not in kinds,
+         "--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses"),
+        (legacy and REVERSE in kinds, "the original's protocol (--legacy) has no reverse tunnels (R:)"),
+        (kinds.count(STDIO) > 1, "standard input and output can be one tunnel's only (stdio:)"),
+        (STDIO in kinds and not hasattr(os, "get_blocking"), "stdio: needs a POSIX system"),
+        (STDIO in kinds and not (sys.stdin and sys.stdout),
+         "stdio: needs standard input and output, and whatever started this has closed one of them"),
+        (workers > 1 and {STDIO, REVERSE} & set(kinds),
+         "--workers does not go together with stdio: and R: tunnels, which are one process's"))
     return tunnels
 
 
@@ -9770,20 +9759,16 @@ def check_ssh(servers: Sequence[Place], command: str | None, python: str | None,
     """How ssh:// servers are reached, None for other servers; ConfigError says what does not go together. `given` holds
     the options that ssh has other means for, by the names that the user gave them under."""
     if not isinstance(servers[0], SshHost):
-        for option, value in (("--ssh-command", command), ("--remote-python", python)):
-            if value is not None:
-                raise ConfigError("%s is for servers that are written ssh://host" % option)
+        check((command is not None, "--ssh-command is for servers that are written ssh://host"),
+              (python is not None, "--remote-python is for servers that are written ssh://host"))
         return None
-    wrong = [name for name, value in given.items() if value]
-    if wrong:
-        raise ConfigError("%s does not go together with ssh://, where ssh brings the keys and the way:"
-                          " see ~/.ssh/config" % ", ".join(wrong))
-    if any(spec.kind == REVERSE for spec in tunnels):
-        raise ConfigError("ssh:// has no reverse tunnels (R:); `ssh -R` makes them")
     import shlex
 
-    if python is not None and not (python.strip() and python.isprintable()):
-        raise ConfigError("--remote-python takes the path of a Python there, as /opt/python3.12/bin/python3")
+    wrong = ", ".join(name for name, value in given.items() if value)
+    check((wrong, wrong + " does not go together with ssh://, where ssh brings the keys and the way: see ~/.ssh/config"),
+          (any(spec.kind == REVERSE for spec in tunnels), "ssh:// has no reverse tunnels (R:); `ssh -R` makes them"),
+          (python is not None and not (python.strip() and python.isprintable()),
+           "--remote-python takes the path of a Python there, as /opt/python3.12/bin/python3"))
     try:
         words = shlex.split("ssh" if command is None else command)
         if not words:

@@ -357,6 +357,27 @@ def test_sshd_goes_under_load_and_comes_back(sshd, over_ssh, tcp_echo):
     ask(tcp_port(client))
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_shared_connection_that_is_gone_or_silent(sshd, over_ssh, tcp_echo, ground, how):
+    """The next link has another one, and nothing of either is left."""
+    client = over_ssh(sshd(), "-v", "--handshake-timeout", "1.5", "--connect-timeout", "1.5", "0:127.0.0.1:%d" % tcp_echo.port)
+    client.wait_for(READY)
+    first, = [pid for pid, (_, line) in processes().items() if ground.path in line and "ControlMaster=yes" in line]
+    with dial(tcp_port(client)) as connection:  # it has the only link
+        connection.sendall(b"a")
+        assert receive_exactly(connection, 1) == b"a"
+        os.kill(first, how)
+        for _ in range(3):
+            with contextlib.suppress(ConnectionResetError), dial(tcp_port(client)) as another:
+                another.sendall(b"b")
+                assert receive_exactly(another, 1) == b"b"
+                break
+        ask(tcp_port(client))
+    if how == signal.SIGSTOP:
+        os.kill(first, signal.SIGCONT)
+    assert client.stop() == 0 and not ground.ssh() and not ground.folders(), client.output
+
+
 def fails(client, says, code=1):
     client.wait_for("❌ .*" + says)
     assert client.wait() == code, client.output
