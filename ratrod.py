@@ -4813,7 +4813,7 @@ class Counters:
         for key, (sent, received) in self._bytes.items():
             keys[key].update(sent=sent, received=received)
         for link in links:
-            keys[link.peer_key][{IDLE: "idle", BYE: "closing"}.get(link.state, "busy")] += 1
+            keys[link.peer_key].update(("links", {IDLE: "idle", BYE: "closing"}.get(link.state, "busy")))
         alive: Iterable[Any]
         for name, alive in (("streams", self.streams), ("sessions", self.sessions)):
             for carried in alive:
@@ -5776,9 +5776,9 @@ class UdpSessions:
     def sweep(self) -> None:
         """Ends the sessions that have been idle too long."""
         for key, sessions in list(self._of_key.items()):
-            while sessions and next(iter(sessions)).last_used <= self._owner.loop.now - self._timeout:
-                oldest = next(iter(sessions))
-                oldest.udp.end(oldest)
+            too_old = self._owner.loop.now - self._timeout
+            for session in list(itertools.takewhile(lambda session: session.last_used <= too_old, sessions)):
+                session.udp.end(session)
             if not sessions:
                 del self._of_key[key]
 
@@ -5851,11 +5851,6 @@ class UdpLink(LinkUser):
         elif self.link and tell:
             self.link.send_record(SESSION_OVER, session.number, *tell)
         self.owner.counters.on_end(session, error)
-
-    def end_all(self) -> None:
-        self._forget()
-        for session in list(self.sessions.values()):
-            self.end(session, tell=None)
 
     # ---- out
 
@@ -5958,9 +5953,11 @@ class UdpLink(LinkUser):
             link.close()
 
     def close(self) -> None:
-        """Ends the link, with its sessions."""
+        """Ends the link, if there is one, with its sessions."""
         self.drop_link()
-        self.end_all()
+        self._forget()
+        for session in list(self.sessions.values()):
+            self.end(session, tell=None)
 
     # ---- in
 
@@ -6199,25 +6196,18 @@ class TunnelPort(UdpPort):
 
     def _receive(self, room: memoryview) -> tuple[UdpSession | None, int, int]:
         """The other end is an address, and the control message that makes an answer leave from where it was asked."""
-        control: list[tuple[int, int, bytes]] = []
+        answer_from: Any = None
         if self._hears_destinations:
             n, control, _flags, address = self.sock.recvmsg_into([room], 256)
+            for level, kind, data in control:  # of IPv4 the interface is left open
+                answer_from = level, kind, data if level == socket.IPPROTO_IPV6 else bytes(4) + data[4:8] + bytes(4)
         else:
             n, address = self.sock.recvfrom_into(room)
-        key = address, self._answer_from(control) if control else None
+        key = address, answer_from
         session = self.sessions.get(key)
         if session is None or session.rests_until:
             session = self._client.find_session(self, key, self._target, address)
         return session, 0, n
-
-    @staticmethod
-    def _answer_from(control: list[tuple[int, int, bytes]]) -> Any:
-        for level, kind, data in control:
-            if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):  # any interface, the address that was asked
-                return level, kind, bytes(4) + data[4:8] + bytes(4)
-            if (level, kind) == (socket.IPPROTO_IPV6, getattr(socket, "IPV6_PKTINFO", None)):
-                return level, kind, data
-        return None
 
     def send(self, session: UdpSession, data: memoryview) -> None:
         address, control = session.key
@@ -6352,8 +6342,8 @@ class SshLinks:
     link.sock within `patience` seconds; if that failed, explain() on a thread, once link.sock is closed.
 
     Eight links share a connection (ssh's ControlMaster), which is authenticated once. Where that is gone, or sshd takes
-    fewer sessions on it, the ssh of a link makes a connection by itself. Where this client is killed all of that ends by
-    itself: the far sides when their standard input ends, the shared connections after a minute.
+    fewer sessions on it, the ssh of a link makes a connection by itself. Where this client is killed all of that ends:
+    the far sides when their standard input does, the shared connections after a minute.
     """
 
     LINGER = 5.0  # seconds that a link's process may take to end
@@ -6449,8 +6439,8 @@ class SshLinks:
         name = re.escape(os.path.basename(self._python))
         missing = "{0}.*(not found|No such file)|Unknown command.*{0}".format(name)
         if code in (126, 127) or re.search(missing, said, re.IGNORECASE):
-            text = ("there is no `%s` (%s); it needs Python 3.8 or later there, and nothing else: --remote-python names one"
-                    " that is not on the PATH" % (self._python, text))
+            text = ("there is no `%s` (%s); it needs Python 3.8 or later there, and nothing else: --remote-python names"
+                    " one that is not on the PATH" % (self._python, text))
         refusals = "Permission denied|Host key verification failed|Too many authentication failures"
         message = "ssh to `%s`: %s" % (self._server, text)
         if code != 255 or not re.search(refusals, said):
@@ -8434,7 +8424,7 @@ class Server(Endpoint):
     # ---- UDP
 
     def on_udp_lost(self, udp: UdpLink, link: Link, error: Exception) -> None:
-        udp.end_all()
+        udp.close()
         self.complain_of(link, "UDP link of `%s`" % link.name, error)
 
     def on_session(self, session: UdpSession) -> None:
@@ -9277,7 +9267,7 @@ class Client(Endpoint):
         asks for one, a moment later."""
         if self.is_legacy:  # the end of the link is the end of its session, unless the server refused the target
             if isinstance(error, LinkClosed):
-                return udp.end_all()
+                return udp.close()
             return self.on_session_failed(next(iter(udp.sessions.values())), error) if udp.sessions else None
         if link and isinstance(error, LinkClosed):
             self.pool.distrust(link)
@@ -9427,46 +9417,30 @@ class Client(Endpoint):
 LISTED = 50  # things of each kind that a status table names
 MAX_REQUESTS = 16  # for the metrics at once; the oldest makes room
 REQUEST_TIMEOUT = 10.0  # seconds until a request for the metrics is complete
-LINK_STATES = ("idle", "busy", "closing")
 
 
-class Snapshot(NamedTuple):
+class Snapshot:
     """What an endpoint carries at one moment: Counters.tally() by peer key and in all. All else is read from the
     endpoint before the loop goes on: showing all takes 50 ms for 10,000 streams."""
 
-    endpoint: Any
-    now: float  # by the loop's clock
-    keys: dict[bytes, collections.Counter[str]]
-    total: collections.Counter[str]
-
-
-def snapshot(endpoint: Endpoint) -> Snapshot:
-    """To be called on the loop's thread."""
-    keys = endpoint.counters.tally(endpoint.links)
-    return Snapshot(endpoint, endpoint.loop.now, keys, sum(keys.values(), collections.Counter()))
+    def __init__(self, endpoint: Any):
+        self.endpoint, self.now = endpoint, endpoint.loop.now
+        self.keys: dict[bytes, collections.Counter[str]] = endpoint.counters.tally(endpoint.links)
+        self.total: collections.Counter[str] = sum(self.keys.values(), collections.Counter())
 
 
 def show_tally(tally: collections.Counter[str]) -> str:
     return "%s (%d idle, %d busy, %d closing), %s, %s, %d bytes sent to links, %d received" % (
-        plural(count_links(tally), "link"), tally["idle"], tally["busy"], tally["closing"],
+        plural(tally["links"], "link"), tally["idle"], tally["busy"], tally["closing"],
         plural(tally["streams"], "stream"), plural(tally["sessions"], "UDP session"), tally["sent"], tally["received"])
-
-
-def count_links(tally: collections.Counter[str]) -> int:
-    return sum(tally[state] for state in LINK_STATES)
 
 
 # ---- the status table, in the log after SIGUSR1
 
 
-def report_status(endpoint: Endpoint) -> None:
-    for line in show_table(snapshot(endpoint)):
-        log.info("📊 %s", line)
-
-
-def show_table(shot: Snapshot) -> Iterator[str]:
+def show_table(endpoint: Endpoint) -> Iterator[str]:
     """The lines of a status table: few, also where an endpoint carries 10,000 streams."""
-    endpoint, counters = shot.endpoint, shot.endpoint.counters
+    shot, counters = Snapshot(endpoint), endpoint.counters
     title, *details = endpoint.describe()
     yield "%s; up %s; %s; handshakes: %d under way, %d failed" % (
         title, show_time(time.time() - counters.began_at), show_tally(shot.total), endpoint.handshakes,
@@ -9495,13 +9469,10 @@ def first_of(things: Sequence[Any], show: Callable[[Any], str]) -> Iterator[str]
 Family = Tuple[str, str, Dict[str, float]]  # name, help, {labels: value}
 
 
-def show_metrics(shot: Snapshot) -> str:
-    """Prometheus' text format 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/
-
-    No label needs escaping: keys are base64url.
-    """
+def show_metrics(endpoint: Endpoint) -> str:
+    """Prometheus' text format 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/"""
     lines: list[str] = []
-    for name, what, samples in _families(shot):
+    for name, what, samples in _families(Snapshot(endpoint)):
         kind = "counter" if name.endswith("_total") else "gauge"
         lines += ["# HELP %s %s" % (name, what), "# TYPE %s %s" % (name, kind)]
         lines += ["%s%s %r" % (name, "{%s}" % labels if labels else "", value) for labels, value in samples.items()]
@@ -9509,6 +9480,7 @@ def show_metrics(shot: Snapshot) -> str:
 
 
 def _label(name: str, counts: Mapping[str, int], values: Iterable[str]) -> dict[str, float]:
+    # No label needs escaping: keys are base64url.
     return {'%s="%s"' % (name, value): counts[value] for value in values}
 
 
@@ -9516,7 +9488,7 @@ def _families(shot: Snapshot) -> Iterator[Family]:
     endpoint, counters, total = shot.endpoint, shot.endpoint.counters, shot.total
     yield "ratrod_info", "The version that runs.", {'version="%s"' % __version__: 1}
     yield ("ratrod_links", "Links: authenticated connections between client and server.",
-           _label("state", total, LINK_STATES))
+           _label("state", total, ("idle", "busy", "closing")))
     yield "ratrod_links_total", "Links that were made.", {"": counters.links}
     yield "ratrod_streams", "TCP connections through the tunnels.", {"": total["streams"]}
     yield ("ratrod_streams_total", "TCP connections that ended, and how; refused: by the server's policy or limits.",
@@ -9536,7 +9508,7 @@ def _families(shot: Snapshot) -> Iterator[Family]:
         yield "ratrod_reconnects_total", "How often the server was found again.", {"": counters.reconnects}
     tallies = {'key="%s"' % encode_key(key): tally for key, tally in shot.keys.items() if key}
     yield "ratrod_key_links", "Links of each key of the other side.", {
-        key: count_links(tally) for key, tally in tallies.items()}
+        key: tally["links"] for key, tally in tallies.items()}
     yield "ratrod_key_streams", "TCP connections of each key.", {
         key: tally["streams"] for key, tally in tallies.items()}
     yield "ratrod_key_bytes_total", "Payload of each key.", {
@@ -9580,7 +9552,7 @@ def answer_request(endpoint: Endpoint, method: bytes, path: bytes) -> bytes:
     if method != b"GET":
         return http_answer("405 Method Not Allowed\r\nAllow: GET", "only GET\n")
     if path == b"/metrics":
-        return http_answer("200 OK", show_metrics(snapshot(endpoint)), "text/plain; version=0.0.4")
+        return http_answer("200 OK", show_metrics(endpoint), "text/plain; version=0.0.4")
     if path == b"/":
         return http_answer("200 OK", "ratrod %s: see /metrics\n" % __version__)
     return http_answer("404 Not Found", "see /metrics\n")
@@ -9765,7 +9737,8 @@ def check_ssh(servers: Sequence[Place], command: str | None, python: str | None,
     import shlex
 
     wrong = ", ".join(name for name, value in given.items() if value)
-    check((wrong, wrong + " does not go together with ssh://, where ssh brings the keys and the way: see ~/.ssh/config"),
+    check((wrong, wrong + " does not go together with ssh://, where ssh brings the keys and the way: see"
+           " ~/.ssh/config"),
           (any(spec.kind == REVERSE for spec in tunnels), "ssh:// has no reverse tunnels (R:); `ssh -R` makes them"),
           (python is not None and not (python.strip() and python.isprintable()),
            "--remote-python takes the path of a Python there, as /opt/python3.12/bin/python3"))
@@ -9784,16 +9757,14 @@ PROBE_LENGTH = 253  # of the longest name
 
 
 def make_policy(regexes: str | Sequence[str]) -> Policy:
-    """The Policy of -r. ConfigError for a pattern that some name would keep busy for ages: a client could stop the server
-    with it, for nothing ends a match."""
+    """The Policy of -r. ConfigError for a pattern that some name would keep busy for ages: nothing ends a match, and a
+    client could stop the server with it."""
     policy = Policy(regexes)
     for regex in policy.regexes:
         name = find_slow_name(regex)
-        if name:
-            raise ConfigError(
-                "cannot use the remote regex `%s`: it takes %g s and more for a name as `%s`, and a client could stop the"
-                " server with a longer one. Where a part of it repeats, let one way of matching alone fit: [a-z0-9-]+ in"
-                " place of ([a-z0-9]+-?)+" % (regex, SLOW, printable(name, 60)))
+        check((name, "cannot use the remote regex `%s`: it takes %g s and more for a name as `%s`, and a client could"
+               " stop the server with a longer one. Where a part of it repeats, let one way of matching alone fit:"
+               " [a-z0-9-]+ in place of ([a-z0-9]+-?)+" % (regex, SLOW, printable(name, 60))))
     return policy
 
 
@@ -9832,9 +9803,9 @@ def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
     there."""
     yield re.compile(regex, re.IGNORECASE)
     tokens = re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", regex, re.DOTALL)
-    starts = [token.start() for token in tokens if token.group() == "(" or regex[token.end():token.end() + 1] in ("*", "+", "{")]
+    starts = (token.start() for token in tokens if token.group() == "(" or regex[token.end():][:1] in ("*", "+", "{"))
     ends = [end.end() for end in re.finditer(r"\)(?:[*+?]|\{[0-9,]+\})?", regex)]
-    for start in starts[:20]:
+    for start in itertools.islice(starts, 20):
         for end in [len(regex), *(end for end in ends if end > start)]:  # to the end, or to that of a group
             with contextlib.suppress(re.error, RuntimeError, OverflowError):
                 yield re.compile(regex[start:end], re.IGNORECASE)
@@ -9842,8 +9813,7 @@ def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
 
 
 def require_keys(folder: KeyFolder) -> None:
-    if not folder.exists():
-        raise ConfigError("no security files in `%s`: run `ratrod keygen` first" % folder.path)
+    check((not folder.exists(), "no security files in `%s`: run `ratrod keygen` first" % folder.path))
 
 
 # ---- the functions that programs call
@@ -9866,8 +9836,8 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     servers = parse_servers(server)
     way = parse_proxy(proxy, servers)
     specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user, send_proxy=send_proxy)
-    if any(spec.kind == STDIO for spec in specs):
-        raise ConfigError("stdio: is for the command line; connect to a tunnel's address instead")
+    check((any(spec.kind == STDIO for spec in specs),
+           "stdio: is for the command line; connect to a tunnel's address instead"))
     ssh = check_ssh(servers, ssh_command, remote_python, {
         "key_path": key_path, "accept_new": accept_new, "accept_all_hosts": accept_all_hosts, "legacy": legacy,
         "proxy": proxy}, specs)
@@ -10285,7 +10255,7 @@ def flush_log() -> None:
 
 def draw_status(client: Client, before: Snapshot | None = None) -> None:
     """Draws the status line now and each second, where the log has a place for it."""
-    shot = snapshot(client)
+    shot = Snapshot(client)
     before = before or shot
     for writer in log_writers():
         # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
@@ -10522,7 +10492,8 @@ class EndpointRun:
 
     def _report(self) -> None:
         if isinstance(self._endpoint, Endpoint):
-            report_status(self._endpoint)
+            for line in show_table(self._endpoint):
+                log.info("📊 %s", line)
         else:
             self._endpoint.tell(signal.SIGUSR1)
 
