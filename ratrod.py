@@ -5775,9 +5775,9 @@ class UdpSessions:
 
     def sweep(self) -> None:
         """Ends the sessions that have been idle too long."""
+        since = self._owner.loop.now - self._timeout
         for key, sessions in list(self._of_key.items()):
-            too_old = self._owner.loop.now - self._timeout
-            for session in list(itertools.takewhile(lambda session: session.last_used <= too_old, sessions)):
+            for session in list(itertools.takewhile(lambda session: session.last_used <= since, sessions)):
                 session.udp.end(session)
             if not sessions:
                 del self._of_key[key]
