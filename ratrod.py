@@ -124,7 +124,7 @@ Options:
 #
 # At the server, `Admission.accept` starts a `Negotiation` for each stranger; `Server.admit` looks the key up, on a
 # thread; `Server._welcome` makes the `Link`. An Open comes to `Server.on_open`, and `Acceptor.open` gives it a
-# `Stream`. `Server._connect` asks the rules (`Server._permitted`) and connects to the remote (`Connector`), and
+# `Stream`. `Server._connect` asks the rules (`Rules.check`) and connects to the remote (`Connector`), and
 # `Stream.accept` answers Opened.
 #
 # From then on both sides do the same. `Stream._read` reads what the local socket has. The `Window` keeps it until the
@@ -146,8 +146,8 @@ Options:
 # a slow reader costs no more memory     `Stream.on_data` has its link hold (`Link.hold`), so that TCP slows the sender
 #                                        down; `Stream._room` and `Window` bound what is kept, `Memory` all of it
 # one key holds up no other              `Turns`; what it keeps `Memory` bounds, and what it has `Quota`
-# a removed key is cut off               `Server._check_lists`, once a second
-# a dead path is noticed and left        `Client._move_from_dead_paths`, `Link.doubt`, `Pool.seek`
+# a removed key is cut off               `Server._check_rules`, once a second
+# a dead path is noticed and left        `Endpoint.doubt_paths`, `Link.doubt`, `Pool.seek`
 # a UDP session expires                  `UdpSessions.sweep`
 # signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`
 # exit codes                             `exit_code_of`, `EndpointRun.run`, and the error types of section 1
@@ -3922,10 +3922,11 @@ class Listener:
     starved_at = -1e9  # of all listeners: one line for all
 
     def __init__(self, loop: EventLoop, sock: socket.socket, on_accept: Callable[[socket.socket, Any], None],
-                 pause: float, peer_key: bytes = b""):
+                 pause: float, peer_key: bytes = b"", needs: Callable[[], int] = lambda: 0):
+        """`needs`: how many descriptors the connections that are in will take yet."""
         self._loop, self.sock, self._on_accept, self._pause, self.peer_key = loop, sock, on_accept, pause, peer_key
         self.address = sock.getsockname()
-        self._spare = loop.spare
+        self._spare, self._needs = loop.spare, needs
         self._transport = Transport(loop, sock, self._on_event)
         self._rest = Deadline(loop)
 
@@ -3934,7 +3935,7 @@ class Listener:
 
     def _on_rested(self) -> None:
         with contextlib.suppress(OSError), self.sock.dup() as probe:
-            if self._loop.has_room(probe, self._spare):
+            if self._loop.has_room(probe, self._spare + self._needs()):
                 return self.start()
         return self._rest.set(self._pause, self._on_rested)
 
@@ -3954,7 +3955,9 @@ class Listener:
                     continue  # this connection was gone before it was accepted; or the listener is broken for good
                 self._starve(reason(error))
                 return False
-            has_room = self._loop.has_room(sock, self._spare)
+            # Where half of all is free nobody has to count.
+            has_room = self._loop.has_room(sock, self._loop.most // 2) or self._loop.has_room(
+                sock, self._spare + self._needs())
             if has_room or self._loop.has_room(sock):
                 self._on_accept(sock, address)
             else:
@@ -3975,7 +3978,7 @@ class Listener:
 
     def drain(self) -> None:
         """Takes the connections that wait in the system's queue, which closing would reset, and closes."""
-        self._spare = 0  # none come after them
+        self._spare, self._needs = 0, lambda: 0  # none come after them
         for _ in range(BACKLOG // BATCH + 1):  # not for as long as others come: a flood must not hold up the end
             if not self._transport.events and self._rest.when == NEVER or not self._accept():
                 break
@@ -7036,7 +7039,7 @@ class Dial:
             self._report("✅ Connected to server `%s` through `%s` ...", self._server, self._client.options.proxy)
         self._report("✅ Sent preamble to server ...")
         self._report("✅ Server's signature validated with public key `%s` ...", encode_key(key))
-        self._client.check_server(self._server, key)
+        self._client.host_keys.check(self._server, key)
         self._report("🚧 Signing server challenge ...")
         self._report("⏳ Awaiting challenge validation ...")
 
@@ -7449,9 +7452,10 @@ class ClientOptions(NamedTuple):
 class Endpoint:
     """What server and client share: the loop, the identity, the limits, the links, what ages and the threads."""
 
-    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, callbacks: Callbacks, *, is_legacy: bool, memory: int):
-        self.loop, self.folder, self.limits, self.is_legacy, self._callbacks = loop, folder, limits, is_legacy, callbacks
-        self.keys = folder.load()
+    def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, callbacks: Callbacks, *, is_legacy: bool,
+                 memory: int):
+        self.loop, self.folder, self.limits, self._callbacks = loop, folder, limits, callbacks
+        self.is_legacy, self.keys = is_legacy, folder.load()
         for warning in folder.warnings:
             log.warning(warning)
         self.instance = os.urandom(6) + b"\1\0"
@@ -7462,7 +7466,7 @@ class Endpoint:
         self.listeners: list[Any] = []
         self.threads = Threads(loop, STEPS_AT_ONCE)  # public-key steps
         self.lookups = LookUps(loop, limits)
-        self.draining = self.has_slept = False
+        self.draining = self._has_slept = False
         self._swept_at = boot_time()
         self._sweeper = loop.call_later(limits.sweep_interval, self._on_sweep)
 
@@ -7502,45 +7506,64 @@ class Endpoint:
         else:
             log.debug("%s ended: %s", what, reason(error))
 
-    # ---- what ages: one timer for all, not one for each
+    # ---- time, and whether the paths of the links live
 
     def _on_sweep(self) -> None:
         self._sweeper = self.loop.call_later(self.limits.sweep_interval, self._on_sweep)
         now = self.loop.awake
         # A machine that slept, or a process that was stopped, has not been listening: the others get time to be heard.
-        self.has_slept = is_late = now - self._swept_at - self.limits.sweep_interval > 10
+        self._has_slept = now - self._swept_at - self.limits.sweep_interval > 10
         self._swept_at = now
         # 9,000 idle links: what needs nothing is passed by without a call, 3 ms each second in place of 20.
         quiet, silent = self.loop.now - self.limits.keepalive, now - self.limits.silence
         for link in list(self.links):
             if link.user is not NOBODY:
                 link.user.on_sweep()
-            if link.sent_at <= quiet or link.heard_at <= silent or is_late:
-                self._keep_alive(link, now, is_late)
+            if (link.sent_at <= quiet or link.heard_at <= silent or self._has_slept) and link.state != CLOSED:
+                self._keep_alive(link, now)
         self.sweep()
         self.loop.complaints.sweep()
         self.loop.trim()
 
-    def _keep_alive(self, link: Link, now: float, is_late: bool) -> None:
-        if link.state == CLOSED:
-            return
-        if link.is_legacy:
-            # The original never says that it lives: what was sent and is not acknowledged tells.
-            if link.transport.tcp_info().unanswered >= self.limits.silence:
-                self._on_silent(link)
-            return
-        if is_late:
-            link.heard_at = max(link.heard_at, now - self.limits.silence + 15) if link.state != IDLE else link.heard_at
-        if (is_late or self.loop.now - link.sent_at >= self.limits.keepalive) and not link.backlog and link.state != BYE:
-            link.send_record(KEEPALIVE)
-        if now - link.heard_at < self.limits.silence or link.state == CLOSED:
-            return
-        # A side that holds back does not hear: what has been sent, Keepalives among it, and was not acknowledged tells instead.
-        if link.transport.tcp_info().unanswered >= self.limits.silence if link.is_held else not link.hears(self.limits.silence):
-            self._on_silent(link)
+    def _keep_alive(self, link: Link, now: float) -> None:
+        """Says that this side lives, where it has been quiet; ends a link whose other side has been silent."""
+        limit, is_judged_by_acks = self.limits.silence, link.is_held or link.is_legacy
+        if not link.is_legacy:  # the original never says that it lives
+            if self._has_slept and link.state != IDLE:
+                link.heard_at = max(link.heard_at, now - limit + 15)
+            if (self._has_slept or self.loop.now - link.sent_at >= self.limits.keepalive
+                    ) and not link.backlog and link.state != BYE:
+                link.send_record(KEEPALIVE)
+            if now - link.heard_at < limit or link.state == CLOSED:
+                return
+        # A side that holds back does not hear: what has been sent, Keepalives among it, and was not acknowledged tells.
+        if link.transport.tcp_info().unanswered >= limit if is_judged_by_acks else not link.hears(limit):
+            link.lose(LinkSilent("nothing was heard from the other side for %g s: the path or the machine is dead"
+                                 % limit))
 
-    def _on_silent(self, link: Link) -> None:
-        link.lose(LinkSilent("nothing was heard from the other side for %g s: the path or the machine is dead" % self.limits.silence))
+    def doubt_paths(self) -> None:
+        """A client's: asks for a sign of life on each link whose path may be dead, if something waits for it
+        (PROTOCOL.md, "Streams outlive their links", 12). The server moves what it has opened."""
+        routes: dict[Any, str] = {}
+        for link in list(self.links):
+            # An idle link carries nothing, unless it waits for a reverse tunnel.
+            if link.path and link.state not in (BYE, CLOSED) and (link.user is NOBODY) == (link.role == ACCEPTOR):
+                here, there = link.path
+                if there not in routes:
+                    routes[there] = address_towards(there) or here
+                has_moved, link.path = routes[there] != here, (routes[there], there)  # one doubt for one change
+                if has_moved or self._has_slept or link.transport.tcp_info().is_stuck or not link.is_held and (
+                        self.loop.awake - link.heard_at >= self.limits.doubt and not link.hears(self.limits.doubt)):
+                    link.doubt()
+
+    def leave_dead_paths(self, since: float) -> bool:
+        """Ends the links on which nothing has come since a doubt before `since`: other links show that their peer can
+        be reached. Whether others are stuck."""
+        stuck = [link for link in self.links if link.doubted_at and link.state != BYE and link.is_stuck]
+        for link in stuck:
+            if link.doubted_at < since:
+                link.lose(LinkSilent("nothing passes on it, and others pass"))
+        return any(link.doubted_at >= since for link in stuck)
 
     def sweep(self) -> None:
         """Whatever else ages."""
@@ -7555,7 +7578,7 @@ class Endpoint:
 
     @property
     def patience(self) -> float:
-        """How long the acceptor of a link may take to say Opened: its look-up and connect, and the rest of the handshake."""
+        """How long the acceptor of a link may take to say Opened: a look-up, a connect, the rest of the handshake."""
         return self.limits.connect_timeout + self.limits.handshake_timeout
 
     @property
@@ -7602,7 +7625,8 @@ class Endpoint:
         until, told = now + seconds, now + min(1.0, seconds)
         left = sum(link.state not in (BYE, IDLE) for link in self.links)
         if left and seconds:
-            log.info("🛑 Ending: %s may go on for %g s; a second signal ends at once", plural(left, "connection"), seconds)
+            log.info("🛑 Ending: %s may go on for %g s; a second signal ends at once", plural(left, "connection"),
+                     seconds)
 
         self._wait(until, lambda: not self.is_busy() and (time.monotonic() >= told or not self.links),
                    functools.partial(self._say_goodbye, drained))
@@ -7806,6 +7830,181 @@ class Admission:
             stranger.abort(Speechless(ENDING))
 
 
+# ---------------------------------------------------------------------------------------------------- who may do what
+
+
+class Rules:
+    """Who may come in at a server, and what a key may do there: the lines of authorized_keys and -r say it, or
+    authorize()."""
+
+    def __init__(self, server: Server):
+        self._server, self._loop, self._options = server, server.loop, server.options
+        self._list = server.folder.authorized_keys
+        # The lines that the links were last held against, what was wrong with them, and when one of them expires.
+        self._lines: Any = None
+        self._problems: list[str] = []
+        self._expiry = NEVER
+
+    def grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
+        """What a key may do; none where it may not come in. `now` is the round of the loop; None on a thread."""
+        if self._options.authorize:  # it is asked when the client comes in, and then for each target
+            return (Grant(),) if now is not None or self._allows(key, "") else ()
+        return tuple(grant for _, grant in self._list.read(now).get(key, ()) if time.time() < grant.expires)
+
+    def _allows(self, key: bytes, target: str) -> bool:
+        """What the caller of serve(authorize=...) says to it. On a thread."""
+        try:
+            return self._options.authorize is None or bool(self._options.authorize(encode_key(key), target))
+        except Exception as error:
+            line = "❌ authorize() raised for `%s`: %r" % (printable(target), error)
+            self._loop.call_soon_threadsafe(functools.partial(self._server.counters.fail, key, line))
+            return False
+
+    def admit(self, key: bytes, is_legacy: bool = False, now: float | None = None) -> tuple[Grant, ...]:
+        """What a key may do over this wire; AuthenticationError for one that may not come in."""
+        grants = self.grants(key, now)
+        if not grants:
+            raise self._why_not(key)
+        if is_legacy:
+            grants = tuple(grant for grant in grants if not grant.no_legacy)
+        if not grants:
+            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy);"
+                                      " connect without --legacy" % encode_key(key))
+        return grants
+
+    def _why_not(self, key: bytes) -> AuthenticationError:
+        """Why a key may not come in, and what would help."""
+        shown = encode_key(key)
+        if self._options.authorize:
+            return AuthenticationError("authorize() does not permit the key `%s`" % shown)
+        lines, broken = self._list.read().get(key), self._list.find_broken(key)
+        if broken:
+            error = AuthenticationError("line %d of the server's authorized_keys has this client's key but cannot be"
+                                        " understood: %s" % (broken[0], shown))
+            error.own = " (%s)" % broken[1]
+            return error
+        if lines:
+            return AuthenticationError("line %d of the server's authorized_keys is this client's, and has expired: %s"
+                                       % (lines[-1][0], shown))
+        return AuthenticationError("the server does not know this client's key%s: %s" % (
+            " (its log says why)" if self._list.is_unusable else
+            ". Add this line to authorized_keys on the server", shown))
+
+    def why_revoked(self, key: bytes) -> str:
+        broken = self._list.find_broken(key)
+        if broken:
+            return "stands in line %d of authorized_keys, which cannot be understood" % broken[0]
+        return "has expired" if key in (self._lines or ()) else "is not in authorized_keys any more"
+
+    def have_changed(self) -> bool:
+        """Whether what the clients have is to be held against the rules: after a change of the list, which this says
+        what is wrong with, and when a line expires."""
+        lines, problems, counts = self._list.read(), self._list.problems, not self._options.authorize
+        if counts and problems != self._problems:
+            for problem in problems:
+                log.warning("%s", problem)
+        self._problems = problems
+        if lines is self._lines and time.time() < self._expiry:
+            return False
+        if counts and not lines and not problems:
+            log.warning("`%s` lists nobody, so nobody can connect: it takes a line with the public key of each client",
+                        self._list.path)
+        self._lines = lines
+        self._expiry = min((grant.expires for of_key in lines.values() for _, grant in of_key
+                            if grant.expires > time.time()), default=NEVER)
+        return True
+
+    # ---- targets
+
+    def check(self, link: Link, remote: str, is_udp: bool = False) -> tuple[Address, tuple[Grant, ...]]:
+        """The target that a client names, and what it was granted; PolicyError where it may not have it."""
+        try:
+            grants = self.admit(link.peer_key, link.is_legacy, self._loop.now)
+        except AuthenticationError as error:
+            raise PolicyError(str(error)) from None
+        if is_udp:
+            grants = tuple(grant for grant in grants if not grant.no_udp)
+        if not grants:
+            raise PolicyError("no-udp: authorized_keys permits this key no UDP")
+        target = self._options.policy.check(remote, grants)
+        if is_udp and target.is_unix:
+            raise PolicyError("a Unix socket takes no datagrams here")
+        if is_literal(target.host):
+            self._check_addresses(grants, target, [literal(target)], is_udp)
+        return target, grants
+
+    def _check_addresses(self, grants: tuple[Grant, ...], target: Address, found: Sequence[tuple[int, Any]],
+                         is_udp: bool) -> list[tuple[int, Any]]:
+        """Those of the addresses of a target that may be connected to; PolicyError where there is none."""
+        allowed = self._options.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants)
+        others = [(family, sockaddr) for family, sockaddr in found
+                  if sockaddr[0] in allowed and (is_udp or not self._is_own(family, sockaddr))]
+        if not others:
+            raise PolicyError("`%s` is an address that this server itself listens on" % str(target))
+        return others
+
+    def _is_own(self, family: int, sockaddr: Any) -> bool:
+        """Whether this server listens there for itself: its metrics tell of all keys, and at its own port somebody
+        could say with a PROXY header that he is another."""
+        bound = [listener.address[0].split("%")[0] for listener in self._server.listeners
+                 if listener.address[1] == sockaddr[1]]
+        if not bound and sockaddr[1] not in self._options.metrics_ports:
+            return False
+        host, every = str(parse_ip(sockaddr[0])), "::" if family == socket.AF_INET6 else "0.0.0.0"
+        return host in bound or (every in bound or not bound) and is_here(sockaddr)
+
+    def permit(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
+        """then(target, grants, None), or then(None, (), the reason why not)."""
+        try:
+            target, grants = self.check(link, remote, is_udp)
+        except PolicyError as error:
+            return then(None, (), error)
+        return self.ask(link.peer_key, "udp " * is_udp + str(target), lambda error: then(target, grants, error))
+
+    def ask(self, key: bytes, target: str, then: Callable[[Exception | None], None]) -> None:
+        """then(None), or then(the reason why not); on a thread meanwhile: authorize() may take its time."""
+        if not self._options.authorize:
+            return then(None)
+        return self._server.lookups.submit(
+            key, functools.partial(self._allows, key, target),
+            lambda allows, error: then(None if allows else error or PolicyError("authorize() does not permit it")))
+
+    def look_up(self, key: bytes, grants: tuple[Grant, ...], target: Address, done: Done, is_udp: bool = False) -> None:
+        """done() gets those addresses of a name that may be connected to, or why there is none. An authorizer that has
+        permitted the name is asked about its guarded addresses too."""
+        def show(sockaddr: Any) -> str:
+            return "udp " * is_udp + str(Address(str(parse_ip(sockaddr[0])), target.port))
+
+        def on_found(found: Any, error: Exception | None) -> None:
+            try:
+                found = found and self._check_addresses(grants, target, found, is_udp)
+            except PolicyError as refused:
+                found, error = None, refused
+            guarded = [sockaddr for _, sockaddr in found or ()
+                       if self._options.authorize and is_guarded(target, sockaddr[0])]
+            if not guarded:
+                return done(found, error)
+            refusal = PolicyError("`%s` resolves to `%s`, which authorize() does not permit"
+                                  % (target, show(guarded[0])))
+            return self._server.lookups.submit(
+                key, lambda: [pair for pair in found if pair[1] not in guarded or self._allows(key, show(pair[1]))],
+                lambda allowed, error: done(allowed, None if allowed else error or refusal))
+        self._server.lookups.look_up(key, target, on_found)
+
+
+class NoRules(Rules):
+    """Behind ssh: whoever came in may open what that user could open by himself."""
+
+    def grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
+        return (Grant(),)
+
+    def have_changed(self) -> bool:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------- reverse tunnels
+
+
 class ReverseListener(Opener):
     """What a client's `R:` tunnel listens on at the server: its sockets, and its links, of which each new connection
     takes one. It lives as long as any of its links, waiting or busy, and any stream that waits for another link."""
@@ -7841,11 +8040,8 @@ class ReverseListener(Opener):
             log.debug("%s: taken over by a new run of its client", self)
             self._retired.append(self.instance)
             self.instance = instance
-            for old in self.idle[:]:
-                self.drop(old)
-            for stream in list(self.detached):
-                del self.detached[stream]
-                stream.give_up(LinkClosed("a new run of the client listens here"))
+            self.clear()
+            self.reset_detached(LinkClosed("a new run of the client listens here"))
         link.turn(OPENER)
         link.send_record(OPENED, str(self.address), -1)
         link.release()
@@ -7910,9 +8106,6 @@ class ReverseListener(Opener):
             self._lost_at = self.loop.now
 
     def sweep(self) -> None:
-        for link in list(self.links):
-            if 0 < link.doubted_at <= self.loop.awake - DOUBTED_FOR and link.is_stuck:
-                link.lose(LinkSilent("nothing passes on it, and its client has made others"))
         super().sweep()
         # Wait a moment: a refused connection ends its link, and the client's next link may already be connecting.
         if self.is_abandoned and self._lost_at is not None and self.loop.now - self._lost_at >= GRACE:
@@ -7929,7 +8122,7 @@ class ReverseListener(Opener):
         if self.is_closed:
             return
         super().close(error)
-        self._server.forget_reverse(self)
+        self._server.reverse.forget(self)
         for listener in self._listeners:
             listener.close()
         for link in list(self.links):
@@ -7940,13 +8133,118 @@ class ReverseListener(Opener):
                 link.close()
 
 
+class ReverseListeners:
+    """What the `R:` tunnels of all clients listen on at a server, and which links are whose. The visitors of an address
+    come to the key that has it, and to no other one."""
+
+    def __init__(self, server: Server):
+        self._server, self._most_of_key = server, server.limits.listeners_per_key
+        self._all: set[ReverseListener] = set()
+        self.of_link: dict[Link, ReverseListener] = {}
+
+    def __iter__(self) -> Iterator[ReverseListener]:
+        return iter(list(self._all))
+
+    def open(self, link: Link, open_: Open) -> None:
+        """A client wants to listen."""
+        server, label = self._server, new_label(link.name, "listen " + open_.target)
+        try:
+            address = self._check(link.peer_key, open_.target)
+        except PolicyError as error:
+            return server.acceptor.refuse(link, label, error)
+
+        def on_permitted(error: Exception | None) -> None:
+            if error or link.state != CONNECTING:
+                return server.acceptor.refuse(link, label, error or ConnectError("the client is gone"))
+            try:
+                listener = self._find(link.peer_key, address, open_) or self._add(link.peer_key, address, open_)
+            except RatrodError as failure:
+                server.counters.fail(link.peer_key, "❌ %s: %s" % (label, failure))
+                return link.refuse(Error(REMOTE_FAILED, str(failure)))
+            self.of_link[link] = listener
+            return listener.join(link, open_.instance)
+        return server.rules.ask(link.peer_key, "listen " + str(address), on_permitted)
+
+    def _check(self, key: bytes, asked: str) -> Address:
+        """The address that a client may have listened on; PolicyError where it may not."""
+        if not self._server.options.allow_listen:
+            raise PolicyError("this server does not listen for clients; serve --allow-listen lets it")
+        try:
+            address = parse_bind(asked)
+            grants = self._server.rules.admit(key, now=self._server.loop.now)
+        except (ValueError, AuthenticationError) as error:
+            raise PolicyError(printable(str(error))) from None
+        if not any(grant.listens(address) for grant in grants):
+            raise PolicyError("`%s` is not what authorized_keys permits this key to listen on" % str(address))
+        return address
+
+    def _find(self, key: bytes, address: Address, open_: Open) -> ReverseListener | None:
+        """The key's own one that is there; RatrodError where a later run of its client has it."""
+        there = next((listener for listener in self if listener.address == address and listener.key == key), None)
+        if there and there.is_retired(open_.instance):
+            raise RatrodError("cannot listen on `%s`: a later run of this client does" % str(address))
+        return there
+
+    def _add(self, key: bytes, address: Address, open_: Open) -> ReverseListener:
+        """A new one; RatrodError where it cannot be."""
+        self._check_free(key, address)
+        for listener in self:
+            if listener.key == key and listener.is_abandoned:
+                listener.close(LinkClosed("the reverse tunnel has ended"))
+        if sum(listener.key == key for listener in self) >= self._most_of_key:
+            raise RatrodError("this client listens on as many addresses as one may have (%d); serve"
+                              " --max-listeners-per-key allows more" % self._most_of_key)
+        sockets = listen(address)
+        try:
+            self._check_free(key, address._replace(port=sockets[0].getsockname()[1]))
+        except RatrodError:
+            close_all(sockets)
+            raise
+        listener = ReverseListener(self._server, key, open_.instance, open_.target, sockets)
+        self._all.add(listener)
+        self._server.counters.fail(key, "📻 [TCP] Listening on `%s` for the client with key %s" % (
+            str(listener.address), self._server.show_key(key)), logging.INFO)
+        return listener
+
+    def _check_free(self, key: bytes, address: Address) -> None:
+        """RatrodError where visitors of somebody else's address could come to this one."""
+        if any(is_shared(address, listener.address) for listener in self if listener.key != key):
+            raise RatrodError("cannot listen on `%s`: it is in use by another client" % str(address))
+        if any(is_shared(address, Address(*listener.address[:2])) for listener in self._server.listeners):
+            raise RatrodError("cannot listen on `%s`: this server itself is on that port" % str(address))
+
+    def check(self) -> None:
+        """Ends those that are not allowed any more."""
+        for listener in self:
+            try:
+                self._check(listener.key, listener.asked)
+            except PolicyError as error:
+                log.error("❌ %s: %s", listener, error)
+                listener.close(error)
+
+    def forget(self, listener: ReverseListener) -> None:
+        if listener in self._all:
+            self._all.discard(listener)
+            self._server.counters.fail(listener.key, "%s closed" % listener, logging.INFO)
+
+    def on_link_closed(self, link: Link) -> None:
+        listener = self.of_link.pop(link, None)
+        if listener:
+            listener.on_link_closed(link)
+
+
+# ---------------------------------------------------------------------------------------------------- server
+
+
 class Server(Endpoint):
-    """Listens for clients and connects them to the remotes that they name, as far as its policy allows."""
+    """Listens for clients and connects them to the remotes that they name, as far as its rules allow."""
+
+    RULES = Rules
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, options: ServerOptions, callbacks: Callbacks,
                  sockets: list[socket.socket] | None = None):
         super().__init__(loop, folder, limits, callbacks, is_legacy=options.legacy, memory=256 << 20)
-        self.options, self.policy, self.instance = options, options.policy, options.instance or self.instance
+        self.options, self.instance = options, options.instance or self.instance
         descriptors = descriptor_limit()
         most_sessions = min(limits.udp_sessions_in_all, descriptors // 4)
         # More patient than the client, which then is the one to say SessionOver.
@@ -7960,23 +8258,17 @@ class Server(Endpoint):
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
         self._sources_of: dict[Link, Source] = {}
+        self.rules, self.reverse = self.RULES(self), ReverseListeners(self)
         self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
                                  lambda link, open_: new_label(link.name, open_.target))
         self._connecting = FairQueue(most_of_key=limits.connects_per_key)
-        # authorized_keys as the links were last held against it, what is wrong with it, and when, by time.time(), the
-        # next of its lines expires.
-        self._listed: Any = None
-        self._problems: list[str] = []
-        self._expiry = NEVER
-        self.reverse: set[ReverseListener] = set()
-        self._listening: dict[Link, ReverseListener] = {}
         self.address = options.bind
         for sock in listen(options.bind) if sockets is None else sockets:
             self.listeners.append(Listener(loop, sock, self.admission.accept, limits.accept_pause))
             self.address = options.bind._replace(port=sock.getsockname()[1])
 
     def start(self) -> None:
-        self._check_lists()
+        self._check_rules()
         for listener in self.listeners:
             listener.start()
         self.options.report("🔑 The server's key, which clients are asked about: `%s`", encode_key(self.keys.public))
@@ -7992,188 +8284,74 @@ class Server(Endpoint):
         for listener in self.reverse:
             yield "%s for the client with key %s" % (listener, self.show_key(listener.key))
 
+    def show_key(self, key: bytes) -> str:
+        """A key with the comments of its lines."""
+        comments = {grant.comment for grant in self.rules.grants(key, self.loop.now) if grant.comment}
+        return super().show_key(key) + (" (%s)" % ", ".join(sorted(comments)) if comments else "")
+
     def on_reloaded(self, is_new_key: bool) -> None:
-        self._check_lists()
+        self._check_rules()
+
+    def sweep(self) -> None:
+        self._check_rules()
+        self.sessions.sweep()
+        self.acceptor.sweep()
+        self.leave_dead_paths(self.loop.awake - DOUBTED_FOR)
+        for listener in self.reverse:
+            listener.sweep()
+
+    def _check_rules(self) -> None:
+        """Ends what the rules do not allow any more."""
+        if self.rules.have_changed():
+            streams = self.counters.streams
+            for key in {link.peer_key for link in self.links} | {stream.peer_key for stream in streams}:
+                if not self.rules.grants(key, self.loop.now):
+                    self._end_key(key)
+            for session in list(self.counters.sessions):
+                try:
+                    if session.udp.link:
+                        self.rules.check(session.udp.link, session.target, is_udp=True)
+                except PolicyError as error:
+                    session.udp.end(session, error, Error(INVALID_HOST, REFUSED))
+            self.reverse.check()
+
+    def _end_key(self, key: bytes) -> None:
+        """Ends what a key has that may not come in any more. All its links are reset before what they carry is put
+        away: 5,000 UDP sessions take half a second."""
+        links = [link for link in self.links if link.peer_key == key]
+        shown, fate = encode_key(key), self.rules.why_revoked(key)
+        log.warning("The client's key `%s` %s: %s of it ended", shown, fate, plural(len(links), "link"))
+        error, users = Revoked("the client's key `%s` %s" % (shown, fate)), [link.user for link in links]
+        for link in links:
+            link.detach()
+            link.abort(error)
+        for link, user in zip(links, users):
+            user.on_close(link, error)
+        self.acceptor.end_key(key, error)
+
+    # ---- strangers
 
     def is_balancer(self, address: Any) -> bool:
         return bool(self.options.proxies) and is_within(address[0], self.options.proxies)
 
-    # ---- who may do what
-
-    def _grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
-        """What a key may do; none where it may not come in. `now` is the round of the loop; None on a thread."""
-        if self.options.authorize:  # it is asked when the client comes in, and then for each target
-            return (Grant(),) if now is not None or self._permits(key, "") else ()
-        lines = self.folder.authorized_keys.read(now).get(key, ())
-        return tuple(grant for _, grant in lines if grant.expires == NEVER or time.time() < grant.expires)
-
-    def _permits(self, key: bytes, target: str) -> bool:
-        """What the caller of serve(authorize=...) says to it. On a thread."""
-        try:
-            return self.options.authorize is None or bool(self.options.authorize(encode_key(key), target))
-        except Exception as error:
-            line = "❌ authorize() raised for `%s`: %r" % (printable(target), error)
-            self.loop.call_soon_threadsafe(functools.partial(self.counters.fail, key, line))
-            return False
-
-    def _authorize(self, key: bytes, is_legacy: bool = False, now: float | None = None) -> tuple[Grant, ...]:
-        """What a key may do over this wire; AuthenticationError for one that may not come in."""
-        grants = self._grants(key, now)
-        if not grants:
-            raise self._why_not(key)
-        if is_legacy:
-            grants = tuple(grant for grant in grants if not grant.no_legacy)
-        if not grants:
-            raise AuthenticationError("the key `%s` may not come in over the original's protocol (no-legacy);"
-                                      " connect without --legacy" % encode_key(key))
-        return grants
-
-    def _why_not(self, key: bytes) -> AuthenticationError:
-        """Why a key may not come in, and what would help."""
-        shown, listed = encode_key(key), self.folder.authorized_keys
-        if self.options.authorize:
-            return AuthenticationError("authorize() does not permit the key `%s`" % shown)
-        lines, broken = listed.read().get(key), listed.find_broken(key)
-        if broken:
-            error = AuthenticationError("line %d of the server's authorized_keys has this client's key but cannot be"
-                                        " understood: %s" % (broken[0], shown))
-            error.own = " (%s)" % broken[1]
-            return error
-        if lines:
-            return AuthenticationError("line %d of the server's authorized_keys is this client's, and has expired: %s"
-                                       % (lines[-1][0], shown))
-        return AuthenticationError("the server does not know this client's key%s: %s" % (
-            " (its log says why)" if listed.is_unusable else ". Add this line to authorized_keys on the server", shown))
-
-    def _permitted(self, link: Link, remote: str, is_udp: bool = False) -> tuple[Address, tuple[Grant, ...]]:
-        """The target that a client names, and what it was granted; PolicyError where it may not have it."""
-        try:
-            grants = self._authorize(link.peer_key, link.is_legacy, self.loop.now)
-        except AuthenticationError as error:
-            raise PolicyError(str(error)) from None
-        if is_udp:
-            grants = tuple(grant for grant in grants if not grant.no_udp)
-        if not grants:
-            raise PolicyError("no-udp: authorized_keys permits this key no UDP")
-        target = self.policy.check(remote, grants)
-        if is_udp and target.is_unix:
-            raise PolicyError("a Unix socket takes no datagrams here")
-        if is_literal(target.host):
-            self._permit_addresses(grants, target, [literal(target)], is_udp)
-        return target, grants
-
-    def _permit_addresses(self, grants: tuple[Grant, ...], target: Address, found: Sequence[tuple[int, Any]],
-                          is_udp: bool) -> list[tuple[int, Any]]:
-        """Those of the addresses of a target that may be connected to; PolicyError where there is none."""
-        allowed = self.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants)
-        others = [(family, sockaddr) for family, sockaddr in found
-                  if sockaddr[0] in allowed and (is_udp or not self._is_own(family, sockaddr))]
-        if not others:
-            raise PolicyError("`%s` is an address that this server itself listens on" % str(target))
-        return others
-
-    def _find(self, key: bytes, grants: tuple[Grant, ...], target: Address, done: Done, is_udp: bool = False) -> None:
-        """done() gets those addresses of a name that may be connected to, or why there is none. An authorizer that has
-        permitted the name is asked about its guarded addresses too."""
-        def show(sockaddr: Any) -> str:
-            return "udp " * is_udp + str(Address(str(parse_ip(sockaddr[0])), target.port))
-
-        def on_found(found: Any, error: Exception | None) -> None:
-            try:
-                found = found and self._permit_addresses(grants, target, found, is_udp)
-            except PolicyError as refused:
-                found, error = None, refused
-            guarded = [sockaddr for _, sockaddr in found or () if self.options.authorize and is_guarded(target, sockaddr[0])]
-            if not guarded:
-                return done(found, error)
-            refusal = PolicyError("`%s` resolves to `%s`, which authorize() does not permit" % (target, show(guarded[0])))
-            return self.lookups.submit(
-                key, lambda: [pair for pair in found if pair[1] not in guarded or self._permits(key, show(pair[1]))],
-                lambda permitted, error: done(permitted, None if permitted else error or refusal))
-        self.lookups.look_up(key, target, on_found)
-
-    def _is_own(self, family: int, sockaddr: Any) -> bool:
-        """Whether this server listens there for itself: its metrics tell of all keys, and at its own port somebody could
-        say with a PROXY header that he is another."""
-        bound = [listener.address[0].split("%")[0] for listener in self.listeners if listener.address[1] == sockaddr[1]]
-        if not bound and sockaddr[1] not in self.options.metrics_ports:
-            return False
-        host, every = str(parse_ip(sockaddr[0])), "::" if family == socket.AF_INET6 else "0.0.0.0"
-        return host in bound or (every in bound or not bound) and is_here(sockaddr)
-
-    def _permit_stream(self, stream: Stream, link: Link) -> None:
-        self._permitted(link, stream.target)
-
-    def _ask_authorizer(self, key: bytes, target: str, then: Callable[[Exception | None], None]) -> None:
-        """then(None), or then(the reason why not); on a thread meanwhile: authorize() may take its time."""
-        if not self.options.authorize:
-            return then(None)
-        return self.lookups.submit(key, functools.partial(self._permits, key, target), lambda permitted, error: then(
-            None if permitted else error or PolicyError("authorize() does not permit it")))
-
-    def show_key(self, key: bytes) -> str:
-        """A key with the comments of its lines."""
-        comments = {grant.comment for grant in self._grants(key, self.loop.now) if grant.comment}
-        return "`%s`%s" % (encode_key(key), " (%s)" % ", ".join(sorted(comments)) if comments else "")
-
-    def _check_lists(self) -> None:
-        """Ends what the lists do not allow any more: after a change, and when a line expires."""
-        listed, problems = self.folder.authorized_keys.read(), self.folder.authorized_keys.problems
-        if problems != self._problems and not self.options.authorize:
-            for problem in problems:
-                log.warning("%s", problem)
-        self._problems = problems
-        if listed is self._listed and time.time() < self._expiry:
-            return
-        if not listed and not problems and not self.options.authorize:
-            log.warning("`%s` lists nobody, so nobody can connect: it takes a line with the public key of each client",
-                        self.folder.authorized_keys.path)
-        self._listed = listed
-        self._expiry = min((grant.expires for lines in listed.values() for _, grant in lines
-                            if grant.expires > time.time()), default=NEVER)
-        self._end_revoked(listed)
-        self._recheck_sessions()
-        for listener in list(self.reverse):
-            try:
-                self._may_listen(listener.key, listener.asked)
-            except PolicyError as error:
-                log.error("❌ %s: %s", listener, error)
-                listener.close(error)
-
-    def _end_revoked(self, listed: Any) -> None:
-        """Ends every link whose key is no longer authorized."""
-        gone = [link for link in self.links if not self._grants(link.peer_key, self.loop.now)]
-        for key, n in collections.Counter(link.peer_key for link in gone).items():
-            broken = self.folder.authorized_keys.find_broken(key)
-            fate = ("has expired" if key in listed else "stands in line %d of authorized_keys, which cannot be understood"
-                    % broken[0] if broken else "is not in authorized_keys any more")
-            log.warning("The client's key `%s` %s: %s of it ended", encode_key(key), fate, plural(n, "link"))
-            error = Revoked("the client's key `%s` %s" % (encode_key(key), fate))
-            for link in [link for link in gone if link.peer_key == key]:
-                link.abort(error)
-            self.acceptor.end_key(key, error)
-
-    # ---- strangers
-
     def admit(self, is_legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
-        self._authorize(key, is_legacy)
+        self.rules.admit(key, is_legacy)
         with self._admitting:  # two at once must not both take the last place
             self._links_of.take(key, int(self.acceptor.has_detached(key)))
 
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
-        shown = show_address(negotiation.address)
         # The place of one whose step goes on is given back at the step's end.
         has_place = not isinstance(error, (AuthenticationError, Overloaded)) and not negotiation.is_stepping
-        if error is None and not self._grants(handshake.peer_key, self.loop.now):
+        if error is None and not self.rules.grants(handshake.peer_key, self.loop.now):
             error = AuthenticationError("its key was removed from authorized_keys")
             negotiation.sock.close()
-        if error is not None:
-            if has_place:
-                self.give_place_back(handshake)
-            return self.complain_of_stranger(negotiation.address, error)
-        return self._welcome(negotiation, handshake, shown)
+        if error is None:
+            return self._welcome(negotiation, handshake)
+        if has_place:
+            self.give_place_back(handshake)
+        return self.complain_of_stranger(negotiation.address, error)
 
     def complain_of_stranger(self, address: Any, error: Exception) -> None:
         name = Source.name(address[0])
@@ -8184,7 +8362,8 @@ class Server(Endpoint):
                            "❌ Refused `%s`: %s%s" % (show_address(address), error, getattr(error, "own", "")))
         return None
 
-    def _welcome(self, negotiation: Negotiation, handshake: Handshake, shown: str) -> None:
+    def _welcome(self, negotiation: Negotiation, handshake: Handshake) -> None:
+        shown = show_address(negotiation.address)
         log.debug("✅ Accepted `%s` with key %s, cipher: %s", shown, self.show_key(handshake.peer_key), handshake.suite)
         source = self.admission.source(Source.name(negotiation.address[0]))
         source.links += 1
@@ -8195,7 +8374,6 @@ class Server(Endpoint):
             return self._open_legacy(legacy, handshake.remote, handshake.is_udp)
         link = Link(self, negotiation.sock, handshake, ACCEPTOR, shown)
         self._sources_of[link] = source
-        link.instance = handshake.instance
         link.is_extra = self._links_of.of(link.peer_key) > self._links_of.most_of_key
         if self.draining:  # it came through the system's queue, and its client tries another server
             return link.leave(link.writer.record(CLOSE))
@@ -8220,125 +8398,18 @@ class Server(Endpoint):
         if source:
             source.links -= 1
             source.authorized_at = self.loop.now
-        listener = self._listening.pop(link, None)
-        if listener:
-            listener.on_link_closed(link)
+        self.reverse.on_link_closed(link)
 
     def on_idle(self, link: Link, record: bytes) -> None:
         if link.role == OPENER:
-            return self._listening[link].put(link)
+            return self.reverse.of_link[link].put(link)
         if self.draining:
             return link.leave(record + link.writer.record(CLOSE))
         return link.send(record + link.writer.record(OVER))
 
-    def end_waiting(self) -> None:
-        for listener in list(self.reverse):
-            listener.drain()
-        for link in list(self.links):
-            if link.state == UDP_OPEN and isinstance(link.user, UdpLink):  # its client makes another, elsewhere
-                udp = link.user
-                link.detach()
-                udp.on_close(link, LinkClosed(ENDING))
-                link.leave(b"")
-            elif link.state == IDLE and link.role == ACCEPTOR:
-                link.leave(link.writer.record(CLOSE))
-
-    def is_busy(self) -> bool:
-        return super().is_busy() or self.admission.is_busy()
-
-    # ---- reverse tunnels
-
-    def _may_listen(self, key: bytes, asked: str) -> Address:
-        """The address that a client may have listened on; PolicyError where it may not."""
-        if not self.options.allow_listen:
-            raise PolicyError("this server does not listen for clients; serve --allow-listen lets it")
-        try:
-            address = parse_bind(asked)
-            grants = self._authorize(key, now=self.loop.now)
-        except (ValueError, AuthenticationError) as error:
-            raise PolicyError(printable(str(error))) from None
-        if not any(grant.listens(address) for grant in grants):
-            raise PolicyError("`%s` is not what authorized_keys permits this key to listen on" % str(address))
-        return address
-
-    def _listen_for(self, link: Link, open_: Open) -> None:
-        label = new_label(link.name, "listen " + open_.target)
-        try:
-            address = self._may_listen(link.peer_key, open_.target)
-        except PolicyError as error:
-            return self.acceptor.refuse(link, label, error)
-
-        def on_permitted(error: Exception | None) -> None:
-            if error or link.state != CONNECTING:
-                return self.acceptor.refuse(link, label, error or ConnectError("the client is gone"))
-            try:
-                listener = self._reverse_listener(link.peer_key, address, open_)
-            except RatrodError as failure:
-                self.counters.fail(link.peer_key, "❌ %s: %s" % (label, failure))
-                return link.refuse(Error(REMOTE_FAILED, str(failure)))
-            self._listening[link] = listener
-            return listener.join(link, open_.instance)
-        return self._ask_authorizer(link.peer_key, "listen " + str(address), on_permitted)
-
-    def _reverse_listener(self, key: bytes, address: Address, open_: Open) -> ReverseListener:
-        """The one that is there, or a new one; RatrodError where it cannot be."""
-        there = next((listener for listener in self.reverse if listener.address == address and listener.key == key), None)
-        if there:
-            if there.is_retired(open_.instance):
-                raise RatrodError("cannot listen on `%s`: a later run of this client does" % str(address))
-            return there
-        self._check_free(key, address)
-        mine = [listener for listener in self.reverse if listener.key == key]
-        for listener in [listener for listener in mine if listener.is_abandoned]:
-            listener.close(LinkClosed("the reverse tunnel has ended"))
-            mine.remove(listener)
-        if len(mine) >= self.limits.listeners_per_key:
-            raise RatrodError("this client listens on as many addresses as one may have (%d); serve"
-                              " --max-listeners-per-key allows more" % self.limits.listeners_per_key)
-        sockets = listen(address)
-        try:
-            self._check_free(key, address._replace(port=sockets[0].getsockname()[1]))
-        except RatrodError:
-            close_all(sockets)
-            raise
-        listener = ReverseListener(self, key, open_.instance, open_.target, sockets)
-        self.reverse.add(listener)
-        line = "📻 [TCP] Listening on `%s` for the client with key %s" % (str(listener.address), self.show_key(key))
-        self.counters.fail(key, line, logging.INFO)
-        return listener
-
-    def _check_free(self, key: bytes, address: Address) -> None:
-        """RatrodError where visitors of somebody else's address could come to this one."""
-        others = [listener.address for listener in self.reverse if listener.key != key]
-        if any(is_shared(address, other) for other in others):
-            raise RatrodError("cannot listen on `%s`: it is in use by another client" % str(address))
-        if any(is_shared(address, Address(*listener.address[:2])) for listener in self.listeners):
-            raise RatrodError("cannot listen on `%s`: this server itself is on that port" % str(address))
-
-    def forget_reverse(self, listener: ReverseListener) -> None:
-        if listener in self.reverse:
-            self.reverse.discard(listener)
-            self.counters.fail(listener.key, "%s closed" % listener, logging.INFO)
-
-    def close(self) -> None:
-        self.acceptor.close(LocalFailed(ENDING))
-        for listener in list(self.reverse):
-            listener.close(LocalFailed(ENDING))
-        self.admission.close()
-        super().close()
-
-    def sweep(self) -> None:
-        self._check_lists()
-        self.sessions.sweep()
-        self.acceptor.sweep()
-        for listener in list(self.reverse):
-            listener.sweep()
-
-    # ---- opening a remote: policy, look-up, policy for the addresses, connect
-
     def on_open(self, link: Link, open_: Open) -> None:
         try:
-            self._authorize(link.peer_key, now=self.loop.now)
+            self.rules.admit(link.peer_key, now=self.loop.now)
         except AuthenticationError as error:
             return link.refuse(Error(INVALID_KEY, str(error)))
         is_attach = open_.kind == TCP and open_.attempt > 1
@@ -8351,9 +8422,7 @@ class Server(Endpoint):
             return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:
             return UdpLink(self, link.peer_key).accept(link)
-        if open_.kind == LISTEN:
-            return self._listen_for(link, open_)
-        return self.acceptor.open(link, open_)
+        return self.reverse.open(link, open_) if open_.kind == LISTEN else self.acceptor.open(link, open_)
 
     def on_abandon(self, link: Link, stream_id: bytes) -> None:
         self.acceptor.abandon(link, stream_id)
@@ -8381,26 +8450,24 @@ class Server(Endpoint):
         self._connect_udp(session, on_connected)
         return link.update()
 
+    # ---- opening a remote: policy, look-up, policy for the addresses, connect
+
     def _connect(self, stream: Stream, link: Link, done: Done) -> None:
         """The acceptor's: connects to the remote of a stream, one of at most connects_per_key of its key at a time. A
         look-up counts for nothing there: names that a name server is silent about must not hold up all others."""
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
-        try:
-            target, grants = self._permitted(link, stream.target)
-        except PolicyError as error:
-            return done(None, error)
 
-        def on_permitted(error: Exception | None) -> None:
+        def on_permitted(target: Address, grants: tuple[Grant, ...], error: Exception | None) -> None:
+            def on_found(found: Any, error: Exception | None) -> None:
+                if error:
+                    done(None, error)
+                else:
+                    self._connecting.begin(key, functools.partial(begin, target, found))
             if error or target.is_unix or is_literal(target.host):
                 return on_found(None, error)
-            return self._find(key, grants, target, on_found)
+            return self.rules.look_up(key, grants, target, on_found)
 
-        def on_found(found: Any, error: Exception | None) -> None:
-            if error:
-                return done(None, error)
-            return self._connecting.begin(key, functools.partial(begin, found))
-
-        def begin(found: Any) -> None:
+        def begin(target: Address, found: Any) -> None:
             if stream.is_over:  # it waited too long, or left
                 return on_connected(None, ConnectError("the client is gone"))
             connector = Connector(self.loop, target, max(0.01, until - time.monotonic()), on_connected)
@@ -8409,7 +8476,10 @@ class Server(Endpoint):
         def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
             self._connecting.done(key)
             done(sock, error)
-        return self._ask_authorizer(key, str(target), on_permitted)
+        self.rules.permit(link, stream.target, on_permitted)
+
+    def _permit_stream(self, stream: Stream, link: Link) -> None:
+        self.rules.check(link, stream.target)
 
     @staticmethod
     def _answer(target: str, error: Exception) -> tuple[Exception, Error]:
@@ -8432,26 +8502,12 @@ class Server(Endpoint):
         self._connect_udp(session, lambda error: self.on_session_failed(session, error) if error else None)
 
     def on_session_failed(self, session: UdpSession, error: Exception) -> None:
-        shown, answer = self._answer("udp " + session.target, error)
-        session.udp.end(session, shown, answer)
-
-    def _recheck_sessions(self) -> None:
-        """Ends the sessions whose target is not allowed any more."""
-        for session in list(self.counters.sessions):
-            try:
-                if session.udp.link:
-                    self._permitted(session.udp.link, session.target, is_udp=True)
-            except PolicyError as error:
-                session.udp.end(session, error, Error(INVALID_HOST, REFUSED))
+        session.udp.end(session, *self._answer("udp " + session.target, error))
 
     def _connect_udp(self, session: UdpSession, done: Callable[[Exception | None], None]) -> None:
         """Connects a session to its target: done(None), or done(the reason why not). No call where it ends before."""
-        key, link = session.peer_key, session.udp.link
+        link = session.udp.link
         assert link is not None
-        try:
-            target, grants = self._permitted(link, session.target, is_udp=True)
-        except PolicyError as error:
-            return done(error)
 
         def on_found(found: Sequence[tuple[int, Any]] | None, error: Exception | None) -> None:
             if session.is_over or not found:
@@ -8463,30 +8519,50 @@ class Server(Endpoint):
                 return done(failure)
             return done(None)
 
-        def on_permitted(error: Exception | None) -> None:
+        def on_permitted(target: Address, grants: tuple[Grant, ...], error: Exception | None) -> None:
             if error or is_literal(target.host):
                 return on_found(None if error else [literal(target)], error)
-            return self._find(key, grants, target, on_found, is_udp=True)
-        return self._ask_authorizer(key, "udp " + str(target), on_permitted)
+            return self.rules.look_up(session.peer_key, grants, target, on_found, is_udp=True)
+        self.rules.permit(link, session.target, on_permitted, is_udp=True)
+
+    # ---- the end
+
+    def end_waiting(self) -> None:
+        for listener in self.reverse:
+            listener.drain()
+        for link in list(self.links):
+            if link.state == UDP_OPEN and isinstance(link.user, UdpLink):  # its client makes another, elsewhere
+                udp = link.user
+                link.detach()
+                udp.on_close(link, LinkClosed(ENDING))
+                link.leave(b"")
+            elif link.state == IDLE and link.role == ACCEPTOR:
+                link.leave(link.writer.record(CLOSE))
+
+    def is_busy(self) -> bool:
+        return super().is_busy() or self.admission.is_busy()
+
+    def close(self) -> None:
+        self.acceptor.close(LocalFailed(ENDING))
+        for listener in self.reverse:
+            listener.close(LocalFailed(ENDING))
+        self.admission.close()
+        super().close()
 
 
 class PipeServer(Server):
-    """The far side of one ssh:// link: it listens to nobody, has no keys, and opens whatever the user who came in over ssh could open by
-    himself. It ends with its link."""
+    """The far side of one ssh:// link. It listens to nobody, has no keys, and ends with its link."""
+
+    RULES = NoRules
 
     def __init__(self, loop: EventLoop, limits: Limits):
-        super().__init__(loop, NoKeys(), limits, ServerOptions(Address("", 0), Policy([".*", "unix:.*"])), Callbacks(), [])
+        options = ServerOptions(Address("", 0), Policy([".*", "unix:.*"]))
+        super().__init__(loop, NoKeys(), limits, options, Callbacks(), [])
 
     def start(self) -> None:
         link = Link(self, None, PipeHandshake(), ACCEPTOR, "ssh")
         link.send_record(COMPLETED, __version__)
         link.update()
-
-    def _grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
-        return (Grant(),)
-
-    def _check_lists(self) -> None:
-        pass
 
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         super().on_link_closed(link, error)
@@ -8496,24 +8572,13 @@ class PipeServer(Server):
 # ---------------------------------------------------------------------------------------------------- client
 
 
-class Probe(LinkUser):
-    """Legacy's connection test: Opened is HandshakeCompletion there."""
-
-    __slots__ = ()
-
-    def on_record(self, link: Link, kind: int, content: Any) -> None:
-        link.detach()
-        link.owner.on_completed(link)
-        link.close()
-
-
 class Pool(Opener):
-    """A client's links: made ahead by Reach, closed when nobody needs them. On the legacy wire, where a link carries one stream, each
-    waiter has a link made for it."""
+    """A client's links: made ahead by Reach, closed when nobody needs them. On the legacy wire, where a link carries
+    one stream, each waiter has a link made for it."""
 
     READY = 2  # idle links at any time: the next connection needs no handshake, and a burst of two neither
-    # Links in a row to other runs of the server, after which a stream of an earlier run is given up; and links for each worker of a run,
-    # after which the search for the right one slows down.
+    # Links in a row to other runs of the server, after which a stream of an earlier run is given up; and links for each
+    # worker of a run, after which the search for the right one slows down.
     OTHER_RUNS = 8
     SEARCH = 10  # links a second
     MIXED = b""  # in place of a run: two of them were alive at once
@@ -8525,21 +8590,22 @@ class Pool(Opener):
         self._begun: set[Any] = set()  # legacy: waiters whose links are being made
         self._peaks = [0, 0]  # most links wanted at once, in this minute and in the one before
         self._minute = self.loop.now
-        self._is_due = False
+        self._soon = Deadline(self.loop)
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
-        self._runs: dict[str, bytes] = {}  # server -> the run that it showed last, or MIXED where two were alive at once
+        self._runs: dict[str, bytes] = {}  # server -> the run that it showed last, or MIXED
         self._sought_since, self._sought_at, self._sought, self._sought_for = 0.0, 0.0, 0, 0
 
     @property
-    def busy(self) -> int:
+    def _busy(self) -> int:
         return len(self.links) - len(self.idle)
 
     @property
-    def has_links(self) -> bool:
-        return bool(self.links)
+    def needed(self) -> int:
+        """How many links are waited for."""
+        return len(self.waiting) + len(self.detached)
 
     def take(self, waiter: Any) -> None:
-        self._peaks[0] = max(self._peaks[0], self.busy + len(self.waiting) + 1)
+        self._peaks[0] = max(self._peaks[0], self._busy + len(self.waiting) + 1)
         super().take(waiter)
 
     def keeps(self, link: Link) -> bool:
@@ -8552,7 +8618,7 @@ class Pool(Opener):
 
     @property
     def _queues(self) -> bool:
-        return self._client.most_links < sys.maxsize and bool(self.links)
+        return bool(self._client.ssh and self.links)
 
     def why_no_link(self) -> Exception:
         if self._reach.error:
@@ -8560,10 +8626,11 @@ class Pool(Opener):
         busy = "; all %d links over ssh are busy" % len(self.links) if self._queues else ""
         return ConnectError("no link to the server within %g s%s" % (self.waits_for(), busy))
 
+    # ---- making links
+
     def want_links(self) -> None:
         if self.is_closed:
             return
-        needed = len(self.waiting) + len(self.detached)
         if self._reach.error is not None:
             if self.waiting:
                 self._reach.hurry()
@@ -8573,11 +8640,22 @@ class Pool(Opener):
         else:
             # Where nothing has been carried yet, one is enough to see whether the server is there.
             ready = 0 if self._client.draining else self._ready if any(self._peaks) else min(1, self._ready)
-            wanted = needed + ready - len(self.idle) - self._reach.fresh
+            wanted = self.needed + ready - len(self.idle) - self._reach.fresh
             # After the last one was lost, one to see whether the server is there.
             most = min(self.limits.links_at_once, self._client.most_links - len(self.links)) if self.links else 1
             for _ in range(min(wanted, most - self._reach.dialing)):
                 self._make(None)
+
+    def _want_links_soon(self) -> None:
+        """Not at once: a server that ended each link as it was made had 700 a second of them."""
+        if self._soon.when == NEVER:
+            self._soon.set(0.25, self.want_links)
+
+    def replace(self, link: Link) -> None:
+        if self.loop.now - link.born > 0.5:
+            self.want_links()
+        else:
+            self._want_links_soon()
 
     def try_again(self) -> None:
         """While the server is away: one link at a time."""
@@ -8585,9 +8663,9 @@ class Pool(Opener):
             self._make(self.waiting[0] if self._client.is_legacy else None)
 
     def seek(self, stuck: bool) -> None:
-        """Each second, while streams wait for a link that a lost one carried, or links are `stuck`: one more try to reach the server, beside
-        those that hang, for a minute, and then every 5 s. Where links can be made, but are to other workers or runs, the search for the
-        right one takes more of them."""
+        """Each second, while streams wait for a link that a lost one carried, or links are `stuck`: one more try to
+        reach the server, beside those that hang, for a minute, and then every 5 s. Where links can be made, but are to
+        other workers or runs, the search for the right one takes more of them."""
         now = self.loop.now
         if not self.detached and not stuck or self.is_closed or self._client.draining:
             self._sought = 0
@@ -8598,9 +8676,9 @@ class Pool(Opener):
             self._sought = 1
         self._sought_for = len(self.detached)
         others = {(link.name, link.instance) for link in self.links if link.is_completed and not link.is_stuck}
-        elsewhere = [stream for stream, last in self.detached.items() if stream.instance and any(
+        elsewhere = [stream.instance for stream, last in self.detached.items() if stream.instance and any(
             name == last.name and instance != stream.instance for name, instance in others)]
-        is_quick = bool(elsewhere) and self._sought < self.OTHER_RUNS * max(stream.instance[6] for stream in elsewhere)
+        is_quick = self._sought < self.OTHER_RUNS * max((instance[6] for instance in elsewhere), default=0)
         if is_quick or now - self._sought_at >= (0 if not elsewhere and now - self._sought_since < 60 else 5):
             self._sought_at = now
             servers = list(dict.fromkeys(link.name for link in self.detached.values())) or [""]
@@ -8609,17 +8687,13 @@ class Pool(Opener):
                 self._make(None, servers[self._sought % len(servers)])
 
     def _make(self, waiter: Any, server: str = "") -> None:
+        open_ = None
         if waiter:
             self._begun.add(waiter)
-        self._reach.dial(self._open_of(waiter), functools.partial(self._on_dialed, waiter), server=server)
-
-    @staticmethod
-    def _open_of(waiter: Any) -> Open | None:
-        if waiter is None:
-            return None
-        if isinstance(waiter, UdpLink):
-            return Open(UDP, next((session.target for session in waiter.sessions.values()), ""))
-        return Open(TCP, waiter.target)
+            open_ = Open(TCP, waiter.target)
+            if isinstance(waiter, UdpLink):
+                open_ = Open(UDP, next((session.target for session in waiter.sessions.values()), ""))
+        self._reach.dial(open_, functools.partial(self._on_dialed, waiter), server=server)
 
     def _on_dialed(self, waiter: Any, link: Link | None, error: Exception | None) -> None:
         self._begun.discard(waiter)
@@ -8633,29 +8707,8 @@ class Pool(Opener):
         self.on_completed(link)
         if is_wanted:
             return self._hand_out(link, waiter)
-        # A legacy target has been connected already: a clean end would tell it that somebody came and had nothing to say.
+        # A legacy target has been connected already: a clean end would tell it that somebody had nothing to say.
         return link.abort(LinkClosed("nobody waits for it any more"))
-
-    def adopt(self, link: Link) -> None:
-        """A new link, on which nothing has been asked yet."""
-        self.links.add(link)
-        self._judge(link)
-        self.put(link)
-
-    def replace(self, link: Link) -> None:
-        if self.loop.now - link.born > 0.5:
-            self.want_links()
-        else:
-            self._want_links_soon()
-
-    def _want_links_soon(self) -> None:
-        """Not at once: a server that ended each link as it was made had 700 a second of them."""
-        def on_due() -> None:
-            self._is_due = False
-            self.want_links()
-        if not self._is_due:
-            self._is_due = True
-            self.loop.call_later(0.25, on_due)
 
     def _on_dial_failed(self, waiter: Any, error: Exception) -> None:
         if waiter and isinstance(error, PeerError) and not is_final(error):
@@ -8668,37 +8721,16 @@ class Pool(Opener):
             return log.debug("no new link: %s", error)
         return self.on_failed(error)
 
-    def on_closed_to(self, stream: Stream, link: Link) -> None:
-        self.clear()  # a server that ends says Close on all its links
-        super().on_closed_to(stream, link)
-
-    def on_failed(self, error: Exception) -> None:
-        """No link could be made."""
-        if self._client.draining and not (self.waiting or self.detached):
-            return None  # it was to be a spare one
-        if is_final(error) and not self._client.is_stubborn:
-            self.close(error)
-            return self._client.give_up(error)
-        lost = "" if self.links else "Lost the server `%s`" % self._client.server_names
-        with self._client.noticing():
-            self._reach.fail(error, lost, tried=not self._client.is_legacy)  # a legacy client notices by a try that there was a loss
-        if is_final(error):  # the next try is far
-            self.reset_waiting(error)
-        elif self.waiting or self.detached:
-            self.want_links()
-
-    def on_completed(self, link: Link) -> None:
-        """The server has let it in."""
-        with self._client.noticing():
-            self._reach.succeed(link.name, "Connected to server `%s` again," % link.name)
-        if self.waiting or self.detached:
-            self.want_links()
-        else:
-            self._want_links_soon()
+    def adopt(self, link: Link) -> None:
+        """A new link, on which nothing has been asked yet."""
+        self.links.add(link)
+        self._judge(link)
+        self.put(link)
 
     def _judge(self, link: Link) -> None:
-        """A stream of another run of this server cannot go on where that run is no more. One link to another run tells, unless there may be
-        several servers behind the name: where it has come to another address, through a proxy, or where two runs were seen alive at once."""
+        """A stream of another run of this server cannot go on where that run is no more. One link to another run tells,
+        unless there may be several servers behind the name: where it has come to another address, through a proxy, or
+        where two runs were seen alive at once."""
         shown = link.instance[:6]
         known = self._runs.setdefault(link.name, shown)
         if not self.detached and known in (shown, self.MIXED):
@@ -8706,18 +8738,47 @@ class Pool(Opener):
         alive = {other.instance[:6] for other in self.links
                  if other.name == link.name and other.state != CLOSED and not other.is_stuck}
         self._runs[link.name] = self.MIXED if len(alive) > 1 or known == self.MIXED else shown
-        waiting = [(stream, last) for stream, last in self.detached.items() if stream.instance and last.name == link.name]
+        is_plain = self._runs[link.name] != self.MIXED and not self._client.options.proxy and link.path is not None
+        waiting = [(stream, last) for stream, last in self.detached.items()
+                   if stream.instance and last.name == link.name]
         for run in {stream.instance[:6] for stream, _ in waiting}:
-            if run in alive:
-                self._others.pop(run, None)
-                continue
-            self._others[run] = self._others.get(run, 0) + 1
+            self._others[run] = 0 if run in alive else self._others.get(run, 0) + 1
             for stream, last in waiting:
-                is_one = (self._runs[link.name] != self.MIXED and not self._client.options.proxy
-                          and link.path is not None and last.path is not None and link.path[1] == last.path[1])
+                is_one = is_plain and link.path and last.path and link.path[1] == last.path[1]
                 if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
                     del self.detached[stream]
-                    stream.give_up(LinkClosed("the server has been started anew and does not know it, or another one answers"))
+                    stream.give_up(LinkClosed("the server has been started anew and does not know it, or another one"
+                                              " answers"))
+
+    # ---- what becomes of them
+
+    def on_completed(self, link: Link) -> None:
+        """The server has let it in."""
+        with self._client.noticing():
+            self._reach.succeed(link.name, "Connected to server `%s` again," % link.name)
+        if self.needed:
+            self.want_links()
+        else:
+            self._want_links_soon()
+
+    def on_failed(self, error: Exception) -> None:
+        """No link could be made."""
+        if self._client.draining and not self.needed:
+            return None  # it was to be a spare one
+        if is_final(error) and not self._client.is_stubborn:
+            self.close(error)
+            return self._client.give_up(error)
+        lost = "" if self.links else "Lost the server `%s`" % self._client.server_names
+        with self._client.noticing():  # a legacy client notices by a try that there was a loss
+            self._reach.fail(error, lost, tried=not self._client.is_legacy)
+        if is_final(error):  # the next try is far
+            self.reset_waiting(error)
+        elif self.needed:
+            self.want_links()
+
+    def on_closed_to(self, stream: Stream, link: Link) -> None:
+        self.clear()  # a server that ends says Close on all its links
+        super().on_closed_to(stream, link)
 
     def on_link_lost(self, link: Link, error: Exception | None) -> None:
         """A link is no more."""
@@ -8737,7 +8798,7 @@ class Pool(Opener):
     def sweep(self) -> None:
         now = self.loop.now
         if now - self._minute >= 60:
-            self._minute, self._peaks = now, [self.busy, self._peaks[0]]
+            self._minute, self._peaks = now, [self._busy, self._peaks[0]]
         # The least recently used stand first.
         while len(self.idle) > self._ready and now - self.idle[0].idle_since > self.limits.idle_time:
             self.drop(self.idle.pop(0))
@@ -8749,79 +8810,98 @@ class Pool(Opener):
 
 
 class ReverseTunnel(LinkUser):
-    """The client's end of one `R:` tunnel: keeps links waiting at the server, and connects what comes on them to its own remote."""
+    """The client's end of one `R:` tunnel: keeps links waiting at the server, and connects what comes on them to its
+    own remote. It is what waits at the pool for each of these links, and their user until the server listens."""
 
     READY = 2  # links that wait; more while connections are busy, for a burst asks for one link after the other
+    instance = b""  # the server listens in any run
 
     def __init__(self, client: Client, spec: TunnelSpec, number: int):
         self._client, self.spec, self.number, self._loop = client, spec, number, client.loop
         self.address: Address | None = None  # what the server listens on, once it has said so
         self.asked = str(spec.local) if spec.local.host else str(spec.local.port)
-        self._asking = 0
+        self._asking, self.since = 0, 0.0  # how many links it waits for, and since when for the last of them
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
         self.error: Exception | None = None  # why there is no link of it
-        self._tries = 0
-        self._rests_until = 0.0
-        self._has_said = False
+        self._tries, self._rests_until, self._has_said = 0, 0.0, False
         self.acceptor = Acceptor(client, None, self._connect, lambda _stream, _link: None, self._answer, self._label)
 
     # ---- links that wait at the server
 
-    def ask(self) -> None:
-        self._asking += 1
-        self._client.pool.take(Question(self))
-
     def ask_more(self) -> None:
-        """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask for."""
-        if not self._client.started or self._client.draining or self._loop.now < self._rests_until:
+        """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask
+        for."""
+        client = self._client
+        if not client.started or client.draining or self._loop.now < self._rests_until:
             return
-        wanted = min(self._client.limits.waiting_links, self.READY + len(self.busy)) if self.address and not self.error else 1
-        while len(self.waiting) + self._asking < wanted and self._client.may_ask_for(self._asking + 1):
-            self.ask()
+        wanted = 1
+        if self.address and not self.error:
+            wanted = min(client.limits.waiting_links, self.READY + len(self.busy))
+        while len(self.waiting) + self._asking < wanted and client.may_ask_for(self._asking + 1):
+            self._asking += 1
+            client.pool.take(self)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
         self._rests_until = 0.0
         self.ask_more()
 
-    def on_listening(self, link: Link, bound: str) -> None:
+    def open(self, link: Link, timeout: float) -> None:
+        link.ask(self, Open(LISTEN, self.asked, instance=self._client.listen_instance), timeout)
+
+    def on_record(self, link: Link, kind: int, content: Any) -> None:
+        """The answer to that."""
+        if kind == OPENED:
+            return self._on_listening(link, content.address)
+        link.detach()
+        link.leave(b"")
+        return self.give_up(LinkClosed("the server takes no more streams on this connection"))
+
+    def on_close(self, link: Link, error: Exception) -> None:
+        self.give_up(error)
+
+    def _on_listening(self, link: Link, bound: str) -> None:
         try:
             address = parse_bind(bound)
             if not address.port:
                 raise ValueError("it is no address with a port")
         except ValueError:
-            error = RemoteProtocolError("the server says that it listens on `%s`, which is no address" % printable(bound))
+            error = RemoteProtocolError("the server says that it listens on `%s`, which is no address"
+                                        % printable(bound))
             link.detach()
             link.abort(error)
-            return self.on_refused(error)
+            return self.give_up(error)
+        client = self._client
         self._asking -= 1
-        with self._client.noticing():
+        with client.noticing():
             if self.error and self._has_said:
                 log.info("✅ reverse tunnel on `%s` again, after %s", address, show_tries(self._tries))
             self.error, self._tries, self._has_said = None, 0, False
-        is_first, self.address = self.address is None, address
-        self.asked = str(self.address)
+        is_first, self.address, self.asked = self.address is None, address, str(address)
         link.turn(ACCEPTOR)
-        link.instance = self._client.listen_instance
+        link.instance = client.listen_instance
         self.waiting.add(link)
-        self._client.pool.links.discard(link)
-        self._client.reverse_links[link] = self
+        client.pool.links.discard(link)
+        client.reverse_links[link] = self
         if is_first:
-            self._client.on_bound(self)
+            client.on_bound(self)
         self.ask_more()
         return link.update()
 
-    def on_refused(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
         """A link could not be made, or was refused: asking again at once would not help."""
+        client = self._client
         self._asking -= 1
-        if self._client.draining:
+        if client.draining:
             return None
-        if self.address is None and (not self._client.options.retries or isinstance(error, PeerError) and error.code == INVALID_HOST):
-            return self._client.on_listen_refused(self, error)
-        if is_final(error) and not self._client.is_stubborn:
-            return self._client.give_up(error)
-        if self.waiting and isinstance(error, PeerError):  # a server that answers, and finds that there are enough of them
+        is_forbidden = isinstance(error, PeerError) and error.code == INVALID_HOST
+        if self.address is None and (is_forbidden or not client.options.retries):
+            log.error("❌ reverse tunnel `R:%s` to `%s`: %s", self.asked, self.spec.remote, reason(error))
+            return client.finish(PolicyError(str(error)) if is_forbidden else error)
+        if is_final(error) and not client.is_stubborn:
+            return client.give_up(error)
+        if self.waiting and isinstance(error, PeerError):  # a server that answers, and finds that there are enough
             return None
         return self._rest(error)
 
@@ -8829,24 +8909,18 @@ class ReverseTunnel(LinkUser):
         with self._client.noticing():
             self._tries += 1
             says = self._tries > 1 and not self._has_said and not self.waiting
-            log.log(logging.ERROR if says else logging.DEBUG, "%sreverse tunnel on `%s`: %s; trying again", "❌ " * says, self.address or self.asked,
-                    reason(error))
+            log.log(logging.ERROR if says else logging.DEBUG, "%sreverse tunnel on `%s`: %s; trying again",
+                    "❌ " * says, self.asked, reason(error))
             self._has_said = self._has_said or says
             self.error = error.with_traceback(None)
-            retries = self._client.options.retries
-            if retries is not None and self._tries > retries:
-                return self._client.give_up(RatrodError("Giving up after %s: %s" % (show_tries(self._tries), reason(error))))
+        retries = self._client.options.retries
+        if retries is not None and self._tries > retries:
+            tries = show_tries(self._tries)
+            return self._client.give_up(RatrodError("Giving up after %s: %s" % (tries, reason(error))))
         pause = backoff(self._tries - 1, self._client.limits.retry_interval)
         self._rests_until = self._loop.now + pause
         self._loop.call_later(pause + 0.001, self.ask_more)
         return None
-
-    def renew(self, links: Iterable[Link]) -> None:
-        """These of those that wait make place for others."""
-        for link in links:
-            self.waiting.discard(link)
-            link.leave(link.writer.record(CLOSE))
-        self.ask_more()
 
     def put(self, link: Link, record: bytes) -> None:
         """Its connection is over."""
@@ -8864,22 +8938,25 @@ class ReverseTunnel(LinkUser):
             return
         if was_waiting and not self.waiting and not self._asking and not self.error and not link.doubted_at:
             self._rest(error or LinkClosed("the server closed the connection"))
-        elif not was_waiting or self._loop.now - link.born > 0.5:  # a link that ends at once would loop: the sweep asks for another
+        elif not was_waiting or self._loop.now - link.born > 0.5:  # one that ends at once would loop: the sweep asks
             self.ask_more()
 
     def sweep(self) -> None:
-        now = self._loop.now
-        self.renew([link for link in self.waiting if now - link.born > self._client.limits.link_age])
+        for link in [link for link in self.waiting if self._loop.now - link.born > self._client.limits.link_age]:
+            self.waiting.discard(link)
+            link.leave(link.writer.record(CLOSE))
+        self.ask_more()
         self.acceptor.sweep()
 
     # ---- connections that come back
 
     def on_open(self, link: Link, open_: Open) -> None:
-        """A connection came in at the server. Its Open names the visitor, for the log: this client connects to what its own command line
-        names."""
+        """A connection came in at the server. Its Open names the visitor, for the log: this client connects to what its
+        own command line names."""
         if open_.kind != TCP:
             raise RemoteProtocolError("an Open of kind %d on a Listen link" % open_.kind)
-        if open_.attempt < 2 and (self._loop.now - link.born > self._client.limits.link_age or self._client.draining):
+        is_old = self._loop.now - link.born > self._client.limits.link_age
+        if open_.attempt < 2 and (is_old or self._client.draining):
             return link.leave(link.writer.record(CLOSE))
         self.waiting.discard(link)
         self.busy.add(link)
@@ -8889,7 +8966,7 @@ class ReverseTunnel(LinkUser):
     def _label(self, _link: Link, open_: Open) -> Label:
         return new_label("%s back from %s" % (printable(open_.target), self.address), str(self.spec.remote))
 
-    def _connect(self, stream: Stream, _link: Link, done: Callable[[socket.socket | None, Exception | None], None]) -> None:
+    def _connect(self, stream: Stream, _link: Link, done: Done) -> None:
         def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
             if sock and self._client.options.send_proxy:
                 try:  # the buffer of a new connection has room for it
@@ -8898,42 +8975,175 @@ class ReverseTunnel(LinkUser):
                     sock.close()
                     sock, error = None, broken
             done(sock, error)
-        Connector(self._loop, self.spec.remote, self._client.limits.connect_timeout, on_connected).start(self._client.look_up)
+        timeout = self._client.limits.connect_timeout
+        Connector(self._loop, self.spec.remote, timeout, on_connected).start(self._client.look_up)
 
     def _answer(self, _target: str, error: Exception) -> tuple[Exception, Error]:
         return (ConnectError("cannot connect to `%s`: %s" % (self.spec.remote, reason(error))),
                 Error(REMOTE_FAILED, "the client cannot connect to its remote"))
 
 
-class Question(LinkUser):
-    """One Open of kind Listen, and its answer."""
+class HostKeys:
+    """Which keys of servers a client accepts: those of known_hosts, and what -a, --accept-new or the user add."""
 
-    __slots__ = ("_tunnel", "since", "instance")
+    def __init__(self, options: ClientOptions, known: KnownHosts):
+        self._options, self._known = options, known
 
-    def __init__(self, tunnel: ReverseTunnel):
-        self._tunnel, self.since, self.instance = tunnel, 0.0, b""
+    def warn(self, servers: str, has_ssh: bool) -> None:
+        """Says at the start what protects nobody: -a, and lines of known_hosts that mean nothing. Where ssh knows the
+        hosts, nobody reads these."""
+        if self._options.accept_all_hosts:
+            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", servers)
+        elif not has_ssh and os.path.lexists(self._known.path):
+            self._known.read()
+            for problem in self._known.problems:
+                log.warning("%s", problem)
 
-    def open(self, link: Link, timeout: float) -> None:
-        tunnel = self._tunnel
-        link.ask(self, Open(LISTEN, tunnel.asked, instance=tunnel._client.listen_instance), timeout)  # noqa: SLF001
+    def check(self, server: Place, key: bytes) -> None:
+        """UnknownHost or AuthenticationError where this key is not accepted. On a thread."""
+        if self._options.accept_all_hosts:
+            return
+        try:
+            self._known.check(key, str(server))
+        except UnknownHost as error:
+            if not self._options.accept_new:
+                raise
+            failure = self._add(error)
+            if failure:  # a key that is written nowhere would be a new one at each start, as with -a
+                raise AuthenticationError("--accept-new %s. %s" % (failure, error)) from None
 
-    def give_up(self, error: Exception) -> None:
-        self._tunnel.on_refused(error)
+    def ask(self, host: UnknownHost) -> bool:
+        """Whether the user trusts this key, in this run alone where it cannot be written."""
+        if not self._options.ask_host or not self._options.ask_host(host):
+            return False
+        failure = self._add(host)
+        if failure:
+            self._known.accept(host.key, host.address)
+            log.warning("Server's public key `%s` is trusted for `%s` in this run alone: ratrod %s",
+                        encode_key(host.key), host.address, failure)
+        return True
+
+    def _add(self, host: UnknownHost) -> str:
+        """"", or why the key could not be written."""
+        failure = self._known.add(host.key, host.address)
+        if not failure:
+            log.warning("Server's public key `%s` is trusted for `%s` from now on, and stands in `%s`",
+                        encode_key(host.key), host.address, self._known.path)
+        return failure
+
+
+class FirstConnection(LinkUser):
+    """The connection that tests whether the server lets this client in, before any tunnel takes connections. On the
+    original's wire it asks for a remote without a name."""
+
+    def __init__(self, client: Client):
+        self._client, self._options = client, client.options
+        self._link: Link | None = None
+
+    def start(self, remote: str = "") -> None:
+        open_ = Open(TCP, remote) if self._client.is_legacy else None
+        self._client.reach.dial(open_, functools.partial(self._on_dialed, remote), self._options.report)
+
+    def _on_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
+        if link:
+            self._link = link  # on_completed(), on_refused() or on_closed() will tell
+            return link.ask(self, Open(TCP, ""), self._client.patience) if self._client.is_legacy else None
+        # A Rust server with a regex refuses the empty remote that asks for nothing, and may allow a tunnel's.
+        remotes = [str(spec.remote) for spec in self._client.tunnels if spec.kind in (FORWARD, STDIO)]
+        if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
+            return self.start(remotes[0])
+        # Its connection is closed: an answer takes as long as it takes.
+        if isinstance(error, UnknownHost) and self._client.host_keys.ask(error):
+            return self.start(remote)
+        return self.fail(error or ConnectError("unknown reason"))
+
+    def fail(self, error: Exception) -> None:
+        client, self._link = self._client, None
+        if self._options.retries and not is_final(error) and not client.draining:
+            return client.reach.fail(error, "Test connection failed", is_first=True)
+        if not client.draining:  # Ctrl-C while ssh asks: no news
+            log.error("❌ Test connection failed: %s", reason(error))
+        return client.finish(error)
+
+    def owns(self, link: Link) -> bool:
+        return link is self._link
 
     def on_record(self, link: Link, kind: int, content: Any) -> None:
-        if kind == OPENED:
-            return self._tunnel.on_listening(link, content.address)
+        """Opened is HandshakeCompletion there."""
         link.detach()
-        link.leave(b"")
-        return self._tunnel.on_refused(LinkClosed("the server takes no more streams on this connection"))
+        self._client.on_completed(link)
+        link.close()
 
-    def on_close(self, link: Link, error: Exception) -> None:
-        self._tunnel.on_refused(error)
+    def on_completed(self, link: Link) -> None:
+        self._link = None
+        self._options.report("✅ Challenge accepted!")
+        self._options.report("✅ Test connection successful!")
+        self._client.reach.succeed(link.name, "Connected")
+
+
+class SocksEntrance:
+    """What the SOCKS tunnels of a client take in, until it is a stream or a UDP association."""
+
+    def __init__(self, client: Client):
+        self._client, self._loop = client, client.loop
+        self.negotiations: set[Negotiation] = set()
+        self._outer = 0  # of the last association
+
+    def on_accept(self, sock: socket.socket, address: Any) -> None:
+        handshake = SocksHandshake(self._client.options.socks_user)
+        negotiation = Negotiation(self._loop, sock, address, handshake, self._client.limits.handshake_timeout,
+                                  self._on_asked)
+        self.negotiations.add(negotiation)
+        negotiation.start()
+
+    def _on_asked(self, negotiation: Negotiation, failure: Exception | None) -> None:
+        self.negotiations.discard(negotiation)
+        address, request = negotiation.address, negotiation.handshake
+        assert isinstance(request, SocksHandshake)
+        if failure and (isinstance(failure, Departed) or not negotiation.heard):
+            return log.debug("SOCKS client `%s`: %s", show_address(address), reason(failure))
+        if failure:
+            return self._complain(address, failure)
+        try:
+            self._answer(negotiation.sock, address, request)
+        except (ValueError, OSError, RemoteProtocolError) as error:
+            self._complain(address, error)
+            code = 7 if isinstance(error, RemoteProtocolError) else 1
+            LastWord(self._loop, negotiation.sock, socks_reply(request.version, code))
+        return None
+
+    def _answer(self, sock: socket.socket, address: Any, request: SocksHandshake) -> None:
+        client = self._client
+        if request.command == request.CONNECT:
+            target = str(parse_target(request.target))  # a name in another alphabet becomes punycode here
+            stream = SocksStream(client, client.pool, OPENER, new_label(show_address(address), target), target)
+            stream.version = request.version
+            stream.join(sock)
+            client.pool.take(stream)
+        elif request.command == request.ASSOCIATE and isinstance(address, tuple):  # a Unix socket has no address
+            self._outer += 1
+            client.associations.add(SocksPort(client, sock, request.target, self._outer))
+        else:
+            raise RemoteProtocolError("it asks for command %d, and here are only CONNECT and, but for Unix sockets, UDP"
+                                      " ASSOCIATE" % request.command)
+
+    def _complain(self, address: Any, error: Exception) -> None:
+        """SOCKS has hardly any words for a reason, so the log says it. A cause is without the names, of which there may
+        be many."""
+        cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
+        self._loop.complain("❌ %%d more SOCKS clients: %s" % cause,
+                            "❌ SOCKS client `%s`: %s" % (show_address(address), reason(error)))
+
+    def close(self) -> None:
+        for negotiation in list(self.negotiations):
+            negotiation.abort(LocalFailed(ENDING))
 
 
 class Client(Endpoint):
-    """Tunnels through the first of some servers that answers, and after it went away through whichever does. callbacks.finished(error) is
-    called once: with None where all that it had to do is done."""
+    """Tunnels through the first of some servers that lets it in, and after that went away through whichever does.
+    callbacks.finished(error) is called once: with None where all that it had to do is done."""
+
+    REST = 5.0  # seconds for which a UDP target that could not be reached is not tried again
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, options: ClientOptions, callbacks: Callbacks,
                  sockets: list[list[socket.socket]] | None = None):
@@ -8946,19 +9156,17 @@ class Client(Endpoint):
         if self.ssh:
             self.threads = Threads(loop, limits.links_at_once)  # ssh may take its time
         self.listen_instance = os.urandom(8)
-        self.reach = Reach(self, options.retries)
+        self.host_keys, self.reach = HostKeys(options, folder.known_hosts), Reach(self, options.retries)
         listens = not options.only_test and any(spec.kind in (FORWARD, SOCKS) for spec in options.tunnels)
         self.pool = Pool(self, self.reach, Pool.READY if listens and not options.legacy else 0)
         self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
         self._unbound = 0
+        self._first, self._socks = FirstConnection(self), SocksEntrance(self)
         self.associations: set[SocksPort] = set()
-        self._outer = 0  # of the last one
-        self._socks: set[Negotiation] = set()
-        self._test_link: Link | None = None
         self.started = self._has_given_up = False
         self.since = loop.now  # when it was connected, or lost the server
-        self._reached_at = 0.0  # when the newest link that the server has let in was made, by the clock that counts sleep
+        self._reached_at = 0.0  # when the newest link that the server has let in was made, as Link.doubted_at
         # On the original's wire each session has a link of its own.
         most_sessions = min(limits.udp_sessions, descriptor_limit() // 4 if options.legacy else sys.maxsize)
         self.sessions = UdpSessions(self, most_sessions, UdpSessions.PER_LINK, limits.udp_timeout)
@@ -8977,76 +9185,54 @@ class Client(Endpoint):
         self.tunnels.append(spec)
         if spec.kind == REVERSE:
             self.reverse.append(ReverseTunnel(self, spec, len(self.tunnels) - 1))
-        on_accept = self._on_socks_accept if spec.kind == SOCKS else functools.partial(self._on_accept, str(spec.remote))
+        remote = str(spec.remote)
+        on_accept = self._socks.on_accept if spec.kind == SOCKS else functools.partial(self._on_accept, remote)
         for sock in sockets:
             if sock.type == socket.SOCK_STREAM:
-                self.listeners.append(Listener(self.loop, sock, on_accept, self.limits.accept_pause))
+                pause = self.limits.accept_pause
+                self.listeners.append(Listener(self.loop, sock, on_accept, pause, needs=self._needs_links))
             else:
-                self.listeners.append(TunnelPort(self, sock, str(spec.remote)))
+                self.listeners.append(TunnelPort(self, sock, remote))
+
+    def _needs_links(self) -> int:
+        """How many links the connections that are in will need: each takes a descriptor, which no more connections must
+        take."""
+        waiting = self.pool.needed + len(self._socks.negotiations)
+        return max(0, min(waiting, self.most_links - len(self.pool.links)) - self.reach.dialing)
 
     @property
     def is_stubborn(self) -> bool:
-        """A client that was let in once goes on trying, whatever it hears of keys, unless the number of tries is limited."""
+        """Whether it goes on trying, whatever it hears of keys: it was let in once, and its tries are not limited."""
         return self.started and self.options.retries is None
 
     # ---- start
 
     def start(self) -> None:
-        """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the system's queue."""
-        self.options.report("⏳ Testing server connection ...")
-        for spec in [] if self.options.only_test else self.tunnels:
-            self._announce(spec)
-        if self.options.accept_all_hosts:
-            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", self.server_names)
-        else:
-            self._check_known_hosts()
-        if self.is_legacy and not self.options.encrypt:
-            log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2, without --legacy")
-        self._test("")
-
-    def _check_known_hosts(self) -> None:
-        """Says which of its lines mean nothing; where ssh knows the hosts, nobody reads it."""
-        known_hosts = self.folder.known_hosts
-        if not self.ssh and os.path.lexists(known_hosts.path):
-            known_hosts.read()
-            for problem in known_hosts.problems:
-                log.warning("%s", problem)
-
-    def _announce(self, spec: TunnelSpec) -> None:
+        """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the
+        system's queue."""
         report = self.options.report
-        if spec.kind == SOCKS:
-            report("📻 [SOCKS] Listening on `%s`, and routing through `%s` ...", spec.local, self.server_names)
-        elif spec.kind == FORWARD:
-            for protocol in ("UNIX",) if spec.local.is_unix else spec.protocols:
-                report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local,
-                       self.server_names, spec.remote)
-
-    def _test(self, remote: str) -> None:
-        self.reach.dial(Open(TCP, remote) if self.is_legacy else None, functools.partial(self._on_test_dialed, remote), self.options.report)
-
-    def _on_test_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
-        if link:
-            self._test_link = link  # on_completed(), on_refused() or on_link_closed() will tell
-            return link.ask(Probe(), Open(TCP, ""), self.patience) if self.is_legacy else None
-        # A Rust server with a regex refuses the empty remote that asks for nothing; it may allow what the tunnel is for.
-        remotes = [str(spec.remote) for spec in self.tunnels if spec.kind in (FORWARD, STDIO)]
-        if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
-            return self._test(remotes[0])
-        # Its connection is closed: an answer takes as long as it takes.
-        if isinstance(error, UnknownHost) and self.options.ask_host and self.options.ask_host(error):
-            failure = self._trust(error)
-            if failure:
-                self.folder.known_hosts.accept(error.key, error.address)
-                log.warning("Server's public key `%s` is trusted for `%s` in this run alone: ratrod %s",
-                            encode_key(error.key), error.address, failure)
-            return self._test(remote)
-        return self._on_test_failed(error or ConnectError("unknown reason"))
+        report("⏳ Testing server connection ...")
+        for spec in [] if self.options.only_test else self.tunnels:
+            if spec.kind == SOCKS:
+                report("📻 [SOCKS] Listening on `%s`, and routing through `%s` ...", spec.local, self.server_names)
+            elif spec.kind == FORWARD:
+                for protocol in ("UNIX",) if spec.local.is_unix else spec.protocols:
+                    report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local,
+                           self.server_names, spec.remote)
+        self.host_keys.warn(self.server_names, bool(self.ssh))
+        if self.is_legacy and not self.options.encrypt:
+            log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2,"
+                        " without --legacy")
+        self._first.start()
 
     def try_again(self) -> None:
         if self.started:
             self.pool.try_again()
         else:
-            self._test("")
+            self._first.start()
+
+    def finish(self, error: Exception | None) -> None:
+        self._callbacks.finished(error)
 
     def give_up(self, error: Exception) -> None:
         """Nothing that it does would help."""
@@ -9054,149 +9240,68 @@ class Client(Endpoint):
         if not self._has_given_up:
             self._has_given_up = True
             log.error("❌ %s", reason(error))
-            self._callbacks.finished(error)
-
-    def _on_test_failed(self, error: Exception) -> None:
-        if self.options.retries and not is_final(error) and not self.draining:
-            return self.reach.fail(error, "Test connection failed", is_first=True)
-        if not self.draining:  # Ctrl-C while ssh asks: no news
-            log.error("❌ Test connection failed: %s", reason(error))
-        return self._callbacks.finished(error)
-
-    def _on_tested(self, server: str) -> None:
-        self.options.report("✅ Challenge accepted!")
-        self.options.report("✅ Test connection successful!")
-        self.reach.succeed(server, "Connected")
-        self.since = self.loop.now
-        if self.options.only_test:
-            return self._callbacks.finished(None)
-        return self._begin()
+            self.finish(error)
 
     def _begin(self) -> None:
-        """The tunnels take connections from now on."""
+        """The server has let it in: the tunnels take connections from now on."""
+        self.since = self.loop.now
+        if self.options.only_test:
+            return self.finish(None)
         for listener in self.listeners:
             listener.start()
         self.started = True
         for spec in self.tunnels:
             if spec.kind == STDIO:
-                self.pool.take(StdioStream(self, self.pool, new_label("stdio", str(spec.remote)), str(spec.remote), self._on_stdio_finished))
+                # At its end the other side gets a moment to read why.
+                self.pool.take(StdioStream(self, self.pool, new_label("stdio", str(spec.remote)), str(spec.remote),
+                                           lambda error: self._say_goodbye(lambda: self.finish(error))))
         self._unbound = len(self.reverse)
         for tunnel in self.reverse:
-            tunnel.ask()
+            tunnel.ask_more()
         if not self._unbound:
             self._callbacks.started()
-        if not self.tunnels:
-            self._callbacks.finished(None)
-
-    def _on_stdio_finished(self, error: Exception | None) -> None:
-        """The other side gets a moment to read why."""
-        self._say_goodbye(lambda: self._callbacks.finished(error))
-
-    # ---- reverse tunnels
+        return None if self.tunnels else self.finish(None)
 
     def on_bound(self, tunnel: ReverseTunnel) -> None:
+        """The server listens for it."""
         assert tunnel.address is not None
-        self.options.report("📻 [TCP] `%s` listens on `%s`, and routing back to `%s` ...", self.server_names, tunnel.address, tunnel.spec.remote)
+        self.options.report("📻 [TCP] `%s` listens on `%s`, and routing back to `%s` ...", self.server_names,
+                            tunnel.address, tunnel.spec.remote)
         self.tunnels[tunnel.number] = tunnel.spec._replace(local=tunnel.address)
         self._unbound -= 1
         if not self._unbound:
             self._callbacks.started()
 
-    def on_listen_refused(self, tunnel: ReverseTunnel, error: Exception) -> None:
-        log.error("❌ reverse tunnel `R:%s` to `%s`: %s", tunnel.asked, tunnel.spec.remote, reason(error))
-        self._callbacks.finished(PolicyError(str(error)) if isinstance(error, PeerError) and error.code == INVALID_HOST else error)
-
     def may_ask_for(self, more: int) -> bool:
-        """So many more links for reverse tunnels. Each needs a descriptor for itself and one for its remote: a server that opens them all
-        must not take those of the other tunnels. More connections wait at the server."""
+        """Whether so many more links for reverse tunnels are allowed. Each needs a descriptor for itself and one for
+        its remote: a server that opens them all must not take those of the other tunnels. More connections wait
+        there."""
         return 2 * (len(self.reverse_links) + more) <= descriptor_limit() // 2
-
-    def on_open(self, link: Link, open_: Open) -> None:
-        self.reverse_links[link].on_open(link, open_)
-
-    def on_abandon(self, link: Link, stream_id: bytes) -> None:
-        self.reverse_links[link].acceptor.abandon(link, stream_id)
-
-    # ---- SOCKS
-
-    def _on_socks_accept(self, sock: socket.socket, address: Any) -> None:
-        negotiation = Negotiation(self.loop, sock, address, SocksHandshake(self.options.socks_user),
-                                  self.limits.handshake_timeout, self._on_socks_asked)
-        self._socks.add(negotiation)
-        negotiation.start()
-
-    def _on_socks_asked(self, negotiation: Negotiation, failure: Exception | None) -> None:
-        self._socks.discard(negotiation)
-        sock, address, request = negotiation.sock, negotiation.address, negotiation.handshake
-        assert isinstance(request, SocksHandshake)
-        if failure and (isinstance(failure, Departed) or not negotiation.heard):
-            return log.debug("SOCKS client `%s`: %s", show_address(address), reason(failure))
-        if failure:
-            return self._complain_of_socks(address, failure)
-        try:
-            if request.command == request.ASSOCIATE and isinstance(address, tuple):  # a Unix socket has no address to answer to
-                self._outer += 1
-                self.associations.add(SocksPort(self, sock, request.target, self._outer))
-            elif request.command == request.CONNECT:
-                target = str(parse_target(request.target))  # a name in another alphabet becomes punycode here
-                stream = SocksStream(self, self.pool, OPENER, new_label(show_address(address), target), target)
-                stream.version = request.version
-                stream.join(sock)
-                self.pool.take(stream)
-            else:
-                self._complain_of_socks(address, RemoteProtocolError(
-                    "it asks for command %d, and here are only CONNECT and, but for Unix sockets, UDP ASSOCIATE" % request.command))
-                LastWord(self.loop, sock, socks_reply(request.version, 7))
-        except (ValueError, OSError) as error:
-            self._complain_of_socks(address, error)
-            LastWord(self.loop, sock, socks_reply(request.version, 1))
-        return None
-
-    def _complain_of_socks(self, address: Any, error: Exception) -> None:
-        """SOCKS has hardly any words for a reason, so the log says it. A cause is without the names, of which there may be many."""
-        cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
-        self.loop.complain("❌ %%d more SOCKS clients: %s" % cause, "❌ SOCKS client `%s`: %s" % (show_address(address), reason(error)))
 
     # ---- links
 
-    def check_server(self, server: Place, key: bytes) -> None:
-        """On a thread."""
-        if self.options.accept_all_hosts:
-            return
-        try:
-            self.folder.known_hosts.check(key, str(server))
-        except UnknownHost as error:
-            if not self.options.accept_new:
-                raise
-            failure = self._trust(error)
-            if failure:  # a key that is written nowhere would be a new one at each start, as with -a
-                raise AuthenticationError("--accept-new %s. %s" % (failure, error)) from None
-
-    def _trust(self, host: UnknownHost) -> str:
-        """"", or why the key could not be written."""
-        known = self.folder.known_hosts
-        failure = known.add(host.key, host.address)
-        if not failure:
-            log.warning("Server's public key `%s` is trusted for `%s` from now on, and stands in `%s`",
-                        encode_key(host.key), host.address, known.path)
-        return failure
-
     def on_completed(self, link: Link) -> None:
         self._reached_at = self.loop.awake - (self.loop.now - link.born)
-        if link is self._test_link:
-            self._test_link = None
-            if self.is_legacy:
-                return self._on_tested(link.name)
+        if self._first.owns(link):
+            self._first.on_completed(link)
+            if self.is_legacy:  # that link has done what it was for
+                return self._begin()
             self.pool.links.add(link)
-            self._on_tested(link.name)
+            self._begin()
             self.pool.adopt(link)
         return self.pool.on_completed(link)
 
-    def on_idle(self, link: Link, record: bytes) -> None:
-        if link.role == ACCEPTOR:
-            self.reverse_links[link].put(link, record)
-        else:
-            self.pool.put(link)
+    def on_refused(self, link: Link, error: PeerError) -> None:
+        """The server does not let this client in (any more): another one may. On the original's wire it may be the
+        remote of a stream that is refused."""
+        if is_final(error):
+            self.pool.reset_detached(error, link.name)
+        elif link.is_legacy and not self._first.owns(link):
+            return None
+        failure = self.reach.pass_by(link.name, error)
+        if failure:
+            return self._first.fail(failure) if self._first.owns(link) else self.pool.on_failed(failure)
+        return self.pool.want_links() if self.started and not self.reach.error else self.try_again()
 
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         super().on_link_closed(link, error)
@@ -9204,28 +9309,22 @@ class Client(Endpoint):
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
             return tunnel.on_link_closed(link, error)
-        if link is not self._test_link:
+        if not self._first.owns(link):
             return self.pool.on_link_lost(link, error)
-        if not isinstance(error, PeerError):  # on_refused() follows
-            self._test_link = None
-            self._on_test_failed(error or LinkClosed(NOT_LET_IN))
-        return None
+        # After a PeerError on_refused() follows.
+        return None if isinstance(error, PeerError) else self._first.fail(error or LinkClosed(NOT_LET_IN))
 
-    def on_refused(self, link: Link, error: PeerError) -> None:
-        """The server does not let this client in (any more): another one may. On the original's wire it may be the
-        remote of a stream that is refused."""
-        is_test = link is self._test_link
-        if is_final(error):
-            self.pool.reset_detached(error, link.name)
-        elif link.is_legacy and not is_test:
-            return None
-        failure = self.reach.pass_by(link.name, error)
-        if is_test:
-            self._test_link = None
-            return self._on_test_failed(failure) if failure else self._test("")
-        if failure:
-            return self.pool.on_failed(failure)
-        return self.pool.try_again() if self.reach.error else self.pool.want_links()
+    def on_idle(self, link: Link, record: bytes) -> None:
+        if link.role == ACCEPTOR:
+            self.reverse_links[link].put(link, record)
+        else:
+            self.pool.put(link)
+
+    def on_open(self, link: Link, open_: Open) -> None:
+        self.reverse_links[link].on_open(link, open_)
+
+    def on_abandon(self, link: Link, stream_id: bytes) -> None:
+        self.reverse_links[link].acceptor.abandon(link, stream_id)
 
     # ---- what the tunnels carry
 
@@ -9246,8 +9345,6 @@ class Client(Endpoint):
         else:
             session.udp.renew(session)
         return None if session.is_over else session
-
-    REST = 5.0  # seconds for which a target that could not be reached is not tried again
 
     def on_session_failed(self, session: UdpSession, error: Exception) -> None:
         """A target that cannot be had: said once, not for every datagram. An originator that goes on asking, as
@@ -9278,16 +9375,32 @@ class Client(Endpoint):
             return udp.ask_for_link()
         udp.rests_until = self.loop.now + 1
         if not self.reach.error:
-            self.loop.complain("❌ %d more failures of UDP links", "❌ UDP through `%s`: %s" % (
-                self.server_names, reason(error)))
+            self.loop.complain("❌ %d more failures of UDP links",
+                               "❌ UDP through `%s`: %s" % (self.server_names, reason(error)))
         return None
+
+    def sweep(self) -> None:
+        self.sessions.sweep()
+        self.pool.sweep()
+        for tunnel in self.reverse:
+            tunnel.sweep()
+        for ssh in self.ssh.values():
+            ssh.reap()
+        # A link of UDP sessions that is too old, or carries nothing. The sessions go on over another one.
+        udp = self._udp
+        if udp.link and (not udp.sessions or self.loop.now - udp.link.born > self.limits.link_age):
+            udp.drop_link()
+            if udp.sessions:
+                udp.ask_for_link()
+        self.doubt_paths()
+        self.pool.seek(self.leave_dead_paths(self._reached_at))
 
     # ---- what it tells, and is told
 
     @property
     def connected(self) -> bool:
         """Whether the server is there, as far as is known: a client that has reverse tunnels alone knows it by them."""
-        is_lost = bool(self.reverse) and all(tunnel.error for tunnel in self.reverse) and not self.pool.has_links
+        is_lost = bool(self.reverse) and all(tunnel.error for tunnel in self.reverse) and not self.pool.links
         return self.started and self.reach.error is None and not is_lost
 
     @contextlib.contextmanager
@@ -9304,10 +9417,11 @@ class Client(Endpoint):
         return self.reach.dialing
 
     def state(self) -> str:
-        return "%s for %s" % ("connected" if self.connected else "away" if self.started else "connecting", show_time(self.loop.now - self.since))
+        how = "connected" if self.connected else "away" if self.started else "connecting"
+        return "%s for %s" % (how, show_time(self.loop.now - self.since))
 
     def round_trip(self) -> float:
-        """Seconds to the server and back, as the system measures them on the link that was heard from last; 0 where it does not."""
+        """Seconds to the server and back, as the system measures them on the link that was heard from last, or 0."""
         link = max(self.links, key=lambda link: link.heard_at, default=None)
         return link.transport.tcp_info().rtt / 1e6 if link else 0.0
 
@@ -9320,11 +9434,13 @@ class Client(Endpoint):
         error, round_trip = self.reach.error, self.round_trip()
         yield "Client of `%s`, %s%s%s; %d waiting for a link" % (
             self.server if self.started else self.server_names, self.state(), " (%s)" % reason(error) if error else "",
-            ", round trip " + show_time(round_trip) if round_trip else "", len(self.pool.waiting) + len(self.pool.detached))
+            ", round trip " + show_time(round_trip) if round_trip else "", self.pool.needed)
         for spec in self.tunnels:
-            yield "tunnel (%s) `%s`" % (spec.kind, spec.local) + (" -> `%s`" % str(spec.remote) if spec.kind != SOCKS else "")
+            to = " -> `%s`" % str(spec.remote) if spec.kind != SOCKS else ""
+            yield "tunnel (%s) `%s`%s" % (spec.kind, spec.local, to)
         for tunnel in self.reverse:
-            yield "reverse tunnel on `%s`: %d links wait, %d are busy" % (tunnel.asked, len(tunnel.waiting), len(tunnel.busy))
+            yield "reverse tunnel on `%s`: %d links wait, %d are busy" % (
+                tunnel.asked, len(tunnel.waiting), len(tunnel.busy))
 
     def on_reloaded(self, is_new_key: bool) -> None:
         if is_new_key:  # a new link comes as who this is now
@@ -9334,65 +9450,19 @@ class Client(Endpoint):
             for tunnel in self.reverse:
                 tunnel.try_now()
 
-    def sweep(self) -> None:
-        self.sessions.sweep()
-        self.pool.sweep()
-        for tunnel in self.reverse:
-            tunnel.sweep()
-        for ssh in self.ssh.values():
-            ssh.reap()
-        udp = self._udp
-        if udp.link and (not udp.sessions or self.loop.now - udp.link.born > self.limits.link_age):
-            self._renew_udp()
-        self.pool.seek(self._move_from_dead_paths())
-
-    def _renew_udp(self) -> None:
-        """Ends the link of the UDP sessions, which is too old or carries nothing. The sessions go on over another."""
-        udp = self._udp
-        udp.drop_link()
-        if udp.sessions:
-            udp.ask_for_link()
-
-    # ---- dead paths (PROTOCOL.md, "Streams outlive their links", 12)
-
-    def _move_from_dead_paths(self) -> bool:
-        """Doubts the links whose path may be dead. Where a link that was made after the doubt shows that the server can be reached, what
-        they carry moves to others: whether something is left that waits for such a link."""
-        routes: dict[Any, str] = {}
-        is_left = False
-        for link in list(self.links):
-            # The server moves what it has opened. An idle link carries nothing, unless it waits for a reverse tunnel.
-            if link.path and link.state not in (BYE, CLOSED) and (link.user is NOBODY) == (link.role == ACCEPTOR):
-                if self._may_be_dead(link, link.path, routes):
-                    link.doubt()
-                if link.doubted_at and link.is_stuck:
-                    is_left |= link.doubted_at >= self._reached_at
-                    if link.doubted_at < self._reached_at:
-                        link.lose(LinkSilent("nothing passes on it, and others pass"))
-        return is_left
-
-    def _may_be_dead(self, link: Link, path: tuple[str, Any], routes: dict[Any, str]) -> bool:
-        here, there = path
-        if there not in routes:
-            routes[there] = address_towards(there) or here
-        if routes[there] != here:
-            link.path = routes[there], there  # one doubt for one change: the old address may live on
-            return True
-        return self.has_slept or link.transport.tcp_info().is_stuck or not link.is_held and (
-            self.loop.awake - link.heard_at >= self.limits.doubt and not link.hears(self.limits.doubt))
+    # ---- the end
 
     def end_waiting(self) -> None:
         for udp in {self._udp, *(session.udp for session in self.counters.sessions)}:
             udp.close()
         for association in list(self.associations):
             association.close()
-        for connection in list(self._socks):
-            connection.abort(LocalFailed(ENDING))
+        self._socks.close()
         self.pool.clear()
-        for waiter in [waiter for waiter in self.pool.waiting if isinstance(waiter, (Question, UdpLink))]:
+        for waiter in [waiter for waiter in self.pool.waiting if isinstance(waiter, (ReverseTunnel, UdpLink))]:
             self.pool.waiting.remove(waiter)
         for link in list(self.links):
-            if link.state == IDLE or isinstance(link.user, Question):  # waits for a connection, or asks to
+            if link.state == IDLE or isinstance(link.user, ReverseTunnel):  # waits for a connection, or asks to
                 link.detach()
                 link.close()
 

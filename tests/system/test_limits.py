@@ -865,7 +865,7 @@ def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
         server, handshake = ends.server, SimpleNamespace(peer_key=CLIENT_KEYS.public, writer=None)
         before = server._links_of.of(CLIENT_KEYS.public)
         server.admit(False, CLIENT_KEYS.public)  # on a thread; the list changes before the loop hears of it
-        server._grants = lambda key, now=None: ()
+        server.rules.grants = lambda key, now=None: ()
         server.on_negotiated(SimpleNamespace(address=("127.0.0.1", 1), sock=sock, is_stepping=False), handshake, None)
         assert sock.fileno() == -1
         assert server._links_of.of(CLIENT_KEYS.public) == before
