@@ -6718,7 +6718,7 @@ class Opener(Keeper):
             # Links that break before they answer do not make it wait longer.
             stream.give_up_at = min(stream.give_up_at, now + resume_time(self.limits, error))
             log.debug("%s: %s; waiting for another link", stream.label, error)
-        if now >= stream.give_up_at:
+        if stream.was_opened and now >= stream.give_up_at:
             return self._give_up(stream)
         return self._wait(stream, link)  # on_link_closed() follows
 

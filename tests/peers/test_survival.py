@@ -1,11 +1,16 @@
-"""Connections of real programs that survive another address of their client's machine, with nothing lost or doubled.
+"""Connections that survive what networks do: another address, a path that drops everything, a machine that stands still.
 
-A path that drops everything and a machine that stands still are in system/test_dead_paths.py."""
+The client and the programs that use it are in a namespace, the server and its targets outside: ssh, curl, redis-cli, and plain sockets. Nothing
+may be lost or doubled. With the longest outages, and the pauses that the programs saw:
+
+    RATROD_LONG=1 pytest -n0 -rP --timeout=900 tests/peers/test_survival.py
+"""
 
 import contextlib
 import hashlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -13,9 +18,11 @@ import time
 
 import pytest
 
-from support.pressure import figure
+from support.namespaces import drop_all
+from support.pressure import LONG, figure
 from support.programs import PATIENCE, RATROD, READY, STARTED, UDP_LISTENING, need, tcp_port
-from support.sockets import eventually, free_port, ping, port_of, say
+from support.relays import Door
+from support.sockets import dial, eventually, free_port, ping, port_of, say
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -196,3 +203,53 @@ def test_another_address(site, sshd, start, target, tcp_echo, udp_echo, listener
     assert hashlib.sha256(b"".join(came)).digest() == hashlib.sha256(DOWNLOAD).digest()
     site.end("another address")
     assert re.search(r"🔌 .* was lost", site.client.output) and "✅ Over another link" in site.client.output
+
+
+@pytest.mark.parametrize("seconds", [5, 20, 50] if LONG else [5])
+def test_a_path_that_drops_everything(site, tcp_echo, udp_echo, seconds):
+    site.begin("0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port)
+    for n in range(5):
+        site.talk("socket %d" % n, over_socket(site.dial()))
+    site.talk("UDP", over_udp(site.dial_udp(2)))
+    idle = site.dial()
+    with drop_all(site.namespace):
+        time.sleep(seconds)  # the outage
+    back = time.monotonic()
+    for talk in site.talks:
+        talk.goes_on(1)
+    figure("%d s of silence" % seconds, "all go on %.1f s after its end" % (time.monotonic() - back))
+    over_socket(idle)(1)
+    site.end("%d s of silence" % seconds)
+
+
+@pytest.mark.parametrize("seconds", [40] if LONG else [12])
+def test_a_client_that_stands_still(site, tcp_echo, seconds):
+    """As a laptop that sleeps."""
+    site.begin("0:127.0.0.1:%d" % tcp_echo.port)
+    for n in range(5):
+        site.talk("socket %d" % n, over_socket(site.dial()))
+    pids = subprocess.run(["ip", "netns", "pids", site.namespace.name], stdout=subprocess.PIPE, check=True).stdout.split()
+    for sign, wait in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0)):
+        for pid in pids:
+            os.kill(int(pid), sign)
+        time.sleep(wait)  # it stands still
+    site.end("%d s standing still" % seconds)
+
+
+def test_every_link_is_reset_again_and_again(serve, connect, target, tcp_echo, stack):
+    """By something in between, under load, every 2 s."""
+    server, port = serve()
+    door = Door(target, port)
+    client = connect(door.port, "0:127.0.0.1:%d" % tcp_echo.port)
+    talks = []
+    for n in range(8):
+        talks.append(Talk("socket %d" % n, over_socket(stack.enter_context(dial(tcp_port(client))))))
+        talks[-1].goes_on(1)
+    for _ in range(30 if LONG else 4):
+        door.cut_all()
+        for talk in talks:
+            talk.goes_on()
+        threading.Event().wait(2 if LONG else 0)  # until the next
+    for talk in talks:
+        talk.end()
+    figure("links reset every 2 s", "longest pause: %.1f s" % max(talk.pause for talk in talks))

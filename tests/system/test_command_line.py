@@ -275,8 +275,9 @@ def test_first_run_accepted_on_a_pipe(start, run, environment):
 
 
 def test_interrupted_at_the_question(environment, tmp_path):
-    process = subprocess.Popen([*RATROD, "-k", str(tmp_path / "new"), "serve", "127.0.0.1:0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, env=environment())
+    patient = "import sys; sys.path.insert(0, %r); import ratrod; ratrod.ANSWER_TIMEOUT = 60; sys.exit(ratrod.main())" % str(ROOT)
+    process = subprocess.Popen([sys.executable, "-c", patient, "-k", str(tmp_path / "new"), "serve", "127.0.0.1:0"], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
     with process:
         seen = b""
         while b"(y/n)?" not in seen:
