@@ -8690,9 +8690,10 @@ class Pool(Opener):
         open_ = None
         if waiter:
             self._begun.add(waiter)
-            open_ = Open(TCP, waiter.target)
             if isinstance(waiter, UdpLink):
                 open_ = Open(UDP, next((session.target for session in waiter.sessions.values()), ""))
+            else:
+                open_ = Open(TCP, waiter.target)
         self._reach.dial(open_, functools.partial(self._on_dialed, waiter), server=server)
 
     def _on_dialed(self, waiter: Any, link: Link | None, error: Exception | None) -> None:
