@@ -3220,7 +3220,7 @@ class Slot:
 
     def __init__(self, queue: FairQueue, key: Any):
         self._queue, self._key, self.is_held = queue, key, False
-        self._call: Callable[[], Any]
+        self._call: Any = None  # no longer than it waits: it knows its place
 
     def enter(self, call: Callable[[], Any], rank: int = 0) -> None:
         """call() with the place held, now or later."""
@@ -3229,14 +3229,16 @@ class Slot:
 
     def _on_turn(self) -> None:
         self.is_held = True
-        self._call()
+        call, self._call = self._call, None
+        call()
 
     def leave(self) -> None:
         """Gives back the place, or the turn for one."""
         if self.is_held:
             self.is_held = False
             self._queue.done(self._key)
-        else:
+        elif self._call:
+            self._call = None
             self._queue.cancel(self._key, self._on_turn)
 
 
@@ -3659,6 +3661,7 @@ class Negotiation:
         if self._is_closed:
             return
         self._is_closed = True
+        self._run_step = None  # which knows this negotiation: let go at once, not by the collector
         self._deadline.clear()
         self._transport.release()
         if last_word and not self.is_stepping:
