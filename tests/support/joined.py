@@ -288,7 +288,7 @@ class Pair:
         theirs = ratrod.NoiseServerHandshake(SERVER_KEYS, suites, check_key=lambda key: None, instance=server.instance)
         self.pipes[TO_OPENER].held = shake_hands(ours, theirs)
         self.opener = ratrod.Link(client, opener, ours, ratrod.OPENER, "the server")
-        self.opener.set_deadline(10.0, lambda: self.opener.abort(ratrod.ConnectError("the server did not complete the handshake")))
+        self.opener.due = client.loop.now + 10
         self.acceptor = ratrod.Link(server, acceptor, theirs, ratrod.ACCEPTOR, "127.0.0.1:9")
         for link in self.links:
             link.update()
@@ -372,14 +372,15 @@ class Connection:
     def check_positions(self):
         """Of each direction: what was acknowledged has been taken, and what was taken has been sent."""
         for stream in self.streams:
-            if not stream.is_over and stream.window.start > stream._acked:
+            out = stream.out
+            if not stream.is_over and out.start > out.acked:
                 self.has_skipped = True
-            assert stream.window.end - stream.window.start <= stream.window.most <= ratrod.LARGEST_WINDOW
+            assert out.end - out.start <= out.most <= ratrod.LARGEST_WINDOW
         if len(self.streams) == 2 and self.stream.id == self.accepted.id:
             for ours, theirs in ((self.stream, self.accepted), (self.accepted, self.stream)):
                 if not ours.is_over and not theirs.is_over:
-                    assert ours._acked <= theirs.taken <= theirs._received + 1 <= ours._most_sent + 1
-                    assert theirs.taken <= ours._most_sent
+                    assert ours.out.acked <= theirs.taken <= theirs.received + 1 <= ours.out.sent + 1
+                    assert theirs.taken <= ours.out.sent
 
 
 class Owner(ratrod.Endpoint):
@@ -444,7 +445,7 @@ class ServerEnd(Owner):
         super().__init__(world, SERVER_KEYS)
         self.quota = ratrod.Quota(1000, 1000, "carries as many connections")
         self.acceptor = ratrod.Acceptor(self, self.quota, self._connect, lambda _stream, _link: None, ratrod.Server._answer,
-                                        lambda _link, open_: ratrod.new_label("the client", open_.target))
+                                        lambda _link, open_: ("the client", open_.target))
         self.asked = []
         self.leaves = self.hesitates = False
 
@@ -502,7 +503,6 @@ class World:
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(mock.patch.object(ratrod, "time", self.clock))
         self.patch("WINDOW", window)
-        self._patches.enter_context(mock.patch.object(ratrod.Window, "SIZES", (4096, ratrod.POOR_WINDOW, window)))
         logging.getLogger("ratrod").setLevel(logging.CRITICAL)  # thousands of connections are reset here
         self.loop = Loop()
         self.pairs, self.connections = [], []
@@ -554,7 +554,7 @@ class World:
         self.connections.append(connection)
         connection.app.write(first)
         target = str(connection.number)
-        connection.stream = ratrod.Stream(self.client, self.client.opener, ratrod.OPENER, ratrod.new_label("originator", target), target)
+        connection.stream = ratrod.OpenerStream(self.client, self.client.opener, "originator", target)
         connection.stream.join(connection.app.local)
         self.client.opener.take(connection.stream)
         return connection
@@ -592,8 +592,8 @@ class World:
     def picture(self):
         return ([(app.sent, app.received, app.outcome) for connection in self.connections for app in connection.apps], len(self.pairs),
                 [(pipe.moved, len(pipe.held), pipe.ended, pipe.deaf) for pair in self.open_pairs for pipe in pair.pipes.values()],
-                # _in_end: a large record takes more turns to come than nothing else may move.
-                [(link.state, link.backlog, link.is_held, link._in_end) for pair in self.open_pairs for link in pair.links])
+                # unread.end: a large record takes more turns to come than nothing else may move.
+                [(link.state, len(link.out), link.is_held, link.unread.end) for pair in self.open_pairs for link in pair.links])
 
     def pass_time(self, seconds):
         """Deadlines pass, and Keepalive: a path that stands carries it. What is on its way arrives first."""
@@ -611,9 +611,9 @@ class World:
             connection.is_disturbed |= bool(pair and pair.may_be_silent)
         for pair in self.open_pairs:
             for link in pair.links:
-                waiting = len(link._in) if link._in is not None else 0
+                waiting = len(link.unread.view) if link.unread.view is not None else 0
                 pending = len(getattr(link.user, "_pending", None) or b"")
-                assert link.backlog <= OUT_BOUND
+                assert len(link.out) <= OUT_BOUND
                 assert waiting <= ratrod.SCRATCH_IN
                 assert waiting + pending <= IN_BOUND
 
@@ -668,7 +668,7 @@ class World:
             assert {link.state for link in pair.links} <= {ratrod.IDLE, ratrod.CLOSED}
             assert all(link.user is ratrod.NOBODY for link in pair.links)
         assert not opener.waiting and not opener.detached
-        assert not acceptor._detached and not acceptor._counted and not acceptor._opens and not self.server.quota.total
+        assert not acceptor._detached and not acceptor._opens and not self.server.quota.total
         assert not acceptor._streams, "what was acknowledged is still kept"
         assert (self.client.memory.total, self.server.memory.total) == (0, 0)
 

@@ -102,7 +102,7 @@ class Ends:
     def check_memory(self):
         for pair in self.live:
             for link in pair.links:
-                assert link.backlog <= ratrod.MAX_CONTENT + 64 * 1024
+                assert len(link.out) <= ratrod.MAX_CONTENT + 64 * 1024
 
 
 class Originator:

@@ -31,19 +31,32 @@ def pair():
         end.close()
 
 
+def check_options(sock, *options):
+    assert [bool(sock.getsockopt(*option)) if value == 1 else sock.getsockopt(*option) for *option, value in options] == [
+        value for *_, value in options]
+
+
+AT_ONCE = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+ASKS = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
+    (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in (
+        ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name))]
+
+
 def test_a_machine_that_lost_power_is_found_out():
-    """Accepted sockets and those that connect ask an idle other side after 60 s, where the system's own 2 h would keep the stream; and keep an
-    urgent byte in line."""
+    """An idle other side is asked after 60 s, where the system's own 2 h would keep the stream: by sockets that are accepted, and by the
+    remote of a stream that is there at a sweep. An urgent byte stays in line."""
     listening, = ratrod.listen(ratrod.Address("127.0.0.1", 0))
-    loop, made = ratrod.EventLoop(), []
+    loop, made = Loop(), []
     ratrod.Connector(loop, ratrod.Address(*listening.getsockname()), PATIENCE, lambda sock, _error: made.append(sock)).start(print)
     made.append(listening.accept()[0])
-    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)]
-    options += [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in (
-        ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name)]
-    for sock in made:
-        assert [bool(sock.getsockopt(*option)) if value == 1 else sock.getsockopt(*option) for *option, value in options] == [
-            value for *_, value in options]
+    check_options(made[0], *AT_ONCE)
+    check_options(made[1], *AT_ONCE, *ASKS)
+    owner = types.SimpleNamespace(loop=loop, memory=ratrod.Memory(1 << 20), counters=ratrod.Counters(loop))
+    stream = ratrod.AcceptorStream(owner, ratrod.Keeper(), "", "")
+    stream.join(made[0])
+    stream.on_sweep()
+    check_options(made[0], *ASKS)
+    stream.give_up(ratrod.LocalFailed("the test is over"))
     ratrod.close_all([listening, *made])
     loop.close()
 

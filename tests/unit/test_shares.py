@@ -6,7 +6,7 @@ import types
 import pytest
 
 import ratrod
-from test_core import CHACHA, in_room, record_ends
+from test_core import CHACHA, record_ends
 
 A, B, C = b"a" * 32, b"b" * 32, b"c" * 32
 
@@ -110,42 +110,71 @@ def test_of_the_links_that_hold_half_a_record_the_longest_waiting_is_read_on():
     assert memory.let_go(second) is None and memory.let_go(other) is None and not memory._halves
 
 
-def test_a_window_keeps_what_it_is_given():
-    """A ring that grows, wraps around and is sealed from, the same bytes more than once."""
+def outgoing(memory, key=A):
+    loop = types.SimpleNamespace(now=0.0, portion=ratrod.MAX_CONTENT, scratch_out=memoryview(bytearray(3 * W)), hurry=lambda: None)
+    loop.payload = loop.scratch_out[ratrod.HEADROOM:ratrod.HEADROOM + ratrod.MAX_CONTENT]
+    return ratrod.Outgoing(loop, memory, key)
+
+
+class Carrier:
+    """A link of `key` whose records nobody reads."""
+
+    def __init__(self, key=A):
+        self.peer_key, self.is_resumable, self.state, self.out = key, True, ratrod.BUSY, b""
+        self.writer, self.reader = record_ends(CHACHA)
+
+
+class Source:
+    """A local socket that has this to say."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def recv_into(self, view):
+        n = min(len(view), len(self.data))
+        view[:n] = self.data[:n]
+        self.data = self.data[n:]
+        return n
+
+
+def test_a_direction_keeps_what_it_is_given():
+    """Few bytes, then a ring that wraps around, sealed from at any position, and the same bytes more than once."""
     rng, memory = random.Random(1), ratrod.Memory(8 * W)
-    window, kept, scratch = ratrod.Window(memory, A), b"", memoryview(bytearray(2 * W))
-    writer, reader = record_ends(CHACHA)
+    out, kept, link = outgoing(memory), b"", Carrier()
     for step in range(400):
         if step == 200:
-            window.expect_bulk()
-            assert window.is_bulk and memory.by_key == {A: W}
-        data = rng.randbytes(rng.randrange(1, 3000)) if hasattr(rng, "randbytes") else bytes(rng.randrange(256) for _ in range(500))
-        if len(kept) + len(data) < SMALL:
-            window.append(memoryview(data))
+            bulk = rng.getrandbits(8 * ratrod.BULK_READ).to_bytes(ratrod.BULK_READ, "big")
+            out.read(Source(bulk), ratrod.MAX_CONTENT, link, False)
+            kept += bulk
+            link.writer, link.reader = record_ends(CHACHA)  # that record is read by nobody
+            assert memory.by_key == {A: W}
+        n = rng.randrange(1, 3000)
+        data = rng.getrandbits(8 * n).to_bytes(n, "big")
+        if len(kept) + n < SMALL + ratrod.BULK_READ * (step >= 200):
+            out.append(memoryview(data))
             kept += data
-        position = window.start + rng.randrange(len(kept))
-        for _ in range(2):
-            n, record = window.seal(position, rng.randrange(1, 2000), writer, scratch)
-            kind, content, _ = reader.next(memoryview(bytearray(record)), 0, len(record))
-            assert (kind, bytes(content)) == (ratrod.DATA, kept[position - window.start:][:n]) and n
+        for position in [out.start + rng.randrange(len(kept))] * 2:
+            out.position = position
+            record = bytearray(out.next_record(link))
+            kind, content, _ = link.reader.next(memoryview(record), 0, len(record))
+            assert kind == ratrod.DATA and content and kept[position - out.start:].startswith(bytes(content))
         dropped = rng.randrange(len(kept))
-        window.drop(window.start + dropped)
+        out.drop(out.start + dropped)
         kept = kept[dropped:]
-        assert window.end - window.start == len(kept)
-    window.drop(window.end)
-    window.trim()
-    assert not memory.total and not window._size
+        assert out.end - out.start == len(kept)
+    assert memory.by_key == {A: W}
+    out.close()
+    assert not memory.total
 
 
-def test_a_window_grows_no_further_where_memory_is_short():
+def test_a_direction_takes_no_ring_where_memory_is_short():
     memory = ratrod.Memory(8 * W)
     memory.change(A, 4 * W)
-    for key, grows in ((A, False), (B, True)):
-        window = ratrod.Window(memory, key)
-        window.append(in_room(b"x"))
-        window.expect_bulk()
-        assert window.is_bulk == grows
-    window.belong_to(C)
+    for key, grows in ((A, 0), (B, W)):
+        out = outgoing(memory, key)
+        out.read(Source(bytes(ratrod.BULK_READ)), ratrod.MAX_CONTENT, Carrier(key), False)
+        assert memory.of(key) == (4 * W if key == A else 0) + grows
+    out.attach(Carrier(C), 0)
     assert memory.by_key == {A: 4 * W, C: W}
 
 
@@ -206,23 +235,31 @@ def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
     (0.1, 64, 2 * W), (2.0, 64, W),  # it was taken too slowly
     (0.1, 3, W)], ids=["near", "far", "slow", "memory is short"])
 def test_a_window_that_alone_held_its_sender_back_grows(after, memory, most):
-    window = ratrod.Window(ratrod.Memory(memory * W), A)
-    window.expect_bulk()
+    link = Carrier()
+    out = outgoing(ratrod.Memory(memory * W))
+    out.attach(link, 0)
+
+    def fill():
+        out.end = out.position = out.sent = out.start + out.most
+        assert out.room(link, False) == 0
+
+    def take(position, now):
+        out._loop.now = now
+        out.on_taken(position)
+    out.read(Source(bytes(ratrod.BULK_READ)), ratrod.MAX_CONTENT, link, False)
     for now in (10.0, 20.0):  # once for each time that it was full
-        window.end = window.start + window.most
-        window.on_full(now)
-        before, end = window.most, window.end
-        window.start, window.end = window.start + 10, end + 10  # some of it was taken: it is full again, long before the rest comes
-        window.on_full(now + 0.9 * after)
-        window.on_taken(end - 1, now + after)
-        assert window.most == before
-        window.drop(window.end)
-        window.on_taken(end, now + after)
-        window.on_taken(window.end, now + after)
-        assert window.most == (most if now == 10 else before * most // W)
+        out._loop.now = now
+        fill()
+        before, end = out.most, out.end
+        out.start += 10
+        fill()  # some of it was taken: it is full again, long before the rest comes
+        take(end - 1, now + after)
+        assert out.most == before
+        take(end, now + after)
+        take(out.end, now + after)
+        assert out.most == (most if now == 10 else before * most // W)
     for now in range(30, 40):
-        window.end = window.start + window.most
-        window.on_full(now)
-        window.drop(window.end)
-        window.on_taken(window.end, now + after)
-    assert window.most <= ratrod.LARGEST_WINDOW
+        out._loop.now = now
+        fill()
+        take(out.end, now + after)
+    assert out.most <= ratrod.LARGEST_WINDOW
