@@ -629,7 +629,8 @@ class World:
         # A side that nobody told of a broken path finds out by the other's silence; what nobody attaches is given up.
         self.pass_time(60)
         self.let_all_end()
-        self.pass_time(700)
+        if not all(app.outcome for connection in self.connections for app in connection.apps) or self.server.acceptor._streams:
+            self.pass_time(700)
         for connection in self.connections:
             self.check_outcome(connection)
         self.check_nothing_left()

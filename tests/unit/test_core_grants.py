@@ -57,40 +57,30 @@ def may(grants):
     return found | ({UDP} if opens(P, tuple(grant for grant in grants if not grant.no_udp)) else set())
 
 
-# ---------------------------------------------------------------------------------------------------- every line by itself
-
 GOOD = {
-    "KEY": ALL,
-    "KEY alice@laptop": ALL,
-    " \tKEY \t alice  and more  words ": ALL,
+    **dict.fromkeys(("KEY", "KEY alice@laptop", " \tKEY \t alice  and more  words ", "KEY # no comment", "KEY 'alice'", "KEY no-legacy",
+                     "KEY \u00e9l\u00e8ve@\u6771\u4eac"), ALL),
     "KEY no-udp\r": {P, Q},
     # Words that only look like options from afar are a comment's.
-    "KEY nobody permissive expensive laptop-no-udp": ALL,
-    "KEY # no comment": ALL,
-    "KEY 'alice'": ALL,
-    "KEY \u00e9l\u00e8ve@\u6771\u4eac": ALL,
+    **dict.fromkeys(("KEY nobody permissive expensive laptop-no-udp",
+                     "KEY legacy udp box of no one@example.com no-reply@example.com from home"), ALL),
     'KEY permitopen="127.0.0.1:1001"': {P, UDP},
     'KEY permitopen="127.0.0.1:2002" alice@laptop': {Q},
     'KEY permitopen="127.0.0.1:*"': ALL,
     'KEY permitopen="*:1001"': {P, UDP},
     'KEY permitopen="*:*"': ALL,
     'KEY permitopen="[::ffff:127.0.0.1]:1001"': {P, UDP},
-    'KEY permitopen="[::1]:1001"': set(),
-    'KEY permitopen="[::1]:*" permitopen="127.0.0.2:*"': set(),
-    'KEY permitopen="localhost:1001"': set(),
-    'KEY permitopen="*.example.com:*"': set(),
+    **dict.fromkeys(('KEY permitopen="[::1]:1001"', 'KEY permitopen="[::1]:*" permitopen="127.0.0.2:*"', 'KEY permitopen="localhost:1001"',
+                     'KEY permitopen="*.example.com:*"', 'KEY permitopen="unix:/run/some.sock"'), set()),
     'KEY permitopen="DB.example.com:1" permitopen="127.0.0.1:1001" bob': {P, UDP},
     'KEY permitopen="127.0.0.1:2002" permitopen="127.0.0.1:1001"': ALL,
-    'KEY permitopen="unix:/run/some.sock"': set(),
     'KEY permitopen="127.0.0.1:1001" no-udp': {P},
     'KEY no-udp permitopen="127.0.0.1:2002"': {Q},
     "KEY no-udp": {P, Q},
-    "KEY no-legacy": ALL,
     "KEY no-udp no-legacy alice@laptop": {P, Q},
     # What is meant counts: a word that narrows must not be lost.
     **dict.fromkeys(("KEY NO-UDP", "KEY no_udp", "KEY noudp", "KEY No-Udp alice", "\ufeffKEY no-udp", "KEY no-udp legacy box"), {P, Q}),
     **dict.fromkeys(('KEY PERMITOPEN="127.0.0.1:1001"', 'KEY permit-open="127.0.0.1:1001"', 'KEY Permit_Open="127.0.0.1:1001" bob'), {P, UDP}),
-    "KEY legacy udp box of no one@example.com no-reply@example.com from home": ALL,
     'KEY permitlisten="8080"': ALL,
     'KEY permitlisten="127.0.0.1:*" permitlisten="localhost:80" permitlisten="*:9000" permitlisten="[::1]:80"': ALL,
     'KEY expires="%s"' % day(2): ALL,
@@ -181,9 +171,6 @@ def test_the_comment_is_what_is_no_option(text, comment):
     assert grants_of(text)[0].comment == comment
 
 
-# ---------------------------------------------------------------------------------------------------- permitopen
-
-
 def test_patterns_of_permitopen():
     grants = grants_of('permitopen="*.example.com:1001" permitopen="other.net:*" no-legacy alice@laptop', 'permitopen="*:2002"')
     allowed = ["db.example.com:1001", "a.db.example.com:1001", "DB.EXAMPLE.COM:1001", "db.example.com.:1001", "other.net:1001", "Other.Net.:1001",
@@ -249,45 +236,30 @@ def test_a_name_that_resolves_to_loopback(options, regex, outcomes):
         assert {host: reached(host) for host in outcomes} == outcomes
 
 
-# ---------------------------------------------------------------------------------------------------- Unix sockets
-
 PATH = "/run/echo.sock"
+ONE_PATH = 'permitopen="unix:%s"' % PATH
+# (whether the path is open, whether P is): (options, regex).
+UNIX_RULES = {
+    # Who lets clients reach every host has not thought of its Docker socket. The patterns that do not begin with unix: never match a path.
+    (False, True): [("", ".*"), ("", ".*|x"), ("", ".*|unix:.*"), ("", [".*", "unix:/other"]), ('permitopen="*:*"', ".*")],
+    (False, False): [
+        ("", "(unix|tcp).*"), ("", ".{5}/.*"), ("", PATH), ("", "(?:unix:.*)"), ("", "unix:/run"), ("", "nix:%s|unix:" % PATH),
+        ('permitopen="unix:%s.other"' % PATH, ".*"), ('permitopen="unix:/run"', ".*"),
+        # With both given, both must allow.
+        (ONE_PATH, r"127\.0\.0\.1"), (ONE_PATH, "unix:/other"), ('permitopen="unix:/other"', "unix:" + PATH), ('permitopen="*:*"', "unix:" + PATH)],
+    (True, True): [("", [".*", "unix:" + PATH])],
+    # A pattern that begins with unix: is for paths alone.
+    (True, False): [
+        ("", "unix:" + PATH), ("", "unix:.*"), ("", ["unix:/other", "unix:" + PATH.upper(), "unix:" + PATH, "db"]), ("", "unix:.*|127.*"),
+        ("no-udp", "unix:" + PATH), (ONE_PATH, ".*"), ('permitopen="127.0.0.1:1" %s no-udp' % ONE_PATH, ".*"), (ONE_PATH, "unix:" + PATH)],
+}
 
 
-@pytest.mark.parametrize("options, regex, unix, tcp", [
-    # Who lets clients reach every host has not thought of its Docker socket.
-    ("", ".*", False, True),
-    ("", ".*|x", False, True),
-    ("", "(unix|tcp).*", False, False),
-    ("", ".{5}/.*", False, False),
-    ("", PATH, False, False),
-    ('permitopen="*:*"', ".*", False, True),
-    ('permitopen="unix:%s.other"' % PATH, ".*", False, False),
-    ('permitopen="unix:/run"', ".*", False, False),
-    ("", "unix:" + PATH, True, False),
-    ("", "unix:.*", True, False),
-    # A pattern that begins with unix: is for paths alone, the others never match a path.
-    ("", ".*|unix:.*", False, True),
-    ("", [".*", "unix:" + PATH], True, True),
-    ("", [".*", "unix:/other"], False, True),
-    ("", ["unix:/other", "unix:" + PATH.upper(), "unix:" + PATH, "db"], True, False),
-    ("", "unix:.*|127.*", True, False),
-    ("", "(?:unix:.*)", False, False),
-    ("", "unix:/run", False, False),
-    ("", "nix:%s|unix:" % PATH, False, False),
-    ("no-udp", "unix:" + PATH, True, False),
-    ('permitopen="unix:%s"' % PATH, ".*", True, False),
-    ('permitopen="127.0.0.1:1" permitopen="unix:%s" no-udp' % PATH, ".*", True, False),
-    # With both given, both must allow.
-    ('permitopen="unix:%s"' % PATH, "unix:" + PATH, True, False),
-    ('permitopen="unix:%s"' % PATH, r"127\.0\.0\.1", False, False),
-    ('permitopen="unix:%s"' % PATH, "unix:/other", False, False),
-    ('permitopen="unix:/other"', "unix:" + PATH, False, False),
-    ('permitopen="*:*"', "unix:" + PATH, False, False),
-])
-def test_unix_sockets_are_closed_unless_they_are_named(options, regex, unix, tcp):
-    grants = grants_of(options)
-    assert (opens("unix:" + PATH, grants, regex), opens(P, grants, regex)) == (unix, tcp)
+@pytest.mark.parametrize("expected", UNIX_RULES, ids=str)
+def test_unix_sockets_are_closed_unless_they_are_named(expected):
+    for options, regex in UNIX_RULES[expected]:
+        grants = grants_of(options)
+        assert (opens("unix:" + PATH, grants, regex), opens(P, grants, regex)) == expected, (options, regex)
 
 
 def test_odd_spellings_of_unix_sockets():
@@ -310,39 +282,26 @@ def test_odd_spellings_of_unix_sockets():
         assert len(longest.encode()) == 100 and opens("unix:" + longest, grants_of(""), "unix:.*")
 
 
-# ---------------------------------------------------------------------------------------------------- permitlisten
-
-
-@pytest.mark.parametrize("options, asked, allowed", [
-    ("", "8080", True),
-    ('permitlisten="127.0.0.1:8080"', "8080", True),
-    ('permitlisten="127.0.0.1:8080"', "127.0.0.1:8080", True),
-    ('permitlisten="8080"', "8080", True),
-    ('permitlisten="8080"', "localhost:8080", True),
-    ('permitlisten="8080"', "127.0.0.1:8080", True),
-    ('permitlisten="8080"', "[::1]:8080", True),
-    ('permitlisten="[::]:8080"', "*:8080", True),
-    ('permitlisten="*:8080"', "*:8080", True),
-    ('permitlisten="8080"', "*:8080", False),
-    ('permitlisten="0.0.0.0:8080"', "*:8080", False),
-    ('permitlisten="127.0.0.1:*"', "8080", True),
-    ('permitlisten="127.0.0.1:*"', "0", True),
-    ('permitlisten="*"', "0", True),
-    ('permitlisten="*:8080"', "8080", True),
-    ('permitlisten="*:*"', "0.0.0.0:8080", True),
-    ('permitlisten="127.0.0.1:1" permitlisten="8080"', "8080", True),
-    ('permitopen="nowhere:1" no-udp', "8080", True),
-    ('permitlisten="127.0.0.1:1"', "8080", False),
-    ('permitlisten="127.0.0.1:1"', "0", False),
-    ('permitlisten="127.0.0.1:8080"', "0", False),
-    ('permitlisten="127.0.0.2:8080"', "8080", False),
-    ('permitlisten="8080"', "0.0.0.0:8080", False),
-    ('permitlisten="127.0.0.1:*"', "0.0.0.0:8080", False),
-    ('permitlisten="127.0.0.1:*"', "127.0.0.2:8080", False),
-    ('permitlisten="[::1]:*"', "8080", False),
+@pytest.mark.parametrize("options, allowed, refused", [
+    ("", "8080", ""),
+    ('permitopen="nowhere:1" no-udp', "8080", ""),
+    ('permitlisten="127.0.0.1:8080"', "8080 127.0.0.1:8080", "0"),
+    ('permitlisten="8080"', "8080 localhost:8080 127.0.0.1:8080 [::1]:8080", "*:8080 0.0.0.0:8080"),
+    ('permitlisten="127.0.0.1:1" permitlisten="8080"', "8080", ""),
+    ('permitlisten="[::]:8080"', "*:8080", ""),
+    ('permitlisten="*:8080"', "8080 *:8080", ""),
+    ('permitlisten="*:*"', "0.0.0.0:8080", ""),
+    ('permitlisten="*"', "0", ""),
+    ('permitlisten="127.0.0.1:*"', "8080 0", "0.0.0.0:8080 127.0.0.2:8080"),
+    ('permitlisten="0.0.0.0:8080"', "", "*:8080"),
+    ('permitlisten="127.0.0.1:1"', "", "8080 0"),
+    ('permitlisten="127.0.0.2:8080"', "", "8080"),
+    ('permitlisten="[::1]:*"', "", "8080"),
 ])
-def test_permitlisten(options, asked, allowed):
-    assert grants_of(options)[0].listens(ratrod.parse_bind(asked)) == allowed
+def test_permitlisten(options, allowed, refused):
+    grant, = grants_of(options)
+    for asked in (allowed + " " + refused).split():
+        assert grant.listens(ratrod.parse_bind(asked)) == (asked in allowed.split()), asked
 
 
 # Under `permitlisten="127.0.0.1:8080"`: whether an address that a client asks for is that one.

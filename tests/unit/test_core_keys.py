@@ -101,9 +101,10 @@ NO_KEYS = ["", "A", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 42 + "D", "A" * 42
              for change in ("{}=", "{}==", "{}\n", "\n{}", " {}", "{} ", "\ufeff{}", "{}\0"))]
 
 
-@pytest.mark.parametrize("text", NO_KEYS, ids=ascii)
-def test_texts_that_are_no_key(text):
-    pytest.raises(ValueError, ratrod.decode_key, text)
+def test_texts_that_are_no_key():
+    for text in NO_KEYS:
+        with row(text):
+            pytest.raises(ValueError, ratrod.decode_key, text)
 
 
 def test_a_private_key_with_any_other_character_or_bit_is_refused():
@@ -175,23 +176,20 @@ def test_a_list_that_is_replaced_is_read_again(listed):
 def test_a_list_that_is_being_written_is_not_empty(listed):
     """An editor empties it, and then writes: for a second what it said before holds. What is renamed into its place is whole."""
     lines, write, path = listed
-    write(base64url(A), when=LONG_AGO)
-    before = lines.read()
-    assert list(before) == [A]
-    write()
-    assert lines.read() is before
+    now = time.time_ns()
+    for key, emptied, is_kept in (
+            (A, {}, True),
+            (B, {"when": now - 1_100_000_000}, False),
+            (A, {"when": now + 60_000_000_000}, False)):  # by a clock that is ahead
+        write(base64url(key), when=LONG_AGO)
+        before = lines.read()
+        assert list(before) == [key]
+        write(**emptied)
+        assert lines.read() is before if is_kept else not lines.read()
     write(base64url(B))
     assert list(lines.read()) == [B]
     write()
     lines.forget()  # by a SIGHUP, which means what is there now
-    assert not lines.read()
-    write(base64url(B))
-    assert list(lines.read()) == [B]
-    write(when=time.time_ns() - 1_100_000_000)
-    assert not lines.read()
-    write(base64url(A))
-    assert list(lines.read()) == [A]
-    write(when=time.time_ns() + 60_000_000_000)  # by a clock that is ahead
     assert not lines.read()
     write(base64url(A))
     assert list(lines.read()) == [A]
@@ -269,24 +267,14 @@ def knows(lines, key, address):
     return True
 
 
-KNOWN_HOSTS = [base64url(A), base64url(B) + " server:1", base64url(C) + " Server:1", base64url(C) + " [::1]:1", base64url(A) + " other:1"]
-KNOWS = {"server:1": {B, C}, "SERVER:1": {B, C}, "[::1]:1": {C}, "other:1": {A}, "server:2": {A}, "server:11": {A}, "xserver:1": {A}}
-
-
-@pytest.mark.parametrize("address", KNOWS)
-def test_lines_bound_to_an_address_count_alone_for_it(listed, address):
-    lines, write, _ = listed
-    write(*KNOWN_HOSTS)
-    assert {key for key in (A, B, C) if knows(lines, key, address)} == KNOWS[address]
-
-
 def test_a_name_is_the_same_in_capitals(listed):
     # Or a key that has changed would count as one that is new.
     lines, _, path = listed
     lines.accept(A, "Server:1")
     for again in (lines, KnownHosts(str(path))):
         if again is not lines:
-            path.write_text(base64url(A) + " Server:1")
+            path.write_text("%s Server:1\n%s [::1]:1\n%s" % (base64url(A), base64url(C), base64url(B)))
+            assert [{key for key in (A, B, C) if knows(again, key, address)} for address in ("[::1]:1", "xserver:1")] == [{C}, {B}]
         assert knows(again, A, "sERVER:1")
         with pytest.raises(ratrod.AuthenticationError, match="HAS CHANGED: it shows .*replace that line by: .* SERVER:1"):
             again.check(B, "SERVER:1")
@@ -404,10 +392,6 @@ TUNNELS = {
     "*:2000:db:5432": ("*", 2000, "db", 5432),
     "[fe80::1%eth0]:2000:db:5432": ("fe80::1%eth0", 2000, "db", 5432),
 }
-BAD_TUNNELS = ["R", "R:", "stdio", "stdio:", "socks",
-               "", "0", "x", "70000", "-1", "1:0", "x:80", "80:", ":80", "::80", "1::80", "1:db:", "1:db:0", "db:80", "db:1:2", ":1:db:2", "a:x:db:1",
-               "a:1:b:2:c", "1:2:3:4:5", "::1:80:db:80", "1:127.1:80", "1:0x7f000001:80", "1:a b:80", "1:db:80\n", "\uff11:80",
-               "1:[fe80::1%eth0]:80", "1:2001:db8::7:80"]
 
 
 def test_tunnels_of_every_form():
@@ -417,20 +401,11 @@ def test_tunnels_of_every_form():
             assert spec == (Address(local_host, local_port), Address(remote_host, remote_port), ratrod.FORWARD, ("TCP", "UDP"))
             for word in ("tcp", "udp"):
                 assert ratrod.parse_tunnels("%s:%s" % (word, text)) == [spec._replace(protocols=(word.upper(),))]
-    for text in BAD_TUNNELS:
-        with row(text), pytest.raises(ConfigError, match="The forms are"):
-            ratrod.parse_tunnels(text)
-
-
-def test_endpoints():
-    for text, address in (("0.0.0.0:19000", ("0.0.0.0", 19000)), ("[::]:1", ("::", 1)), ("Host:1", ("Host", 1))):
-        assert ratrod.parse_endpoint(text, "server") == address
-    for text in ("", "a", "1", ":1", "a:0", "a:b", "a:1:2", "::1", "[::1]", "a:\uff11"):
-        with row(text), pytest.raises(ConfigError, match="host:port"):
-            ratrod.parse_endpoint(text, "server")
 
 
 def test_addresses_are_shown_with_the_brackets_they_need():
+    for text, address in (("0.0.0.0:19000", ("0.0.0.0", 19000)), ("[::]:1", ("::", 1)), ("Host:1", ("Host", 1))):
+        assert ratrod.parse_endpoint(text, "server") == address
     for host, shown in (("db", "db:1"), ("1.2.3.4", "1.2.3.4:1"), ("::1", "[::1]:1")):
         assert str(Address(host, 1)) == shown and ratrod.parse_target(shown) == Address(host, 1)
         assert ratrod.is_address(host) == (host != "db")
@@ -481,17 +456,15 @@ def test_patterns_that_are_wrong_or_mean_something_else_are_refused():
 
 
 EVERYDAY = [
-    "", ".*", "db|web:443", r"10\.0\.0\.\d+", r"127\.0\.0\.1:\d+", r"([a-z0-9-]+\.)*internal:443", r"(.*\.)?example\.com(:\d+)?",
-    r"(?!127\.|localhost|::1|\[::1).*", r"[a-z0-9-]+(\.[a-z0-9-]+)*", r".*\.internal:.*", r".*db.*prod.*web.*internal.*", "a{99}",
-    r"unix:/run/.*\.sock", r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d):\d+", r"(\w+\.)+example\.(com|org)",
+    "", ".*", r"10\.0\.0\.\d+", r"([a-z0-9-]+\.)*internal:443", r"(.*\.)?example\.com(:\d+)?", r"(?!127\.|localhost|::1|\[::1).*",
+    r".*db.*prod.*web.*internal.*", "a{99}", r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d):\d+",
     r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,}:443", "|".join(r"10\.0\.%d\.\d+" % n for n in range(200)),
 ]
 SLOW = [
-    r"([a-z0-9]+-?)+\.internal", "(a+)+", "(a|a)*b", "(a|aa)+", "(.*)*x", r"(\d+)*x", "(x+x+)+y", "((ab)*)*c", "(a?){60}b", ".*.*.*.*.*x",
-    r"(\w*\.?)*\.corp", r"([^.]+\.?)+internal", "(?:[^:]+:?)+x", "(([a-z]{10})+-?)+", r"(?i:([A-Z]+)+)\.x", r"(?P<n>[a-z]+)+(?P=n)!",
+    "(a+)+", "(a|a)*b", "(.*)*x", "((ab)*)*c", "(a?){60}b", ".*.*.*.*.*x", r"(\w*\.?)*\.corp", "(?:[^:]+:?)+x", r"(?i:([A-Z]+)+)\.x",
+    r"(?P<n>[a-z]+)+(?P=n)!",
     # Behind what the name has to begin with, inside of a group, in brackets, as a path.
-    r"db-([a-z]+)*\.internal", r"(?:db-([a-z]+)+|web)\.internal", "db-.*.*.*.*.*x", r"(web|db)[0-9]+(\.?[a-z]+)*\.example",
-    r"\[([0-9a-f]+:?)+\]:80", r"unix:/run/([a-z]+)+\.sock", ".{60}(a+)+x",
+    r"(?:db-([a-z]+)+|web)\.internal", r"\[([0-9a-f]+:?)+\]:80", r"unix:/run/([a-z]+)+\.sock", ".{60}(a+)+x",
 ]
 
 
@@ -556,12 +529,9 @@ def test_a_name_that_resolves_inside_needs_that_address_to_be_allowed(found):
     assert reached(ratrod.Policy(["db", literal]), DB, found) == reached(ratrod.Policy(literal), Address(address, 80), found) == [found]
 
 
-def test_a_name_may_resolve_to_anywhere_else():
-    for found in OUTSIDE:
-        assert reached(OPEN, DB, found) == reached(NARROW, DB, found) == [found]
-
-
 def test_only_the_addresses_that_may_be_opened_are_left():
+    for address in OUTSIDE:
+        assert reached(OPEN, DB, address) == reached(NARROW, DB, address) == [address]
     found = ("127.0.0.1", "10.0.0.1", "0.0.0.0", "fe80::1%eth0", "2001:db8::7")
     for _ in range(2):  # what is remembered must not have lost what a caller took out of it
         assert reached(ratrod.Policy("db"), DB, *found) == ["10.0.0.1", "2001:db8::7"]

@@ -145,9 +145,6 @@ def test_a_proxy_that_wants_a_user():
             assert str(error.value) == says
 
 
-# ---------------------------------------------------------------------------------------------------- URLs
-
-
 def test_the_port_that_goes_without_saying():
     for url, shown, user, password in (("http://proxy", "http://proxy:1080", None, b""), ("socks5h://a@[::1]", "socks5://[::1]:1080", b"a", b""),
                                        ("http://a:b@c:80/", "http://c:80", b"a", b"b"), ("socks5://%ff:@c", "socks5://c:1080", b"\xff", b""),

@@ -19,16 +19,14 @@ def test_a_key_whose_number_is_0_is_not_kept():
     assert (counts.total, counts.by_key, counts.of(A), counts.of(B)) == (1, {A: 1}, 1, 0)
 
 
-@pytest.mark.parametrize("taken, key, whose", [([A, A], A, "of this client"), ([A, A], B, None), ([A, B, C], C, "in all")])
-def test_a_quota_is_one_of_all_and_one_of_each_key(taken, key, whose):
-    quota = ratrod.Quota(3, 2, "has as many")
-    for one in taken:
-        quota.take(one)
-    if whose:
-        with pytest.raises(ratrod.Overloaded, match=whose):
-            quota.take(key)
-        quota.give_back(taken[0])
-    quota.take(key if whose != "of this client" else taken[0])
+class Waits:
+    """A link of which half a record has come; or a stream that waits for a link."""
+
+    def __init__(self, peer_key=A, instance=b""):
+        self.peer_key, self.instance, self.link = peer_key, instance, None
+
+    def open(self, link, _timeout):
+        self.link = link
 
 
 def begun(queue, *asked):
@@ -39,20 +37,14 @@ def begun(queue, *asked):
     return order
 
 
-@pytest.mark.parametrize("options, asked, at_once", [
-    ({"most": 2}, [A, A, A], 2),
-    ({"most": 4, "most_of_key": 1}, [A, A, B, C], 3),
-], ids=["in all", "of a key"])
-def test_what_a_queue_begins_at_once(options, asked, at_once):
-    assert len(begun(ratrod.FairQueue(**options), *((key, 0) for key in asked))) == at_once
-
-
 def test_keys_of_a_queue_take_turns_and_lower_ranks_go_first():
     queue = ratrod.FairQueue(1)
     order = begun(queue, (A, 1), (A, 1), (A, 1), (B, 1), (B, 1), (C, 2), (C, 0))
     for key in (A, C, A, B, A, B):
         queue.done(key)
     assert order == [0, 6, 1, 3, 2, 4, 5]
+    for options, keys, at_once in (({"most": 2}, [A, A, A], 2), ({"most": 4, "most_of_key": 1}, [A, A, B, C], 3)):
+        assert len(begun(ratrod.FairQueue(**options), *((key, 0) for key in keys))) == at_once
 
 
 def test_numbers_of_ended_streams_make_room_where_a_key_has_most(monkeypatch):
@@ -91,21 +83,14 @@ def test_memory_is_bounded_in_all_and_for_each_key(kept, key, short, out):
     assert not memory.total and not memory.by_key and not memory.is_short(key)
 
 
-class HalfRead:
-    """A link of which half a record has come."""
-
-    def __init__(self, key):
-        self.peer_key = key
-
-
 def test_of_the_links_that_hold_half_a_record_the_longest_waiting_is_read_on():
     memory = ratrod.Memory(8 * W)
-    first, second, other = HalfRead(A), HalfRead(A), HalfRead(B)
+    first, second, other, late = map(Waits, (A, A, B, A))
     for link in (first, second, other):
         memory.hold(link)
     assert all(memory.may_read_on(link) for link in (first, second, other))
     memory.change(A, 5 * W)
-    assert [memory.may_read_on(link) for link in (first, second, other, HalfRead(A))] == [True, False, True, True]
+    assert [memory.may_read_on(link) for link in (first, second, other, late)] == [True, False, True, True]
     assert memory.let_go(first) is second and memory.may_read_on(second)
     assert memory.let_go(second) is None and memory.let_go(other) is None and not memory._halves
 
@@ -187,16 +172,6 @@ def test_how_long_a_stream_waits_for_another_link(error, seconds):
         assert ratrod.resume_time(ratrod.DEFAULT_LIMITS._replace(resume=resume), error) == resume
 
 
-class Waits:
-    """A detached stream, or a new one."""
-
-    def __init__(self, instance=b""):
-        self.instance, self.peer_key, self.link = instance, A, None
-
-    def open(self, link, _timeout):
-        self.link = link
-
-
 class IdleLink:
     state, is_completed, is_legacy, peer_key = ratrod.IDLE, True, False, A
 
@@ -220,7 +195,7 @@ def test_what_was_left_behind_is_abandoned_on_the_next_idle_link_of_its_instance
 def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
     """Detached streams first."""
     opener = ratrod.Opener(types.SimpleNamespace(loop=None, limits=None, draining=False), 10)
-    of_a, of_b, new = Waits(b"a"), Waits(b"b"), Waits()
+    of_a, of_b, new = (Waits(instance=instance) for instance in (b"a", b"b", b""))
     opener.detached.update({of_a: None, of_b: None})
     opener.waiting.append(new)
     links = [IdleLink(instance) for instance in (b"b", b"b", b"c", b"a")]

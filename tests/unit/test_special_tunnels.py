@@ -1,4 +1,4 @@
-"""TUNNEL words of Unix sockets, SOCKS proxies, standard input and output, and reverse tunnels: which there are not, and what does not go together."""
+"""TUNNEL words: those of special forms, which there are not, and what does not go together. The plain ones are in test_core_keys.py."""
 
 import pytest
 
@@ -6,6 +6,11 @@ import ratrod
 from support.rows import row
 
 NO_TUNNELS = [
+    # Plain ones.
+    "", " 80", "80\n", "0", "x", "-1", "70000", "65536:80", "1:0", "x:80", "80:", ":80", "::80", "1::80", "1:db:", "1:db:0", "1:db:bad", "db:80",
+    "db:1:2", ":1:db:2", "a:x:db:1", "a:1:b:2:c", "1:2:3:4:5", "a:b:c:d:e", "::1:80:db:80", "[::1:5", "1:127.1:80", "1:0x7f000001:80", "1:a b:80",
+    "1:db:80\n", "1:db\n:80", "1:db:080", "1:db:8_0", "1:db:+80", "1:db:\uff18\uff10", "\uff11:80", "1:[fe80::1%eth0]:80", "1:2001:db8::7:80",
+    "R", "stdio",
     # Unix sockets.
     "unix:", "unix:/", "unix:/a", "unix:relative:db:80", "unix:./a:db:80", "unix:/a/../b:db:80", "unix:/a/./b:db:80", "unix://a:db:80",
     "unix:/a//b:db:80", "unix:/a/..:db:80", "unix:/a/:db:80",
@@ -35,13 +40,9 @@ NO_TUNNELS = [
 
 @pytest.mark.parametrize("text, spec", [
     # What ssh fills in for %h:%p, and for [%h]:%p.
-    ("stdio:db:22", (("", 0), ("db", 22), ratrod.STDIO)),
-    ("stdio:[db]:22", (("", 0), ("db", 22), ratrod.STDIO)),
-    ("stdio:192.0.2.7:22", (("", 0), ("192.0.2.7", 22), ratrod.STDIO)),
-    ("stdio:[192.0.2.7]:22", (("", 0), ("192.0.2.7", 22), ratrod.STDIO)),
-    ("stdio:2001:db8::7:22", (("", 0), ("2001:db8::7", 22), ratrod.STDIO)),
-    ("stdio:[2001:db8::7]:22", (("", 0), ("2001:db8::7", 22), ratrod.STDIO)),
-    ("stdio:::1:22", (("", 0), ("::1", 22), ratrod.STDIO)),
+    *((text, (("", 0), (host, 22), ratrod.STDIO)) for text, host in (
+        ("stdio:db:22", "db"), ("stdio:[db]:22", "db"), ("stdio:192.0.2.7:22", "192.0.2.7"), ("stdio:[192.0.2.7]:22", "192.0.2.7"),
+        ("stdio:2001:db8::7:22", "2001:db8::7"), ("stdio:[2001:db8::7]:22", "2001:db8::7"), ("stdio:::1:22", "::1"))),
     ("stdio:unix:/run/sshd", (("", 0), ("/run/sshd", 0), ratrod.STDIO)),
     # Every address of both families.
     ("*:1080:socks", (("*", 1080), ("", 0), ratrod.SOCKS)),

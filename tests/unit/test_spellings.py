@@ -60,9 +60,6 @@ def test_without_a_rule_only_plain_spellings_lead_there():
     assert leads == [host for host in ODD if host in LOOPBACK + NAMES + UNRESOLVED]
 
 
-# ---------------------------------------------------------------------------------------------------- texts for a terminal
-
-
 @settings(deadline=None)
 @given(st.text())
 def test_whatever_is_made_printable_is(text):

@@ -18,8 +18,6 @@ from support.joined import ALL, BOTH_WAYS, END, FLIP, LARGE, RESET, SIDES, SILEN
 
 LONG = bool(os.environ.get("RATROD_LONG"))
 
-# ---------------------------------------------------------------------------------------------------- one thing after the other
-
 
 @pytest.fixture
 def world():
@@ -27,11 +25,20 @@ def world():
         yield made
 
 
+every_side = pytest.mark.parametrize("side", SIDES)
+goes_on_or_has_ended = pytest.mark.parametrize("ends", [False, True], ids=["goes on", "has ended"])
+
+
 def join(world):
     """A new connection, joined to its remote."""
     connection = world.originate()
     world.settle()
     return connection
+
+
+def apps_of(connection, side):
+    """The program on this side, and the other one."""
+    return connection.app_of(side), connection.app_of(other_side(side))
 
 
 def converse(connection, n=100):
@@ -47,8 +54,13 @@ def end_whole(world, connection, links=None):
     world.settle()
     converse(connection)
     world.settle()
-    assert outcomes(connection) == [END, END]
+    end(world, connection)
     assert links is None or len(world.pairs) == links
+
+
+def end(world, connection):
+    """It is over, with all that was said on both sides."""
+    assert outcomes(connection) == [END, END]
     world.finish()
 
 
@@ -120,7 +132,7 @@ def test_an_old_link_takes_no_new_stream():
 
 @pytest.mark.parametrize("how", [END, RESET])
 @pytest.mark.parametrize("first", [0, 1, LARGE])
-@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "has ended"])
+@goes_on_or_has_ended
 @pytest.mark.parametrize("when", ["before the Open arrives", "while it connects", "before Opened arrives"])
 def test_an_open_whose_link_is_lost_goes_on_over_another(world, how, first, ends, when):
     """The remote is connected to once, and hears everything once."""
@@ -144,7 +156,7 @@ def test_an_open_whose_link_is_lost_goes_on_over_another(world, how, first, ends
 
 @pytest.mark.parametrize("first", [0, 1, LARGE])
 @pytest.mark.parametrize("later", [0, 1, LARGE])
-@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "has ended"])
+@goes_on_or_has_ended
 def test_close_moves_open_and_kept_data_and_end(world, first, later, ends):
     world.server.leaves = True
     connection = world.originate(first=first)
@@ -194,25 +206,22 @@ def test_an_idle_link_that_has_ended_takes_no_stream(world, how):
     end_whole(world, connection, links=2)
 
 
-@pytest.mark.parametrize("first", SIDES)
-@pytest.mark.parametrize("is_cut", [False, True], ids=["one link", "another link"])
-def test_half_close(world, first, is_cut):
+@every_side
+def test_half_close_over_another_link(world, side):
     connection = join(world)
-    one, other = (connection.app_of(side) for side in (first, other_side(first)))
+    one, other = apps_of(connection, side)
     one.write(10)
     one.end()
     world.settle()
     assert (one.outcome, other.outcome, other.received) == (None, END, 10)
-    if is_cut:
-        world.pairs[0].cut(RESET)
-        world.settle()
+    world.pairs[0].cut(RESET)
+    world.settle()
     other.write(LARGE)
     world.settle()
     assert (one.outcome, one.received) == (None, other.sent)
     other.end()
     world.settle()
-    assert outcomes(connection) == [END, END]
-    world.finish()
+    end(world, connection)
 
 
 def test_what_is_taken_is_acknowledged(world):
@@ -237,7 +246,7 @@ def test_what_is_taken_is_acknowledged(world):
     end_whole(world, connection, links=1)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@every_side
 def test_the_tail_is_kept_until_it_is_acknowledged(world, side):
     """Over is lost, or the opener's last Ack: the other side asks for what it lacks."""
     connection = join(world)
@@ -250,15 +259,14 @@ def test_the_tail_is_kept_until_it_is_acknowledged(world, side):
         world.turn()
     pair.cut(RESET)
     world.settle()
-    assert outcomes(connection) == [END, END]
-    world.finish()
+    end(world, connection)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@every_side
 def test_a_reset_after_its_own_end_is_noticed(world, side):
     """Its socket is not read any more, and nobody writes to it."""
     connection = join(world)
-    app, other = (connection.app_of(which) for which in (side, other_side(side)))
+    app, other = apps_of(connection, side)
     app.end()
     world.settle()
     assert other.outcome == END
@@ -269,7 +277,7 @@ def test_a_reset_after_its_own_end_is_noticed(world, side):
     world.finish()
 
 
-@pytest.mark.parametrize("side", SIDES)
+@every_side
 def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, side):
     """By Abandon on the next idle link, or by Error at the next attempt."""
     connection = join(world)
@@ -280,7 +288,7 @@ def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, si
     world.pairs[0].cut(RESET)
     world.settle()
     connection.is_disturbed = True
-    app, other = (connection.app_of(which) for which in (side, other_side(side)))
+    app, other = apps_of(connection, side)
     app.reset(lose=False)
     world.pass_time(5)
     assert connection.stream_of(side).is_over and other.outcome is None
@@ -288,21 +296,6 @@ def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, si
     following = join(world)  # what a client abandoned is said on the next idle link
     assert other.local.aborted
     converse(following)
-    world.finish()
-
-
-@pytest.mark.parametrize("how, seconds", [(RESET, 60), (SILENCE, 645)])
-def test_a_stream_is_given_up_when_no_link_comes(world, how, seconds):
-    connection = join(world)
-    connection.app.write(100)
-    world.settle()
-    world.client.opener.is_reachable = False
-    world.pairs[0].cut(how)
-    world.pass_time(seconds - 10)
-    assert outcomes(connection) == [None, None]
-    world.pass_time(40)  # in silence also Keepalive's 20 s count
-    assert outcomes(connection) == [RESET, RESET]
-    connection.is_disturbed = True
     world.finish()
 
 
@@ -320,23 +313,9 @@ def test_links_that_break_before_they_answer_do_not_make_a_stream_wait_longer(wo
     world.finish()
 
 
-@pytest.mark.parametrize("resume", [0, 600])
-def test_silence_is_noticed_by_both(resume):
-    """And the stream goes on, unless nothing is to be resumed."""
-    with World(limits=ratrod.DEFAULT_LIMITS._replace(resume=resume)) as world:
-        connection = join(world)
-        world.pairs[0].cut(SILENCE)
-        connection.app.write(100)
-        connection.is_disturbed = not resume
-        world.pass_time(75)
-        assert outcomes(connection) == ([None, None] if resume else [RESET, RESET])
-        assert not resume or connection.remote.received == 100
-        world.finish()
-
-
 def hold_up(world, connection, side):
     """Sends to `side`, which does not read, until its link processes nothing more; then both sides end. Returns the program there, and its link."""
-    reader, writer = (connection.app_of(which) for which in (side, other_side(side)))
+    reader, writer = apps_of(connection, side)
     reader.reads = False
     while not connection.stream_of(side).link.is_held:
         writer.write(ALL)
@@ -347,12 +326,12 @@ def hold_up(world, connection, side):
 
 
 @pytest.mark.parametrize("leaves", [False, True], ids=["Over", "Close"])
-@pytest.mark.parametrize("slow", SIDES)
-def test_what_waits_for_a_slow_program_keeps_the_link_busy(world, slow, leaves):
+@every_side
+def test_what_waits_for_a_slow_program_keeps_the_link_busy(world, side, leaves):
     """Both Ends are on their way, and one local socket has not taken everything: no Over, or nothing done with it, before it has."""
     connection = join(world)
     world.server.leaves = leaves
-    reader, _ = hold_up(world, connection, slow)
+    reader, _ = hold_up(world, connection, side)
     world.pass_time(120)
     assert not world.idle
     assert reader.outcome is None
@@ -363,22 +342,21 @@ def test_what_waits_for_a_slow_program_keeps_the_link_busy(world, slow, leaves):
     world.finish()
 
 
-@pytest.mark.parametrize("slow", SIDES)
-def test_a_slow_program_outlives_its_link(world, slow):
+@every_side
+def test_a_slow_program_outlives_its_link(world, side):
     """What waits for it when the link is lost is delivered, and what the window holds is sent again."""
     connection = join(world)
-    reader, _ = hold_up(world, connection, slow)
+    reader, _ = hold_up(world, connection, side)
     for n in range(2):
         world.open_pairs[0].cut((RESET, END)[n])
         world.settle()
     assert reader.outcome is None
     reader.reads = True
     world.settle()
-    assert outcomes(connection) == [END, END]
-    world.finish()
+    end(world, connection)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@every_side
 def test_a_program_that_goes_away_after_both_ends(world, side):
     """Its bytes are not all in its socket yet: until they are, a failure is the stream's. An Error says so, however slow the path is."""
     connection = join(world)
@@ -433,22 +411,22 @@ def test_everything_full(window):
             world.rounds(2)
         assert all(app.sent > LARGE for app in connection.apps)
         world.pass_time(300)
-        assert outcomes(connection) == [None, None]
+        assert outcomes(connection) == [None, None] and len(world.pairs) == 1
         connection.has_skipped = False  # its link is not lost: all of it must arrive
         world.finish()
         assert outcomes(connection) == [END, END]
 
 
-@pytest.mark.parametrize("slow", SIDES)
-def test_a_reader_that_takes_nothing_stops_the_writer_at_the_window(slow):
+@every_side
+def test_a_reader_that_takes_nothing_stops_the_writer_at_the_window(side):
     with World(window=SMALL_WINDOW) as world:
         connection = join(world)
-        reader, writer = (connection.app_of(side) for side in (slow, other_side(slow)))
+        reader, writer = apps_of(connection, side)
         reader.reads = False
         for _ in range(50):
             writer.write(ALL)
             world.rounds(2)
-        stream = connection.stream_of(other_side(slow))
+        stream = connection.stream_of(other_side(side))
         assert stream.out.sent - stream.out.acked <= SMALL_WINDOW
         reader.reads = True
         end_whole(world, connection, links=1)
@@ -490,18 +468,19 @@ def test_a_path_that_breaks_after_any_byte(direction, first, how):
             assert outcomes(connection) == [END, END], n
 
 
-# ---------------------------------------------------------------------------------------------------- anything in any order
-
-
 class Streams(RuleBasedStateMachine):
     """A few streams at once and one after the other, on as many links as it takes."""
 
-    numbers = st.integers(0, 5)
-    sides = st.sampled_from(SIDES)
-    rounds = st.integers(0, 4)
-    directions = st.sampled_from(BOTH_WAYS)
+    numbers, rounds = st.integers(0, 5), st.integers(0, 4)
+    sides, directions = st.sampled_from(SIDES), st.sampled_from(BOTH_WAYS)
+    some_sides = st.sampled_from((SIDES, SIDES[:1], SIDES[1:]))
     some_directions = st.sampled_from((BOTH_WAYS, (TO_ACCEPTOR,), (TO_OPENER,)))
     sizes = st.sampled_from((joined.SMALL, LARGE))
+
+    has_live = precondition(lambda self: self.world.live)
+    has_pairs = precondition(lambda self: self.world.open_pairs)
+    has_asked = precondition(lambda self: self.world.server.asked)
+    may_do_damage = precondition(lambda self: self.damages <= len(self.world.connections) // 3)  # most streams are to get somewhere
 
     def __init__(self):
         super().__init__()
@@ -520,8 +499,7 @@ class Streams(RuleBasedStateMachine):
 
     @invariant()
     def check(self):
-        if self.world:
-            self.world.check()
+        self.world.check()
 
     @staticmethod
     def one_of(things, number):
@@ -530,50 +508,32 @@ class Streams(RuleBasedStateMachine):
     def app(self, number, side):
         return self.one_of(self.world.live, number).app_of(side)
 
-    def has_live(self):
-        return bool(self.world and self.world.live)
-
-    def may_do_damage(self):
-        """Most streams are to get somewhere."""
-        return bool(self.world) and self.damages <= len(self.world.connections) // 3
-
     # ---- what programs do
 
-    @precondition(lambda self: self.world and len(self.world.live) < 3)
+    @precondition(lambda self: len(self.world.live) < 3)
     @rule(size=sizes, remote_size=sizes, first=st.sampled_from((0, 100, 70_000)), rounds=rounds)
     def originate(self, size, remote_size, first, rounds):
         self.world.originate(size, remote_size, first)
         self.world.rounds(rounds)
 
-    @precondition(has_live)
-    @rule(number=numbers, side=sides, n=st.sampled_from((1, 100, 5_000, 70_000, 400_000)), rounds=rounds)
-    def write(self, number, side, n, rounds):
-        self.app(number, side).write(n)
-        self.world.rounds(rounds)
-
-    @precondition(has_live)
-    @rule(number=numbers, side=sides, rounds=st.integers(1, 12))
-    def write_a_lot(self, number, side, rounds):
-        for _ in range(rounds):
-            self.app(number, side).write(400_000)
+    @has_live
+    @rule(number=numbers, side=sides, n=st.sampled_from((1, 100, 5_000, 70_000, 400_000)), times=st.sampled_from((1, 1, 4, 12)), rounds=rounds)
+    def write(self, number, side, n, times, rounds):
+        app = self.app(number, side)
+        for _ in range(times):
+            app.write(n)
             self.world.round()
-            if not self.world.live:
-                break
-
-    @precondition(has_live)
-    @rule(number=numbers, side=sides, rounds=rounds)
-    def end(self, number, side, rounds):
-        self.app(number, side).end()
         self.world.rounds(rounds)
 
-    @precondition(has_live)
-    @rule(number=numbers, rounds=st.integers(0, 12))
-    def end_both(self, number, rounds):
-        for app in self.one_of(self.world.live, number).apps:
-            app.end()
+    @has_live
+    @rule(number=numbers, whom=some_sides, rounds=st.integers(0, 12))
+    def end(self, number, whom, rounds):
+        for side in whom:
+            self.app(number, side).end()
         self.world.rounds(rounds)
 
-    @precondition(lambda self: self.may_do_damage() and self.has_live())
+    @may_do_damage
+    @has_live
     @rule(number=numbers, side=sides, lose=st.booleans(), rounds=rounds)
     def reset(self, number, side, lose, rounds):
         self.damages += 1
@@ -582,38 +542,35 @@ class Streams(RuleBasedStateMachine):
         app.reset(lose)
         self.world.rounds(rounds)
 
-    @precondition(has_live)
-    @rule(number=numbers, side=sides, reads=st.booleans())
-    def stop_or_resume_reading(self, number, side, reads):
-        self.app(number, side).reads = reads
-
-    @precondition(has_live)
-    @rule(number=numbers, side=sides, n=st.sampled_from((1, 1000)))
-    def read_a_little(self, number, side, n):
-        self.app(number, side).read(n)
+    @has_live
+    @rule(number=numbers, side=sides, reads=st.booleans(), n=st.sampled_from((0, 1, 1000)))
+    def read_a_little(self, number, side, reads, n):
+        """From then on it reads all that comes, or nothing."""
+        app = self.app(number, side)
+        app.reads = reads
+        if n:
+            app.read(n)
 
     # ---- what the acceptor meets
 
-    @rule(whether=st.booleans())
-    def hesitate(self, whether):
-        self.world.server.hesitates = whether
+    @rule(hesitates=st.booleans(), leaves=st.booleans())
+    def change_its_mind(self, hesitates, leaves):
+        self.world.server.hesitates = hesitates
+        self.world.server.leaves |= leaves
 
-    @precondition(lambda self: self.world and self.world.server.asked)
+    @has_asked
     @rule(number=numbers, rounds=rounds)
     def connect(self, number, rounds):
         self.world.server.connect(self.one_of(self.world.server.asked, number))
         self.world.rounds(rounds)
 
-    @precondition(lambda self: self.world and self.world.server.asked and self.may_do_damage())
+    @may_do_damage
+    @has_asked
     @rule(number=numbers, rounds=rounds)
     def refuse(self, number, rounds):
         self.damages += 1
         self.world.server.refuse(self.one_of(self.world.server.asked, number))
         self.world.rounds(rounds)
-
-    @rule()
-    def leave(self):
-        self.world.server.leaves = True
 
     # ---- what the path does
 
@@ -626,12 +583,12 @@ class Streams(RuleBasedStateMachine):
     def everything_moves(self, rounds):
         self.world.rounds(rounds)
 
-    @precondition(lambda self: self.world and self.world.open_pairs)
+    @has_pairs
     @rule(number=numbers, direction=directions, n=st.sampled_from((1, 3, 50, ALL)))
     def pump(self, number, direction, n):
         self.one_of(self.world.open_pairs, number).pipes[direction].pump(n)
 
-    @precondition(lambda self: self.world and self.world.open_pairs)
+    @has_pairs
     @rule(number=numbers, n=st.integers(1, 150))
     def trickle(self, number, n):
         """A byte at a time in both directions."""
@@ -641,20 +598,20 @@ class Streams(RuleBasedStateMachine):
                 pipe.pump(1)
             self.world.turn()
 
-    @precondition(lambda self: self.world and self.world.open_pairs)
+    @has_pairs
     @rule(number=numbers, how=st.sampled_from((END, RESET, FLIP)), whom=some_directions, rounds=rounds)
     def cut(self, number, how, whom, rounds):
         """No damage: whatever is on the link goes on over another one."""
         self.one_of(self.world.open_pairs[::-1], number).cut(how, whom)
         self.world.rounds(rounds)
 
-    @precondition(may_do_damage)
+    @may_do_damage
+    @has_pairs
     @rule(number=numbers, whom=some_directions, rounds=rounds)
     def fall_silent(self, number, whom, rounds):
-        if self.world.open_pairs:
-            self.damages += 1
-            self.one_of(self.world.open_pairs[::-1], number).cut(SILENCE, whom)
-            self.world.rounds(rounds)
+        self.damages += 1
+        self.one_of(self.world.open_pairs[::-1], number).cut(SILENCE, whom)
+        self.world.rounds(rounds)
 
     @rule(whether=st.booleans(), rounds=rounds)
     def come_or_go(self, whether, rounds):
@@ -675,6 +632,5 @@ class Streams(RuleBasedStateMachine):
 
 TestStreams = Streams.TestCase
 TestStreams.settings = settings(max_examples=1000 if LONG else 60, stateful_step_count=40, deadline=None, database=None,
-                                derandomize="CI" in os.environ,
-                                report_multiple_bugs=False,
+                                derandomize="CI" in os.environ, report_multiple_bugs=False,
                                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])

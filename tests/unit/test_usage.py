@@ -32,130 +32,96 @@ def connecting(server="S:1", *tunnels, **others):
     return dict(OPTIONS, command="connect", server=server, tunnels=tunnels, **others)
 
 
-# Words → what they mean. The same for docopt-ng, docopt 0.6.2 and the built-in fallback.
+# What lines of words mean, the same for docopt-ng, docopt 0.6.2 and the built-in fallback.
 COMMAND_LINES = [
-    ("serve S:1", serving()),
-    ("-k keys serve S:1", serving(key_path="keys")),
-    ("serve -k keys S:1", serving(key_path="keys")),
-    ("serve S:1 -k keys", serving(key_path="keys")),
-    ("serve S:1 -kkeys", serving(key_path="keys")),
-    ("--key-path keys serve S:1", serving(key_path="keys")),
-    ("--key-path=keys serve S:1", serving(key_path="keys")),
-    ("--key-path=a=b serve S:1", serving(key_path="a=b")),
-    ("serve S:1 --key-path=keys", serving(key_path="keys")),
-    ("-v serve S:1", serving(verbose=True)),
-    ("serve S:1 --verbose", serving(verbose=True)),
-    ("-vkkeys serve S:1", serving(verbose=True, key_path="keys")),
-    ("-vk keys serve S:1", serving(verbose=True, key_path="keys")),
-    ("-r x serve S:1", serving(remote_regex=("x",))),
-    ("serve -r x S:1", serving(remote_regex=("x",))),
-    ("serve --remote-regex=x S:1", serving(remote_regex=("x",))),
-    ("serve --remote-regex= S:1", serving(remote_regex=("",))),
-    ("serve -r -x S:1", serving(remote_regex=("-x",))),
-    ("serve --legacy S:1", serving(legacy=True)),
-    ("--legacy serve S:1", serving(legacy=True)),
-    ("serve --handshake-timeout 2.5 S:1", serving(handshake_timeout=2.5)),
-    ("serve --udp-timeout=3 S:1", serving(udp_timeout=3)),
-    ("connect S:1", connecting()),
-    ("connect S:1 80", connecting("S:1", "80")),
-    ("connect S:1 80 1:2 0:h:3", connecting("S:1", "80", "1:2", "0:h:3")),
-    ("connect -a S:1 80", connecting("S:1", "80", accept_all_hosts=True)),
-    ("connect S:1 -a 80", connecting("S:1", "80", accept_all_hosts=True)),
-    ("connect S:1 80 -a", connecting("S:1", "80", accept_all_hosts=True)),
-    ("connect S:1 80 --accept-all-hosts 81", connecting("S:1", "80", "81", accept_all_hosts=True)),
-    ("-a -e connect S:1", connecting(accept_all_hosts=True, encrypt=True)),
-    ("connect -ae S:1", connecting(accept_all_hosts=True, encrypt=True)),
-    ("connect -eav S:1", connecting(accept_all_hosts=True, encrypt=True, verbose=True)),
-    ("connect -aek keys S:1", connecting(accept_all_hosts=True, encrypt=True, key_path="keys")),
-    ("connect --encrypt --legacy S:1", connecting(encrypt=True, legacy=True)),
-    ("connect S:1 --udp-timeout 5", connecting(udp_timeout=5)),
-    ("connect --udp-timeout=0.5 S:1 --handshake-timeout=10.0", connecting(udp_timeout=0.5)),
-    ("-k keys -v connect -a -e --legacy S:1 80", connecting("S:1", "80", key_path="keys", verbose=True, accept_all_hosts=True, encrypt=True,
-                                                            legacy=True)),
+    (serving(), ["serve S:1", "serve -- S:1"]),
+    (serving(key_path="keys"), [
+        "-k keys serve S:1", "serve -k keys S:1", "serve S:1 -k keys", "serve S:1 -kkeys", "--key-path keys serve S:1", "--key-path=keys serve S:1",
+        "serve S:1 --key-path=keys"]),
+    (serving(key_path="a=b"), ["--key-path=a=b serve S:1"]),
+    (serving(verbose=True), ["-v serve S:1", "serve S:1 --verbose", "serve -v -- S:1", "-v -v serve S:1", "-vv serve S:1 -v"]),
+    (serving(verbose=True, key_path="keys"), ["-vkkeys serve S:1", "-vk keys serve S:1"]),
+    (serving(remote_regex=("x",)), ["-r x serve S:1", "serve -r x S:1", "serve --remote-regex=x S:1"]),
+    (serving(remote_regex=("",)), ["serve --remote-regex= S:1"]),
+    (serving(remote_regex=("-x",)), ["serve -r -x S:1"]),
+    (serving(legacy=True), ["serve --legacy S:1", "--legacy serve S:1"]),
+    (serving(handshake_timeout=2.5), ["serve --handshake-timeout 2.5 S:1"]),
+    (serving(udp_timeout=3), ["serve --udp-timeout=3 S:1"]),
+    (connecting(), ["connect S:1", "connect S:1 --"]),
+    (connecting("S:1", "80"), ["connect S:1 80", "connect -- S:1 80", "connect S:1 -- 80"]),
+    (connecting("S:1", "80", "1:2", "0:h:3"), ["connect S:1 80 1:2 0:h:3"]),
+    (connecting("S:1", "80", accept_all_hosts=True), ["connect -a S:1 80", "connect S:1 -a 80", "connect S:1 80 -a"]),
+    (connecting("S:1", "80", "81", accept_all_hosts=True), ["connect S:1 80 --accept-all-hosts 81"]),
+    (connecting(accept_all_hosts=True, encrypt=True), ["-a -e connect S:1", "connect -ae S:1"]),
+    (connecting(accept_all_hosts=True, encrypt=True, verbose=True), ["connect -eav S:1"]),
+    (connecting(accept_all_hosts=True, encrypt=True, key_path="keys"), ["connect -aek keys S:1"]),
+    (connecting(encrypt=True, legacy=True), ["connect --encrypt --legacy S:1"]),
+    (connecting(udp_timeout=5), ["connect S:1 --udp-timeout 5"]),
+    (connecting(udp_timeout=0.5), ["connect --udp-timeout=0.5 S:1 --handshake-timeout=10.0"]),
+    (connecting("S:1", "80", key_path="keys", verbose=True, accept_all_hosts=True, encrypt=True, legacy=True), [
+        "-k keys -v connect -a -e --legacy S:1 80"]),
     # "--" ends the options: what follows is taken as it stands.
-    ("serve -- S:1", serving()),
-    ("serve -v -- S:1", serving(verbose=True)),
-    ("serve -- -h", serving("-h")),
-    ("serve -- -v", serving("-v")),
-    ("connect -- S:1 80", connecting("S:1", "80")),
-    ("connect S:1 -- 80", connecting("S:1", "80")),
-    ("connect -a S:1 -- -e", connecting("S:1", "-e", accept_all_hosts=True)),
-    ("connect S:1 --", connecting()),
+    (serving("-h"), ["serve -- -h"]),
+    (serving("-v"), ["serve -- -v"]),
+    (connecting("S:1", "-e", accept_all_hosts=True), ["connect -a S:1 -- -e"]),
     # Given twice: flags say it again, of values the last counts, as with ssh.
-    ("-v -v serve S:1", serving(verbose=True)),
-    ("-vv serve S:1 -v", serving(verbose=True)),
-    ("-k a -k b serve S:1", serving(key_path="b")),
-    ("-k a serve S:1 --key-path=b", serving(key_path="b")),
-    ("--key-path=b serve S:1 -k a", serving(key_path="a")),
-    ("serve -r a -r b S:1 -r c", serving(remote_regex=("a", "b", "c"))),
-    ("connect -a -a -e -e --legacy --legacy S:1", connecting(accept_all_hosts=True, encrypt=True, legacy=True)),
-    ("connect --udp-timeout 1 --udp-timeout 2 S:1", connecting(udp_timeout=2)),
-    ("keygen", dict(OPTIONS, command="keygen")),
-    ("keygen -k keys", dict(OPTIONS, command="keygen", key_path="keys")),
-    ("-k keys keygen", dict(OPTIONS, command="keygen", key_path="keys")),
-    ("demo", dict(OPTIONS, command="demo")),
-    ("help", dict(OPTIONS, command="help")),
-    ("help serve", dict(OPTIONS, command="help", topic="serve")),
-    ("help demo", dict(OPTIONS, command="help", topic="demo")),
+    (serving(key_path="b"), ["-k a -k b serve S:1", "-k a serve S:1 --key-path=b", "--key-path=a serve S:1 -k b"]),
+    (serving(remote_regex=("a", "b", "c")), ["serve -r a -r b S:1 -r c"]),
+    (connecting(accept_all_hosts=True, encrypt=True, legacy=True), ["connect -a -a -e -e --legacy --legacy S:1"]),
+    (connecting(udp_timeout=2), ["connect --udp-timeout 1 --udp-timeout 2 S:1"]),
+    (dict(OPTIONS, command="keygen"), ["keygen"]),
+    (dict(OPTIONS, command="keygen", key_path="keys"), ["keygen -k keys", "-k keys keygen"]),
+    (dict(OPTIONS, command="demo"), ["demo"]),
+    # Whoever asks for an explanation gets it, whatever else stands there. Which topics there are is not a matter of parsing.
+    (dict(OPTIONS, command="help"), ["help", "-h", "--help"]),
+    (dict(OPTIONS, command="help", topic="serve"), ["help serve", "serve -h", "-h serve", "-v serve -h", "serve 127.0.0.1:0 -h"]),
+    *((dict(OPTIONS, command="help", topic=topic), [line]) for topic, line in (
+        ("demo", "help demo"), ("connect", "connect --help"), ("bogus", "help bogus"))),
+    (dict(OPTIONS, command="version"), ["-V", "--version"]),
     # A word that is also a command's name is still just a word where a word belongs.
-    ("serve connect", serving("connect")),
-    ("connect serve help", connecting("serve", "help")),
-    ("connect demo:1 demo", connecting("demo:1", "demo")),
-    # Which topics there are is not a matter of parsing.
-    ("help bogus", dict(OPTIONS, command="help", topic="bogus")),
-    # Whoever asks for an explanation gets it, whatever else stands there.
-    ("-h", dict(OPTIONS, command="help")),
-    ("--help", dict(OPTIONS, command="help")),
-    ("serve -h", dict(OPTIONS, command="help", topic="serve")),
-    ("-h serve", dict(OPTIONS, command="help", topic="serve")),
-    ("-v serve -h", dict(OPTIONS, command="help", topic="serve")),
-    ("serve 127.0.0.1:0 -h", dict(OPTIONS, command="help", topic="serve")),
-    ("connect --help", dict(OPTIONS, command="help", topic="connect")),
-    ("-V", dict(OPTIONS, command="version")),
-    ("--version", dict(OPTIONS, command="version")),
+    (serving("connect"), ["serve connect"]),
+    (connecting("serve", "help"), ["connect serve help"]),
+    (connecting("demo:1", "demo"), ["connect demo:1 demo"]),
 ]
 
-# Wrong words → what the error names, one of these.
+# What the error names, one of these → wrong words.
 USAGE_ERRORS = [
-    ("", "command"),
-    ("bogus", "bogus"),
-    ("--bogus", "--bogus"),
-    ("-x serve 127.0.0.1:0", "-x"),
-    ("serve --bogus 127.0.0.1:0", "--bogus"),
-    ("serve 127.0.0.1:0 -vx", "-x"),
-    ("serve", "BIND"),
-    ("serve -v", "BIND"),
-    ("serve --", "BIND"),
-    ("connect", "SERVER"),
-    ("-k keys connect -a", "SERVER"),
-    ("-k", "-k|--key-path"),
-    ("serve 127.0.0.1:0 -k", "-k|--key-path"),
-    ("serve 127.0.0.1:0 -r", "-r|--remote-regex"),
-    ("serve 127.0.0.1:0 --remote-regex", "--remote-regex"),
-    ("serve --verbose=yes 127.0.0.1:0", "--verbose"),
-    ("serve 127.0.0.1:0 more", "more"),
-    ("keygen more", "more"),
-    ("demo more", "more"),
-    ("help serve more", "more"),
+    ("command", [""]),
+    ("bogus", ["bogus"]),
+    ("--bogus", ["--bogus", "serve --bogus S:1"]),
+    ("-x", ["-x serve S:1", "serve S:1 -vx"]),
+    ("BIND", ["serve", "serve -v", "serve --"]),
+    ("SERVER", ["connect", "-k keys connect -a"]),
+    ("-k|--key-path", ["-k", "serve S:1 -k"]),
+    ("-r|--remote-regex", ["serve S:1 -r", "serve S:1 --remote-regex"]),
+    ("--verbose", ["serve --verbose=yes S:1"]),
+    ("more", ["serve S:1 more", "keygen more", "demo more", "help serve more"]),
     # Another command's option is as wrong as an unknown one.
-    ("serve -a 127.0.0.1:0", "-a|--accept-all-hosts"),
-    ("serve -e 127.0.0.1:0", "-e|--encrypt"),
-    ("connect -r .* 127.0.0.1:9", "-r|--remote-regex"),
-    ("keygen -e", "-e|--encrypt"),
-    # A value that is no time, or one that would break a timer.
-    ("connect --udp-timeout soon 127.0.0.1:9", "soon|--udp-timeout"),
-    ("connect --udp-timeout=-1 127.0.0.1:9", "-1|--udp-timeout"),
-    ("connect --udp-timeout 0 127.0.0.1:9", "--udp-timeout"),
-    ("connect --udp-timeout= 127.0.0.1:9", "--udp-timeout"),
-    ("connect --udp-timeout nan 127.0.0.1:9", "nan|--udp-timeout"),
-    ("connect --handshake-timeout inf 127.0.0.1:9", "inf|--handshake-timeout"),
-    ("serve --handshake-timeout=0 127.0.0.1:0", "--handshake-timeout"),
-    *(("connect --max-retry-count=%s S:1" % word, "--max-retry-count") for word in ("-1", "1.5", "", "٣", "9999999999")),
-    *(("connect --max-retry-interval=%s S:1" % word, "--max-retry-interval") for word in ("-1", "0", "x")),
-    *(("serve --drain=%s S:1" % word, "--drain") for word in ("-1", "x", "nan", "1e400", "")),
+    ("-a|--accept-all-hosts", ["serve -a S:1"]),
+    ("-e|--encrypt", ["serve -e S:1", "keygen -e"]),
+    ("-r|--remote-regex", ["connect -r .* S:1"]),
+    # A value that is no number, or one that would break a timer.
+    *((option, ["%s %s=%s S:1" % (command, option, word) for word in words]) for command, option, words in (
+        ("connect", "--udp-timeout", ["soon", "-1", "0", "", "nan"]), ("connect", "--handshake-timeout", ["inf"]),
+        ("serve", "--handshake-timeout", ["0"]), ("connect", "--max-retry-count", ["-1", "1.5", "", "٣", "9999999999"]),
+        ("connect", "--max-retry-interval", ["-1", "0", "x"]), ("serve", "--drain", ["-1", "x", "nan", "1e400", ""]))),
+    ("soon|--udp-timeout", ["connect --udp-timeout soon S:1"]),
 ]
 
 READERS = ("docopt-ng", "docopt 0.6.2", "fallback")
+
+
+def prepare_once(patch, kind):
+    """docopt prepares the same usage text anew for each line, which is nearly all of its time."""
+    prepare, prepared = kind.fix, {}
+
+    def fix(self):
+        text = repr(self)
+        if text not in prepared:
+            prepared[text] = prepare(self).children
+        self.children = prepared[text]
+        return self
+    patch.setattr(kind, "fix", fix)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +133,10 @@ def readers():
         warnings.simplefilter("ignore")  # it has escapes in its source that the newest Pythons complain about
         spec.loader.exec_module(old)
     assert old.__version__ == "0.6.2" and docopt.__version__ != "0.6.2"
-    return dict(zip(READERS, (docopt, old, None)))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (docopt, old):
+            prepare_once(patch, module.Required)
+        yield dict(zip(READERS, (docopt, old, None)))
 
 
 def read(words):
@@ -183,11 +152,12 @@ def read(words):
 @pytest.mark.parametrize("name", READERS)
 def test_every_reader_understands_the_same(name, readers, monkeypatch):
     monkeypatch.setitem(sys.modules, "docopt", readers[name])
-    for line, expected in COMMAND_LINES:
-        assert read(line.split()) == expected, line
-    for line, named in USAGE_ERRORS:
-        error = read(line.split())
-        assert isinstance(error, str) and re.search(r"(?<![\w-])(?:%s)(?!\w)" % named, error), (line, error)
+    for expected, lines in COMMAND_LINES:
+        assert [(line, read(line.split())) for line in lines] == [(line, expected) for line in lines]
+    for named, lines in USAGE_ERRORS:
+        for line in lines:
+            error = read(line.split())
+            assert isinstance(error, str) and re.search(r"(?<![\w-])(?:%s)(?!\w)" % named, error), (line, error)
     # Where ours finds nothing wrong, docopt's judgement counts: its usage text has no "--" there.
     assert read(["keygen", "--"]) == ("these words do not go together" if readers[name] else dict(OPTIONS, command="keygen"))
 
@@ -236,9 +206,7 @@ def test_help_explains_one_command_or_all():
     assert "--remote-regex" not in ratrod.help_text("connect") and "TUNNEL" not in ratrod.help_text("serve")
     with pytest.raises(UsageError, match="bogus"):
         ratrod.help_text("bogus")
-
-
-def test_an_error_comes_with_the_usage_of_its_command():
+    # An error comes with the usage of its command.
     assert ratrod.usage_hint(["-v", "serve"]).startswith("Usage:\n  ratrod [-k KEY_PATH]") and "BIND" in ratrod.usage_hint(["-v", "serve"])
     assert "SERVER" in ratrod.usage_hint(["connect"]) and "BIND" not in ratrod.usage_hint(["connect"])
     for words in ([], ["bogus"]):
@@ -246,10 +214,6 @@ def test_an_error_comes_with_the_usage_of_its_command():
 
 
 # ---------------------------------------------------------------------------------------------------- well formed, but not to be meant
-
-
-def bind(text):
-    return ratrod.parse_endpoint(text, "address to bind", lowest=0)
 
 
 # Ranges of ports: what was typed is named, not one of the tunnels that it would have been.
@@ -266,14 +230,12 @@ NO_RANGES = [
 
 
 @pytest.mark.parametrize("parse, texts", [
-    (bind, ["", "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:x", "[::1:5", "[::1]", "-h"]),
+    (lambda text: ratrod.parse_endpoint(text, "address to bind", lowest=0), [
+        "", "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:x", "[::1:5", "[::1]", "-h", ":1", "a:1:2",
+        "::1", "a:\uff11"]),
     (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9", "a:1;a:2"]),
-    (ratrod.parse_tunnels, [
-        "a:b:c:d:e", "1:2:3:4:5", "70000", "65536:80", "0", "2000:host:0", "x", "x:80", "[::1:5", "::1:2000:host:80", "2000:host:080",
-        "2000:host:8_0", "2000:host:+80", "2000:host:\uff18\uff10", "2000::80", "2000:host:", "2000:host:bad", "2000:127.1:80", "", " 80", "80\n",
-        "2000:a host:80", "2000:host\n:80"]),
     (ratrod.parse_tunnels, NO_RANGES),
-], ids=["BIND", "SERVER", "TUNNEL", "ranges"])
+], ids=["BIND", "SERVER", "ranges"])
 def test_what_cannot_be_meant_is_named(parse, texts):
     for text in texts:
         with pytest.raises(ConfigError) as raised:
@@ -282,28 +244,20 @@ def test_what_cannot_be_meant_is_named(parse, texts):
         assert named in said and ":" in said.replace(named, "") and said.isprintable(), (text, said)
 
 
-def test_lists_of_servers_that_are_none():
     for text in ("a:1,", ",a:1", "a:1,,a:2", ",", "a:1,x", "a:1,x:0", "a:1,:2", "a,a:2"):
         with pytest.raises(ConfigError, match="the server"):
             ratrod.parse_servers(text)
 
 
-# ---------------------------------------------------------------------------------------------------- ranges of ports
-
-
-@pytest.mark.parametrize("text, local, remote", [
-    ("8000-8002:db:9000-9002", "127.0.0.1:%d", "db:%d"),
-    ("8000-8002:9000-9002", "127.0.0.1:%d", "127.0.0.1:%d"),
-    ("127.0.0.2:8000-8002:db:9000-9002", "127.0.0.2:%d", "db:%d"),
-    ("[::1]:8000-8002:[2001:db8::1]:9000-9002", "[::1]:%d", "[2001:db8::1]:%d"),
-])
-def test_a_range_is_a_tunnel_for_each_port(text, local, remote):
-    specs = ratrod.parse_tunnels(text)
-    assert [(str(spec.local), str(spec.remote)) for spec in specs] == [(local % (8000 + n), remote % (9000 + n)) for n in range(3)]
-    assert {spec.kind for spec in specs} == {ratrod.FORWARD}
-
-
-def test_the_edges_of_ranges():
+def test_a_range_is_a_tunnel_for_each_port():
+    for text, local, remote, kind in (
+            ("8000-8002:db:9000-9002", "127.0.0.1:%d", "db:%d", ratrod.FORWARD),
+            ("8000-8002:9000-9002", "127.0.0.1:%d", "127.0.0.1:%d", ratrod.FORWARD),
+            ("127.0.0.2:8000-8002:db:9000-9002", "127.0.0.2:%d", "db:%d", ratrod.FORWARD),
+            ("[::1]:8000-8002:[2001:db8::1]:9000-9002", "[::1]:%d", "[2001:db8::1]:%d", ratrod.FORWARD),
+            ("R:8000-8002:db:9000-9002", ":%d", "db:%d", ratrod.REVERSE)):
+        assert [(str(spec.local), str(spec.remote), spec.kind) for spec in ratrod.parse_tunnels(text)] == [
+            (local % (8000 + n), remote % (9000 + n), kind) for n in range(3)]
     # The shortest form has the same ports at both ends.
     assert [spec[:3] for spec in ratrod.parse_tunnels("8000-8002")] == [
         (Address("127.0.0.1", port), Address("127.0.0.1", port), ratrod.FORWARD) for port in (8000, 8001, 8002)]
@@ -312,7 +266,6 @@ def test_the_edges_of_ranges():
     assert ratrod.parse_tunnels("80-80:db:81-81") == ratrod.parse_tunnels("80:db:81")
     assert [spec.remote.port for spec in ratrod.parse_tunnels("1-2:db:65534-65535")] == [65534, 65535]
     assert len(ratrod.parse_tunnels("1000-1999")) == 1000
-    assert [spec.kind for spec in ratrod.parse_tunnels("R:80-81:db:90-91")] == [ratrod.REVERSE] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- @file
