@@ -307,7 +307,7 @@ RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 Ki
 SESSIONS_IN_TURN = 16  # new UDP sessions of one link in a turn, 100 µs each
 DATAGRAMS_IN_TURN = 256  # datagrams of one record in a turn, 20 µs each: a record of 512 KiB may hold 87,000
 BACKLOG = 1024  # connections that the system takes for a listener before they are accepted
-JUST_NOW = 0.005  # seconds: an idle link that was heard from so lately needs no look before it is used
+JUST_NOW = 0.005  # seconds: the path of an idle link that was heard from so lately lives, and the system is not asked
 TURNS = 0.005  # seconds of callbacks before the loop looks for new events, and for which their order does not matter
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 STEPS_AT_ONCE = min(8, os.cpu_count() or 1)  # threads for public-key steps
@@ -5133,7 +5133,7 @@ class Stream(LinkUser):
     skipped; `_told` is what this link was told to be taken.
     """
 
-    __slots__ = ("owner", "loop", "keeper", "origin", "shown", "target", "id", "attempt", "peer_key", "instance",
+    __slots__ = ("owner", "loop", "keeper", "origin", "shown", "target", "id", "attempt", "peer_key",
                  "link", "local", "out", "keeps", "is_over", "was_opened", "error", "detached_at", "give_up_at",
                  "since", "started", "received", "taken", "_link_in", "_told", "_has_end", "_pending", "_heard_at",
                  "_asks_for_life")
@@ -5145,7 +5145,7 @@ class Stream(LinkUser):
                  peer_key: bytes = b"", stream_id: bytes = b""):
         self.owner, self.loop, self.keeper = owner, owner.loop, keeper
         self.origin, self.shown, self.target = origin, shown, shown if target is None else target
-        self.id, self.attempt, self.peer_key, self.instance = stream_id or random_bytes(16), 0, peer_key, b""
+        self.id, self.attempt, self.peer_key = stream_id or random_bytes(16), 0, peer_key
         self.link: Link | None = None
         self.local: Transport | None = None  # until the local socket is there, and when it is closed
         self.out = Outgoing(owner.loop, owner.memory, peer_key)
@@ -5436,30 +5436,28 @@ class Stream(LinkUser):
 class OpenerStream(Stream):
     """A stream at the side that opens it."""
 
-    __slots__ = ("_asked", "_broken")
+    __slots__ = ("asked", "_broken")
     role = OPENER
 
     def __init__(self, owner: Endpoint, keeper: Keeper, origin: Any, shown: str, **more: Any):
         super().__init__(owner, keeper, origin, shown, **more)
-        self._asked = b""  # the instance that saw its last Open
+        self.asked = b""  # the instance that saw its last Open
         self._broken: OSError | None = None  # what the local socket said before there was a link to tell it on
 
     def open(self, link: Link, timeout: float) -> None:
         """Asks the other side, over `link`, to connect to the target, or to go on where the last link was lost."""
         out = self.out
         self.link, self.peer_key, self.keeps = link, link.peer_key, link.is_resumable
-        if self.attempt and self._asked != link.instance and self.is_untouched:
+        if self.attempt and self.asked != link.instance and self.is_untouched:
             if self.keeps:
-                self.keeper.leave_behind(self.id, self._asked)  # that one may have connected already
+                self.keeper.leave_behind(self.id, self.asked)  # that one may have connected already
             self.set_free()
-        self._asked = link.instance
+        self.asked = link.instance
         self.attempt += 1
         out.attach(link, out.acked if out.acked > out.end else out.start)  # what the other side is not known to have
         self._link_in = self._told = self.taken
         fields = (self.id, self.attempt, out.position, self.taken) if self.keeps else ()
         link.ask(self, Open(TCP, self.target, *fields), timeout)
-        if out.sent:  # another instance must not have the rest of it
-            self.instance = link.instance
         if self._broken and self.link:
             self._on_local_failed(self._broken)
         else:
@@ -5482,12 +5480,17 @@ class OpenerStream(Stream):
     def set_free(self) -> None:
         """No Open of this stream has been looked at, or none by this run of the server: it is a new one. Its name in
         the log stays."""
-        self.id, self.attempt, self.instance, self.out.sent = self.id[:3] + random_bytes(13), 0, b"", 0
+        self.id, self.attempt, self.out.sent = self.id[:3] + random_bytes(13), 0, 0
 
     @property
     def is_untouched(self) -> bool:
         """Whether another run of the server may have it: nothing of it was ever sent, or answered."""
         return not self.was_opened and not self.out.sent
+
+    @property
+    def instance(self) -> bytes:
+        """That of the peer whose links alone will do, b"" where any will: another one must not have a part of it."""
+        return b"" if self.is_untouched else self.asked
 
     def _on_answer(self, link: Link, kind: int, content: Any) -> None:
         if kind == OPENED:
@@ -5512,7 +5515,7 @@ class OpenerStream(Stream):
             self.out.on_taken(opened.taken)
         if self._pending is not None:  # of an earlier link
             link.is_held = True
-        self.was_opened, self.instance, self.give_up_at = True, link.instance, NEVER
+        self.was_opened, self.give_up_at = True, NEVER
         self.owner.counters.on_resumed(self)
         self.on_update()
 
@@ -6757,13 +6760,12 @@ class Opener(Keeper):
 
     def _is_usable(self, link: Link) -> bool:
         """Whether it was heard from lately, and nothing on it is sent again and again: its next try may be seconds
-        away, although the path is there again. What was heard a moment ago needs no look, which costs 15 µs."""
-        if self.loop.awake - link.heard_at > JUST_NOW:
-            link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
-            if link.state == IDLE and (self.loop.awake - link.heard_at >= self.limits.trusted
-                                       or link.transport.tcp_info().retransmits or link.is_stuck):
-                return False
-        return link.state == IDLE and self.loop.now - link.born < self.limits.link_age
+        away, although the path is there again."""
+        link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
+        silent = self.loop.awake - link.heard_at
+        return (link.state == IDLE and self.loop.now - link.born < self.limits.link_age
+                and (silent < JUST_NOW or silent < self.limits.trusted
+                     and not link.transport.tcp_info().retransmits and not link.is_stuck))
 
     def put(self, link: Link) -> None:
         """A link that is idle now."""
@@ -6863,8 +6865,8 @@ class Opener(Keeper):
             self.waiting.remove(stream)
 
     def on_unheard(self, stream: OpenerStream) -> None:
-        if stream.error is not None and stream.attempt and stream.instance:
-            self.leave_behind(stream.id, stream.instance)
+        if stream.error is not None and stream.attempt:
+            self.leave_behind(stream.id, stream.asked)
 
     def leave_behind(self, stream_id: bytes, instance: bytes) -> None:
         while len(self._abandoned) >= ABANDONED:
@@ -7336,7 +7338,7 @@ class Acceptor(Keeper):
             return self.refuse(link, new_label(origin, shown), error)
         stream = AcceptorStream(self.owner, self, origin, shown, target=open_.target, peer_key=link.peer_key,
                                 stream_id=number[1])
-        stream.attempt, stream.instance = open_.attempt, link.instance
+        stream.attempt = open_.attempt
         self._streams[number] = stream
         self._await_remote(stream, link, open_)
         self._connect(stream, link, functools.partial(self._on_connected, stream))

@@ -43,12 +43,13 @@ class Waiting:
         self._keys, self._kind, self._over = keys, kind, threading.Event()
         self.open = threading.Event()
         self.open.set()
-        self.streams, self.links, self.problems, self.arrived = {}, [], [], queue.Queue()
+        self.streams, self.links, self.problems, self.arrived, self._connections = {}, [], [], queue.Queue(), []
         self.target = target(self._handle)
         self.port = self.target.port
 
     def _handle(self, connection):
         connection.settimeout(4 * PATIENCE)
+        self._connections.append(connection)
         assert self.open.wait(PATIENCE)
         made = peer.Server(connection, seed_of(self._keys.server), [identity_of(self._keys.client)], streams=self.streams)
         # An Error is none: the client may reset a stream, for its originator may be gone.
@@ -82,9 +83,9 @@ class Waiting:
         return stream.link, stream
 
     def cut_all(self):
-        for made in self.links:
+        for connection in self._connections[:]:
             with contextlib.suppress(OSError):
-                made.sock.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self):
         self._over.set()

@@ -898,6 +898,6 @@ def test_a_link_that_dies_within_a_long_record_keeps_no_turn_to_read():
         for piece in record[:1448], record[1448:60000]:  # a buffer of its own, and then one that the loop lends
             wire.sendall(piece)
             ends.loop.turn()
-        assert link._lent is not None
+        assert link.unread._lent is not None
         link.lose(module.LinkClosed("the path broke"))
         assert not memory._halves

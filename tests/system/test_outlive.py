@@ -254,8 +254,9 @@ def test_rule_08_a_stream_is_given_up_after_resume(link, hold, resume):
 def test_rule_08_at_a_limit_a_detached_stream_makes_room(link, hold, limit):
     """The longest detached one of the key that has most of them."""
     first, second = hold(flags=(limit, "2")), hold()
-    for stream, _ in (first, second):
-        peer.reset(stream.link.sock)
+    peer.reset(first[0].link.sock)
+    talk(*second)  # the server knows then that the first one is lost
+    peer.reset(second[0].link.sock)
     third = hold()
     assert was_reset(first[1])
     refusal(first[0].attach(link()))
