@@ -154,6 +154,17 @@ def test_an_open_whose_link_is_lost_goes_on_over_another(world, how, first, ends
     end_whole(world, connection, links=2)
 
 
+def test_bytes_that_follow_open_bind_a_stream_to_its_instance(world):
+    """Another worker would open it a second time."""
+    connection = world.originate(first=0)
+    world.turn()
+    link = world.pairs[0].opener
+    before = link.user.instance
+    connection.app.write(1)
+    world.turn()
+    assert (before, link.user.instance) == (b"", link.instance)
+
+
 @pytest.mark.parametrize("first", [0, 1, LARGE])
 @pytest.mark.parametrize("later", [0, 1, LARGE])
 @goes_on_or_has_ended
