@@ -315,7 +315,7 @@ LAST_WORDS = 256  # connections that are sent a last word at once
 STAGGER = 0.25  # seconds between two parallel tries to connect (RFC 8305, section 5)
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
 REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept
-NUMBERS = 65536  # of all keys; the protocol's 4,096 of a key are filled by 10 connections a second for 20 min on a bad path
+NUMBERS = 65536  # of all keys; the protocol's 4,096 of a key are full after 20 min of a bad path
 DETACHED_OF_KEY = 1024  # streams of one key that wait for another link
 DOUBTED_FOR = 2.0  # seconds after which a server takes the path of a doubted link for dead
 ABANDONED, ABANDONED_FOR = 4096, 600.0  # streams that an opener has given up and remembers, and for how many seconds
@@ -2818,8 +2818,8 @@ class Turns:
         """What waits and what is ready, one by one for TURNS seconds. What is left then, or was added meanwhile, waits
         for the next round.
 
-        Where nothing waits, the callbacks that are ready come in any order: to sort them by key each time cost an eighth
-        of all the work on 16 new connections at once.
+        Where nothing waits, the callbacks that are ready come in any order: to sort them by key each time cost an
+        eighth of all the work on 16 new connections at once.
         """
         began = time.monotonic()
         until = began + TURNS
@@ -2887,12 +2887,13 @@ class EventLoop:
     # ---- shared buffers
 
     def hurry(self) -> None:
-        """Somebody waits for short answers: for a moment bulk takes short turns. Otherwise each of its callbacks, 0.4 ms
-        for 512 KiB, delays a round trip four times, and the p99 of 64 bytes is 25 times what it is alone."""
+        """Somebody waits for short answers: for a moment bulk takes short turns. Otherwise each of its callbacks, 0.4
+        ms for 512 KiB, delays a round trip four times, and the p99 of 64 bytes is 25 times what it is alone."""
         self.portion, self._hurry_until = SHORT_TURN, self.now + HURRY
 
     def lend_scratch(self) -> memoryview | None:
-        """scratch_in, whose bytes the caller keeps until give_back(): another takes its place. None: too many are lent."""
+        """scratch_in, whose bytes the caller keeps until give_back(): another takes its place. None: too many are
+        lent."""
         if self._lent >= LENT_AT_ONCE:
             return None
         self._lent += 1
@@ -2910,8 +2911,8 @@ class EventLoop:
     # ---- sockets
 
     def watch(self, end: Any, before: int, events: int, callback: Callable[[int], Any]) -> None:
-        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before`: what was watched until now.
-        A Transport alone calls this."""
+        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before`: what was watched until
+        now. A Transport alone calls this."""
         fd = end.fileno()
         if not events:
             del self._callbacks[fd]
@@ -3013,7 +3014,8 @@ class EventLoop:
 
     def _on_bug(self, call: Callable[..., None], error: Exception) -> None:
         *_, line = (line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_globals is globals())
-        self.complain("❌ %d more internal errors", "❌ internal error in line %d, please report it: %r" % (line, error))
+        text = "❌ internal error in line %d, please report it: %r" % (line, error)
+        self.complain("❌ %d more internal errors", text)
         getattr(getattr(call, "__self__", None), "abort", lambda _error: None)(error)
 
 
@@ -3044,8 +3046,9 @@ if hasattr(os, "register_at_fork"):
 
 
 class Deadline:
-    """A call that is due at a time which may change often. Its entry stays on the loop's heap, and the time is looked at
-    when the entry is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled entries."""
+    """A call that is due at a time which may change often. Its entry stays on the loop's heap, and the time is looked
+    at when the entry is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled
+    entries."""
 
     __slots__ = ("when", "_loop", "_call", "_entry")
     _numbers = itertools.count()  # entries of one time are compared by these
@@ -3086,8 +3089,8 @@ class Deadline:
 
 
 class Threads:
-    """At most `size` daemon threads, made as they are needed and ended after ten idle seconds. A ThreadPoolExecutor would
-    join its threads at exit, and a look-up that hangs would hold the process up."""
+    """At most `size` daemon threads, made as they are needed and ended after ten idle seconds. A ThreadPoolExecutor
+    would join its threads at exit, and a look-up that hangs would hold the process up."""
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
@@ -3170,7 +3173,8 @@ class KeyCounts:
 class FairQueue:
     """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn.
     Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a new key has the next turn, and
-    of its things the newest, so that where more come than can be served some are served in time, and not all too late."""
+    of its things the newest, so that where more come than can be served some are served in time, and not all too
+    late."""
 
     def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, newest_first: bool = False):
         self._most, self._most_of_key, self._newest_first = most, most_of_key, newest_first
@@ -3349,7 +3353,8 @@ class LookUps(FairQueue):
 
 @functools.lru_cache(maxsize=None)
 def aegis_128l() -> Suite | None:
-    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software, at 25 MB/s."""
+    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software, at 25
+    MB/s."""
     if getattr(sodium(), "crypto_aead_aegis128l_ABYTES", None) != 32:
         return None
     suite = Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
@@ -3535,7 +3540,8 @@ def _on_nothing(_mask: int) -> None:
 
 class LastWord:
     """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most:
-    closing on unread bytes would be a reset, which destroys the last word. Of more than LAST_WORDS the oldest closes."""
+    closing on unread bytes would be a reset, which destroys the last word. Of more than LAST_WORDS the oldest
+    closes."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
                  on_close: Callable[[LastWord], None] = lambda _self: None):
@@ -3726,8 +3732,8 @@ def literal(address: Address) -> tuple[int, Any]:
 
 
 class Connector:
-    """Connects to the first address of `target` that answers: a look-up, then parallel tries, each STAGGER after the one
-    before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or on_close(None,
+    """Connects to the first address of `target` that answers: a look-up, then parallel tries, each STAGGER after the
+    one before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or on_close(None,
     error), `timeout` seconds later at most. start(find): `find(target, done)` looks the host up."""
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float, on_close: Done):
@@ -3948,8 +3954,8 @@ def close_all(sockets: Iterable[socket.socket]) -> None:
 
 
 class Listener:
-    """A listening TCP socket: on_accept(socket, address) for each connection. It pauses before descriptors run out: each
-    connection that is in needs one more. New ones wait in the system's queue meanwhile."""
+    """A listening TCP socket: on_accept(socket, address) for each connection. It pauses before descriptors run out:
+    each connection that is in needs one more. New ones wait in the system's queue meanwhile."""
 
     starved_at = -1e9  # of all listeners: one line for all
 
@@ -4127,7 +4133,8 @@ class Memory(KeyCounts):
         super().__init__()
         self.most = most
         self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
-        self._halves: dict[bytes, dict[Any, None]] = {}  # by key the links with half a record, the longest waiting first
+        # By key the links with half a record, the longest waiting first.
+        self._halves: dict[bytes, dict[Any, None]] = {}
 
     def change(self, key: bytes, n: int) -> None:
         """n bytes more, or less, are kept for this key."""
@@ -4770,7 +4777,8 @@ class LegacyLink(Link):
 def broken(error: OSError) -> LinkClosed:
     """What a connection's error means: silence where the machine or the path is gone, as Windows aborts sockets when an
     address goes."""
-    is_silence = error.errno in (errno.ETIMEDOUT, errno.ECONNABORTED, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
+    is_silence = error.errno in (
+        errno.ETIMEDOUT, errno.ECONNABORTED, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
     kind = LinkSilent if is_silence else LinkClosed
     return kind("the connection between client and server broke: %s" % reason(error))
 
@@ -7078,7 +7086,8 @@ class Dial:
         self._keys = client.keys
         first, servers = reach.current, client.servers
         turn = [n % len(servers) for n in range(first, first + len(servers))]
-        self._left = [n for n in turn if (str(servers[n]) not in reach.refusals if not server else str(servers[n]) == server)]
+        self._left = [
+            n for n in turn if (str(servers[n]) not in reach.refusals if not server else str(servers[n]) == server)]
         self._is_one = bool(server)
         self._failures: dict[str, Exception] = {}
         self.born = client.loop.now
@@ -7135,7 +7144,8 @@ class Dial:
         # others.
         whole = self._limits.handshake_timeout
         patience = max(whole / len(client.servers), min(whole, self.LEAST_HANDSHAKE))
-        self._step = Negotiation(client.loop, sock, server, handshake, patience, self._on_negotiated, client.threads.submit)
+        self._step = Negotiation(
+            client.loop, sock, server, handshake, patience, self._on_negotiated, client.threads.submit)
         self._step.start()
         return None
 
@@ -7243,8 +7253,8 @@ class Dial:
 
 
 class EndedNumbers:
-    """The numbers of streams that are over, by key: a late Open of one of them connects for nobody. They are kept for an
-    hour, NUMBERS at most; of more the oldest goes of the key that has most."""
+    """The numbers of streams that are over, by key: a late Open of one of them connects for nobody. They are kept for
+    an hour, NUMBERS at most; of more the oldest goes of the key that has most."""
 
     def __init__(self, loop: EventLoop):
         self._loop = loop
@@ -7798,7 +7808,7 @@ class Endpoint:
                 link.abort(LocalFailed(ENDING))
 
 
-# ---------------------------------------------------------------------------------------------------- a server's strangers
+# ---- a server's strangers
 
 
 class Source:
@@ -7837,9 +7847,8 @@ class Admission:
 
     Steps are served in three classes: sources with an authorized link now or in the last hour, sources that make few
     new handshakes, the rest. Within a class those go first whose first message was answered, then new sources, and the
-    networks of the sources take turns, the newest first. So a newcomer comes in at once beside thousands of sources that
-    begin again and again: 1,500 a second are more than one processor can answer.
-    """
+    networks of the sources take turns, the newest first. So a newcomer comes in at once beside thousands of sources
+    that begin again and again: 1,500 a second are more than one processor can answer. """
 
     def __init__(self, server: Server):
         self._server, self._loop, self._limits = server, server.loop, server.limits

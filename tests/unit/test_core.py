@@ -715,6 +715,12 @@ def test_each_section_uses_only_what_stands_above_it_or_in_it():
             assert not below, "line %d: section %s uses %s" % (statement.lineno, section, sorted(below))
 
 
+def test_lines_functions_and_classes_can_be_read():
+    assert max(map(len, SOURCE.split("\n"))) <= 120
+    for kind, most in ((ast.FunctionDef, 45), (ast.ClassDef, 350)):
+        assert not [node.name for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, kind) and node.end_lineno - node.lineno >= most]
+
+
 def test_a_line_that_a_peer_can_cause_goes_through_complain():
     """Of what serves peers only these say something by themselves: what they say follows a change of the administrator's, is said once a minute,
     or follows a line that was bounded. Anything else would let a peer fill the disk."""
