@@ -164,9 +164,8 @@ def remote():
 
 @pytest.fixture
 def udp_echo():
-    made = UdpEcho()
-    yield made
-    made.close()
+    with contextlib.closing(UdpEcho()) as made:
+        yield made
 
 
 @pytest.fixture
@@ -182,8 +181,7 @@ def serve(ratrod, keys):
 def connect(ratrod, keys):
     """connect(server_port, words...) -> Program: our client, not yet awaited."""
     def launch(server_port, *words, **options):
-        return ratrod("-k", keys.client.path, "connect", *words[:-1], "127.0.0.1:%d" % server_port, *words[-1:], **options) if words else \
-            ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % server_port, **options)
+        return ratrod("-k", keys.client.path, "connect", *words[:-1], "127.0.0.1:%d" % server_port, *words[-1:], **options)
     return launch
 
 
@@ -207,13 +205,13 @@ def tunnel(serve, connect):
 
 
 @pytest.fixture
-def forward(serve, ratrod, keys):
+def forward(serve, client):
     """forward(mode, TUNNEL words..., serve_flags=(), connect_flags=()) -> (server, client): any tunnels, the test connection made."""
     def launch(mode, *tunnels, serve_flags=(), connect_flags=()):
         server, port = serve(*mode.serve, *serve_flags)
-        client = ratrod("-k", keys.client.path, "connect", *mode.connect, *connect_flags, "127.0.0.1:%d" % port, *tunnels)
-        client.wait_for(READY)
-        return server, client
+        made = client(port, *tunnels, flags=(*mode.connect, *connect_flags))
+        made.wait_for(READY)
+        return server, made
     return launch
 
 

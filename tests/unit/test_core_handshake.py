@@ -217,9 +217,6 @@ def test_an_end_inside_a_handshake_is_an_error():
     pytest.raises(RemoteProtocolError, client.receive_eof)
 
 
-# ---- every byte flipped
-
-
 def refuses(receiver, data):
     """Whether it refuses these bytes, rather than go on or, where a length was made longer, wait for more."""
     try:
@@ -281,9 +278,6 @@ def test_a_replayed_or_reflected_session_is_refused():
     for end, data in ((again, sent[1]), (reflected, reflected.data_to_send()[len(OPENING):].ljust(200, b"\0"))):
         pytest.raises(RatrodError, feed, end, [data])
         assert end.data_to_send() == b""
-
-
-# ---- the independent peer at the other end
 
 
 class PeerClient:
@@ -498,9 +492,6 @@ def test_the_server_s_own_key_is_never_a_client():
     client = client_end(check_key=refuse)  # nor does a server that is not known get message 3
     pytest.raises(AuthenticationError, PeerServer(client).answer)
     assert client.data_to_send() == b""
-
-
-# ---- lengths and beginnings
 
 
 def test_handshake_lengths_that_cannot_be():

@@ -37,16 +37,11 @@ EXACT = [
     (ratrod.ClientPreamble(b"", "", b"", False, True), "000000000001"),
     (ratrod.ServerPreamble("K", B32, B64, B32), "01014b20%s40%s20%s" % (B32.hex(), B64.hex(), B32.hex())),
     (ratrod.ClientAuthentication("K" * 43, B64), "022b%s40%s" % ("4b" * 43, B64.hex())),
-    (ratrod.HandshakeCompletion(), "03"),
-    (ratrod.Data(b"hi"), "04026869"),
-    (ratrod.Data(b""), "0400"),
-    (ratrod.Data(b"x" * 250), "04fa" + "78" * 250),
-    (ratrod.Data(b"x" * 251), "04fb00fb" + "78" * 251),
-    (ratrod.Data(b"x" * 65536), "04fc00010000" + "78" * 65536),
-    (ratrod.UdpData(b"?"), "05013f"),
+    (ratrod.HandshakeCompletion(), "03"), (ratrod.Shutdown(), "07"),
+    (ratrod.Data(b"hi"), "04026869"), (ratrod.Data(b""), "0400"), (ratrod.UdpData(b"?"), "05013f"),
+    *((ratrod.Data(b"x" * n), "04" + length + "78" * n) for n, length in ((250, "fa"), (251, "fb00fb"), (65536, "fc00010000"))),
     (ratrod.Error(0, "\u00e9"), "060002c3a9"),
     (ratrod.Error(3, ""), "060300"),
-    (ratrod.Shutdown(), "07"),
 ]
 BAD = [
     "", "08", "fa", "fb0004", "fb00fb", "fe", "ff",  # no variant, or one in a longer form
@@ -255,9 +250,6 @@ def test_nonces_challenges_and_ephemeral_keys_are_drawn_anew():
     assert len({message.challenge for message in made}) == len({message.exchange_public_key for message in made}) == 5
 
 
-# ---- what a flipped byte does
-
-
 def tampered(which, at, mask):
     """The whole handshake with one byte of its `which`-th message turned over: whether anybody notices, or waits for more in vain."""
     client, server = client_end(should_encrypt=True), server_end()
@@ -297,9 +289,6 @@ def test_every_flipped_byte_of_the_handshake_but_those_that_nobody_signs():
         uncovered = places_of(frame, UNCOVERED[which])
         for at, mask in itertools.product(range(len(frame)), core.MASKS):
             assert at in uncovered or tampered(which, at, mask), (which, at, mask)
-
-
-# ---- the independent peer at the other end
 
 
 class Near:

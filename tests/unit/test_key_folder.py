@@ -27,9 +27,6 @@ def snapshot(folder):
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-# ---------------------------------------------------------------------------------------------------- making one
-
-
 def test_keys_are_in_the_home_folder_or_where_k_says(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -76,9 +73,6 @@ def test_what_is_there_already_is_kept(tmp_path):
             KeyFolder(path).generate()
 
 
-# ---------------------------------------------------------------------------------------------------- reading one
-
-
 def public_of(seed):
     return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
 
@@ -104,21 +98,15 @@ BAD_KEY_FILES = {
 PUBLIC = base64url(public_of(SEED))
 # What stands in the place of a key by mistake, often the wrong file behind -k. Who reads that it is damaged moves it away.
 OTHER_FILES = {
-    "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n": "a PEM file (OPENSSH PRIVATE KEY)",
-    "-----BEGIN CERTIFICATE-----\nMIIB\n": "a PEM file (CERTIFICATE)",
-    "---- BEGIN SSH2 PUBLIC KEY ----\n": "a PEM file (SSH2 PUBLIC KEY)",
-    "PuTTY-User-Key-File-3: ssh-ed25519\n": "a key of OpenSSH's or PuTTY's",
-    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n": "a key of OpenSSH's or PuTTY's",
-    "ecdsa-sha2-nistp256 AAAA\n": "a key of OpenSSH's or PuTTY's",
-    PUBLIC: "a public key",
-    PUBLIC + " me@laptop\n": "a list of public keys",
-    "# the clients\n\n%s no-udp\n%s\n" % (PUBLIC, PUBLIC): "a list of public keys",
-    "\ufeff%s server:1\r\n" % PUBLIC: "a list of public keys",
-    "": "an empty file",
-    "\n": "an empty file",
-    "#!/bin/sh\n": "another file",
-    "\x7fELF\x02\x01\0\0\0\0\0\0": "another file",
-    "A" * 5000: "another file",
+    "a PEM file (OPENSSH PRIVATE KEY)": ["-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n"],
+    "a PEM file (CERTIFICATE)": ["-----BEGIN CERTIFICATE-----\nMIIB\n"],
+    "a PEM file (SSH2 PUBLIC KEY)": ["---- BEGIN SSH2 PUBLIC KEY ----\n"],
+    "a key of OpenSSH's or PuTTY's": [
+        "PuTTY-User-Key-File-3: ssh-ed25519\n", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n", "ecdsa-sha2-nistp256 AAAA\n"],
+    "a public key": [PUBLIC],
+    "a list of public keys": [PUBLIC + " me@laptop\n", "# the clients\n\n%s no-udp\n%s\n" % (PUBLIC, PUBLIC), "\ufeff%s server:1\r\n" % PUBLIC],
+    "an empty file": ["", "\n"],
+    "another file": ["#!/bin/sh\n", "\x7fELF\x02\x01\0\0\0\0\0\0", "A" * 5000],
 }
 UTF16, IN_QUOTES = "UTF-16 text, as > and >> of Windows PowerShell write it; write it again as UTF-8", "stands in quotes, as cmd.exe leaves them"
 FOREIGN = [('"%s"', IN_QUOTES, "utf-8"), ("'%s'\r\n", IN_QUOTES, "utf-8"), ("\u201c%s\u201d", IN_QUOTES, "utf-8"),
@@ -143,7 +131,7 @@ def test_a_bad_key_file(tmp_path, name):
 @pytest.mark.parametrize("place", ["key", "another name"])
 def test_another_file_in_the_place_of_a_key(tmp_path, place):
     path = tmp_path / place
-    for text, what in OTHER_FILES.items():
+    for what, text in ((what, text) for what, texts in OTHER_FILES.items() for text in texts):
         path.write_bytes(text.encode())
         with pytest.raises(ConfigError) as raised:
             KeyFolder(str(tmp_path if place == "key" else path)).load()
@@ -256,8 +244,6 @@ def test_a_list_that_others_could_write_counts_again_when_it_is_mended(tmp_path)
     keys.path.chmod(0o700)
     assert listed.read() and not listed.is_unusable and not listed.problems
 
-
-# ---------------------------------------------------------------------------------------------------- known_hosts
 
 SERVER, OTHER = (base64url(bytes((n,)) * 32) for n in (1, 2))
 UNKNOWN, CHANGED, DAMAGED = "is not in the known hosts file", "HAS CHANGED", "and cannot be understood"
@@ -376,9 +362,6 @@ def test_a_file_that_cannot_be_written(tmp_path):
         assert UNKNOWN in verdict(KnownHosts(path))
 
 
-# ---------------------------------------------------------------------------------------------------- the questions
-
-
 @pytest.fixture
 def typing(monkeypatch):
     """typing(text): what comes from stdin from now on, and then its end."""
@@ -445,9 +428,6 @@ def test_the_question_about_an_unknown_server(typing, capsys):
         typing(typed)
         assert ratrod.ask_host(error) is False
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-
-# ---------------------------------------------------------------------------------------------------- the log
 
 
 class Terminal(io.StringIO):

@@ -310,20 +310,6 @@ def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, si
     world.finish()
 
 
-def test_links_that_break_before_they_answer_do_not_make_a_stream_wait_longer(world):
-    connection = join(world)
-    connection.is_disturbed = True
-    world.pairs[0].cut(RESET)
-    for _ in range(0, 90, 5):
-        world.clock.now += 5
-        world.turn()  # nothing is pumped: Open does not arrive
-        for pair in world.open_pairs:
-            pair.cut(RESET)
-        world.turn()
-    assert connection.stream.is_over and 10 < len(world.pairs) < 18
-    world.finish()
-
-
 def hold_up(world, connection, side):
     """Sends to `side`, which does not read, until its link processes nothing more; then both sides end. Returns the program there, and its link."""
     reader, writer = apps_of(connection, side)

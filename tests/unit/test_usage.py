@@ -18,8 +18,6 @@ import ratrod
 from ratrod import Address, ConfigError, UsageError
 from support.old_docopt import old_docopt
 
-# ---------------------------------------------------------------------------------------------------- the three readers
-
 OPTIONS = {"command": None, "key_path": None, "verbose": False, "bind": "", "remote_regex": (".*",), "server": "", "tunnels": (),
            "accept_all_hosts": False, "encrypt": False, "legacy": False, "udp_timeout": 120, "handshake_timeout": 10, "topic": None}
 
@@ -189,9 +187,6 @@ def test_the_readers_agree_on_lines_that_nobody_would_have_thought_of(readers, m
     assert understood > len(lines) // 20, "these lines test next to nothing"
 
 
-# ---------------------------------------------------------------------------------------------------- help, and the line below an error
-
-
 def test_help_explains_one_command_or_all():
     for topic, promised in (
         (None, "serve connect keygen demo help --key-path --verbose --version"),
@@ -211,9 +206,6 @@ def test_help_explains_one_command_or_all():
     assert "SERVER" in ratrod.usage_hint(["connect"]) and "BIND" not in ratrod.usage_hint(["connect"])
     for words in ([], ["bogus"]):
         assert all("\n  %s " % command in ratrod.usage_hint(words) for command in ratrod.COMMANDS)
-
-
-# ---------------------------------------------------------------------------------------------------- well formed, but not to be meant
 
 
 # Ranges of ports: what was typed is named, not one of the tunnels that it would have been.
@@ -266,9 +258,6 @@ def test_a_range_is_a_tunnel_for_each_port():
     assert ratrod.parse_tunnels("80-80:db:81-81") == ratrod.parse_tunnels("80:db:81")
     assert [spec.remote.port for spec in ratrod.parse_tunnels("1-2:db:65534-65535")] == [65534, 65535]
     assert len(ratrod.parse_tunnels("1000-1999")) == 1000
-
-
-# ---------------------------------------------------------------------------------------------------- @file
 
 
 @pytest.fixture
@@ -353,9 +342,6 @@ def test_files_inside_each_other(parse, file):
     assert parse("@a") == "the arguments in `a` name that file again"
     file("twice", "-k keys")
     assert parse("@twice", "@twice", "connect", "x") == parse("-k", "keys", "connect", "x")
-
-
-# ---------------------------------------------------------------------------------------------------- RATROD_*
 
 
 def test_usual_options_that_mean_nothing_here_are_no_error(parse):
