@@ -23,17 +23,6 @@ def key_number(n):
     return hashlib.sha256(b"a key for the tests, %d" % n).digest()
 
 
-@pytest.fixture
-def listed(tmp_path):
-    """listed(lines) -> KeyLines of a file with these lines."""
-    def write(lines):
-        (tmp_path / "authorized_keys").write_bytes("".join("%s\n" % line for line in lines).encode("utf-8"))
-        made = ratrod.KeyLines(str(tmp_path / "authorized_keys"), ratrod.parse_grant)
-        made.read()
-        return made
-    return write
-
-
 def grants_of(*options):
     """What several lines of one key grant, in the order of the lines."""
     return tuple(ratrod.parse_grant(option.split()) for option in options)
@@ -132,11 +121,13 @@ BAD_LINES = [
 ]
 
 
-def test_every_line_by_itself(listed):
+def test_every_line_by_itself(tmp_path):
     """Each with a key of its own, all in one file: what each key may do, and which lines are complained of."""
     rows = [*NOTHING, *EXPIRED, *BAD_LINES, *GOOD]
     keys = [key_number(n) for n in range(len(rows))]
-    lines = listed(["# the first line", *(line.replace("KEY", base64url(key)) for line, key in zip(rows, keys))])
+    text = "".join(line.replace("KEY", base64url(key)) + "\n" for line, key in zip(["# the first line", *rows], [b"", *keys]))
+    (tmp_path / "authorized_keys").write_bytes(text.encode("utf-8"))
+    lines = ratrod.KeyLines(str(tmp_path / "authorized_keys"), ratrod.parse_grant)
     found = {line: tuple(grant for _, grant in lines.read().get(key, ())) for line, key in zip(rows, keys)}
     assert {line: may(grants) for line, grants in found.items() if line in GOOD} == GOOD
     assert all(grant.expires > time.time() for line in GOOD for grant in found[line])

@@ -379,7 +379,7 @@ def check_refused(end, step):
     assert end.data_to_send() == b"" and not end.is_done
 
 
-def test_suites_that_were_not_offered():
+def test_payloads_that_are_refused():
     # Offers without suite 2 or cut short, and an answer that names another.
     for offer in (b"", b"\0", b"\0\2", b"\1", b"\1\1", b"\2\1\7", b"\2\2", b"\3\1\2", b"\xff" + bytes(254), b"\1\0\2"):
         with row(offer):
@@ -389,9 +389,7 @@ def test_suites_that_were_not_offered():
         with row((offered, chosen)):
             client = client_end(suites=[{1: AEGIS, 2: CHACHA}[number] for number in offered])
             check_refused(client, PeerServer(client, suite=chosen).answer)
-
-
-def test_payloads_that_are_too_short():
+    # Payloads that are too short.
     for size in (0, 1, 31):
         server = server_end()
         check_refused(server, PeerClient(server, claimed=CLIENT.public[:size]).authenticate)

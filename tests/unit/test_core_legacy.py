@@ -13,6 +13,7 @@ import test_core as core
 from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteProtocolError
 from support import legacy_peer
 from support.legacy_peer import LIMIT
+from support.legacy_peer import frame as framed
 from support.ratrod2_peer import SMALL_ORDER_POINTS
 from support.rows import row
 from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, whole, write_data
@@ -80,11 +81,6 @@ every_key = pytest.mark.parametrize("key", [None, KEY], ids=["clear", "sealed"])
 TAG, HEADER = 16, {None: 9, KEY: 21}
 # The three ways to say that a direction ends; Rust means none of them.
 ENDS = [b"", legacy_peer.encode(legacy_peer.Shutdown()), legacy_peer.encode(legacy_peer.Data(b""))]
-
-
-def framed(payload, key=None, **claims):
-    """A frame as the independent peer makes it, right or not."""
-    return legacy_peer.frame(payload, key, **claims)
 
 
 @every_key

@@ -110,13 +110,10 @@ def test_a_system_without_epoll():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of descriptors")
 @pytest.mark.parametrize("soft, hard, allowed, reached", [
-    (256, 4096, 1 << 30, 4096),
-    (1024, 1 << 30, 1 << 30, 1 << 20),
+    (256, 4096, 1 << 30, 4096), (1024, 1 << 30, 1 << 30, 1 << 20),
     (256, -1, 61440, range(50000, 61441)),  # macOS: no limit, but more than kern.maxfilesperproc is refused
     (256, (1 << 63) - 1, 10240, range(8192, 10241)),
-    (256, -1, 256, 256),
-    (-1, -1, 1 << 30, -1),
-    (4096, 4096, 1 << 30, 4096),
+    (256, -1, 256, 256), (-1, -1, 1 << 30, -1), (4096, 4096, 1 << 30, 4096),
 ])
 def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, allowed, reached):
     import resource

@@ -2,9 +2,11 @@
 and so by the vectors, which those hold ratrod against."""
 
 import ast
+import io
 import queue
 import socket
 import threading
+import types
 
 import pytest
 
@@ -13,18 +15,6 @@ from support.programs import PATIENCE
 from support.ratrod2_peer import SUITES, Client, Identity, ProtocolError, Server
 
 CLIENT_SEED, SERVER_SEED = b"c" * 32, b"s" * 32
-
-
-class Wire:
-    """A socket that gives prepared bytes."""
-
-    def __init__(self, incoming):
-        self.incoming = bytearray(incoming)
-
-    def recv(self, n):
-        data = bytes(self.incoming[:n])
-        del self.incoming[:n]
-        return data
 
 
 @pytest.mark.parametrize("decode, contents", [
@@ -142,7 +132,8 @@ def test_bad_records_are_refused(suite):
     too_long = suite.tag_length + 2 + peer.BULK_LIMIT
     for content, *wrong in ((b"", 1), (b"", None, suite.tag_length), (b"", None, too_long), (b"x" * 1025,)):
         with pytest.raises(ProtocolError):
-            peer.RecordReader(suite, key).read(Wire(peer.RecordWriter(suite, key).seal(peer.END, content, *wrong)))
+            wire = io.BytesIO(peer.RecordWriter(suite, key).seal(peer.END, content, *wrong))
+            peer.RecordReader(suite, key).read(types.SimpleNamespace(recv=wire.read))
     writer, reader = peer.RecordWriter(suite, key), peer.RecordReader(suite, key)
     first, second = writer.seal(peer.DATA, b"1"), writer.seal(peer.DATA, b"2")
     for wire in (second, first[:-1] + bytes([first[-1] ^ 1]), bytes([first[0] ^ 1]) + first[1:]):

@@ -36,37 +36,35 @@ COMMAND_LINES = [
     (serving(key_path="keys"), [
         "-k keys serve S:1", "serve -k keys S:1", "serve S:1 -k keys", "serve S:1 -kkeys", "--key-path keys serve S:1", "--key-path=keys serve S:1",
         "serve S:1 --key-path=keys"]),
-    (serving(key_path="a=b"), ["--key-path=a=b serve S:1"]),
     (serving(verbose=True), ["-v serve S:1", "serve S:1 --verbose", "serve -v -- S:1", "-v -v serve S:1", "-vv serve S:1 -v"]),
     (serving(verbose=True, key_path="keys"), ["-vkkeys serve S:1", "-vk keys serve S:1"]),
     (serving(remote_regex=("x",)), ["-r x serve S:1", "serve -r x S:1", "serve --remote-regex=x S:1"]),
-    (serving(remote_regex=("",)), ["serve --remote-regex= S:1"]),
-    (serving(remote_regex=("-x",)), ["serve -r -x S:1"]),
     (serving(legacy=True), ["serve --legacy S:1", "--legacy serve S:1"]),
-    (serving(handshake_timeout=2.5), ["serve --handshake-timeout 2.5 S:1"]),
-    (serving(udp_timeout=3), ["serve --udp-timeout=3 S:1"]),
     (connecting(), ["connect S:1", "connect S:1 --"]),
     (connecting("S:1", "80"), ["connect S:1 80", "connect -- S:1 80", "connect S:1 -- 80"]),
     (connecting("S:1", "80", "1:2", "0:h:3"), ["connect S:1 80 1:2 0:h:3"]),
     (connecting("S:1", "80", accept_all_hosts=True), ["connect -a S:1 80", "connect S:1 -a 80", "connect S:1 80 -a"]),
     (connecting("S:1", "80", "81", accept_all_hosts=True), ["connect S:1 80 --accept-all-hosts 81"]),
     (connecting(accept_all_hosts=True, encrypt=True), ["-a -e connect S:1", "connect -ae S:1"]),
-    (connecting(accept_all_hosts=True, encrypt=True, verbose=True), ["connect -eav S:1"]),
-    (connecting(accept_all_hosts=True, encrypt=True, key_path="keys"), ["connect -aek keys S:1"]),
-    (connecting(encrypt=True, legacy=True), ["connect --encrypt --legacy S:1"]),
-    (connecting(udp_timeout=5), ["connect S:1 --udp-timeout 5"]),
-    (connecting(udp_timeout=0.5), ["connect --udp-timeout=0.5 S:1 --handshake-timeout=10.0"]),
     (connecting("S:1", "80", key_path="keys", verbose=True, accept_all_hosts=True, encrypt=True, legacy=True), [
         "-k keys -v connect -a -e --legacy S:1 80"]),
-    # "--" ends the options: what follows is taken as it stands.
-    (serving("-h"), ["serve -- -h"]),
-    (serving("-v"), ["serve -- -v"]),
+    *((serving(**meant), [line]) for line, meant in (
+        ("--key-path=a=b serve S:1", {"key_path": "a=b"}), ("serve --remote-regex= S:1", {"remote_regex": ("",)}),
+        ("serve -r -x S:1", {"remote_regex": ("-x",)}), ("serve --handshake-timeout 2.5 S:1", {"handshake_timeout": 2.5}),
+        ("serve --udp-timeout=3 S:1", {"udp_timeout": 3}), ("serve -r a -r b S:1 -r c", {"remote_regex": ("a", "b", "c")}))),
+    *((connecting(**meant), [line]) for line, meant in (
+        ("connect -eav S:1", {"accept_all_hosts": True, "encrypt": True, "verbose": True}),
+        ("connect -aek keys S:1", {"accept_all_hosts": True, "encrypt": True, "key_path": "keys"}),
+        ("connect -a -a -e -e --legacy --legacy S:1", {"accept_all_hosts": True, "encrypt": True, "legacy": True}),
+        ("connect --encrypt --legacy S:1", {"encrypt": True, "legacy": True}), ("connect S:1 --udp-timeout 5", {"udp_timeout": 5}),
+        ("connect --udp-timeout=0.5 S:1 --handshake-timeout=10.0", {"udp_timeout": 0.5}),
+        ("connect --udp-timeout 1 --udp-timeout 2 S:1", {"udp_timeout": 2}))),
+    # "--" ends the options: what follows is taken as it stands. A word that is also a command's name is still just a word where a word belongs.
+    *((serving(word), [line]) for line, word in (("serve -- -h", "-h"), ("serve -- -v", "-v"), ("serve connect", "connect"))),
+    *((connecting(*words), ["connect " + " ".join(words)]) for words in (("serve", "help"), ("demo:1", "demo"))),
     (connecting("S:1", "-e", accept_all_hosts=True), ["connect -a S:1 -- -e"]),
     # Given twice: flags say it again, of values the last counts, as with ssh.
     (serving(key_path="b"), ["-k a -k b serve S:1", "-k a serve S:1 --key-path=b", "--key-path=a serve S:1 -k b"]),
-    (serving(remote_regex=("a", "b", "c")), ["serve -r a -r b S:1 -r c"]),
-    (connecting(accept_all_hosts=True, encrypt=True, legacy=True), ["connect -a -a -e -e --legacy --legacy S:1"]),
-    (connecting(udp_timeout=2), ["connect --udp-timeout 1 --udp-timeout 2 S:1"]),
     (dict(OPTIONS, command="keygen"), ["keygen"]),
     (dict(OPTIONS, command="keygen", key_path="keys"), ["keygen -k keys", "-k keys keygen"]),
     (dict(OPTIONS, command="demo"), ["demo"]),
@@ -76,10 +74,6 @@ COMMAND_LINES = [
     *((dict(OPTIONS, command="help", topic=topic), [line]) for topic, line in (
         ("demo", "help demo"), ("connect", "connect --help"), ("bogus", "help bogus"))),
     (dict(OPTIONS, command="version"), ["-V", "--version"]),
-    # A word that is also a command's name is still just a word where a word belongs.
-    (serving("connect"), ["serve connect"]),
-    (connecting("serve", "help"), ["connect serve help"]),
-    (connecting("demo:1", "demo"), ["connect demo:1 demo"]),
 ]
 
 # What the error names, one of these → wrong words.
