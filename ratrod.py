@@ -4581,10 +4581,7 @@ class Link(Channel):
         self._eof = True
         if self.unread.view is not None:
             self.lose(LinkClosed("the connection ended inside a record"))
-        elif self.state == BYE:
-            self.last = None if self.role == OPENER else self.last  # it has seen our last word
-            self.close()
-        elif self.state == IDLE:
+        elif self.state in (BYE, IDLE):
             self.close()
         else:
             self.lose(LinkClosed("the other side closed the connection"))
@@ -4707,7 +4704,8 @@ class Link(Channel):
             user.on_close(self, error or LinkClosed("the other side closed the connection"))
         last, self.last = self.last, None
         if last is not None:
-            last.keeper.on_unheard(last)  # the link of the last word has ended, and nobody has shown that it was heard
+            # Nobody has shown that the last word was heard; not even by FIN, which may be a proxy's.
+            last.keeper.on_unheard(last)
         self.owner.on_link_closed(self, error)
 
 
@@ -6761,10 +6759,6 @@ class Opener(Keeper):
                 return link
             if link.state != CLOSED:
                 self.drop(link)
-            # The links that died together are not tried one after the other.
-            for other in [other for other in self.idle if other.heard_at <= link.heard_at and link.state == CLOSED]:
-                self.idle.remove(other)
-                self.drop(other)
 
     def _is_usable(self, link: Link) -> bool:
         """Whether it was heard from lately, and nothing on it is sent again and again: its next try may be seconds
