@@ -448,16 +448,13 @@ def only(listed):
     return check
 
 
-def last_record(noise, suite, wire):
-    return peer.RecordReader(suite, noise.record_keys(suite)[1]).open(wire)
-
-
 def refused_with(server, **options):
     """What a client that was authenticated but not let in is told: (code, text)."""
     client = PeerClient(server, **options)
     pytest.raises(RatrodError, client.authenticate)
     assert not server.is_done
-    record = last_record(client.noise, peer.SUITES[server.suite.startswith("AEGIS") or 2], server.data_to_send())
+    suite = peer.SUITES[server.suite.startswith("AEGIS") or 2]
+    record = peer.RecordReader(suite, client.noise.record_keys(suite)[1]).open(server.data_to_send())
     assert record.type == peer.ERROR
     return peer.decode_error(record.content)
 

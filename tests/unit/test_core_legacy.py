@@ -20,8 +20,7 @@ from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, re
 
 # ---------------------------------------------------------------------------------------------------- 2. messages
 
-texts, blobs = st.text(max_size=60), st.binary(max_size=300)
-codes = st.integers(ratrod.INVALID_HOST, ratrod.UNKNOWN)
+texts, codes, blobs = core.texts, core.codes, st.binary(max_size=300)
 MESSAGES = st.one_of(
     st.builds(ratrod.ClientPreamble, blobs, texts, blobs, st.booleans(), st.booleans()),
     st.builds(ratrod.ServerPreamble, texts, blobs, blobs, blobs),
@@ -311,16 +310,12 @@ class Near:
     setsockopt = close = lambda self, *_: None
 
 
-def identity(keys):
-    return legacy_peer.Identity(Ed25519PrivateKey.from_private_bytes(keys.seed))
-
-
 def peer_client(server, keys=CLIENT, **options):
-    return legacy_peer.Client(Near(server), identity(keys), **options)
+    return legacy_peer.Client(Near(server), legacy_peer.Identity(Ed25519PrivateKey.from_private_bytes(keys.seed)), **options)
 
 
 def peer_server(client, keys=SERVER):
-    return legacy_peer.Server(Near(client), identity(keys))
+    return legacy_peer.Server(Near(client), legacy_peer.Identity(Ed25519PrivateKey.from_private_bytes(keys.seed)))
 
 
 @encrypted_or_not

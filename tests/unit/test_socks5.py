@@ -65,7 +65,7 @@ def test_every_request_that_must_be_taken(most):
     """Nothing of what follows it is read: it is the target's."""
     for user, data, answers, target, command in TAKEN:
         with row(data):
-            for length in range(len(data)):
+            for length in range(len(data)) if most > 1 else ():
                 assert Served(data[:length], user, most).handshake.wanted, length
             served = Served(data + b"what follows", user, most)
             assert (served.error, served.handshake.wanted, served.took, served.answers) == (None, 0, len(data), answers)
