@@ -228,7 +228,8 @@ class Relay(threading.Thread):
     """Everything that can happen on a path: one thread, one selector. `port` of each flavour leads to the server."""
 
     # How often each: a deed takes the pipe and the bytes that it was waiting for, and gives those that are passed on.
-    HOSTILE = {"fin": 4, "half a fin": 2, "rst": 4, "half a rst": 2, "silence": 2, "drop": 2, "drop and go on": 2, "flip": 4, "refuse": 1}
+    HOSTILE = {"fin": 4, "half a fin": 2, "rst": 4, "half a rst": 2, "silence": 2, "drop": 2, "drop and go on": 2, "flip": 4, "replay": 4,
+               "refuse": 1}
     LEGACY = {"rst": 4, "silence": 2, "drop": 2, "flip": 4, "refuse": 1}
     ROUGH = {"delay": 2, "split": 2, "short silence": 1}  # what a path may do in calm times too
 
@@ -341,7 +342,7 @@ class Relay(threading.Thread):
             return self.refuse("legacy" if wire.legacy else "ratrod2")
         pipe = self._chance.choice(wire.pipes)
         deed = getattr(self, "do_" + name.replace(" ", "_"))
-        now = self._chance.random() < 0.5 and name != "flip"
+        now = self._chance.random() < 0.5 and name not in ("flip", "replay")
         at = pipe.seen + (0 if now else up_to(self._chance, 100000) - 1)
         if wire.legacy and name == "flip":
             at = max(at, LEGACY_HANDSHAKE)
@@ -420,6 +421,11 @@ class Relay(threading.Thread):
         if pipe.wire.legacy:
             pipe.wire.reset_at = time.monotonic() + 3
         return bytes((rest[0] ^ mask,)) + rest[1:]
+
+    def do_replay(self, pipe, rest):
+        """The same bytes twice, whole records among them."""
+        self._spoil(pipe, "replay", must_end=True)
+        return rest + rest
 
     def do_delay(self, pipe, rest):
         pipe.delay = self._chance.choice((0, 0.01, 0.05, 0.2))
