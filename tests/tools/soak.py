@@ -750,7 +750,8 @@ class Originator:
             return self.soak.failed("a SOCKS datagram with a wrong head: %r" % data[:20])
         parts = self.soak.check_datagram(data[len(self._prefix):], b"ans:")
         if parts is None or parts[0] != self.session or parts[1] not in self._open:
-            return self.soak.failed("a wrong, strange or repeated answer over UDP (%s): %r" % (self.name, data[:40]))
+            what = "a wrong" if parts is None else "another originator's" if parts[0] != self.session else "a repeated"
+            return self.soak.failed("%s answer over UDP (%s): %r" % (what, self.name, data[:40]))
         self._open.discard(parts[1])
         self.soak.counts["datagrams answered"] += 1
         self.soak.counts["datagrams answered, " + self.name] += 1
