@@ -9038,7 +9038,8 @@ class ReverseTunnel(LinkUser):
     def _rest(self, error: Exception) -> None:
         with self._client.noticing():
             self._tries += 1
-            says = self._tries > 1 and not self._has_said and not self.waiting
+            patience = 3 if isinstance(error, LinkClosed) else 1  # a server that drains sends them to the next one
+            says = self._tries > patience and not self._has_said and not self.waiting
             log.log(logging.ERROR if says else logging.DEBUG, "%sreverse tunnel on `%s`: %s; trying again",
                     "❌ " * says, self.asked, reason(error))
             self._has_said = self._has_said or says
