@@ -6827,8 +6827,8 @@ class Opener(Keeper):
             # Links that break before they answer do not make it wait longer.
             stream.give_up_at = min(stream.give_up_at, now + resume_time(self.limits, error))
             log.debug("%s: %s; waiting for another link", stream.label, error)
-        if stream.was_opened and now >= stream.give_up_at:
-            return self._give_up(stream)
+            if now >= stream.give_up_at:
+                return self._give_up(stream)
         return self._wait(stream, link)  # on_link_closed() follows
 
     def _give_up(self, stream: OpenerStream) -> None:
@@ -7842,7 +7842,8 @@ class Admission:
     Steps are served in three classes: sources with an authorized link now or in the last hour, sources that make few
     new handshakes, the rest. Within a class those go first whose first message was answered, then new sources, and the
     networks of the sources take turns, the newest first. So a newcomer comes in at once beside thousands of sources
-    that begin again and again: 1,500 a second are more than one processor can answer. """
+    that begin again and again: 1,500 a second are more than one processor can answer.
+    """
 
     def __init__(self, server: Server):
         self._server, self._loop, self._limits = server, server.loop, server.limits
@@ -8986,6 +8987,7 @@ class ReverseTunnel(LinkUser):
             return self._on_listening(link, content.address)
         link.detach()
         link.leave(b"")
+        self._client.pool.clear()  # a server that ends says Close on all its links: the next try is to take a new one
         return self.give_up(LinkClosed("the server takes no more streams on this connection"))
 
     def on_close(self, link: Link, error: Exception) -> None:
@@ -9038,8 +9040,7 @@ class ReverseTunnel(LinkUser):
     def _rest(self, error: Exception) -> None:
         with self._client.noticing():
             self._tries += 1
-            patience = 3 if isinstance(error, LinkClosed) else 1  # a server that drains sends them to the next one
-            says = self._tries > patience and not self._has_said and not self.waiting
+            says = self._tries > 1 and not self._has_said and not self.waiting
             log.log(logging.ERROR if says else logging.DEBUG, "%sreverse tunnel on `%s`: %s; trying again",
                     "❌ " * says, self.asked, reason(error))
             self._has_said = self._has_said or says
