@@ -1,20 +1,23 @@
 """Ranges of ports: one TUNNEL word for many tunnels, all of them or none. How they are written is in tests/unit/test_usage.py."""
 
 import contextlib
+import itertools
 import re
-import selectors
 import socket
-import threading
 
 import pytest
 
 from support.many_lines import run_lines
-from support.programs import LEGACY, PATIENCE, RATROD2, descriptors
-from support.sockets import free_port, receive_all
+from support.programs import LEGACY, PATIENCE, RATROD2, READY, descriptors
+from support.sockets import eventually, free_port, receive_all
+from support.targets import Target, UdpEcho, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 LINE = r"\[%s\] Listening on `(.+?)`, and routing through `.+?` to `(.+?)` \.\.\."
+
+
+KINDS = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 
 def bind(kind, port, host="127.0.0.1"):
@@ -25,59 +28,20 @@ def bind(kind, port, host="127.0.0.1"):
         made.bind((host, port))
         if kind == socket.SOCK_STREAM:
             made.listen(100)
-        made.settimeout(PATIENCE)
         return made
     except OSError:
         made.close()
         raise
 
 
-@contextlib.contextmanager
-def held(ports, kinds=(socket.SOCK_STREAM, socket.SOCK_DGRAM), hosts=("127.0.0.1", "::1")):
-    """All of these ports, bound by the test: {(kind, port): socket}, the last host's."""
-    with contextlib.ExitStack() as stack:
-        yield {(kind, port): stack.enter_context(bind(kind, port, host)) for host in reversed(hosts) for kind in kinds for port in ports}
-
-
-class Services:
-    """A TCP and a UDP service on each of these ports, which tell their own number to whoever asks."""
-
-    def __init__(self, stack, ports):
-        self._selector = selectors.DefaultSelector()
-        sockets = stack.enter_context(held(ports, hosts=("127.0.0.1",)))
-        for (kind, port), sock in sockets.items():
-            self._selector.register(sock, selectors.EVENT_READ, (kind, b"%d" % port))
-        ours, self._end = socket.socketpair()
-        stack.callback(self._stop)
-        self._selector.register(ours, selectors.EVENT_READ, None)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        while True:
-            for key, _ in self._selector.select():
-                if key.data is None:
-                    key.fileobj.close()
-                    return
-                kind, number = key.data
-                if kind == socket.SOCK_STREAM:
-                    with key.fileobj.accept()[0] as connection:
-                        connection.sendall(number)
-                else:
-                    key.fileobj.sendto(number, key.fileobj.recvfrom(100)[1])
-
-    def _stop(self):
-        self._end.close()
-        self._thread.join(PATIENCE)
-        self._selector.close()
-
-
 @pytest.fixture
 def services(stack):
-    """services(n) -> the first of n ports in a row, each with its Services."""
-    def launch(n):
+    """services(n, which) -> the first of n ports in a row: those at `which` have a TCP and a UDP service that tell their own number."""
+    def launch(n, which):
         first = free_port(n)
-        Services(stack, range(first, first + n))
+        for port in (first + each for each in which):
+            for made in (Target(says(b"%d" % port), port=port), UdpEcho(port=port, says=b"%d" % port)):
+                stack.enter_context(contextlib.closing(made))
         return first
     return launch
 
@@ -95,7 +59,7 @@ def answer(kind, port, host="127.0.0.1"):
 @pytest.mark.parametrize("mode, flags", [(RATROD2, ("--workers", "2")), (LEGACY, ())], ids=["two workers", "legacy"])
 def test_every_port_reaches_its_own(mode, flags, forward, services):
     """TCP and UDP, the first, the last and those in between; each tunnel has its own line, and a single port stands beside them."""
-    remote, local = services(5), free_port(5)
+    remote, local = services(5, range(5)), free_port(5)
     _, client = forward(mode, "%d-%d:127.0.0.1:%d-%d" % (local, local + 4, remote, remote + 4), "0:db:81", connect_flags=flags)
     for kind in ("TCP", "UDP"):
         client.wait_for(LINE % kind, 6)
@@ -103,21 +67,23 @@ def test_every_port_reaches_its_own(mode, flags, forward, services):
         assert lines[:5] == [("127.0.0.1:%d" % (local + n), "127.0.0.1:%d" % (remote + n)) for n in range(5)] and lines[5][1] == "db:81"
     for _ in range(3 if flags else 1):  # whichever worker takes it
         for n in range(5):
-            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            for kind in KINDS:
                 assert answer(kind, local + n) == b"%d" % (remote + n)
 
 
-def test_a_thousand_ports(forward, services):
+def test_a_thousand_ports(serve, client, services):
     """As many as a range may have."""
     resource = pytest.importorskip("resource")
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 8192:
         pytest.skip("too few descriptors are allowed here")
-    remote, local = services(1000), free_port(1000)
-    _, client = forward(RATROD2, "%d-%d:127.0.0.1:%d-%d" % (local, local + 999, remote, remote + 999))
-    client.wait_for(LINE % "UDP", 1000)
+    asked = (0, 1, 500, 998, 999)
+    remote, local = services(1000, asked), free_port(1000)
+    client = client(serve()[1], "%d-%d:127.0.0.1:%d-%d" % (local, local + 999, remote, remote + 999))
+    eventually(lambda: READY in client.output, "it is ready")  # wait_for() looks at all lines after each: a second of processor time
+    assert client.output.count("[UDP] Listening") == 1000
     assert descriptors(client) >= 2000
-    for n in (0, 1, 500, 998, 999):
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    for n in asked:
+        for kind in KINDS:
             assert answer(kind, local + n) == b"%d" % (remote + n)
     assert client.stop() == 0
 
@@ -125,8 +91,7 @@ def test_a_thousand_ports(forward, services):
 def test_one_busy_port(keys, stack):
     """Half a range would be found out much later, by whoever uses the other half."""
     first = free_port(33)
-    rows = [(kind, which, first + 5 * n) for n, (kind, which) in enumerate(
-        (kind, which) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM) for which in (0, 2, 4))]
+    rows = [(kind, which, first + 5 * n) for n, (kind, which) in enumerate(itertools.product(KINDS, (0, 2, 4)))]
     for kind, which, port in rows:
         stack.enter_context(bind(kind, port + which))
     lines = [["%d-%d:db:9000-9004" % (port, port + 4)] for _, _, port in rows]
@@ -137,5 +102,5 @@ def test_one_busy_port(keys, stack):
         assert done.code == 1 and re.search("ERROR.*(?i:in use)", done.err), (line, done)
         assert re.findall(r"127\.0\.0\.1:(?!9\b)(\d+)", done.err.splitlines()[-1]) == [str(busy)], (line, done)
     for _, which, port in rows:
-        with held([port + n for n in range(5) if n != which]):
-            pass
+        for n, kind, host in itertools.product(set(range(5)) - {which}, KINDS, ("127.0.0.1", "::1")):
+            bind(kind, port + n, host).close()
