@@ -3580,24 +3580,26 @@ class Negotiation:
     """Drives a handshake, and those that follow it, over a socket: on_close(self, None) when the last is done, or
     on_close(self, error), after which the handshake's last word is sent and the socket closed.
 
-    `run_step(step, done)` runs a public-key step on a thread; meanwhile nothing is read, and `is_stepping` is set.
-    `heard`: the other side has said something.
+    `heard`: the other side has said something. `is_stepping`: a thread has the handshake, and nothing is read.
     """
 
     __slots__ = ("sock", "address", "handshake", "heard", "born", "is_stepping", "_loop", "_on_close", "_run_step",
                  "_transport", "_deadline", "_out", "_timeout", "_is_closed")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, handshake: Handshake, timeout: float,
-                 on_close: Callable[[Negotiation, Exception | None], None], run_step: RunStep | None = None):
+                 on_close: Callable[[Negotiation, Exception | None], None]):
         self.sock, self.address, self.handshake, self.born = sock, address, handshake, loop.now
         self.heard = self.is_stepping = self._is_closed = False
-        self._loop, self._on_close, self._run_step, self._timeout = loop, on_close, run_step, timeout
+        self._loop, self._on_close, self._timeout = loop, on_close, timeout
+        self._run_step: RunStep | None = None
         self._out = bytearray()
         self._transport = Transport(loop, sock, self._on_event)
         self._deadline = Deadline(loop, timeout, self._on_timeout)
 
-    def start(self) -> None:
-        """Begins, once its owner knows it: it may end at once."""
+    def start(self, run_step: RunStep | None = None) -> None:
+        """Begins, once its owner knows it: it may end at once. `run_step(step, done)` runs a public-key step on a
+        thread."""
+        self._run_step = run_step
         if self.handshake.has_started:
             self._go_on()
         else:
@@ -3640,7 +3642,7 @@ class Negotiation:
             return self._transport.want(READ | more)
         if self.handshake.successor:
             self.handshake = self.handshake.successor
-            return self.start()
+            return self.start(self._run_step)
         if more:  # what comes first from the link must not overtake the handshake's last message
             return self._transport.want(more)
         return self.close()
@@ -5111,6 +5113,9 @@ class Outgoing:
 class Keeper:
     """The owner of streams: an Opener or an Acceptor. One of on_ended() and on_detached() follows when a link ends."""
 
+    def __init__(self, owner: Endpoint):
+        self.owner, self.loop, self.limits = owner, owner.loop, owner.limits
+
     def leave_behind(self, stream_id: bytes, instance: bytes) -> None:
         """Opener: this instance of the other side is to forget the stream."""
 
@@ -5147,8 +5152,9 @@ class Stream(LinkUser):
     since: float  # once it waits for a link, or its remote is being connected to: since when
     _heard_at: float  # once something came
 
-    def __init__(self, owner: Endpoint, keeper: Keeper, origin: Any, shown: str, *, target: str | None = None,
-                 peer_key: bytes = b"", stream_id: bytes = b""):
+    def __init__(self, keeper: Keeper, origin: Any, shown: str, *, target: str | None = None, peer_key: bytes = b"",
+                 stream_id: bytes = b""):
+        owner = keeper.owner
         self.owner, self.loop, self.keeper = owner, owner.loop, keeper
         self.origin, self.shown, self.target = origin, shown, shown if target is None else target
         self.id, self.attempt, self.peer_key = stream_id or random_bytes(16), 0, peer_key
@@ -5445,8 +5451,8 @@ class OpenerStream(Stream):
     __slots__ = ("asked", "_broken")
     role = OPENER
 
-    def __init__(self, owner: Endpoint, keeper: Keeper, origin: Any, shown: str, **more: Any):
-        super().__init__(owner, keeper, origin, shown, **more)
+    def __init__(self, keeper: Keeper, origin: Any, shown: str, **more: Any):
+        super().__init__(keeper, origin, shown, **more)
         self.asked = b""  # the instance that saw its last Open
         self._broken: OSError | None = None  # what the local socket said before there was a link to tell it on
 
@@ -5727,9 +5733,9 @@ class StdioStream(OpenerStream):
 
     __slots__ = ("_finished",)
 
-    def __init__(self, owner: Endpoint, keeper: Keeper, target: str, finished: Callable[[Exception | None], None]):
+    def __init__(self, keeper: Keeper, target: str, finished: Callable[[Exception | None], None]):
         self._finished = finished
-        super().__init__(owner, keeper, "stdio", target)
+        super().__init__(keeper, "stdio", target)
         self.join(None)
 
     def _on_local_failed(self, error: OSError) -> None:
@@ -6703,7 +6709,8 @@ class Opener(Keeper):
     """
 
     def __init__(self, owner: Endpoint, patience: float):
-        self.owner, self.loop, self.limits, self._patience = owner, owner.loop, owner.limits, patience
+        super().__init__(owner)
+        self._patience = patience
         self.idle: list[Link] = []  # the last used one is the first taken
         self.waiting: collections.deque[Any] = collections.deque()
         self.detached: dict[OpenerStream, Link] = {}  # each with its last link
@@ -7138,9 +7145,8 @@ class Dial:
         # others.
         whole = self._limits.handshake_timeout
         patience = max(whole / len(client.servers), min(whole, self.LEAST_HANDSHAKE))
-        self._step = Negotiation(
-            client.loop, sock, server, handshake, patience, self._on_negotiated, client.threads.submit)
-        self._step.start()
+        self._step = Negotiation(client.loop, sock, server, handshake, patience, self._on_negotiated)
+        self._step.start(client.threads.submit)
         return None
 
     def _make_handshake(self) -> Handshake:
@@ -7305,7 +7311,7 @@ class Acceptor(Keeper):
                  permit: Callable[[AcceptorStream, Link], None],
                  answer: Callable[[str, Exception], tuple[Exception, Error]],
                  name: Callable[[Link, Open], tuple[str, str]]):
-        self.owner, self.loop, self.limits = owner, owner.loop, owner.limits
+        super().__init__(owner)
         self._quota, self._connect, self._permit, self._answer, self._name = quota, connect, permit, answer, name
         self._streams: dict[tuple[bytes, bytes], AcceptorStream] = {}  # by key and number
         self._opens: dict[AcceptorStream, Open] = {}  # of those whose remote is being connected to
@@ -7340,8 +7346,7 @@ class Acceptor(Keeper):
             self._take(link.peer_key)
         except Overloaded as error:
             return self.refuse(link, new_label(origin, shown), error)
-        stream = AcceptorStream(self.owner, self, origin, shown, target=open_.target, peer_key=link.peer_key,
-                                stream_id=number[1])
+        stream = AcceptorStream(self, origin, shown, target=open_.target, peer_key=link.peer_key, stream_id=number[1])
         stream.attempt = open_.attempt
         self._streams[number] = stream
         self._await_remote(stream, link, open_)
@@ -7908,11 +7913,10 @@ class Admission:
             rank = 1 if negotiation.handshake.steps else 2 if source.is_new else 3
             slot.enter(lambda: self._server.threads.submit(step, finish),
                        0 if is_trusted else rank if is_slow else 3 + rank)
-        negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close,
-                                  run_step)
+        negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close)
         self._strangers[negotiation] = source, slot
         source.strangers[negotiation] = None
-        return negotiation.start()
+        return negotiation.start(run_step)
 
     def _choose(self, is_legacy: bool) -> Handshake | None:
         server = self._server
@@ -8204,7 +8208,7 @@ class ReverseListener(Opener):
         return not self.links and not self.detached
 
     def _on_accept(self, sock: socket.socket, address: Any) -> None:
-        stream = OpenerStream(self._server, self, address, self._shown, target=show_address(address), peer_key=self.key)
+        stream = OpenerStream(self, address, self._shown, target=show_address(address), peer_key=self.key)
         stream.join(sock)
         source = Source.name(address[0])
         try:
@@ -9248,7 +9252,7 @@ class SocksEntrance:
         client = self._client
         if request.command == request.CONNECT:
             target = str(parse_target(request.target))  # a name in another alphabet becomes punycode here
-            stream = SocksStream(client, client.pool, address, target)
+            stream = SocksStream(client.pool, address, target)
             stream.version = request.version
             stream.join(sock)
             client.pool.take(stream)
@@ -9385,7 +9389,7 @@ class Client(Endpoint):
         for spec in self.tunnels:
             if spec.kind == STDIO:
                 # At its end the other side gets a moment to read why.
-                self.pool.take(StdioStream(self, self.pool, str(spec.remote),
+                self.pool.take(StdioStream(self.pool, str(spec.remote),
                                            lambda error: self._say_goodbye(lambda: self.finish(error))))
         self._unbound = len(self.reverse)
         for tunnel in self.reverse:
@@ -9461,7 +9465,7 @@ class Client(Endpoint):
     # ---- what the tunnels carry
 
     def _on_accept(self, remote: str, sock: socket.socket, address: Any) -> None:
-        stream = OpenerStream(self, self.pool, address, remote)
+        stream = OpenerStream(self.pool, address, remote)
         stream.join(sock)
         self.pool.take(stream)
 

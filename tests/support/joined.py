@@ -554,7 +554,7 @@ class World:
         self.connections.append(connection)
         connection.app.write(first)
         target = str(connection.number)
-        connection.stream = ratrod.OpenerStream(self.client, self.client.opener, "originator", target)
+        connection.stream = ratrod.OpenerStream(self.client.opener, "originator", target)
         connection.stream.join(connection.app.local)
         self.client.opener.take(connection.stream)
         return connection

@@ -16,9 +16,11 @@ compared with the one that the seed has for its place. Each stream must end in o
 
 A failure is a clean end with missing or wrong bytes, a stream that stands still for longer than the protocol allows, and a reset of a
 stream that nobody disturbed: the relay has calm times, in which it only delays and cuts into pieces. Datagrams may be lost, but never be
-wrong or come twice. What the relay does to the links of a legacy client leaves out the clean FIN, which nobody can tell from an end there,
-and ends with a reset what it has spoiled: that protocol has no sign of life. Unix sockets know no reset: they are only at the target's
-side here, where an early end counts as one. Keepalive and silence are scaled (--scale) to fit.
+wrong or come twice. (An answer that comes late may find that the system has given the port of its question to another session, as it may
+behind any NAT. Such answers are counted, if the target has heard both sessions from that port.) What the relay does to the links of a legacy
+client leaves out the clean FIN, which nobody can tell from an end there, and ends with a reset what it has spoiled: that protocol has no
+sign of life. Unix sockets know no reset: they are only at the target's side here, where an early end counts as one. Keepalive and silence are
+scaled (--scale) to fit.
 """
 
 import argparse
@@ -750,8 +752,10 @@ class Originator:
             return self.soak.failed("a SOCKS datagram with a wrong head: %r" % data[:20])
         parts = self.soak.check_datagram(data[len(self._prefix):], b"ans:")
         if parts is None or parts[0] != self.session or parts[1] not in self._open:
-            what = "a wrong" if parts is None else "another originator's" if parts[0] != self.session else "a repeated"
-            return self.soak.failed("%s answer over UDP (%s): %r" % (what, self.name, data[:40]))
+            text = "answer over UDP (%s): %r" % (self.name, data[:40])
+            if parts and parts[0] != self.session:
+                return self.soak.answerer.on_stray(parts, self.session, "another originator's " + text)
+            return self.soak.failed("a %s %s" % ("repeated" if parts else "wrong", text))
         self._open.discard(parts[1])
         self.soak.counts["datagrams answered"] += 1
         self.soak.counts["datagrams answered, " + self.name] += 1
@@ -769,8 +773,17 @@ class Answerer:
     def __init__(self, soak, sock, chance):
         self.soak, self.sock, self._chance = soak, sock, chance
         sock.setblocking(False)
-        self._seen = collections.OrderedDict()
+        self._seen = collections.OrderedDict()  # by session: the address that each question came from
+        self.strays = {}  # by session and address: what is a failure unless that session asks from there
         soak.watch(self, 0, READ)
+
+    def on_stray(self, parts, session, text):
+        """`session` got the answer to another one's question."""
+        address = self._seen.get(parts[0], {}).get(parts[1])
+        if address in self._seen.get(session, {}).values():
+            self.soak.counts["datagrams answered to a port's next user"] += 1
+        else:
+            self.strays[session, address] = text
 
     def on_event(self, _mask):
         try:
@@ -780,9 +793,10 @@ class Answerer:
         if not data:
             return
         parts = self.soak.check_datagram(data, b"ask:")
-        if parts is None or parts[1] in self._seen.setdefault(parts[0], set()):
+        if parts is None or parts[1] in self._seen.setdefault(parts[0], {}):
             return self.soak.failed("a wrong or repeated question over UDP: %r" % data[:40])
-        self._seen[parts[0]].add(parts[1])
+        self._seen[parts[0]][parts[1]] = origin
+        self.soak.counts["datagrams answered to a port's next user"] += bool(self.strays.pop((parts[0], origin), None))
         while len(self._seen) > 1000:
             self._seen.popitem(last=False)
         with contextlib.suppress(OSError):
@@ -887,7 +901,7 @@ class Soak:
         unix = socket.socket(socket.AF_UNIX)
         unix.bind(str(self.unix_path))
         unix.listen(100)
-        Answerer(self, udp, random.Random("%d answers" % self.seed))
+        self.answerer = Answerer(self, udp, random.Random("%d answers" % self.seed))
         for sock in (listener, unix):
             sock.setblocking(False)
             self.selector.register(sock, READ, None)
@@ -1151,6 +1165,8 @@ class Soak:
 
     def _report(self, before, after):
         counts, deeds = self.counts, self.relay.deeds
+        for text in self.answerer.strays.values():
+            self.failed(text)
         if self._missing():
             self.failed("this run shows nothing: it had none of %s" % ", ".join(self._missing()))
         # Idle links that wait for the next connection, and UDP sessions, are a few more or less; at the start of a short run there are none.

@@ -69,7 +69,7 @@ def test_a_machine_that_lost_power_is_found_out(loop):
     check_options(made[0], *AT_ONCE)
     check_options(made[1], *AT_ONCE, *ASKS)
     owner = types.SimpleNamespace(loop=loop, memory=ratrod.Memory(1 << 20), counters=ratrod.Counters(loop))
-    stream = ratrod.AcceptorStream(owner, ratrod.Keeper(), "", "")
+    stream = ratrod.AcceptorStream(ratrod.Keeper(owner), "", "")
     stream.join(made[0])
     stream.on_sweep()
     check_options(made[0], *ASKS)
