@@ -5998,7 +5998,8 @@ class UdpLink(LinkUser):
     def on_update(self) -> None:
         link, queue = self.link, self._queue
         # While the link was open the datagrams waited for nothing but the link; what waited too long is stale.
-        while queue and link and link.state == UDP_OPEN and queue[0][0] < self.loop.now - self.limits.udp_lag:
+        since = self.loop.now - self.limits.udp_lag
+        while queue and link and link.state == UDP_OPEN and max(queue[0][0], self.opened_at) < since:
             queue.popleft()
         while queue and link and link.state != CLOSED and not link.out:
             _, run = queue.popleft()

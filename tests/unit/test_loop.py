@@ -68,7 +68,7 @@ def test_a_machine_that_lost_power_is_found_out(loop):
     made.append(listening.accept()[0])
     check_options(made[0], *AT_ONCE)
     check_options(made[1], *AT_ONCE, *ASKS)
-    owner = types.SimpleNamespace(loop=loop, memory=ratrod.Memory(1 << 20), counters=ratrod.Counters(loop))
+    owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), counters=ratrod.Counters(loop))
     stream = ratrod.AcceptorStream(ratrod.Keeper(owner), "", "")
     stream.join(made[0])
     stream.on_sweep()
