@@ -2,6 +2,8 @@
 
 import collections
 import os
+import socket
+import threading
 import time
 
 import pytest
@@ -12,7 +14,7 @@ from support.pressure import scaled
 from support.programs import RATROD, tcp_port, udp_originator
 from support.relays import Door
 from support.scripted import Scripted
-from support.sockets import ask_udp, dial, eventually, receive_all, say, settled
+from support.sockets import ask_udp, ask_until_answered, dial, eventually, ping, receive_all, say, settled
 from support.targets import says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -42,7 +44,7 @@ def assert_greeted(client, n=1):
             assert receive_all(connection) == b"hello"
 
 
-@pytest.mark.parametrize("streams", [0, 1, 8])
+@pytest.mark.parametrize("streams", [0, 8])
 def test_links_that_the_path_forgot_are_replaced(path, streams):
     """The Open went out alone."""
     client, door = path()
@@ -103,3 +105,32 @@ def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second, s
             ask_udp(stack.enter_context(udp_originator(client, 1 + n % 2)), b"%d" % n)
     assert links == {identity_of(keys.client): 1, identity_of(second): 1}
     server.check()
+
+
+def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target, stack):
+    """As many idle links as there are tries, and each says Close: after the first the others are not trusted either."""
+    ended, asked = threading.Event(), []
+
+    def handle(stream, is_old):
+        if stream.kind == peer.TCP:
+            return peer.echo(stream)
+        asked.append(is_old)
+        ended.set()
+        if not is_old:
+            return peer.serve_udp(stream)
+        stream.link.send_record(peer.CLOSE)
+        return stream.link.read_to_end()
+
+    def serve_link(link, _number):
+        is_old = not ended.is_set()
+        link.serve_streams(lambda stream: handle(stream, is_old))
+    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % Scripted(keys, target, serve_link).port, "0:good:1").ready()
+    locals_ = [stack.enter_context(dial(tcp_port(client))) for _ in range(6)]  # so many idle links
+    for local in locals_:
+        ping(local)
+    for local in locals_:
+        local.shutdown(socket.SHUT_WR)
+        assert local.recv(1) == b""
+    ask_until_answered(stack.enter_context(udp_originator(client)), b"hello")
+    assert len(asked) < 6 and asked[-1] is False, asked  # those that were in their handshakes meanwhile may be tried
+    assert "❌" not in client.output
