@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 # For what happens beside the wire: one mode is enough.
 ANY = RATROD2
 CURL_PROXY_FAILED = 97
-WITH_A_PASSWORD = "--socks-user", "alice:open sesame"
 
 
 @pytest.fixture
@@ -105,13 +104,12 @@ def test_curl(mode, proxy, web, tmp_path):
         assert (tmp_path / ("page%d" % n)).read_bytes() == fetched("localhost", "/page%d" % n)[1]
 
 
-def test_curl_with_addresses_and_passwords(proxy, web):
-    _, port = proxy(ANY)
-    where = "127.0.0.1:%d" % port
+def test_curl_with_addresses_and_passwords(forward, connect, web, short):
+    server, client = forward(ANY, "0:socks", "unix:%s/socks:socks" % short)
+    where = "127.0.0.1:%d" % socks_port(client)
     for option in ("--socks5-hostname", "--socks5"):
         assert curl(option, where, "http://127.0.0.1:%d/page" % web) == fetched("127.0.0.1")
-        assert curl(option, where, "http://localhost:%d/page" % web) == fetched("localhost")
-    for option in ("--socks4", "--socks4a"):
+    for option in ("--socks5-hostname", "--socks5", "--socks4", "--socks4a"):
         assert curl(option, where, "http://localhost:%d/page" % web) == fetched("localhost")
     # As an HTTP proxy: an answer that says what is wrong, to a browser and to curl.
     assert curl("--proxy", "http://" + where, "http://localhost/")[0] == 22
@@ -119,17 +117,18 @@ def test_curl_with_addresses_and_passwords(proxy, web):
     with running_web(WebServer6, "::1") as port_6:
         assert curl("--socks5-hostname", where, "http://[::1]:%d/page" % port_6) == fetched("[::1]")
     # With a password that nobody asks for, curl offers both methods, and gets the one that needs none.
-    words = "--socks5-hostname", where, "http://localhost:%d/page" % web
-    assert curl("--proxy-user", "alice:secret", *words) == fetched("localhost")
-
-
-def test_curl_with_a_password(proxy, web):
-    _, port = proxy(ANY, connect_flags=WITH_A_PASSWORD)
-    words = "--socks5-hostname", "127.0.0.1:%d" % port, "http://localhost:%d/page" % web
+    words = "http://localhost:%d/page" % web, "--socks5-hostname"
+    assert curl("--proxy-user", "alice:secret", *words, where) == fetched("localhost")
+    asking = connect(int(server.wait_for(STARTED).group(1)), "--socks-user", "alice:open sesame", "0:socks")
+    words += "127.0.0.1:%d" % socks_port(asking),
     for wrong in (["--proxy-user", "alice:open sesame!"], ["--proxy-user", "Alice:open sesame"], []):
         code, body, said = curl(*wrong, *words)
         assert (code, body) == (CURL_PROXY_FAILED, b"") and said, wrong
     assert curl("--proxy-user", "alice:open sesame", *words) == fetched("localhost")
+    version = re.match(r"curl (\d+)\.(\d+)", curl("--version")[1].decode())
+    if tuple(map(int, version.groups())) < (7, 84):
+        missing("curl 7.84, which knows proxies on Unix sockets")
+    assert curl("--proxy", "socks5h://localhost%s/socks" % short, "http://localhost:%d/page" % web) == fetched("localhost")
 
 
 @pytest.fixture
@@ -149,14 +148,6 @@ def test_a_name_that_only_the_servers_machine_knows(other_names, start, ratrod, 
     assert curl("--socks5-hostname", where, "http://only-there.example:%d/page" % web) == fetched("only-there.example")
     # 6: curl could not resolve it here.
     assert curl("--socks5", where, "http://only-there.example:%d/page" % web)[0] in (6, CURL_PROXY_FAILED)
-
-
-def test_curl_through_a_proxy_on_a_unix_socket(forward, web, short):
-    version = re.match(r"curl (\d+)\.(\d+)", curl("--version")[1].decode())
-    if tuple(map(int, version.groups())) < (7, 84):
-        missing("curl 7.84, which knows proxies on Unix sockets")
-    forward(ANY, "unix:%s/socks:socks" % short)
-    assert curl("--proxy", "socks5h://localhost%s/socks" % short, "http://localhost:%d/page" % web) == fetched("localhost")
 
 
 @pytest.fixture
