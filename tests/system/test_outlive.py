@@ -1,28 +1,34 @@
-"""Streams that outlive their links: PROTOCOL.md's rules 1-13 and negative tests 15, 17 and 35-40, of the real `serve` against the independent peer.
-The real `connect` is in test_outlive_client.py, what both ends do together in unit/test_states.py."""
+"""Streams that outlive their links: PROTOCOL.md's rules 1-13 and negative tests 15, 17 and 35-40, of the real `serve`, and further below of the real
+`connect`, against the independent peer; last of both, with doors between them that cut links. More of both together is in unit/test_states.py."""
 
+import contextlib
+import itertools
+import os
 import selectors
 import signal
 import socket
 import sys
 
 import pytest
-from test_ratrod2_negative import BREAKS, assert_ended, send_tampered, was_reset
+from test_ratrod2_negative import BREAKS, assert_ended, fin, send_tampered, was_reset
 
+import ratrod as module
 from support import ratrod2_peer as peer
+from support import sockets
 from support.keys import permit
-from support.programs import PATIENCE
-from support.ratrod2_peer import ACK, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
-from support.sockets import accept, dial, eventually, is_ready, port_of, receive_all, receive_exactly
+from support.programs import PATIENCE, PYTHON, ROOT, STARTED, tcp_port
+from support.ratrod2_peer import ACK, CLOSE, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
+from support.relays import Door
+from support.rows import row
+from support.scripted import Waiting
+from support.sockets import accept, assert_reset, dial, eventually, is_ready, ping, port_of, receive_all, receive_exactly, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 WINDOW = 1 << 20
 NUMBER = bytes(range(16))
 sigterm = pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on")
-
-
-every_loss = pytest.mark.parametrize("how", ["FIN", "RST", "half a record", "last byte of the tag", "length 2^32 - 1"])
+LOSSES = "FIN", "RST", "half a record", "last byte of the tag", "length 2^32 - 1"
 
 
 def lose(stream, how, local):
@@ -135,31 +141,33 @@ def test_rule_04_the_tail_is_kept_until_it_is_acknowledged(link, hold, listener)
     assert_no_connect(listener)
 
 
-@every_loss
-def test_rule_05_a_stream_goes_on_over_another_link(link, hold, how, listener):
+def test_rule_05_a_stream_goes_on_over_another_link(link, hold, listener):
     """15 and 17: what the link had lost comes again, and once."""
-    stream, local = hold()
-    lose(stream, how, local)
-    local.sendall(b"meanwhile")
-    stream.outgoing.keep(b"never sent")
-    attach(stream, link())
-    assert receive_exactly(local, 10) == b"never sent"
-    assert take(stream, 9) == b"meanwhile"
-    live_and_end(stream, local)
-    assert_no_connect(listener)
+    for how in LOSSES:
+        with row(how):
+            stream, local = hold()
+            lose(stream, how, local)
+            local.sendall(b"meanwhile")
+            stream.outgoing.keep(b"never sent")
+            attach(stream, link())
+            assert receive_exactly(local, 10) == b"never sent"
+            assert take(stream, 9) == b"meanwhile"
+            live_and_end(stream, local)
+            assert_no_connect(listener)
 
 
-@pytest.mark.parametrize("at, taken", [(0, 0), (2, 3)])
-def test_rule_05_both_sides_skip_what_they_have_taken(link, hold, at, taken):
+def test_rule_05_both_sides_skip_what_they_have_taken(link, hold):
     """Parts of a record too. The opener says that it knows less than it does."""
-    stream, local = hold()
-    peer.reset(stream.link.sock)
-    stream.attach(link(), at=at, taken=taken)
-    stream.send(b"more")  # after what has to come again
-    local.sendall(b"and more")
-    assert receive_exactly(local, 4) == b"more"
-    assert take(stream, 8) == b"and more"
-    live_and_end(stream, local)
+    for at, taken in (0, 0), (2, 3):
+        with row(at):
+            stream, local = hold()
+            peer.reset(stream.link.sock)
+            stream.attach(link(), at=at, taken=taken)
+            stream.send(b"more")  # after what has to come again
+            local.sendall(b"and more")
+            assert receive_exactly(local, 4) == b"more"
+            assert take(stream, 8) == b"and more"
+            live_and_end(stream, local)
 
 
 def test_rule_06_a_higher_attempt_closes_the_older_link(link, hold, listener):
@@ -171,63 +179,65 @@ def test_rule_06_a_higher_attempt_closes_the_older_link(link, hold, listener):
     assert_no_connect(listener)
 
 
-@pytest.mark.parametrize("attempt", [0, 1])
-def test_36_an_attempt_that_is_not_higher(link, hold, attempt):
+def test_36_an_attempt_that_is_not_higher(link, hold):
     """Its link alone ends: it is an old one."""
     stream, local = hold()
-    late = link()
-    ask(late, stream, attempt=attempt)
-    assert_ended(late, ())
+    for attempt in (0, 1):
+        late = link()
+        ask(late, stream, attempt=attempt)
+        assert_ended(late, ())
     live_and_end(stream, local)
 
 
-@pytest.mark.parametrize("wrong", [{"target": "127.0.0.1:1"}, {"taken": 5}, {"at": 5}], ids=str)
-@pytest.mark.parametrize("detached", [False, True])
-def test_36_an_attach_that_ends_the_stream(link, hold, wrong, detached):
+def test_36_an_attach_that_ends_the_stream(link, hold):
     """Another target, and `taken` beyond what was sent; `at` beyond what was taken is answered by Error."""
-    stream, local = hold()
-    if detached:
-        peer.reset(stream.link.sock)
-    bad = link()
-    ask(bad, stream, **wrong)
-    types = [record.type for record in bad.read_to_end()]
-    assert types == [ERROR] or not types and "at" not in wrong
-    assert was_reset(local)
-    refusal(stream.attach(link(), attempt=9))
+    for wrong, detached in itertools.product(({"target": "127.0.0.1:1"}, {"taken": 5}, {"at": 5}), (False, True)):
+        with row((wrong, detached)):
+            stream, local = hold()
+            if detached:
+                peer.reset(stream.link.sock)
+            bad = link()
+            ask(bad, stream, **wrong)
+            types = [record.type for record in bad.read_to_end()]
+            assert types == [ERROR] or not types and "at" not in wrong
+            assert was_reset(local)
+            refusal(stream.attach(link(), attempt=9))
 
 
-@pytest.mark.parametrize("acks", [[5], [3, 2], [2**64 - 1]], ids=["beyond", "back", "far beyond"])
-def test_36_an_ack_that_ends_the_stream(link, hold, acks):
-    stream, local = hold()
-    for ack in acks:
-        stream.link.send_ack(ack)
-    assert_ended(stream.link)
-    assert was_reset(local)
-    refusal(stream.attach(link()))
+def test_36_an_ack_that_ends_the_stream(link, hold):
+    for acks in (5,), (3, 2), (2**64 - 1,):
+        with row(acks):
+            stream, local = hold()
+            for ack in acks:
+                stream.link.send_ack(ack)
+            assert_ended(stream.link)
+            assert was_reset(local)
+            refusal(stream.attach(link()))
 
 
-@pytest.mark.parametrize("how", ["over", "Over was lost", "reset"])
-def test_37_open_again_of_a_stream_that_ended(link, hold, listener, how):
+def test_37_open_again_of_a_stream_that_ended(link, hold, listener):
     """The opener says Error where it was reset. Else Over is the answer; where it was lost, and all has been taken, the link is free again."""
-    stream, local = hold()
-    if how == "reset":
-        stream.fail(UNKNOWN, "my originator vanished")
-        assert was_reset(local)
-        refusal(stream.attach(link()))
-    else:
-        end(stream, local)
-        if how == "over":
-            stream.over()
-        else:
-            assert is_ready(stream.link.sock, selectors.EVENT_READ, PATIENCE)  # it is there
-            peer.reset(stream.link.sock)
-        assert stream.attach(link(), at=0 if how == "over" else stream.outgoing.sent).wait_opened() is None and stream.is_over
-    if how == "Over was lost":
-        another = stream.link.open(stream.target)
-        another.wait_opened()
-        with accept(listener) as its_local:
-            live_and_end(another, its_local)
-    assert_no_connect(listener)
+    for how in "over", "Over was lost", "reset":
+        with row(how):
+            stream, local = hold()
+            if how == "reset":
+                stream.fail(UNKNOWN, "my originator vanished")
+                assert was_reset(local)
+                refusal(stream.attach(link()))
+            else:
+                end(stream, local)
+                if how == "over":
+                    stream.over()
+                else:
+                    assert is_ready(stream.link.sock, selectors.EVENT_READ, PATIENCE)  # it is there
+                    peer.reset(stream.link.sock)
+                assert stream.attach(link(), at=0 if how == "over" else stream.outgoing.sent).wait_opened() is None and stream.is_over
+            if how == "Over was lost":
+                another = stream.link.open(stream.target)
+                another.wait_opened()
+                with accept(listener) as its_local:
+                    live_and_end(another, its_local)
+            assert_no_connect(listener)
 
 
 def test_37_open_of_a_stream_that_was_never_seen(link, listener):
@@ -312,22 +322,22 @@ def test_rule_10_a_server_that_ends(link, hold, drain):
     assert link.server.wait() == 0
 
 
-@pytest.mark.parametrize("detached", [False, True])
-def test_rule_11_abandon_gives_a_stream_up(link, hold, listener, detached):
+def test_rule_11_abandon_gives_a_stream_up(link, hold, listener):
     """It wins over an attached link. A number that was never seen is ended by it too."""
-    stream, local = hold()
-    if detached:
-        peer.reset(stream.link.sock)
-    idle = link()
-    idle.send_abandon(stream.number)
-    assert was_reset(local)
-    if not detached:
-        assert_ended(stream.link)
-    refusal(stream.attach(idle))
-    idle = link()
-    idle.send_abandon(NUMBER)
-    refusal(stranger(listener).attach(idle))
-    assert_no_connect(listener)
+    for detached in False, True:
+        stream, local = hold()
+        if detached:
+            peer.reset(stream.link.sock)
+        idle = link()
+        idle.send_abandon(stream.number)
+        assert was_reset(local)
+        if not detached:
+            assert_ended(stream.link)
+        refusal(stream.attach(idle))
+        idle = link()
+        idle.send_abandon(NUMBER)
+        refusal(stranger(listener).attach(idle))
+        assert_no_connect(listener)
 
 
 def test_rule_13_a_stream_of_a_listener_moves_to_a_link_of_its_pool(link):
@@ -367,14 +377,220 @@ def test_38_a_key_that_lost_its_permission(link, hold, keys):
     assert was_reset(local)
 
 
-def test_39_many_detached_streams_of_one_key(link, hold, second):
-    """At most 1,024 of them. The longest detached one goes first, and other keys are served."""
+def test_39_many_detached_streams_of_one_key(start, keys, link, hold, second):
+    """At most 1,024 of them, here 30. The longest detached one goes first, and other keys are served."""
+    assert module.DETACHED_OF_KEY == 1024
+    link.server = start(PYTHON, "-c", "import ratrod, sys; ratrod.DETACHED_OF_KEY = 30; sys.exit(ratrod.main())", "-k", keys.server.path,
+                        "serve", "127.0.0.1:0", cwd=str(ROOT))
+    link.port = int(link.server.wait_for(STARTED).group(1))
     held = []
-    for _ in range(1100):
+    for _ in range(40):
         held.append(hold())
         peer.reset(held[-1][0].link.sock)
     assert was_reset(held[0][1])
     hold(who=second)
-    stream, local = held[-1]
-    attach(stream, link())
-    live_and_end(stream, local)
+    for stream, local in (held[20], held[-1]):
+        attach(stream, link())
+        live_and_end(stream, local)
+
+
+# ---------------------------------------------------------------------------------------------------- the real `connect`
+@pytest.fixture
+def home(keys, target):
+    with contextlib.closing(Waiting(keys, target)) as made:
+        yield made
+
+
+@pytest.fixture
+def originate(home, connect, stack):
+    """originate(flags...) -> (stream, the originator's end): opened, of a real client (`originate.client`), which the first call starts."""
+    def make(*flags):
+        if not hasattr(make, "client"):
+            make.client = connect(home.port, "-v", *flags, "0:good:1").ready()
+        originator = stack.enter_context(dial(tcp_port(make.client)))
+        stream = home.stream()
+        stream.opened()
+        talk(stream, originator)
+        return stream, originator
+    return make
+
+
+def test_rule_05_a_clients_stream_goes_on_over_another_link(home, originate):
+    """15 and 17."""
+    for how in LOSSES:
+        with row(how):
+            stream, originator = originate()
+            for attempt in (2, 3):
+                lose(stream, how, originator)
+                originator.sendall(b"meanwhile")
+                stream.outgoing.keep(b"never sent")
+                home.again(stream)
+                assert stream.attempt == attempt
+                assert take(stream, 9) == b"meanwhile"
+                assert receive_exactly(originator, 10) == b"never sent"
+            live_and_end(stream, originator)
+            stream.link.finish()
+
+
+def test_rule_03_the_opener_acknowledges_the_end(originate):
+    """Its Ack of the last position answers Over, or Close after both Ends, which counts as Over."""
+    stream, originator = originate()
+    end(stream, originator)
+    stream.over()
+    stream.wait_acknowledged()
+    stream.link.finish()  # the test has only the first stream of each link
+    stream, originator = originate()
+    end(stream, originator)
+    stream.link.send_record(CLOSE)
+    acks = [record.content for record in stream.link.read_to_end() if record.type == ACK]
+    assert peer.decode_ack(acks[-1]) == stream.outgoing.sent
+
+
+def test_36_what_ends_the_stream_of_a_client(home, originate):
+    """An Ack beyond what was sent, one that goes back, and Opened with a `taken` beyond what was sent."""
+    for acks in (100,), (3, 2):
+        with row(acks):
+            stream, originator = originate()
+            for ack in acks:
+                stream.link.send_ack(ack)
+            assert_ended(stream.link)
+            assert was_reset(originator)
+    stream, originator = originate()
+    fin(stream.link)
+    assert home.stream() is stream
+    stream.opened(taken=100)
+    assert was_reset(originator)
+
+
+@pytest.mark.parametrize("resume", ["0", "1"])
+def test_rule_08_a_client_gives_up_after_resume(home, originate, resume):
+    """17: a reset, never a clean end."""
+    stream, originator = originate("--resume", resume)
+    if resume != "0":
+        home.target.close()
+    home.cut_all()
+    assert was_reset(originator)
+    if resume == "0":
+        assert stream.attempt == 1
+
+
+@pytest.mark.parametrize("ours, theirs", [("0", "600"), ("600", "0")])
+def test_rule_08_ends_that_do_not_wait_equally_long(serve, connect, tcp_echo, ours, theirs):
+    """Either end acknowledges what it takes, whether it would wait for another link or not."""
+    _, port = serve("--resume", theirs)
+    client = connect(port, "--resume", ours, "0:%d" % tcp_echo.port).ready()
+    sockets.ask(tcp_port(client), bytes(range(256)) * (4 * WINDOW // 256))
+
+
+@sigterm
+def test_rule_10_a_client_that_ends_says_error(originate):
+    stream, _ = originate()
+    originate.client.process.send_signal(signal.SIGTERM)
+    with pytest.raises(PeerError):
+        stream.receive()
+
+
+def test_rule_11_a_client_abandons_what_failed_while_it_was_detached(home, originate):
+    stream, originator = originate()
+    links = home.target.accepted
+    home.open.clear()
+    home.cut_all()
+    eventually(lambda: home.target.accepted > links, "the client has noticed, and makes another link")
+    peer.reset(originator)
+    originate.client.wait_for("reset .its local connection broke")
+    home.open.set()
+    eventually(lambda: any(stream.number in made.abandoned for made in home.links), "Abandon")
+    assert stream.attempt == 1
+
+
+def test_rule_13_a_stream_on_a_listen_link_of_a_client(home, connect, listener):
+    """The server is the opener; the client has a new Listen link of the same instance for it, and connects once."""
+    client = connect(home.port, "R:0:127.0.0.1:%d" % port_of(listener))
+    link, asked = home.grant()
+    stream = link.open("203.0.113.9:5000")
+    stream.wait_opened()
+    with accept(listener) as local:
+        talk(stream, local)
+        fin(stream.link)
+        local.sendall(b"meanwhile")
+        link, again = home.grant()
+        assert again.instance == asked.instance
+        attach(stream, link)
+        assert take(stream, 9) == b"meanwhile"
+        live_and_end(stream, local)
+    assert_no_connect(listener)
+    assert client.process.poll() is None
+
+
+# ---------------------------------------------------------------------------------------------------- rule 7: which server a stream belongs to
+@pytest.fixture
+def reach(ratrod, keys, target, tcp_echo):
+    """reach(ports of servers) -> (client, doors): each server stands behind a door of its own."""
+    def make(*ports):
+        doors = [Door(target, port) for port in ports]
+        servers = ",".join("127.0.0.1:%d" % door.port for door in doors)
+        client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "1", servers, "0:127.0.0.1:%d" % tcp_echo.port).ready()
+        return client, doors
+    return make
+
+
+@pytest.fixture
+def converse(stack):
+    """converse(client, n) -> n connections that have said something."""
+    def make(client, n=1):
+        made = [stack.enter_context(dial(tcp_port(client))) for _ in range(n)]
+        for connection in made:
+            ping(connection)
+        return made
+    return make
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="no workers that share a port here")
+def test_a_stream_finds_its_worker(serve, reach, converse):
+    client, (door,) = reach(serve("--workers", "4")[1])
+    connections = converse(client, 8)
+    for _ in range(3):
+        door.cut_all()
+        for connection in connections:
+            ping(connection)
+
+
+def test_a_stream_finds_its_server_among_several(serve, reach, converse):
+    """The other server takes what is new meanwhile; the stream waits for its own."""
+    client, (one, two) = reach(serve()[1], serve()[1])
+    [connection] = converse(client)
+    to, one.to = one.to, None
+    one.cut_all()
+    client.wait_for("🔌 The link of 1 connection was lost")
+    eventually(lambda: two.passing, "the other server is used")
+    sockets.ask(tcp_port(client))
+    one.to = to
+    ping(connection)
+    client.wait_for("✅ Over another link, after .*: 1 connection")
+
+
+def test_a_stream_of_a_server_that_was_killed_is_reset_by_the_first_link_to_the_next(serve, reach, converse):
+    """Each time: a restart is no second server behind one address."""
+    server, port = serve()
+    client, _ = reach(port)
+    for _ in range(3):
+        connections = converse(client, 3)
+        server.kill()
+        server, _ = serve(bind="127.0.0.1:%d" % port)
+        assert_reset(*connections)
+        eventually(lambda: works(tcp_port(client)), "the new one is used")
+    assert "has been started anew" in client.output
+
+
+def test_a_stream_of_one_of_two_servers_behind_one_address(serve, reach, converse):
+    """A balancer shows both runs in turn: what can be found is found, and what has gone is reset after eight links to the other run."""
+    servers = [serve() for _ in range(2)]
+    client, (door,) = reach(servers[0][1])
+    door.next = [port for _, port in servers]
+    connections = converse(client, 6)
+    door.cut_all()
+    for connection in connections:
+        ping(connection)
+    servers[0][0].kill()
+    eventually(lambda: "or another one answers" in client.output, "its streams are reset")
+    sockets.ask(tcp_port(client))
