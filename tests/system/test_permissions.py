@@ -57,10 +57,6 @@ class Asker:
     def listen(self, address):
         return self._outcome(lambda link: link.listen(address, b"instance") and OPENED)
 
-    def exchange(self, target, question=b"anybody there?"):
-        with self.link() as link:
-            return link.exchange(target, question)
-
     def _outcome(self, ask):
         try:
             with self.link() as link:
@@ -76,16 +72,6 @@ def authorized(keys):
         text = "".join("%s\n" % line.replace("KEY", keys.client.public) for line in lines)
         keys.server.write("authorized_keys", text, encoding="utf-8")
     return write
-
-
-@pytest.fixture
-def asking(serve, keys, authorized):
-    """asking(lines..., flags=()) -> (Asker as the client's key, server): a server with these authorized_keys."""
-    def launch(*lines, flags=()):
-        authorized(*lines)
-        server, port = serve(*flags)
-        return Asker(port, seed_of(keys.client)), server
-    return launch
 
 
 def reread(server):
@@ -110,11 +96,11 @@ def second_echo(target):
     return target(echo)
 
 
-
-
-def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(asking, authorized, keys):
+def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(serve, authorized, keys):
     complaint = r"WARN +line %d of `%s` authorizes nobody: .*" % (3, re.escape(str(keys.server.path / "authorized_keys")))
-    asker, server = asking("# a file", "", "KEY no-shell alice")
+    authorized("# a file", "", "KEY no-shell alice")
+    server, port = serve()
+    asker = Asker(port, seed_of(keys.client))
     assert "no-shell" in server.wait_for(complaint).group()
     assert asker.comes_in() == UNKNOWN_KEY
     authorized("# a file", "KEY no-udp alice", "KEY expires=\"soon\" \x1b[2J\x1b]0;owned\x07 alice")
@@ -233,10 +219,9 @@ def test_no_legacy(serve, client, authorized, tcp_echo):
     ask(tcp_port(again))
 
 
-@pytest.mark.parametrize("mode", [LEGACY, LEGACY_E], ids=lambda mode: mode.name)
-def test_options_hold_over_legacy_too(mode, forward, authorized, tcp_echo, second_echo, udp_echo):
+def test_options_hold_over_legacy_too(forward, authorized, tcp_echo, second_echo, udp_echo):
     authorized('KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
-    server, client = forward(mode, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
+    server, client = forward(LEGACY, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
     ask(tcp_port(client))
     assert_refused(tcp_port(client, 2))
     client.wait_for(NOT_ALLOWED)

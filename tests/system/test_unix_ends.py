@@ -17,11 +17,8 @@ from support.targets import UnixTarget, echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")]
 
-# For what happens beside the wire: one mode is enough.
-ANY = RATROD2
 UNIX_LISTENING = r"\[UNIX\] Listening on `unix:(.+?)`"
 BLOCK = os.urandom((1 << 20) - 3)
-NOT_ALLOWED = "not allowed by this server"
 
 
 @every_mode
@@ -55,7 +52,7 @@ def test_streams(mode, forward, short, stack):
 
 def test_two_workers_share_a_unix_socket(forward, unix_echo, short):
     """SO_REUSEPORT is for ports only: the workers have to share the one socket."""
-    server, client = forward(ANY, "unix:%s/local.sock:unix:%s" % (short, unix_echo.path), serve_flags=("-r", "unix:.*", "--workers", "2"),
+    server, client = forward(RATROD2, "unix:%s/local.sock:unix:%s" % (short, unix_echo.path), serve_flags=("-r", "unix:.*", "--workers", "2"),
                              connect_flags=("--workers", "2"))
     client.wait_for(UNIX_LISTENING)
     for n in range(20):
@@ -68,7 +65,7 @@ def test_paths_that_a_rule_or_a_key_names(keys, forward, unix_echo, tcp_echo, sh
     upper = UnixTarget(echo, short / "ECHO.sock")
     tunnels = "0:unix:%s" % unix_echo.path, "0:unix:%s" % upper.path, "0:127.0.0.1:%d" % tcp_echo.port
     with contextlib.closing(upper):
-        server, client = forward(ANY, *tunnels, serve_flags=("-r", "unix:%s/echo.sock" % short))
+        server, client = forward(RATROD2, *tunnels, serve_flags=("-r", "unix:%s/echo.sock" % short))
         ask(tcp_port(client))
         for n in (2, 3):
             assert_refused(tcp_port(client, n))
@@ -79,7 +76,7 @@ def test_paths_that_a_rule_or_a_key_names(keys, forward, unix_echo, tcp_echo, sh
         for program in (client, server):
             program.stop()
         keys.server.write("authorized_keys", '%s permitopen="127.0.0.1:*" permitopen="unix:%s" alice@laptop\n' % (keys.client.public, unix_echo.path))
-        _, client = forward(ANY, *tunnels)
+        _, client = forward(RATROD2, *tunnels)
         ask(tcp_port(client))
         assert_refused(tcp_port(client, 2))
         ask(tcp_port(client, 3))
@@ -91,7 +88,8 @@ def test_targets_that_are_no_sockets(forward, unix_echo, short):
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(short / "stale.sock"))
     names = "missing.sock", "file", "stale.sock", "no/such/folder.sock"
-    server, client = forward(ANY, *["0:unix:%s/%s" % (short, name) for name in names], "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
+    tunnels = ["0:unix:%s/%s" % (short, name) for name in (*names, "echo.sock")]
+    server, client = forward(RATROD2, *tunnels, serve_flags=("-r", "unix:.*"))
     for n, name in enumerate(names, 1):
         with row(name):
             assert_refused(tcp_port(client, n))
@@ -109,7 +107,7 @@ def test_target_whose_queue_is_full(forward, short, unix_echo):
         listener.bind(str(short / "busy.sock"))
         listener.listen(1)
         listener.settimeout(PATIENCE)
-        server, client = forward(ANY, "0:unix:%s/busy.sock" % short, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
+        server, client = forward(RATROD2, "0:unix:%s/busy.sock" % short, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
         with contextlib.ExitStack() as stack:
             waiting = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
             ask(tcp_port(client, 2))
