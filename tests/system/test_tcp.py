@@ -58,7 +58,7 @@ def says(program, *parts):
 
 
 @every_mode
-def test_bytes_and_ends(mode, tunnel, listener, join):
+def test_bytes_ends_and_resets(mode, tunnel, listener, join):
     port = tunnel(port_of(listener), mode).port
     originator, target = join(port)
     target.sendall(b"220 ready\r\n")
@@ -82,30 +82,7 @@ def test_bytes_and_ends(mode, tunnel, listener, join):
                 closing.close()
                 is_whole = received.result() == BLOCK * 8
                 assert is_whole
-
-
-@pytest.mark.parametrize("way", ["forward", "reverse", "socks"])
-def test_urgent_data_stays_in_line(way, forward, listener, stack):
-    """telnet and rlogin interrupt by it. TCP's urgent byte was lost, for a socket keeps it apart unless it is told otherwise."""
-    remote = "127.0.0.1:%d" % port_of(listener)
-    _, client = forward(RATROD2, {"forward": "0:" + remote, "reverse": "R:0:" + remote, "socks": "0:socks"}[way], serve_flags=["--allow-listen"])
-    if way == "socks":
-        near = stack.enter_context(ask_socks(socks_port(client), request("127.0.0.1", port_of(listener)))[0])
-    else:
-        near = stack.enter_context(dial(tcp_port(client) if way == "forward" else bound(client)))
-    far = stack.enter_context(accept(listener))
-    for one, other in ((near, far), (far, near)):
-        one.sendall(b"before ")
-        one.send(b"!", socket.MSG_OOB)
-        one.sendall(b" after")
-        assert receive_exactly(other, 14) == b"before ! after"
-
-
-@every_mode
-def test_resets(mode, tunnel, listener, join):
-    # A clean end at the other side would pass for a complete transfer.
-    port = tunnel(port_of(listener), mode).port
-    for first in SIDES:
+        # Of the resets: a clean end at the other side would pass for a complete transfer.
         with row("the %s resets" % first):
             leaving, staying = join(port, first)
             talk(leaving, staying)
@@ -129,6 +106,20 @@ def test_resets(mode, tunnel, listener, join):
             assert staying.recv(1) == b""
             reset(leaving)
             send_until_cut(staying)
+
+
+def test_urgent_data_stays_in_line(forward, listener):
+    """telnet and rlogin interrupt by it. TCP's urgent byte was lost, for a socket keeps it apart unless it is told otherwise."""
+    remote = "127.0.0.1:%d" % port_of(listener)
+    _, client = forward(RATROD2, "0:" + remote, "R:0:" + remote, "0:socks", serve_flags=["--allow-listen"])
+    for way, connect in (("forward", lambda: dial(tcp_port(client))), ("reverse", lambda: dial(bound(client))),
+                         ("socks", lambda: ask_socks(socks_port(client), request("127.0.0.1", port_of(listener)))[0])):
+        with row(way), connect() as near, accept(listener) as far:
+            for one, other in ((near, far), (far, near)):
+                one.sendall(b"before ")
+                one.send(b"!", socket.MSG_OOB)
+                one.sendall(b" after")
+                assert receive_exactly(other, 14) == b"before ! after"
 
 
 @every_mode
