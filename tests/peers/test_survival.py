@@ -205,35 +205,27 @@ def test_another_address(site, sshd, start, target, tcp_echo, udp_echo, listener
     assert re.search(r"🔌 .* was lost", site.client.output) and "✅ Over another link" in site.client.output
 
 
-@pytest.mark.parametrize("seconds", [5, 20, 50] if LONG else [5])
-def test_a_path_that_drops_everything(site, tcp_echo, udp_echo, seconds):
+def test_a_path_that_drops_everything_and_a_client_that_stands_still(site, tcp_echo, udp_echo):
+    """The second as a laptop that sleeps."""
     site.begin("0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port)
     for n in range(5):
         site.talk("socket %d" % n, over_socket(site.dial()))
     site.talk("UDP", over_udp(site.dial_udp(2)))
     idle = site.dial()
-    with drop_all(site.namespace):
-        time.sleep(seconds)  # the outage
-    back = time.monotonic()
-    for talk in site.talks:
-        talk.goes_on(1)
-    figure("%d s of silence" % seconds, "all go on %.1f s after its end" % (time.monotonic() - back))
-    over_socket(idle)(1)
-    site.end("%d s of silence" % seconds)
-
-
-@pytest.mark.parametrize("seconds", [40] if LONG else [12])
-def test_a_client_that_stands_still(site, tcp_echo, seconds):
-    """As a laptop that sleeps."""
-    site.begin("0:127.0.0.1:%d" % tcp_echo.port)
-    for n in range(5):
-        site.talk("socket %d" % n, over_socket(site.dial()))
+    for seconds in [5, 20, 50] if LONG else [5]:
+        with drop_all(site.namespace):
+            time.sleep(seconds)  # the outage
+        back = time.monotonic()
+        for talk in site.talks:
+            talk.goes_on(1)
+        figure("%d s of silence" % seconds, "all go on %.1f s after its end" % (time.monotonic() - back))
+        over_socket(idle)(1)
     pids = subprocess.run(["ip", "netns", "pids", site.namespace.name], stdout=subprocess.PIPE, check=True).stdout.split()
-    for sign, wait in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0)):
+    for sign, wait in ((signal.SIGSTOP, 40 if LONG else 12), (signal.SIGCONT, 0)):
         for pid in pids:
             os.kill(int(pid), sign)
         time.sleep(wait)  # it stands still
-    site.end("%d s standing still" % seconds)
+    site.end("silence, and standing still")
 
 
 def test_every_link_is_reset_again_and_again(serve, connect, target, tcp_echo, stack):
@@ -241,10 +233,9 @@ def test_every_link_is_reset_again_and_again(serve, connect, target, tcp_echo, s
     server, port = serve()
     door = Door(target, port)
     client = connect(door.port, "0:127.0.0.1:%d" % tcp_echo.port)
-    talks = []
-    for n in range(8):
-        talks.append(Talk("socket %d" % n, over_socket(stack.enter_context(dial(tcp_port(client))))))
-        talks[-1].goes_on(1)
+    talks = [Talk("socket %d" % n, over_socket(stack.enter_context(dial(tcp_port(client))))) for n in range(8)]
+    for talk in talks:
+        talk.goes_on(1)
     for _ in range(30 if LONG else 4):
         door.cut_all()
         for talk in talks:
