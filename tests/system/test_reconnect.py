@@ -3,7 +3,6 @@ With 100 kills of each side, 5 minutes: RATROD_LONG=1 with -s and --timeout=1200
 
 import contextlib
 import re
-import signal
 import socket
 import time
 
@@ -32,7 +31,6 @@ FAILED, WRONG = 1, 2
 LOST = r"❌ Lost the server"
 AGAIN = r"✅ Connected to server `([^`]*)` again, after (\d+) (?:try|tries) in [\d.]+ s"
 GAVE_UP = r"❌ Giving up after (\d+) (?:try|tries) in [\d.]+ s: "
-
 
 
 def count(pattern, program):
@@ -69,8 +67,9 @@ def ask_within(port, seconds=SOON):
 def test_a_server_that_is_killed_again_and_again(serve, connect_to, tcp_echo, listener):
     """Each time the open streams are visibly reset, new ones work soon after it is back, the log says it twice, and nothing leaks."""
     server, port = serve()
-    client = connect_to([port], RATROD2, *OFTEN, *AT_ONCE, "--idle-links", "1", "0:127.0.0.1:%d" % tcp_echo.port,
-                        "0:127.0.0.1:%d" % port_of(listener)).ready()
+    # A connection that waits for the server waits as long as a busy machine takes to start one.
+    client = connect_to([port], RATROD2, *OFTEN, *AT_ONCE, "--idle-links", "1", "--connect-timeout", "%d" % PATIENCE,
+                        "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % port_of(listener)).ready()
     ports = [tcp_port(client, n) for n in (1, 2)]
     ask(ports[0])
     at_start, after, waited = descriptors(client), [], []
@@ -140,12 +139,14 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
     assert at_start < 16  # nothing but the program's own
 
 
-def test_the_first_failure_ends_it_at_once(connect, connect_to, closed, door):
-    """Whoever mistyped the address wants to know now. A server that is named several times is tried once."""
-    for client in (connect(closed, "0:127.0.0.1:1"), connect(door.port, "--legacy", "0:127.0.0.1:1"), connect_to([door.port] * 3, RATROD2)):
-        assert client.wait() == FAILED
-        assert count("Test connection failed", client) == 1, client.output
-    assert len(door.tries) == 2
+@either_wire
+def test_the_first_failure_ends_it_at_once(connect_to, closed, door, mode):
+    """Whoever mistyped the address wants to know now. Each of several servers is tried, and named, and tried once where it is named several times."""
+    client = connect_to([closed, door.port, door.port], mode, "0:127.0.0.1:1")
+    assert client.wait() == FAILED
+    assert count("Test connection failed", client) == 1, client.output
+    assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: .*").group() for port in (closed, door.port))
+    assert len(door.tries) == 1
 
 
 def test_so_many_tries_at_the_start(connect, door):
@@ -284,24 +285,6 @@ def socks_connect(client, port):
     return code, connection
 
 
-def test_retry_is_invisible_after_a_restart_that_nobody_saw(serve, connect, tcp_echo):
-    """The server was killed and started anew while the client was stopped: whoever connects then finds only dead links."""
-    server, port = serve()
-    client = connect(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-    ask(tcp_port(client))
-    client.process.send_signal(signal.SIGSTOP)
-    try:
-        server.kill()
-        serve(bind="127.0.0.1:%d" % port)
-        with dial(tcp_port(client)) as connection:
-            connection.sendall(b"anybody there?")
-            client.process.send_signal(signal.SIGCONT)
-            assert receive_exactly(connection, 14) == b"anybody there?"
-    finally:
-        client.process.send_signal(signal.SIGCONT)
-    assert not count(r"❌ \[", client), client.output
-
-
 def wake(client, mode):
     """Legacy has no link that waits: a local connection makes it try."""
     if mode is LEGACY:
@@ -327,7 +310,7 @@ def test_a_key_that_was_removed_meanwhile(serve, connect, keys, tcp_echo, mode):
     eventually(lambda: works(tcp_port(client)), "it is let in again")
 
 
-@pytest.mark.parametrize("mode, bound", [(RATROD2, True), (RATROD2, False), (LEGACY, True)], ids=["bound line", "bare line", "legacy, bound line"])
+@pytest.mark.parametrize("mode, bound", [(RATROD2, False), (LEGACY, True)], ids=["bare line", "legacy, bound line"])
 def test_another_host_key(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode, bound):
     server, port = serve(*mode.serve)
     if bound:
@@ -368,27 +351,6 @@ def test_names_are_resolved_for_each_try(serve, ratrod, keys, resolver, tcp_echo
 
 
 @either_wire
-def test_all_of_them_are_dead_at_the_start(connect_to, closed, door, mode):
-    client = connect_to([closed, door.port], mode, "0:127.0.0.1:1")
-    assert client.wait() == FAILED
-    assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: .*").group() for port in (closed, door.port))
-
-
-def assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port):
-    """Every kind of tunnel: a whole connection, or a datagram there and back."""
-    ask(tcp_port(client))
-    ask_until_answered(originator, b"datagram")
-    code, connection = socks_connect(client, tcp_echo.port)
-    with connection:
-        assert code == 0
-        ping(connection, b"through SOCKS")
-    if reverse_port:
-        # Whoever listens there asks again in its own time.
-        eventually(lambda: not refused(reverse_port), "the reverse tunnel is there")
-        ask(reverse_port)
-
-
-@either_wire
 def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_echo, closed, mode):
     """Through the one that answers: the first is dead from the start, the second is killed, and back; none for a while; the log names it."""
     flags = [*mode.serve, *(["--allow-listen"] if mode is RATROD2 else [])]
@@ -399,7 +361,16 @@ def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_ec
     reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1)) if reverse else None
     with contextlib.closing(programs.udp_originator(client, 2)) as originator:
         def works():
-            assert_all_kinds_work(client, mode, tcp_echo, originator, reverse_port)
+            ask(tcp_port(client))
+            ask_until_answered(originator, b"datagram")
+            code, connection = socks_connect(client, tcp_echo.port)
+            with connection:
+                assert code == 0
+                ping(connection, b"through SOCKS")
+            if reverse_port:
+                # Whoever listens there asks again in its own time.
+                eventually(lambda: not refused(reverse_port), "the reverse tunnel is there")
+                ask(reverse_port)
         works()
         servers[0].kill()  # fail-over
         works()
@@ -449,8 +420,8 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
     assert other.public in client.output
 
 
-@either_wire
-@pytest.mark.parametrize("why", ["refused", "changed"])
+@pytest.mark.parametrize("mode, why", [(RATROD2, "refused"), (RATROD2, "changed"), (LEGACY, "refused")],
+                         ids=["refused-ratrod2", "changed-ratrod2", "refused-legacy"])
 def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, mode, why):
     """It does not know the client's key, or shows another key than the listed one: that is said, and the next one is asked, at the start and
     when the next one comes back. Where all turn it away its exit code is 3."""
