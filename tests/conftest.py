@@ -20,6 +20,12 @@ from support.sshd import Sshd
 from support.targets import Target, UdpEcho, UdpRemote, UnixTarget, echo
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Most tests wait for processes, not for a processor. Those of unit/ wait for nothing, and each worker imports everything anew."""
+    are_unit = all("unit" in pathlib.Path(word.split("::")[0]).parts for word in config.args)
+    return min(8, os.cpu_count() or 1) if are_unit else 8
+
+
 @pytest.fixture
 def start():
     """start(command words...) -> Program, ended at the end of the test."""

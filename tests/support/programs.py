@@ -22,13 +22,17 @@ SCRIPT = PYTHON, str(ROOT / "ratrod.py")
 
 
 def compiled():
-    """ratrod.py as that Python's bytecode. A script is compiled at each start, 0.2 s, which was most of what the whole suite cost."""
+    """ratrod.py as that Python's bytecode. A script is compiled at each start, 0.2 s, which was most of what the whole suite cost.
+    The process that starts the tests makes it; its workers find it in their environment."""
+    if "RATROD_TEST_COMPILED" in os.environ:
+        return os.environ["RATROD_TEST_COMPILED"]
     folder = tempfile.mkdtemp(prefix="ratrod-tests-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.chmod(folder, 0o755)  # also for the programs that run as somebody else
     file = os.path.join(folder, "program.pyc")  # another base name: coverage otherwise looks for the source beside this file
     # Under its own name, so that a traceback shows its lines and coverage finds them.
     subprocess.run([PYTHON, "-c", "import py_compile, sys; py_compile.compile(*sys.argv[1:], doraise=True)", SCRIPT[1], file, SCRIPT[1]], check=True)
+    os.environ["RATROD_TEST_COMPILED"] = file
     return file
 
 

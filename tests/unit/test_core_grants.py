@@ -93,15 +93,14 @@ BAD_TARGETS = [
 BAD_OPTIONS = [
     *['permitopen="%s"' % text for text in BAD_TARGETS],
     # Half of an option, or one that another program has.
-    "permitopen", "permitopen=", 'permitopen="127.0.0.1:80', 'permitopen=127.0.0.1:80"', 'permitopen="127.0.0.1:80"x',
-    "permitopen='127.0.0.1:80'", 'permitopen ="127.0.0.1:80"', 'permitopen= "127.0.0.1:80"', 'permitopen="127.0.0.1:80"permitopen="db:1"',
-    'permitopen="127.0.0.1:80","db:1"', 'permitopen="127.0.0.1:80 db:1"', 'permitopen="127.0.0.1:80",no-udp',
-    "permitopen=\u201c127.0.0.1:80\u201d", 'permitopen=""127.0.0.1:80""', "permit", "permitopen:127.0.0.1:80", "permit-open",
-    "permitremoteopen", 'permitopens="127.0.0.1:80"', "permitlisten", 'permitlisten=""', 'permitlisten="0x50"',
-    'permitlisten="65536"', 'permitlisten="127.0.0.1"', 'permitlisten="127.0.0.1:"', 'permitlisten="127.1:80"', 'permitlisten="80',
-    'permitlisten="8000-8010"', "no-", "no-tcp", "no-pty", "no-udp,no-legacy", "no-udp=1", 'no-udp="yes"', "no-udp;", "no-udpx", "no-port-forwarding",
-    "expires", "expire", "expires=", 'expires=""', 'expires="tomorrow"', 'expires="2999-02-30"', 'expires="2999-13-01"', 'expires="2999-1-31"',
-    'expires="29990131"', 'expires="2999-01-31T00:00"', 'expires="2999-01-31', 'expires=2999-01-31"', 'expires=" 2999-01-31"',
+    "permitopen", "permitopen=", 'permitopen="127.0.0.1:80', 'permitopen=127.0.0.1:80"', 'permitopen="127.0.0.1:80"x', "permitopen='127.0.0.1:80'",
+    'permitopen ="127.0.0.1:80"', 'permitopen= "127.0.0.1:80"', 'permitopen="127.0.0.1:80"permitopen="db:1"', 'permitopen="127.0.0.1:80","db:1"',
+    'permitopen="127.0.0.1:80 db:1"', 'permitopen="127.0.0.1:80",no-udp', "permitopen=\u201c127.0.0.1:80\u201d", 'permitopen=""127.0.0.1:80""',
+    "permit", "permitopen:127.0.0.1:80", "permit-open", "permitremoteopen", 'permitopens="127.0.0.1:80"', "permitlisten", 'permitlisten=""',
+    'permitlisten="0x50"', 'permitlisten="65536"', 'permitlisten="127.0.0.1"', 'permitlisten="127.0.0.1:"', 'permitlisten="127.1:80"',
+    'permitlisten="80', 'permitlisten="8000-8010"', "no-", "no-tcp", "no-pty", "no-udp,no-legacy", "no-udp=1", 'no-udp="yes"', "no-udp;", "no-udpx",
+    "no-port-forwarding", "expires", "expire", "expires=", 'expires=""', 'expires="tomorrow"', 'expires="2999-02-30"', 'expires="2999-13-01"',
+    'expires="2999-1-31"', 'expires="29990131"', 'expires="2999-01-31T00:00"', 'expires="2999-01-31', 'expires=2999-01-31"', 'expires=" 2999-01-31"',
     'expires="2999-01-31 "', 'expires="31.01.2999"', 'expires="2999-W01-1"', 'expires="0000-01-01"', 'expires="-999-01-01"',
     'expires="\u0662\u0669\u0669\u0669-01-31"', 'expire="2999-01-31"', 'expires-at="2999-01-31"', 'expiry-time="29990131"', 'from="127.0.0.1"',
     'command="x"', "restrict=", "a=b", "=", "=x", "restrict,permitopen=x",
@@ -115,9 +114,8 @@ BAD_OPTIONS = [
 BAD_LINES = [
     *["KEY " + option for option in BAD_OPTIONS],
     # One bad option spoils what stands beside it.
-    'KEY permitopen="127.0.0.1:80" permitopen="127.0.0.1"', "KEY no-udp no-tcp", 'KEY no-shell expires="2999-01-31"',
-    "no-udp KEY", 'permitopen="127.0.0.1:80" KEY', "ssh-ed25519 KEY", "KEY= alice", "KEY, alice", '"KEY"', "KEYA", "alice",
-    "KEY\0", "=KEY",
+    'KEY permitopen="127.0.0.1:80" permitopen="127.0.0.1"', "KEY no-udp no-tcp", 'KEY no-shell expires="2999-01-31"', "no-udp KEY",
+    'permitopen="127.0.0.1:80" KEY', "ssh-ed25519 KEY", "KEY= alice", "KEY, alice", '"KEY"', "KEYA", "alice", "KEY\0", "=KEY",
 ]
 
 
@@ -274,20 +272,12 @@ def test_odd_spellings_of_unix_sockets():
 
 
 @pytest.mark.parametrize("options, allowed, refused", [
-    ("", "8080", ""),
-    ('permitopen="nowhere:1" no-udp', "8080", ""),
-    ('permitlisten="127.0.0.1:8080"', "8080 127.0.0.1:8080", "0"),
+    ("", "8080", ""), ('permitopen="nowhere:1" no-udp', "8080", ""), ('permitlisten="127.0.0.1:8080"', "8080 127.0.0.1:8080", "0"),
     ('permitlisten="8080"', "8080 localhost:8080 127.0.0.1:8080 [::1]:8080", "*:8080 0.0.0.0:8080"),
-    ('permitlisten="127.0.0.1:1" permitlisten="8080"', "8080", ""),
-    ('permitlisten="[::]:8080"', "*:8080", ""),
-    ('permitlisten="*:8080"', "8080 *:8080", ""),
-    ('permitlisten="*:*"', "0.0.0.0:8080", ""),
-    ('permitlisten="*"', "0", ""),
-    ('permitlisten="127.0.0.1:*"', "8080 0", "0.0.0.0:8080 127.0.0.2:8080"),
-    ('permitlisten="0.0.0.0:8080"', "", "*:8080"),
-    ('permitlisten="127.0.0.1:1"', "", "8080 0"),
-    ('permitlisten="127.0.0.2:8080"', "", "8080"),
-    ('permitlisten="[::1]:*"', "", "8080"),
+    ('permitlisten="127.0.0.1:1" permitlisten="8080"', "8080", ""), ('permitlisten="[::]:8080"', "*:8080", ""),
+    ('permitlisten="*:8080"', "8080 *:8080", ""), ('permitlisten="*:*"', "0.0.0.0:8080", ""), ('permitlisten="*"', "0", ""),
+    ('permitlisten="127.0.0.1:*"', "8080 0", "0.0.0.0:8080 127.0.0.2:8080"), ('permitlisten="0.0.0.0:8080"', "", "*:8080"),
+    ('permitlisten="127.0.0.1:1"', "", "8080 0"), ('permitlisten="127.0.0.2:8080"', "", "8080"), ('permitlisten="[::1]:*"', "", "8080"),
 ])
 def test_permitlisten(options, allowed, refused):
     grant, = grants_of(options)

@@ -12,7 +12,7 @@ from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteP
 from support import ratrod2_peer as peer
 from support.ratrod2_peer import OPENING, SMALL_ORDER_POINTS, Identity, negative, odd_keypair
 from support.rows import row
-from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, refuse, started, whole, write_data
+from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, shake, started, whole, write_data
 
 VECTORS = pathlib.Path(__file__).resolve().parents[1] / "support" / "vectors"
 NOISE = json.loads((VECTORS / "noise_xx_25519_chachapoly_sha256.json").read_text())
@@ -117,13 +117,6 @@ def client_end(keys=CLIENT, **options):
 def server_end(keys=SERVER, **options):
     fixed = {"check_key": accept, "ephemeral": core.E_SERVER, "suites": ratrod.offered_suites(), "instance": INSTANCE}
     return started(ratrod.NoiseServerHandshake(keys, **{**fixed, **options}))
-
-
-def shake(client, server, cut=whole):
-    """The handshake from end to end: what the server said last."""
-    for sender, receiver in ((client, server), (server, client), (client, server)):
-        assert feed(receiver, cut(sender.data_to_send())) == b""
-    return server.data_to_send()
 
 
 def check_joined(client, server, last, cut=whole):
@@ -420,11 +413,8 @@ def topped(seed):
 
 OTHER = Identity.from_seed(b"o" * 32)
 IMPOSTORS = {
-    "somebody else's identity": {"claimed": OTHER.public},
-    "no point": {"claimed": b"\x02" + bytes(31)},
-    "small order": {"claimed": peer.SMALL_ORDER_IDENTITY},
-    "zero": {"claimed": bytes(32)},
-    "another static key": {"static": OTHER.static_private},
+    "somebody else's identity": {"claimed": OTHER.public}, "no point": {"claimed": b"\x02" + bytes(31)},
+    "small order": {"claimed": peer.SMALL_ORDER_IDENTITY}, "zero": {"claimed": bytes(32)}, "another static key": {"static": OTHER.static_private},
     "top bit": {"static": None},
 }
 
@@ -472,7 +462,7 @@ def test_a_client_that_is_not_authorized_is_told_so_under_seal():
     # One too many is told another code: InvalidKey would make its ratrod give up.
     def busy(_key):
         raise ratrod.Overloaded("try again later")
-    assert refused_with(server_end(check_key=refuse)) == (peer.INVALID_KEY, "it is not listed")
+    assert refused_with(server_end(check_key=core.refuse)) == (peer.INVALID_KEY, "it is not listed")
     assert refused_with(server_end(check_key=busy)) == (peer.UNKNOWN, "try again later")
 
 
@@ -484,7 +474,7 @@ def test_the_server_s_own_key_is_never_a_client():
     with pytest.raises(AuthenticationError, match="same key"):
         PeerServer(client).answer()
     assert client.data_to_send() == b""
-    client = client_end(check_key=refuse)  # nor does a server that is not known get message 3
+    client = client_end(check_key=core.refuse)  # nor does a server that is not known get message 3
     pytest.raises(AuthenticationError, PeerServer(client).answer)
     assert client.data_to_send() == b""
 

@@ -209,7 +209,7 @@ def test_a_list_that_cannot_be_read_lists_nobody(listed, becomes):
     elif becomes != "nothing":
         path.symlink_to(path if becomes == "a loop" else path.with_name("nowhere"))
     assert lines.read() == {}
-    assert not knows(lines, A, "a:1")
+    pytest.raises(ratrod.AuthenticationError, lines.check, A, "a:1")
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
@@ -256,28 +256,6 @@ def test_lines_that_another_system_has_added(listed, encoding, end):
     assert [lines.find_broken(key) and lines.find_broken(key)[0] for key in (B, C)] == [None if encoding == "utf-8" else first, first + 2]
     said = "it stands in quotes, as cmd.exe leaves them" if encoding == "utf-8" else "it is UTF-16 text, as > and >> of Windows PowerShell write it"
     assert all(said in problem for problem in lines.problems) and lines.problems
-
-
-def knows(lines, key, address):
-    try:
-        lines.check(key, address)
-    except ratrod.AuthenticationError as error:
-        assert base64url(key) in str(error)
-        return False
-    return True
-
-
-def test_a_name_is_the_same_in_capitals(listed):
-    # Or a key that has changed would count as one that is new.
-    lines, _, path = listed
-    lines.accept(A, "Server:1")
-    for again in (lines, KnownHosts(str(path))):
-        if again is not lines:
-            path.write_text("%s Server:1\n%s [::1]:1\n%s" % (base64url(A), base64url(C), base64url(B)))
-            assert [{key for key in (A, B, C) if knows(again, key, address)} for address in ("[::1]:1", "xserver:1")] == [{C}, {B}]
-        assert knows(again, A, "sERVER:1")
-        with pytest.raises(ratrod.AuthenticationError, match="HAS CHANGED: it shows .*replace that line by: .* SERVER:1"):
-            again.check(B, "SERVER:1")
 
 
 # ---------------------------------------------------------------------------------------------------- addresses

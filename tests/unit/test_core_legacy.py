@@ -14,9 +14,9 @@ from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteP
 from support import legacy_peer
 from support.legacy_peer import LIMIT
 from support.legacy_peer import frame as framed
-from support.ratrod2_peer import SMALL_ORDER_POINTS
+from support.ratrod2_peer import SMALL_ORDER_POINTS, encode_datagrams
 from support.rows import row
-from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, whole, write_data
+from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, write_data
 
 # ---------------------------------------------------------------------------------------------------- 2. messages
 
@@ -170,7 +170,8 @@ def test_a_client_awaits_completion_in_the_clear(key):
 @every_key
 def test_each_datagram_of_a_run_is_a_frame(key):
     datagrams = [b"", b"x", b"y" * ratrod.MAX_DATAGRAM, b"", b"z" * 300]
-    wire = core.write_datagrams(ratrod.LegacyWriter(key), list(enumerate(datagrams)))
+    run = encode_datagrams(list(enumerate(datagrams)))
+    wire = bytes(ratrod.LegacyWriter(key).datagrams(core.in_room(run), ratrod.HEADROOM + len(run)))
     assert read_records(ratrod.LegacyReader(key), [wire]) == ([(ratrod.UDP_DATA, data) for data in datagrams], 0)
     for kind in (ratrod.END, ratrod.OVER, ratrod.CLOSE, ratrod.KEEPALIVE):  # which do not exist on this wire
         assert ratrod.LegacyWriter(key).record(kind) == b""
@@ -189,20 +190,6 @@ def server_end(keys=SERVER, **options):
     return started(ratrod.LegacyServerHandshake(keys, **{"check_key": accept, "ephemeral": core.E_SERVER, "challenge": b"s" * 32, **options}))
 
 
-def shake(client, server, cut=whole):
-    for sender, receiver in ((client, server), (server, client), (client, server)):
-        assert feed(receiver, cut(sender.data_to_send())) == b""
-    assert server.data_to_send() == b""  # HandshakeCompletion is the link's to say, once the remote is connected
-
-
-def check_joined(client, server, cut=whole):
-    assert client.is_done and server.is_done
-    assert (client.peer_key, server.peer_key) == (SERVER.public, CLIENT.public)
-    assert read_records(client.reader, cut(server.writer.record(ratrod.OPENED, "", 0))) == ([OPENED], 0)
-    for sender, receiver in ((client, server), (server, client)):
-        assert read_records(receiver.reader, cut(core.write_all(sender.writer, core.LEGACY_STREAM))) == (core.LEGACY_STREAM, 0)
-
-
 encrypted_or_not = pytest.mark.parametrize("should_encrypt", [False, True], ids=["plain", "encrypted"])
 
 
@@ -211,9 +198,13 @@ encrypted_or_not = pytest.mark.parametrize("should_encrypt", [False, True], ids=
 @every_cut
 def test_joined_in_memory(should_encrypt, remote, is_udp, cut):
     client, server = client_end(remote=remote, is_udp=is_udp, should_encrypt=should_encrypt), server_end()
-    shake(client, server, cut)
+    assert core.shake(client, server, cut) == b""  # HandshakeCompletion is the link's to say, once the remote is connected
     assert (server.remote, server.is_udp) == (remote, is_udp)
-    check_joined(client, server, cut)
+    assert client.is_done and server.is_done
+    assert (client.peer_key, server.peer_key) == (SERVER.public, CLIENT.public)
+    assert read_records(client.reader, cut(server.writer.record(ratrod.OPENED, "", 0))) == ([OPENED], 0)
+    for sender, receiver in ((client, server), (server, client)):
+        assert read_records(receiver.reader, cut(core.write_all(sender.writer, core.LEGACY_STREAM))) == (core.LEGACY_STREAM, 0)
     assert (write_data(client.writer, b"x")[0], write_data(server.writer, b"x")[0]) == (should_encrypt, should_encrypt)
 
 

@@ -7,13 +7,12 @@ import hashlib
 import io
 import logging
 import os
+import re
 import signal
 import stat
 import threading
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import ratrod
 from ratrod import AuthenticationError, ConfigError, KeyFolder, KnownHosts
@@ -73,29 +72,18 @@ def test_what_is_there_already_is_kept(tmp_path):
             KeyFolder(path).generate()
 
 
-def public_of(seed):
-    return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-
-
-def der(seed, public, prefix="3051020101300506032b657004220420", middle="812100"):
-    return base64url(bytes.fromhex(prefix) + seed + bytes.fromhex(middle) + public)
-
-
 SEED = bytes(range(32))
-GOOD = der(SEED, public_of(SEED))
+PAIR = ratrod.KeyPair.from_seed(SEED)  # test_core_keys.py holds it against another implementation
+GOOD, PUBLIC = PAIR.encode(), ratrod.encode_key(PAIR.public)
 BAD_KEY_FILES = {
-    "empty": b"",
-    "short": GOOD[:-1].encode(),
-    "long": GOOD.encode() + b"A",
-    "not base64url": GOOD[:50].encode() + b"!" + GOOD[51:].encode(),
+    "empty": b"", "short": GOOD[:-1].encode(), "long": GOOD.encode() + b"A", "not base64url": GOOD[:50].encode() + b"!" + GOOD[51:].encode(),
     # Python's decoder skips what it does not know.
     "a line end inside": GOOD[:50].encode() + b"\n" + GOOD[50:].encode(),
     "not text": b"\xff\xfe" + GOOD[2:].encode(),
     "a null byte": GOOD.encode() + b"\0",
-    "another kind of key": der(SEED, public_of(SEED), prefix="3051020101300506032b656e04220420").encode(),
+    "another kind of key": base64url(ratrod.decode_key(GOOD, 83).replace(b"\x2b\x65\x70", b"\x2b\x65\x6e")).encode(),
     "no public half": base64url(bytes.fromhex("302e020100300506032b657004220420") + SEED).encode(),
 }
-PUBLIC = base64url(public_of(SEED))
 # What stands in the place of a key by mistake, often the wrong file behind -k. Who reads that it is damaged moves it away.
 OTHER_FILES = {
     "a PEM file (OPENSSH PRIVATE KEY)": ["-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n"],
@@ -167,7 +155,7 @@ def test_a_key_pub_that_does_not_belong(tmp_path):
             (keys.path / "key.pub").write_text(public)
         before = snapshot(keys.path)
         folder = KeyFolder(str(keys.path))
-        assert folder.load().public == public_of(SEED)
+        assert folder.load() == PAIR
         assert len(folder.warnings) == 1 and "key.pub" in folder.warnings[0] and folder.warnings[0].endswith(keys.public), public
         assert snapshot(keys.path) == before
         (keys.path / "key.pub").touch()
@@ -279,6 +267,7 @@ def verdict(known, key=SERVER, address="127.0.0.1:1"):
     try:
         known.check(ratrod.decode_key(key), address)
     except AuthenticationError as error:
+        assert key in str(error)
         return str(error)
     return ""
 
@@ -302,6 +291,19 @@ def test_the_line_that_has_the_key_is_named(tmp_path):
     path.write_text("%s 127.0.0.1:1\n# both\n%s 127.0.0.1:1\n" % (OTHER, third))
     said = verdict(KnownHosts(str(path)))
     assert "line 1 of `%s` says `%s`" % (path, OTHER) in said or "line 3 of `%s` says `%s`" % (path, third) in said, said
+
+
+def test_a_name_is_the_same_in_capitals(tmp_path):
+    """Or a key that has changed would count as one that is new."""
+    path, third = tmp_path / "known_hosts", base64url(b"\3" * 32)
+    accepting, reading = KnownHosts(str(path)), KnownHosts(str(path))
+    accepting.accept(b"\1" * 32, "Server:1")
+    for known in (accepting, reading):
+        assert verdict(known, address="sERVER:1") == ""
+        assert re.search("HAS CHANGED: it shows .*replace that line by: .* SERVER:1", verdict(known, OTHER, "SERVER:1"))
+        path.write_text("%s Server:1\n%s [::1]:1\n%s" % (SERVER, third, OTHER))
+    for address, key in (("[::1]:1", third), ("xserver:1", OTHER)):
+        assert [one for one in (SERVER, OTHER, third) if not verdict(reading, one, address)] == [key]
 
 
 def test_what_is_in_the_file_stays(tmp_path):

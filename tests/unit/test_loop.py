@@ -1,6 +1,7 @@
 """The loop's own parts: what it polls with, timers, and the buffers that links borrow."""
 
 import collections
+import os
 import select
 import selectors
 import socket
@@ -15,7 +16,7 @@ import pytest
 import ratrod
 from ratrod import READ, WRITE
 from support.joined import Clock, Loop
-from support.programs import PATIENCE, ROOT
+from support.programs import PATIENCE, PYTHON, RATROD
 
 POLLERS = [(ratrod.Poller, selectors.EVENT_WRITE)] + [(getattr(select, "epoll", None), WRITE)] * hasattr(select, "epoll")
 every_poller = pytest.mark.parametrize("make, write", POLLERS, ids=lambda value: getattr(value, "__name__", ""))
@@ -103,9 +104,9 @@ def test_the_bits_of_events(make, write, pair):
 
 def test_a_system_without_epoll():
     """The whole program on another selector, as on macOS and Windows."""
-    words = ("import selectors, sys; selectors.DefaultSelector = selectors.SelectSelector; vars(selectors).pop('EpollSelector', None); import ratrod;"
-             "assert isinstance(ratrod.EventLoop()._poller, selectors.SelectSelector); sys.exit(ratrod.main(['demo']))")
-    subprocess.run([sys.executable, "-c", words], stdin=subprocess.DEVNULL, timeout=60, check=True, cwd=str(ROOT))
+    words = ("import selectors, sys; selectors.DefaultSelector = selectors.SelectSelector; vars(selectors).pop('EpollSelector', None);"
+             "import program as ratrod; assert isinstance(ratrod.EventLoop()._poller, selectors.SelectSelector); sys.exit(ratrod.main(['demo']))")
+    subprocess.run([PYTHON, "-c", words], stdin=subprocess.DEVNULL, timeout=60, check=True, cwd=os.path.dirname(RATROD[1]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of descriptors")
@@ -253,7 +254,7 @@ def test_a_moment_without_threads(loop, monkeypatch):
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_peer_who_makes_causes_without_end_gets_no_more_lines(clock, monkeypatch, caplog, is_known):
     """Neither of causes that he has used up, nor by new ones, and no memory. The failures of other clients are said."""
-    monkeypatch.setattr(ratrod, "SOURCES", 1024)
+    monkeypatch.setattr(ratrod, "SOURCES", 512)
     made = ratrod.Complaints()
     names = ["%%d more of %d" % n for n in range(2 * ratrod.SOURCES)]
     while made.complain(names[0], "the first", is_known):
@@ -397,8 +398,9 @@ def test_a_refused_key_is_said_after_a_loss_too(loop, caplog):
     reach.stop()
 
 
-def test_byte_counts_of_any_number_of_keys_are_bounded(loop):
+def test_byte_counts_of_any_number_of_keys_are_bounded(loop, monkeypatch):
     """With authorize() there is no list that bounds them. Nothing is lost of the sum."""
+    monkeypatch.setattr(ratrod, "SOURCES", 256)
     counters, carried = ratrod.Counters(loop), collections.namedtuple("Carried", "peer_key sent received label started")
     for n in range(3 * ratrod.SOURCES):
         key = b"%d" % (n if n % 2 else 0)  # one of them comes again and again

@@ -1,13 +1,10 @@
 """Odd spellings of hosts under every kind of rule, and texts made fit for a terminal, in memory. The programs are in peers/test_names.py."""
 
-import ast
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ratrod
-from support.programs import ROOT
 from support.spellings import ELSEWHERE, FORBIDDEN, LOOPBACK, NAMES, NEVER, NOWHERE, ODD, UNRESOLVED
 
 # The worst name server: it says loopback to every question.
@@ -72,19 +69,3 @@ def test_every_forbidden_character_is_replaced():
     for character in FORBIDDEN:
         assert ratrod.printable("a%sb" % character) == "a\N{REPLACEMENT CHARACTER}b", hex(ord(character))
     assert ratrod.printable("\ud800") != "\ud800"
-
-
-def log_calls():
-    for node in ast.walk(ast.parse((ROOT / "ratrod.py").read_text("utf-8"))):
-        called = node.func if isinstance(node, ast.Call) else None
-        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "log":
-            if called.attr in ("debug", "info", "warning", "error", "critical", "exception", "log"):
-                yield node, node.args[called.attr == "log":]
-
-
-def test_no_text_is_taken_for_a_format():
-    """`%` in what somebody else has said must not be read as a format: the first argument is a constant, or the only one."""
-    calls = list(log_calls())
-    assert len(calls) > 20
-    for node, (text, *arguments) in calls:
-        assert isinstance(text, ast.Constant) or not arguments, "line %d" % node.lineno

@@ -65,7 +65,7 @@ def end(world, connection):
 
 
 def test_streams_follow_each_other_on_one_link_byte_by_byte(world):
-    for _ in range(3):
+    for _ in range(2):
         connection = world.originate()
         world.turn()
         converse(connection)
@@ -376,19 +376,19 @@ def test_many_small_records_take_turns(world):
     """What has come at once is not processed at once: others get their turn after each so many records, and the order stays."""
     connection = join(world)
     (app, remote), pipe = connection.apps, world.pairs[0].pipes[TO_ACCEPTOR]
-    records = b""
-    for _ in range(1000):
+    records, count = b"", 4 * ratrod.RECORDS_IN_TURN
+    for _ in range(count):
         app.write(1)
         world.turn()
         records += pipe.source.recv(ALL)
     pipe.held = records
     pipe.pump()
-    for _ in range(1000 // ratrod.RECORDS_IN_TURN + 1):
+    for _ in range(count // ratrod.RECORDS_IN_TURN + 1):
         before = remote.received
         world.turn()
         remote.read()
         assert remote.received - before <= 2 * ratrod.RECORDS_IN_TURN, "those of the read, and those of the round's other turn"
-    assert remote.received == 1000
+    assert remote.received == count
     end_whole(world, connection)
 
 
@@ -429,20 +429,22 @@ def test_a_reader_that_takes_nothing_stops_the_writer_at_the_window(side):
         end_whole(world, connection, links=1)
 
 
-def whole_stream(world, direction=None, limit=None):
-    """A short conversation; of `direction` only `limit` bytes are carried."""
-    connection = world.originate()
-    world.turn()
+def whole_streams(world, direction, limits):
+    """Short conversations at once, each on its own link; of `direction` only so many bytes are carried. Returns the connections and their pairs."""
+    connections = [world.originate() for _ in limits]
+    while len(world.pairs) < len(limits):
+        world.turn()
     for n in range(40):
-        for way, pipe in world.pairs[0].pipes.items():
-            left = limit - pipe.moved if way == direction else ALL
-            if left > 0:
-                pipe.pump(left)
+        for limit, pair in zip(limits, world.pairs):
+            for way, pipe in pair.pipes.items():
+                left = limit - pipe.moved if way == direction else ALL
+                if left > 0:
+                    pipe.pump(left)
         world.server.connect_all()
-        if n in (0, 10):
+        for connection in connections if n in (0, 10) else ():
             converse(connection, 10)
         world.turn()
-    return connection
+    return connections, world.pairs[:]
 
 
 @pytest.mark.parametrize("direction", BOTH_WAYS)
@@ -450,19 +452,21 @@ def whole_stream(world, direction=None, limit=None):
 def test_a_path_that_breaks_after_any_byte(direction, first, how):
     """finish() holds every end against what was sent: what is whole on both sides. In the short form each byte is one way's alone."""
     with World() as world:
-        whole_stream(world)
-        length = world.pairs[0].pipes[direction].moved
+        length = whole_streams(world, direction, [ALL])[1][0].pipes[direction].moved
     assert length > 70  # ChaCha20-Poly1305 alone has shorter records
-    for n in range(0 if LONG else first, length + 1, 1 if LONG else 3):
+    positions = list(range(0 if LONG else first, length + 1, 1 if LONG else 3))
+    for some in (positions[at:at + 10] for at in range(0, len(positions), 10)):
         with World() as world:
-            connection = whole_stream(world, direction, n)
-            world.pairs[0].cut(how, (direction,))
+            connections, pairs = whole_streams(world, direction, some)
+            for pair in pairs:
+                pair.cut(how, (direction,))
             if how == FLIP:
                 # Where it has made a record longer, only the end of the path can show it.
                 world.let_all_end()
-                world.pairs[0].cut(END)
+                for pair in pairs:
+                    pair.cut(END)
             world.finish()
-            assert outcomes(connection) == [END, END], n
+            assert [outcomes(connection) for connection in connections] == [[END, END]] * len(some), some
 
 
 class Streams(RuleBasedStateMachine):
