@@ -5,16 +5,14 @@ import contextlib
 import queue
 import re
 import selectors
-import socket
 from typing import Any, Callable, NamedTuple
 
 import pytest
 
 from support import legacy_peer
-from support.keys import make_keys
 from support.legacy_peer import INVALID_HOST, INVALID_KEY, LIMIT, REMOTE_FAILED, UNKNOWN, Data, Error, HandshakeCompletion, UdpData, encode, frame
 from support.many_lines import run_each
-from support.programs import LISTENING, PATIENCE, READY, linux
+from support.programs import PATIENCE, tcp_port
 from support.rows import row
 from support.sockets import dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
 
@@ -28,8 +26,6 @@ REGEX = r"127\.0\.0\.1|%s" % SECRET
 NOWHERE = "127.0.0.1:9"
 # A time that no test reaches: what closes a connection then is the input, not the deadline.
 NO_DEADLINE = "--handshake-timeout=300"
-
-
 # What would move a cursor, set a title, overprint or forge a line of the log.
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b1A\x08\r\n2030-01-01T00:00:00.000000Z  INFO forged\u202e\u2028"
 LONG = "A" * 5000
@@ -74,18 +70,10 @@ class Served:
         self.identity = legacy_peer.Identity.load(keys.client.path)
         self.server_identity, self.peers, self._stack = legacy_peer.Identity.load(keys.server.path), [], stack
 
-    def dial(self, source=None):
-        """Stays open until the test ends, so that no two peers have the same port."""
-        made = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE, source_address=source and (source, 0))
-        return self._stack.enter_context(made)
-
-    def peer(self, source=None):
-        """Somebody who connects, and has no keys."""
-        self.peers.append(legacy_peer.Peer(self.dial(source), None, PATIENCE))
-        return self.peers[-1]
-
-    def client(self, remote=NOWHERE, identity=None, source=None, **options):
-        self.peers.append(legacy_peer.Client(self.dial(source), identity or self.identity, remote, timeout=PATIENCE, **options))
+    def client(self, remote=NOWHERE, identity=None, **options):
+        """Has said nothing yet, and stays open until the test ends, so that no two have the same port."""
+        sock = self._stack.enter_context(dial(self.port))
+        self.peers.append(legacy_peer.Client(sock, identity or self.identity, remote, timeout=PATIENCE, **options))
         return self.peers[-1]
 
     def honest(self, encrypt=True):
@@ -119,18 +107,13 @@ def served(serve, keys, tcp_echo, stack):
     return lambda *flags, regex=REGEX: Served(*serve("--legacy", "--drain=0", "-r", regex, *(flags or [NO_DEADLINE])), keys, tcp_echo.port, stack)
 
 
-SOURCES = ["127.0.%d.%d" % (n // 50 + 1, n % 50 + 1) for n in range(100)]
-
-
 def of(sock):
     """The pattern of what names this peer."""
     return re.escape("%s:%d" % sock.getsockname()) + r"\b"
 
 
+OTHER = legacy_peer.Identity()
 GOOD = legacy_peer.ClientPreamble(bytes([9]) + bytes(31), NOWHERE, bytes(range(32)), False, False)
-
-
-# Bytes in place of a preamble.
 # Bytes in place of a preamble, and whether the stream ends after them.
 STRANGERS = {
     "an HTTP request": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", False),
@@ -138,27 +121,6 @@ STRANGERS = {
     "an error": (frame(encode(Error(UNKNOWN, ESCAPES))), False),
     "a size that is not kept": (frame(encode(GOOD), size=len(encode(GOOD)) + 1), True),
 }
-
-
-@linux
-def test_instead_of_a_preamble(served):
-    server = served()
-    guilty = {}
-    for source, (name, (sent, ends)) in zip(SOURCES, STRANGERS.items()):
-        with row(name):
-            stranger = server.peer(source)
-            stranger.send_raw(sent)
-            if ends:
-                stranger.end()
-            # The server closes: at most an Error comes, and nothing that only a client may see.
-            assert server.server_identity.public.encode() not in stranger.drain()
-            guilty[name] = stranger.socket
-    server.check(guilty)
-
-
-OTHER = legacy_peer.Identity()
-
-
 # What is sent in place of the right ClientAuthentication; the first ones must be answered by an Error that says InvalidKey.
 AUTHENTICATIONS = {
     "a signature of another challenge": lambda peer: peer.authentication(signature=peer.sign(peer.challenge)),
@@ -169,14 +131,33 @@ AUTHENTICATIONS = {
 }
 
 
-@linux
-def test_instead_of_authentication(served, target):
-    server = served()
-    forbidden = target(receive_all)
-    guilty = {}
-    for n, (source, (name, message)) in enumerate(zip(SOURCES, AUTHENTICATIONS.items())):
+def refusal(server, remote, identity=None, **options):
+    """What a client learns that asks for `remote`: the Error in place of HandshakeCompletion."""
+    peer = server.client(remote, identity, **options)
+    with pytest.raises(legacy_peer.Refused) as refused:
+        peer.handshake()
+    assert leave(peer) == b""
+    return refused.value.error
+
+
+def test_clients_that_are_not_let_in(served, target):
+    # Without -v the server would log some of what one source causes, and count the rest.
+    server = served("-v", NO_DEADLINE)
+    server.honest()
+    forbidden, guilty = target(receive_all), {}
+    remote = "127.0.0.1:%d" % forbidden.port
+    for name, (sent, ends) in STRANGERS.items():
         with row(name):
-            peer = server.client("127.0.0.1:%d" % forbidden.port, source=source)
+            stranger = server.client()
+            stranger.send_raw(sent)
+            if ends:
+                stranger.end()
+            # The server closes: at most an Error comes, and nothing that only a client may see.
+            assert server.server_identity.public.encode() not in stranger.drain()
+            guilty["in place of a preamble", name] = stranger.socket
+    for n, (name, message) in enumerate(AUTHENTICATIONS.items()):
+        with row(name):
+            peer = server.client(remote)
             peer.send_preamble()
             peer.receive_preamble()
             peer.send(message(peer))
@@ -188,18 +169,15 @@ def test_instead_of_authentication(served, target):
                 assert answer is None or isinstance(answer, Error)
                 assert n > 1 or answer.code == INVALID_KEY
             leave(peer)
-            guilty[name] = peer.socket
-    server.check(guilty)
+            guilty["in place of authentication", name] = peer.socket
+    # Whoever is not authorized gets the same answer whatever the remote: no way to map the policy, or the network behind it.
+    remotes = [remote, "10.1.2.3:80", "127.1:80", "no-such-host.invalid:80", "", "nonsense", ESCAPES]
+    errors = {refusal(server, remote, OTHER, udp=udp, encrypt=encrypt) for remote in remotes for udp in (False, True) for encrypt in (False, True)}
+    assert len(errors) == 1
+    error = errors.pop()
+    assert error.code == INVALID_KEY and OTHER.public in error.text
     assert forbidden.accepted == 0
-
-
-def refusal(server, remote, identity=None, **options):
-    """What a client learns that asks for `remote`: the Error in place of HandshakeCompletion."""
-    peer = server.client(remote, identity, **options)
-    with pytest.raises(legacy_peer.Refused) as refused:
-        peer.handshake()
-    assert leave(peer) == b""
-    return refused.value.error
+    server.check(guilty, most=len(guilty) + 4 * len(remotes))
 
 
 # {} is the port of a target that must not be reached. The whole list of spellings is in tests/unit/test_core_keys.py.
@@ -219,30 +197,6 @@ def test_targets_are_taken_strictly(served, target):
     assert forbidden.accepted == 0
     server.ping(tunnel)
     server.check({}, most=2 * len(TARGETS))
-
-
-def test_policy_is_nothing_for_strangers(served, target):
-    # Whoever is not authorized gets the same answer whatever the remote: no way to map the policy, or the network behind it.
-    server = served()
-    server.honest()
-    allowed = target(receive_all)
-    remotes = ["127.0.0.1:%d" % allowed.port, "10.1.2.3:80", "127.1:80", "no-such-host.invalid:80", "", "nonsense", ESCAPES]
-    errors = {refusal(server, remote, OTHER, udp=udp, encrypt=encrypt) for remote in remotes for udp in (False, True) for encrypt in (False, True)}
-    assert len(errors) == 1
-    error = errors.pop()
-    assert error.code == INVALID_KEY and OTHER.public in error.text
-    assert allowed.accepted == 0
-    server.check({}, most=4 * len(remotes))
-
-
-def test_data_after_an_empty_remote_goes_nowhere(served, tcp_echo):
-    server = served()
-    peer = server.client("").handshake()
-    with contextlib.suppress(ConnectionError):
-        peer.send(Data(b"where to?"))
-    assert peer.drain() == b""
-    assert tcp_echo.accepted == 0
-    server.honest()
 
 
 class Bad(NamedTuple):
@@ -277,18 +231,17 @@ def send_bad(peer, bad):
             peer.end()
 
 
-@plain_and_encrypted
-def test_bad_data_from_the_client(served, target, encrypt):
+def test_bad_data_from_the_client(served, target):
     endings = queue.Queue()
     def remote(connection):
         connection.sendall(receive_exactly(connection, 4))
         endings.put(ending(connection))
-    server = served()
+    server = served("-v", NO_DEADLINE)
     address = "127.0.0.1:%d" % target(remote).port
-    other = server.honest(encrypt)
+    other = server.honest()
     guilty = {}
-    for bad in [bad for bad in BAD_DATA if encrypt or bad.plain]:
-        with row(bad.name):
+    for encrypt, bad in ((encrypt, bad) for encrypt in (False, True) for bad in BAD_DATA if encrypt or bad.plain):
+        with row((bad.name, encrypt)):
             peer = server.client(address, encrypt=encrypt).handshake()
             server.ping(peer, b"ping")
             send_bad(peer, bad)
@@ -296,12 +249,18 @@ def test_bad_data_from_the_client(served, target, encrypt):
             assert endings.get(timeout=PATIENCE) == (b"", "reset")
             peer.drain()
             server.ping(other)
-            guilty[bad.name] = peer.socket
+            guilty[bad.name, encrypt] = peer.socket
     server.check(guilty)
 
 
-def test_links_that_end_alone(served, target, udp_echo):
+def test_links_that_end_alone(served, target, tcp_echo, udp_echo):
     server = served()
+    # Data after an empty remote goes nowhere.
+    peer = server.client("").handshake()
+    with contextlib.suppress(ConnectionError):
+        peer.send(Data(b"where to?"))
+    assert peer.drain() == b""
+    assert tcp_echo.accepted == 0
     remote = "127.0.0.1:%d" % udp_echo.port
     other, peer = (server.client(remote, udp=True).handshake() for _ in range(2))
     for each in (peer, other):
@@ -327,27 +286,27 @@ def test_links_that_end_alone(served, target, udp_echo):
     server.check({"data on a link of datagrams": peer.socket}, most=3)
 
 
-@pytest.fixture
-def against(target, connect, keys):
-    """against(play, flags...) -> our client, connected to a server that does play(peer) for every connection."""
-    identity = legacy_peer.Identity.load(keys.server.path)
-    def launch(play, *flags):
-        return connect(target(lambda connection: play(legacy_peer.Server(connection, identity, PATIENCE))).port, "--legacy", *flags, "0:" + NOWHERE)
-    return launch
-
-
-def running(client):
-    """The local port of a client whose test connection was taken, which the fixture `against` leaves to the test."""
-    client.wait_for(READY)
-    return int(client.wait_for(LISTENING).group(1))
+def greet(peer):
+    """As of a remote that speaks first and ends: data and the end may follow HandshakeCompletion at once."""
+    peer.receive_preamble()
+    peer.send_preamble()
+    peer.receive_authentication()
+    peer.start_encryption()
+    peer.send_raw(frame(encode(HandshakeCompletion())) + frame(encode(Data(b"220 ")), peer.key) + frame(encode(Data(b"ready")), peer.key))
+    peer.end()
+    peer.drain()
 
 
 @plain_and_encrypted
-def test_bad_data_from_the_server(against, encrypt):
-    todo = []
-    def play(peer):
+def test_bad_data_from_the_server(target, connect, keys, encrypt):
+    identity = legacy_peer.Identity.load(keys.server.path)
+    greets, todo = [True], []
+    def play(connection):
+        peer = legacy_peer.Server(connection, identity, PATIENCE)
+        if greets:
+            return greet(peer)
         peer.handshake()
-        # The connection that tests brings nothing; the first that brings something meets the bad data, later ones an honest echo.
+        # The first connection that brings something meets the bad data, later ones an honest echo.
         for message in iter(peer.receive, None):
             bad = todo.pop() if todo else None
             # The original answers so where it cannot reach the remote: after HandshakeCompletion, and before any data.
@@ -359,8 +318,12 @@ def test_bad_data_from_the_server(against, encrypt):
             if bad:
                 send_bad(peer, bad)
                 return peer.drain()
-    client = against(play, *(["-e"] if encrypt else []))
-    port = running(client)
+    # The connection test meets the greeting too, and has no use for it.
+    client = connect(target(play).port, "--legacy", *(["-e"] if encrypt else []), "0:" + NOWHERE).ready()
+    port = tcp_port(client)
+    with dial(port) as local:
+        assert ending(local) == (b"220 ready", "end")
+    greets.clear()
     errors = {"no route to host": "no route to host", ESCAPES: "title", LONG: "A" * 100, "": ""}
     expected = len(complaints(client.lines))
     for bad in (*[bad for bad in BAD_DATA if encrypt or bad.plain], *errors):
@@ -399,30 +362,6 @@ def answer(message_or_bytes, authenticated=False, ends=False, **fields):
     return play
 
 
-# name: (what the server does in place of a right ServerPreamble, what the client says, its exit code: None is any but 0)
-# name: (what the server does in place of a right ServerPreamble, what the client says, its exit code: None is any but 0)
-SERVERS = {
-    "closes": (answer(b"", ends=True), "clos|end", 1),
-    "completion at once": (answer(HandshakeCompletion()), "", 1),  # it would do without any key
-    "a signature of its own challenge": (answer(None, signature=lambda peer: peer.sign(peer.challenge)), "signature", None),
-    "another key, rightly": (
-        answer(None, identity_public_key=OTHER.public, signature=lambda peer: OTHER.private.sign(peer.client.challenge)),
-        "Test connection failed: Server's public key `%s` is not in the known hosts file" % OTHER.public, 3),
-    "invalid key": (answer(Error(INVALID_KEY, OWN_WORDS)), OWN_WORDS, 3),
-    "a long text": (answer(Error(INVALID_HOST, LONG)), "A" * 100, 1),
-}
-
-
-COMPLETIONS = {
-    "the end": (answer(b"", True, ends=True), "clos|end", 1),
-    "invalid key": (answer(Error(INVALID_KEY, OWN_WORDS), True), OWN_WORDS, 3),
-    "invalid host": (answer(Error(INVALID_HOST, OWN_WORDS), True), OWN_WORDS, 1),
-    "escape codes": (answer(Error(UNKNOWN, ESCAPES), True), "title", 1),
-    "leftover bytes": (answer(frame(encode(HandshakeCompletion()) + b"\0"), True), "", 1),
-    "completion, with an exchange key of small order": (answer(HandshakeCompletion(), True, exchange_public_key=bytes(32)), "", None),
-}
-
-
 def drip(peer):
     """One byte at a time keeps a deadline for each read from ever passing."""
     peer.receive_preamble()
@@ -432,15 +371,46 @@ def drip(peer):
             break
 
 
-DEADLINES = {
-    "never answers": (answer(None), "(?i)time|deadline|answer|within 0.3 s", 1),
-    "never ends its answer": (drip, "(?i)time|deadline|answer|within 0.3 s", 1),
+def greeting(words):
+    """A port where something else answers. What a ratrod2 client has said to it is no matter."""
+    def play(peer):
+        peer.send_raw(words)
+        peer.drain()
+    return play
+
+
+PATIENT, IMPATIENT, RATROD2 = ("--legacy", "-e", NO_DEADLINE), ("--legacy", "--handshake-timeout=0.3"), ()
+TOO_LATE = "(?i)time|deadline|answer|within 0.3 s"
+ANOTHER_PROTOCOL = "❌ Test connection failed: .*ratrod2; .*"
+# name: (what the server does, the client's flags, what the client says, its exit code: None is any but 0)
+SERVERS = {
+    # In place of a right ServerPreamble.
+    "closes": (answer(b"", ends=True), PATIENT, "clos|end", 1),
+    "completion at once": (answer(HandshakeCompletion()), PATIENT, "", 1),  # it would do without any key
+    "a signature of its own challenge": (answer(None, signature=lambda peer: peer.sign(peer.challenge)), PATIENT, "signature", None),
+    "another key, rightly": (
+        answer(None, identity_public_key=OTHER.public, signature=lambda peer: OTHER.private.sign(peer.client.challenge)), PATIENT,
+        "Test connection failed: Server's public key `%s` is not in the known hosts file" % OTHER.public, 3),
+    "invalid key": (answer(Error(INVALID_KEY, OWN_WORDS)), PATIENT, OWN_WORDS, 3),
+    "a long text": (answer(Error(INVALID_HOST, LONG)), PATIENT, "A" * 100, 1),
+    # In place of HandshakeCompletion.
+    "the end": (answer(b"", True, ends=True), PATIENT, "clos|end", 1),
+    "invalid key, then": (answer(Error(INVALID_KEY, OWN_WORDS), True), PATIENT, OWN_WORDS, 3),
+    "invalid host": (answer(Error(INVALID_HOST, OWN_WORDS), True), PATIENT, OWN_WORDS, 1),
+    "escape codes": (answer(Error(UNKNOWN, ESCAPES), True), PATIENT, "title", 1),
+    "leftover bytes": (answer(frame(encode(HandshakeCompletion()) + b"\0"), True), PATIENT, "", 1),
+    "completion, with an exchange key of small order": (answer(HandshakeCompletion(), True, exchange_public_key=bytes(32)), PATIENT, "", None),
+    "never answers": (answer(None), IMPATIENT, TOO_LATE, 1),
+    "never ends its answer": (drip, IMPATIENT, TOO_LATE, 1),
+    **{says: (greeting(words), RATROD2, ANOTHER_PROTOCOL + says, 1) for words, says in {
+        b"SSH-2.0-OpenSSH_9.2p1\r\n": "begins with 'SS', as from sshd \\(with ssh://host", b"\x1b[31m": r"'\\x1b\[", b"\0\0\0": "--legacy",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n": "'HT', as from a web server", b"220 mail ESMTP\r\n": "'22', as from a mail",
+        b"\x15\x03\x01\x00\x02\x02\x46": r"'\\x15\\x03', as from a TLS server",
+    }.items()},
 }
 
 
-@pytest.mark.parametrize("servers, flags", [(SERVERS, ["-e", NO_DEADLINE]), (COMPLETIONS, ["-e", NO_DEADLINE]),
-                                            (DEADLINES, ["--handshake-timeout=0.3"])], ids=["preamble", "completion", "deadline"])
-def test_servers_that_are_wrong(target, keys, servers, flags):
+def test_servers_that_are_wrong(target, keys):
     identity, rest = legacy_peer.Identity.load(keys.server.path), []
     def launch(play):
         def handle(connection):
@@ -449,12 +419,11 @@ def test_servers_that_are_wrong(target, keys, servers, flags):
                 play(peer)
                 rest.append(peer.drain())
         return target(handle).port
-    # With a tunnel, and where the connection is only tested.
-    tunnels = [["0:" + NOWHERE], []] if servers is DEADLINES else [["0:" + NOWHERE]]
-    lines = [(name, ["-k", keys.client.path, "connect", "--legacy", *flags, "127.0.0.1:%d" % launch(play), *words])
-             for name, (play, _, _) in servers.items() for words in tunnels]
+    # A deadline counts with a tunnel, and where the connection is only tested.
+    lines = [(name, ["-k", keys.client.path, "connect", *flags, "127.0.0.1:%d" % launch(play), *words])
+             for name, (play, flags, _, _) in SERVERS.items() for words in ([["0:" + NOWHERE], []] if flags is IMPATIENT else [["0:" + NOWHERE]])]
     for (name, _), (code, text) in zip(lines, run_each(words for _, words in lines)):
-        _, says, expected = servers[name]
+        _, _, says, expected = SERVERS[name]
         with row(name):
             assert code == expected if expected is not None else code, text
             assert_harmless(text.splitlines())
@@ -464,62 +433,3 @@ def test_servers_that_are_wrong(target, keys, servers, flags):
             assert re.search(says, shown[0]), text
     # Nothing is signed, not even the client's name, for a server that has not proved who it is.
     assert set(rest) <= {b""}
-
-
-@plain_and_encrypted
-def test_data_and_the_end_may_follow_completion_at_once(against, encrypt):
-    # As of a remote that speaks first and ends. The connection test meets them too, and has no use for them.
-    def play(peer):
-        peer.receive_preamble()
-        peer.send_preamble()
-        peer.receive_authentication()
-        peer.start_encryption()
-        peer.send_raw(frame(encode(HandshakeCompletion())) + frame(encode(Data(b"220 ")), peer.key) + frame(encode(Data(b"ready")), peer.key))
-        peer.end()
-        peer.drain()
-    client = against(play, *(["-e"] if encrypt else []))
-    with dial(running(client)) as local:
-        assert ending(local) == (b"220 ready", "end")
-
-
-GREETINGS = {
-    b"SSH-2.0-OpenSSH_9.2p1\r\n": "begins with 'SS', as from sshd \\(with ssh://host", b"\x1b[31m": r"'\\x1b\[", b"\0\0\0": "--legacy",
-    b"HTTP/1.1 400 Bad Request\r\n\r\n": "'HT', as from a web server", b"220 mail ESMTP\r\n": "'22', as from a mail",
-    b"\x15\x03\x01\x00\x02\x02\x46": r"'\\x15\\x03', as from a TLS server",
-}
-
-
-def test_a_port_where_something_else_answers(target, keys):
-    def greets(greeting):
-        def handle(connection):
-            connection.sendall(greeting)
-            receive_all(connection)
-        return target(handle).port
-    outcomes = run_each(["-k", keys.client.path, "connect", "127.0.0.1:%d" % greets(greeting), "0:127.0.0.1:1"] for greeting in GREETINGS)
-    for (greeting, says), (code, text) in zip(GREETINGS.items(), outcomes):
-        assert code == 1 and re.search("❌ Test connection failed: .*ratrod2; .*" + says, text), (greeting, text)
-
-
-def test_keys_that_do_not_fit(serve, keys, tmp_path):
-    server, port = serve("--legacy")
-    stranger, ignorant = make_keys(tmp_path / "stranger"), make_keys(tmp_path / "ignorant")
-    stranger.trust(keys.server, "known_hosts")
-    ignorant.trust(stranger, "known_hosts")
-    # What a newcomer runs into who tries both ends on one machine.
-    keys.server.trust(keys.server, "known_hosts")
-    keys.server.trust(keys.server, "authorized_keys")
-    same = "server and client use the same key.*another -k"
-    cases = [
-        (stranger, ["0:" + NOWHERE], "Test connection failed.*%s" % stranger.public, 3),
-        (ignorant, ["0:" + NOWHERE], "❌ Test connection failed: Server's public key `%s` is not in the known hosts file" % keys.server.public, 3),
-        (keys.server, ["0:" + NOWHERE], same, None),
-        (keys.server, [], same, None),
-    ]
-    outcomes = run_each(["-k", folder.path, "connect", "--legacy", "127.0.0.1:%d" % port, *words] for folder, words, _, _ in cases)
-    for (_, _, says, expected), (code, text) in zip(cases, outcomes):
-        assert (code == expected if expected is not None else code) and re.search(says, text), text
-        assert text.count("❌") == 1, text
-    server.wait_for(stranger.public)
-    server.stop()
-    found = [line for line in complaints(server.lines) if stranger.public in line]
-    assert len(found) == 1 and re.search(r"127\.0\.0\.1:\d+", found[0]), server.output
