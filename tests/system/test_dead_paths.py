@@ -17,7 +17,7 @@ import pytest
 import ratrod
 from support.kernel import ESTABLISHED, LISTEN, rows
 from support.pressure import LONG, figure, scaled
-from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, STARTED, missing, need, tcp_port, udp_port
+from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, STARTED, missing, need, tcp_port, udp_port
 from support.sockets import ask, dial, eventually, is_ready, outcome_of, port_of, push_until_stuck, receive_exactly, reset
 from support.targets import Target, UdpEcho, echo
 from support.traffic import ALL, RESET, Traffic
@@ -57,20 +57,19 @@ def silence(namespace, port):
 
 
 class Site:
-    """Programs, targets and originators in one namespace, which talk over its loopback."""
+    """Programs, targets and originators that talk over this machine's loopback, or over that of a namespace."""
 
-    def __init__(self, namespace, start, keys):
+    def __init__(self, start, keys, namespace=None):
         self.namespace, self._start, self._keys = namespace, start, keys
+        self._command = namespace.command if namespace else ()
 
     def serve(self, *flags, limits):
-        server = self._start(*self.namespace.command, *scaled(**limits), "-k", self._keys.server.path, "serve", *flags, "127.0.0.1:0")
+        server = self._start(*self._command, *scaled(**limits), "-k", self._keys.server.path, "serve", *flags, "127.0.0.1:0")
         return server, int(server.wait_for(STARTED).group(1))
 
     def connect(self, port, *words, limits):
         """The client, once it is ready."""
-        client = self._start(*self.namespace.command, *scaled(**limits), "-k", self._keys.client.path, "connect", "127.0.0.1:%d" % port, *words)
-        client.wait_for(READY)
-        return client
+        return self._start(*self._command, *scaled(**limits), "-k", self._keys.client.path, "connect", "127.0.0.1:%d" % port, *words).ready()
 
     def dial(self, port):
         return self.namespace.make(socket.create_connection, ("127.0.0.1", port), PATIENCE)
@@ -81,7 +80,12 @@ class Site:
 
 @pytest.fixture
 def site(namespace, start, keys):
-    return Site(namespace, start, keys)
+    return Site(start, keys, namespace)
+
+
+@pytest.fixture
+def here(start, keys):
+    return Site(start, keys)
 
 
 def tcp_sockets(program, state):
@@ -258,8 +262,8 @@ class Outage(NamedTuple):
             self.mode.name, self.limits["keepalive"], self.limits["silence"], self.seconds, "connections" if self.comes else "nothing")
 
 
-def outages(mode, limits, *times, comes=(False, True)):
-    return [Outage(seconds, mode, limits, come) for seconds in times for come in comes]
+def outages(mode, limits, *times):
+    return [Outage(seconds, mode, limits, comes) for seconds in times for comes in (False, True)]
 
 
 # TCP tries again 6.3 s after what was lost first, and then after 12.7 s: a link that somebody waits for at 7.4 s answers 5 s later.
@@ -267,21 +271,19 @@ OUTAGES = [
     *outages(RATROD2, REAL, 1, 5, 15, 24), *outages(RATROD2, SHORT, 1, 3, 8), *outages(RATROD2, OFTEN, 5, 15),
     *outages(LEGACY, REAL, 1, 5, 15), *outages(LEGACY_E, REAL, 5),
 ] if LONG else [
-    *outages(RATROD2, REAL, 4), *outages(RATROD2, SHORT, 4, comes=(True,)), *outages(RATROD2, OFTEN, 7.4), *outages(LEGACY, REAL, 4, comes=(True,)),
+    *(Outage(4, mode, limits, True) for mode, limits in ((RATROD2, REAL), (RATROD2, SHORT), (LEGACY, REAL))), *outages(RATROD2, OFTEN, 7.4),
 ]
 
 
 class Answers:
-    """Asks an echo over new connections, each on a thread of its own: when each was made, and what came of it after how long."""
+    """Asks an echo over new connections, each on a thread of its own: what came of each, when it was made, and when that came."""
 
     def __init__(self, port):
         self._port, self._pool, self._asked = port, concurrent.futures.ThreadPoolExecutor(50), []
 
     def ask(self):
-        self._asked.append(self._pool.submit(self._ask, time.monotonic()))
-
-    def _ask(self, since):
-        return outcome_of(self._port), since, time.monotonic()
+        since = time.monotonic()
+        self._asked.append(self._pool.submit(lambda: (outcome_of(self._port), since, time.monotonic())))
 
     def all(self):
         return [asked.result() for asked in self._asked]
@@ -398,20 +400,15 @@ def test_tunnels_work_again_after_an_outage(site):
 class Suspended:
     """A pair of programs on this machine's loopback of which one is stopped for a while."""
 
-    def __init__(self, who, limits, start, keys, listener_port, echo_port):
+    def __init__(self, who, limits, here, listener_port, echo_port):
         self.who, self.limits = who, limits
-        program = scaled(**limits)
-        self.server = start(*program, "-k", keys.server.path, "serve", "127.0.0.1:0")
-        port = int(self.server.wait_for(STARTED).group(1))
-        self.client = start(*program, "-k", keys.client.path, "connect", "127.0.0.1:%d" % port,
-                            "0:127.0.0.1:%d" % listener_port, "0:127.0.0.1:%d" % echo_port)
-        self.client.wait_for(READY)
-        self.ports = [tcp_port(self.client, n) for n in (1, 2)]
-        self.program = self.server if who == "server" else self.client
+        server, port = here.serve(limits=limits)
+        client = here.connect(port, "0:127.0.0.1:%d" % listener_port, "0:127.0.0.1:%d" % echo_port, limits=limits)
+        self.ports = [tcp_port(client, n) for n in (1, 2)]
+        self.program = server if who == "server" else client
 
     def begin(self, traffic, listener):
-        self.quiet, self.busy = (traffic.stream(lambda: socket.create_connection(("127.0.0.1", self.ports[0]), timeout=PATIENCE), listener,
-                                                "%s of %s" % (name, self)) for name in ("quiet", "busy"))
+        self.quiet, self.busy = (traffic.stream(lambda: dial(self.ports[0]), listener, "%s of %s" % (name, self)) for name in ("quiet", "busy"))
         self.quiet.flow(1000)
         traffic.wait_until(lambda: self.quiet.all_arrived, "the stream carries bytes")
         self.busy.flow()
@@ -421,11 +418,11 @@ class Suspended:
 
 
 @pytest.mark.timeout(400)
-def test_a_suspended_process(start, keys, tcp_echo, listener):
+def test_a_suspended_process(here, tcp_echo, listener):
     """SIGSTOP for 5 s: within the real times nothing may be lost; with the short ones, and after 2 minutes, the other side has given up, and
     whatever was in flight shows that. New connections work at once after it."""
     seconds = 120 if LONG else 5
-    pairs = [Suspended(who, limits, start, keys, port_of(listener), tcp_echo.port) for who in ("server", "client") for limits in (REAL, SHORT)]
+    pairs = [Suspended(who, limits, here, port_of(listener), tcp_echo.port) for who in ("server", "client") for limits in (REAL, SHORT)]
     with Traffic() as traffic:
         for pair in pairs:
             pair.begin(traffic, listener)
@@ -460,12 +457,10 @@ def test_a_suspended_process(start, keys, tcp_echo, listener):
                 assert stream.is_whole or [end.over for end in stream.ends] == [RESET] * 2, stream
 
 
-def test_a_reset_reaches_who_does_not_read(start, keys, listener):
+def test_a_reset_reaches_who_does_not_read(here, listener):
     """Nobody reads the socket that is reset, because what it sent before has not been taken, nor the link for the same reason."""
-    program = scaled(keepalive=0.5, drain_timeout=0.5, sweep_interval=0.2)
-    server = start(*program, "-k", keys.server.path, "serve", "127.0.0.1:0")
-    client = start(*program, "-k", keys.client.path, "connect", "127.0.0.1:%s" % server.wait_for(STARTED).group(1),
-                   "0:127.0.0.1:%d" % port_of(listener)).ready()
+    times = {"keepalive": 0.5, "drain_timeout": 0.5, "sweep_interval": 0.2}
+    client = here.connect(here.serve(limits=times)[1], "0:127.0.0.1:%d" % port_of(listener), limits=times)
     for side in ("originator", "target"):
         with dial(tcp_port(client)) as originator, listener.accept()[0] as target:
             sender, reader = (originator, target) if side == "originator" else (target, originator)
