@@ -20,7 +20,7 @@ import pytest
 
 import ratrod
 from support.keys import make_keys
-from support.programs import PATIENCE, ROOT, missing
+from support.programs import CACHE, PATIENCE, ROOT, missing
 from support.sockets import ask_over, eventually, free_port, receive_all, receive_exactly, say
 from support.targets import echo
 
@@ -289,41 +289,41 @@ def test_nothing_is_left_behind(keys, tcp_echo, udp_echo):
 
 
 def test_the_interpreter_ends_without_closing(run):
-    """At once, with a connection open, and quietly."""
+    """At once, with a connection open, quietly, and with the program's own exit code."""
     assert_silent(run("""
         server, tunnel = both()
         ask(tunnel.address)
         held = socket.create_connection(tunnel.address)
         held.sendall(b"x")
         assert held.recv(1) == b"x"
-        """))
+        sys.exit(7)
+        """), 7)
 
 
-@pytest.mark.parametrize("asked", ["", "127.0.0.1:1", "listen localhost:0"])
-def test_the_interpreter_ends_while_authorize_hangs(run, asked):
-    """It must not block for long; where it does, the process still ends."""
+def test_the_interpreter_ends_while_authorize_hangs(run):
+    """It must not block for long; where it does, here for a link, for a target and for a listener, the process still ends."""
     assert_silent(run("""
-        hanging = threading.Event()
+        hanging = set()
         def allow(key, target):
-            if target == %r:
-                hanging.set()
+            if target or is_full:
+                hanging.add(target)
                 time.sleep(60)
             return True
         server = ratrod.serve("127.0.0.1:0", key_path=SERVER, authorize=allow, allow_listen=True, limits=ENDLESS)
-        def connect():
+        def connect(tunnel):
             try:
-                tunnel = ratrod.tunnel("%%s:%%d" %% server.address, "0:127.0.0.1:1", "R:0:127.0.0.1:1", key_path=CLIENT, limits=ENDLESS)
-                socket.create_connection(tunnel.address).recv(1)
+                with ratrod.tunnel("%s:%d" % server.address, tunnel, key_path=CLIENT, limits=ENDLESS) as made:
+                    socket.create_connection(made.address).recv(1)
             except (ratrod.RatrodError, OSError):
                 pass  # at the end of the interpreter
-        threading.Thread(target=connect, daemon=True).start()
-        assert hanging.wait(20)
-        """ % asked))
-
-
-@pytest.mark.parametrize("how, code", [("sys.exit(7)", 7), ("os._exit(8)", 8)])
-def test_the_exit_code_is_the_programs_own(run, how, code):
-    assert_silent(run("server, tunnel = both()\nask(tunnel.address)\n" + how), code)
+        for tunnel, asked, is_full in (("0:127.0.0.1:1", "127.0.0.1:1", False), ("R:0:127.0.0.1:1", "listen localhost:0", False),
+                                       ("0:a:1", "", True)):
+            threading.Thread(target=connect, args=(tunnel,), daemon=True).start()
+            until = time.monotonic() + 20
+            while asked not in hanging:
+                assert time.monotonic() < until, asked
+                time.sleep(0.01)
+        """))
 
 
 # ---------------------------------------------------------------------------------------------------- errors
@@ -552,7 +552,7 @@ def test_workers_of_a_thread(run):
 def test_what_else_belongs_to_the_process(run):
     """Signals, the limit of descriptors, the garbage collector, the locale, the environment, the working directory, the threads' exception hooks."""
     assert_silent(run("""
-        import gc, locale, resource, signal
+        import concurrent.futures, gc, locale, resource, signal
         def state():
             wakeup = signal.set_wakeup_fd(-1)
             signal.set_wakeup_fd(wakeup)
@@ -569,6 +569,13 @@ def test_what_else_belongs_to_the_process(run):
         tunnel.close()
         server.close()
         assert state() == before, (state(), before)
+        # A pool's thread makes them, where signal.signal() and set_wakeup_fd() would fail. Others use them, and they last longer than that thread.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            server, tunnel = pool.submit(both).result(20)
+            pool.submit(ask, tunnel.address).result(20)
+        ask(tunnel.address)
+        tunnel.close()
+        server.close()
         """))
 
 
@@ -619,19 +626,6 @@ def test_a_program_that_logs_gets_its_lines(ends, caplog, tcp_echo):
         eventually(lambda: "refused" in caplog.text, "the failure is in the log")
     assert {record.name for record in caplog.records if record.name.startswith("ratrod")} == {"ratrod"}
     assert not [record for record in caplog.records if record.exc_info]
-
-
-def test_made_by_a_pools_thread(run):
-    """Where signal.signal() and set_wakeup_fd() would fail. A program's other threads use it, and it lasts longer than the one that made it."""
-    assert_silent(run("""
-        import concurrent.futures
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            server, tunnel = pool.submit(both).result(20)
-            pool.submit(ask, tunnel.address).result(20)
-        ask(tunnel.address)
-        tunnel.close()
-        server.close()
-        """))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
@@ -747,12 +741,13 @@ def test_authorize_allows(ends, keys, tcp_echo, udp_echo):
 
 
 def test_authorize_refuses_a_key(ends, keys, second, tcp_echo):
-    """Whatever authorized_keys says: nothing of the client's is asked after that."""
-    judge = Judge(lambda key, target: key == keys.client.public)
-    server = ends.serve(authorize=judge)
-    ask(ends.tunnel(server, local(tcp_echo.port)).address)
-    ends.fails(ratrod.AuthenticationError, second.public, server, key_path=str(second.path))
-    assert {target for key, target in judge.asked if key == second.public} == {""}
+    """Whatever authorized_keys says: nothing of the client's is asked after that. A function that forgets its return does not open the door."""
+    for refusal in (False, None, 0, ""):
+        judge = Judge(lambda key, target, refusal=refusal: key == keys.client.public or refusal)
+        server = ends.serve(authorize=judge)
+        ask(ends.tunnel(server, local(tcp_echo.port)).address)
+        ends.fails(ratrod.AuthenticationError, second.public, server, key_path=str(second.path))
+        assert {target for key, target in judge.asked if key == second.public} == {""}
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["says no", "raises"])
@@ -819,13 +814,6 @@ def test_authorize_is_asked_about_the_address_inside_that_a_name_has(ends, tcp_e
     assert not [target for target in judge.targets() if "198.18" in target]
 
 
-def test_authorize_that_returns_something_false(ends, tcp_echo):
-    """A function that forgets its return does not open the door."""
-    for answer in (None, 0, ""):
-        server = ends.serve(authorize=lambda key, target, answer=answer: answer)
-        ends.fails(ratrod.AuthenticationError, ".", server)
-
-
 def test_authorize_may_take_its_time(ends, tcp_echo, target):
     """What is carried goes on while it thinks."""
     slow = target(echo)
@@ -851,10 +839,6 @@ def test_authorize_may_take_its_time(ends, tcp_echo, target):
 
 
 # ---------------------------------------------------------------------------------------------------- the public surface
-def public():
-    return {name: getattr(ratrod, name) for name in ratrod.__all__}
-
-
 def test_all_is_what_a_star_imports():
     scope = {}
     exec("from ratrod import *", scope)
@@ -875,12 +859,6 @@ def test_all_is_what_the_readme_documents():
     assert named <= set(ratrod.__all__)
 
 
-def what_tunnel_and_serve_give(keys):
-    with ratrod.serve("127.0.0.1:0", key_path=str(keys.server.path)) as server:
-        with ratrod.tunnel("%s:%d" % server.address, local(1), key_path=str(keys.client.path)) as tunnel:
-            return type(server), type(tunnel)
-
-
 def members(cls):
     """The methods and properties that a user sees, as (name, function)."""
     for base in cls.__mro__:
@@ -890,9 +868,9 @@ def members(cls):
                 yield name, member
 
 
-def test_all_of_it_is_documented_and_annotated(keys):
+def test_all_of_it_is_documented_and_annotated():
     """Functions, classes, and what their objects show."""
-    undocumented, bare = [], []
+    undocumented, bare, public = [], [], [getattr(ratrod, name) for name in ratrod.__all__]
     def look_at(name, function):
         if not inspect.getdoc(function):
             undocumented.append(name)
@@ -900,14 +878,13 @@ def test_all_of_it_is_documented_and_annotated(keys):
         wanted = [parameter for parameter in signature.parameters.values() if parameter.name not in ("self", "cls")]
         if any(parameter.annotation is inspect.Parameter.empty for parameter in wanted) or signature.return_annotation is inspect.Signature.empty:
             bare.append(name)
-    for cls in (*what_tunnel_and_serve_give(keys), *(value for value in public().values() if inspect.isclass(value))):
+    for cls in (ratrod.Service, ratrod.Tunnel, *filter(inspect.isclass, public)):
         if not (cls.__doc__ or "").strip():
             undocumented.append(cls.__name__)
         for name, member in members(cls):
             look_at("%s.%s" % (cls.__name__, name), member)
-    for name, value in public().items():
-        if inspect.isfunction(value):
-            look_at(name, value)
+    for function in filter(inspect.isfunction, public):
+        look_at(function.__name__, function)
     assert (undocumented, bare) == ([], [])
 
 
@@ -973,7 +950,7 @@ def test_mypy_knows_the_types(tmp_path):
     (tmp_path / "typed.py").write_text(TYPED)
     (tmp_path / "wrong.py").write_text(WRONG)
     done = subprocess.run([sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports", "--config-file=",
-                           "--cache-dir=%s" % (tmp_path / "cache"), "typed.py", "wrong.py"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           "--cache-dir=%s" % (CACHE / "mypy"), "typed.py", "wrong.py"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(ROOT)}, timeout=300, check=False)
     found = re.findall(r"^(\w+)\.py:(\d+): error", done.stdout.decode(), re.M)
     assert set(found) == {("wrong", str(line)) for line in (3, 4, 5, 6, 8, 9)}, done.stdout.decode()
