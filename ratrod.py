@@ -10840,7 +10840,9 @@ def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn
     def end_with_parent() -> None:
         with contextlib.suppress(OSError):
             parent.recv(1)  # the parent never sends, so this returns when the parent has ended
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:  # signals that come together count as one, and nobody else is left who could send another
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
     code = 1
     try:
         for writer in log_writers():
