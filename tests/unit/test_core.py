@@ -24,7 +24,7 @@ from support import ratrod2_peer as peer
 from support.programs import PYTHON, RATROD
 from support.rows import row
 
-unlimited = settings(deadline=None)  # nothing here is about time
+unlimited = settings(deadline=None, max_examples=1000 if os.environ.get("RATROD_LONG") else 50)  # nothing here is about time
 
 # ---------------------------------------------------------------------------------------------------- what the files share
 

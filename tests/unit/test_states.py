@@ -455,7 +455,7 @@ def test_a_path_that_breaks_after_any_byte(direction, first, how):
         length = whole_streams(world, direction, [ALL])[1][0].pipes[direction].moved
     assert length > 70  # ChaCha20-Poly1305 alone has shorter records
     positions = list(range(0 if LONG else first, length + 1, 1 if LONG else 3))
-    for some in (positions[at:at + 10] for at in range(0, len(positions), 10)):
+    for some in (positions[at:at + 25] for at in range(0, len(positions), 25)):
         with World() as world:
             connections, pairs = whole_streams(world, direction, some)
             for pair in pairs:
@@ -632,6 +632,6 @@ class Streams(RuleBasedStateMachine):
 
 
 TestStreams = Streams.TestCase
-TestStreams.settings = settings(max_examples=1000 if LONG else 60, stateful_step_count=40, deadline=None, database=None,
+TestStreams.settings = settings(max_examples=1000 if LONG else 40, stateful_step_count=40, deadline=None, database=None,
                                 derandomize="CI" in os.environ, report_multiple_bugs=False,
                                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large])
