@@ -1,6 +1,5 @@
 """serve and connect as services: what systemd is told, what the log looks like to a collector, reloading, and the health probe."""
 
-import contextlib
 import datetime
 import json
 import os
@@ -18,8 +17,7 @@ import ratrod as ratrod_module
 from support.keys import make_keys
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, readme, tcp_port
-from support.sockets import ask, dial, eventually, ping, port_of
-from support.targets import echo
+from support.sockets import ask, dial, eventually, free_port, ping, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -78,8 +76,7 @@ def test_systemd_hears_how_it_goes(manager, ratrod, keys, tcp_echo):
 
 def test_a_client_is_ready_when_all_its_tunnels_are(manager, start, keys, tcp_echo, serve):
     """Reverse tunnels listen elsewhere, and later; while the server is not there it is not ready, and says so to nobody."""
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        port = port_of(made)
+    port = free_port()
     path, heard = manager()
     client = start(*TALKATIVE, "-v", "-k", keys.client.path, "connect", "--max-retry-count", "1000", "--max-retry-interval", "0.2",
                    "127.0.0.1:%d" % port, "R:0:127.0.0.1:%d" % tcp_echo.port, cwd=str(ROOT), **notifying(path))
@@ -113,14 +110,7 @@ def test_of_several_workers_the_parent_speaks(manager, ratrod, keys, tcp_echo):
     assert server.wait() == 0
 
 
-def test_a_manager_that_is_not_there(ratrod, keys, caplog):
-    program = ratrod("-v", "-k", keys.server.path, "serve", "127.0.0.1:0", **notifying("/nowhere/at/all"))
-    program.wait_for(STARTED)
-    program.process.send_signal(signal.SIGHUP)
-    program.wait_for("Read again")
-    assert program.stop() == 0
-    assert not re.search("WARN|ERROR", program.output)
-    # Other names of sockets, in this process.
+def test_names_of_a_manager_that_are_none(caplog):
     for path in ("", "@", "vsock:2:1234", "relative", "/" + "x" * 200):
         with mock.patch.dict(os.environ, NOTIFY_SOCKET=path), caplog.at_level("DEBUG"):
             ratrod_module.notify_systemd("READY=1")
@@ -155,8 +145,11 @@ def test_the_unit_files_of_the_readme(name, command, tmp_path):
     assert "Restrat" in str(verify(text.replace(command, str(program)).replace("Restart=", "Restrat=")))
 
 
-def test_a_log_for_machines(serve, connect, keys, tcp_echo, tmp_path):
-    server, port = serve("-v", "--log-format", "json")
+def test_a_log_for_machines(serve, connect, tcp_echo):
+    """A manager that is not there is no word of a warning in it."""
+    server, port = serve("-v", "--log-format", "json", **notifying("/nowhere/at/all"))
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("Read again")
     client = connect(port, "-v", "--log-format=json", "0:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     client.wait_for("✅ .* closed: ")
@@ -167,34 +160,22 @@ def test_a_log_for_machines(serve, connect, keys, tcp_echo, tmp_path):
         for line in lines:
             when = datetime.datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S.%fZ")
             assert abs(when - datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)) < datetime.timedelta(minutes=5)
-        assert {line["level"] for line in lines} <= {"DEBUG", "INFO", "WARN", "ERROR"} and "DEBUG" in {line["level"] for line in lines}
-        assert "\x1b" not in program.output
+        assert "DEBUG" in {line["level"] for line in lines} <= {"DEBUG", "INFO"} and "\x1b" not in program.output
 
 
-def test_what_would_break_a_line_of_it(run_once, tmp_path):
-    """Quotes, backslashes and line ends; also where the locale has no name for a character."""
-    strange = str(tmp_path / 'a "b" \\ \n c\x1b[31m ü')
-    for env in ({}, {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}):
-        code, output = run_once("-k", strange, "connect", "--check", "--log-format", "json", "127.0.0.1:9", **env)
-        assert code == 2
-        (line,) = output.splitlines()
-        message = json.loads(line)["message"]
-        assert json.loads(line)["level"] == "ERROR" and 'a "b" \\ \n c' in message
-
-
-@pytest.fixture
-def run_once(ratrod):
-    """run_once(words..., NAME=value...) -> (exit code, output)"""
-    def launch(*words, **environment):
-        program = ratrod(*words, env={**os.environ, **environment})
-        return program.wait(), program.output
-    return launch
+def test_what_would_break_a_line_of_it(ratrod, tmp_path):
+    """Quotes, backslashes and line ends, where the locale has no name for a character."""
+    program = ratrod("-k", tmp_path / 'a "b" \\ \n c\x1b[31m ü', "connect", "--check", "--log-format", "json", "127.0.0.1:9",
+                     env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+    assert program.wait() == 2
+    line = json.loads(program.output)
+    assert line["level"] == "ERROR" and 'a "b" \\ \n c' in line["message"]
 
 
 def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
-    """A client comes as who it is now; where its file is damaged it stays who it was, and says so."""
+    """A client comes as who it is now; where its file is damaged it stays who it was, and says so. A drain goes on."""
     server, port = serve("-v")
-    client = connect(port, "-v", "0:%d" % tcp_echo.port).ready()
+    client = connect(port, "-v", "--drain", "60", "0:%d" % tcp_echo.port).ready()
     (keys.client.path / "key").rename(tmp_path / "old key")
     (keys.client.path / "key").write_text("nonsense")
     client.process.send_signal(signal.SIGHUP)
@@ -208,6 +189,15 @@ def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
     client.wait_for("Read again: .*%s" % re.escape(new.public))
     ask(tcp_port(client))
     server.wait_for("Accepted .*%s" % re.escape(new.public))
+    with dial(tcp_port(client)) as connection:
+        ping(connection, b"1")
+        client.process.terminate()
+        client.wait_for("Ending")
+        before = client.output.count("Read again")
+        client.process.send_signal(signal.SIGHUP)
+        client.wait_for("Read again", before + 1)
+        ping(connection, b"2")
+    assert client.wait() == 0
     # The server as well: whoever knows the old key alone is warned.
     other = make_keys(tmp_path / "other")
     shutil.copy(other.path / "key", keys.server.path / "key")
@@ -234,70 +224,42 @@ def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
         client.process.send_signal(signal.SIGHUP)
         eventually(lambda before=before: tries() > before, lambda: client.output)
     server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
-    def is_back():
-        client.process.send_signal(signal.SIGHUP)
-        with contextlib.suppress(AssertionError, OSError):
-            ask(bound)
-            return True
-    eventually(is_back, lambda: client.output)
+    eventually(lambda: client.process.send_signal(signal.SIGHUP) or works(bound), lambda: client.output)
     ask(tcp_port(client))
-
-
-def test_hup_during_a_drain_changes_nothing_about_it(serve, connect, target):
-    server, port = serve("--drain", "60")
-    client = connect(port, "--drain", "60", "0:%d" % target(echo).port).ready()
-    connection = dial(tcp_port(client))
-    ping(connection, b"1")
-    client.process.terminate()
-    client.wait_for("Ending")
-    client.process.send_signal(signal.SIGHUP)
-    client.wait_for("Read again")
-    ping(connection, b"2")
-    connection.close()
-    assert client.wait() == 0
 
 
 LETS_IN = "The server `127.0.0.1:%d` lets this client in."
 
 
-def test_a_good_check(serve, keys, tcp_echo, manager):
-    """It listens on nothing: the tunnels' ports may be in use, by the very client whose health it is about. And it is not that service."""
+def test_checks(serve, keys, closed, tcp_echo, manager, tmp_path):
+    """A good one listens on nothing: the tunnels' ports may be in use, by the very client whose health it is about. And it is not that service.
+    Each kind of failure has its exit code, and the line that connect has for it; nothing is asked, and nothing is written."""
     _, port = serve(*LEGACY.serve)
     path, heard = manager()
-    where = "127.0.0.1:%d" % port
-    with socket.create_server(("127.0.0.1", 0)) as made, socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        plain = [[where], [where, "%d:%d" % (port_of(made), tcp_echo.port)], [where, "stdio:db:1"], [where, "1080:socks", "unix:/nowhere/x:db:1"],
-                 [*LEGACY.connect, where]]
-        # Of several servers, the one that lets it in.
-        others = [["--log-format", "json", "127.0.0.1:%d,%s" % (port_of(closed), where)], ["-v", where]]
-        outcomes = run_lines([["-k", keys.client.path, "connect", "--check", *words] for words in plain + others],
-                             env={**os.environ, "NOTIFY_SOCKET": path})
-    assert {outcome.code for outcome in outcomes} == {0}, outcomes
-    for outcome in outcomes[:len(plain)]:
-        lines = [line for line in (outcome.out + outcome.err).splitlines() if "in the clear" not in line]
-        assert lines == [LETS_IN % port], outcome
-    as_json, verbose = [outcome.out + outcome.err for outcome in outcomes[len(plain):]]
+    server, own = "127.0.0.1:%d" % port, keys.client.path
+    plain = [[server], [server, "%d:%d" % (tcp_echo.port, tcp_echo.port)], [server, "stdio:db:1"], [server, "1080:socks", "unix:/nowhere/x:db:1"],
+             [*LEGACY.connect, server]]
+    # Of several servers, the one that lets it in.
+    others = [["--log-format", "json", "127.0.0.1:%d,%s" % (closed, server)], ["-v", server]]
+    stranger, ignorant = make_keys(tmp_path / "stranger"), make_keys(tmp_path / "ignorant")
+    stranger.trust(keys.server, "known_hosts")
+    bad = [(own, ["127.0.0.1:%d" % closed], 1, "Connection refused"), (own, [server, "nonsense"], 2, "cannot understand the tunnel"),
+           (own, ["nonsense"], 2, "cannot understand the server"), (stranger.path, [server], 3, "does not know this client's key"),
+           (ignorant.path, [server], 3, "is not in the known hosts file"), (tmp_path / "none", [server], 2, "no security files in")]
+    lines = [(own, words) for words in plain + others] + [(folder, words) for folder, words, _, _ in bad]
+    outcomes = run_lines([["-k", folder, "connect", "--check", *words] for folder, words in lines], env={**os.environ, "NOTIFY_SOCKET": path})
+    said = [outcome.out + outcome.err for outcome in outcomes]
+    good = len(plain) + len(others)
+    assert [outcome.code for outcome in outcomes] == [0] * good + [code for _, _, code, _ in bad], outcomes
+    for output in said[:len(plain)]:
+        assert [line for line in output.splitlines() if "in the clear" not in line] == [LETS_IN % port]
+    as_json, verbose = said[len(plain):good]
     line = json.loads(as_json.splitlines()[-1])
     assert (line["level"], line["message"]) == ("INFO", LETS_IN % port)
     assert READY in verbose and "Signing server challenge" in verbose
+    for (_, words, _, text), output in zip(bad, said[good:]):
+        assert len(output.splitlines()) == 1 and text in output, (words, output)
     with pytest.raises(BlockingIOError):
         heard(0)
     assert tcp_echo.accepted == 0
-
-
-def test_bad_checks(serve, keys, tmp_path):
-    """Each kind of failure has its exit code, and the line that connect has for it; nothing is asked, and nothing is written."""
-    _, port = serve()
-    server = "127.0.0.1:%d" % port
-    stranger, ignorant = make_keys(tmp_path / "stranger"), make_keys(tmp_path / "ignorant")
-    stranger.trust(keys.server, "known_hosts")
-    own = keys.client.path
-    cases = [(own, ["127.0.0.1:9"], 1, "Connection refused"), (own, [server, "nonsense"], 2, "cannot understand the tunnel"),
-             (own, ["nonsense"], 2, "cannot understand the server"), (stranger.path, [server], 3, "does not know this client's key"),
-             (ignorant.path, [server], 3, "is not in the known hosts file"), (tmp_path / "none", [server], 2, "no security files in")]
-    outcomes = run_lines([["-k", folder, "connect", "--check", *words] for folder, words, _, _ in cases])
-    for (_, words, code, said), outcome in zip(cases, outcomes):
-        output = outcome.out + outcome.err
-        assert outcome.code == code and len(output.splitlines()) == 1 and said in output, (words, outcome)
     assert (ignorant.path / "known_hosts").read_text() == "" and not (tmp_path / "none").exists()

@@ -2,16 +2,20 @@
 
 import contextlib
 import os
+import pty
 import re
 import shlex
 import signal
 import socket
 import subprocess
+import sys
+from unittest import mock
 
 import pytest
 
+import ratrod
 from support.programs import PYTHON, RATROD2, READY, ROOT, tcp_port, udp_originator
-from support.sockets import ask, dial, eventually, receive_exactly
+from support.sockets import ask, ask_udp, dial, eventually, ping, receive_exactly
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -34,49 +38,39 @@ def table():
     return ask_for
 
 
-def test_the_table_of_a_busy_pair(forward, keys, target, udp_echo, table):
+def test_the_table(forward, keys, target, udp_echo, table, stack):
+    """Of a busy pair; of one that has more streams than a table shows; and of a client whose server is away."""
     keys.server.write("authorized_keys", "%s alice\n" % keys.client.public)
-    server, client = forward(RATROD2, "0:%d" % target(echo).port, "0:%d" % udp_echo.port)
-    with dial(tcp_port(client)) as connection, udp_originator(client, 2) as originator:
-        connection.sendall(b"x" * 1000)
-        receive_exactly(connection, 1000)
-        originator.send(b"y" * 10)
-        originator.recv(100)
-        (head, tunnel_1, tunnel_2, key, stream, session) = table(client)
-        assert re.match(r"Client of `127.0.0.1:\d+`, connected for [\d.]+ m?s, round trip [\d.]+ m?s; 0 waiting for a link; up [\d.]+ m?s; "
-                        r"\d links \(\d+ idle, 2 busy, 0 closing\), 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received; "
-                        r"handshakes: \d under way, 0 failed$", head)
-        assert re.match(r"tunnel \(forward\) `127.0.0.1:%d` -> `127.0.0.1:\d+`$" % tcp_port(client), tunnel_1) and "tunnel (forward)" in tunnel_2
-        assert re.match(r"key `%s`: \d links .*, 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received$" % keys.server.public, key)
-        origin = "127.0.0.1:%d" % connection.getsockname()[1]
-        assert re.match(r"\[[0-9a-f]{6}\] `%s` -> `127.0.0.1:\d+`: 1000 bytes sent to the link, 1000 received, for [\d.]+ m?s$" % origin, stream)
-        assert re.match(r"\[[0-9a-f]{6}\] `127.0.0.1:\d+` -> `udp 127.0.0.1:%d`: 10 bytes sent to the link, 10 received" % udp_echo.port, session)
-        (head, key, stream, session) = table(server)
-        assert re.match(r"Server on `127.0.0.1:\d+`; up .*; \d links .*, 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received; ", head)
-        assert key.startswith("key `%s` (alice): " % keys.client.public)
-        assert "1000 bytes sent" in stream and "10 bytes sent" in session
-
-
-def test_a_table_stays_short(forward, listener, table, stack):
-    server, client = forward(RATROD2, "0:%d" % listener.getsockname()[1])
-    for _ in range(60):
-        stack.enter_context(dial(tcp_port(client)))
-        stack.enter_context(listener.accept()[0])
+    echoing = target(echo)
+    server, client = forward(RATROD2, "0:%d" % echoing.port, "0:%d" % udp_echo.port, "R:0:127.0.0.1:%d" % echoing.port, "0:socks",
+                             serve_flags=("--allow-listen",))
+    client.wait_for("` listens on")
+    connection, originator = stack.enter_context(dial(tcp_port(client))), stack.enter_context(udp_originator(client, 2))
+    ping(connection, b"x" * 1000)
+    ask_udp(originator, b"y" * 10)
+    (head, tunnel_1, tunnel_2, _, socks, reverse, key, stream, session) = table(client)
+    assert re.match(r"Client of `127.0.0.1:\d+`, connected for [\d.]+ m?s, round trip [\d.]+ m?s; 0 waiting for a link; up [\d.]+ m?s; "
+                    r"\d+ links \(\d+ idle, \d+ busy, 0 closing\), 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received; "
+                    r"handshakes: \d under way, 0 failed$", head)
+    assert re.match(r"tunnel \(forward\) `127.0.0.1:%d` -> `127.0.0.1:\d+`$" % tcp_port(client), tunnel_1) and "tunnel (forward)" in tunnel_2
+    assert "tunnel (socks)" in socks and re.search(r"reverse tunnel on `localhost:\d+`: \d links wait, 0 are busy", reverse)
+    assert re.match(r"key `%s`: \d+ links .*, 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received$" % keys.server.public, key)
+    origin = "127.0.0.1:%d" % connection.getsockname()[1]
+    assert re.match(r"\[[0-9a-f]{6}\] `%s` -> `127.0.0.1:\d+`: 1000 bytes sent to the link, 1000 received, for [\d.]+ m?s$" % origin, stream)
+    assert re.match(r"\[[0-9a-f]{6}\] `127.0.0.1:\d+` -> `udp 127.0.0.1:%d`: 10 bytes sent to the link, 10 received" % udp_echo.port, session)
+    (head, reverse, key, stream, session) = table(server)
+    assert re.match(r"Server on `127.0.0.1:\d+`; up .*; \d+ links .*, 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received; ", head)
+    assert re.search(r"reverse tunnel on `localhost:\d+` for the client with key `%s`" % keys.client.public, reverse)
+    assert key.startswith("key `%s` (alice): " % keys.client.public)
+    assert "1000 bytes sent" in stream and "10 bytes sent" in session
+    for _ in range(59):
+        ping(stack.enter_context(dial(tcp_port(client))), b"x")
     for program in (client, server):
         lines = table(program)
-        assert len([line for line in lines if line.startswith("[")]) == 50 and lines[-1] == "... and 10 more" and "60 streams" in lines[0]
-
-
-def test_a_table_while_the_server_is_away(serve, ratrod, keys, tcp_echo, table):
-    server, port = serve("--allow-listen")
-    client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % tcp_echo.port, "0:socks")
-    client.wait_for("` listens on")
-    (head, *tunnels) = [line for line in table(client) if "tunnel" in line or "Client" in line]
-    assert len(tunnels) == 4 and "tunnel (socks)" in tunnels[2]
-    assert re.search(r"reverse tunnel on `localhost:\d+`: \d links wait, 0 are busy", tunnels[3])
-    assert re.search(r"reverse tunnel on `localhost:\d+` for the client with key `%s`" % keys.client.public, "\n".join(table(server)))
+        assert len([line for line in lines if line.startswith("[")]) == 50 + 1  # the session is the last line
+        assert lines[-2] == "... and 10 more" and "60 streams" in lines[0]
     server.kill()
-    away = r"Client of `127.0.0.1:%d`, away for [\d.]+ m?s \(.*\); \d+ waiting" % port
+    away = r"Client of `127.0.0.1:\d+`, away for [\d.]+ m?s \(.*\); \d+ waiting"
     eventually(lambda: re.search(away, table(client)[0]), lambda: client.output)
 
 
@@ -121,16 +115,16 @@ class Terminal:
 
 @pytest.fixture
 def at_terminal(tmux, tmp_path, keys, serve):
-    """at_terminal(words of connect..., width, env, before) -> Terminal in which it runs, and shows its exit code; they share a server."""
+    """at_terminal(words of connect..., width, env, shell) -> Terminal in which it runs, and shows its exit code; they share a server."""
     servers, terminals = [], []
     (tmp_path / "quick_ratrod.py").write_text(QUICK)
-    def launch(*words, width=240, env="", before=(), shell=False):
+    def launch(*words, width=240, env="", shell=False):
         servers[:] = servers or [serve()]
         server, port = servers[0]
         terminal = Terminal(tmux, "=t%d:" % len(terminals), tmp_path / ("raw%d" % len(terminals)), server, port)
         # Its id: a terminal that goes away does not end one that is stopped.
         remember = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(tmp_path / ("pid%d" % len(terminals)))]
-        program = [PYTHON, str(tmp_path / "quick_ratrod.py"), *before, "-k", str(keys.client.path)]
+        program = [PYTHON, str(tmp_path / "quick_ratrod.py"), "-k", str(keys.client.path)]
         command = " ".join(map(shlex.quote, [*remember, *program, "connect", "127.0.0.1:%d" % port, *words]))
         # `read`: not before all that it shows is recorded.
         first = "PS1='$ ' exec bash --norc -i" if shell else "read line; %s %s; echo exit code $?; read line" % (env, command)
@@ -153,34 +147,30 @@ def lives(pid):
 
 
 def test_a_window_that_is_closed(at_terminal, keys, tmp_path, tcp_echo, port):
-    """It ends what was started in it, as with ssh, also while it asks; `kill -HUP` from elsewhere does not."""
-    words = "%d:%d" % (port, tcp_echo.port)
-    terminals = [at_terminal(words), at_terminal("--workers", "2", words.replace(str(port), "0"))]
+    """It ends what was started in it, as with ssh, also while it asks; `kill -HUP` from elsewhere does not. Where the shell alone is killed the
+    hang-up comes before the terminal goes, or the terminal stays."""
+    tunnel, workers = "0:127.0.0.1:9", ("--workers", "2")
+    terminals = [at_terminal("%d:%d" % (port, tcp_echo.port)), at_terminal(*workers, tunnel), at_terminal(tunnel, shell=True),
+                 at_terminal(*workers, tunnel, shell=True)]
+    for terminal in terminals:
+        terminal.shows(READY)
     terminals[0].shows(EMPTY)
-    terminals[1].shows("Listening")
-    pids = [int((tmp_path / ("pid%d" % n)).read_text()) for n in range(2)]
-    for pid, terminal in zip(pids, terminals):
+    pids = [int((tmp_path / ("pid%d" % n)).read_text()) for n in range(4)]
+    for pid, terminal in zip(pids[:2], terminals):
         os.kill(pid, signal.SIGHUP)
         terminal.shows("Read again")
     ask(port)
     keys.client.write("known_hosts", "")
-    terminals.append(at_terminal("0:127.0.0.1:9"))
-    terminals[2].shows(r"\(yes/no/\[fingerprint\]\)\?")
-    pids.append(int((tmp_path / "pid2").read_text()))
+    terminals.append(at_terminal(tunnel))
+    terminals[-1].shows(r"\(yes/no/\[fingerprint\]\)\?")
+    pids.append(int((tmp_path / "pid4").read_text()))
     for terminal in terminals:
-        terminal.run("kill-session")
-    eventually(lambda: not any(map(lives, pids)), "they end")
+        if terminal in terminals[2:4]:
+            os.kill(int(terminal.run("display-message", "-p", "#{pane_pid}")), signal.SIGKILL)
+        else:
+            terminal.run("kill-session")
+    eventually(lambda: not any(map(lives, pids)), lambda: "they end: %s" % list(map(lives, pids)))
     assert (keys.client.path / "known_hosts").read_text() == ""
-
-
-@pytest.mark.parametrize("flags", [(), ("--workers", "2")], ids=["one process", "workers"])
-def test_a_shell_that_is_killed(at_terminal, tmp_path, flags):
-    """The hang-up comes before the terminal goes, or where the terminal stays without its shell."""
-    terminal = at_terminal(*flags, "0:127.0.0.1:9", shell=True)
-    terminal.shows("Test connection successful")
-    pid = int((tmp_path / "pid0").read_text())
-    os.kill(int(terminal.run("display-message", "-p", "#{pane_pid}")), signal.SIGKILL)
-    eventually(lambda: not lives(pid), "it ends")
 
 
 @pytest.fixture
@@ -205,6 +195,13 @@ def test_it_shows_what_goes_on_and_leaves_nothing(at_terminal, target, port, udp
             return seen == {"up", "down"}
         eventually(both_ways, terminal.screen)
         terminal.shows(r"^ratrod: 0 B/s up, 0 B/s down, 1 stream, 0 UDP sessions")
+        # Nothing is drawn while nothing changes: a terminal may be looked at through a slow line, or recorded. Once more when the rates have become
+        # 0; the round trip is measured only as something is sent, every 20 s.
+        sizes = []
+        def quiet():
+            sizes.append(terminal.raw.stat().st_size)
+            return len(sizes) > 50 and sizes[-1] == sizes[-50]
+        eventually(quiet, lambda: terminal.raw.read_bytes()[-500:])
     terminal.shows(EMPTY + r", round trip [\d.]+ ms$")
     # A line of the log stands above it, whole, and it is there but once.
     assert terminal.server.stop() == 0
@@ -216,20 +213,6 @@ def test_it_shows_what_goes_on_and_leaves_nothing(at_terminal, target, port, udp
     terminal.shows("^exit code 130$")
     assert "ratrod: " not in terminal.screen() and terminal.lines()[-1] == "exit code 130"
     assert all(re.match(r"\d{4}-\d\d-\d\dT\S+Z |exit code", line) for line in terminal.lines()), terminal.screen()
-
-
-def test_nothing_is_drawn_while_nothing_changes(at_terminal, target, port):
-    """A terminal that is looked at through a slow line, or recorded."""
-    terminal = at_terminal("%d:%d" % (port, target(echo).port))
-    terminal.shows(EMPTY)
-    with dial(port):
-        terminal.shows("^ratrod: .* 1 stream, ")
-        # Once more when the rates have become 0; the round trip is measured only as something is sent, every 20 s.
-        sizes = []
-        def quiet():
-            sizes.append(terminal.raw.stat().st_size)
-            return len(sizes) > 50 and sizes[-1] == sizes[-50]
-        eventually(quiet, lambda: terminal.raw.read_bytes()[-500:])
 
 
 def test_a_narrow_window_and_one_that_changes(at_terminal):
@@ -281,22 +264,28 @@ def test_stopped_and_continued(at_terminal, listener, port):
         eventually(lambda: "ratrod: " not in terminal.screen(), terminal.screen)
 
 
-def test_where_it_is_not_wanted(at_terminal):
-    """Nothing of it is there: no line, and no code that erases one. The last one, which has it, says that seconds have passed."""
-    terminals = [at_terminal(*words, "0:127.0.0.1:9", env="NO_COLOR=1 " + env, before=before) for words, env, before in (
-        (["--no-status"], "", []), ([], "", ["-v"]), (["--log-format", "json"], "", []), ([], "TERM=dumb", []), ([], "TERM=", []),
-        (["--workers", "2"], "", []), ([], "RATROD_NO_STATUS=1", []), ([], "", []))]
+def test_where_it_is_not_wanted(at_terminal, monkeypatch):
+    """Nothing of it is there: no line, and no code that erases one. The other terminal, which has it, says that seconds have passed."""
+    terminals = [at_terminal(*words, "0:127.0.0.1:9", env="NO_COLOR=1") for words in (["--no-status"], [])]
     for terminal in terminals:
         terminal.shows(READY)
-    terminals[-1].shows(EMPTY)
-    assert terminals[-1].server.stop() == 0
+    terminals[1].shows(EMPTY)
+    assert terminals[1].server.stop() == 0
     for terminal in terminals:
         terminal.shows("Lost the server")
-    terminals[-1].shows("^ratrod: server away for ")
+    terminals[1].shows("^ratrod: server away for ")
     for terminal in terminals:
         terminal.send("C-c")
         terminal.shows("exit code 130")
-        assert ("ratrod: " in terminal.raw.read_text(), "\x1b[J" in terminal.raw.read_text()) == (terminal is terminals[-1],) * 2
+        assert ("ratrod: " in terminal.raw.read_text(), "\x1b[J" in terminal.raw.read_text()) == (terminal is terminals[1],) * 2
+    # Who else has none, in this process, with a terminal for its standard error.
+    ends = pty.openpty()
+    with open(ends[0]), open(ends[1], "w") as standard_error, mock.patch.object(sys, "stderr", standard_error):
+        for words, environment in (([], {}), (["-v"], {}), (["--log-format", "json"], {}), ([], {"TERM": "dumb"}), ([], {"TERM": ""}),
+                                   (["--workers", "2"], {}), ([], {"RATROD_NO_STATUS": "1"})):
+            monkeypatch.setenv("TERM", environment.get("TERM", "xterm"))
+            options = ratrod.parse_command_line(["connect", *words, "far:1", "0:near:2"], environment)
+            assert ratrod.shows_status(options) is not bool(words or environment), (words, environment)
 
 
 def test_the_question_for_a_key_stays_alone(at_terminal, keys, port):
