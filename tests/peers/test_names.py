@@ -19,11 +19,12 @@ from support import legacy_peer
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.many_lines import run_lines
+from support.pressure import BlackHole
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, STARTED
-from support.sockets import receive_all, say
+from support.sockets import dial, free_port, receive_all, say
 from support.socks5 import socks_port
 from support.spellings import HOSTILE, LONG, SHORT
-from support.targets import Target, UdpEcho
+from support.targets import Target, UdpEcho, says
 
 A, CNAME, AAAA, ANY = 1, 5, 28, 255
 REFUSED = "not allowed by this server"
@@ -100,18 +101,10 @@ class NameServer:
 
 
 class Witness:
-    """Listens on all addresses of where it is made, by TCP and UDP, on one port. Connections and datagrams are `seen`, and told `says`."""
+    """Listens on all addresses of where it is made, by TCP and UDP, on one port. Connections and datagrams are `seen`, and told a word."""
 
-    def __init__(self, make, says, host="::", port=0):
-        for _ in range(20):
-            self.tcp = make(Target, lambda connection: connection.sendall(says), host, port)
-            self.port = self.tcp.port
-            try:
-                self.udp = make(UdpEcho, host, self.port, says)
-                return
-            except OSError:  # another program's, for UDP
-                self.tcp.close()
-        raise AssertionError("no free port")
+    def __init__(self, make, word, port, host="::"):
+        self.tcp, self.udp = make(Target, says(word), host, port), make(UdpEcho, host, port, word)
 
     @property
     def seen(self):
@@ -128,9 +121,9 @@ class Place:
     def __init__(self, namespace, names, start, keys):
         self.namespace, self.names, self._start, self.keys = namespace, names, start, keys
         self.address, self.outer = namespace.address, str(ipaddress.ip_address(namespace.address) - 1)
-        self.outside = Witness(lambda function, *args: function(*args), b"outside", self.outer)
-        self.port = self.outside.port
-        self.inside = Witness(namespace.make, b"inside", port=self.port)
+        self.port = free_port()
+        self.outside = Witness(lambda function, *args: function(*args), b"outside", self.port, self.outer)
+        self.inside = Witness(namespace.make, b"inside", self.port)
         self.server = self.server_port = None
 
     def close(self):
@@ -231,19 +224,6 @@ def test_no_answer_leads_inside(place):
     assert not place.inside.seen
 
 
-def test_what_does_not_answer_is_not_replaced_by_what_is_forbidden(place):
-    """The allowed address refuses, or says nothing; the next one in the list would answer."""
-    place.serve("--connect-timeout", "0.5", *RESTRICTED)
-    place.outside.tcp.close()
-    place.names.names = {"closed.ok.example": (Answer(place.outer, "127.0.0.1", "::1"),),
-                         "silent.ok.example": (Answer("198.18.255.254", "127.0.0.1"),)}
-    # On the cable, where nobody answers.
-    subprocess.run(["ip", "-n", place.namespace.name, "route", "add", "198.18.255.254", "dev", "eth0"], check=True)
-    for host in place.names.names:
-        assert "cannot connect to the remote `%s:%d`" % (host, place.port) in place.tcp(host)
-    assert not place.inside.seen
-
-
 def test_an_answer_that_changes(place):
     """Rebinding: what was checked is what is connected to, and the next stream is checked anew, however short the answer was to live."""
     place.serve(*RESTRICTED)
@@ -290,12 +270,16 @@ MISBEHAVES = {
     "another name's answer": Answer("127.0.0.1", raw=lambda answer: answer[:13] + b"X" + answer[14:]),
     "nonsense": Answer(raw=lambda answer: b"\xff" * 40),
     "silence": Answer(hangs=True),
+    # On the cable, where nobody answers; the next address in the list would.
+    "an address that is silent": Answer("198.18.255.254", "127.0.0.1"),
 }
 
 
 def test_name_servers_that_misbehave(place):
-    """Each is an Error that names the target, while others are served; all look-ups go on at once."""
+    """Each is an Error that names the target, while others are served; all look-ups go on at once. What does not answer, or refuses, is not
+    replaced by what is forbidden."""
     place.serve("--connect-timeout", "3", *RESTRICTED)
+    subprocess.run(["ip", "-n", place.namespace.name, "route", "add", "198.18.255.254", "dev", "eth0"], check=True)
     assert place.tcp(place.outer) == b"outside"  # from here on this machine is no stranger there, and may knock often
     hosts = {"n%d.ok.example" % n: what for n, what in enumerate(MISBEHAVES)}
     place.names.names = {host: (MISBEHAVES[what],) for host, what in hosts.items()}
@@ -307,6 +291,9 @@ def test_name_servers_that_misbehave(place):
             text = asked[host].result(PATIENCE)
             assert "cannot connect to the remote `%s:%d`" % (host, place.port) in text, (what, text)
     assert place.tcp("fine.ok.example") == b"outside"
+    place.outside.tcp.close()
+    place.names.names["closed.ok.example"] = (Answer(place.outer, "127.0.0.1", "::1"),)
+    assert "cannot connect to the remote `closed.ok.example:%d`" % place.port in place.tcp("closed.ok.example")
     assert not place.inside.seen
 
 
@@ -358,25 +345,20 @@ def hostile_server(target, keys):
     return launch
 
 
-def test_an_error_in_place_of_completion(keys, hostile_server):
-    cases = [(code, HOSTILE) for code in range(5)] + [(0, LONG)]
-    outcomes = connect_each(keys, [[hostile_server(lambda link, case=case: link.begin_handshake().fail(*case))] for case in cases])
-    for (code, _), outcome in zip(cases, outcomes):
-        assert outcome.code == (AUTHENTICATION_FAILED if code == peer.INVALID_KEY else 1)
-        assert "marker-before" in outcome.err
-
-
-def test_what_a_server_says_of_a_listener(connect, keys, hostile_server, shown):
-    """Its refusal, the address it claims, and whom it claims a connection to come from."""
+def test_what_a_server_says(connect, keys, hostile_server, shown):
+    """An Error in place of completion; of a listener its refusal, the address it claims, and whom it claims a connection to come from."""
     def answering(answer):
         def play(link):
             stream = link.handshake().accept()
             if stream:  # the first link is only a test
                 answer(link, stream)
         return hostile_server(play), "R:0:127.0.0.1:1"
-    outcomes = connect_each(keys, [answering(lambda link, stream: stream.fail(peer.INVALID_HOST, HOSTILE)),
-                                   answering(lambda link, stream: stream.opened(HOSTILE))])
-    assert [(outcome.code, "marker-before" in outcome.err) for outcome in outcomes] == [(1, True)] * 2
+    cases = [(code, HOSTILE) for code in range(5)] + [(0, LONG)]
+    lines = [[hostile_server(lambda link, case=case: link.begin_handshake().fail(*case))] for case in cases]
+    lines += answering(lambda link, stream: stream.fail(peer.INVALID_HOST, HOSTILE)), answering(lambda link, stream: stream.opened(HOSTILE))
+    outcomes = connect_each(keys, lines)
+    assert all("marker-before" in outcome.err for outcome in outcomes)
+    assert [outcome.code for outcome in outcomes] == [AUTHENTICATION_FAILED if code == peer.INVALID_KEY else 1 for code, _ in cases] + [1, 1]
     def originate(link, _stream):
         link.grant_listen("127.0.0.1:9000")
         link.send_open(peer.TCP, HOSTILE)
@@ -420,16 +402,12 @@ def test_what_a_local_program_asks_a_proxy_for(serve, ratrod, keys, shown):
     login = b"\5\1\2\1" + bytes([len("marker\x1b[2J")]) + b"marker\x1b[2J\4wine"
     texts = SHORT, LONG, HOSTILE, "[%s]" % SHORT, "a:" + SHORT, "::%" + SHORT, "::" + "A" * 240, "::\x1b[2J" * 20
     names = [text.encode("utf-8")[:255] for text in texts]
-    for name, command in itertools.product(names, (1, 3)):
-        with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
-            say(connection, login + bytes([5, command, 0, 3, len(name)]) + name + b"\0\x50")
+    for said in (*(login + bytes([5, command, 0, 3, len(name)]) + name + b"\0\x50" for name, command in itertools.product(names, (1, 3))),
+                 SHORT.encode(), b"\5\1\2\1\7" + b"\x1b[2J\x07\r\n\4wine", b"\4\1\0\x50\x1b\x1b\x1b\x1b\x1b[2J\0",
+                 b"GET \x1b[2J HTTP/1.1\r\n\r\n"):
+        with dial(proxy) as connection, contextlib.suppress(ConnectionError):
+            say(connection, said)
             receive_all(connection)
-    for garbage in (SHORT.encode(), b"\5\1\2\1\7" + b"\x1b[2J\x07\r\n\4wine", b"\4\1\0\x50\x1b\x1b\x1b\x1b\x1b[2J\0",
-                    b"GET \x1b[2J HTTP/1.1\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", proxy), timeout=PATIENCE) as connection:
-            say(connection, garbage)
-            with contextlib.suppress(ConnectionError):
-                receive_all(connection)
     shown(client)
 
 
@@ -438,10 +416,11 @@ def link_to(port, keys):
 
 
 def test_what_a_client_asks_a_server_for(serve, keys, tcp_echo, shown):
-    """Targets of every kind, in both protocols; its Errors; what it says of sessions."""
+    """Targets of every kind, in both protocols; its Errors; what it says of sessions. And what strangers say."""
     server, port = serve("-v", "--legacy", "--allow-listen")
     for text in (HOSTILE, LONG, SHORT):
         ask_for(text, port, keys, tcp_echo)
+    strangers_speak(server, port)
     shown(server)
 
 
@@ -454,7 +433,7 @@ def ask_for(text, port, keys, tcp_echo):
         with link_to(port, keys) as link:
             link.handshake().send_open(peer.LISTEN, target, b"instance")
             assert [record.type for record in link.read_to_end()] == [peer.ERROR]
-        with legacy_peer.Client(socket.create_connection(("127.0.0.1", port)), legacy_peer.Identity.load(keys.client.path), target) as client:
+        with legacy_peer.Client(dial(port), legacy_peer.Identity.load(keys.client.path), target) as client:
             with pytest.raises(legacy_peer.Refused):
                 client.handshake()
     with link_to(port, keys) as link:
@@ -474,34 +453,28 @@ def ask_for(text, port, keys, tcp_echo):
             link.read_to_end()
 
 
-def test_a_hostile_target_waits_for_nothing(place, shown):
+def test_a_hostile_target_waits_for_nothing(link, stack, shown):
     """It is refused though the only place to connect is held by a remote that says nothing."""
-    place.serve("--max-connects-per-key", "1", "--connect-timeout", "0.5")
-    subprocess.run(["ip", "-n", place.namespace.name, "route", "add", "198.18.255.253", "dev", "eth0"], check=True)
-    with place.link() as one, place.link() as two, place.link() as three:
-        one.send_open(peer.TCP, "198.18.255.253:80")
-        two.send_open(peer.TCP, "198.18.255.253:80")
-        three.send_open(peer.TCP, HOSTILE)
-        answer, = three.read_to_end()
-        assert answer.type == peer.ERROR
-    place.server.wait_for("marker-before.*: refused: ")
+    hole = "127.0.0.1:%d" % stack.enter_context(contextlib.closing(BlackHole())).port
+    for target in (hole, hole, HOSTILE):
+        opened = link(flags=("--max-connects-per-key", "1", "--drain", "0"))
+        opened.send_open(peer.TCP, target)
+    answer, = opened.read_to_end()
+    assert answer.type == peer.ERROR
+    link.server.wait_for("marker-before.*: refused: ")
 
 
-def test_what_a_stranger_says_to_a_server(serve, shown):
+def strangers_speak(server, port):
     """In place of a handshake; each from an address of its own, so that none is only counted."""
-    for flags in ((), ("--legacy",)):
-        server, port = serve("-v", *flags)
-        for n, data in enumerate((*BANNERS.values(), SHORT.encode(), b"ratrod2\n" + SHORT.encode(), b"\0" + bytes(7) + b"\x20" + SHORT.encode()), 2):
-            with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=("127.0.0.%d" % n, 0)) as connection:
-                connection.sendall(data)
-                with contextlib.suppress(OSError):  # the server may have closed it already
-                    connection.shutdown(socket.SHUT_WR)
-                    receive_all(connection)
-        server.wait_for("Refused `127.0.0.2:")
+    for n, data in enumerate((*BANNERS.values(), SHORT.encode(), b"ratrod2\n" + SHORT.encode(), b"\0" + bytes(7) + b"\x20" + SHORT.encode()), 2):
+        with dial(port, source="127.0.0.%d" % n) as connection, contextlib.suppress(OSError):  # the server may have closed it already
+            say(connection, data)
+            receive_all(connection)
+    server.wait_for("Refused `127.0.0.2:")
 
 
 def test_comments_and_bad_lines_of_authorized_keys(serve, keys, tmp_path, shown):
-    """Whoever asks for access sends the line that an administrator pastes."""
+    """Whoever asks for access sends the line that an administrator pastes. And what strangers say where there is no legacy protocol."""
     other = make_keys(tmp_path / "other")
     text = SHORT.replace("\r", "").replace("\n", "").replace("\u2028", "")
     keys.server.write("authorized_keys", "".join(line + "\n" for line in (
@@ -514,19 +487,20 @@ def test_comments_and_bad_lines_of_authorized_keys(serve, keys, tmp_path, shown)
     with link_to(port, keys) as link:
         link.handshake()
         server.wait_for("Accepted `.*marker-before")
+    strangers_speak(server, port)
     shown(server)
 
 
 def test_lines_of_known_hosts_and_key_files(serve, keys):
     _, port = serve()
     keys.client.write("known_hosts", "\x1b[2J marker\n%s \x1b[2J\u202e\n\u202e\n" % keys.server.public, encoding="utf-8")
-    outcome, = connect_each(keys, [["127.0.0.1:%d" % port]])
-    assert outcome.code == AUTHENTICATION_FAILED
-    folders = []
+    folders = [keys.client.path]
     for name, data in itertools.product(("key", "key.pub"), (b"\x1b[2J" * 10, b"\xff\x9b" * 50, "\u202e".encode() * 111, b"A" * 5000)):
         folders.append(make_keys(keys.client.path / ("%s%d" % (name, len(data)))).path)
         (folders[-1] / name).write_bytes(data)
-    for outcome in run_lines([["-k", folder, "connect", "-v", "127.0.0.1:%d" % port] for folder in folders]):
+    outcomes = run_lines([["-k", folder, "connect", "-v", "127.0.0.1:%d" % port] for folder in folders])
+    assert outcomes[0].code == AUTHENTICATION_FAILED
+    for outcome in outcomes:
         assert outcome.code in (2, AUTHENTICATION_FAILED)
         assert_fit(outcome.err.split("\n"))
 
@@ -540,12 +514,10 @@ PROXY_HEADERS = [b"PROXY TCP6 fe80::1%\x1b[2J\x07 ::1 1 2\r\n", b"PROXY TCP6 fe8
 def test_what_a_proxy_says(serve, keys, shown):
     """Behind it an honest client, if it is let in, and then somebody who says nonsense: both are shown with the address that the proxy gave."""
     server, port = serve("-v", "--proxy-protocol", "127.0.0.0/8")
-    def dial(n):
-        # Each from an address of its own, so that none is only counted.
-        return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=("127.0.1.%d" % n, 0))
     for n, header in enumerate(PROXY_HEADERS, 1):
+        source = "127.0.1.%d" % n  # each from an address of its own, so that none is only counted
         for seed in (seed_of(keys.client), None):
-            with contextlib.suppress(OSError, peer.ProtocolError), dial(n) as connection:
+            with contextlib.suppress(OSError, peer.ProtocolError), dial(port, source=source) as connection:
                 connection.sendall(header)
                 if seed:
                     peer.Client(connection, seed).handshake().finish()
@@ -553,7 +525,7 @@ def test_what_a_proxy_says(serve, keys, shown):
                     say(connection, b"nonsense")
                     receive_all(connection)
         # It goes on, and its log says so.
-        with dial(n) as connection:
+        with dial(port, source=source) as connection:
             connection.sendall(b"PROXY TCP4 127.0.2.%d 127.0.0.1 1 2\r\n" % n)
             peer.Client(connection, seed_of(keys.client)).handshake()
             server.wait_for("Accepted `127.0.2.%d:1`" % n)

@@ -91,16 +91,15 @@ def test_credentials(real_proxy, serve, connect, scheme, user, password, typed, 
             assert "wrong" not in client.output
 
 
-@pytest.mark.parametrize("scheme", ["http", "socks5"])
-def test_ipv6_addresses_and_a_server_that_is_not_there(real_proxy, serve, ratrod, keys, closed, tcp_echo, scheme):
-    proxy = real_proxy(scheme, host="::1")
-    words = "-k", keys.client.path, "connect", "--proxy", "%s://[::1]:%d/" % (scheme, proxy.port)
+def test_ipv6_addresses_and_a_server_that_is_not_there(real_proxy, serve, ratrod, keys, closed, tcp_echo):
     _, port = serve(bind="[::1]:0")
-    client = ratrod(*words, "[::1]:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-    ask(tcp_port(client))
-    client = ratrod(*words, "127.0.0.1:%d" % closed, "0:127.0.0.1:1")
-    client.wait_for("the proxy `.*` does not connect to the server `127.0.0.1:%d`: .*(5[0-9][0-9]|refused|failed)" % closed)
-    assert client.wait() == 1
+    for scheme in ("http", "socks5"):
+        with row(scheme):
+            words = "-k", keys.client.path, "connect", "--proxy", "%s://[::1]:%d/" % (scheme, real_proxy(scheme, host="::1").port)
+            ask(tcp_port(ratrod(*words, "[::1]:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port).ready()))
+            client = ratrod(*words, "127.0.0.1:%d" % closed, "0:127.0.0.1:1")
+            client.wait_for("the proxy `.*` does not connect to the server `127.0.0.1:%d`: .*(5[0-9][0-9]|refused|failed)" % closed)
+            assert client.wait() == 1
 
 
 def test_the_server_is_known_by_its_own_address(real_proxy, serve, connect, keys):
