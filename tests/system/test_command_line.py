@@ -487,13 +487,13 @@ def test_demo(run_all, environment, tmp_path):
     assert list(temporary.iterdir()) == [] and list(pathlib.Path(env["HOME"]).iterdir()) == []
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_demo_interrupted(start, environment, tmp_path, sign):
-    """In each of its moments: a line of the log or of the demo, and the moments behind it."""
+def test_demo_interrupted(start, environment, tmp_path):
+    """By either signal, in each of its moments: a line of the log or of the demo, and the moments behind it."""
     temporary, env = demo_environment(environment, tmp_path)
     lines = ["Testing server", "Starting server", "Listening on", "A tunnel from", "of 16 MB", "Every byte arrived", "ratrod connect"]
     small = "import sys; sys.path.insert(0, %r); import ratrod; ratrod.DEMO_MB = 16; ratrod.program()" % str(ROOT)
     for number, line in enumerate(lines):
+        sign = (signal.SIGINT, signal.SIGTERM)[number % 2]
         demo = start(PYTHON, "-c", small, "-v", "demo", env=env)
         demo.wait_for(line)
         time.sleep(number * 0.003)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from support.kernel import sockets_of
-from support.programs import LEGACY, PATIENCE, RATROD2, READY, Program, descriptors, every_mode
+from support.programs import PATIENCE, RATROD2, READY, Program, descriptors, either_wire, two_wires
 from support.rows import row
 from support.sockets import dial_unix, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
@@ -120,7 +120,7 @@ def test_two_workers(proxy, tcp_echo, udp_echo):
             assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
 
 
-@every_mode
+@either_wire
 def test_replies(mode, proxy, tcp_echo, closed):
     """Each says what went wrong; then the connection ends, and the next one works."""
     made = proxy(mode, serve_flags=("-r", r"(?!10\.).*"))
@@ -201,7 +201,7 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
     assert sum("SOCKS client" in line for line in made.client.lines) == 10, made.client.output
 
 
-@every_mode
+@two_wires
 def test_all_at_once(mode, proxy, tcp_echo, target):
     """Greeting, password, request and data together, before any answer: none of it may be lost, or be taken for something else."""
     made, greeting = proxy(mode, connect_flags=WITH_A_PASSWORD), target(says(b"220 ready\r\n"))
@@ -332,7 +332,7 @@ def associate(made, host="127.0.0.1", claimed=("0.0.0.0", 0)):
     return Association(connection, (host if bound in ("0.0.0.0", "::") else bound, port))
 
 
-@every_mode
+@two_wires
 def test_datagrams(mode, proxy, udp_echo, remote):
     """A datagram stays one, of every size (65497 is the largest under SOCKS' header) and to every kind of address; each answer says whose it is."""
     made = proxy(mode)
@@ -398,7 +398,7 @@ def test_broadcast_and_multicast_targets(proxy, namespace):
             made.client.wait_for(r"udp \[?%s\]?:5353`: .*(not allowed by this server|it is a broadcast address)" % re.escape(host))
 
 
-@every_mode
+@either_wire
 def test_targets_that_fail_disturb_no_other(mode, proxy, udp_echo, remote):
     """Not allowed, without an address, nobody there: UDP has no way to say so, but the log has."""
     nobody = free_port()
@@ -450,7 +450,7 @@ def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
 
 
-@pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=lambda mode: mode.name)
+@either_wire
 def test_an_association_ends_with_its_connection(mode, proxy, udp_echo, remote):
     made = proxy(mode)
     with associate(made) as first:
@@ -480,7 +480,7 @@ def udp_sockets(program):
         return sum(line.split()[9] in held for line in table)
 
 
-@every_mode
+@two_wires
 def test_a_server_that_is_gone_and_comes_back(mode, proxy, serve, udp_echo, tcp_echo):
     """An association outlives it. How long a connection waits for it is in test_reconnect.py."""
     made = proxy(mode, connect_flags=("--connect-timeout", "0.3"))

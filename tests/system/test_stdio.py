@@ -14,7 +14,7 @@ import tempfile
 import pytest
 
 from support.pressure import memory_before, peak_growth
-from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, every_mode, two_wires
+from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, either_wire, every_mode, two_wires
 from support.rows import row
 from support.sockets import accept, ask, free_port, ping, port_of, push_until_stuck, receive_all, receive_exactly, reset, say
 
@@ -114,7 +114,7 @@ def answer_with_digest(connection):
     connection.sendall(hashlib.sha256(receive_all(connection)).hexdigest().encode())
 
 
-@every_mode
+@two_wires
 def test_conversation(mode, stdio, tcp_echo):
     made = stdio(mode, tcp_echo.port)
     for size in (1, 2, 1000, 100000):
@@ -183,8 +183,6 @@ def test_what_is_cut(mode, stdio, listener):
                     made.write(b"and the other half")
         code, stderr = made.wait()
     assert code == 1 and stderr, stderr
-
-
 
 
 def as_file(content):
@@ -278,8 +276,6 @@ def test_streams_that_are_closed(serve, keys, target):
             assert b"".join(seen) == b""
 
 
-
-
 @two_wires
 def test_who_does_not_read(mode, stdio, listener):
     """What nobody takes waits in the sockets' own buffers, and then the sender waits. The other direction is not held up."""
@@ -314,7 +310,7 @@ def one_error(made, code=1):
     return stderr
 
 
-@every_mode
+@either_wire
 def test_remotes_that_fail(mode, stdio, launch, closed, tcp_echo):
     for stdin in (PIPE, DEVNULL):
         assert re.search("127.0.0.1:%d.*(?i:refused)" % closed, one_error(stdio(mode, closed, stdin=stdin)))
