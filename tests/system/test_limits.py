@@ -22,6 +22,7 @@ from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, is_closed, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
 from support.relays import pump
+from support.rows import row
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
 
@@ -196,15 +197,16 @@ def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
 
 
 @linux
-@pytest.mark.parametrize("rest", [b"", b"\0", b"\0\x70", b"\0\x70x"], ids=["nothing", "a byte", "a length", "more"])
-def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys, rest):
+def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys):
     """Those that were answered once and then say no more have no right to stay before one that has just come; nor do others push that one out."""
     _, _, enter = strangers("--max-handshakes", "8")
-    for n in range(8):
-        half_way(enter("127.0.0.%d" % (n + 3)), keys).sock.sendall(rest)
-    honest = [enter("127.0.0.2"), enter("127.0.0.2")]
-    for sock in honest:
-        link(sock, keys.client)
+    for number, rest in enumerate((b"", b"\0", b"\0\x70", b"\0\x70x")):
+        with row(rest):
+            for n in range(8):
+                half_way(enter("127.1.%d.%d" % (number, n + 3)), keys).sock.sendall(rest)
+            honest = [enter("127.1.%d.2" % number) for _ in range(2)]
+            for sock in honest:
+                link(sock, keys.client)
 
 
 class Held:
