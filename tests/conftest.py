@@ -13,7 +13,7 @@ import pytest
 from support import ratrod2_peer as peer
 from support.keys import KeyPairs, identity_of, make_keys, seed_of
 from support.namespaces import Namespace
-from support.programs import CACHE, LISTENING, PATIENCE, RATROD, READY, RUST, STARTED, Program, Tunnel, missing, need
+from support.programs import CACHE, PATIENCE, RATROD, RUST, STARTED, Program, Tunnel, missing, need, tcp_port
 from support.resolver import Resolver
 from support.sockets import free_port, port_of
 from support.sshd import Sshd
@@ -200,13 +200,11 @@ def client(ratrod, keys):
 
 
 @pytest.fixture
-def tunnel(serve, connect):
+def tunnel(forward):
     """tunnel(target_port, mode, serve=(), connect=()) -> Tunnel to 127.0.0.1:target_port, its test connection made."""
     def launch(target_port, mode, serve_flags=(), connect_flags=(), host="127.0.0.1"):
-        server, server_port = serve(*mode.serve, *serve_flags)
-        client = connect(server_port, *mode.connect, *connect_flags, "0:%s:%d" % (host, target_port))
-        client.wait_for(READY)
-        return Tunnel(server, client, server_port, int(client.wait_for(LISTENING).group(1)))
+        server, client = forward(mode, "0:%s:%d" % (host, target_port), serve_flags=serve_flags, connect_flags=connect_flags)
+        return Tunnel(server, client, int(server.wait_for(STARTED).group(1)), tcp_port(client))
     return launch
 
 
@@ -215,9 +213,7 @@ def forward(serve, client):
     """forward(mode, TUNNEL words..., serve_flags=(), connect_flags=()) -> (server, client): any tunnels, the test connection made."""
     def launch(mode, *tunnels, serve_flags=(), connect_flags=()):
         server, port = serve(*mode.serve, *serve_flags)
-        made = client(port, *tunnels, flags=(*mode.connect, *connect_flags))
-        made.wait_for(READY)
-        return server, made
+        return server, client(port, *tunnels, flags=(*mode.connect, *connect_flags)).ready()
     return launch
 
 

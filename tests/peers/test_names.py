@@ -443,7 +443,7 @@ def ask_for(text, port, keys, tcp_echo):
             assert link.read_udp()[0] == peer.SESSION_OVER
         link.session(100, "127.0.0.1:%d" % tcp_echo.port)
         link.session_over(100, peer.REMOTE_FAILED, text)
-        link.send_error(peer.REMOTE_FAILED, text)
+        link.send_record(peer.ERROR, peer.encode_error(peer.REMOTE_FAILED, text))
     with link_to(port, keys) as link:
         link.handshake().open("127.0.0.1:%d" % tcp_echo.port).wait_opened()
         link.fail(peer.REMOTE_FAILED, text)

@@ -2,13 +2,12 @@
 
 import os
 import random
-import socket
 import threading
 import time
 from typing import NamedTuple
 
 from support.programs import PATIENCE
-from support.sockets import dial, eventually, receive_all
+from support.sockets import dial, eventually, receive_all, say
 
 # Mostly what a browser asks; now and then more than a link takes before it is open.
 SIZES = (0, 1, 200, 700, 3000, 3000, 9000, 20000, 90000)
@@ -28,8 +27,7 @@ class Failure(NamedTuple):
 def exchange(port, question, host="127.0.0.1"):
     """A whole connection to an echo; OSError or CutShort where it is not."""
     with dial(port, host) as connection:
-        connection.sendall(question)
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, question)
         answer = receive_all(connection)
     if answer != question:
         raise CutShort("%d of %d bytes, and a clean end" % (len(answer), len(question)))

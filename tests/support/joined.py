@@ -226,7 +226,7 @@ class Pipe:
         if self.held:
             self.write()
         elif self.ended and not self.deaf:
-            self.pass_end_on()
+            (self.reset if self.giver.aborted else self.end)()
 
     def read(self, n):
         try:
@@ -255,12 +255,6 @@ class Pipe:
             return
         self.held = self.held[sent:]
         self.moved += sent
-
-    def pass_end_on(self):
-        if self.giver.aborted:
-            self.reset()
-        else:
-            self.end()
 
     def end(self):
         """FIN for the taker; what else comes from the giver goes nowhere."""
@@ -531,9 +525,6 @@ class World:
         self.pairs.append(Pair(self.client, self.server, self.size))
         return self.pairs[-1]
 
-    def pair_of(self, link):
-        return next((pair for pair in self.pairs if link in pair.links), None)
-
     @property
     def live(self):
         return [connection for connection in self.connections if not connection.is_over]
@@ -607,7 +598,7 @@ class World:
     def check(self):
         for connection in self.live:
             connection.check_positions()
-            pair = self.pair_of(connection.stream.link)
+            pair = next((pair for pair in self.pairs if connection.stream.link in pair.links), None)
             connection.is_disturbed |= bool(pair and pair.may_be_silent)
         for pair in self.open_pairs:
             for link in pair.links:
@@ -631,8 +622,11 @@ class World:
         self.let_all_end()
         if not all(app.outcome for connection in self.connections for app in connection.apps) or self.server.acceptor._streams:
             self.pass_time(700)
+        # Whole with a clean end, or visibly reset; App.read() has held each end against what was sent.
         for connection in self.connections:
-            self.check_outcome(connection)
+            assert all(app.outcome for app in connection.apps), "it never ended"
+            assert all(app.local.fileno() < 0 for app in connection.apps), "its local socket is still open"
+            assert all(stream.is_over for stream in connection.streams)
         self.check_nothing_left()
 
     def check_half_closes(self):
@@ -655,13 +649,6 @@ class World:
                     app.reads = True
                     app.end()
             self.settle()
-
-    @staticmethod
-    def check_outcome(connection):
-        """Whole with a clean end, or visibly reset; App.read() has held each end against what was sent."""
-        assert all(app.outcome for app in connection.apps), "it never ended"
-        assert all(app.local.fileno() < 0 for app in connection.apps), "its local socket is still open"
-        assert all(stream.is_over for stream in connection.streams)
 
     def check_nothing_left(self):
         opener, acceptor = self.client.opener, self.server.acceptor

@@ -32,11 +32,8 @@ def base64url(data):
 
 
 def make_keys(path, seed=None):
-    """A key folder in the original's format, written by the `cryptography` package: not by the code under test."""
-    private = Ed25519PrivateKey.from_private_bytes(seed) if seed else Ed25519PrivateKey.generate()
-    raw = serialization.Encoding.Raw, serialization.PublicFormat.Raw
-    public = private.public_key().public_bytes(*raw)
-    seed = private.private_bytes(serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption())
+    seed = seed or os.urandom(32)
+    public = Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     path.mkdir(mode=0o700, parents=True)
     (path / "key").touch(mode=0o600)
     (path / "key").write_text(base64url(bytes.fromhex("3051020101300506032b657004220420") + seed + bytes.fromhex("812100") + public))

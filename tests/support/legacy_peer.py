@@ -1,5 +1,5 @@
-"""The legacy wire a second time, on `cryptography` and sockets only, every step callable by itself and open to being done wrongly.
-It was written from the protocol's description and is proved against the original (test_rust.py): it must never import ratrod."""
+"""The legacy wire a second time, on `cryptography`, sockets and the codec of ratrod2_peer.py, every step callable by itself and open to being done
+wrongly. It was written from the protocol's description and is proved against the original (test_rust.py): it must never import ratrod."""
 
 import base64
 import contextlib
@@ -13,6 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from support import ratrod2_peer
+from support.ratrod2_peer import encode_str, varint
 
 # The largest size that a frame may name, tag included.
 LIMIT = 128 * 1024 - 256
@@ -46,67 +49,27 @@ Shutdown = NamedTuple("Shutdown", [])
 MESSAGES = ClientPreamble, ServerPreamble, ClientAuthentication, HandshakeCompletion, Data, UdpData, Error, Shutdown
 
 
-def varint(n):
-    if n <= 250:
-        return bytes([n])
-    marker, size = (251, 2) if n < 1 << 16 else (252, 4) if n < 1 << 32 else (253, 8)
-    return bytes([marker]) + n.to_bytes(size, "big")
-
-
-def field(kind, value):
-    if kind is int:
-        return varint(value)
-    if kind is bool:
-        return bytes([value])
-    # A str field takes bytes too, so that a test can send what is not UTF-8.
-    data = value.encode() if isinstance(value, str) else value
-    return varint(len(data)) + data
+FIELDS = {int: "varint", bool: 1, str: "str", bytes: "bytes"}
 
 
 def encode(message):
-    return varint(MESSAGES.index(type(message))) + b"".join(map(field, get_type_hints(type(message)).values(), message))
-
-
-class Decoder:
-    def __init__(self, payload):
-        self.payload, self.at = payload, 0
-
-    def take(self, n):
-        if n > len(self.payload) - self.at:
-            raise WireError("a field of %d bytes in a message that has %d more" % (n, len(self.payload) - self.at))
-        self.at += n
-        return self.payload[self.at - n:self.at]
-
-    def varint(self):
-        marker = self.take(1)[0]
-        if marker <= 250:
-            return marker
-        if marker > 253:
-            raise WireError("a varint that begins with %d" % marker)
-        return int.from_bytes(self.take({251: 2, 252: 4, 253: 8}[marker]), "big")
-
-    def field(self, kind):
-        if kind is int:
-            return self.varint()
-        if kind is bool:
-            value = self.take(1)[0]
-            if value > 1:
-                raise WireError("a bool of %d" % value)
-            return bool(value)
-        data = self.take(self.varint())
-        return data.decode() if kind is str else data
+    """A str field takes bytes too, so that a test can send what is not UTF-8."""
+    return varint(MESSAGES.index(type(message))) + b"".join(
+        encode_str(value) if isinstance(value, (str, bytes)) else varint(value) for value in message)
 
 
 def decode(payload):
-    decoder = Decoder(payload)
-    variant = decoder.varint()
-    if variant >= len(MESSAGES):
-        raise WireError("a message of variant %d" % variant)
-    cls = MESSAGES[variant]
-    message = cls(*map(decoder.field, get_type_hints(cls).values()))
-    if decoder.at != len(payload):
-        raise WireError("%d bytes left over after %s" % (len(payload) - decoder.at, cls.__name__))
-    return message
+    if not payload or payload[0] >= len(MESSAGES):
+        raise WireError("a message of variant %r" % payload[:1])
+    cls = MESSAGES[payload[0]]
+    kinds = get_type_hints(cls).values()
+    try:
+        values = ratrod2_peer.decode(payload[1:], *(FIELDS[kind] for kind in kinds))
+    except ratrod2_peer.ProtocolError as error:
+        raise WireError("%s: %s" % (cls.__name__, error)) from error
+    if any(kind is bool and value > 1 for kind, value in zip(kinds, values)):
+        raise WireError("a bool above 1 in %r" % (values,))
+    return cls(*(kind(value) for kind, value in zip(kinds, values)))
 
 
 def frame(payload, key=None, flag=None, size=None):

@@ -195,10 +195,9 @@ def udp_port(client, n=1):
 
 def udp_originator(client, n=1):
     """A socket that is connected to the client's n-th UDP listener."""
-    port = udp_port(client, n)
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     made.settimeout(PATIENCE)
-    made.connect(("127.0.0.1", port))
+    made.connect(("127.0.0.1", udp_port(client, n)))
     return made
 
 

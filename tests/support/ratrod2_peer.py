@@ -41,7 +41,7 @@ BEFORE_OPENED = 64 * 1024
 CHUNK = 64 * 1024
 # An Ack is due when so many bytes have been taken since the last one.
 ACK_DUE = 32 * 1024
-# What a Server shows by default, so that all links of a test lead to one run: 6 random bytes, 1 worker, number 0.
+# What a Server shows, so that all links of a test lead to one run: 6 random bytes, 1 worker, number 0.
 INSTANCE = os.urandom(6) + b"\x01\x00"
 # The longest that a blocking call of this peer waits. It bounds a hang and measures nothing.
 PATIENCE = 30.0
@@ -89,7 +89,8 @@ def encode_str(text):
 
 
 def decode(content, *fields):
-    """The values of a whole content. A field is "str", "varint", the size of an unsigned integer, or for so many bytes a negative number."""
+    """The values of a whole content. A field is "str", "bytes" (which come as a str does), "varint", the size of an unsigned integer, or for so many
+    bytes a negative number."""
     values, at = [], 0
 
     def raw(n):
@@ -105,13 +106,15 @@ def decode(content, *fields):
             raise ProtocolError("a varint that begins with %d" % first)
         return first if first <= 250 else int.from_bytes(raw(2 << (first - 251)), "big")
     for field in fields:
-        if field == "str":
-            try:
-                values.append(raw(read_varint()).decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ProtocolError("a str that is not UTF-8") from error
+        if field in ("str", "bytes"):
+            values.append(raw(read_varint()))
         else:
             values.append(read_varint() if field == "varint" else raw(-field) if field < 0 else int.from_bytes(raw(field), "big"))
+        if field == "str":
+            try:
+                values[-1] = values[-1].decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ProtocolError("a str that is not UTF-8") from error
     if at < len(content):
         raise ProtocolError("%d bytes left over in a content" % (len(content) - at))
     return tuple(values)
@@ -269,13 +272,10 @@ def odd_keypair(public_bytes, private=None):
 
 # u-coordinates whose order divides 8, as bytes: two of them in a second, not reduced, form.
 SMALL_ORDER_POINTS = tuple(bytes.fromhex(point) for point in (
-    "00" * 32,
-    "01" + "00" * 31,
+    "00" * 32, "01" + "00" * 31,
     "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
     "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
-    "ec" + "ff" * 30 + "7f",
-    "ed" + "ff" * 30 + "7f",
-    "ee" + "ff" * 30 + "7f",
+    "ec" + "ff" * 30 + "7f", "ed" + "ff" * 30 + "7f", "ee" + "ff" * 30 + "7f",
 ))
 # Ed25519's neutral element. The formula of the conversion gives u = 0 for it; libsodium refuses it.
 SMALL_ORDER_IDENTITY = b"\x01" + bytes(31)
@@ -293,9 +293,9 @@ def _dh_of_an_attacker(private, public):
 class Handshake:
     """One side of the Noise handshake: bytes in, bytes out. A key is 32 private bytes or a noiseprotocol key pair."""
 
-    def __init__(self, static, initiator, ephemeral=None, prologue=OPENING, attacker=False):
+    def __init__(self, static, initiator, ephemeral=None, attacker=False):
         self.initiator, self._connection = initiator, NoiseConnection.from_name(NOISE_NAME)
-        self._connection.set_prologue(prologue)
+        self._connection.set_prologue(OPENING)
         (self._connection.set_as_initiator if initiator else self._connection.set_as_responder)()
         # Any static key satisfies start_handshake(). The real keys are put in after it: noiseprotocol warns of a given
         # ephemeral key, and would derive the public keys itself.
@@ -326,21 +326,13 @@ class Handshake:
     def remote_static(self):
         return self._state.rs.public_bytes
 
-    @property
-    def handshake_hash(self):
-        return self._connection.get_handshake_hash()
-
-    @property
-    def split_keys(self):
-        """k1 (client to server) and k2 (server to client) of Noise's Split()."""
+    def record_keys(self, suite):
+        """The keys of the records: client to server (from k1 of Noise's Split()), server to client (from k2)."""
         protocol = self._connection.noise_protocol
         ours, theirs = protocol.cipher_state_encrypt.k, protocol.cipher_state_decrypt.k
-        return (ours, theirs) if self.initiator else (theirs, ours)
-
-    def record_keys(self, suite):
-        """The keys of the records: client to server, server to client."""
-        label = b"ratrod2 " + bytes([suite.id]) + self.handshake_hash + b"\x01"
-        return tuple(hmac.new(k, label, hashlib.sha256).digest()[:suite.key_length] for k in self.split_keys)
+        label = b"ratrod2 " + bytes([suite.id]) + self._connection.get_handshake_hash() + b"\x01"
+        return tuple(hmac.new(k, label, hashlib.sha256).digest()[:suite.key_length]
+                     for k in ((ours, theirs) if self.initiator else (theirs, ours)))
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -348,13 +340,8 @@ class _Aegis128L:
     """libsodium's AEGIS-128L with the methods of `cryptography`'s ciphers."""
 
     def __init__(self, key):
-        self._key = key
-
-    def encrypt(self, nonce, data, aad):
-        return nacl.bindings.crypto_aead_aegis128l_encrypt(data, aad, nonce, self._key)
-
-    def decrypt(self, nonce, data, aad):
-        return nacl.bindings.crypto_aead_aegis128l_decrypt(data, aad, nonce, self._key)
+        self.encrypt = lambda nonce, data, aad: nacl.bindings.crypto_aead_aegis128l_encrypt(data, aad, nonce, key)
+        self.decrypt = lambda nonce, data, aad: nacl.bindings.crypto_aead_aegis128l_decrypt(data, aad, nonce, key)
 
 
 class Suite(NamedTuple):
@@ -380,7 +367,6 @@ SUITES = {suite.id: suite for suite in ((AEGIS, CHACHA) if HAS_AEGIS else (CHACH
 class Record(NamedTuple):
     type: int
     content: bytes
-    wire: bytes
 
 
 class RecordWriter:
@@ -412,7 +398,7 @@ class RecordReader:
         except (InvalidTag, ValueError, nacl.exceptions.CryptoError) as error:
             raise ProtocolError("record %d does not verify" % self.number) from error
         self.number += 1
-        record = Record(plaintext[0], plaintext[1:], wire)
+        record = Record(plaintext[0], plaintext[1:])
         if record.type not in (DATA, DATAGRAMS) and len(record.content) > SMALL_LIMIT:
             raise ProtocolError("a record of type 0x%02x with %d bytes" % (record.type, len(record.content)))
         return record
@@ -455,8 +441,6 @@ def reset(sock):
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-
-
 
 
 # ---------------------------------------------------------------------------------------------------- positions
@@ -565,14 +549,14 @@ class Peer:
 
     initiator = False
 
-    def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, opener=None, streams=None):
+    def __init__(self, sock, seed, suites=None, ephemeral=None, static=None, claimed=None, attacker=False, streams=None):
         self.sock, self.identity = sock, Identity.from_seed(seed)
         self.claimed = self.identity.public if claimed is None else claimed
         self.suites = tuple(SUITES if suites is None else suites)
-        self.opener = self.initiator if opener is None else opener
+        self.opener = self.initiator
         static = self.identity.static_private if static is None else static
         self.handshaker = Handshake(static, self.initiator, ephemeral, attacker=attacker)
-        self.remote_identity = self.suite = self.writer = self.reader = self.instance = self.stream = None
+        self.remote_identity = self.suite = self.writer = self.reader = self.stream = None
         self.state = "Idle"
         self.streams = {} if streams is None else streams
         self.abandoned = []
@@ -606,13 +590,11 @@ class Peer:
             raise ProtocolError("the static key is not the X25519 form of the identity")
         self.remote_identity = identity_public_key
 
-    def start_records(self, suite_id=None):
-        """Derives the keys; called once message 3 has been written or read. `suite_id` replaces the chosen one."""
-        suite = self.suite if suite_id is None else SUITES[suite_id]
-        to_server, to_client = self.handshaker.record_keys(suite)
-        self.suite = suite
-        self.writer = RecordWriter(suite, to_server if self.initiator else to_client)
-        self.reader = RecordReader(suite, to_client if self.initiator else to_server)
+    def _start_records(self):
+        """Derives the keys; called once message 3 has been written or read."""
+        to_server, to_client = self.handshaker.record_keys(self.suite)
+        self.writer = RecordWriter(self.suite, to_server if self.initiator else to_client)
+        self.reader = RecordReader(self.suite, to_client if self.initiator else to_server)
 
     # ------------------------------------------------------------------ records, unchecked
 
@@ -629,21 +611,8 @@ class Peer:
         """The next record, whatever the state; Keepalive too."""
         return self.reader.read(self.sock)
 
-    def send_error(self, code, text):
-        return self.send_record(ERROR, encode_error(code, text))
-
     def send_open(self, kind, target="", instance=b"", **fields):
         return self.send_record(OPEN, encode_open(kind, target, instance, **fields))
-
-    def send_ack(self, taken):
-        return self.send_record(ACK, encode_ack(taken))
-
-    def send_abandon(self, stream):
-        """`stream` is a number."""
-        return self.send_record(ABANDON, stream)
-
-    def send_keepalive(self):
-        return self.send_record(KEEPALIVE)
 
     def read_to_end(self):
         """All records up to the end of the link, however it ends. What does not verify is an error even here."""
@@ -663,21 +632,8 @@ class Peer:
     def fail(self, code, text):
         """Error as the last record, then as finish()."""
         with contextlib.suppress(OSError):
-            self.send_error(code, text)
+            self.send_record(ERROR, encode_error(code, text))
         self.finish()
-
-    @contextlib.contextmanager
-    def keeping_alive(self, interval):
-        """Sends Keepalive from a thread while the block runs."""
-        done = threading.Event()
-
-        def run():
-            with contextlib.suppress(OSError):
-                while not done.wait(interval):
-                    self.send_keepalive()
-        threading.Thread(target=run, daemon=True).start()
-        yield
-        done.set()
 
     # ------------------------------------------------------------------ records, by the state table
 
@@ -737,28 +693,23 @@ class Peer:
 
     # ------------------------------------------------------------------ streams
 
-    def open(self, target, kind=TCP, instance=b"", number=None):
-        """Starts a stream, without waiting for Opened. `number` is drawn where it is not given."""
-        stream = Stream(Open(kind, target, instance, os.urandom(16) if number is None else number))
-        return stream.attach(self)
-
-    def read_open(self):
-        """The next Open, looked at by nobody. An Abandon before it is noted."""
-        while True:
-            record = self.read_record()
-            if record.type == OPEN:
-                return decode_open(record.content)
-            self.abandoned.append(decode_abandon(record.content))
-            self.streams[self.abandoned[-1]] = None
+    def open(self, target, kind=TCP, instance=b""):
+        """Starts a stream, without waiting for Opened."""
+        return Stream(Open(kind, target, instance, os.urandom(16))).attach(self)
 
     def accept(self):
         """The next stream that the other end opens, or attaches; None after its FIN. One that cannot be is refused: PeerError."""
         try:
-            opening = self.read_open()
+            record = self.read_record()
+            while record.type != OPEN:
+                self.abandoned.append(decode_abandon(record.content))
+                self.streams[self.abandoned[-1]] = None
+                record = self.read_record()
         except LinkBroken:
             raise
         except LinkEnded:
             return None
+        opening = decode_open(record.content)
         known = self.streams.get(opening.stream)
         if known:
             return known.attached(self, opening)
@@ -826,12 +777,6 @@ _UDP_CONTENTS = {DATAGRAMS: decode_datagrams, SESSION: decode_session, SESSION_A
                  SESSION_OVER: decode_session_over}
 
 
-class ServerPreamble(NamedTuple):
-    identity: bytes
-    suite: int
-    instance: bytes
-
-
 class Client(Peer):
     """The client of a link; handshake() is made of steps. `server` (32 bytes), where given, is the only identity that it takes."""
 
@@ -839,17 +784,17 @@ class Client(Peer):
 
     def __init__(self, sock, seed, server=None, **options):
         super().__init__(sock, seed, **options)
-        self.server, self.version = server, None
+        self.server = server
 
     @classmethod
-    def connect(cls, port, seed, host="127.0.0.1", wrap=lambda sock: sock, **options):
+    def connect(cls, port, seed, host="127.0.0.1", **options):
         sock = socket.create_connection((host, port), timeout=PATIENCE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return cls(wrap(sock), seed, **options)
+        return cls(sock, seed, **options)
 
     def handshake(self):
         self.begin_handshake()
-        self.version = self.read_completion()
+        self.read_completion()
         return self
 
     def begin_handshake(self):
@@ -864,47 +809,44 @@ class Client(Peer):
         message = self.client_preamble()
         self.send(OPENING + struct.pack(">H", len(message)) + message)
 
-    def client_preamble(self, payload=None):
+    def client_preamble(self):
         """Message 1, without its length."""
-        return self.handshaker.write_message(bytes([len(self.suites), *self.suites]) if payload is None else payload)
+        return self.handshaker.write_message(bytes([len(self.suites), *self.suites]))
 
-    def read_server_preamble(self, message=None):
-        """Reads (or takes) message 2 and checks it as a client must, but for what `server` leaves open."""
-        payload = self.handshaker.read_message(self.read_message() if message is None else message)
+    def read_server_preamble(self):
+        """Reads message 2 and checks it as a client must, but for what `server` leaves open."""
+        payload = self.handshaker.read_message(self.read_message())
         if len(payload) < 41:
             raise ProtocolError("a ServerPreamble of %d bytes" % len(payload))
-        preamble = ServerPreamble(payload[:32], payload[32], payload[33:41])
-        self._check_identity(preamble.identity)
-        if preamble.suite not in self.suites:
-            raise ProtocolError("suite %d was not offered" % preamble.suite)
-        if self.server not in (None, preamble.identity):
+        self._check_identity(payload[:32])
+        if payload[32] not in self.suites:
+            raise ProtocolError("suite %d was not offered" % payload[32])
+        if self.server not in (None, payload[:32]):
             raise ProtocolError("not the expected server")
-        self.suite = SUITES[preamble.suite]
-        self.instance = preamble.instance
-        return preamble
+        self.suite = SUITES[payload[32]]
 
-    def client_authentication(self, payload=None):
+    def client_authentication(self):
         """Message 3, without its length. The record keys are there after it."""
-        message = self.handshaker.write_message(self.claimed if payload is None else payload)
-        self.start_records()
+        message = self.handshaker.write_message(self.claimed)
+        self._start_records()
         return message
 
     def read_completion(self):
-        """The server's version; an Error in its place is a PeerError."""
+        """An Error in its place is a PeerError."""
         record = self.read_any_record()
         if record.type == ERROR:
             raise PeerError(*decode_error(record.content))
         if record.type != HANDSHAKE_COMPLETION:
             raise ProtocolError("record 0x%02x in place of HandshakeCompletion" % record.type)
-        return decode_str(record.content)
+        decode_str(record.content)
 
 
 class Server(Peer):
     """The server of a link; handshake() is made of steps. `authorized`: the clients' identities, or None for anybody."""
 
-    def __init__(self, sock, seed, authorized=None, version="peer", instance=INSTANCE, **options):
+    def __init__(self, sock, seed, authorized=None, **options):
         super().__init__(sock, seed, **options)
-        self.instance, self.authorized, self.version, self.offered = instance, authorized, version, ()
+        self.authorized = authorized
 
     def handshake(self):
         """Raises PeerError for a client that it refused (and told so)."""
@@ -929,31 +871,28 @@ class Server(Peer):
         if opening != OPENING:
             raise ProtocolError("opening bytes %r" % opening)
 
-    def read_client_preamble(self, message=None):
-        """Reads (or takes) message 1 and chooses the suite."""
-        payload = self.handshaker.read_message(self.read_message() if message is None else message)
-        self.offered = tuple(payload[1:1 + payload[0]]) if payload else ()
-        if not payload or len(self.offered) != payload[0] or CHACHA.id not in self.offered:
+    def read_client_preamble(self):
+        """Reads message 1 and chooses the suite."""
+        payload = self.handshaker.read_message(self.read_message())
+        offered = payload[1:1 + payload[0]] if payload else b""
+        if not payload or len(offered) != payload[0] or CHACHA.id not in offered:
             raise ProtocolError("an offer of suites %r" % payload)
-        self.suite = SUITES[next(suite for suite in self.offered if suite in self.suites)]
-        return self.offered
+        self.suite = SUITES[next(suite for suite in offered if suite in self.suites)]
 
-    def server_preamble(self, payload=None):
+    def server_preamble(self):
         """Message 2, without its length."""
-        honest = self.claimed + bytes([self.suite.id]) + self.instance
-        return self.handshaker.write_message(honest if payload is None else payload)
+        return self.handshaker.write_message(self.claimed + bytes([self.suite.id]) + INSTANCE)
 
-    def read_client_authentication(self, message=None):
-        """Reads (or takes) message 3. The record keys are there after it."""
-        payload = self.handshaker.read_message(self.read_message() if message is None else message)
+    def read_client_authentication(self):
+        """Reads message 3. The record keys are there after it."""
+        payload = self.handshaker.read_message(self.read_message())
         if len(payload) < 32:
             raise ProtocolError("a ClientAuthentication of %d bytes" % len(payload))
         self._check_identity(payload[:32])
-        self.start_records()
-        return payload[:32]
+        self._start_records()
 
-    def send_completion(self, version=None):
-        return self.send_record(HANDSHAKE_COMPLETION, encode_str(self.version if version is None else version))
+    def send_completion(self):
+        self.send_record(HANDSHAKE_COMPLETION, encode_str("peer"))
 
     def serve_streams(self, handler):
         """Each stream to handler(stream), until the client's FIN. What a handler left of a TCP stream is passed over."""
@@ -1049,10 +988,10 @@ class Stream:
         self._send(self.outgoing.missing())
         self.link.write(END)
 
-    def resend(self, most=None):
-        """Sends what an earlier link has carried and this one has not, End too; or `most` bytes of that."""
-        self._send(self.outgoing.missing()[:most])
-        if most is None and self.outgoing.ended and not self.outgoing.is_done:
+    def resend(self):
+        """Sends what an earlier link has carried and this one has not, End too."""
+        self._send(self.outgoing.missing())
+        if self.outgoing.ended and not self.outgoing.is_done:
             self.link.write(END)
 
     def _send(self, data):
@@ -1066,7 +1005,7 @@ class Stream:
         while True:
             record = self._read()
             if record.type in (DATA, END):
-                data = self.incoming.take(*record[:2])
+                data = self.incoming.take(*record)
                 if data or record.type == END:
                     return data
             elif self.bound is None:
@@ -1169,8 +1108,8 @@ def echo(stream):
         stream.end()
 
 
-def serve_udp(stream, answer=lambda target, data: data, address="192.0.2.1:53"):
-    """Handler of a UDP link, until its end: answer(target, data) gives the datagram that goes back, or None. `address` answers for a name."""
+def serve_udp(stream, answer=lambda target, data: data):
+    """Handler of a UDP link, until its end: answer(target, data) gives the datagram that goes back, or None. An address answers for a name."""
     link, sessions, unnamed = stream.link, {}, set()
     link.send_record(OPENED, encode_opened("", None))
     with contextlib.suppress(LinkEnded):
@@ -1190,7 +1129,7 @@ def serve_udp(stream, answer=lambda target, data: data, address="192.0.2.1:53"):
                     if data is not None:
                         if number in unnamed:
                             unnamed.remove(number)
-                            link.session_address(number, address)
+                            link.session_address(number, "192.0.2.1:53")
                         link.datagrams((number, data))
 
 

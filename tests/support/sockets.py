@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -17,12 +18,7 @@ from support.programs import PATIENCE
 
 def receive_all(connection):
     """What comes until the end of file, as bytes."""
-    chunks = []
-    while True:
-        chunk = connection.recv(1 << 20)
-        if not chunk:
-            return b"".join(chunks)
-        chunks.append(chunk)
+    return b"".join(iter(lambda: connection.recv(1 << 20), b""))
 
 
 def receive_exactly(connection, n):
@@ -167,22 +163,16 @@ def settled(value, seconds=1):
 
 def works(port):
     """Whether a whole connection to an echo succeeds, for eventually()."""
-    try:
+    with contextlib.suppress(OSError, AssertionError):
         ask(port)
-    except (OSError, AssertionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def refused(port):
     """Whether nobody listens there."""
-    try:
-        dial(port).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:  # it listened when this began
-        pass
-    return False
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def outcome_of(port, question=b"anybody there?"):

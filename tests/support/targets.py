@@ -58,18 +58,17 @@ def says(word):
 
 def echo(connection):
     """Sends back what comes until the peer's end of file; then ends too."""
-    while True:
-        data = connection.recv(65536)
-        if not data:
-            return
+    for data in iter(lambda: connection.recv(65536), b""):
         connection.sendall(data)
 
 
 class UdpRemote:
-    """A UDP target in the hands of the test."""
+    """A UDP target in the hands of the test, on a port of `host`, for 0 a free one."""
 
     def __init__(self, host="127.0.0.1", port=0):
         self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        if host == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.settimeout(PATIENCE)
         self.socket.bind((host, port))
         self.port = port_of(self.socket)
@@ -81,30 +80,26 @@ class UdpRemote:
         self.socket.close()
 
 
-class UdpEcho:
-    """A UDP echo on a port of `host`, for 0 a free one, or one that always `says` the same; `seen` counts the datagrams."""
+class UdpEcho(UdpRemote):
+    """A UDP echo, or one that always `says` the same; `seen` counts the datagrams."""
 
     def __init__(self, host="127.0.0.1", port=0, says=None):
-        self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-        if host == "::":
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        self.socket.bind((host, port))
-        self.port, self.seen, self._says = port_of(self.socket), 0, says
+        super().__init__(host, port)
+        self.socket.settimeout(None)
+        self.seen, self._says = 0, says
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
-        while True:
-            try:
-                data, address = self.socket.recvfrom(65536)
+        with contextlib.suppress(OSError):
+            while True:
+                data, address = self.receive()
                 if address[1] == self.port:
                     return
                 self.seen += 1
                 self.socket.sendto(self._says or data, address)
-            except OSError:
-                return
 
     def close(self):
         # A datagram to itself ends the thread: closing alone does not wake a blocked recvfrom.
         with contextlib.suppress(OSError):
             self.socket.sendto(b"", self.socket.getsockname())
-        self.socket.close()
+        super().close()

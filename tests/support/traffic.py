@@ -36,7 +36,6 @@ class End:
         self.finishes = self.finished = False
         self.over, self.when = None, None
         self.gone = False  # nothing more will happen on this socket
-        self.arrived = None  # when the last byte came
 
     def events(self):
         waits_for_end = 0 if self.over else select.POLLRDHUP
@@ -59,11 +58,8 @@ class End:
                 self.gone = bool(mask & select.POLLHUP)
         except BlockingIOError:
             pass
-        except ConnectionResetError:
-            self._is_over(RESET)
-            self.gone = True
         except OSError as error:
-            self._is_over(os.strerror(error.errno))
+            self._is_over(RESET if isinstance(error, ConnectionResetError) else os.strerror(error.errno))
             self.gone = True
 
     def _send(self):
@@ -83,7 +79,6 @@ class End:
             if data != noise(self.received, len(data)):
                 self._is_over(WRONG)
             self.received += len(data)
-            self.arrived = time.monotonic()
 
     def _is_over(self, how):
         if not self.over:

@@ -154,7 +154,6 @@ class Oracle:
 
 
 
-
 class App(Talker):
     """One whose end is a plain socket."""
 

@@ -170,7 +170,7 @@ def test_clients_that_are_not_let_in(served, target):
                 assert n > 1 or answer.code == INVALID_KEY
             leave(peer)
             guilty["in place of authentication", name] = peer.socket
-    # Whoever is not authorized gets the same answer whatever the remote: no way to map the policy, or the network behind it.
+    # A stranger gets the same answer whatever the remote: no way to map the policy, or the network behind it.
     remotes = [remote, "10.1.2.3:80", "127.1:80", "no-such-host.invalid:80", "", "nonsense", ESCAPES]
     errors = {refusal(server, remote, OTHER, udp=udp, encrypt=encrypt) for remote in remotes for udp in (False, True) for encrypt in (False, True)}
     assert len(errors) == 1

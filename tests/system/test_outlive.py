@@ -209,7 +209,7 @@ def test_36_an_ack_that_ends_the_stream(link, hold):
         with row(acks):
             stream, local = hold()
             for ack in acks:
-                stream.link.send_ack(ack)
+                stream.link.send_record(peer.ACK, peer.encode_ack(ack))
             assert_ended(stream.link)
             assert was_reset(local)
             refusal(stream.attach(link()))
@@ -329,13 +329,13 @@ def test_rule_11_abandon_gives_a_stream_up(link, hold, listener):
         if detached:
             peer.reset(stream.link.sock)
         idle = link()
-        idle.send_abandon(stream.number)
+        idle.send_record(peer.ABANDON, stream.number)
         assert was_reset(local)
         if not detached:
             assert_ended(stream.link)
         refusal(stream.attach(idle))
         idle = link()
-        idle.send_abandon(NUMBER)
+        idle.send_record(peer.ABANDON, NUMBER)
         refusal(stranger(listener).attach(idle))
         assert_no_connect(listener)
 
@@ -452,7 +452,7 @@ def test_36_what_ends_the_stream_of_a_client(home, originate):
         with row(acks):
             stream, originator = originate()
             for ack in acks:
-                stream.link.send_ack(ack)
+                stream.link.send_record(peer.ACK, peer.encode_ack(ack))
             assert_ended(stream.link)
             assert was_reset(originator)
     stream, originator = originate()

@@ -280,7 +280,7 @@ def test_a_client_asks_again(grants, client, tcp_echo):
             if how == "Close":  # an acceptor's alone: from the server it is as any other wrong record
                 listening.send_record(CLOSE)
             if how == "Error":
-                listening.send_error(peer.UNKNOWN, "going down")
+                listening.send_record(peer.ERROR, peer.encode_error(peer.UNKNOWN, "going down"))
             listening.finish()
         # It keeps two links waiting; the test answers one of them, and the other again and again.
         listening, asked = grants.grant()

@@ -339,7 +339,7 @@ class ServerRig(Rig):
     def honest(self):
         with self.link() as link:
             assert link.exchange("127.0.0.1:%d" % self.echo.port, b"still here") == b"still here"
-        self.anchor.send_keepalive()
+        self.anchor.send_record(peer.KEEPALIVE)
 
     def recorded(self, act):
         """The steps of act(link) over a real link, with the addresses of the seeds."""
