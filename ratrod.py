@@ -202,7 +202,6 @@ import threading
 import time
 import traceback
 import types
-from itertools import zip_longest
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -281,8 +280,8 @@ NEVER = float("inf")  # a time that does not come
 LAST_NONCE = 1 << 63  # records of one direction of a link; no link lives long enough to count so far
 EARLY_DATA = 64 * 1024  # bytes of Data that an opener sends before Opened
 WINDOW, LARGEST_WINDOW = 1 << 20, 16 << 20  # bytes that a side sends before they are acknowledged: at first, at most
-GROWS_AFTER, GROWS_WITHIN = 0.01, 1.0  # seconds to the Ack of a full window: 1 MiB in 10 ms is 1 Gbit/s
-POOR_WINDOW = 64 * 1024  # the same where memory is short
+GROWS_AFTER, GROWS_WITHIN = 0.01, 1.0  # a window grows if its Ack takes so many seconds: 1 MiB in 10 ms is 1 Gbit/s
+POOR_WINDOW = 64 * 1024  # the window of a stream where memory is short
 ACK_AFTER = 32 * 1024  # bytes taken that are acknowledged after a read; fewer are acknowledged a second later
 MAX_NOISE_MESSAGE = 1024
 LEGACY_MAX_FRAME = 128 * 1024 - 256  # the original's BUFFER_SIZE, tag included
@@ -300,7 +299,7 @@ LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
 LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, and for one client's key
-EMPTY_FOR = 1.0  # seconds: a list of keys that has been empty for less is being written
+EMPTY_FOR = 1.0  # seconds in which an editor may be writing a list of keys that it has emptied
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
 RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 KiB may hold 23,000
@@ -388,7 +387,7 @@ class PeerError(RemoteProtocolError):
     """The peer ended a stream or a link with an Error message."""
 
     def __init__(self, code: int, text: str):
-        super().__init__(text)
+        super().__init__(printable(text))
         self.code, self.exit_code = code, 3 if code == INVALID_KEY else 1
 
 
@@ -413,8 +412,8 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def plural(n: int, word: str) -> str:
-    return "%d %s%s" % (n, word, "" if n == 1 else "s")
+def plural(n: int, one: str, many: str = "") -> str:
+    return "%d %s" % (n, one if n == 1 else many or one + "s")
 
 
 def show_time(seconds: float) -> str:
@@ -541,9 +540,6 @@ class Decoder:
     def number(self, width: int) -> int:
         return int.from_bytes(self.take(width), "big")
 
-    def position(self) -> int:
-        return self.number(8) if self.left else -1
-
     def bool(self) -> bool:
         value = self.take(1)[0]
         if value > 1:
@@ -556,8 +552,8 @@ class Decoder:
 
 
 _READ: dict[str, Callable[[Decoder], Any]] = {
-    "b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint, "P": Decoder.position,
-    "S": functools.partial(Decoder.take, n=16),
+    "b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint,
+    "P": lambda decoder: decoder.number(8) if decoder.left else -1, "S": functools.partial(Decoder.take, n=16),
     **{width: functools.partial(Decoder.number, width=int(width)) for width in "148"}}
 _WRITE: dict[str, Callable[[Any], bytes]] = {
     "b": lambda data: encode_varint(len(data)) + data, "s": lambda text: _WRITE["b"](text.encode("utf-8")),
@@ -597,7 +593,6 @@ def decode_content(kind: int, content: bytes) -> Any:
 
 
 def encode_open(message: Open) -> bytes:
-    """The content of an Open record."""
     head = _encode_head(message.kind, message.target)
     if message.kind == TCP:
         return head + _STREAM.pack(message.stream, message.attempt, message.at, message.taken)
@@ -655,8 +650,7 @@ def encode_key(raw: bytes) -> str:
 
 
 def decode_key(text: str, size: int = 32) -> bytes:
-    """`size` raw bytes from unpadded base64url; ValueError unless they encode to exactly `text`: with two texts for one
-    key, "the same key" would mean two things."""
+    """`size` raw bytes from unpadded base64url. ValueError unless they encode to exactly `text`: a key has one text."""
     length = (size * 4 + 2) // 3
     if len(text) == 2 * length:  # `cat key.pub >> authorized_keys`, twice: key.pub has no newline
         raise ValueError("it looks like two keys in one line; each needs a line of its own")
@@ -723,7 +717,7 @@ class KeyPair(NamedTuple):
 # ---- files that people write, on any system
 
 def read_text(path: str, most: int = -1) -> str:
-    """The text of a file. One in UTF-16 keeps its zero characters: find_foreign() knows it by them."""
+    """The text of a file. UTF-16 keeps its zero characters, by which find_foreign() knows it."""
     with open(path, "rb") as file:
         return file.read(most).decode("utf-8", "replace")
 
@@ -749,7 +743,7 @@ def describe_file(text: str) -> str:
 
 
 def find_writers(path: str, status: os.stat_result, is_strict: bool = False) -> list[str]:
-    """Who else can change a file or a folder, and what helps, as a list of one line at most. With `is_strict`,
+    """Who else can change a file or a folder, and what helps: one line, or none. With `is_strict`,
     PermissionError where its mode lets others change it, as with sshd's StrictModes."""
     if os.name != "posix":
         return []
@@ -879,8 +873,7 @@ def parse_known_host(words: list[str]) -> str | None:
 
 
 class KnownHosts(KeyLines):
-    """The key of each server. Lines with a server's `host:port` or `host`, in capitals or not, count alone for that
-    server; a bare KEY counts for any other."""
+    """The key of each server. Lines for its `host:port` or `host`, in any case, count alone; a bare KEY is for any."""
 
     USELESS = "is not understood"
     is_strict = False
@@ -1107,11 +1100,6 @@ def parse_networks(text: str) -> tuple[Any, ...]:
     except ValueError as error:
         raise ConfigError("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16: %s"
                           % printable(str(error))) from None
-
-
-def is_within(host: str, networks: Iterable[Any]) -> bool:
-    address = parse_ip(host)
-    return any(address in network for network in networks)
 
 
 # ---- host:port in all its forms; a ValueError says what is wrong
@@ -1523,7 +1511,6 @@ class Policy:
         import warnings
 
         self.regexes = [regexes] if isinstance(regexes, str) else list(regexes)
-        self._is_restricted = self.regexes != [".*"]
         self._rules: dict[bool, list[re.Pattern[str]]] = {True: [], False: []}  # for paths, and for hosts
         for regex in self.regexes:
             is_unix = regex.startswith("unix:")
@@ -1539,7 +1526,7 @@ class Policy:
         """Why the target may not be opened; "" where it may."""
         text, is_unix = str(target), target.is_unix
         forms = (text,) if is_unix else (text, text.rpartition(":")[0])
-        is_free = is_unix and not self._is_restricted  # without a -r, a permitopen has to name a Unix socket
+        is_free = is_unix and self.regexes == [".*"]  # without a -r, a permitopen has to name a Unix socket
         if not is_free and not any(rule.fullmatch(form) for rule in self._rules[is_unix] for form in forms):
             return "does not match the remote regex" + ", of which the part for paths begins with unix:" * is_unix
         if not any(grant.opens(target) and (grant.permitopen or not is_free) for grant in grants):
@@ -1669,7 +1656,6 @@ class CipherState:
         self._key, self._n, self.tag = key, 0, suite.aead.tag
 
     def seal(self, plain: memoryview, into: memoryview, aad: bytes) -> None:
-        """Writes the ciphertext of `plain` and its tag to `into`."""
         n = self._n  # these lines stand in open() too: a function for them is one more call for each record
         self._n = n + 1
         if n >= LAST_NONCE:
@@ -1720,14 +1706,8 @@ def hmac_sha256(key: bytes, data: bytes) -> bytes:
     return hmac.new(key, data, "sha256").digest()
 
 
-def hkdf_sha256(secret: bytes, salt: bytes, info: bytes) -> bytes:
-    """32 bytes of RFC 5869's HKDF: one block, so extract and the first round of expand."""
-    return hmac_sha256(hmac_sha256(salt, secret), info + b"\x01")
-
-
 # ---------------------------------------------------------------------------------------------------- framing
-# A reader gives records one at a time out of a buffer that the link owns; a writer gives the bytes to send. A record
-# means the same on every wire.
+# A reader takes records out of a buffer of the link's; a writer gives bytes to send. A record means the same on both.
 
 _HEADER_CLEAR, _HEADER_SEALED = struct.Struct(">BQ"), struct.Struct(">B12sQ")
 Record = Tuple[int, Any, int]
@@ -1928,10 +1908,6 @@ class RecordWriter:
         """One record of the run at scratch[HEADROOM:end]."""
         return self.data(scratch, end - HEADROOM, DATAGRAMS)
 
-
-Reader = Union[LegacyReader, RecordReader]
-Writer = Union[LegacyWriter, RecordWriter]
-
 # ======================================================================================================================
 # 6. Handshakes: bytes in, bytes out
 # ======================================================================================================================
@@ -1980,8 +1956,8 @@ class Handshake:
     successor: Handshake | None = None  # the handshake that follows on the same connection
     peer_key = instance = b""
     suite = "none, in the clear"
-    reader: Reader
-    writer: Writer
+    reader: LegacyReader | RecordReader
+    writer: LegacyWriter | RecordWriter
     # The error where the connection ends too early; {} says how.
     end: tuple[type[RatrodError], str] = RemoteProtocolError, "{} during the handshake"
     who = "the other side"
@@ -2075,7 +2051,7 @@ class LegacyHandshake(KeyHandshake):
         self.is_heavy = True
         message = decode_message((yield size))
         if isinstance(message, Error):
-            raise PeerError(message.code, printable(message.text))
+            raise PeerError(message.code, message.text)
         if not isinstance(message, expected):
             raise RemoteProtocolError("a %s in place of %s" % (type(message).__name__, expected.__name__))
         for name in ("challenge", "exchange_public_key"):
@@ -2094,8 +2070,9 @@ class LegacyHandshake(KeyHandshake):
         self._take_peer(key)
 
     def _shared_key(self, peer_ephemeral: bytes, salt: bytes) -> bytes:
-        """The key of both directions; `salt` is the server's challenge, then the client's."""
-        return hkdf_sha256(diffie_hellman(self._ephemeral, peer_ephemeral), salt, salt)
+        """The key of both directions, by RFC 5869's HKDF of one block. Its salt and info are the two challenges."""
+        secret = diffie_hellman(self._ephemeral, peer_ephemeral)
+        return hmac_sha256(hmac_sha256(salt, secret), salt + b"\x01")
 
 
 class LegacyClientHandshake(LegacyHandshake):
@@ -2343,8 +2320,7 @@ class NoiseServerHandshake(NoiseHandshake):
 
 
 class FirstByte(Handshake):
-    """At a server: the first byte of a connection tells the wire. `choose(is_legacy)` gives the handshake that goes on
-    with it, None where this wire is not served."""
+    """At a server: the first byte tells the wire. `choose(is_legacy)` gives the handshake of a wire that is served."""
 
     end = Speechless, "{} without a word"
 
@@ -2613,7 +2589,6 @@ def ask_proxy(proxy: Proxy, server: Address) -> ProxyHandshake:
 # HAProxy's proxy-protocol.txt: the header in front of a connection that says where the connection came from.
 PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 PROXY_V2 = struct.Struct(">BBH")  # version and command, family and transport, bytes that follow
-PROXY_SIZES = {0x11: 4, 0x21: 16}  # bytes of an address: TCP over IPv4, over IPv6
 
 
 def proxy_header(visitor: str, own: Address) -> bytes:
@@ -2654,7 +2629,7 @@ class ProxyHeader(Handshake):
     def _version_2(self) -> Script:
         command, family, length = PROXY_V2.unpack((yield PROXY_V2.size))
         self.is_local = command == 0x20  # then nothing that follows means anything
-        size = 0 if self.is_local else PROXY_SIZES.get(family, 0)
+        size = 0 if self.is_local else {0x11: 4, 0x21: 16}.get(family, 0)  # of an address: TCP over IPv4, over IPv6
         is_wrong = not self.is_local and (command != 0x21 or family & 15 > 2 or family >> 4 > 3)
         if is_wrong or not 2 * size + 4 * bool(size) <= length <= 2048:
             raise RemoteProtocolError("a PROXY header that cannot be")
@@ -2677,8 +2652,7 @@ class ProxyHeader(Handshake):
 
 
 class HttpRequest(Handshake):
-    """The head of one HTTP request, which answer(method, path) answers; both are empty where it is none, or longer than
-    8 KiB."""
+    """The head of one HTTP request, for answer(method, path). Both are empty for any other text, and beyond 8 KiB."""
 
     def __init__(self, answer: Callable[[bytes, bytes], bytes]):
         self._answer = answer
@@ -2773,8 +2747,7 @@ class Complaints:
             cause = cause if len(self._lines) < SOURCES else self.FURTHER[is_known]
             self._lines.setdefault(cause, [TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
                                    [TokenBucket(LOG_RATE, LOG_BURST, now), self._in_all])
-        # Once a line was left out the others wait until sweep() has said how many: lines without end would leave it no
-        # turn.
+        # Once a line was left out, all wait until sweep() has said how many: else it might never have its turn.
         is_due = log.isEnabledFor(logging.DEBUG) or cause not in self._muted and self._is_due(cause, now)
         if is_due:
             log.log(level, "%s", line)
@@ -2798,8 +2771,7 @@ class Complaints:
 
 class Turns:
     """Callbacks that wait for the loop, by key: the key that has used least of the loop's time goes first, within a key
-    the callback that has waited longest. So a key with thousands of busy links holds up another for a callback, a few
-    ms at most."""
+    the callback that has waited longest. A key with thousands of busy links holds up another for a few ms at most."""
 
     def __init__(self) -> None:
         self.waiting: dict[bytes, collections.OrderedDict[Callable[[int], Any], int]] = {}  # callbacks, their masks
@@ -2871,8 +2843,7 @@ class EventLoop:
         self.complaints = Complaints()
         self.complain = self.complaints.complain
         self.last_words: dict[LastWord, None] = {}  # the oldest first
-        # Shared by all: when a callback returns it has sent or copied what it read or sealed here. A buffer for every
-        # connection would cost 256 KB each.
+        # Shared: a callback sends or copies what is here before it returns. Buffers for each connection cost 256 KB.
         self.scratch_out = memoryview(bytearray(HEADROOM + MAX_CONTENT + TAILROOM))
         self.payload = self.scratch_out[HEADROOM:HEADROOM + MAX_CONTENT]
         self.scratch_in = new_scratch()
@@ -2892,8 +2863,7 @@ class EventLoop:
         self.portion, self._hurry_until = SHORT_TURN, self.now + HURRY
 
     def lend_scratch(self) -> memoryview | None:
-        """scratch_in, whose bytes the caller keeps until give_back(): another takes its place. None: too many are
-        lent."""
+        """scratch_in, which the caller keeps until give_back(): another takes its place. None: too many are lent."""
         if self._lent >= LENT_AT_ONCE:
             return None
         self._lent += 1
@@ -2910,10 +2880,9 @@ class EventLoop:
 
     # ---- sockets
 
-    def watch(self, end: Any, before: int, events: int, callback: Callable[[int], Any]) -> None:
-        """From now on callback(mask) whenever one of `events` is ready; 0 is none. `before`: what was watched until
-        now. A Transport alone calls this."""
-        fd = end.fileno()
+    def watch(self, fd: int, before: int, events: int, callback: Callable[[int], Any]) -> None:
+        """From now on callback(mask) whenever one of `events` is ready at the descriptor `fd`; 0 is none. `before`:
+        what was watched until now."""
         if not events:
             del self._callbacks[fd]
             self._poller.unregister(fd)
@@ -3047,8 +3016,7 @@ if hasattr(os, "register_at_fork"):
 
 class Deadline:
     """A call that is due at a time which may change often. Its entry stays on the loop's heap, and the time is looked
-    at when the entry is due: a link that carries 1,000 streams a second would otherwise leave 1,000 cancelled
-    entries."""
+    at when the entry is due: 1,000 streams a second on a link would otherwise leave 1,000 cancelled entries."""
 
     __slots__ = ("when", "_loop", "_call", "_entry")
     _numbers = itertools.count()  # entries of one time are compared by these
@@ -3173,8 +3141,7 @@ class KeyCounts:
 class FairQueue:
     """Begins at most `most` things at a time, and at most `most_of_key` of one key; the others wait for their turn.
     Things of a lower rank go first; within a rank the keys take turns. `newest_first`: a new key has the next turn, and
-    of its things the newest, so that where more come than can be served some are served in time, and not all too
-    late."""
+    of its things the newest, so that of more than can be served some are served in time, and not all too late."""
 
     def __init__(self, most: int = sys.maxsize, most_of_key: int = sys.maxsize, newest_first: bool = False):
         self._most, self._most_of_key, self._newest_first = most, most_of_key, newest_first
@@ -3353,8 +3320,7 @@ class LookUps(FairQueue):
 
 @functools.lru_cache(maxsize=None)
 def aegis_128l() -> Suite | None:
-    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or would compute it in software, at 25
-    MB/s."""
+    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or takes software for it (25 MB/s)."""
     if getattr(sodium(), "crypto_aead_aegis128l_ABYTES", None) != 32:
         return None
     suite = Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
@@ -3366,12 +3332,10 @@ def _has_fast_aes(suite: Suite) -> bool:
         from nacl._sodium import lib
         return bool(lib.crypto_aead_aes256gcm_is_available())
     # 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five: a busy machine is not a slow one.
-    view, times = memoryview(bytearray(64 * 1024 + suite.aead.tag)), []
-    for number in range(5):
-        started = time.perf_counter()
-        suite.aead.seal(view[:64 * 1024], view, suite.nonce(number), bytes(suite.key_size))
-        times.append(time.perf_counter() - started)
-    return min(times) < 0.0008
+    import timeit
+
+    view, nonce, key = memoryview(bytearray(64 * 1024 + suite.aead.tag)), suite.nonce(0), bytes(suite.key_size)
+    return min(timeit.repeat(lambda: suite.aead.seal(view[:64 * 1024], view, nonce, key), number=1)) < 0.0008
 
 
 def offered_suites() -> list[Suite]:
@@ -3443,8 +3407,7 @@ class TcpInfo(NamedTuple):
 
     @property
     def unanswered(self) -> float:
-        """Seconds for which the other machine has not answered though it was asked. Two probes of a shut window may get
-        lost."""
+        """Seconds without an answer of the other machine, which was asked. Two probes of a shut window may get lost."""
         return self.last_ack_recv / 1000 if self.unacked or self.probes > 2 else 0.0
 
 
@@ -3473,7 +3436,7 @@ class Transport:
     def want(self, events: int) -> None:
         """From now on callback(mask) for these events; the only place that changes them."""
         if events != self.events:
-            self._loop.watch(self.sock, self.events, events, self._callback)
+            self._loop.watch(self.sock.fileno(), self.events, events, self._callback)
             self.events = events
 
     def recv_into(self, view: memoryview) -> int | None:
@@ -3494,10 +3457,7 @@ class Transport:
         """Sets one of the options above, where the system can."""
         level, number = option
         if number is not None:
-            try:  # contextlib.suppress() is three calls
-                self.sock.setsockopt(level, number, value)
-            except OSError:
-                pass
+            tune(self.sock, [(level, number, value)])
 
     def guard(self, on: bool) -> None:
         """Whether closing is a reset, also when this process is killed: what was cut must not look like an end."""
@@ -3519,10 +3479,10 @@ class Transport:
 
     def release(self) -> socket.socket:
         """The socket, for another owner."""
-        if self.events:
-            self.want(0)
+        self.want(0)
         self._loop.sockets.discard(self.sock)
-        self._callback = _on_nothing  # its owner and it point to each other: let go at once, not by the collector
+        # Its owner and it point to each other: let go at once, not by the collector.
+        self._callback = None  # type: ignore[assignment]
         return self.sock
 
     def close(self) -> None:
@@ -3534,14 +3494,9 @@ class Transport:
         self.close()
 
 
-def _on_nothing(_mask: int) -> None:
-    """The callback of a Transport that is closed."""
-
-
 class LastWord:
     """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most:
-    closing on unread bytes would be a reset, which destroys the last word. Of more than LAST_WORDS the oldest
-    closes."""
+    closing on unread bytes would be a reset, which destroys the last word. Beyond LAST_WORDS the oldest closes."""
 
     def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
                  on_close: Callable[[LastWord], None] = lambda _self: None):
@@ -3597,8 +3552,7 @@ class Negotiation:
         self._deadline = Deadline(loop, timeout, self._on_timeout)
 
     def start(self, run_step: RunStep | None = None) -> None:
-        """Begins, once its owner knows it: it may end at once. `run_step(step, done)` runs a public-key step on a
-        thread."""
+        """Begins, once its owner knows it: it may end at once. `run_step(step, done)` takes steps to a thread."""
         self._run_step = run_step
         if self.handshake.has_started:
             self._go_on()
@@ -3763,7 +3717,7 @@ class Connector:
             if len(found) > 1:
                 first = [pair for pair in found if pair[0] == found[0][0]]
                 others = [pair for pair in found if pair[0] != found[0][0]]
-                found = [pair for pairs in zip_longest(first, others) for pair in pairs if pair]
+                found = [pair for pairs in itertools.zip_longest(first, others) for pair in pairs if pair]
             self._addresses = list(found)
             self._try_next()
         elif not found:
@@ -3883,8 +3837,7 @@ def bind_socket(family: int, kind: int, sockaddr: Any, share: bool) -> socket.so
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(sockaddr)
         if kind == socket.SOCK_STREAM:
-            tune(sock)
-            tune(sock, ASK_FOR_LIFE)
+            tune(sock, TCP_OPTIONS + ASK_FOR_LIFE)
             sock.listen(BACKLOG)
     except OSError:
         sock.close()
@@ -4059,7 +4012,7 @@ def listen_unix(path: str) -> socket.socket:
 class UnixListener(socket.socket):
     """A Unix socket that takes its file with it when it is closed, unless another has that path by then."""
 
-    _file: tuple[str, int, int] | None = None
+    _file: tuple[str, os.stat_result] | None = None
 
     def bind_privately(self, path: str) -> None:
         """Binds a file that its owner alone can use; PermissionError where another file took its place meanwhile."""
@@ -4071,14 +4024,13 @@ class UnixListener(socket.socket):
         status = os.lstat(path)
         if not stat.S_ISSOCK(status.st_mode) or stat.S_IMODE(status.st_mode) & 0o177:
             raise PermissionError(errno.EPERM, "others can use its folder, and have changed the file")
-        self._file = path, status.st_dev, status.st_ino
+        self._file = path, status
 
     def close(self) -> None:
         if self._file and self.fileno() >= 0:
-            path, *file = self._file
+            path, status = self._file
             with contextlib.suppress(OSError):
-                status = os.lstat(path)
-                if [status.st_dev, status.st_ino] == file:
+                if os.path.samestat(os.lstat(path), status):
                     os.unlink(path)
         super().close()
 
@@ -4139,7 +4091,6 @@ class Memory(KeyCounts):
         self._halves: dict[bytes, dict[Any, None]] = {}
 
     def change(self, key: bytes, n: int) -> None:
-        """n bytes more, or less, are kept for this key."""
         super().change(key, n)
         self.is_tight = self.total + LARGEST_WINDOW > self.most // 2
 
@@ -4181,8 +4132,7 @@ ASKING = {TCP: ASKED, UDP: UDP_ASKED, LISTEN: LISTEN_ASKED}  # the state after a
 OPENER, ACCEPTOR = "opener", "acceptor"
 # The records that each state allows, besides Keepalive (PROTOCOL.md, "A stream on a link"). Any other record ends the
 # link like an Error. Over and Close while busy are legal once both Ends have passed, which the stream judges. In Bye
-# everything is skipped but the opener's Ack. A link that Opened has made a Listen link changes roles: the server is its
-# opener from then on.
+# everything is skipped but the opener's Ack. Opened on a Listen link changes the roles: the server is its opener then.
 LEGAL: dict[tuple[str, str], frozenset[int]] = {(state, role): frozenset(kinds) for state, role, kinds in (
     (IDLE, OPENER, (CLOSE, ERROR)), (IDLE, ACCEPTOR, (OPEN, ACK, ABANDON, ERROR)), (CONNECTING, ACCEPTOR, ()),
     (ASKED, OPENER, (OPENED, OVER, CLOSE, ERROR)),
@@ -4217,8 +4167,7 @@ class LinkUser:
         """Called every second or so."""
 
     def on_close(self, link: Link, error: Exception) -> None:
-        """The link has ended, and does not carry this user any more. A LinkClosed means that the path broke, not the
-        peer."""
+        """The link has ended, and carries this user no more. LinkClosed means that the path broke, not the peer."""
 
 
 NOBODY = LinkUser()
@@ -4254,7 +4203,6 @@ class Unread:
                 link.update()
 
     def _count(self, n: int) -> None:
-        """n bytes are used from now on."""
         if n != self.size:
             self._link.owner.memory.change(self._link.peer_key, n - self.size)
             self.size = n
@@ -4359,8 +4307,7 @@ class Channel:
         """Whether anything came."""
         if self.is_paused:
             return False
-        # An incomplete record has a buffer of its own, and only its rest is read next: then a read begins at a record
-        # again.
+        # An incomplete record has its own buffer. Only its rest is read next, so that a read begins at a record again.
         kept = self.unread.view
         view, end = (self.loop.scratch_in, 0) if kept is None else (kept, self.unread.end)
         # Where this key's memory is used up a little shows whether a whole record is there, as an Ack.
@@ -4478,11 +4425,11 @@ class Channel:
             return self.lose(broken(error))
         if not self.out:
             if self._fin:
-                self._finish_sending()
+                self.finish_sending()
             self.update()
         return None
 
-    def _finish_sending(self) -> None:
+    def finish_sending(self) -> None:
         """FIN, after all that waits."""
         self._fin = True
         if not self.out:
@@ -4504,7 +4451,7 @@ class Link(Channel):
     """One authenticated ratrod2 connection between client and server: what its records mean, and what it carries."""
 
     __slots__ = ("instance", "last", "idle_since", "due", "name", "is_completed", "is_resumable", "born",
-                 "said_error", "is_extra", "doubted_at", "path")
+                 "is_extra", "doubted_at", "path")
     is_legacy = False
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, name: str = ""):
@@ -4514,7 +4461,6 @@ class Link(Channel):
         self.last: Any = None  # the Stream before, whose last bytes are not acknowledged yet
         # Whether its stream can go on over another link; ssh's pipes break together.
         self.is_resumable = not (handshake.bare or self.is_legacy)
-        self.said_error = False
         self.is_extra = False  # one more than its key may have: for an attach alone
         self.doubted_at = 0.0  # when a sign of life was last asked for, as heard_at by the clock that counts sleep
         self.path: tuple[str, Any] | None = None  # at a client: the addresses that it comes from and leads to
@@ -4540,7 +4486,7 @@ class Link(Channel):
                 self.due = NEVER
             return self.owner.on_completed(self)
         if kind == ERROR and not self.is_completed:
-            error = PeerError(content.code, printable(content.text))
+            error = PeerError(content.code, content.text)
             self.abort(error)
             return self.owner.on_refused(self, error)
         if self.state == BYE and kind != ACK:
@@ -4550,7 +4496,7 @@ class Link(Channel):
         if self.user is NOBODY:
             return self._on_idle_record(kind, content)
         if kind == ERROR:
-            return self.abort(PeerError(content.code, printable(content.text)))
+            return self.abort(PeerError(content.code, content.text))
         return self.user.on_record(self, kind, content)
 
     def _on_idle_record(self, kind: int, content: Any) -> None:
@@ -4600,8 +4546,7 @@ class Link(Channel):
     @property
     def is_stuck(self) -> bool:
         """Whether nothing has come since its path was doubted. The other machine's TCP acknowledges the question at
-        once; but what stands in between may do so too, a proxy, so that for a link that has been silent for long only
-        bytes count."""
+        once. So may a proxy in between: for a link that has been silent for long only bytes count."""
         if self.heard_at > self.doubted_at or self.state == CLOSED:
             return False
         if not self.is_held and self.loop.awake - self.heard_at >= self.owner.limits.doubt:
@@ -4618,12 +4563,10 @@ class Link(Channel):
     # ---- life
 
     def detach(self) -> None:
-        """The link does not carry its user any more."""
         self.user = NOBODY
 
     def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
-        """Opener: sends Open, and what `user` has to say in the same packet. The other side has `deadline` seconds to
-        say Opened."""
+        """Opener: sends Open, and what `user` says in the same packet. Opened has to come in `deadline` seconds."""
         self.forget_last()
         self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + deadline
         self.send(self.writer.record(OPEN, *open_) + user.take_early())
@@ -4663,8 +4606,7 @@ class Link(Channel):
         self.refuse(Error(REMOTE_FAILED, reason(error)))
 
     def refuse(self, error: Error) -> None:
-        """Says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
-        self.said_error = True
+        """Says why, as the last record."""
         self.leave(self.writer.record(ERROR, *error), self.owner.limits.drain_timeout)
 
     def leave(self, last_word: bytes, drain: float = NEVER) -> None:
@@ -4677,7 +4619,7 @@ class Link(Channel):
         if self.state == BYE:
             if self._eof:
                 return self.close()
-            self._finish_sending()
+            self.finish_sending()
             self.update()
 
     def lose(self, error: Exception) -> None:
@@ -4736,7 +4678,7 @@ class LegacyLink(Link):
         if self.state == BYE:
             return
         if kind == ERROR:
-            error, was_asked = PeerError(content.code, printable(content.text)), self.state in ASKING.values()
+            error, was_asked = PeerError(content.code, content.text), self.state in ASKING.values()
             self.abort(error)
             return self.owner.on_refused(self, error) if was_asked else None
         if kind not in LEGAL.get((self.state, self.role), ()):
@@ -4754,9 +4696,6 @@ class LegacyLink(Link):
         self._on_record(END, None)
         return self.update()
 
-    def send_end(self) -> None:
-        self._finish_sending()
-
     def become_idle(self, record: bytes = b"") -> None:
         """Both directions have ended: the link goes once all is sent."""
         self.user, self.state = NOBODY, BYE
@@ -4770,13 +4709,11 @@ class LegacyLink(Link):
 
     def fail(self, error: Exception) -> None:
         """A reset of the link is the only sign."""
-        self.detach()
         self.abort(error)
 
 
 def broken(error: OSError) -> LinkClosed:
-    """What a connection's error means: silence where the machine or the path is gone, as Windows aborts sockets when an
-    address goes."""
+    """What a connection's error means: silence where machine, path or address is gone (Windows aborts its sockets)."""
     is_silence = error.errno in (
         errno.ETIMEDOUT, errno.ECONNABORTED, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH)
     kind = LinkSilent if is_silence else LinkClosed
@@ -4801,19 +4738,13 @@ def random_bytes(n: int) -> bytes:
     return taken
 
 
-class Label(NamedTuple):
+def show_label(number: str, origin: str, target: str) -> str:
     """The name of a connection in the log."""
-
-    id: str
-    origin: str
-    target: str
-
-    def __str__(self) -> str:
-        return "[%s] `%s` -> `%s`" % (self.id, self.origin, printable(self.target))
+    return "[%s] `%s` -> `%s`" % (number, origin, printable(target))
 
 
-def new_label(origin: str, target: str) -> Label:
-    return Label(random_bytes(3).hex(), origin, target)
+def new_label(origin: str, target: str) -> str:
+    return show_label(random_bytes(3).hex(), origin, target)
 
 
 class Counters:
@@ -4823,18 +4754,16 @@ class Counters:
     that live when somebody asks. By peer key: as many as authorized_keys lists.
     """
 
-    RESULTS = ("closed", "reset", "refused", "failed")
-    GIVEN_UP = ("time", "run", "limit", "ended", "refused")
-
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self.began_at = time.time()
         self.streams: set[Stream] = set()
         self.sessions: set[UdpSession] = set()
-        self.results = dict.fromkeys(self.RESULTS, 0)  # of streams that are over
+        self.results = dict.fromkeys(("closed", "reset", "refused", "failed"), 0)  # of streams that are over
         self.links = self.handshakes_failed = self.reconnects = self.resumed = 0
         self.detached: set[Stream] = set()  # streams that have lost their link, and do not go on yet
-        self.given_up = dict.fromkeys(self.GIVEN_UP, 0)  # streams that did not go on
+        # Streams that did not go on, by reason.
+        self.given_up = dict.fromkeys(("time", "run", "limit", "ended", "refused"), 0)
         self._lost_at, self._went_on, self._has_said_lost = 0.0, 0, False
         self._bytes: dict[bytes, tuple[int, int]] = {}  # of what is over: peer key -> sent, received; the latest last
 
@@ -4855,8 +4784,7 @@ class Counters:
         self.results["refused" if is_refused else "reset" if isinstance(error, LocalFailed) else "failed"] += 1
 
     def on_lost(self, stream: Stream) -> None:
-        """A stream has lost its link, and waits for another one. One line for all that do in this moment, and one when
-        the last goes on."""
+        """A stream waits for another link. One line for all that do in this moment, and one when the last goes on."""
         if not self.detached:
             self._lost_at, self._went_on, self._has_said_lost = self._loop.now, 0, False
             self._loop.call_later(0, self._say_lost)
@@ -4868,7 +4796,6 @@ class Counters:
             self._has_said_lost = self._loop.complain("🔌 Links were lost %d more times", line, level=logging.WARNING)
 
     def on_resumed(self, stream: Stream) -> None:
-        """A stream has a link."""
         if stream not in self.detached:
             return
         self.detached.discard(stream)
@@ -4879,17 +4806,14 @@ class Counters:
             log.info("✅ Over another link, after %s: %s", show_time(self._loop.now - self._lost_at),
                      plural(self._went_on, "connection"))
 
-    def _on_given_up(self, stream: Stream, error: Exception | None) -> None:
-        self.detached.discard(stream)
-        kinds = {ConnectError: "time", LinkClosed: "run", Overloaded: "limit", LocalFailed: "ended"}
-        self.given_up[next((why for kind, why in kinds.items() if isinstance(error, kind)), "refused")] += 1
-
-    def on_end(self, carried: Stream | UdpSession, error: Exception | None = None) -> None:
-        """The line that everything ends with: shown with -v, or always where somebody should know."""
+    def on_end(self, carried: Any, error: Exception | None = None) -> None:
+        """The line that every stream and UDP session ends with: shown with -v, or always where somebody should know."""
         if carried in self.detached:
-            self._on_given_up(carried, error)  # type: ignore[arg-type]
-        self.streams.discard(carried)  # type: ignore[arg-type]
-        self.sessions.discard(carried)  # type: ignore[arg-type]
+            self.detached.discard(carried)
+            kinds = {ConnectError: "time", LinkClosed: "run", Overloaded: "limit", LocalFailed: "ended"}
+            self.given_up[next((why for kind, why in kinds.items() if isinstance(error, kind)), "refused")] += 1
+        self.streams.discard(carried)
+        self.sessions.discard(carried)
         self._count_bytes(carried.peer_key, carried.sent, carried.received)
         has_failed = isinstance(error, RatrodError) and not isinstance(error, LocalFailed)
         if has_failed:
@@ -4907,8 +4831,7 @@ class Counters:
         self._loop.complain(what % whose, line, bool(key), level)
 
     def tally(self, links: Iterable[Link]) -> dict[bytes, collections.Counter[str]]:
-        """For each peer key: its links (idle, busy, closing), streams, sessions, and bytes of payload (sent to the
-        link, received)."""
+        """By peer key: links (idle, busy, closing), streams, sessions, payload bytes (sent to the link, received)."""
         keys: dict[bytes, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for key, (sent, received) in self._bytes.items():
             keys[key].update(sent=sent, received=received)
@@ -4917,10 +4840,7 @@ class Counters:
         alive: Iterable[Any]
         for name, alive in (("streams", self.streams), ("sessions", self.sessions)):
             for carried in alive:
-                tally = keys[carried.peer_key]
-                tally[name] += 1
-                tally["sent"] += carried.sent
-                tally["received"] += carried.received
+                keys[carried.peer_key].update({name: 1, "sent": carried.sent, "received": carried.received})
         return keys
 
 
@@ -4961,8 +4881,7 @@ class Outgoing:
             self._key = link.peer_key
 
     def room(self, link: Link, is_stalled: bool) -> int:
-        """How many bytes may be read now. `is_stalled`: this side processes no records, so no Ack can reach it, and to
-        wait for one would be for ever."""
+        """How many bytes may be read now. `is_stalled`: this side processes no records, so no Ack will ever come."""
         most = min(link.writer.max_data, self._loop.portion)
         if link.state != BUSY:
             most = min(most, EARLY_DATA - (self.position - self.began))
@@ -5058,7 +4977,6 @@ class Outgoing:
             self._full_end = 0
 
     def append(self, data: memoryview) -> None:
-        """Keeps a copy of `data`."""
         if self._ring is None:
             self._few += data
             self.end += len(data)
@@ -5173,10 +5091,10 @@ class Stream(LinkUser):
             log.debug("⛽ %s", self.label)
 
     @property
-    def label(self) -> Label:
+    def label(self) -> str:
         """Its name in the log, the same one on both sides of the link."""
         is_shown = self.origin and isinstance(self.origin, str)  # or a socket's address
-        return Label(self.id[:3].hex(), self.origin if is_shown else show_address(self.origin), self.shown)
+        return show_label(self.id[:3].hex(), self.origin if is_shown else show_address(self.origin), self.shown)
 
     def join(self, sock: Any) -> None:
         """The local socket is there."""
@@ -5235,8 +5153,8 @@ class Stream(LinkUser):
 
     def _send_end(self, link: Link) -> None:
         self.out.advance(1)
-        if isinstance(link, LegacyLink):
-            link.send_end()
+        if link.is_legacy:  # FIN is its End
+            link.finish_sending()
             self._finish_if_over(link)
         elif self.role == ACCEPTOR and self._has_end:
             self._finish_if_over(link, link.writer.record(END))
@@ -5291,8 +5209,7 @@ class Stream(LinkUser):
         if not self._has_end:
             self._has_end = True
             # Everything before End has been written, for no record is processed while bytes wait. Where the local
-            # socket's own end was read, closing says the same in one call less (15 µs): nothing unread is there that
-            # would make closing a reset.
+            # socket's own end was read, closing says the same in one call less (15 µs): no unread byte is left.
             if self.out.has_eof:
                 self._close_local()
             else:
@@ -5334,8 +5251,7 @@ class Stream(LinkUser):
         return self._has_end and self._link_in > self.received and self.out.position > self.out.end
 
     def _finish_if_over(self, link: Link, end: bytes = b"") -> None:
-        """Acceptor, and legacy: where both Ends have passed and all is delivered, says Over; one packet with `end`
-        before it saves each side 10 µs."""
+        """Acceptor, and legacy: says Over after both Ends and all bytes, in one packet with `end` (10 µs a side)."""
         if link is not self.link:
             return None
         if self._pending is not None or not self._have_both_ends_passed:
@@ -5416,26 +5332,17 @@ class Stream(LinkUser):
         self.is_over, self.link, self.error, self._pending = True, None, error, None
         self.owner.counters.count(error)
         self.owner.counters.on_end(self, error)
-        if error is not None:
-            self._abort_local(error)
+        self._close_local(error)
+        if error is not None or self.role == OPENER:  # an acceptor's last bytes may be asked for again
             self.out.close()
-        else:
-            self._close_local()
-            if self.role == OPENER:  # an acceptor's last bytes may be asked for again
-                self.out.close()
         self.keeper.on_ended(self, error)
 
-    def _close_local(self) -> None:
-        """The clean end of the local socket."""
+    def _close_local(self, error: Exception | None = None) -> None:
+        """The end of the local socket: a reset where there is an error."""
         local, self.local = self.local, None
         if local is not None:
-            local.guard(False)
+            local.guard(error is not None)
             local.close()
-
-    def _abort_local(self, _error: Exception) -> None:
-        local, self.local = self.local, None
-        if local is not None:
-            local.abort()
 
     def abort(self, error: Exception) -> None:
         """After an internal error."""
@@ -5490,8 +5397,7 @@ class OpenerStream(Stream):
             return b""
 
     def set_free(self) -> None:
-        """No Open of this stream has been looked at, or none by this run of the server: it is a new one. Its name in
-        the log stays."""
+        """No Open of this stream was looked at, or none by this run of the server: a new stream, of the same label."""
         self.id, self.attempt, self.out.sent = self.id[:3] + random_bytes(13), 0, 0
 
     @property
@@ -5570,10 +5476,6 @@ class AcceptorStream(Stream):
         self._link_in, self._told = open_.at, self.taken
         link.accept(self, BUSY, Opened("", self.taken), holds=self._pending is not None)
 
-    def has_all(self, open_: Open) -> bool:
-        """Whether nothing is left to be sent in either direction."""
-        return open_.taken == self.out.sent and open_.at == self.taken
-
     def move_from(self) -> None:
         """The link that carries it ends without touching it: another one is there."""
         link = self.link
@@ -5602,19 +5504,16 @@ class SocksStream(OpenerStream):
 
     def _on_opened(self, link: Link, opened: Opened) -> None:
         if not self.was_opened:
-            self._reply(0)
+            try:
+                self.local.send(socks_reply(self.version, 0))  # type: ignore[union-attr]
+            except OSError as error:
+                self._broken = error  # the next read or write tells
         super()._on_opened(link, opened)
 
-    def _reply(self, code: int) -> None:
-        try:
-            self.local.send(socks_reply(self.version, code))  # type: ignore[union-attr]
-        except OSError as error:
-            self._broken = error  # the next read or write tells
-
-    def _abort_local(self, error: Exception) -> None:
+    def _close_local(self, error: Exception | None = None) -> None:
         local = self.local
-        if self.was_opened or local is None:
-            return super()._abort_local(error)
+        if error is None or self.was_opened or local is None:
+            return super()._close_local(error)
         self.local = None
         local.guard(False)
         LastWord(self.loop, local.release(), socks_reply(self.version, self._code(error)))
@@ -5635,37 +5534,29 @@ def make_transport(loop: EventLoop, sock: socket.socket | None, callback: Callab
 
 
 class StdioTransport(Transport):
-    """Standard input and output in place of a socket. epoll refuses regular files and /dev/null: those are always
-    ready."""
+    """Standard input and output as a socket. epoll refuses regular files and /dev/null: those are always ready."""
 
     __slots__ = ("_blocking", "_ready", "_scheduled")
 
-    class _Descriptor(NamedTuple):
-        number: int
-
-        def fileno(self) -> int:
-            return self.number
-
-    _ENDS: Any = ((READ, _Descriptor(0)), (WRITE, _Descriptor(1)))
+    _ENDS = (READ, 0), (WRITE, 1)
 
     def __init__(self, loop: EventLoop, callback: Callable[[int], None]):
         self.sock: Any = None
         self._loop, self._callback, self.events = loop, callback, 0
         self._ready = self._scheduled = 0
         self._blocking: dict[int, bool] = {}
-        for _, end in self._ENDS:
-            # A terminal belongs to the shell too, which would find it non-blocking if this were killed: it gets small
-            # writes instead.
-            if not os.isatty(end.number):
-                self._blocking[end.number] = os.get_blocking(end.number)
-                os.set_blocking(end.number, False)
+        for _, number in self._ENDS:
+            # A terminal gets small writes: if this were killed, the shell would find its terminal non-blocking.
+            if not os.isatty(number):
+                self._blocking[number] = os.get_blocking(number)
+                os.set_blocking(number, False)
 
     def want(self, events: int) -> None:
-        for event, end in self._ENDS:
+        for event, number in self._ENDS:
             before, after = self.events & event, events & event
             if before != after and not self._ready & event:
                 try:
-                    self._loop.watch(end, before, after, self._callback)
+                    self._loop.watch(number, before, after, self._callback)
                 except PermissionError:
                     self._ready |= event
         self.events = events
@@ -5681,8 +5572,6 @@ class StdioTransport(Transport):
             self.want(self.events)
 
     def recv_into(self, view: memoryview) -> int | None:
-        import select
-
         try:
             if 0 not in self._blocking and not select.select([0], [], [], 0)[0]:
                 return None  # a terminal where nothing has been typed
@@ -5720,12 +5609,9 @@ class StdioTransport(Transport):
 
     def close(self) -> None:
         self.want(0)
-        self._callback = _on_nothing
+        self._callback = None  # type: ignore[assignment]
         self.half_close()
         self._restore(0)
-
-    def abort(self) -> None:
-        self.close()
 
 
 class StdioStream(OpenerStream):
@@ -5772,7 +5658,7 @@ class UdpSession:
     __slots__ = ("udp", "number", "label", "target", "outer", "port", "key", "peers", "is_over", "last_used", "started",
                  "sent", "received", "rests_until", "has_failed", "address", "head", "addresses", "attempt", "kept")
 
-    def __init__(self, udp: UdpLink, number: int, label: Label, target: str, outer: int = 0):
+    def __init__(self, udp: UdpLink, number: int, label: str, target: str, outer: int = 0):
         self.udp, self.number, self.label, self.target, self.outer = udp, number, label, target, outer
         self.port: UdpPort | None = None
         self.key: Any = None
@@ -5915,7 +5801,7 @@ class UdpLink(LinkUser):
 
     # ---- sessions
 
-    def new_session(self, port: UdpPort, key: Any, label: Label, target: str) -> UdpSession:
+    def new_session(self, port: UdpPort, key: Any, label: str, target: str) -> UdpSession:
         """Client: a session under the next number, which the server is told of."""
         session = UdpSession(self, self._next, label, target, port.outer)
         self._next += 1
@@ -5984,7 +5870,6 @@ class UdpLink(LinkUser):
         return None if link else self.ask_for_link()
 
     def _count(self) -> None:
-        """So many bytes of datagrams are kept from now on."""
         n = sum(len(run) for _, run in self._queue) + len(self._rest)
         self.owner.memory.change(self.owner_key, n - self._counted)
         self._counted = n
@@ -6086,7 +5971,7 @@ class UdpLink(LinkUser):
             if content.code == UNKNOWN or link.role == ACCEPTOR:
                 self.end(session, tell=None)  # the other side has forgotten it: the next datagram makes a new session
             else:
-                self.owner.on_session_failed(session, PeerError(content.code, printable(content.text)))
+                self.owner.on_session_failed(session, PeerError(content.code, content.text))
         elif kind == CLOSE:
             raise LinkClosed("the server takes no more streams on this connection")
 
@@ -6518,8 +6403,7 @@ class SshLinks:
         return PipeHandshake(self._program, self._marker)
 
     def explain(self, link: SshLink, handshake: PipeHandshake, error: Exception) -> RatrodError | None:
-        """Why the handshake failed, with `error`: what to give up with, or None for another try. On a thread; link.sock
-        is closed by then."""
+        """Why the handshake failed: what to give up with, None for another try. On a thread; link.sock is closed."""
         code = wait_for(link.process, 2)
         self.reap()
         log.debug("ssh to `%s` failed (%s, exit code %d): %s", self._server, error, code, printable(link.said))
@@ -6574,15 +6458,13 @@ class SshLinks:
                 if users[path] < LINKS_OF_A_CONNECTION and "." not in name:  # ssh makes `m1` of `m1.JgTz4`
                     return path
             if not is_one_ending or time.monotonic() - began > 1:
-                break
+                if is_full:
+                    raise Overloaded("ssh to `%s`: no further connection for now" % str(self._server))
+                return ""
             time.sleep(0.02)
-        if is_full:
-            raise Overloaded("ssh to `%s`: no further connection for now" % str(self._server))
-        return ""
 
     def _connect(self, began: float, may_ask: bool) -> str:
-        """Makes a shared connection: its path. ssh goes to the background (-f) when it is authenticated; until then it
-        may ask at the terminal."""
+        """Makes a shared connection: its path. ssh may ask at the terminal, and once authenticated goes behind (-f)."""
         import subprocess
         import tempfile
 
@@ -6686,10 +6568,6 @@ def is_final(error: Exception) -> bool:
     return getattr(error, "exit_code", 1) == AuthenticationError.exit_code
 
 
-def show_tries(n: int) -> str:
-    return "1 try" if n == 1 else "%d tries" % n
-
-
 def resume_time(limits: Limits, error: Exception) -> float:
     """Seconds that a stream waits for another link: fewer where the peer's system ended the link, for its process has
     died or is back in a moment, than where the path is silent."""
@@ -6734,25 +6612,18 @@ class Opener(Keeper):
     # ---- links for those that wait
 
     def take(self, waiter: Any) -> None:
-        """waiter.open(link, timeout) with an idle link, at once or when there is one; waiter.give_up(error) where none
-        comes."""
+        """waiter.open(link, timeout) with an idle link, now or later; waiter.give_up(error) where none comes."""
         waiter.since = self.loop.now
         # An idle link is of no use to the streams that are detached.
         link = None if self.waiting else self._pop(waiter.instance)
         if link:
-            self._hand_out(link, waiter)
+            waiter.open(link, self._patience)
         else:
             self.waiting.append(waiter)
         self.want_links()
 
-    def _hand_out(self, link: Link, waiter: Any) -> None:
-        if waiter.instance and waiter.instance != link.instance:
-            raise LocalProtocolError("a link of another instance")
-        waiter.open(link, self._patience)
-
     def _pop(self, instance: bytes) -> Link | None:
-        """The last used of the idle links that the server has let in: one that it may still refuse takes along what was
-        sent on it."""
+        """The idle link used last of those let in: one that may still be refused takes along what was sent on it."""
         while True:
             link = None
             for other in reversed(self.idle):
@@ -6790,7 +6661,7 @@ class Opener(Keeper):
         if link.state != IDLE:
             return
         if waiter:
-            self._hand_out(link, waiter)
+            waiter.open(link, self._patience)
         elif self.keeps(link):
             self.idle.append(link)
         else:
@@ -6848,13 +6719,13 @@ class Opener(Keeper):
         """The stream goes on over an idle link, or over the next one. `last` carried it."""
         another = self._pop(stream.instance)
         if another:
-            self._hand_out(another, stream)
+            stream.open(another, self._patience)
         else:
             self.detached[stream] = last
 
     def distrust(self, link: Link) -> None:
-        """A link has died: what took it, a NAT that forgot or a server that was started anew, took the idle ones too,
-        but for those that were heard from after it was doubted."""
+        """A link has died. Its cause, a NAT that forgot or a server that was started anew, has taken the idle links
+        too, but for those that were heard from after this link was doubted."""
         for other in [other for other in self.idle if not 0 < link.doubted_at < other.heard_at]:
             self.idle.remove(other)
             self.drop(other)
@@ -6886,8 +6757,6 @@ class Opener(Keeper):
             self._say_abandoned(link)
 
     def _say_abandoned(self, link: Link) -> None:
-        if link.is_legacy:
-            return
         for stream_id, (instance, until) in list(self._abandoned.items()):
             if instance == link.instance and link.state == IDLE:
                 del self._abandoned[stream_id]
@@ -6950,48 +6819,43 @@ class Reach:
     def __init__(self, client: Client, most: int | None):
         self._client, self._loop, self._limits, self._most = client, client.loop, client.limits, most
         self.error: Exception | None = None  # the last one; None: all is well
-        self.dialing = 0
         self.current = 0  # the server that answered last is tried first
         self.refusals: dict[str, Exception] = {}  # by server, since one let this client in or all had been asked
         self._refused: set[str] = set()  # those of whom the log says so
         self.answered: set[Place] = set()  # the servers that have answered ratrod2 in this run
-        self._dials: set[Dial] = set()
+        self.dials: set[Dial] = set()  # the tries that are under way
         self._tries = self._begun = self._level = 0
         self._said = 0  # of this loss: 1 that the server is away, 2 that a key is refused
         self._since = self._tried_at = self._well_at = self._loop.now
         self._next = Deadline(self._loop)
 
     def dial(self, open_: Open | None, done: Done, report: Report = log.debug, server: str = "") -> None:
-        """done(link, None) or done(None, error). `open_`: what a legacy link is made for, which its handshake names.
-        `server`: the only one that will do."""
+        """done(link, None) or done(None, error). `open_`: what a legacy handshake names. `server`: the one to ask."""
         def finish(link: Link | None, error: Exception | None) -> None:
-            self.dialing -= 1
-            self._dials.discard(dial)
+            self.dials.discard(dial)
             if link is None:
                 self._client.counters.handshakes_failed += 1
             else:
                 self._client.counters.links += 1
             done(link, error)
-        self.dialing += 1
         dial = Dial(self._client, self, open_, finish, report, server)
-        self._dials.add(dial)
-        dial.start()
+        self.dials.add(dial)
+        dial.try_next()
 
     @property
     def fresh(self) -> int:
-        """How many tries have begun just now. Others may hang: their next packet may be seconds away when the path is
-        back."""
-        return sum(self._loop.now - dial.born < self.HURRY for dial in self._dials)
+        """How many tries began just now. Others may hang: once the path is back, their next packet is seconds away."""
+        return sum(self._loop.now - dial.born < self.HURRY for dial in self.dials)
 
     def close(self) -> None:
         self.stop()
-        while self._dials:
-            self._dials.pop().close()
+        while self.dials:
+            self.dials.pop().close()
 
     def fail(self, error: Exception, lost: str = "", tried: bool = False, is_first: bool = False) -> None:
-        """One more failure. The first one counts as a try only where it was one to come back (`tried`). Where `lost` is
-        not empty it is logged, once, when the next try has failed too, or at once where it is the first connection of
-        all: a server that was started anew is no news."""
+        """One more failure. The first failure counts as a try only where it was a try to come back (`tried`). `lost`,
+        where it is not empty, is logged once: when the next try has failed too, for a server that was started anew is
+        no news; or at once, where this is the first connection of all (`is_first`)."""
         again = is_first or self.error is not None
         if self.error is None:
             self._since, self._tries, self._begun, self._said = self._loop.now, int(tried), int(tried), 0
@@ -7002,22 +6866,21 @@ class Reach:
         self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
         if self._most is not None and self._tries >= self._most:
             return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
-                show_tries(self._tries), self._loop.now - self._since, reason(error))))
-        # A refusal of a key is said at once, for the next try is far; and also where it was said before that the server
-        # is away.
+                plural(self._tries, "try", "tries"), self._loop.now - self._since, reason(error))))
+        # A refusal of a key is said at once, also where the log said that the server is away: the next try is far.
         news = 2 if is_final(error) else int(bool(lost) and again)
         says = news > self._said
         log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says,
                 lost or "no new link", reason(error))
         self._said = max(self._said, news)
         if self._next.when == NEVER:
-            self._set(self._loop.now + backoff(30 if is_final(error) else self._level, self._limits.retry_interval))
+            pause = backoff(30 if is_final(error) else self._level, self._limits.retry_interval)
+            self._next.set(pause, self._on_due)
             self._level += 1
         return None
 
     def pass_by(self, server: str, error: Exception) -> Exception | None:
-        """A server is there and does not take this client: None where another one is left to be asked, or the error of
-        them all."""
+        """A server does not take this client: None where another one is left to be asked, or the error of them all."""
         names = [str(server) for server in self._client.servers]
         self.refusals[server] = error
         if names[self.current] == server:
@@ -7046,7 +6909,8 @@ class Reach:
         self.refusals.clear()
         self._refused.discard(server)
         if self.error is not None and self._said:
-            log.info("✅ %s after %s in %.1f s", found, show_tries(self._tries + 1), self._loop.now - self._since)
+            tries = plural(self._tries + 1, "try", "tries")
+            log.info("✅ %s after %s in %.1f s", found, tries, self._loop.now - self._since)
         self.error = None
         self._well_at = self._loop.now
         self.stop()
@@ -7057,15 +6921,12 @@ class Reach:
             return
         when = self._tried_at + min(self.HURRY, self._limits.retry_interval)
         if self._next.when > when:
-            self._set(when)
+            self._next.set(when - self._loop.now, self._on_due)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
         if self._next.when < NEVER:
-            self._set(self._loop.now)
-
-    def _set(self, when: float) -> None:
-        self._next.set(when - self._loop.now, self._on_due)
+            self._next.set(0, self._on_due)
 
     def _on_due(self) -> None:
         self._tried_at = self._loop.now
@@ -7077,8 +6938,7 @@ class Reach:
 
 
 class Dial:
-    """One try to make a link: through the first of the servers that answers. A server that may be the wrong one, or
-    refuses, ends the try."""
+    """One try to make a link, to the first server that answers. One that refuses or may be the wrong one ends it."""
 
     LEAST_HANDSHAKE = 3.0  # seconds of one of many servers
 
@@ -7086,22 +6946,16 @@ class Dial:
         self._client, self._reach, self._open, self._done, self._report = client, reach, open_, done, report
         self._limits = client.limits
         self._keys = client.keys
-        first, servers = reach.current, client.servers
-        turn = [n % len(servers) for n in range(first, first + len(servers))]
+        in_turn = client.servers[reach.current:] + client.servers[:reach.current]
         self._left = [
-            n for n in turn if (str(servers[n]) not in reach.refusals if not server else str(servers[n]) == server)]
+            place for place in in_turn if (str(place) == server if server else str(place) not in reach.refusals)]
         self._is_one = bool(server)
         self._failures: dict[str, Exception] = {}
         self.born = client.loop.now
         self._until = time.monotonic() + self._limits.connect_timeout
-        self._number = 0
-        self._server: Place = servers[0]
-        self._ssh: SshLink | None = None
+        self._server: Place = in_turn[0]
         self._step: Connector | Negotiation | None = None
         self._is_closed = False
-
-    def start(self) -> None:
-        self._try_next()
 
     def close(self) -> None:
         """Gives up without a word."""
@@ -7109,7 +6963,7 @@ class Dial:
         if self._step:
             self._step.abort(LocalFailed(ENDING))
 
-    def _try_next(self) -> None:
+    def try_next(self) -> None:
         if self._is_closed:
             return None
         if not self._left:
@@ -7117,8 +6971,7 @@ class Dial:
         # Each server gets its share of the time, as each of its addresses does.
         left, whole = self._until - time.monotonic(), self._limits.connect_timeout
         share = max(left / len(self._left), whole / len(self._client.servers))
-        self._number = self._left.pop(0)
-        self._server = self._client.servers[self._number]
+        self._server = self._left.pop(0)
         if isinstance(self._server, SshHost):
             return self._start_ssh()
         where = self._client.options.proxy.address if self._client.options.proxy else self._server
@@ -7142,8 +6995,7 @@ class Dial:
             asked.successor, handshake = handshake, asked
         else:
             self._report("✅ Connected to server `%s` ...", server)
-        # A server that takes connections and says nothing must not use up the time of those who wait, where there are
-        # others.
+        # A server that takes connections and says nothing must leave time for the other servers.
         whole = self._limits.handshake_timeout
         patience = max(whole / len(client.servers), min(whole, self.LEAST_HANDSHAKE))
         self._step = Negotiation(client.loop, sock, server, handshake, patience, self._on_negotiated)
@@ -7173,13 +7025,10 @@ class Dial:
         client = self._client
         if self._is_closed:
             return negotiation.sock.close()
-        if error and self._ssh:
-            return self._explain_ssh(handshake, error)
         if handshake.peer_key:
             self._reach.answered.add(self._server)
         if error and isinstance(handshake, ProxyHandshake):
-            # Once all was well it is worth another try: the directory that a proxy asks about its users may be away for
-            # a moment.
+            # After a start that was good it is worth another try: the proxy's list of users may be away for a moment.
             is_refusal = isinstance(error, AuthenticationError) and not client.started
             error = (AuthenticationError if is_refusal else ConnectError)(
                 "the proxy `%s` does not connect to the server `%s`: %s" % (client.options.proxy, self._server, error))
@@ -7188,12 +7037,11 @@ class Dial:
         if self._keys is not client.keys:  # read again meanwhile: a new link comes as who this is now
             negotiation.sock.close()
             self._keys = client.keys
-            self._left.insert(0, self._number)
-            return self._try_next()
-        if self._ssh:
-            self._ssh = None
+            self._left.insert(0, self._server)
+            return self.try_next()
+        if isinstance(self._server, SshHost):
             self._report("✅ Connected to server `%s` ...", self._server)
-        self._reach.current = self._number
+        self._reach.current = client.servers.index(self._server)
         log.debug("link to `%s`, cipher: %s", self._server, handshake.suite)
         return self._done(self._make_link(negotiation.sock, handshake), None)
 
@@ -7211,46 +7059,40 @@ class Dial:
         return link
 
     def _fail(self, error: Exception) -> None:
-        if self._is_one:
-            return self._done(None, error)
         # A server that nobody knows is for the user to decide about; a legacy server refuses a remote, not this client.
-        if isinstance(error, UnknownHost) or isinstance(error, PeerError) and not is_final(error):
+        if self._is_one or isinstance(error, UnknownHost) or isinstance(error, PeerError) and not is_final(error):
             return self._done(None, error)
         if is_final(error):
             failure = self._reach.pass_by(str(self._server), error)
-            return self._done(None, failure) if failure else self._try_next()
+            return self._done(None, failure) if failure else self.try_next()
         self._failures[str(self._server)] = error
-        return self._try_next()
+        return self.try_next()
 
     # ---- ssh://
 
     def _start_ssh(self) -> None:
-        ssh = self._client.ssh[self._server]  # type: ignore[index]
+        ssh = self._client.ssh[self._server]
         may_ask = self._client.options.may_ask and not self._client.started
         self._client.threads.submit(functools.partial(ssh.start, may_ask), self._on_ssh_started)
 
     def _on_ssh_started(self, link: SshLink | None, error: Exception | None) -> None:
         if link is None:
             return self._fail(error or ConnectError("unknown reason"))
-        self._ssh = link
-        ssh = self._client.ssh[self._server]  # type: ignore[index]
         if self._is_closed:
             return link.sock.close()
+        ssh = self._client.ssh[self._server]
         self._step = Negotiation(self._client.loop, link.sock, self._server, ssh.handshake(), ssh.patience,
-                                 self._on_negotiated)
+                                 functools.partial(self._on_ssh_negotiated, link))
         self._step.start()
         return None
 
-    def _explain_ssh(self, handshake: Handshake, error: Exception) -> None:
-        link, self._ssh = self._ssh, None
-        ssh = self._client.ssh[self._server]  # type: ignore[index]
-        assert link is not None and isinstance(handshake, PipeHandshake)
-
-        def on_explained(why: Exception | None, failure: Exception | None) -> None:
-            if why is None and failure is None:
-                return self._start_ssh()
-            return self._fail(failure or why or error)
-        self._client.threads.submit(functools.partial(ssh.explain, link, handshake, error), on_explained)
+    def _on_ssh_negotiated(self, link: SshLink, negotiation: Negotiation, error: Exception | None) -> None:
+        if error is None or self._is_closed:
+            return self._on_negotiated(negotiation, error)
+        assert isinstance(negotiation.handshake, PipeHandshake)
+        explain = functools.partial(self._client.ssh[self._server].explain, link, negotiation.handshake, error)
+        return self._client.threads.submit(
+            explain, lambda why, failure: self._fail(failure or why) if failure or why else self._start_ssh())
 
 
 class EndedNumbers:
@@ -7309,7 +7151,7 @@ class Acceptor(Keeper):
     """
 
     def __init__(self, owner: Endpoint, quota: Quota | None, connect: Callable[..., None],
-                 permit: Callable[[AcceptorStream, Link], None],
+                 permit: Callable[[AcceptorStream, Link], Any],
                  answer: Callable[[str, Exception], tuple[Exception, Error]],
                  name: Callable[[Link, Open], tuple[str, str]]):
         super().__init__(owner)
@@ -7346,7 +7188,7 @@ class Acceptor(Keeper):
         try:
             self._take(link.peer_key)
         except Overloaded as error:
-            return self.refuse(link, new_label(origin, shown), error)
+            return self.refuse(link, new_label(origin, shown), shown, error)
         stream = AcceptorStream(self, origin, shown, target=open_.target, peer_key=link.peer_key, stream_id=number[1])
         stream.attempt = open_.attempt
         self._streams[number] = stream
@@ -7358,13 +7200,13 @@ class Acceptor(Keeper):
         self._opens[stream] = open_
         stream.link, stream.since, link.user = link, self.loop.now, stream
 
-    def refuse(self, link: Link, label: Label, error: Exception) -> None:
+    def refuse(self, link: Link, label: str, target: str, error: Exception) -> None:
         """No stream: the Open, or the handshake that named a target, is refused."""
         if link.state == CLOSED:
             return
         counters = self.owner.counters
         counters.count(error)
-        shown, answer = self._answer(label.target, error)
+        shown, answer = self._answer(target, error)
         refused = "refused: " if isinstance(shown, PolicyError) else ""
         counters.fail(link.peer_key, "❌ %s: %s%s" % (label, refused, reason(shown)))
         link.refuse(answer)
@@ -7384,12 +7226,9 @@ class Acceptor(Keeper):
     def _accept(self, stream: AcceptorStream, link: Link, open_: Open) -> None:
         try:
             stream.accept(link, open_)
-        except ConnectError as error:
+        except (ConnectError, RemoteProtocolError) as error:
             stream.link = link
-            stream.fail(error, Error(UNKNOWN, str(error)))
-        except RemoteProtocolError as error:
-            stream.link = link
-            stream.fail(error)
+            stream.fail(error, Error(UNKNOWN, str(error)) if isinstance(error, ConnectError) else None)
 
     def _attach(self, link: Link, open_: Open, stream: AcceptorStream) -> None:
         try:
@@ -7403,7 +7242,7 @@ class Acceptor(Keeper):
             return link.lose(LinkClosed("an Open that another one has overtaken"))
         self._forget_detached(stream)
         stream.move_from()
-        if stream.is_over and stream.has_all(open_):
+        if stream.is_over and open_.taken == stream.out.sent and open_.at == stream.taken:  # nothing is left to be sent
             stream.attempt = open_.attempt
             self.on_acknowledged(stream, False)
             return link.become_idle()
@@ -7490,8 +7329,9 @@ class Acceptor(Keeper):
         self._opens.pop(stream, None)
         if self._detached:
             self._forget_detached(stream)
-        if error is not None or not stream.keeps:
-            self._forget(stream, stream.keeps)
+        number = stream.peer_key, stream.id
+        if (error is not None or not stream.keeps) and self._streams.pop(number, None) is not None and stream.keeps:
+            self._ended.add(number, True)
 
     def on_acknowledged(self, stream: AcceptorStream, has_seen_over: bool) -> None:
         stream.out.close()
@@ -7509,11 +7349,6 @@ class Acceptor(Keeper):
         if stream.error is None and (stream.peer_key, stream.id) in self._streams:
             self.on_detached(stream, None, LinkSilent("its last bytes were not acknowledged"))
 
-    def _forget(self, stream: AcceptorStream, was_reset: bool) -> None:
-        number = stream.peer_key, stream.id
-        if self._streams.pop(number, None) is not None and was_reset:
-            self._ended.add(number, True)
-
     def sweep(self) -> None:
         now = self.loop.now
         for stream in [stream for stream in self._opens if now - stream.since >= self.limits.connect_timeout]:
@@ -7524,15 +7359,10 @@ class Acceptor(Keeper):
         for stream in list(self._detached):
             stream.on_sweep()
 
-    def end_key(self, key: bytes, error: Exception) -> None:
-        """A key may not come in any more: its detached streams are reset."""
-        for stream in [stream for stream in self._detached if stream.peer_key == key]:
+    def reset_detached(self, error: Exception, key: bytes = b"") -> None:
+        """`key`: only those of one that may not come in any more."""
+        for stream in [stream for stream in self._detached if key in (b"", stream.peer_key)]:
             stream.give_up(error)
-
-    def close(self, error: Exception) -> None:
-        for stream in list(self._streams.values()):
-            if stream.link is None:
-                stream.give_up(error)
 
 # ======================================================================================================================
 # 13. Server and client
@@ -7589,6 +7419,8 @@ class Endpoint:
                  memory: int):
         self.loop, self.folder, self.limits, self._callbacks = loop, folder, limits, callbacks
         self.is_legacy, self.keys = is_legacy, folder.load()
+        # How long the acceptor of a link may take to say Opened: a look-up, a connect, the rest of the handshake.
+        self.patience = limits.connect_timeout + limits.handshake_timeout
         for warning in folder.warnings:
             log.warning(warning)
         self.instance = os.urandom(6) + b"\1\0"
@@ -7633,8 +7465,7 @@ class Endpoint:
     def complain_of(self, link: Link, what: str, error: Exception) -> None:
         """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
         is_everyday = isinstance(error, (LinkClosed, PeerError, Revoked)) and not isinstance(error, LinkSpoiled)
-        is_news = isinstance(error, RemoteProtocolError) and not is_everyday
-        if is_news:
+        if isinstance(error, RemoteProtocolError) and not is_everyday:
             self.counters.fail(link.peer_key, "%s ended: %s" % (what, reason(error)))
         else:
             log.debug("%s ended: %s", what, reason(error))
@@ -7704,18 +7535,7 @@ class Endpoint:
     def sweep(self) -> None:
         """Whatever else ages."""
 
-    # ---- connecting
-
-    def look_up(self, address: Address, done: Done) -> None:
-        """Of a server, a proxy, or the remote of a reverse tunnel."""
-        self.lookups.look_up(b"", address, done)
-
     # ---- what it tells, and is told
-
-    @property
-    def patience(self) -> float:
-        """How long the acceptor of a link may take to say Opened: a look-up, a connect, the rest of the handshake."""
-        return self.limits.connect_timeout + self.limits.handshake_timeout
 
     @property
     def handshakes(self) -> int:
@@ -7763,7 +7583,6 @@ class Endpoint:
         if left and seconds:
             log.info("🛑 Ending: %s may go on for %g s; a second signal ends at once", plural(left, "connection"),
                      seconds)
-
         self._wait(until, lambda: not self.is_busy() and (time.monotonic() >= told or not self.links),
                    functools.partial(self._say_goodbye, drained))
 
@@ -7777,7 +7596,7 @@ class Endpoint:
     def _say_goodbye(self, drained: Callable[[], None]) -> None:
         """The streams get a moment to say that they end."""
         self._end_streams()
-        self._wait(time.monotonic() + 1, lambda: not any(link.state == BYE and link.said_error for link in self.links),
+        self._wait(time.monotonic() + 1, lambda: not any(link.state == BYE and link.due < NEVER for link in self.links),
                    drained)
 
     def _end_streams(self) -> None:
@@ -7882,7 +7701,7 @@ class Admission:
                 del self._sources[name]
 
     def accept(self, sock: socket.socket, address: Any) -> None:
-        """A connection; a load balancer says first whose it is."""
+        """A load balancer says first whose connection it is."""
         if self._server.is_balancer(address):
             self._add("", sock, address, ProxyHeader(), self._on_introduced)
         else:
@@ -7943,11 +7762,10 @@ class Admission:
         self._remove(negotiation)
         header = negotiation.handshake
         assert isinstance(header, ProxyHeader)
-        if error:
-            return self._server.complain_of_stranger(negotiation.address, error)
-        if header.is_local:
+        if header.is_local and not error:
             LastWord(self._loop, negotiation.sock, b"")
             error = Speechless("the load balancer's own connection")
+        if error:
             return self._server.complain_of_stranger(negotiation.address, error)
         return self._begin(negotiation.sock, header.source or negotiation.address)
 
@@ -7956,8 +7774,7 @@ class Admission:
         self._server.on_negotiated(negotiation, negotiation.handshake, error)
 
     def is_busy(self) -> bool:
-        """Whether somebody may be in the middle of a handshake: a connection that has been silent for 2 s holds up
-        nobody."""
+        """Whether somebody may be in the middle of a handshake. A connection older than 2 s holds up nobody."""
         return any(self._loop.now - stranger.born < 2 for stranger in self._strangers)
 
     def close(self) -> None:
@@ -7969,8 +7786,7 @@ class Admission:
 
 
 class Rules:
-    """Who may come in at a server, and what a key may do there: the lines of authorized_keys and -r say it, or
-    authorize()."""
+    """Who may come in at a server, and what a key may do there, by authorized_keys and -r, or by authorize()."""
 
     def __init__(self, server: Server):
         self._server, self._loop, self._options = server, server.loop, server.options
@@ -8032,8 +7848,8 @@ class Rules:
         return "has expired" if key in (self._lines or ()) else "is not in authorized_keys any more"
 
     def have_changed(self) -> bool:
-        """Whether what the clients have is to be held against the rules: after a change of the list, which this says
-        what is wrong with, and when a line expires."""
+        """Whether it has to be checked again what each client has: the list was changed, or a line has expired. Logs
+        what is wrong with a list that was changed."""
         lines, problems, counts = self._list.read(), self._list.problems, not self._options.authorize
         if counts and problems != self._problems:
             for problem in problems:
@@ -8128,7 +7944,7 @@ class Rules:
 
 
 class NoRules(Rules):
-    """Behind ssh: whoever came in may open what that user could open by himself."""
+    """Behind ssh: a client may open everything that its user could open on that machine without ratrod."""
 
     def grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
         return (Grant(),)
@@ -8151,7 +7967,7 @@ class ReverseListener(Opener):
         self._shown = "back through %s" % str(self.address)  # what its streams are called in the log
         self._retired: collections.deque[bytes] = collections.deque(maxlen=64)  # of earlier runs
         self.links: set[Link] = set()
-        self._lost_at: float | None = None
+        self._lost_at = NEVER
         self._visitors: dict[OpenerStream, str] = {}  # their streams, with their sources
         most = max(16, server.streams.most_of_key // 4)
         self._visitors_of = Quota(most, max(16, most // 4), "carries as many connections",
@@ -8167,7 +7983,7 @@ class ReverseListener(Opener):
     def join(self, link: Link, instance: bytes) -> None:
         """One more link; those of an older run of the same client wait no more."""
         self.links.add(link)
-        self._lost_at = None
+        self._lost_at = NEVER
         link.instance = instance
         for other in list(self.links):  # the client may make a new one because their path is dead
             if other is not link and self.loop.awake - other.heard_at > 1:
@@ -8199,8 +8015,7 @@ class ReverseListener(Opener):
             super().on_detached(stream, link, error)
 
     def is_retired(self, instance: bytes) -> bool:
-        """Whether a later run than this one listens here: two that live must not take the address from each other for
-        ever."""
+        """Whether a later run listens here: two that live must not take the address from each other for ever."""
         return instance in self._retired and any(link.instance == self.instance for link in self.links)
 
     @property
@@ -8243,7 +8058,7 @@ class ReverseListener(Opener):
     def sweep(self) -> None:
         super().sweep()
         # Wait a moment: a refused connection ends its link, and the client's next link may already be connecting.
-        if self.is_abandoned and self._lost_at is not None and self.loop.now - self._lost_at >= GRACE:
+        if self.is_abandoned and self.loop.now - self._lost_at >= GRACE:
             self.close(LinkClosed("the reverse tunnel has ended"))
 
     def drain(self) -> None:
@@ -8282,15 +8097,16 @@ class ReverseListeners:
 
     def open(self, link: Link, open_: Open) -> None:
         """A client wants to listen."""
-        server, label = self._server, new_label(link.name, "listen " + open_.target)
+        server, target = self._server, "listen " + open_.target
+        label = new_label(link.name, target)
         try:
             address = self._check(link.peer_key, open_.target)
         except PolicyError as error:
-            return server.acceptor.refuse(link, label, error)
+            return server.acceptor.refuse(link, label, target, error)
 
         def on_permitted(error: Exception | None) -> None:
             if error or link.state != CONNECTING:
-                return server.acceptor.refuse(link, label, error or ConnectError("the client is gone"))
+                return server.acceptor.refuse(link, label, target, error or ConnectError("the client is gone"))
             try:
                 listener = self._find(link.peer_key, address, open_) or self._add(link.peer_key, address, open_)
             except RatrodError as failure:
@@ -8358,14 +8174,8 @@ class ReverseListeners:
                 listener.close(error)
 
     def forget(self, listener: ReverseListener) -> None:
-        if listener in self._all:
-            self._all.discard(listener)
-            self._server.counters.fail(listener.key, "%s closed" % listener, logging.INFO)
-
-    def on_link_closed(self, link: Link) -> None:
-        listener = self.of_link.pop(link, None)
-        if listener:
-            listener.on_link_closed(link)
+        self._all.remove(listener)
+        self._server.counters.fail(listener.key, "%s closed" % listener, logging.INFO)
 
 
 # ---------------------------------------------------------------------------------------------------- server
@@ -8373,8 +8183,6 @@ class ReverseListeners:
 
 class Server(Endpoint):
     """Listens for clients and connects them to the remotes that they name, as far as its rules allow."""
-
-    RULES = Rules
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, options: ServerOptions, callbacks: Callbacks,
                  sockets: list[socket.socket] | None = None):
@@ -8393,8 +8201,9 @@ class Server(Endpoint):
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
         self._sources_of: dict[Link, Source] = {}
-        self.rules, self.reverse = self.RULES(self), ReverseListeners(self)
-        self.acceptor = Acceptor(self, self.streams, self._connect, self._permit_stream, self._answer,
+        self.rules, self.reverse = Rules(self), ReverseListeners(self)
+        self.acceptor = Acceptor(self, self.streams, self._connect,
+                                 lambda stream, link: self.rules.check(link, stream.target), self._answer,
                                  lambda link, open_: (link.name, open_.target))
         self._connecting = FairQueue(most_of_key=limits.connects_per_key)
         self.address = options.bind
@@ -8462,12 +8271,13 @@ class Server(Endpoint):
             link.abort(error)
         for link, user in zip(links, users):
             user.on_close(link, error)
-        self.acceptor.end_key(key, error)
+        self.acceptor.reset_detached(error, key)
 
     # ---- strangers
 
     def is_balancer(self, address: Any) -> bool:
-        return bool(self.options.proxies) and is_within(address[0], self.options.proxies)
+        source = self.options.proxies and parse_ip(address[0])
+        return any(source in network for network in self.options.proxies)
 
     def admit(self, is_legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
@@ -8533,7 +8343,9 @@ class Server(Endpoint):
         if source:
             source.links -= 1
             source.authorized_at = self.loop.now
-        self.reverse.on_link_closed(link)
+        listener = self.reverse.of_link.pop(link, None)
+        if listener:
+            listener.on_link_closed(link)
 
     def on_idle(self, link: Link, record: bytes) -> None:
         if link.role == OPENER:
@@ -8552,7 +8364,8 @@ class Server(Endpoint):
             try:
                 self._links_of.check(link.peer_key, 1)
             except Overloaded as overloaded:
-                return self.acceptor.refuse(link, new_label(link.name, open_.target), overloaded)
+                label = new_label(link.name, open_.target)
+                return self.acceptor.refuse(link, label, open_.target, overloaded)
         if not is_attach and (self.loop.now - link.born > self.limits.link_age or self.draining):
             return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:
@@ -8580,7 +8393,7 @@ class Server(Endpoint):
             if error:
                 udp.link = None  # it gets an answer
                 udp.end(session)
-                return self.acceptor.refuse(link, session.label, error)
+                return self.acceptor.refuse(link, session.label, remote, error)
             return udp.accept(link)
         self._connect_udp(session, on_connected)
         return link.update()
@@ -8612,9 +8425,6 @@ class Server(Endpoint):
             self._connecting.done(key)
             done(sock, error)
         self.rules.permit(link, stream.target, on_permitted)
-
-    def _permit_stream(self, stream: Stream, link: Link) -> None:
-        self.rules.check(link, stream.target)
 
     @staticmethod
     def _answer(target: str, error: Exception) -> tuple[Exception, Error]:
@@ -8678,7 +8488,7 @@ class Server(Endpoint):
         return super().is_busy() or self.admission.is_busy()
 
     def close(self) -> None:
-        self.acceptor.close(LocalFailed(ENDING))
+        self.acceptor.reset_detached(LocalFailed(ENDING))
         for listener in self.reverse:
             listener.close(LocalFailed(ENDING))
         self.admission.close()
@@ -8688,11 +8498,10 @@ class Server(Endpoint):
 class PipeServer(Server):
     """The far side of one ssh:// link. It listens to nobody, has no keys, and ends with its link."""
 
-    RULES = NoRules
-
     def __init__(self, loop: EventLoop, limits: Limits):
         options = ServerOptions(Address("", 0), Policy([".*", "unix:.*"]))
         super().__init__(loop, NoKeys(), limits, options, Callbacks(), [])
+        self.rules = NoRules(self)
 
     def start(self) -> None:
         link = Link(self, None, PipeHandshake(), ACCEPTOR, "ssh")
@@ -8778,7 +8587,7 @@ class Pool(Opener):
             wanted = self.needed + ready - len(self.idle) - self._reach.fresh
             # After the last one was lost, one to see whether the server is there.
             most = min(self.limits.links_at_once, self._client.most_links - len(self.links)) if self.links else 1
-            for _ in range(min(wanted, most - self._reach.dialing)):
+            for _ in range(min(wanted, most - len(self._reach.dials))):
                 self._make(None)
 
     def _want_links_soon(self) -> None:
@@ -8794,7 +8603,7 @@ class Pool(Opener):
 
     def try_again(self) -> None:
         """While the server is away: one link at a time."""
-        if self._reach.dialing < self._reach.HANGING and (self.waiting or not self._client.is_legacy):
+        if len(self._reach.dials) < self._reach.HANGING and (self.waiting or not self._client.is_legacy):
             self._make(self.waiting[0] if self._client.is_legacy else None)
 
     def seek(self, stuck: bool) -> None:
@@ -8817,7 +8626,7 @@ class Pool(Opener):
         if is_quick or now - self._sought_at >= (0 if not elsewhere and now - self._sought_since < 60 else 5):
             self._sought_at = now
             servers = list(dict.fromkeys(link.name for link in self.detached.values())) or [""]
-            for _ in range(min(self.SEARCH if is_quick else 1, self._reach.HANGING - self._reach.dialing)):
+            for _ in range(min(self.SEARCH if is_quick else 1, self._reach.HANGING - len(self._reach.dials))):
                 self._sought += 1
                 self._make(None, servers[self._sought % len(servers)])
 
@@ -8842,7 +8651,7 @@ class Pool(Opener):
             self.waiting.remove(waiter)
         self.on_completed(link)
         if is_wanted:
-            return self._hand_out(link, waiter)
+            return waiter.open(link, self._patience)
         # A legacy target has been connected already: a clean end would tell it that somebody had nothing to say.
         return link.abort(LinkClosed("nobody waits for it any more"))
 
@@ -8898,7 +8707,6 @@ class Pool(Opener):
             self._want_links_soon()
 
     def on_failed(self, error: Exception) -> None:
-        """No link could be made."""
         if self._client.draining and not self.needed:
             return None  # it was to be a spare one
         if is_final(error) and not self._client.is_stubborn:
@@ -8917,7 +8725,6 @@ class Pool(Opener):
         super().on_closed_to(stream, link)
 
     def on_link_lost(self, link: Link, error: Exception | None) -> None:
-        """A link is no more."""
         self.on_link_closed(link)
         if link not in self.links:
             return
@@ -8966,8 +8773,7 @@ class ReverseTunnel(LinkUser):
     # ---- links that wait at the server
 
     def ask_more(self) -> None:
-        """As many waiting links as it takes. The first one goes alone: for port 0 it says which port the others ask
-        for."""
+        """Asks for as many waiting links as it takes. The first goes alone: it says which port 0 is for the others."""
         client = self._client
         if not client.started or client.draining or self._loop.now < self._rests_until:
             return
@@ -8979,7 +8785,6 @@ class ReverseTunnel(LinkUser):
             client.pool.take(self)
 
     def try_now(self) -> None:
-        """The next try is not to wait."""
         self._rests_until = 0.0
         self.ask_more()
 
@@ -9013,7 +8818,7 @@ class ReverseTunnel(LinkUser):
         self._asking -= 1
         with client.noticing():
             if self.error and self._has_said:
-                log.info("✅ reverse tunnel on `%s` again, after %s", address, show_tries(self._tries))
+                log.info("✅ reverse tunnel on `%s` again, after %s", address, plural(self._tries, "try", "tries"))
             self.error, self._tries, self._has_said = None, 0, False
         is_first, self.address, self.asked = self.address is None, address, str(address)
         link.turn(ACCEPTOR)
@@ -9052,7 +8857,7 @@ class ReverseTunnel(LinkUser):
             self.error = error.with_traceback(None)
         retries = self._client.options.retries
         if retries is not None and self._tries > retries:
-            tries = show_tries(self._tries)
+            tries = plural(self._tries, "try", "tries")
             return self._client.give_up(RatrodError("Giving up after %s: %s" % (tries, reason(error))))
         pause = backoff(self._tries - 1, self._client.limits.retry_interval)
         self._rests_until = self._loop.now + pause
@@ -9060,7 +8865,6 @@ class ReverseTunnel(LinkUser):
         return None
 
     def put(self, link: Link, record: bytes) -> None:
-        """Its connection is over."""
         self.busy.discard(link)
         if len(self.waiting) + self._asking >= self._client.limits.waiting_links or self._client.draining:
             return link.leave(record + link.writer.record(CLOSE))
@@ -9088,8 +8892,7 @@ class ReverseTunnel(LinkUser):
     # ---- connections that come back
 
     def on_open(self, link: Link, open_: Open) -> None:
-        """A connection came in at the server. Its Open names the visitor, for the log: this client connects to what its
-        own command line names."""
+        """A connection came in at the server. Its Open names the visitor, for the log; the tunnel names the remote."""
         if open_.kind != TCP:
             raise RemoteProtocolError("an Open of kind %d on a Listen link" % open_.kind)
         is_old = self._loop.now - link.born > self._client.limits.link_age
@@ -9127,8 +8930,7 @@ class HostKeys:
         self._options, self._known = options, known
 
     def warn(self, servers: str, has_ssh: bool) -> None:
-        """Says at the start what protects nobody: -a, and lines of known_hosts that mean nothing. Where ssh knows the
-        hosts, nobody reads these."""
+        """Says at the start what protects nobody: -a, and bad lines of known_hosts, which nobody reads with ssh://."""
         if self._options.accept_all_hosts:
             log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", servers)
         elif not has_ssh and os.path.lexists(self._known.path):
@@ -9175,7 +8977,7 @@ class FirstConnection(LinkUser):
 
     def __init__(self, client: Client):
         self._client, self._options = client, client.options
-        self._link: Link | None = None
+        self.link: Link | None = None
 
     def start(self, remote: str = "") -> None:
         open_ = Open(TCP, remote) if self._client.is_legacy else None
@@ -9183,7 +8985,7 @@ class FirstConnection(LinkUser):
 
     def _on_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
         if link:
-            self._link = link  # on_completed(), on_refused() or on_closed() will tell
+            self.link = link  # on_completed(), on_refused() or on_closed() will tell
             return link.ask(self, Open(TCP, ""), self._client.patience) if self._client.is_legacy else None
         # A Rust server with a regex refuses the empty remote that asks for nothing, and may allow a tunnel's.
         remotes = [str(spec.remote) for spec in self._client.tunnels if spec.kind in (FORWARD, STDIO)]
@@ -9195,24 +8997,21 @@ class FirstConnection(LinkUser):
         return self.fail(error or ConnectError("unknown reason"))
 
     def fail(self, error: Exception) -> None:
-        client, self._link = self._client, None
+        client, self.link = self._client, None
         if self._options.retries and not is_final(error) and not client.draining:
             return client.reach.fail(error, "Test connection failed", is_first=True)
         if not client.draining:  # Ctrl-C while ssh asks: no news
             log.error("❌ Test connection failed: %s", reason(error))
         return client.finish(error)
 
-    def owns(self, link: Link) -> bool:
-        return link is self._link
-
     def on_record(self, link: Link, kind: int, content: Any) -> None:
-        """Opened is HandshakeCompletion there."""
+        """On the original's wire Opened says that the server has let this client in."""
         link.detach()
         self._client.on_completed(link)
         link.close()
 
     def on_completed(self, link: Link) -> None:
-        self._link = None
+        self.link = None
         self._options.report("✅ Challenge accepted!")
         self._options.report("✅ Test connection successful!")
         self._client.reach.succeed(link.name, "Connected")
@@ -9224,7 +9023,7 @@ class SocksEntrance:
     def __init__(self, client: Client):
         self._client, self._loop = client, client.loop
         self.negotiations: set[Negotiation] = set()
-        self._outer = 0  # of the last association
+        self._outers = itertools.count(1)  # a number for each association
 
     def on_accept(self, sock: socket.socket, address: Any) -> None:
         handshake = SocksHandshake(self._client.options.socks_user)
@@ -9258,15 +9057,13 @@ class SocksEntrance:
             stream.join(sock)
             client.pool.take(stream)
         elif request.command == request.ASSOCIATE and isinstance(address, tuple):  # a Unix socket has no address
-            self._outer += 1
-            client.associations.add(SocksPort(client, sock, request.target, self._outer))
+            client.associations.add(SocksPort(client, sock, request.target, next(self._outers)))
         else:
             raise RemoteProtocolError("it asks for command %d, and here are only CONNECT and, but for Unix sockets, UDP"
                                       " ASSOCIATE" % request.command)
 
     def _complain(self, address: Any, error: Exception) -> None:
-        """SOCKS has hardly any words for a reason, so the log says it. A cause is without the names, of which there may
-        be many."""
+        """SOCKS has hardly any words for a reason, so the log says it. The cause is without names: they may be many."""
         cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
         self._loop.complain("❌ %%d more SOCKS clients: %s" % cause,
                             "❌ SOCKS client `%s`: %s" % (show_address(address), reason(error)))
@@ -9277,28 +9074,28 @@ class SocksEntrance:
 
 
 class Client(Endpoint):
-    """Tunnels through the first of some servers that lets it in, and after that went away through whichever does.
-    callbacks.finished(error) is called once: with None where all that it had to do is done."""
+    """Tunnels through the first of some servers that lets this client in. When that server goes away, another one may
+    take its place. callbacks.finished(error) is called once: with None where the client has done all it had to do."""
 
     REST = 5.0  # seconds for which a UDP target that could not be reached is not tried again
 
     def __init__(self, loop: EventLoop, folder: KeyFolder, limits: Limits, options: ClientOptions, callbacks: Callbacks,
                  sockets: list[list[socket.socket]] | None = None):
         super().__init__(loop, folder, limits, callbacks, is_legacy=options.legacy, memory=128 << 20)
-        self.options, self.servers = options, list(options.servers)
+        self.options, self.servers, self.finish = options, list(options.servers), callbacks.finished
         self.server_names = ",".join(map(str, self.servers))
-        self.ssh = {server: SshLinks(options.ssh, server, limits) for server in self.servers
-                    if isinstance(server, SshHost) and options.ssh}
+        self.ssh: dict[Place, SshLinks] = {server: SshLinks(options.ssh, server, limits) for server in self.servers
+                                           if isinstance(server, SshHost) and options.ssh}
         self.most_links = limits.ssh_links if self.ssh else sys.maxsize
         if self.ssh:
             self.threads = Threads(loop, limits.links_at_once)  # ssh may take its time
+        self.look_up = functools.partial(self.lookups.look_up, b"")  # of servers, proxies, remotes of reverse tunnels
         self.listen_instance = os.urandom(8)
         self.host_keys, self.reach = HostKeys(options, folder.known_hosts), Reach(self, options.retries)
         listens = not options.only_test and any(spec.kind in (FORWARD, SOCKS) for spec in options.tunnels)
         self.pool = Pool(self, self.reach, Pool.READY if listens and not options.legacy else 0)
         self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
-        self._unbound = 0
         self._first, self._socks = FirstConnection(self), SocksEntrance(self)
         self.associations: set[SocksPort] = set()
         self.started = self._has_given_up = False
@@ -9332,10 +9129,9 @@ class Client(Endpoint):
                 self.listeners.append(TunnelPort(self, sock, remote))
 
     def _needs_links(self) -> int:
-        """How many links the connections that are in will need: each takes a descriptor, which no more connections must
-        take."""
+        """How many links the connections that are in will need: new connections must leave a descriptor for each."""
         waiting = self.pool.needed + len(self._socks.negotiations)
-        return max(0, min(waiting, self.most_links - len(self.pool.links)) - self.reach.dialing)
+        return max(0, min(waiting, self.most_links - len(self.pool.links)) - len(self.reach.dials))
 
     @property
     def is_stubborn(self) -> bool:
@@ -9345,8 +9141,7 @@ class Client(Endpoint):
     # ---- start
 
     def start(self) -> None:
-        """Tests the connection; the tunnels take connections once it has been good. Until then those wait in the
-        system's queue."""
+        """Tests the connection. The tunnels take connections after that, which wait in the system's queue meanwhile."""
         report = self.options.report
         report("⏳ Testing server connection ...")
         for spec in [] if self.options.only_test else self.tunnels:
@@ -9367,9 +9162,6 @@ class Client(Endpoint):
             self.pool.try_again()
         else:
             self._first.start()
-
-    def finish(self, error: Exception | None) -> None:
-        self._callbacks.finished(error)
 
     def give_up(self, error: Exception) -> None:
         """Nothing that it does would help."""
@@ -9392,10 +9184,9 @@ class Client(Endpoint):
                 # At its end the other side gets a moment to read why.
                 self.pool.take(StdioStream(self.pool, str(spec.remote),
                                            lambda error: self._say_goodbye(lambda: self.finish(error))))
-        self._unbound = len(self.reverse)
         for tunnel in self.reverse:
             tunnel.ask_more()
-        if not self._unbound:
+        if not self.reverse:
             self._callbacks.started()
         return None if self.tunnels else self.finish(None)
 
@@ -9405,21 +9196,19 @@ class Client(Endpoint):
         self.options.report("📻 [TCP] `%s` listens on `%s`, and routing back to `%s` ...", self.server_names,
                             tunnel.address, tunnel.spec.remote)
         self.tunnels[tunnel.number] = tunnel.spec._replace(local=tunnel.address)
-        self._unbound -= 1
-        if not self._unbound:
+        if all(other.address for other in self.reverse):
             self._callbacks.started()
 
     def may_ask_for(self, more: int) -> bool:
         """Whether so many more links for reverse tunnels are allowed. Each needs a descriptor for itself and one for
-        its remote: a server that opens them all must not take those of the other tunnels. More connections wait
-        there."""
+        its remote: a server that opens them all must leave the other tunnels theirs. More connections wait there."""
         return 2 * (len(self.reverse_links) + more) <= descriptor_limit() // 2
 
     # ---- links
 
     def on_completed(self, link: Link) -> None:
         self._reached_at = self.loop.awake - (self.loop.now - link.born)
-        if self._first.owns(link):
+        if link is self._first.link:
             self._first.on_completed(link)
             if self.is_legacy:  # that link has done what it was for
                 return self._begin()
@@ -9429,15 +9218,14 @@ class Client(Endpoint):
         return self.pool.on_completed(link)
 
     def on_refused(self, link: Link, error: PeerError) -> None:
-        """The server does not let this client in (any more): another one may. On the original's wire it may be the
-        remote of a stream that is refused."""
+        """The server does not let this client in (any more), or refuses a stream's remote (on the original's wire)."""
         if is_final(error):
             self.pool.reset_detached(error, link.name)
-        elif link.is_legacy and not self._first.owns(link):
+        elif link.is_legacy and link is not self._first.link:
             return None
         failure = self.reach.pass_by(link.name, error)
         if failure:
-            return self._first.fail(failure) if self._first.owns(link) else self.pool.on_failed(failure)
+            return self._first.fail(failure) if link is self._first.link else self.pool.on_failed(failure)
         return self.pool.want_links() if self.started and not self.reach.error else self.try_again()
 
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
@@ -9446,7 +9234,7 @@ class Client(Endpoint):
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
             return tunnel.on_link_closed(link, error)
-        if not self._first.owns(link):
+        if link is not self._first.link:
             return self.pool.on_link_lost(link, error)
         # After a PeerError on_refused() follows.
         return None if isinstance(error, PeerError) else self._first.fail(error or LinkClosed(NOT_LET_IN))
@@ -9485,8 +9273,7 @@ class Client(Endpoint):
 
     def on_session_failed(self, session: UdpSession, error: Exception) -> None:
         """A target that cannot be had: said once, not for every datagram. An originator that goes on asking, as
-        WireGuard does, is heard again after a moment, for the target may be there later; after a refusal by policy it
-        has to be quiet first."""
+        WireGuard does, is heard again after a moment; after a refusal by policy it has to be quiet first."""
         line = "❌ %s: %s" % (session.label, reason(error))
         if session.has_failed:
             log.debug("%s", line)
@@ -9497,8 +9284,7 @@ class Client(Endpoint):
             1 if not isinstance(error, PeerError) else self.REST if error.code != INVALID_HOST else NEVER)
 
     def on_udp_lost(self, udp: UdpLink, link: Link | None, error: Exception) -> None:
-        """The sessions go on at once over another link. After three that were lost within a second the next datagram
-        asks for one, a moment later."""
+        """The sessions go on over another link: at once, or a moment later after three that were lost in a second."""
         if self.is_legacy:  # the end of the link is the end of its session, unless the server refused the target
             if isinstance(error, LinkClosed):
                 return udp.close()
@@ -9551,7 +9337,7 @@ class Client(Endpoint):
 
     @property
     def handshakes(self) -> int:
-        return self.reach.dialing
+        return len(self.reach.dials)
 
     def state(self) -> str:
         how = "connected" if self.connected else "away" if self.started else "connecting"
@@ -9611,7 +9397,7 @@ class Client(Endpoint):
         self.reach.close()
         self.pool.close(LocalFailed(ENDING))
         for tunnel in self.reverse:
-            tunnel.acceptor.close(LocalFailed(ENDING))
+            tunnel.acceptor.reset_detached(LocalFailed(ENDING))
         self.end_waiting()
         super().close()
         for ssh in self.ssh.values():
@@ -9673,8 +9459,6 @@ def first_of(things: Sequence[Any], show: Callable[[Any], str]) -> Iterator[str]
 
 # ---- metrics for Prometheus
 
-Family = Tuple[str, str, Dict[str, float]]  # name, help, {labels: value}
-
 
 def show_metrics(endpoint: Endpoint) -> str:
     """Prometheus' text format 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/"""
@@ -9691,7 +9475,8 @@ def _label(name: str, counts: Mapping[str, int], values: Iterable[str]) -> dict[
     return {'%s="%s"' % (name, value): counts[value] for value in values}
 
 
-def _families(shot: Snapshot) -> Iterator[Family]:
+def _families(shot: Snapshot) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(name, help, {labels: value}) of each metric."""
     endpoint, counters, total = shot.endpoint, shot.endpoint.counters, shot.total
     yield "ratrod_info", "The version that runs.", {'version="%s"' % __version__: 1}
     yield ("ratrod_links", "Links: authenticated connections between client and server.",
@@ -9699,11 +9484,11 @@ def _families(shot: Snapshot) -> Iterator[Family]:
     yield "ratrod_links_total", "Links that were made.", {"": counters.links}
     yield "ratrod_streams", "TCP connections through the tunnels.", {"": total["streams"]}
     yield ("ratrod_streams_total", "TCP connections that ended, and how; refused: by the server's policy or limits.",
-           _label("result", counters.results, Counters.RESULTS))
+           _label("result", counters.results, counters.results))
     yield "ratrod_streams_detached", "TCP connections that wait for another link.", {"": len(counters.detached)}
     yield "ratrod_streams_resumed_total", "How often one went on over another link.", {"": counters.resumed}
     yield ("ratrod_streams_given_up_total", "TCP connections that did not go on over another link, by reason.",
-           _label("reason", counters.given_up, Counters.GIVEN_UP))
+           _label("reason", counters.given_up, counters.given_up))
     yield "ratrod_udp_sessions", "UDP sessions.", {"": total["sessions"]}
     yield ("ratrod_bytes_total", "Payload, sent to links and received from them.",
            _label("direction", total, ("sent", "received")))
@@ -9714,10 +9499,8 @@ def _families(shot: Snapshot) -> Iterator[Family]:
         yield "ratrod_connected", "Whether the server is there.", {"": int(endpoint.connected)}
         yield "ratrod_reconnects_total", "How often the server was found again.", {"": counters.reconnects}
     tallies = {'key="%s"' % encode_key(key): tally for key, tally in shot.keys.items() if key}
-    yield "ratrod_key_links", "Links of each key of the other side.", {
-        key: tally["links"] for key, tally in tallies.items()}
-    yield "ratrod_key_streams", "TCP connections of each key.", {
-        key: tally["streams"] for key, tally in tallies.items()}
+    for what, text in (("links", "Links of each key of the other side."), ("streams", "TCP connections of each key.")):
+        yield "ratrod_key_" + what, text, {key: tally[what] for key, tally in tallies.items()}
     yield "ratrod_key_bytes_total", "Payload of each key.", {
         "%s,%s" % (key, direction): n for key, tally in tallies.items()
         for direction, n in _label("direction", tally, ("sent", "received")).items()}
@@ -9791,8 +9574,6 @@ def notify_systemd(*lines: str) -> None:
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@") or not hasattr(socket, "AF_UNIX"):
         return
-    if lines[0] == "RELOADING=1":
-        lines += ("MONOTONIC_USEC=%d" % (time.monotonic() * 1e6),)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(1)
@@ -9804,8 +9585,6 @@ def notify_systemd(*lines: str) -> None:
 # 15. As a library: an endpoint on a thread of its own
 # ======================================================================================================================
 
-Make = Callable[[EventLoop, Callbacks], Endpoint]
-
 
 class Background:
     """What tunnel() and serve() return. It runs until close(), the end of its with-block, or that of the interpreter.
@@ -9813,7 +9592,7 @@ class Background:
     It sets no signal handlers, and logs to the logger "ratrod" alone. `error` is what ended it meanwhile, or None.
     """
 
-    def __init__(self, make: Make, timeout: float):
+    def __init__(self, make: Callable[[EventLoop, Callbacks], Endpoint], timeout: float):
         self.error: RatrodError | None = None
         self._ready, self._loop = threading.Event(), EventLoop()
         try:
@@ -9880,8 +9659,7 @@ class Tunnel(Background):
 
     @property
     def addresses(self) -> list[tuple[str, int]]:
-        """(host, port) where each tunnel listens, in their order. A reverse tunnel listens at the server; a Unix
-        socket's address is (path, 0)."""
+        """(host, port) where each tunnel listens, in order: R: at the server. That of a Unix socket is (path, 0)."""
         return [(spec.local.host, spec.local.port) for spec in self._endpoint.tunnels]
 
     @property
@@ -9964,8 +9742,7 @@ PROBE_LENGTH = 253  # of the longest name
 
 
 def make_policy(regexes: str | Sequence[str]) -> Policy:
-    """The Policy of -r. ConfigError for a pattern that some name would keep busy for ages: nothing ends a match, and a
-    client could stop the server with it."""
+    """The Policy of -r. ConfigError for a pattern that takes ages for some name: a client could stop the server."""
     policy = Policy(regexes)
     for regex in policy.regexes:
         name = find_slow_name(regex)
@@ -10006,8 +9783,7 @@ def _is_slow(part: re.Pattern[str], text: str) -> bool:
 
 
 def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
-    """The pattern, and what in it begins with a group or a repeated piece: a name that fits what stands before leads
-    there."""
+    """The pattern, and its parts that begin with a group or a repeated piece: a name can fit all that stands before."""
     yield re.compile(regex, re.IGNORECASE)
     tokens = re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", regex, re.DOTALL)
     starts = (token.start() for token in tokens if token.group() == "(" or regex[token.end():][:1] in ("*", "+", "{"))
@@ -10089,7 +9865,6 @@ DEFAULTS: dict[str, Any] = {
 # Any other option has the name of its field, one that limits something with or without "max-" in front.
 FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-udp-sessions": "udp_sessions_in_all",
           "--max-udp-sessions-per-link": "udp_sessions"}
-MAY_BE_REPEATED = ("--remote-regex",)  # of any other option the last one counts
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
 FOR_SSH = {"--ssh-command", "--remote-python"}
 NOT_FOR_SSH = {"--key-path", "--accept-all-hosts", "--accept-new"}
@@ -10108,8 +9883,7 @@ class UsageReader:
         self._long_of = {"-" + short: "--" + long for short, long, _ in options if short}
         self._short = "".join(short + ":" * bool(value) for short, _, value in options if short)
         self._long = [long + "=" * bool(value) for _, long, value in options]
-        # Of each command: its part of the text; its long options; its arguments, each with "[" if it is optional, and
-        # "..." if it may be repeated.
+        # Of each command: its part of the text, its long options, its arguments ("[" if optional, name, "..." if many).
         self.text_of = {command: text for text, command in re.findall(
             r"^(  ratrod (?:\[[^\]]*\] )*([a-z]+).*\n(?:   .*\n)*)", USAGE, re.M)}
         self.options_of = {
@@ -10255,9 +10029,8 @@ def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:
-    """An option's value, which the usage text calls `kind`, from what docopt has found, or from the word in its
-    variable."""
-    if name in MAY_BE_REPEATED:
+    """An option's value, from its words or that of its variable. `kind`: what the usage text calls it, as SECS."""
+    if name == "--remote-regex":  # of any other option the last one counts
         return [value] if isinstance(value, str) else value
     if not kind:
         meanings = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -10544,7 +10317,7 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
 
 
 def read_answer() -> str:
-    """A line of standard input. Where that is no terminal, an answer has to be there: nobody types one later."""
+    """A line of standard input. A pipe has to hold the answer already: nobody types one there."""
     if not sys.stdin or sys.stdin.isatty():
         return sys.stdin.readline() if sys.stdin else ""
     # Without a buffer: one whose lock a thread holds for ever ends the interpreter with a fatal error.
@@ -10573,10 +10346,8 @@ def generate_keys(folder: KeyFolder) -> KeyPair:
 
 def ask_host(error: UnknownHost) -> bool:
     """Asks at the terminal whether to trust a server's unknown key, as ssh does."""
-    import hashlib
-
     key = encode_key(error.key)
-    fingerprint = "SHA256:" + base64.b64encode(hashlib.sha256(error.key).digest()).decode("ascii").rstrip("=")
+    fingerprint = "SHA256:" + base64.b64encode(sha256(error.key)).decode("ascii").rstrip("=")
     question = ("The key of the server `%s` is not known yet.%s\nIt is %s, fingerprint %s.\nAre you sure you want to"
                 " continue connecting (yes/no/[fingerprint])? " % (error.address, error.hint, key, fingerprint))
     flush_log()
@@ -10690,7 +10461,7 @@ class EndpointRun:
 
     def _reload(self) -> None:
         if self._is_ready:
-            self._notify("RELOADING=1")
+            self._notify("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
         self._endpoint.reload()
         if self._is_ready and isinstance(self._endpoint, Endpoint):  # workers say by themselves that they are ready
             self._notify("READY=1")
@@ -10743,7 +10514,7 @@ class Workers:
 
     def start(self) -> None:
         for sock in self._processes:
-            self._loop.watch(sock, 0, READ, functools.partial(self._on_word, sock))
+            self._loop.watch(sock.fileno(), 0, READ, functools.partial(self._on_word, sock))
 
     def _on_word(self, sock: socket.socket, _mask: int) -> None:
         if sock.recv(1):
@@ -10751,7 +10522,7 @@ class Workers:
             if self._ready % self._count == 0:
                 self._callbacks.started()
             return
-        self._loop.watch(sock, READ, 0, lambda _mask: None)
+        self._loop.watch(sock.fileno(), READ, 0, lambda _mask: None)
         code = self._wait(sock)
         if code and not self._failure:
             self._failure = RatrodError("a worker has failed")
@@ -10823,15 +10594,13 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
             processes[ours] = pid
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    # A socket that stays open here would take connections that nobody serves once its own process is gone. close()
-    # would remove the file of a Unix socket.
+    # An open socket would take connections of a worker that is gone. close() would remove the file of a Unix socket.
     for sock in {sock for group in sockets for sock in group}:
         os.close(sock.detach())
     return EndpointRun(lambda loop, callbacks: Workers(loop, callbacks, processes), drain, notify_systemd).run()
 
 
 def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn:
-    """The life of the new process."""
     def tell_parent(*lines: str) -> None:
         if lines[0] == "READY=1":
             with contextlib.suppress(OSError):  # the parent has ended
@@ -10859,18 +10628,16 @@ def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn
 
 
 def check_workers(options: Options) -> list[Address | None]:
-    """Where each worker answers requests for the metrics: on consecutive ports, or all on any for port 0. ConfigError
-    says why there cannot be so many workers."""
+    """The address of each worker's metrics: consecutive ports, or any for port 0. ConfigError: too many workers."""
     workers = options.workers
-    if workers > 255:
-        raise ConfigError("--workers takes at most 255, not %d; as many as there are processors serve best" % workers)
-    if workers > 1 and not hasattr(os, "fork"):
-        raise ConfigError("--workers needs a system that can fork processes, and this one cannot; leave it out")
+    check((workers > 255, "--workers takes at most 255, not %d; as many as there are processors serve best" % workers),
+          (workers > 1 and not hasattr(os, "fork"),
+           "--workers needs a system that can fork processes, and this one cannot; leave it out"))
     if not options.metrics:
         return [None] * workers
     first = parse_endpoint(options.metrics, "address for metrics", lowest=0)
-    if first.port + workers - 1 > 65535:
-        raise ConfigError("--metrics: there are no ports from %d on for %d workers" % (first.port, workers))
+    check((first.port + workers - 1 > 65535,
+           "--metrics: there are no ports from %d on for %d workers" % (first.port, workers)))
     return [first._replace(port=first.port and first.port + number) for number in range(workers)]
 
 
@@ -10884,8 +10651,8 @@ def serve_command(options: Options) -> int:
         proxies=parse_networks(options.proxy_protocol),
         metrics_ports=frozenset(address.port for address in check_workers(options) if address and options.workers > 1))
     folder = KeyFolder(options.key_path, parse_grant)
-    if options.allow_listen and options.workers > 1:
-        raise ConfigError("--allow-listen and --workers do not go together: a reverse tunnel is one process's")
+    check((options.allow_listen and options.workers > 1,
+           "--allow-listen and --workers do not go together: a reverse tunnel is one process's"))
     ensure_keys(folder)
     raise_descriptor_limit()
     sockets = listen_for(options.workers, bind, share=options.reuse_port)
@@ -11079,8 +10846,7 @@ def program() -> NoReturn:
 
 def _run_command(argv: list[str]) -> int:
     options = parse_command_line(list(expand_arguments(argv)), os.environ)
-    quiet = is_quiet(options)
-    set_up_logging(logging.DEBUG if options.verbose else logging.WARNING if quiet else logging.INFO,
+    set_up_logging(logging.DEBUG if options.verbose else logging.WARNING if is_quiet(options) else logging.INFO,
                    options.log_format == "json")
     commands: dict[str, Callable[[Options], int | None]] = {
         "serve": serve_command, "connect": connect_command, "keygen": keygen_command, "demo": demo_command,

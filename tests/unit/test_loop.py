@@ -152,8 +152,8 @@ def test_a_key_with_many_callbacks_holds_up_no_other(clock, loop, pair):
     quiet = Busy(clock, b"quiet", lambda: near.recv(1))
     for (sock, other), callback in zip(ends, busy):
         other.send(b"x")
-        loop.watch(sock, 0, READ, callback.on_event)
-    loop.watch(near, 0, READ, quiet.on_event)
+        loop.watch(sock.fileno(), 0, READ, callback.on_event)
+    loop.watch(near.fileno(), 0, READ, quiet.on_event)
     for n in range(1, 6):
         far.send(b"x")
         before = sum(callback.calls for callback in busy)
