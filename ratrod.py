@@ -873,7 +873,7 @@ def parse_known_host(words: list[str]) -> str | None:
 
 
 class KnownHosts(KeyLines):
-    """The key of each server. Lines for its `host:port` or `host`, in any case, count alone; a bare KEY is for any."""
+    """The key of each server. If lines name its `host:port` or `host`, in any case, they count alone; else a bare KEY."""
 
     USELESS = "is not understood"
     is_strict = False
@@ -1017,9 +1017,10 @@ class KeyFolder:
 
 def write_new(path: str, text: str) -> None:
     """Writes a file that others see whole or not at all. OSError where there is one: one of two keygens wins."""
-    temporary = "%s.%d.tmp" % (path, os.getpid())
+    temporary = "%s.%s.tmp" % (path, os.urandom(8).hex())
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with open(descriptor, "w") as file:
             file.write(text)
         try:
             os.link(temporary, path)
@@ -2107,13 +2108,14 @@ class LegacyServerHandshake(LegacyHandshake):
         ephemeral, signature = sodium().crypto_scalarmult_base(self._ephemeral), self._keys.sign(client.challenge)
         self._send(ServerPreamble(encode_key(self._keys.public), ephemeral, signature, self._challenge))
         answer = yield from self._receive(ClientAuthentication)
+        salt = self._challenge + client.challenge
+        # Before the client is let in: its exchange key may be none.
+        key = self._shared_key(client.exchange_public_key, salt) if client.should_encrypt else None
         try:
             self._authenticate(answer.identity_public_key, answer.signature, "client")
         except (AuthenticationError, Overloaded) as error:
             self._send(refusal(error))
             raise
-        salt = self._challenge + client.challenge
-        key = self._shared_key(client.exchange_public_key, salt) if client.should_encrypt else None
         self.remote, self.is_udp = client.remote, client.is_udp
         self.reader, self.writer = LegacyReader(key), LegacyWriter(key)
 
@@ -2320,7 +2322,7 @@ class NoiseServerHandshake(NoiseHandshake):
 
 
 class FirstByte(Handshake):
-    """At a server: the first byte tells the wire. `choose(is_legacy)` gives the handshake of a wire that is served."""
+    """At a server: the first byte tells the wire. `choose(is_legacy)` gives its handshake, None if it is not served."""
 
     end = Speechless, "{} without a word"
 
@@ -8927,7 +8929,7 @@ class HostKeys:
     """Which keys of servers a client accepts: those of known_hosts, and what -a, --accept-new or the user add."""
 
     def __init__(self, options: ClientOptions, known: KnownHosts):
-        self._options, self._known = options, known
+        self._options, self._known, self._lock = options, known, threading.Lock()
 
     def warn(self, servers: str, has_ssh: bool) -> None:
         """Says at the start what protects nobody: -a, and bad lines of known_hosts, which nobody reads with ssh://."""
@@ -8942,14 +8944,15 @@ class HostKeys:
         """UnknownHost or AuthenticationError where this key is not accepted. On a thread."""
         if self._options.accept_all_hosts:
             return
-        try:
-            self._known.check(key, str(server))
-        except UnknownHost as error:
-            if not self._options.accept_new:
-                raise
-            failure = self._add(error)
-            if failure:  # a key that is written nowhere would be a new one at each start, as with -a
-                raise AuthenticationError("--accept-new %s. %s" % (failure, error)) from None
+        with self._lock:  # two links at once must not both add a line
+            try:
+                self._known.check(key, str(server))
+            except UnknownHost as error:
+                if not self._options.accept_new:
+                    raise
+                failure = self._add(error)
+                if failure:  # a key that is written nowhere would be a new one at each start, as with -a
+                    raise AuthenticationError("--accept-new %s. %s" % (failure, error)) from None
 
     def ask(self, host: UnknownHost) -> bool:
         """Whether the user trusts this key, in this run alone where it cannot be written."""
@@ -9173,12 +9176,11 @@ class Client(Endpoint):
 
     def _begin(self) -> None:
         """The server has let it in: the tunnels take connections from now on."""
-        self.since = self.loop.now
+        self.since, self.started = self.loop.now, True
         if self.options.only_test:
             return self.finish(None)
         for listener in self.listeners:
             listener.start()
-        self.started = True
         for spec in self.tunnels:
             if spec.kind == STDIO:
                 # At its end the other side gets a moment to read why.
@@ -10711,6 +10713,8 @@ def check_connection(options: Options, folder: KeyFolder, what: ClientOptions) -
         made.append(Client(loop, folder, options.limits, own, callbacks, [[] for _ in what.tunnels]))
         return made[0]
     code = EndpointRun(make, drain=0.0, notify=lambda *_lines: None).run()
+    if not code and not made[0].started:
+        return 128 + signal.SIGTERM  # the end of a service, and no answer to this question
     if not code:
         said = "The server `%s` lets this client in." % str(made[0].server)
         record = log.makeRecord(log.name, logging.INFO, "", 0, said, (), None)

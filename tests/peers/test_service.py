@@ -208,6 +208,16 @@ def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
     assert probe.wait() == AUTHENTICATION_FAILED and other.public in probe.output
 
 
+def test_a_check_that_is_ended_has_found_out_nothing(ratrod, keys):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        probe = ratrod("-k", keys.client.path, "connect", "--check", "127.0.0.1:%d" % silent.getsockname()[1])
+        silent.settimeout(PATIENCE)
+        with silent.accept()[0]:
+            probe.process.send_signal(signal.SIGTERM)
+            assert probe.wait() == 128 + signal.SIGTERM
+        assert "lets this client in" not in probe.output
+
+
 def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
     """With pauses of up to an hour a server that is there again would be found in an hour."""
     server, port = serve("--allow-listen")

@@ -650,7 +650,7 @@ NETWORKS = b"10.0.0.7", b"10.0.0.7,10.1.0.0/16, ::1", b"", b"fe80::/10", b"::fff
 
 @target(15, lambda: list(NETWORKS), (b",", b"/", b"/0", b"/8", b"%", b"::", *NAMES))
 def networks(data):
-    """parse_networks: ConfigError in one printable line, or networks that are the same when written and read again; is_within raises nothing."""
+    """parse_networks: ConfigError in one printable line, or networks that are the same when written and read again."""
     text = data.decode("utf-8", "surrogateescape")
     try:
         found = ratrod.parse_networks(text)
@@ -658,7 +658,7 @@ def networks(data):
         return re.sub(r"[`'].*[`']|[0-9]+", "", harmless(str(error), 4000))[:60]
     assert ratrod.parse_networks(",".join(map(str, found))) == found
     for host in ("127.0.0.1", "::1", "::ffff:10.0.0.7", "fe80::1%lo"):
-        ratrod.is_within(host, found)
+        any(ratrod.parse_ip(host) in network for network in found)
     return len(found)
 
 

@@ -417,12 +417,13 @@ def test_sizes_of_a_preamble():
 
 @pytest.mark.parametrize("point", SMALL_ORDER_POINTS, ids=bytes.hex)
 def test_exchange_keys_of_small_order(point):
-    server = server_end()
+    asked = []
+    server = server_end(check_key=asked.append)
     client = peer_client(server, encrypt=True)
     client.send_preamble(exchange_public_key=point)
     client.receive_preamble()
     pytest.raises(RemoteProtocolError, client.send_authentication)
-    assert not server.is_done
+    assert not server.is_done and not asked  # it was given no place, which nobody would give back
     # The client has authenticated itself by then, but nothing is sent under such a key.
     client = client_end(should_encrypt=True)
     dishonest = peer_server(client)
