@@ -662,7 +662,7 @@ def test_udp_backlog_of_a_server(serve, keys, remote, stack):
     for number in range(20_000):  # 24 MB: far more than the kernel's buffers of a connection hold
         remote.socket.sendto(b"%06d" % number + bytes(1194), session)
         if not number % 1000:
-            udp.send_keepalive()
+            udp.send_record(peer.KEEPALIVE)
     growth = peak_growth(server, before)
     assert growth < 8 << 20
     remote.socket.sendto(b"the newest", session)
