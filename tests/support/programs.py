@@ -128,9 +128,15 @@ class Program:
 
     def wait_for(self, pattern, count=1, patience=PATIENCE):
         """The match of the count-th line (from the start of the output) that has `pattern`; fails when the program ends without it."""
+        matches, looked_at = {}, 0
         def found():
-            matches = [match for match in (re.search(pattern, line) for line in self.lines) if match]
-            return matches[count - 1] if len(matches) >= count else None
+            nonlocal looked_at
+            for number in range(looked_at, len(self.lines)):
+                match = re.search(pattern, self.lines[number])
+                if match:
+                    matches[number] = match
+            looked_at = max(0, len(self.lines) - 1)  # the last one may grow: at a terminal
+            return list(matches.values())[count - 1] if len(matches) >= count else None
         with self._changed:
             self._changed.wait_for(lambda: found() or self._ended, patience)
             match = found()

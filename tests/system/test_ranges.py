@@ -8,30 +8,23 @@ import socket
 import pytest
 
 from support.many_lines import run_lines
-from support.programs import LEGACY, PATIENCE, RATROD2, READY, descriptors
-from support.sockets import eventually, free_port, receive_all
+from support.programs import LEGACY, PATIENCE, RATROD2, descriptors
+from support.sockets import free_port, receive_all
 from support.targets import Target, UdpEcho, says
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
 LINE = r"\[%s\] Listening on `(.+?)`, and routing through `.+?` to `(.+?)` \.\.\."
-
-
 KINDS = socket.SOCK_STREAM, socket.SOCK_DGRAM
 
 
-def bind(kind, port, host="127.0.0.1"):
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
-    try:
-        if kind == socket.SOCK_STREAM:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        if kind == socket.SOCK_STREAM:
-            made.listen(100)
-        return made
-    except OSError:
-        made.close()
-        raise
+def bind(stack, kind, port, host="127.0.0.1"):
+    made = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind))
+    if kind == socket.SOCK_STREAM:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind((host, port))
+    if kind == socket.SOCK_STREAM:
+        made.listen(100)
 
 
 @pytest.fixture
@@ -46,10 +39,10 @@ def services(stack):
     return launch
 
 
-def answer(kind, port, host="127.0.0.1"):
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as asking:
+def answer(kind, port):
+    with socket.socket(socket.AF_INET, kind) as asking:
         asking.settimeout(PATIENCE)
-        asking.connect((host, port))
+        asking.connect(("127.0.0.1", port))
         if kind == socket.SOCK_STREAM:
             return receive_all(asking)
         asking.send(b"?")
@@ -78,8 +71,7 @@ def test_a_thousand_ports(serve, client, services):
         pytest.skip("too few descriptors are allowed here")
     asked = (0, 1, 500, 998, 999)
     remote, local = services(1000, asked), free_port(1000)
-    client = client(serve()[1], "%d-%d:127.0.0.1:%d-%d" % (local, local + 999, remote, remote + 999))
-    eventually(lambda: READY in client.output, "it is ready")  # wait_for() looks at all lines after each: a second of processor time
+    client = client(serve()[1], "%d-%d:127.0.0.1:%d-%d" % (local, local + 999, remote, remote + 999)).ready()
     assert client.output.count("[UDP] Listening") == 1000
     assert descriptors(client) >= 2000
     for n in asked:
@@ -93,7 +85,7 @@ def test_one_busy_port(keys, stack):
     first = free_port(33)
     rows = [(kind, which, first + 5 * n) for n, (kind, which) in enumerate(itertools.product(KINDS, (0, 2, 4)))]
     for kind, which, port in rows:
-        stack.enter_context(bind(kind, port + which))
+        bind(stack, kind, port + which)
     lines = [["%d-%d:db:9000-9004" % (port, port + 4)] for _, _, port in rows]
     # Two ranges that overlap are each other's.
     lines.append(["%d-%d:db:9000-9001" % (first + 30, first + 31), "%d-%d:db:9001-9002" % (first + 31, first + 32)])
@@ -103,4 +95,4 @@ def test_one_busy_port(keys, stack):
         assert re.findall(r"127\.0\.0\.1:(?!9\b)(\d+)", done.err.splitlines()[-1]) == [str(busy)], (line, done)
     for _, which, port in rows:
         for n, kind, host in itertools.product(set(range(5)) - {which}, KINDS, ("127.0.0.1", "::1")):
-            bind(kind, port + n, host).close()
+            bind(stack, kind, port + n, host)
