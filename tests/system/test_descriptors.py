@@ -211,8 +211,8 @@ def test_select_alone(rule, most, start, serve, keys, tcp_echo, stack):
     assert len(complaints(client)) == 1 and "internal error" not in client.output
 
 
-CONNECTIONS = 100_000 if LONG else 1500
-FIRST = 1000 if LONG else 500  # after which everything has its size
+CONNECTIONS = 100_000 if LONG else 900
+FIRST = 1000 if LONG else 400  # after which everything has its size
 AT_ONCE = 8
 BATCH = 10  # streams that die together
 WORD = b"a word "
