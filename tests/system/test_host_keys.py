@@ -39,7 +39,6 @@ def known(keys):
 
 @pytest.fixture
 def strange(tmp_path):
-    """The key folder of somebody else."""
     return make_keys(tmp_path / "strange")
 
 
@@ -115,8 +114,7 @@ def test_the_line_to_add_is_the_one_that_works(serve, keys, clients):
         found = re.findall(r"%s [^\s`]+:%s(?=$|[\s`])" % (re.escape(keys.server.public), words[0].rpartition(":")[2]), message)
         assert len(found) == 1, message
         lines += found
-    # A server that is not known learns nothing of who asked: there is no message 3.
-    for program in (server, legacy, six):
+    for program in (server, legacy, six):  # a server that is not known learns nothing of who asked: there is no message 3
         assert "Accepted" not in program.output and keys.client.public not in program.output
     for _, done in clients(*((line + "\n", *words) for line, words in zip(lines, forms))):
         assert (done.code, warnings(done.err)) == (0, []), done
@@ -143,11 +141,9 @@ def test_flags_and_what_the_file_says(serve, keys, strange, clients):
     """--accept-new adds a line where nothing in the file knows the server; -a accepts, warns once, and writes nothing."""
     _, port = serve()
     line, bare = line_of(keys, port), "%s\n%s\n%s elsewhere:1\n" % (strange.public, keys.server.public, strange.public)
-    rows = [
-        # known_hosts before, flag, what is added, warnings
+    rows = [  # known_hosts before, flag, what is added, warnings
         ("# no newline", "--accept-new", "\n" + line, 1), (line, "--accept-new", "", 0), (bare, "--accept-new", "", 0),
-        ("", "-a", "", 1), ("%s 127.0.0.1:%d\n" % (strange.public, port), "-a", "", 1), (line, "-a", "", 1),
-    ]
+        ("", "-a", "", 1), ("%s 127.0.0.1:%d\n" % (strange.public, port), "-a", "", 1), (line, "-a", "", 1)]
     for (before, flag, added, warned), (path, done) in zip(rows, clients(*((before, flag, "127.0.0.1:%d" % port) for before, flag, _, _ in rows))):
         assert done.code == 0 and path.read_text() == before + added and len(warnings(done.err)) == warned, (before, flag, done)
 
@@ -181,8 +177,7 @@ def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, k
     assert known.read_text() == line
 
 
-def make_folder(path):
-    """As root, which tests often run as, no file is unwritable; a folder is."""
+def make_folder(path):  # as root, which tests often run as, no file is unwritable; a folder is
     path.unlink()
     path.mkdir()
 
@@ -209,8 +204,8 @@ class Terminal(Program):
         def own_terminal():
             os.setsid()
             fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        super().__init__(command, **{"stdin": theirs, "stdout": self._out, "stderr": theirs, "preexec_fn": own_terminal, "pass_fds": (theirs,),
-                                     **options})
+        own = {"stdin": theirs, "stdout": self._out, "stderr": theirs, "preexec_fn": own_terminal, "pass_fds": (theirs,)}
+        super().__init__(command, **{**own, **options})
         os.close(theirs)
 
     @property
@@ -284,34 +279,24 @@ def test_the_question_and_what_accepts(mode, answer, serve, keys, known, at_term
 
 
 def test_what_declines(serve, known, strange, at_terminal):
+    """Besides an answer: the key of a real terminal, in the middle of one; and a service manager, for which it must not hang there."""
     before = "# mine\n%s elsewhere:1" % strange.public
     known.write_text(before)
     server, port = serve("-v")
-    terminal = at_terminal(port, "0:127.0.0.1:9")
-    terminal.wait_for(QUESTION)
-    terminal.type("maybe\n")
-    terminal.wait_for(re.escape(AGAIN))
-    terminal.type("no\n")
-    assert terminal.wait() == AUTHENTICATION_FAILED
-    assert known.read_text() == before and terminal.stdout == b"" and READY not in terminal.output
-    # Whoever declines, or was not at the keyboard, is told what there is to do.
-    assert UNKNOWN in terminal.output and str(known) in terminal.output
-    assert "Accepted" not in server.output
-
-
-def test_interrupted_or_ended_at_the_question(serve, known, at_terminal):
-    """By the key of a real terminal, in the middle of an answer; and by a service manager: it must not hang there."""
-    _, port = serve()
-    terminal, ended = (at_terminal(port, "0:127.0.0.1:9") for _ in range(2))
-    for one in (terminal, ended):
-        one.wait_for(QUESTION)
-    terminal.type("perhaps\n")
-    terminal.wait_for(re.escape(AGAIN))
-    terminal.type("ye\x03")
-    assert terminal.wait() == 130
+    declined, interrupted, ended = terminals = [at_terminal(port, "0:127.0.0.1:9") for _ in range(3)]
+    for terminal in terminals:
+        terminal.wait_for(QUESTION)
+    for terminal, last in ((declined, "no\n"), (interrupted, "ye\x03")):
+        terminal.type("maybe\n")
+        terminal.wait_for(re.escape(AGAIN))
+        terminal.type(last)
     ended.process.send_signal(signal.SIGTERM)
+    assert (declined.wait(), interrupted.wait()) == (AUTHENTICATION_FAILED, 130)
     ended.wait()
-    assert known.read_text() == "" and terminal.stdout == ended.stdout == b""
+    # Whoever declines, or was not at the keyboard, is told what there is to do.
+    assert UNKNOWN in declined.output and str(known) in declined.output
+    assert known.read_text() == before and "Accepted" not in server.output
+    assert not any(terminal.stdout or READY in terminal.output for terminal in terminals)
 
 
 def test_while_it_asks_nothing_is_open_and_connections_wait(serve, keys, known, at_terminal, target, tcp_echo):
@@ -381,8 +366,7 @@ def test_when_nobody_is_asked(serve, keys, known, strange, at_terminal, tcp_echo
         # The stdin of stdio: is the stream's, an answer would have to be taken from the data.
         ("", (), ("stdio:127.0.0.1:%d" % tcp_echo.port,), {}, AUTHENTICATION_FAILED, UNKNOWN, ""),
         # One terminal: two processes that read it would each take half of an answer. --accept-new is for them.
-        ("", ("--workers", "2"), (echo,), {}, AUTHENTICATION_FAILED, UNKNOWN, ""),
-    ):
+        ("", ("--workers", "2"), (echo,), {}, AUTHENTICATION_FAILED, UNKNOWN, "")):
         known.write_text(before)
         terminal = at_terminal(port, *tunnels, flags=flags, **streams)
         said = terminal.process.stderr.read().decode() if "stderr" in streams else ""
