@@ -20,7 +20,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CACHE = pathlib.Path.home() / ".cache" / "ratrod-tests" / "platforms"
-SOME = ["tests/unit", *("tests/system/test_%s.py" % name for name in "command_line tcp udp links ranges".split())]
+SOME = ["tests/unit", *("tests/system/test_%s.py" % name for name in "command_line tcp udp reconnect ranges".split())]
 PYNACLS = ("1.4.0", "1.5.0", "")  # "" is the current one
 
 
