@@ -889,7 +889,8 @@ def test_a_client_that_left_while_it_was_authorized_takes_no_place(keys):
                 return False
     limits = module.Limits(handshake_timeout=0.2, links=1, links_per_key=1)
     with module.serve(key_path=str(keys.server.path), authorize=allow, limits=limits) as server:
-        assert not comes_in() and asked.is_set()
+        while not asked.is_set():  # a busy machine may need more than those 0.2 s until it is asked
+            assert not comes_in()
         answer.set()
         eventually(comes_in, "its place is free")
 
