@@ -1,7 +1,7 @@
 """PROTOCOL.md's negative tests of ratrod2, by their numbers: a sample of what the real `serve` and `connect` do against the independent peer.
 
 The tables are walked in unit (test_core*.py, test_states.py: 14, 31), and other files have what belongs there: legacy's 3, test_host_keys.py 10,
-test_reverse_links.py 20 and 21, test_reverse.py 22, peers/test_names.py 24 and 34, test_limits.py and test_harm.py 27, test_descriptors.py 33.
+test_reverse.py 20-22, peers/test_names.py 24 and 34, test_limits.py and test_harm.py 27, test_descriptors.py 33.
 """
 
 import contextlib
