@@ -22,10 +22,8 @@ from support.pressure import LONG, figure
 from support.programs import LEGACY_E, PATIENCE, RATROD2, Program, bound, linux, tcp_port, two_wires, udp_originator
 from support.sockets import accept, ask_until_answered, assert_reset, dial, eventually, receive_all, receive_exactly, refused, say, talk, works
 
-pytestmark = [
-    pytest.mark.usefixtures("no_traceback"),
-    pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on"),
-]
+pytestmark = [pytest.mark.usefixtures("no_traceback"),
+              pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on")]
 
 # Longer than any test waits: what ends before it has not waited for it.
 FOREVER = "600"
@@ -45,9 +43,6 @@ class Joined(NamedTuple):
     port: int
     originator: socket.socket
     target: socket.socket
-
-    def talk(self):
-        talk(self.originator, self.target)
 
     def drain(self, sign=TERM):
         """Signals, and waits until it is about to end."""
@@ -89,13 +84,6 @@ def test_nothing_is_open(serve, sign, strangers):
     assert "may go on" not in server.output
 
 
-def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel):
-    made = tunnel(tcp_echo.port, RATROD2, serve_flags=("--drain", FOREVER))
-    exchange(made.port, b"before")
-    assert made.server.stop() == 0
-    assert made.client.process.poll() is None, made.client.output
-
-
 def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
     """The idle one hears Close and FIN, never a reset: a client that sends an Open then reads that. The busy one hears Close in place of Over."""
     server, port = serve("--drain", FOREVER)
@@ -121,14 +109,14 @@ def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
 def test_what_is_open_goes_on_and_nothing_new_begins(joined, serve, mode, side, sign):
     made = joined(side, mode=mode)
     made.drain(sign)
-    made.talk()
+    talk(made.originator, made.target)
     # The listener is gone: that of the client for local connections, that of the server for links.
     eventually(lambda: refused(made.port if side == "client" else made.server_port), "nobody listens any more")
-    made.talk()
+    talk(made.originator, made.target)
     assert made.ending.process.poll() is None
     if side == "server":  # What runs one after the other need not wait for the drain: without --reuse-port too the port is free.
         serve(*mode.serve, bind="127.0.0.1:%d" % made.server_port)
-        made.talk()
+        talk(made.originator, made.target)
     made.end()
     assert made.ending.wait() == CODE[sign], made.ending.output
 
@@ -152,7 +140,7 @@ def test_no_time_at_all(joined, side, drain, sign):
     is_second = drain == FOREVER
     if is_second:
         made.drain()
-        made.talk()
+        talk(made.originator, made.target)
     assert made.ending.stop(sign) == (128 + sign if is_second else CODE[sign])
     assert_reset(made.originator, made.target)
     assert ("may go on" in made.ending.output) == is_second
@@ -172,7 +160,6 @@ def test_what_ends_meanwhile_is_whole(tunnel, target, side):
     """Bulk both ways that was on its way as the signal came: its last byte counts, and the target's half goes on after the originator's end."""
     up, down, seen = os.urandom(BULK), os.urandom(BULK), []
     halfway, go_on = threading.Event(), threading.Event()
-
     def half_duplex(connection):
         heard = receive_exactly(connection, BULK // 2)
         halfway.set()
@@ -206,12 +193,10 @@ def test_an_open_that_crosses_the_close(serve, keys, tcp_echo):
         server.process.send_signal(TERM)
         server.process.send_signal(signal.SIGCONT)
         for link in links:
-            records = [link.read_any_record()]
-            if records[0].type == peer.OPENED:  # the socket was read before the signal was: then it is a stream like any other
+            record = link.read_any_record()
+            if record.type == peer.OPENED:  # the socket was read before the signal was: then it is a stream like any other
                 link.send_record(peer.END)
-                records = link.read_to_end()
-            else:
-                records += link.read_to_end()
+            records = [record, *link.read_to_end()]
             assert records[-1].type == peer.CLOSE, records
     assert server.wait() == 0
 
