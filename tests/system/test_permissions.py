@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from support import ratrod2_peer as peer
-from support.keys import base64url, make_keys, seed_of
+from support.keys import base64url, seed_of
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, RATROD2, ROOT, STARTED, tcp_port, udp_originator
 from support.sockets import ask, ask_udp, assert_refused, dial, ping
 from support.targets import UdpEcho, echo
@@ -91,11 +91,6 @@ def tcp_echo(target, stack):
             return made
 
 
-@pytest.fixture
-def second_echo(target):
-    return target(echo)
-
-
 def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(serve, authorized, keys):
     complaint = r"WARN +line %d of `%s` authorizes nobody: .*" % (3, re.escape(str(keys.server.path / "authorized_keys")))
     authorized("# a file", "", "KEY no-shell alice")
@@ -119,8 +114,9 @@ def test_a_bad_line_is_named_with_its_number_again_when_the_file_changed(serve, 
     assert "\x1b" not in server.output and "\x07" not in server.output
 
 
-def test_a_target_that_is_not_listed(forward, authorized, tcp_echo, second_echo, udp_echo):
+def test_a_target_that_is_not_listed(forward, authorized, target, tcp_echo, udp_echo):
     """As both operators see it: the client learns that it may not, the server's log says why, and what is allowed goes on working."""
+    second_echo = target(echo)
     authorized('KEY permitopen="127.0.0.1:%d" permitopen="secret-name.example:1" alice@laptop' % tcp_echo.port)
     server, client = forward(RATROD2, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
     ask(tcp_port(client))
@@ -150,8 +146,8 @@ def test_all_refusals_share_one_text(serve, keys):
     keys.server.write("authorized_keys", "".join(
         "%s %s alice@laptop\n" % (base64url(peer.Identity.from_seed(seeds[name]).public), options[name]) for name in options))
     for flags, cases in (
-            ((), [("unlisted", "tcp", "127.0.0.1:9"), ("no-udp", "udp", "127.0.0.1:9"), ("nothing", "tcp", "unix:/tmp/x"), ("nothing", "tcp", ";;"),
-                  ("nothing", "udp", ";;"), ("nothing", "udp", "unix:/tmp/x"), ("nothing", "listen", "127.0.0.1:0")]),
+            ((), [("unlisted", "tcp", "127.0.0.1:9"), ("no-udp", "udp", "127.0.0.1:9"), ("nothing", "listen", "127.0.0.1:0"),
+                  *(("nothing", kind, nonsense) for kind in ("tcp", "udp") for nonsense in (";;", "unix:/tmp/x"))]),
             (("-r", "db", "--allow-listen"), [("nothing", "tcp", "127.0.0.1:9"), ("no listening", "listen", "127.0.0.1:0")])):
         server, port = serve(*flags)
         for n, (name, kind, target) in enumerate(cases, 1):
@@ -159,26 +155,24 @@ def test_all_refusals_share_one_text(serve, keys):
             assert server.wait_for(r"\u274c.*refused: (.*)", n).group(1) not in ("", NOT_ALLOWED), (name, kind, target)
 
 
-def test_keys_do_not_share_what_they_may(serve, keys, authorized, tcp_echo, second_echo, tmp_path):
+def test_keys_do_not_share_what_they_may(serve, keys, second, authorized, tcp_echo, target):
     """Alternately, for the same targets: an answer that is remembered for one key must not be another's."""
-    other = make_keys(tmp_path / "other")
-    authorized('KEY permitopen="127.0.0.1:%d"' % tcp_echo.port, '%s permitopen="127.0.0.1:%d"' % (other.public, second_echo.port))
+    one, another = ("127.0.0.1:%d" % made.port for made in (tcp_echo, target(echo)))
+    authorized('KEY permitopen="%s"' % one, '%s permitopen="%s"' % (second.public, another))
     _, port = serve()
-    askers = [Asker(port, seed_of(who)) for who in (keys.client, other)]
+    askers = [Asker(port, seed_of(who)) for who in (keys.client, second)]
     for _ in range(2):
-        assert [asker.tcp("127.0.0.1:%d" % made.port) for made in (tcp_echo, second_echo) for asker in askers] == \
-            [OPENED, NOT_ALLOWED, NOT_ALLOWED, OPENED]
-    authorized('KEY permitopen="127.0.0.1:%d"' % second_echo.port, other.public)
+        assert [asker.tcp(where) for where in (one, another) for asker in askers] == [OPENED, NOT_ALLOWED, NOT_ALLOWED, OPENED]
+    authorized('KEY permitopen="%s"' % another, second.public)
     for _ in range(2):
-        assert [asker.tcp("127.0.0.1:%d" % made.port) for made in (tcp_echo, second_echo) for asker in askers] == \
-            [NOT_ALLOWED, OPENED, OPENED, OPENED]
+        assert [asker.tcp(where) for where in (one, another) for asker in askers] == [NOT_ALLOWED, OPENED, OPENED, OPENED]
     # Not only at the next handshake: links live for an hour.
     with askers[0].link() as link:
-        assert link.exchange("127.0.0.1:%d" % second_echo.port, b"?") == b"?"
-        authorized('KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
+        assert link.exchange(another, b"?") == b"?"
+        authorized('KEY permitopen="%s"' % one)
         with pytest.raises(peer.PeerError, match=NOT_ALLOWED):
-            link.open("127.0.0.1:%d" % second_echo.port).wait_opened()
-    assert askers[0].tcp("127.0.0.1:%d" % tcp_echo.port) == OPENED
+            link.open(another).wait_opened()
+    assert askers[0].tcp(one) == OPENED
 
 
 def test_no_udp(forward, authorized, tcp_echo):
@@ -219,7 +213,8 @@ def test_no_legacy(serve, client, authorized, tcp_echo):
     ask(tcp_port(again))
 
 
-def test_options_hold_over_legacy_too(forward, authorized, tcp_echo, second_echo, udp_echo):
+def test_options_hold_over_legacy_too(forward, authorized, target, tcp_echo, udp_echo):
+    second_echo = target(echo)
     authorized('KEY permitopen="127.0.0.1:%d"' % tcp_echo.port)
     server, client = forward(LEGACY, "0:%d" % tcp_echo.port, "0:%d" % second_echo.port, "0:%d" % udp_echo.port)
     ask(tcp_port(client))
@@ -249,13 +244,12 @@ def through(remote, originator):
     return address
 
 
-def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, keys, authorized, tmp_path, udp_echo, remote):
+def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, second, authorized, udp_echo, remote):
     """The others of the same link go on, and so do another key's."""
-    other = make_keys(tmp_path / "other")
-    authorized("KEY", other.public)
+    authorized("KEY", second.public)
     _, port = serve()
     client = client(port, "0:%d" % udp_echo.port, "0:%d" % remote.port).ready()
-    with udp_originator(client) as losing, udp_originator(client, 2) as keeping, Asker(port, seed_of(other)).link() as bystander:
+    with udp_originator(client) as losing, udp_originator(client, 2) as keeping, Asker(port, seed_of(second)).link() as bystander:
         bystander.open_udp()
         bystander.session(1, "127.0.0.1:%d" % udp_echo.port)
         bystander.datagrams((1, b"?"))
@@ -263,7 +257,7 @@ def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, keys, aut
         ask_udp(losing)
         session = through(remote, keeping)
         seen = udp_echo.seen
-        authorized('KEY permitopen="127.0.0.1:%d"' % remote.port, other.public)
+        authorized('KEY permitopen="127.0.0.1:%d"' % remote.port, second.public)
         # By itself, not when the next datagram comes.
         client.wait_for("127.0.0.1:%d.*%s" % (udp_echo.port, NOT_ALLOWED))
         losing.send(b"?")

@@ -2,7 +2,6 @@
 The tables are in unit (test_core_grants, test_unix_listener, test_special_tunnels); a real Redis is in peers/test_unix.py."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -10,15 +9,15 @@ import threading
 
 import pytest
 
+from support import sockets
 from support.programs import PATIENCE, RATROD2, every_mode, tcp_port
 from support.rows import row
-from support.sockets import ask, ask_over, assert_refused, check_bulk_each_way, check_half_close, dial, dial_unix, receive_all, receive_exactly, say
+from support.sockets import accept, ask, ask_over, assert_refused, dial, dial_unix, receive_all, receive_exactly, say
 from support.targets import UnixTarget, echo
 
 pytestmark = [pytest.mark.usefixtures("no_traceback"), pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")]
 
 UNIX_LISTENING = r"\[UNIX\] Listening on `unix:(.+?)`"
-BLOCK = os.urandom((1 << 20) - 3)
 
 
 @every_mode
@@ -31,13 +30,10 @@ def test_streams(mode, forward, short, stack):
     _, client = forward(mode, "unix:%s/local.sock:unix:%s/target.sock" % (short, short), serve_flags=("-r", "unix:%s/.*" % short))
     client.wait_for(UNIX_LISTENING)
     def joined():
-        originator = stack.enter_context(dial_unix(short / "local.sock"))
-        target = stack.enter_context(listener.accept()[0])
-        target.settimeout(PATIENCE)
-        return originator, target
+        return stack.enter_context(dial_unix(short / "local.sock")), stack.enter_context(accept(listener))
     for order in (1, -1):
-        check_half_close(*joined()[::order])
-    check_bulk_each_way(joined(), 8)
+        sockets.check_half_close(*joined()[::order])
+    sockets.check_bulk_each_way(joined(), 8)
     if mode is RATROD2:
         # Leaving with bytes unread is a Unix socket's only kind of reset. A clean end at the other side would pass for an exchange that is complete.
         originator, target = joined()
@@ -47,7 +43,7 @@ def test_streams(mode, forward, short, stack):
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             assert originator.recv(1) == b""
             while True:
-                originator.sendall(BLOCK)
+                originator.sendall(bytes(1 << 20))
 
 
 def test_two_workers_share_a_unix_socket(forward, unix_echo, short):
@@ -101,40 +97,32 @@ def test_targets_that_are_no_sockets(forward, unix_echo, short):
         ask(tcp_port(client))
 
 
-def test_target_whose_queue_is_full(forward, short, unix_echo):
+def test_target_whose_queue_is_full(forward, short, unix_echo, stack):
     """A Unix socket answers "try again" where a TCP one would wait: some are refused or wait; nothing may hang or fail for good."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(short / "busy.sock"))
         listener.listen(1)
         listener.settimeout(PATIENCE)
         server, client = forward(RATROD2, "0:unix:%s/busy.sock" % short, "0:unix:%s" % unix_echo.path, serve_flags=("-r", "unix:.*"))
-        with contextlib.ExitStack() as stack:
-            waiting = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
-            ask(tcp_port(client, 2))
-            threading.Thread(target=serve_all, args=(listener,), daemon=True).start()
-            answered = sum(is_answered(connection) for connection in waiting)
+        waiting = [stack.enter_context(dial(tcp_port(client))) for _ in range(8)]
+        ask(tcp_port(client, 2))
+        def serve_one(connection):
+            with connection, contextlib.suppress(OSError):
+                echo(connection)
+        def serve_all():  # each on its own: the order in which they come through is nobody's promise
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve_one, args=(accept(listener),), daemon=True).start()
+        threading.Thread(target=serve_all, daemon=True).start()
+        answered = 0
+        for connection in waiting:
+            with contextlib.suppress(OSError):
+                say(connection, b"?")
+                answered += receive_all(connection) == b"?"
         assert answered >= 1
         ask(tcp_port(client))
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
-
-
-def serve_all(listener):
-    """Each on its own: the order in which they come through is nobody's promise."""
-    def serve_one(connection):
-        with connection, contextlib.suppress(OSError):
-            connection.settimeout(PATIENCE)
-            echo(connection)
-    with contextlib.suppress(OSError):
-        while True:
-            threading.Thread(target=serve_one, args=(listener.accept()[0],), daemon=True).start()
-
-
-def is_answered(connection):
-    with contextlib.suppress(OSError):
-        say(connection, b"?")
-        return receive_all(connection) == b"?"
-    return False
 
 
 def test_its_life(serve, client, tcp_echo, short):
@@ -151,8 +139,7 @@ def test_its_life(serve, client, tcp_echo, short):
             assert sorted(file.name for file in short.iterdir()) == ["local.sock", "second.sock"]
             assert program.stop(sign) == code
             assert list(short.iterdir()) == [] or sign == signal.SIGKILL
-            # A stream only: there is no such thing as UDP here.
-            assert "[UDP]" not in program.output
+            assert "[UDP]" not in program.output  # a stream only
 
 
 def test_starts_that_fail(serve, ratrod, keys, closed, short):
