@@ -59,8 +59,8 @@ def test_names_are_looked_up_at_the_proxy(serve, ratrod, keys, fake):
             pump(connection, server)
     proxy, seen = fake(relay)
     keys.client.write("known_hosts", "")
-    ratrod("-k", keys.client.path, "connect", "--accept-new", "--proxy", "socks5://127.0.0.1:%d" % proxy,
-                    "db.invalid:19000", "0:127.0.0.1:1").ready()
+    words = "--accept-new", "--proxy", "socks5://127.0.0.1:%d" % proxy, "db.invalid:19000", "0:127.0.0.1:1"
+    ratrod("-k", keys.client.path, "connect", *words).ready()
     assert b"\x05\x01\x00\x03\x0adb.invalid" + (19000).to_bytes(2, "big") in seen
     assert "db.invalid:19000" in (keys.client.path / "known_hosts").read_text()
 
@@ -69,12 +69,11 @@ def test_a_proxy_that_misbehaves(fake, keys):
     """Each says which proxy it was, for which server, and why."""
     quick, patient = ratrod_module.Limits(connect_timeout=0.3), ratrod_module.Limits()
     for handle, scheme, limits, says in (
-        (http_answer(b"HTTP/1.0 403 Forbidden\n\n"), "http", patient, "it answered `HTTP/1.0 403 Forbidden`"),
-        (http_answer(b"HTTP/1.1 407 No\r\n\r\n"), "http", patient, "407 No`; it wants a user and a password"),
-        (http_answer(b"HTTP/1.1 200 OK\r\n"), "http", quick, "not done within"),
-        (lambda connection, _read: hold(connection), "socks5", quick, "not done within"),
-        (lambda _connection, _read: None, "socks5", patient, "before it had answered"),
-    ):
+            (http_answer(b"HTTP/1.0 403 Forbidden\n\n"), "http", patient, "it answered `HTTP/1.0 403 Forbidden`"),
+            (http_answer(b"HTTP/1.1 407 No\r\n\r\n"), "http", patient, "407 No`; it wants a user and a password"),
+            (http_answer(b"HTTP/1.1 200 OK\r\n"), "http", quick, "not done within"),
+            (lambda connection, _read: hold(connection), "socks5", quick, "not done within"),
+            (lambda _connection, _read: None, "socks5", patient, "before it had answered")):
         with row((scheme, says)):
             port, _ = fake(handle)
             with pytest.raises((ratrod_module.ConnectError, ratrod_module.AuthenticationError)) as error:

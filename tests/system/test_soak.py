@@ -7,17 +7,13 @@ import subprocess
 import sys
 import threading
 
-import pytest
-
 import withstand
 from support import ratrod2_peer as peer
 from support.keys import seed_of
 from support.pressure import scaled
-from support.programs import LEGACY_E, PATIENCE, ROOT, STARTED, tcp_port
+from support.programs import LEGACY_E, PATIENCE, ROOT, STARTED, linux, tcp_port
 from support.relays import Door
 from support.sockets import ask_over, dial, eventually
-
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the soak looks into /proc, and has addresses of 127.0.0.0/8 of its own")
 
 
 def soak(*words):
@@ -28,7 +24,7 @@ def soak(*words):
     return done.returncode, output
 
 
-@on_linux
+@linux
 def test_streams_are_whole_or_visibly_reset():
     code, output = soak("--seconds", "4")
     assert code == 0 and "FAILED" not in output, output
@@ -36,7 +32,7 @@ def test_streams_are_whole_or_visibly_reset():
     assert int(figures["soak streams whole"]) and int(figures["soak streams reset"]) and figures["soak streams wrong, cut short or hanging"] == "0"
 
 
-@on_linux
+@linux
 def test_the_soak_finds_what_is_wrong():
     """With nothing between the ends that would notice, the same relay makes clean ends that are too early, wrong bytes, and streams that hang."""
     missed = {"fin": "A CLEAN END, .* bytes too early", "flip": "(wrong bytes|its header names)", "half a rst": "HANGS"}
@@ -74,9 +70,7 @@ def test_signs_of_life_do_not_carry_a_record_that_never_ends(start, keys, target
 class SlowDoor(Door):
     """One that holds connections up until `opened`."""
 
-    def __init__(self, target):
-        self.opened, self.held = threading.Event(), 0
-        super().__init__(target)
+    opened, held = threading.Event(), 0
 
     def _handle(self, near):
         if self.to:

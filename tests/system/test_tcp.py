@@ -12,7 +12,7 @@ import pytest
 
 from support import sockets
 from support.pressure import LONG, memory_before, peak_growth
-from support.programs import PATIENCE, RATROD, RATROD2, READY, STARTED, bound, either_wire, every_mode, tcp_port
+from support.programs import PATIENCE, RATROD, RATROD2, READY, STARTED, bound, either_wire, every_mode, tcp_port, udp_originator
 from support.rows import row
 from support.sockets import accept, ask, ask_udp, assert_refused, dial, free_port, ping, port_of, receive_all, receive_exactly, reset, talk
 from support.socks5 import ask_socks, request, socks_port
@@ -46,15 +46,9 @@ def closed():
 
 
 def send_until_cut(connection):
-    """Sends until the connection breaks, which it must."""
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         while True:
             connection.sendall(BLOCK)
-
-
-def says(program, *parts):
-    """Waits for a line of the program's that has all these patterns, in any order."""
-    return program.wait_for("(?i)^" + "".join("(?=.*(?:%s))" % part for part in parts)).string
 
 
 @every_mode
@@ -171,7 +165,7 @@ def test_remotes_that_fail(mode, forward, closed, target, tcp_echo):
         with row(parts):
             assert_refused(tcp_port(client, n))
             for program in (server, client):
-                says(program, *parts)
+                program.wait_for("(?i)^(?=.*%s).*(%s)" % parts)
     # A client is told that it may not, and never the regex.
     client.wait_for(NOT_ALLOWED)
     assert "internal-name" not in client.output and forbidden.accepted == 0
@@ -196,9 +190,8 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
         ("%d:localhost:%d" % (port + 1, tcp_echo.port), r"127\.0\.0\.1:%d" % (port + 1), "localhost:%d" % tcp_echo.port, ["127.0.0.1"]),
         ("%d:%d" % (port + 2, tcp_echo.port), r"127\.0\.0\.1:%d" % (port + 2), remote, ["127.0.0.1"]),
         ("*:0:127.0.0.1:%d" % tcp_echo.port, r"\*:\d+", remote, ["127.0.0.1", "127.0.0.2", "::1"]),
-        ("[::]:0:127.0.0.1:%d" % tcp_echo.port, r"\[::\]:\d+", remote, ["::1"]),
-    ]
-    _, client = forward(RATROD2, *[form[0] for form in forms], *["0:%d" % each.port for each in names], connect_flags=("-v",))
+        ("[::]:0:127.0.0.1:%d" % tcp_echo.port, r"\[::\]:\d+", remote, ["::1"])]
+    _, client = forward(RATROD2, *(form[0] for form in forms), *("0:%d" % each.port for each in names), connect_flags=("-v",))
     for n, (tunnel, local, remote, hosts) in enumerate(forms, 1):
         with row(tunnel):
             client.wait_for(r"\[TCP\] Listening on `%s`, and routing through `127\.0\.0\.1:\d+` to `%s` \.\.\." % (local, remote))
@@ -210,7 +203,7 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
     # The IPv6 wildcard takes IPv4 too, as * does, and shows it as such.
     with dial(tcp_port(client, len(forms))) as connection:
         ping(connection, b"still there?")
-        says(client, r"127\.0\.0\.1:%d\b" % port_of(connection))
+        client.wait_for(r"127\.0\.0\.1:%d\b" % port_of(connection))
     assert "::ffff:" not in client.output
     # Each of two tunnels leads to its own target.
     for n, name in ((1, b"second"), (0, b"first"), (1, b"second")):
@@ -221,16 +214,14 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
 def test_one_protocol_alone(forward, tcp_echo, udp_echo):
     """Where the port is taken for the other one; two tunnels may share a number."""
     port = free_port(2)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.0.1", port))
-        _, client = forward(RATROD2, *[word % each for word, each in (
-            ("tcp:%d:127.0.0.1:%%d" % port, tcp_echo.port), ("tcp:%d:127.0.0.1:%%d" % (port + 1), tcp_echo.port),
-            ("udp:%d:127.0.0.1:%%d" % (port + 1), udp_echo.port))])
+        _, client = forward(RATROD2, *("%s:%d:127.0.0.1:%d" % words for words in (
+            ("tcp", port, tcp_echo.port), ("tcp", port + 1, tcp_echo.port), ("udp", port + 1, udp_echo.port))))
         ask(port)
         ask(port + 1)
-        originator.settimeout(PATIENCE)
-        originator.connect(("127.0.0.1", port + 1))
-        ask_udp(originator, b"?")
+        with udp_originator(client) as originator:
+            ask_udp(originator)
     assert [re.search(r"\[(\w+)\] Listening", line).group(1) for line in client.lines if "Listening" in line] == ["TCP", "TCP", "UDP"]
 
 
@@ -265,8 +256,7 @@ def test_a_link_local_address_keeps_its_zone(namespace, start, ratrod, keys, tar
     client = ratrod("-k", keys.client.path, "connect", "-a", "[%s%%%s]:%s" % (far.split("%")[0], cable, port),
                     "[%s]:0:127.0.0.1:%d" % (near, inside.port), "R:0:[%s]:%d" % (near, outside.port)).ready()
     ask(tcp_port(client), host=near)
-    back = int(client.wait_for(r"listens on `localhost:(\d+)`").group(1))
-    namespace.make(ask, back)
+    namespace.make(ask, bound(client, host="localhost"))
 
 
 def test_a_server_opens_none_of_its_own_addresses(serve, ratrod, keys):

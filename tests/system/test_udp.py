@@ -9,7 +9,7 @@ import time
 import pytest
 
 from support.kernel import waiting_bytes
-from support.programs import PATIENCE, RATROD2, descriptors, either_wire, every_mode, tcp_port, udp_port
+from support.programs import PATIENCE, RATROD2, descriptors, either_wire, every_mode, tcp_port, udp_originator, udp_port
 from support.rows import row
 from support.sockets import ask_udp, eventually, free_port
 from support.targets import UdpEcho, UdpRemote
@@ -30,13 +30,9 @@ def loose(stack):
 
 
 @pytest.fixture
-def originator(loose):
-    """originator(port, host="127.0.0.1") -> a socket of its own, connected: answers from elsewhere do not reach it."""
-    def launch(port, host="127.0.0.1"):
-        made = loose(":" in host)
-        made.connect((host, port))
-        return made
-    return launch
+def originator(stack):
+    """originator(client, n=1) -> a socket of its own, connected to the client's n-th UDP listener: answers from elsewhere do not reach it."""
+    return lambda client, n=1: stack.enter_context(udp_originator(client, n))
 
 
 @every_mode
@@ -45,7 +41,7 @@ def test_datagrams_to_an_echo(mode, forward, udp_echo, originator):
     # The first datagram comes before there is a session, and before its tunnel has a link.
     for n, size in enumerate((0, 512, 65507), 1):
         with row("the first datagram, of %d bytes" % size):
-            asking = originator(udp_port(client, n))
+            asking = originator(client, n)
             ask_udp(asking, NOISE[:size])
     # A datagram stays one datagram: the empty one counts too, and the largest that IPv4 has fits.
     before = udp_echo.seen
@@ -63,14 +59,14 @@ def test_datagrams_to_an_echo(mode, forward, udp_echo, originator):
     answers += [asking.recv(65536) for _ in range(15)]
     assert answers == questions
     # Every originator gets its own answers.
-    many = [originator(udp_port(client)) for _ in range(20)]
+    many = [originator(client) for _ in range(20)]
     for turn in range(5):
         for n, one in enumerate(many):
             one.send(b"%d of %d" % (turn, n))
         for n, one in enumerate(many):
             assert one.recv(65536) == b"%d of %d" % (turn, n)
     # Datagrams wait for a server that is slow to answer. The fourth tunnel has no link yet.
-    asking = originator(udp_port(client, 4))
+    asking = originator(client, 4)
     questions = [b"question %d" % n for n in range(10)]
     os.kill(server.process.pid, signal.SIGSTOP)
     try:
@@ -85,8 +81,8 @@ def test_datagrams_to_an_echo(mode, forward, udp_echo, originator):
 @either_wire
 def test_target_sees_one_address_for_an_originator(mode, tunnel, remote, originator, loose):
     """It is how a target tells its peers apart; and it may answer late, often, or not at all."""
-    port = udp_port(tunnel(remote.port, mode).client)
-    first, second = originator(port), originator(port)
+    client = tunnel(remote.port, mode).client
+    first, second = originator(client), originator(client)
     sources = []
     for asking in (first, second, first, second):
         asking.send(b"?")
@@ -106,24 +102,22 @@ def test_idle_sessions_are_forgotten_at_both_ends(mode, forward, remote, origina
     server, client = forward(mode, "0:%d" % remote.port, serve_flags=("--udp-timeout", "1"), connect_flags=("--udp-timeout", "1"))
     before = descriptors(server), descriptors(client)
     # Idle means in both directions: a stream of news is not idle although nobody answers it. It began first, and would be forgotten first.
-    reader = originator(udp_port(client))
+    reader = originator(client)
     reader.send(b"news, please")
     source, began = remote.receive()[1], time.monotonic()
     def hears_news():
         remote.socket.sendto(b"news", source)
         return reader.recv(65536) == b"news"
-    asking, sources = [originator(udp_port(client)) for _ in range(20)], set()
+    asking, sources = [originator(client) for _ in range(20)], set()
     for n, one in enumerate(asking):
         one.send(b"%d" % n)
         data, address = remote.receive()
         sources.add(address)
         assert data == b"%d" % n and hears_news()
     assert len(sources) == 20, "each has a socket of its own"
-    def forgotten():
-        # Some descriptors may be links that are kept. By 3 s each end has looked at the ages of its sessions after they were too old.
-        return (hears_news() and time.monotonic() > began + 3
-                and descriptors(server) < before[0] + 10 and descriptors(client) < before[1] + 10)
-    eventually(forgotten, "the sessions' sockets were closed")
+    # Some descriptors may be links that are kept. By 3 s each end has looked at the ages of its sessions after they were too old.
+    eventually(lambda: hears_news() and time.monotonic() > began + 3 and all(
+        descriptors(program) < n + 10 for program, n in zip((server, client), before)), "the sessions' sockets were closed")
     reader.send(b"thank you")
     assert remote.receive() == (b"thank you", source)
     # And the originators need not know.
@@ -139,7 +133,7 @@ def test_refusal_of_one_session_ends_no_other(mode, forward, remote, udp_echo, o
     port = free_port()  # nobody is there: what is sent comes back as an ICMP refusal
     _, client = forward(mode, "0:%d" % port, "0:%d" % udp_echo.port, "0:%d" % remote.port,
                         serve_flags=("-r", r"127\.0\.0\.1:(%d|%d)" % (port, remote.port)))
-    refused, forbidden, other = (originator(udp_port(client, n)) for n in (1, 2, 3))
+    refused, forbidden, other = (originator(client, n) for n in (1, 2, 3))
     other.send(b"before")
     source = remote.receive()[1]
     forbidden.send(b"let me in")
@@ -169,13 +163,8 @@ def answered_by(remote_socket, asking):
 
 def test_answer_comes_from_the_address_that_was_asked(forward, udp_echo, originator, loose):
     """Resolvers drop an answer from elsewhere, and the kernel prefers its own choice of source."""
-    listeners = {
-        "0.0.0.0": ["127.0.0.1", "127.0.0.2", "127.9.9.9"],
-        "[::]": ["127.0.0.1", "127.0.0.2", "::1"],
-        "[::1]": ["::1"],
-        "127.0.0.3": ["127.0.0.3"],
-        "localhost": ["127.0.0.1", "::1"],
-    }
+    listeners = {"0.0.0.0": ["127.0.0.1", "127.0.0.2", "127.9.9.9"], "[::]": ["127.0.0.1", "127.0.0.2", "::1"], "[::1]": ["::1"],
+                 "127.0.0.3": ["127.0.0.3"], "localhost": ["127.0.0.1", "::1"]}
     with contextlib.closing(UdpEcho("::1")) as ipv6_echo:
         _, client = forward(RATROD2, *["%s:0:127.0.0.1:%d" % (local, udp_echo.port) for local in listeners], "0:[::1]:%d" % ipv6_echo.port)
         for n, (local, hosts) in enumerate(listeners.items(), 1):
@@ -196,7 +185,7 @@ def test_answer_comes_from_the_address_that_was_asked(forward, udp_echo, origina
             assert asking.recvfrom(65536) == (host.encode(), (host, udp_port(client)))
         # A target may be an IPv6 one.
         for size in (1, 1200, 65507):
-            ask_udp(originator(udp_port(client, len(listeners) + 1)), NOISE[:size])
+            ask_udp(originator(client, len(listeners) + 1), NOISE[:size])
 
 
 @either_wire
@@ -206,7 +195,7 @@ def test_a_target_with_several_addresses(mode, serve, client, resolver, originat
     with contextlib.closing(UdpRemote()) as remote:
         _, port = serve(*mode.serve, env=names.environment)
         program = client(port, *("0:%s:%d" % (name, remote.port) for name in ("second.example", "third.example", "late.example")), flags=mode.connect)
-        asking = [originator(udp_port(program, n)) for n in (1, 2, 3)]
+        asking = [originator(program, n) for n in (1, 2, 3)]
         for one in asking[:2]:
             for n in range(5):
                 one.send(b"%d" % n)
@@ -222,9 +211,8 @@ def test_a_target_with_several_addresses(mode, serve, client, resolver, originat
         eventually(lambda: answered_by(again.socket, asking[2]), "an answer to who came before its target")
         for one in asking[:2]:
             one.send(b"the same")
-            data, source = again.receive()
-            while data != b"the same":  # an answer of before
-                data, source = again.receive()
+            while again.receive()[0] != b"the same":  # an answer of before
+                pass
 
 
 @either_wire
@@ -232,7 +220,7 @@ def test_remote_on_another_machine(mode, namespace, tunnel, originator):
     """The original reaches the UDP of its own loopback only. Over a real cable the largest datagram travels in 45 fragments, too."""
     with contextlib.closing(namespace.make(UdpEcho, namespace.address)) as echo:
         made = tunnel(echo.port, mode, host=namespace.address)
-        asking = originator(udp_port(made.client))
+        asking = originator(made.client)
         for size in (0, 60, 512, 1472, 1473, 65507):
             ask_udp(asking, NOISE[:size])
         assert echo.seen == 6
