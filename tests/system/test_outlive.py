@@ -25,7 +25,6 @@ from support.sockets import accept, assert_reset, dial, eventually, is_ready, pi
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-WINDOW = 1 << 20
 NUMBER = bytes(range(16))
 sigterm = pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM here that a program could act on")
 LOSSES = "FIN", "RST", "half a record", "last byte of the tag", "length 2^32 - 1"
@@ -96,8 +95,7 @@ def hold(link, listener, stack):
 
 def ask(link, stream, **wrong):
     """An attach that changes nothing at this end. What its Open says is right but for `wrong`."""
-    fields = {"target": stream.target, "stream": stream.number, "attempt": stream.attempt + 1,
-              "at": stream.acknowledged, "taken": stream.taken}
+    fields = {"target": stream.target, "stream": stream.number, "attempt": stream.attempt + 1, "at": stream.acknowledged, "taken": stream.taken}
     link.send_open(TCP, **{**fields, **wrong})
 
 
@@ -179,18 +177,15 @@ def test_rule_06_a_higher_attempt_closes_the_older_link(link, hold, listener):
     assert_no_connect(listener)
 
 
-def test_36_an_attempt_that_is_not_higher(link, hold):
-    """Its link alone ends: it is an old one."""
+def test_36_what_ends_the_stream_or_its_link_alone(link, hold):
+    """An attempt that is not higher is that of an old link. Another target, and `taken` beyond what was sent; `at` beyond what was taken is answered
+    by Error; and an Ack beyond what was sent, or one that goes back."""
     stream, local = hold()
     for attempt in (0, 1):
         late = link()
         ask(late, stream, attempt=attempt)
         assert_ended(late, ())
     live_and_end(stream, local)
-
-
-def test_36_an_attach_that_ends_the_stream(link, hold):
-    """Another target, and `taken` beyond what was sent; `at` beyond what was taken is answered by Error."""
     for wrong, detached in itertools.product(({"target": "127.0.0.1:1"}, {"taken": 5}, {"at": 5}), (False, True)):
         with row((wrong, detached)):
             stream, local = hold()
@@ -202,9 +197,6 @@ def test_36_an_attach_that_ends_the_stream(link, hold):
             assert types == [ERROR] or not types and "at" not in wrong
             assert was_reset(local)
             refusal(stream.attach(link(), attempt=9))
-
-
-def test_36_an_ack_that_ends_the_stream(link, hold):
     for acks in (5,), (3, 2), (2**64 - 1,):
         with row(acks):
             stream, local = hold()
@@ -276,11 +268,12 @@ def test_rule_08_at_a_limit_a_detached_stream_makes_room(link, hold, limit):
         live_and_end(stream, local)
 
 
-def test_rule_09_an_attach_passes_the_limit_of_links(link, hold, listener):
-    """The key has all the links that it may have. While a stream of it waits, it may have one more, on which only an attach is accepted."""
-    stream, local = hold(flags=("--max-links-per-key", "1"))
+def test_rule_09_an_attach_passes_the_limits(link, hold, listener):
+    """The key has all the links and streams that it may have. While a stream of it waits, it may have one more link, on which only an attach is
+    accepted."""
+    stream, local = hold(flags=("--max-links-per-key", "2", "--max-streams-per-key", "1"))
     peer.reset(stream.link.sock)
-    full = link()
+    links = [link() for _ in range(2)]
     for _ in range(2):
         extra = link()
         with pytest.raises(PeerError, match="as many connections of this client"):
@@ -290,21 +283,13 @@ def test_rule_09_an_attach_passes_the_limit_of_links(link, hold, listener):
     talk(stream, local)
     with pytest.raises(PeerError, match="as many connections of this client"):
         link()
+    with pytest.raises(PeerError, match="as many streams"):
+        links[0].open(stream.target).wait_opened()
     live_and_end(stream, local)
-    another = full.open(stream.target)
+    another = links[1].open(stream.target)
     another.wait_opened()
     with accept(listener) as its_local:
         live_and_end(another, its_local)
-
-
-def test_rule_09_an_attach_passes_the_limit_of_streams(link, hold):
-    stream, local = hold(flags=("--max-streams-per-key", "1"))
-    peer.reset(stream.link.sock)
-    attach(stream, link())
-    talk(stream, local)
-    with pytest.raises(PeerError, match="as many streams"):
-        link().open(stream.target).wait_opened()
-    live_and_end(stream, local)
 
 
 @sigterm
@@ -479,7 +464,7 @@ def test_rule_08_ends_that_do_not_wait_equally_long(serve, connect, tcp_echo, ou
     """Either end acknowledges what it takes, whether it would wait for another link or not."""
     _, port = serve("--resume", theirs)
     client = connect(port, "--resume", ours, "0:%d" % tcp_echo.port).ready()
-    sockets.ask(tcp_port(client), bytes(range(256)) * (4 * WINDOW // 256))
+    sockets.ask(tcp_port(client), bytes(range(256)) * (1 << 14))  # four windows
 
 
 @sigterm

@@ -12,15 +12,14 @@ import time
 import pytest
 
 import ratrod as module
+from support import programs, sockets
 from support import ratrod2_peer as peer
 from support.keys import identity_of, make_keys, seed_of
 from support.pressure import LONG, figure, scaled
-from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED
-from support.programs import descriptors, either_wire, tcp_port, udp_originator
+from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, tcp_port
 from support.relays import Door
 from support.scripted import Scripted
-from support.sockets import ask, ask_udp, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_all, receive_exactly, refused, say
-from support.sockets import settled, works
+from support.sockets import ask, ask_udp, ask_until_answered, dial, eventually, outcome_of, ping, port_of, receive_all, receive_exactly, works
 from support.socks5 import ask_socks, request, socks_port
 from support.targets import says
 from support.traffic import RESET, Traffic
@@ -112,7 +111,7 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
     for number in range(KILLS if LONG else 2):
         client = connect_to([port], RATROD2, "0:" + remote, "0:127.0.0.1:%d" % udp_echo.port, "R:0:" + remote).ready()
         reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1))
-        with Traffic() as traffic, contextlib.closing(udp_originator(client, 2)) as originator:
+        with Traffic() as traffic, contextlib.closing(programs.udp_originator(client, 2)) as originator:
             streams = [traffic.stream(lambda: dial(tcp_port(client)), listener, name) for name in ("quiet", "busy")]  # noqa: B023
             back = traffic.stream(lambda: dial(reverse_port), listener, "reverse")  # noqa: B023 - called at once
             for stream in traffic.streams:
@@ -127,9 +126,9 @@ def test_a_client_that_is_killed_again_and_again(serve, connect_to, udp_echo, li
             ended_here = [stream.target for stream in streams] + [back.originator]
             traffic.wait_until(lambda: all(end.over for end in ended_here), "each stream has ended")  # noqa: B023
             assert [end.over for end in ended_here] == [RESET] * 3, traffic.streams
-        eventually(lambda: refused(reverse_port), "the reverse listener is gone")  # noqa: B023
+        eventually(lambda: sockets.refused(reverse_port), "the reverse listener is gone")  # noqa: B023
         if number == 0:  # what is loaded on first use is counted in
-            at_start = settled(lambda: descriptors(server))
+            at_start = sockets.settled(lambda: descriptors(server))
         eventually(lambda: descriptors(server) <= at_start, lambda: "%d descriptors after %d" % (descriptors(server), at_start))  # noqa: B023
         worst = max(worst, time.monotonic() - since if number else 0)
     figure("client killed", "server has let go of everything after %.2f s at worst; %d descriptors" % (worst, descriptors(server)))
@@ -175,7 +174,7 @@ def test_so_many_tries(serve, connect, tcp_echo, door, mode, tries):
     with contextlib.ExitStack() as stack:
         for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(6)]:
             ping(connection, b"x")
-    before, door.to = settled(lambda: len(door.tries)), None
+    before, door.to = sockets.settled(lambda: len(door.tries)), None
     server.kill()
     if mode is LEGACY:  # it has no link that could tell
         assert outcome_of(tcp_port(client)) == "reset" or not tries
@@ -196,7 +195,7 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
     client = connect(door.port, "--max-retry-interval", "%g" % longest, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     ask(tcp_port(client))
     # A handshake that is under way when the server dies would be one more failed try.
-    lines, before, door.to = len(client.lines), settled(lambda: len(door.tries)), None
+    lines, before, door.to = len(client.lines), sockets.settled(lambda: len(door.tries)), None
     server.kill()
     client.wait_for(LOST)
     eventually(lambda: len(door.tries) >= before + tries + 2, "it goes on trying")
@@ -332,7 +331,7 @@ def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_ec
     client = connect_to([closed, *ports], mode, "0:127.0.0.1:%d" % tcp_echo.port, "0:127.0.0.1:%d" % udp_echo.port, "0:socks", *reverse).ready()
     assert "❌" not in client.output
     reverse_port = int(client.wait_for(r"listens on `[^`]*:(\d+)`").group(1)) if reverse else None
-    with contextlib.closing(udp_originator(client, 2)) as originator:
+    with contextlib.closing(programs.udp_originator(client, 2)) as originator:
         def works():
             ask(tcp_port(client))
             ask_until_answered(originator, b"datagram")
@@ -342,7 +341,7 @@ def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_ec
                 ping(connection, b"through SOCKS")
             if reverse_port:
                 # Whoever listens there asks again in its own time.
-                eventually(lambda: not refused(reverse_port), "the reverse tunnel is there")
+                eventually(lambda: not sockets.refused(reverse_port), "the reverse tunnel is there")
                 ask(reverse_port)
         works()
         servers[0].kill()  # fail-over
@@ -511,7 +510,7 @@ def all_idle(client, door, streams):
     """Waits until no link does anything: each handshake is done, and `streams` streams are over, as the client sees it."""
     eventually(lambda: client.output.count(" closed: ") == streams, "every stream is over")
     eventually(lambda: client.output.count("cipher: ") == len(door.tries), "every handshake is done")
-    settled(lambda: len(door.tries))  # HandshakeCompletion, which nothing shows, has come
+    sockets.settled(lambda: len(door.tries))  # HandshakeCompletion, which nothing shows, has come
 
 
 def assert_greeted(client, n=1):
@@ -559,7 +558,7 @@ def test_a_long_record_on_a_slow_path_is_not_silence(start, keys, target):
     client = start(*scaled(keepalive=0.4, silence=1.0, sweep_interval=0.1), "-k", keys.client.path, "-v", "connect",
                    "127.0.0.1:%d" % server.port, "0:good:1").ready()
     with dial(tcp_port(client)) as connection:
-        say(connection, b"!")
+        sockets.say(connection, b"!")
         assert receive_all(connection) == text
     server.check()
 
@@ -577,7 +576,7 @@ def test_udp_sessions_of_a_client_share_one_link(ratrod, keys, target, second, s
     for who in (keys.client, second):
         client = ratrod("-k", who.path, "connect", "127.0.0.1:%d" % server.port, "0:good:1", "0:good:2").ready()
         for n in range(10):
-            ask_udp(stack.enter_context(udp_originator(client, 1 + n % 2)), b"%d" % n)
+            ask_udp(stack.enter_context(programs.udp_originator(client, 1 + n % 2)), b"%d" % n)
     assert links == {identity_of(keys.client): 1, identity_of(second): 1}
     server.check()
 
@@ -604,6 +603,6 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target, s
     for local in locals_:
         local.shutdown(socket.SHUT_WR)
         assert local.recv(1) == b""
-    ask_until_answered(stack.enter_context(udp_originator(client)), b"hello")
+    ask_until_answered(stack.enter_context(programs.udp_originator(client)), b"hello")
     assert len(asked) < 6 and asked[-1] is False, asked  # those that were in their handshakes meanwhile may be tried
     assert "❌" not in client.output

@@ -148,8 +148,8 @@ def test_where_a_server_cannot_listen(reverse, client, second, target):
     On the server's own port, on another program's, on an address from 192.0.2.0/24, which nobody has."""
     made = reverse(target(says(b"first")).port)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        cases = [("%s%d" % (host, made.port), "in use by another client")
-                 for host in ("", "127.0.0.1:", "[::1]:", "localhost:", "0.0.0.0:", "[::]:", "*:")]
+        hosts = "", "127.0.0.1:", "[::1]:", "localhost:", "0.0.0.0:", "[::]:", "*:"
+        cases = [("%s%d" % (host, made.port), "in use by another client") for host in hosts]
         cases += [("%s%d" % (host, made.server_port), "in use|this server itself is on that port") for host in ("127.0.0.1:", "*:")]
         cases += [("%d" % port_of(taken), "%d.*in use" % port_of(taken)), ("192.0.2.1:0", r"192\.0\.2\.1")]
         outcomes = run_lines([["-k", second.path, "connect", "127.0.0.1:%d" % made.server_port, "R:%s:127.0.0.1:1" % where] for where, _ in cases])
@@ -354,7 +354,6 @@ def listen(link):
 
 @pytest.fixture
 def originate(stack):
-    """originate(address) -> a connection to it"""
     return lambda address: stack.enter_context(dial(int(address.rpartition(":")[2])))
 
 
