@@ -53,27 +53,18 @@ GOOD = {
     # Words that only look like options from afar are a comment's.
     **dict.fromkeys(("KEY nobody permissive expensive laptop-no-udp",
                      "KEY legacy udp box of no one@example.com no-reply@example.com from home"), ALL),
-    'KEY permitopen="127.0.0.1:1001"': {P, UDP},
-    'KEY permitopen="127.0.0.1:2002" alice@laptop': {Q},
-    'KEY permitopen="127.0.0.1:*"': ALL,
-    'KEY permitopen="*:1001"': {P, UDP},
-    'KEY permitopen="*:*"': ALL,
-    'KEY permitopen="[::ffff:127.0.0.1]:1001"': {P, UDP},
+    'KEY permitopen="127.0.0.1:1001"': {P, UDP}, 'KEY permitopen="127.0.0.1:2002" alice@laptop': {Q}, 'KEY permitopen="127.0.0.1:*"': ALL,
+    'KEY permitopen="*:1001"': {P, UDP}, 'KEY permitopen="*:*"': ALL, 'KEY permitopen="[::ffff:127.0.0.1]:1001"': {P, UDP},
     **dict.fromkeys(('KEY permitopen="[::1]:1001"', 'KEY permitopen="[::1]:*" permitopen="127.0.0.2:*"', 'KEY permitopen="localhost:1001"',
                      'KEY permitopen="*.example.com:*"', 'KEY permitopen="unix:/run/some.sock"'), set()),
-    'KEY permitopen="DB.example.com:1" permitopen="127.0.0.1:1001" bob': {P, UDP},
-    'KEY permitopen="127.0.0.1:2002" permitopen="127.0.0.1:1001"': ALL,
-    'KEY permitopen="127.0.0.1:1001" no-udp': {P},
-    'KEY no-udp permitopen="127.0.0.1:2002"': {Q},
-    "KEY no-udp": {P, Q},
+    'KEY permitopen="DB.example.com:1" permitopen="127.0.0.1:1001" bob': {P, UDP}, 'KEY permitopen="127.0.0.1:2002" permitopen="127.0.0.1:1001"': ALL,
+    'KEY permitopen="127.0.0.1:1001" no-udp': {P}, 'KEY no-udp permitopen="127.0.0.1:2002"': {Q}, "KEY no-udp": {P, Q},
     "KEY no-udp no-legacy alice@laptop": {P, Q},
     # What is meant counts: a word that narrows must not be lost.
     **dict.fromkeys(("KEY NO-UDP", "KEY no_udp", "KEY noudp", "KEY No-Udp alice", "\ufeffKEY no-udp", "KEY no-udp legacy box"), {P, Q}),
     **dict.fromkeys(('KEY PERMITOPEN="127.0.0.1:1001"', 'KEY permit-open="127.0.0.1:1001"', 'KEY Permit_Open="127.0.0.1:1001" bob'), {P, UDP}),
-    'KEY permitlisten="8080"': ALL,
-    'KEY permitlisten="127.0.0.1:*" permitlisten="localhost:80" permitlisten="*:9000" permitlisten="[::1]:80"': ALL,
-    'KEY expires="%s"' % day(2): ALL,
-    'KEY expires="2999-12-31" no-legacy permitopen="127.0.0.1:1001" no-udp permitlisten="1" alice@laptop': {P},
+    'KEY permitlisten="8080"': ALL, 'KEY permitlisten="127.0.0.1:*" permitlisten="localhost:80" permitlisten="*:9000" permitlisten="[::1]:80"': ALL,
+    'KEY expires="%s"' % day(2): ALL, 'KEY expires="2999-12-31" no-legacy permitopen="127.0.0.1:1001" no-udp permitlisten="1" alice@laptop': {P},
 }
 # An expired line is no mistake.
 EXPIRED = ['KEY expires="%s"' % day(0), 'KEY expires="%s" alice' % day(-1), 'KEY no-udp expires="1970-01-01"', 'KEY expires="0001-01-01"',
@@ -141,12 +132,9 @@ def test_every_line_by_itself(tmp_path):
 
 @pytest.mark.parametrize("options, allowed", [
     # What any line of a key allows is allowed, a line's own limits apply to what that line allows.
-    (['permitopen="127.0.0.1:1001"', 'permitopen="127.0.0.1:2002"'], ALL),
-    (['permitopen="127.0.0.1:1001"', ""], ALL),
-    (['permitopen="127.0.0.1:1001"', "no-udp"], ALL),
-    (['permitopen="127.0.0.1:2002"', "no-udp"], {P, Q}),
-    (['permitopen="127.0.0.1:1001" no-udp', 'permitopen="127.0.0.1:2002"'], {P, Q}),
-    (["no-udp", "no-udp"], {P, Q}),
+    (['permitopen="127.0.0.1:1001"', 'permitopen="127.0.0.1:2002"'], ALL), (['permitopen="127.0.0.1:1001"', ""], ALL),
+    (['permitopen="127.0.0.1:1001"', "no-udp"], ALL), (['permitopen="127.0.0.1:2002"', "no-udp"], {P, Q}),
+    (['permitopen="127.0.0.1:1001" no-udp', 'permitopen="127.0.0.1:2002"'], {P, Q}), (["no-udp", "no-udp"], {P, Q}),
 ])
 def test_several_lines_of_one_key(options, allowed):
     assert may(grants_of(*options)) == allowed
@@ -175,13 +163,9 @@ def test_patterns_of_permitopen():
 
 
 @pytest.mark.parametrize("regex, options, expected", [
-    (".*", 'permitopen="127.0.0.1:1001"', {P, UDP}),
-    (r"127\.0\.0\.1:1001", "", {P, UDP}),
-    (r"127\.0\.0\.1", 'permitopen="127.0.0.1:1001"', {P, UDP}),
-    (r".*:2002", 'permitopen="127.0.0.1:1001"', set()),
-    (r"127\.0\.0\.1:1001", 'permitopen="*:*"', {P, UDP}),
-    (r"localhost", 'permitopen="127.0.0.1:*"', set()),
-    (r".*:(1001|2002)", 'permitopen="127.0.0.1:1001" permitopen="127.0.0.1:2002"', ALL),
+    (".*", 'permitopen="127.0.0.1:1001"', {P, UDP}), (r"127\.0\.0\.1:1001", "", {P, UDP}), (r"127\.0\.0\.1", 'permitopen="127.0.0.1:1001"', {P, UDP}),
+    (r".*:2002", 'permitopen="127.0.0.1:1001"', set()), (r"127\.0\.0\.1:1001", 'permitopen="*:*"', {P, UDP}),
+    (r"localhost", 'permitopen="127.0.0.1:*"', set()), (r".*:(1001|2002)", 'permitopen="127.0.0.1:1001" permitopen="127.0.0.1:2002"', ALL),
 ])
 def test_the_regex_and_permitopen_must_both_allow(regex, options, expected):
     grants = grants_of(options)
@@ -189,8 +173,6 @@ def test_the_regex_and_permitopen_must_both_allow(regex, options, expected):
 
 
 INSIDE, INSIDE6, LINK_LOCAL, BOTH, OUTSIDE = ("%s.example.com" % name for name in ("inside", "inside6", "linklocal", "both", "outside"))
-RESOLVES = {INSIDE: ("127.0.0.1",), INSIDE6: ("::1",), LINK_LOCAL: ("169.254.7.7",), BOTH: ("127.0.0.1", "192.0.2.7"), OUTSIDE: ("192.0.2.7",),
-            "localhost": ("127.0.0.1",), "127.0.0.1": ("127.0.0.1",)}
 LOOPBACK, ELSEWHERE = ("127.0.0.1",), ("192.0.2.7",)
 
 
@@ -213,11 +195,13 @@ LOOPBACK, ELSEWHERE = ("127.0.0.1",), ("192.0.2.7",)
     ('permitopen="inside.example.com:80"', ".+", {INSIDE: None}),
 ])
 def test_a_name_that_resolves_to_loopback(options, regex, outcomes):
+    resolves = {INSIDE: ("127.0.0.1",), INSIDE6: ("::1",), LINK_LOCAL: ("169.254.7.7",), BOTH: ("127.0.0.1", "192.0.2.7"), OUTSIDE: ("192.0.2.7",),
+                "localhost": ("127.0.0.1",), "127.0.0.1": ("127.0.0.1",)}
     policy, grants = ratrod.Policy(regex), grants_of(options)
 
     def reached(host):
         try:
-            return policy.check_addresses(policy.check(host + ":80", grants), RESOLVES[host], grants)
+            return policy.check_addresses(policy.check(host + ":80", grants), resolves[host], grants)
         except ratrod.PolicyError:
             return None
     # Twice: what is remembered of one question must not answer another.
@@ -293,12 +277,12 @@ ASKED = {
         ":8080", "[]:8080", "127.0.0.2:8080", "\uff11\uff12\uff17.0.0.1:8080", "127.0.0.1\0:8080", "127.0.0.1:8080\n", "127.0.0.1:08080",
         "localhost.ok.example:8080", "evil.example:8080", "unix:/tmp/8080", "/tmp/x:8080", "127.0.0.1:8080:1", "localhost\n:8080",
         "[localhost]:8080", "\x1b[2J:8080", "[::1%lo]:8080"), False)}
-# Nothing that anybody may listen on.
-BAD_ADDRESSES = ["", ":", ":0", "127.0.0.1", "127.0.0.1:", "127.1:0", "0x7f000001:0", "127.0.0.1:0\n", "127.0.0.1:00", "127.0.0.1:65536",
-                 "127.0.0.1:-1", "127.0.0.1:\u0660", "[::1", "[fe80::1%lo]:0", "**:0", "*.x:0", "a b:0", "unix:/tmp/x", "no.such.name.invalid:0"]
 
 
 def test_spellings_of_an_address_to_listen_on():
+    # Nothing that anybody may listen on.
+    bad_addresses = ["", ":", ":0", "127.0.0.1", "127.0.0.1:", "127.1:0", "0x7f000001:0", "127.0.0.1:0\n", "127.0.0.1:00", "127.0.0.1:65536",
+                     "127.0.0.1:-1", "127.0.0.1:\u0660", "[::1", "[fe80::1%lo]:0", "**:0", "*.x:0", "a b:0", "unix:/tmp/x", "no.such.name.invalid:0"]
     grant, = grants_of('permitlisten="127.0.0.1:8080"')
 
     def listens(asked):
@@ -308,7 +292,7 @@ def test_spellings_of_an_address_to_listen_on():
         except ValueError:
             return False
     assert {asked: listens(asked) for asked in ASKED} == ASKED
-    for text in BAD_ADDRESSES:
+    for text in bad_addresses:
         with pytest.raises(ValueError):
             address = ratrod.parse_bind(text)
             pytest.fail("%r was taken for %s" % (text, address))

@@ -34,8 +34,7 @@ GOOD = [
     ("http://user:p@proxy", b"HTTP/1.0 299 Fine\n\n",
      b"CONNECT db.invalid:19000 HTTP/1.1\r\nHost: db.invalid:19000\r\nProxy-Authorization: Basic dXNlcjpw\r\n\r\n"),
     # SOCKS5. A name is looked up at the proxy: `db.invalid` is known to nobody here.
-    ("socks5://proxy", b"\5\0\5\0" + BOUND, b"\5\1\0" + REQUEST),
-    ("socks5://proxy", b"\5\0\5\0\0\3\7example\0\1", b"\5\1\0" + REQUEST),
+    ("socks5://proxy", b"\5\0\5\0" + BOUND, b"\5\1\0" + REQUEST), ("socks5://proxy", b"\5\0\5\0\0\3\7example\0\1", b"\5\1\0" + REQUEST),
     ("socks5h://proxy", b"\5\0\5\0\0\4" + bytes(18), b"\5\1\0" + REQUEST),
     # With a password, which the proxy may ask for or not.
     ("socks5://us%40er:p%40ss%3Aw%2F%C3%B6%20rd@proxy", b"\5\2\1\0\5\0" + BOUND,
@@ -50,8 +49,7 @@ def test_what_a_proxy_is_asked():
         with row((url, answer)):
             assert talk(url, answer + b"what the server says") == (asked, len(answer))
     for server, in_http, in_socks in (
-            ("127.0.0.1", b"127.0.0.1:9", b"\1\x7f\0\0\1\0\x09"),
-            ("::1", b"[::1]:9", b"\4" + bytes(15) + b"\1\0\x09"),
+            ("127.0.0.1", b"127.0.0.1:9", b"\1\x7f\0\0\1\0\x09"), ("::1", b"[::1]:9", b"\4" + bytes(15) + b"\1\0\x09"),
             ("hö", b"xn--h-1ga:9", b"\3\x09xn--h-1ga\0\x09")):
         assert talk("http://proxy", b"HTTP/1.1 200\r\n\r\n", ratrod.Address(server, 9))[0].startswith(b"CONNECT " + in_http + b" HTTP")
         assert talk("socks5://proxy", b"\5\0\5\0" + BOUND, ratrod.Address(server, 9))[0] == b"\5\1\0\5\1\0" + in_socks
@@ -59,13 +57,10 @@ def test_what_a_proxy_is_asked():
 
 SILENT = "it closed the connection before it had answered"
 HTTP = {
-    "garbage": (b"\x00\xff garbage", "does not speak HTTP"),
-    "ssh": (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak HTTP"),
+    "garbage": (b"\x00\xff garbage", "does not speak HTTP"), "ssh": (b"SSH-2.0-OpenSSH_9.2p1\r\n", "does not speak HTTP"),
     "endless": (b"HTTP/1.1 200 OK\r\n" + b"X-Filler: and so on\r\n" * 1000, "more than 16384 bytes"),
-    "endless line": (b"HTTP/1.1 200 OK" + b" " * 20000, "more than 16384 bytes"),
-    "closes at once": (b"", SILENT),
-    "closes in the header": (b"HTTP/1.1 200 OK\r\nVia: me\r\n", SILENT),
-    "no code": (b"HTTP/1.1 hello\r\n\r\n", "answered `HTTP/1.1 hello`"),
+    "endless line": (b"HTTP/1.1 200 OK" + b" " * 20000, "more than 16384 bytes"), "closes at once": (b"", SILENT),
+    "closes in the header": (b"HTTP/1.1 200 OK\r\nVia: me\r\n", SILENT), "no code": (b"HTTP/1.1 hello\r\n\r\n", "answered `HTTP/1.1 hello`"),
     "odd code": (b"HTTP/1.1 2000 hello\r\n\r\n", "answered `HTTP/1.1 2000 hello`"),
     "100": (b"HTTP/1.1 100 Continue\r\n\r\n", "answered `HTTP/1.1 100 Continue`"),
     "302": (b"HTTP/1.1 302 Log in first\r\nLocation: http://x/\r\n\r\n", "302 Log in first"),
@@ -74,13 +69,9 @@ HTTP = {
     "long": (b"HTTP/1.1 500 " + b"x" * 5000 + b"\r\n\r\n", "500 x{50,200}\\.\\.\\."),
 }
 SOCKS = {
-    "http": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak SOCKS5, but HTTP: write http://"),
-    "socks4": (b"\0\x5b", "does not speak SOCKS5"),
-    "closes at once": (b"", SILENT),
-    "closes before its answer": (b"\5\0\5\0", SILENT),
-    "odd version": (b"\5\0\4\0" + BOUND, "it answered 0"),
-    "odd address": (b"\5\0\5\0\0\x09" + BOUND, "an address that cannot be"),
-    "empty name": (b"\5\0\5\0\0\3\0\0\1", "an address that cannot be"),
+    "http": (b"HTTP/1.1 400 Bad Request\r\n\r\n", "does not speak SOCKS5, but HTTP: write http://"), "socks4": (b"\0\x5b", "does not speak SOCKS5"),
+    "closes at once": (b"", SILENT), "closes before its answer": (b"\5\0\5\0", SILENT), "odd version": (b"\5\0\4\0" + BOUND, "it answered 0"),
+    "odd address": (b"\5\0\5\0\0\x09" + BOUND, "an address that cannot be"), "empty name": (b"\5\0\5\0\0\3\0\0\1", "an address that cannot be"),
     **{"code %d" % code: (b"\5\0" + bytes((5, code)) + BOUND, says) for code, says in (
         (1, "it failed"), (2, "rules do not allow"), (3, "network is unreachable"), (4, "host is unreachable"), (5, "refused"),
         (6, "time to live"), (7, "cannot connect at all"), (8, "such an address"), (9, "it answered 9"), (255, "it answered 255"))},
@@ -101,17 +92,15 @@ def offering(*values, name=b"Proxy-Authenticate"):
     return b"HTTP/1.1 407 No\r\n" + b"".join(name + b": " + value + b"\r\n" for value in values) + b"\r\n"
 
 
-OTHER_WAYS = (
-    ((b"NTLM",), "NTLM"), ((b"Negotiate",), "Negotiate"), ((b"Negotiate", b"NTLM"), "Negotiate and NTLM"), ((b"NTLM TlRMTVNTUAAC=",), "NTLM"),
-    ((b'Digest realm="a, Basic b", qop="auth", nonce="\\", Basic", stale=false',), "Digest"),
-    ((b"Negotiate, NTLM,Kerberos",), "Negotiate and NTLM and Kerberos"),
-    ((b'Digest realm = "Basic",\r\n Bearer realm="x"',), "Digest and Bearer"), ((b"\x1b[31m, NTLM",), "NTLM"))
-
-
 def test_a_proxy_that_wants_what_is_not_spoken():
     """No password is wrong: it is named what the proxy wants, and what to do. Where Basic is among it, a user may help."""
+    other_ways = (
+        ((b"NTLM",), "NTLM"), ((b"Negotiate",), "Negotiate"), ((b"Negotiate", b"NTLM"), "Negotiate and NTLM"), ((b"NTLM TlRMTVNTUAAC=",), "NTLM"),
+        ((b'Digest realm="a, Basic b", qop="auth", nonce="\\", Basic", stale=false',), "Digest"),
+        ((b"Negotiate, NTLM,Kerberos",), "Negotiate and NTLM and Kerberos"),
+        ((b'Digest realm = "Basic",\r\n Bearer realm="x"',), "Digest and Bearer"), ((b"\x1b[31m, NTLM",), "NTLM"))
     for user in ("", "user:p@"):
-        for values, named in OTHER_WAYS:
+        for values, named in other_ways:
             for answer in (offering(*values), offering(*values, name=b"pRoXy-AuThEnTiCaTe").replace(b": ", b":").replace(b"407", b"407"),
                            offering(*values, name=b"WWW-Authenticate").replace(b"407", b"401")):
                 with row((user, answer)):

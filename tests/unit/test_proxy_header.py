@@ -6,48 +6,7 @@ import ratrod
 from support.proxy_headers import SIGNATURE, TCP6, UNIX, UNSPEC, addresses, introducing, tlv, v2
 from test_core import every_cut, feed, started, whole
 
-# What must be taken, and the client's address; None: the header names none.
-TAKEN = {
-    "v2 TCP4": (introducing("198.51.100.7"), ("198.51.100.7", 4711)),
-    "v2 TCP6": (introducing("2001:db8::7"), ("2001:db8::7", 4711)),
-    "v2 mapped IPv4": (introducing("::ffff:198.51.100.8"), ("198.51.100.8", 4711)),
-    "v2 TLVs": (v2(addresses("198.51.100.9") + tlv(0x02, b"example.com") + tlv(0x04, bytes(40)) + tlv(0x20, bytes(60))), ("198.51.100.9", 4711)),
-    "v2 TCP6 and TLVs": (v2(addresses("2001:db8::9") + tlv(0x05, b"id"), TCP6), ("2001:db8::9", 4711)),
-    "v2 port 0": (introducing("198.51.100.10", 0), ("198.51.100.10", 0)),
-    "v2 loopback": (introducing("127.0.0.1"), ("127.0.0.1", 4711)),
-    "v2 a listed source": (introducing("127.0.9.1"), ("127.0.9.1", 4711)),
-    "v2 no address at all": (introducing("0.0.0.0"), ("0.0.0.0", 4711)),
-    "v2 UNSPEC": (v2(family=UNSPEC), None),
-    "v2 UNSPEC with a body": (v2(bytes(20), UNSPEC), None),
-    "v2 UNIX": (v2(b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0"), UNIX), None),
-    "v1 TCP4": (b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", ("198.51.100.11", 4711)),
-    "v1 TCP6": (b"PROXY TCP6 2001:db8::11 ::2 4711 19000\r\n", ("2001:db8::11", 4711)),
-    "v1 UNKNOWN": (b"PROXY UNKNOWN\r\n", None),
-    "v1 UNKNOWN and more": (b"PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", None),
-    "v1 the longest": (b"PROXY TCP6 " + b" ".join([b"ffff:" * 7 + b"ffff"] * 2) + b" 65535 65535\r\n",
-                       ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 65535)),
-}
 ADDRESSES = addresses("198.51.100.7")
-REFUSED = {
-    "no header": b"",
-    "legacy without a header": b"\0" * 9,
-    "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    **{"v2 version %d" % version: v2(ADDRESSES, version=version) for version in (0, 1, 3)},
-    **{"v2 command %d" % command: v2(ADDRESSES, command=command) for command in (2, 15)},
-    **{"v2 family and transport %#x" % family: v2(ADDRESSES, family) for family in (0x41, 0xF1, 0x13)},
-    "v2 TCP4 of length 0": v2(), "v2 TCP4, a byte short": v2(ADDRESSES[:-1]), "v2 TCP6 with IPv4's length": v2(ADDRESSES, TCP6),
-    "v2 TCP6, a byte short": v2(addresses("2001:db8::7")[:-1], TCP6), "v2 length 65535": v2(ADDRESSES, length=65535),
-    "v2 length 65535, whole": v2(ADDRESSES + bytes(65535 - 12)), "v2 signature, last byte": SIGNATURE[:-1] + b"\r" + introducing("198.51.100.7")[12:],
-    "v1 without an end": b"PROXY UNKNOWN " + b"x" * 200, "v1 one byte too long": b"PROXY UNKNOWN " + b"x" * 92 + b"\r\n",
-    "v1 a bare LF": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000\n",
-    **{"v1 %s" % text: ("%s\r\n" % text).encode("latin-1" if "\xff" in text else "utf-8") for text in (
-        "PROXY       ",
-        *("PROXY %s 198.51.100.7 10.0.0.2 4711 19000" % protocol for protocol in ("TCP5", "UDP4", "TCP6", "", "TCP4 ", "tcp4")),
-        "proxy TCP4 198.51.100.7 10.0.0.2 4711 19000", "PROXY TCP4 2001:db8::7 ::2 4711 19000",
-        *("PROXY TCP4 %s 10.0.0.2 4711 19000" % address for address in ("127.1", "198.051.100.007", "\xff\xfe\x80", "\x1b[31mred")),
-        *("PROXY TCP4 198.51.100.7 10.0.0.2 " + ports for ports in ("4711", "4711 19000 1", "65536 19000", "04711 19000", "-1 19000",
-                                                           "٤٧١١ 19000")))},
-}
 WHAT_FOLLOWS = b"ratrod2\n" + b"\0\x23" + bytes(135)
 
 
@@ -60,13 +19,47 @@ def read(data, cut=whole):
 @every_cut
 def test_every_header_that_must_be_taken(cut):
     """Nothing of what follows is read: it is the client's."""
-    for name, (data, source) in TAKEN.items():
+    # What must be taken, and the client's address; None: the header names none.
+    taken = {
+        "v2 TCP4": (introducing("198.51.100.7"), ("198.51.100.7", 4711)), "v2 TCP6": (introducing("2001:db8::7"), ("2001:db8::7", 4711)),
+        "v2 mapped IPv4": (introducing("::ffff:198.51.100.8"), ("198.51.100.8", 4711)),
+        "v2 TLVs": (v2(addresses("198.51.100.9") + tlv(0x02, b"example.com") + tlv(0x04, bytes(40)) + tlv(0x20, bytes(60))), ("198.51.100.9", 4711)),
+        "v2 TCP6 and TLVs": (v2(addresses("2001:db8::9") + tlv(0x05, b"id"), TCP6), ("2001:db8::9", 4711)),
+        "v2 port 0": (introducing("198.51.100.10", 0), ("198.51.100.10", 0)), "v2 loopback": (introducing("127.0.0.1"), ("127.0.0.1", 4711)),
+        "v2 a listed source": (introducing("127.0.9.1"), ("127.0.9.1", 4711)), "v2 no address at all": (introducing("0.0.0.0"), ("0.0.0.0", 4711)),
+        "v2 UNSPEC": (v2(family=UNSPEC), None), "v2 UNSPEC with a body": (v2(bytes(20), UNSPEC), None),
+        "v2 UNIX": (v2(b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0"), UNIX), None),
+        "v1 TCP4": (b"PROXY TCP4 198.51.100.11 10.0.0.2 4711 19000\r\n", ("198.51.100.11", 4711)),
+        "v1 TCP6": (b"PROXY TCP6 2001:db8::11 ::2 4711 19000\r\n", ("2001:db8::11", 4711)), "v1 UNKNOWN": (b"PROXY UNKNOWN\r\n", None),
+        "v1 UNKNOWN and more": (b"PROXY UNKNOWN ffff:f...f:ffff ffff:f...f:ffff 65535 65535\r\n", None),
+        "v1 the longest": (b"PROXY TCP6 " + b" ".join([b"ffff:" * 7 + b"ffff"] * 2) + b" 65535 65535\r\n",
+                           ("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 65535)),
+    }
+    for name, (data, source) in taken.items():
         header, took = read(data + WHAT_FOLLOWS, cut)
         assert (header.wanted, took, header.source, header.is_local) == (0, len(data), source, False), name
 
 
 def test_every_header_that_cannot_be():
-    for name, data in REFUSED.items():
+    refused = {
+        "no header": b"", "legacy without a header": b"\0" * 9, "HTTP": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        **{"v2 version %d" % version: v2(ADDRESSES, version=version) for version in (0, 1, 3)},
+        **{"v2 command %d" % command: v2(ADDRESSES, command=command) for command in (2, 15)},
+        **{"v2 family and transport %#x" % family: v2(ADDRESSES, family) for family in (0x41, 0xF1, 0x13)},
+        "v2 TCP4 of length 0": v2(), "v2 TCP4, a byte short": v2(ADDRESSES[:-1]), "v2 TCP6 with IPv4's length": v2(ADDRESSES, TCP6),
+        "v2 TCP6, a byte short": v2(addresses("2001:db8::7")[:-1], TCP6), "v2 length 65535": v2(ADDRESSES, length=65535),
+        "v2 length 65535, whole": v2(ADDRESSES + bytes(65535 - 12)),
+        "v2 signature, last byte": SIGNATURE[:-1] + b"\r" + introducing("198.51.100.7")[12:],
+        "v1 without an end": b"PROXY UNKNOWN " + b"x" * 200, "v1 one byte too long": b"PROXY UNKNOWN " + b"x" * 92 + b"\r\n",
+        "v1 a bare LF": b"PROXY TCP4 198.51.100.7 10.0.0.2 4711 19000\n",
+        **{"v1 %s" % text: ("%s\r\n" % text).encode("latin-1" if "\xff" in text else "utf-8") for text in (
+            "PROXY       ", *("PROXY %s 198.51.100.7 10.0.0.2 4711 19000" % protocol for protocol in ("TCP5", "UDP4", "TCP6", "", "TCP4 ", "tcp4")),
+            "proxy TCP4 198.51.100.7 10.0.0.2 4711 19000", "PROXY TCP4 2001:db8::7 ::2 4711 19000",
+            *("PROXY TCP4 %s 10.0.0.2 4711 19000" % address for address in ("127.1", "198.051.100.007", "\xff\xfe\x80", "\x1b[31mred")),
+            *("PROXY TCP4 198.51.100.7 10.0.0.2 " + ports for ports in ("4711", "4711 19000 1", "65536 19000", "04711 19000", "-1 19000",
+                                                               "٤٧١١ 19000")))},
+    }
+    for name, data in refused.items():
         with pytest.raises(ratrod.RemoteProtocolError):
             header, took = read(data + WHAT_FOLLOWS)
             pytest.fail("%s: it took %d bytes, wants %d more, and names %s" % (name, took, header.wanted, header.source))

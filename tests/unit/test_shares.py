@@ -64,14 +64,11 @@ W, SMALL = ratrod.WINDOW, ratrod.POOR_WINDOW
 
 
 @pytest.mark.parametrize("kept, key, short, out", [
-    ({}, A, False, False),
-    ({A: 3 * W}, A, False, False),
+    ({}, A, False, False), ({A: 3 * W}, A, False, False),
     ({A: 4 * W}, A, True, False),  # one window more would be over the half that a key may have
-    ({A: 4 * W + 1}, A, True, True),
-    ({A: 4 * W + 1}, B, False, False),
+    ({A: 4 * W + 1}, A, True, True), ({A: 4 * W + 1}, B, False, False),
     ({A: 4 * W, B: 4 * W}, C, True, False),  # all of it is used, and somebody else has more
-    ({A: 4 * W, B: 3 * W, C: W + 1}, A, True, True),
-    ({A: 4 * W, B: 3 * W, C: W + 1}, B, True, False),
+    ({A: 4 * W, B: 3 * W, C: W + 1}, A, True, True), ({A: 4 * W, B: 3 * W, C: W + 1}, B, True, False),
 ], ids=str)
 def test_memory_is_bounded_in_all_and_for_each_key(kept, key, short, out):
     memory = ratrod.Memory(8 * W)

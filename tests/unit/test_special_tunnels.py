@@ -52,11 +52,9 @@ NO_TUNNELS = [
         ("stdio:2001:db8::7:22", "2001:db8::7"), ("stdio:[2001:db8::7]:22", "2001:db8::7"), ("stdio:::1:22", "::1"))),
     ("stdio:unix:/run/sshd", (("", 0), ("/run/sshd", 0), ratrod.STDIO)),
     # Every address of both families.
-    ("*:1080:socks", (("*", 1080), ("", 0), ratrod.SOCKS)),
-    ("R:*:9000:localhost:80", (("*", 9000), ("localhost", 80), ratrod.REVERSE)),
+    ("*:1080:socks", (("*", 1080), ("", 0), ratrod.SOCKS)), ("R:*:9000:localhost:80", (("*", 9000), ("localhost", 80), ratrod.REVERSE)),
     # One protocol alone, where there is but one: said, it is no mistake.
-    ("tcp:R:9000:db:80", (("", 9000), ("db", 80), ratrod.REVERSE)),
-    ("tcp:unix:/a:db:80", (("/a", 0), ("db", 80), ratrod.FORWARD)),
+    ("tcp:R:9000:db:80", (("", 9000), ("db", 80), ratrod.REVERSE)), ("tcp:unix:/a:db:80", (("/a", 0), ("db", 80), ratrod.FORWARD)),
     ("tcp:2000:unix:/a", (("127.0.0.1", 2000), ("/a", 0), ratrod.FORWARD)),
     # A host that is called so.
     ("2000:tcp:80", (("127.0.0.1", 2000), ("tcp", 80), ratrod.FORWARD, ("TCP", "UDP"))),

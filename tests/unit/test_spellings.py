@@ -13,8 +13,7 @@ AGAINST_LOOPBACK = r"(?!127\.|localhost|\[?::1).*"
 OUTER = "198.18.0.1"
 # regex, options -> what is allowed by it.
 RULES = {
-    "all but loopback": (AGAINST_LOOPBACK, ""),
-    "one domain": (r"(?:.*\.)?ok\.example|198\.18\..*", ""),
+    "all but loopback": (AGAINST_LOOPBACK, ""), "one domain": (r"(?:.*\.)?ok\.example|198\.18\..*", ""),
     "permitopen": (".*", 'permitopen="*.ok.example:*" permitopen="ok.example:80" permitopen="%s:*"' % OUTER),
     "both": (AGAINST_LOOPBACK, 'permitopen="*.ok.example:*" permitopen="%s:80"' % OUTER),
 }
