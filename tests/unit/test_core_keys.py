@@ -20,7 +20,6 @@ from test_core import flipped, unlimited
 
 SEEDS = [bytes(32), b"\xff" * 32, bytes(range(32))]
 SEED = SEEDS[2]
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 # ---------------------------------------------------------------------------------------------------- keys
 
@@ -76,7 +75,8 @@ def test_decode_key_takes_what_encode_key_gives(raw):
 
 def changed(text):
     """`text` with every character replaced by every other of the alphabet, and by some of no alphabet."""
-    for at, character in itertools.product(range(len(text)), ALPHABET + "+/=. \n\t\0\u00e9\uff21\u0665"):
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+    for at, character in itertools.product(range(len(text)), alphabet + "+/=. \n\t\0\u00e9\uff21\u0665"):
         if character != text[at]:
             yield text[:at] + character + text[at + 1:]
 
@@ -95,14 +95,12 @@ def test_every_changed_character_of_a_public_key_is_another_key_or_none():
     assert all(base64url(raw) == wrong for wrong, raw in taken.items())
 
 
-NO_KEYS = ["", "A", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 42 + "D", "A" * 42 + "_", "/" * 42 + "8", "+" * 42 + "8", "=" * 43, "\u00e9" * 43,
-           # Padding and white space, also where they make up for a character that is missing.
-           *(change.format(rest) for rest in (base64url(SEED), base64url(SEED)[1:], base64url(SEED)[:-1])
-             for change in ("{}=", "{}==", "{}\n", "\n{}", " {}", "{} ", "\ufeff{}", "{}\0"))]
-
-
 def test_texts_that_are_no_key():
-    for text in NO_KEYS:
+    no_keys = ["", "A", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 42 + "D", "A" * 42 + "_", "/" * 42 + "8", "+" * 42 + "8", "=" * 43, "\u00e9" * 43,
+               # Padding and white space, also where they make up for a character that is missing.
+               *(change.format(rest) for rest in (base64url(SEED), base64url(SEED)[1:], base64url(SEED)[:-1])
+                 for change in ("{}=", "{}==", "{}\n", "\n{}", " {}", "{} ", "\ufeff{}", "{}\0"))]
+    for text in no_keys:
         with row(text):
             pytest.raises(ValueError, ratrod.decode_key, text)
 
@@ -178,8 +176,7 @@ def test_a_list_that_is_being_written_is_not_empty(listed):
     lines, write, path = listed
     now = time.time_ns()
     for key, emptied, is_kept in (
-            (A, {}, True),
-            (B, {"when": now - 1_100_000_000}, False),
+            (A, {}, True), (B, {"when": now - 1_100_000_000}, False),
             (A, {"when": now + 60_000_000_000}, False)):  # by a clock that is ahead
         write(base64url(key), when=LONG_AGO)
         before = lines.read()
@@ -260,16 +257,16 @@ def test_lines_that_another_system_has_added(listed, encoding, end):
 
 # ---------------------------------------------------------------------------------------------------- addresses
 
-PIECES = {
-    "": [""], "80": ["80"], "a:80": ["a", "80"], "[::1]:80": ["::1", "80"], ":80": ["", "80"], "a:": ["a", ""], "a:1:b:2": ["a", "1", "b", "2"],
-    "[::1]:2000:[2001:db8::7]:80": ["::1", "2000", "2001:db8::7", "80"], "::1": ["", "", "1"], "[::]:0:x": ["::", "0", "x"], "a:[b:c]": ["a", "b:c"],
-}
-BAD_BRACKETS = ["[::1", "::1]", "[]:80", "[a]:80", "[::1]80", "x[::1]:80", "[::1]x:80", "[[::1]]:80", "[::1]:[80", "[1:2]:3]", "[::1]]:80", "]:["]
-
 
 def test_split_host_port():
-    assert {text: ratrod.split_host_port(text) for text in PIECES} == PIECES
-    for text in BAD_BRACKETS:
+    bad_brackets = ["[::1", "::1]", "[]:80", "[a]:80", "[::1]80", "x[::1]:80", "[::1]x:80", "[[::1]]:80", "[::1]:[80", "[1:2]:3]", "[::1]]:80", "]:["]
+    pieces = {
+        "": [""], "80": ["80"], "a:80": ["a", "80"], "[::1]:80": ["::1", "80"], ":80": ["", "80"], "a:": ["a", ""], "a:1:b:2": ["a", "1", "b", "2"],
+        "[::1]:2000:[2001:db8::7]:80": ["::1", "2000", "2001:db8::7", "80"], "::1": ["", "", "1"], "[::]:0:x": ["::", "0", "x"],
+        "a:[b:c]": ["a", "b:c"],
+    }
+    assert {text: ratrod.split_host_port(text) for text in pieces} == pieces
+    for text in bad_brackets:
         with row(text):
             pytest.raises(ValueError, ratrod.split_host_port, text)
             pytest.raises(ValueError, ratrod.parse_target, text)
@@ -286,59 +283,40 @@ def test_split_host_port_puts_nothing_in_another_place(pieces):
     assert ratrod.split_host_port(":".join("[%s]" % piece if ":" in piece else piece for piece in pieces)) == pieces
 
 
-PORTS = {"1": 1, "80": 80, "65535": 65535}
-BAD_PORTS = ["", "00", "01", "080", "65536", "70000", "99999", "100000", "-1", "+1", " 1", "1 ", "1\n", "\n1", "1_0", "0x1", "1.0", "1e1",
-             "\uff18\uff10", "\u0665", "\u00b2", "http", "1" * 5000]
-
-
 def test_ports():
-    assert {text: ratrod.parse_port(text) for text in PORTS} == PORTS
+    bad_ports = ["", "00", "01", "080", "65536", "70000", "99999", "100000", "-1", "+1", " 1", "1 ", "1\n", "\n1", "1_0", "0x1", "1.0", "1e1",
+                 "\uff18\uff10", "\u0665", "\u00b2", "http", "1" * 5000]
+    ports = {"1": 1, "80": 80, "65535": 65535}
+    assert {text: ratrod.parse_port(text) for text in ports} == ports
     assert ratrod.parse_port("0", lowest=0) == 0
     pytest.raises(ValueError, ratrod.parse_port, "0")
-    for text in BAD_PORTS:
+    for text in bad_ports:
         with row(text[:20]):
             pytest.raises(ValueError, ratrod.parse_port, text)
             pytest.raises(ValueError, ratrod.parse_port, text, lowest=0)
 
 
-HOSTS = {
-    "db": "db", "DB.Example.ORG": "db.example.org", "db.": "db", "localhost.": "localhost", "_srv.a-b.c": "_srv.a-b.c", "unix": "unix",
-    "1.2.3.4": "1.2.3.4", "0.0.0.0": "0.0.0.0", "255.255.255.255": "255.255.255.255", "127.0.0.1.": "127.0.0.1", "3com": "3com",
-    "1.2.3.4a": "1.2.3.4a", "0x7f.example": "0x7f.example", "a" * 253: "a" * 253, "::1": "::1", "0:0:0:0:0:0:0:1": "::1", "::": "::",
-    "2001:DB8::7": "2001:db8::7", "::ffff:127.0.0.1": "127.0.0.1", "::FFFF:7f00:1": "127.0.0.1", "0:0:0:0:0:ffff:10.0.0.1": "10.0.0.1",
-    "fe80::1": "fe80::1",
-}
-BAD_HOSTS = [
-    "", ".", "..", "a..b", "a..", "127.0.0.1..",  # empty labels, and an empty host, which connect() takes for loopback
-    # What only some resolvers take for an address:
-    "127.1", "127.0.1", "2130706433", "017700000001", "0x7f000001", "0X7F000001", "0x7f.1", "127.0.0.0x1", "1.2.3.4.5", "0177.0.0.1", "127.0.0.01",
-    "127.0.0.256", "999.1.1.1", "00.0.0.0", "1.0x", "127.1.", "a.0", "a.0x1", "example.127",
-    # What IDNA would make an address of, or does not take:
-    "\uff11\uff12\uff17.0.0.1", "\uff11", "127\u30020\u30020\u30021", "127.0.0.\u0661", "\u00e9..org", "\u00e9" * 60 + ".org", "a\ufffd",
-    "::\uff11", "\u00e9 a", "\u202elocalhost",
-    "a b", " a", "a ", "a\n", "\na", "a\0", "a\t", "a/b", "a@b", "a%b", "a*", "a,b", "'a'", "\x1b[2J", "a" * 254, "/run/socket",
-    "fe80::1%eth0", "::1%1", "::1%", "1::2::3", ":::", "::g", "::1\n", " ::1", "::1 ", "::\uff11", "1:2:3:4:5:6:7:8:9", "::1/128",
-    "::ffff:127.1", "::ffff:0x7f.0.0.1", "12345::", "::ffff:127.0.0.1.", ":",
-]
-BAD_TARGETS = ["", "a", "80", "a:", ":80", "a:80:", "a:80:80", "::1", "[::1]", "::1:80", "a:80\n", "a:\uff18\uff10", "a:0", "a:65536",
-               "unix:path", "unix:", "unix:/", "unix:/a/../b", "a:080", "a: 80", "a:+80"]
-
-
 def test_hosts_in_canonical_form():
-    for text, host in HOSTS.items():
+    hosts = {
+        "db": "db", "DB.Example.ORG": "db.example.org", "db.": "db", "localhost.": "localhost", "_srv.a-b.c": "_srv.a-b.c", "unix": "unix",
+        "1.2.3.4": "1.2.3.4", "0.0.0.0": "0.0.0.0", "255.255.255.255": "255.255.255.255", "127.0.0.1.": "127.0.0.1", "3com": "3com",
+        "1.2.3.4a": "1.2.3.4a", "0x7f.example": "0x7f.example", "a" * 253: "a" * 253, "::1": "::1", "0:0:0:0:0:0:0:1": "::1", "::": "::",
+        "2001:DB8::7": "2001:db8::7", "::ffff:127.0.0.1": "127.0.0.1", "::FFFF:7f00:1": "127.0.0.1", "0:0:0:0:0:ffff:10.0.0.1": "10.0.0.1",
+        "fe80::1": "fe80::1",
+    }
+    for text, host in hosts.items():
         with row(text[:40]):
             assert ratrod.parse_host(text) == ratrod.parse_host(host) == host
             target = Address(host, 80)
             assert ratrod.parse_target("[%s]:80" % text if ":" in text else text + ":80") == ratrod.parse_target(str(target)) == target
 
 
-FOREIGN = {"b\u00fccher.example": "xn--bcher-kva.example", "B\u00dcCHER.Example.": "xn--bcher-kva.example", "\u6771\u4eac\u3002jp": "xn--1lqs71d.jp",
-           "\u043f\u0440\u0438\u043c\u0435\u0440.\u0440\u0444": "xn--e1afmkfd.xn--p1ai", "\u00e9.org": "xn--9ca.org", "\uff44\uff42": "db"}
-
-
 def test_a_name_in_another_alphabet_is_punycode_from_where_it_is_typed_on():
     """A server takes no other spelling from a client: a rule would be held against something else than is looked up."""
-    for text, host in FOREIGN.items():
+    foreign = {"b\u00fccher.example": "xn--bcher-kva.example", "B\u00dcCHER.Example.": "xn--bcher-kva.example",
+               "\u6771\u4eac\u3002jp": "xn--1lqs71d.jp",
+               "\u043f\u0440\u0438\u043c\u0435\u0440.\u0440\u0444": "xn--e1afmkfd.xn--p1ai", "\u00e9.org": "xn--9ca.org", "\uff44\uff42": "db"}
+    for text, host in foreign.items():
         with row(text):
             assert ratrod.parse_host(text) == host
             for tunnel in ("2000:%s:80", "stdio:%s:80", "R:2000:%s:80"):
@@ -347,30 +325,40 @@ def test_a_name_in_another_alphabet_is_punycode_from_where_it_is_typed_on():
 
 
 def test_texts_that_are_no_host_or_no_target():
-    for text in BAD_HOSTS:
+    bad_targets = ["", "a", "80", "a:", ":80", "a:80:", "a:80:80", "::1", "[::1]", "::1:80", "a:80\n", "a:\uff18\uff10", "a:0", "a:65536",
+                   "unix:path", "unix:", "unix:/", "unix:/a/../b", "a:080", "a: 80", "a:+80"]
+    bad_hosts = [
+        "", ".", "..", "a..b", "a..", "127.0.0.1..",  # empty labels, and an empty host, which connect() takes for loopback
+        # What only some resolvers take for an address:
+        "127.1", "127.0.1", "2130706433", "017700000001", "0x7f000001", "0X7F000001", "0x7f.1", "127.0.0.0x1", "1.2.3.4.5", "0177.0.0.1",
+        "127.0.0.01", "127.0.0.256", "999.1.1.1", "00.0.0.0", "1.0x", "127.1.", "a.0", "a.0x1", "example.127",
+        # What IDNA would make an address of, or does not take:
+        "\uff11\uff12\uff17.0.0.1", "\uff11", "127\u30020\u30020\u30021", "127.0.0.\u0661", "\u00e9..org", "\u00e9" * 60 + ".org", "a\ufffd",
+        "::\uff11", "\u00e9 a", "\u202elocalhost",
+        "a b", " a", "a ", "a\n", "\na", "a\0", "a\t", "a/b", "a@b", "a%b", "a*", "a,b", "'a'", "\x1b[2J", "a" * 254, "/run/socket",
+        "fe80::1%eth0", "::1%1", "::1%", "1::2::3", ":::", "::g", "::1\n", " ::1", "::1 ", "::\uff11", "1:2:3:4:5:6:7:8:9", "::1/128",
+        "::ffff:127.1", "::ffff:0x7f.0.0.1", "12345::", "::ffff:127.0.0.1.", ":",
+    ]
+    for text in bad_hosts:
         with row(text[:40]):
             pytest.raises(ValueError, ratrod.parse_host, text)
-    for text in (*BAD_TARGETS, *(form % text for text in BAD_HOSTS for form in ("%s:80", "[%s]:80"))):
+    for text in (*bad_targets, *(form % text for text in bad_hosts for form in ("%s:80", "[%s]:80"))):
         with row(text[:40]):
             pytest.raises(ValueError, ratrod.parse_target, text)
             pytest.raises(PolicyError, ratrod.Policy().check, text)
 
 
-TUNNELS = {
-    **{text: ("127.0.0.1", local, remote, port) for text, local, remote, port in (
-        ("80", 80, "127.0.0.1", 80), ("2000:80", 2000, "127.0.0.1", 80), ("0:80", 0, "127.0.0.1", 80), ("2000:db:5432", 2000, "db", 5432),
-        ("2000:[2001:db8::7]:80", 2000, "2001:db8::7", 80))},
-    **{"%s:2000:db:5432" % typed: (host, 2000, "db", 5432) for typed, host in (
-        ("0.0.0.0", "0.0.0.0"), ("*", "*"), ("[fe80::1%eth0]", "fe80::1%eth0"))},
-    "[::1]:2000:[2001:DB8::7]:80": ("::1", 2000, "2001:db8::7", 80),
-    "[::]:0:DB:80": ("::", 0, "db", 80),
-    "localhost:1:localhost:2": ("localhost", 1, "localhost", 2),
-    "a:1:[::ffff:1.2.3.4]:2": ("a", 1, "1.2.3.4", 2),
-}
-
-
 def test_tunnels_of_every_form():
-    for text, (local_host, local_port, remote_host, remote_port) in TUNNELS.items():
+    tunnels = {
+        **{text: ("127.0.0.1", local, remote, port) for text, local, remote, port in (
+            ("80", 80, "127.0.0.1", 80), ("2000:80", 2000, "127.0.0.1", 80), ("0:80", 0, "127.0.0.1", 80), ("2000:db:5432", 2000, "db", 5432),
+            ("2000:[2001:db8::7]:80", 2000, "2001:db8::7", 80))},
+        **{"%s:2000:db:5432" % typed: (host, 2000, "db", 5432) for typed, host in (
+            ("0.0.0.0", "0.0.0.0"), ("*", "*"), ("[fe80::1%eth0]", "fe80::1%eth0"))},
+        "[::1]:2000:[2001:DB8::7]:80": ("::1", 2000, "2001:db8::7", 80), "[::]:0:DB:80": ("::", 0, "db", 80),
+        "localhost:1:localhost:2": ("localhost", 1, "localhost", 2), "a:1:[::ffff:1.2.3.4]:2": ("a", 1, "1.2.3.4", 2),
+    }
+    for text, (local_host, local_port, remote_host, remote_port) in tunnels.items():
         with row(text):
             spec, = ratrod.parse_tunnels(text)
             assert spec == (Address(local_host, local_port), Address(remote_host, remote_port), ratrod.FORWARD, ("TCP", "UDP"))
@@ -388,29 +376,23 @@ def test_addresses_are_shown_with_the_brackets_they_need():
 
 # ---------------------------------------------------------------------------------------------------- policy
 
-# regex -> targets it allows, and targets it does not.
-RULES = {
-    ".*": (["db:1", "127.0.0.1:1", "[::1]:65535", "a.b.c:80"], []),
-    "db": (["db:1", "DB:2", "db.:3"], ["adb:1", "dbb:1", "x.db:1", "db.x:1"]),
-    "db:80": (["db:80", "DB:80"], ["db:8", "db:8080", "db:81", "adb:80"]),
-    "db|web:443": (["db:1", "web:443"], ["web:80", "xdb:1", "webb:443"]),
-    "db:80|": (["db:80"], ["db:81"]),
-    "^db$": (["db:1"], ["dbx:1"]),
-    r"10\.0\.0\.\d+": (["10.0.0.7:1", "[::ffff:10.0.0.7]:1"], ["10.0.1.7:1", "10.0.0.7x:1"]),
-    r"127\.0\.0\.1": (["127.0.0.1:1", "127.0.0.1.:1", "[::ffff:7f00:1]:1"], ["localhost:1", "[::1]:1"]),
-    # IPv6 stands in brackets: the colons of an address are not the one in front of a port.
-    r"\[::1\]": (["[::1]:1", "[0:0::1]:1"], ["[::2]:1"]),
-    r"\[::1\]:80": (["[::1]:80"], ["[::1]:81"]),
-    "::1": ([], ["[::1]:1"]),
-    ".*:(80|443)": (["db:443", "[fd00::443]:80"], ["[fd00::443]:8080", "[::80]:1", "db:8080"]),
-    "fd00::[0-9]+|fd00::.*:80": ([], ["[fd00::443]:8080", "[fd00::1]:80"]),
-    "Example.ORG": (["example.org:1", "EXAMPLE.org:1"], ["example.com:1"]),
-    "(?-i:DB)": ([], ["db:1", "DB:1"]),  # names are compared in lower case, whatever the pattern asks for
-}
-
 
 def test_a_regex_must_match_the_whole_host_or_the_whole_target():
-    for regex, (allowed, forbidden) in RULES.items():
+    # regex -> targets it allows, and targets it does not.
+    rules = {
+        ".*": (["db:1", "127.0.0.1:1", "[::1]:65535", "a.b.c:80"], []), "db": (["db:1", "DB:2", "db.:3"], ["adb:1", "dbb:1", "x.db:1", "db.x:1"]),
+        "db:80": (["db:80", "DB:80"], ["db:8", "db:8080", "db:81", "adb:80"]), "db|web:443": (["db:1", "web:443"], ["web:80", "xdb:1", "webb:443"]),
+        "db:80|": (["db:80"], ["db:81"]), "^db$": (["db:1"], ["dbx:1"]),
+        r"10\.0\.0\.\d+": (["10.0.0.7:1", "[::ffff:10.0.0.7]:1"], ["10.0.1.7:1", "10.0.0.7x:1"]),
+        r"127\.0\.0\.1": (["127.0.0.1:1", "127.0.0.1.:1", "[::ffff:7f00:1]:1"], ["localhost:1", "[::1]:1"]),
+        # IPv6 stands in brackets: the colons of an address are not the one in front of a port.
+        r"\[::1\]": (["[::1]:1", "[0:0::1]:1"], ["[::2]:1"]), r"\[::1\]:80": (["[::1]:80"], ["[::1]:81"]), "::1": ([], ["[::1]:1"]),
+        ".*:(80|443)": (["db:443", "[fd00::443]:80"], ["[fd00::443]:8080", "[::80]:1", "db:8080"]),
+        "fd00::[0-9]+|fd00::.*:80": ([], ["[fd00::443]:8080", "[fd00::1]:80"]),
+        "Example.ORG": (["example.org:1", "EXAMPLE.org:1"], ["example.com:1"]),
+        "(?-i:DB)": ([], ["db:1", "DB:1"]),  # names are compared in lower case, whatever the pattern asks for
+    }
+    for regex, (allowed, forbidden) in rules.items():
         policy = ratrod.Policy(regex)
         for text in allowed:
             assert policy.check(text) == ratrod.parse_target(text), regex
@@ -419,37 +401,33 @@ def test_a_regex_must_match_the_whole_host_or_the_whole_target():
                 policy.check(text)
 
 
-# The first ones compile, with a FutureWarning, into something else than they say: a rule that is misread lets strangers in.
-BAD_PATTERNS = ["[[:alpha:]]+", "[a--b]", "[a&&b]", "[a||b]", "[a~~b]", "(", "*", "[", "a**", "(?P<a>.)(?P<a>.)", "\\", "(?z)", "(" * 3000,
-                "a{99999999999999999999}"]
-
-
 def test_patterns_that_are_wrong_or_mean_something_else_are_refused():
-    for regex in BAD_PATTERNS * 2:  # re keeps what it has compiled
+    # The first ones compile, with a FutureWarning, into something else than they say: a rule that is misread lets strangers in.
+    bad_patterns = ["[[:alpha:]]+", "[a--b]", "[a&&b]", "[a||b]", "[a~~b]", "(", "*", "[", "a**", "(?P<a>.)(?P<a>.)", "\\", "(?z)", "(" * 3000,
+                    "a{99999999999999999999}"]
+    for regex in bad_patterns * 2:  # re keeps what it has compiled
         with row(regex[:30]):
             pytest.raises(ConfigError, ratrod.Policy, regex)
 
 
-EVERYDAY = [
-    "", ".*", r"10\.0\.0\.\d+", r"([a-z0-9-]+\.)*internal:443", r"(.*\.)?example\.com(:\d+)?", r"(?!127\.|localhost|::1|\[::1).*",
-    r".*db.*prod.*web.*internal.*", "a{99}", r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d):\d+",
-    r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,}:443", "|".join(r"10\.0\.%d\.\d+" % n for n in range(200)),
-]
-SLOW = [
-    "(a+)+", "(a|a)*b", "(.*)*x", "((ab)*)*c", "(a?){60}b", ".*.*.*.*.*x", r"(\w*\.?)*\.corp", "(?:[^:]+:?)+x", r"(?i:([A-Z]+)+)\.x",
-    r"(?P<n>[a-z]+)+(?P=n)!",
-    # Behind what the name has to begin with, inside of a group, in brackets, as a path.
-    r"(?:db-([a-z]+)+|web)\.internal", r"\[([0-9a-f]+:?)+\]:80", r"unix:/run/([a-z]+)+\.sock", ".{60}(a+)+x",
-]
-
-
 def test_a_slow_pattern_is_refused_and_an_everyday_one_taken(monkeypatch):
     # It is found before a try takes long: this test would run for years otherwise.
-    for regex in SLOW:
+    slow = [
+        "(a+)+", "(a|a)*b", "(.*)*x", "((ab)*)*c", "(a?){60}b", ".*.*.*.*.*x", r"(\w*\.?)*\.corp", "(?:[^:]+:?)+x", r"(?i:([A-Z]+)+)\.x",
+        r"(?P<n>[a-z]+)+(?P=n)!",
+        # Behind what the name has to begin with, inside of a group, in brackets, as a path.
+        r"(?:db-([a-z]+)+|web)\.internal", r"\[([0-9a-f]+:?)+\]:80", r"unix:/run/([a-z]+)+\.sock", ".{60}(a+)+x",
+    ]
+    everyday = [
+        "", ".*", r"10\.0\.0\.\d+", r"([a-z0-9-]+\.)*internal:443", r"(.*\.)?example\.com(:\d+)?", r"(?!127\.|localhost|::1|\[::1).*",
+        r".*db.*prod.*web.*internal.*", "a{99}", r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d):\d+",
+        r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,}:443", "|".join(r"10\.0\.%d\.\d+" % n for n in range(200)),
+    ]
+    for regex in slow:
         with row(regex), pytest.raises(ConfigError, match="cannot use the remote regex `.*` *: it takes"):
             ratrod.make_policy(["a", regex])
     monkeypatch.setattr(ratrod, "PROBED", 0.1)  # what takes long is the tries that find nothing
-    for regex in EVERYDAY:
+    for regex in everyday:
         with row(regex[:30]):
             assert ratrod.make_policy(regex)
 
@@ -473,8 +451,6 @@ INSIDE = ["127.0.0.1", "127.1.2.3", "::1", "169.254.169.254", "fe80::1", "fe80::
           "64:ff9b::7f00:1", "64:ff9b::169.254.169.254", "64:ff9b:1::7f00:1", "64:ff9b:1:a9fe:a9:fe00::", "2002:7f00:1::1", "2002:a9fe:a9fe::",
           "2001:0:7f00:1::", "2001:0:c000:22d:0:ffff:80ff:fffe", "2001:db8::5efe:127.0.0.1", "2001:db8::200:5efe:a9fe:a9fe", "::127.0.0.1",
           "::ffff:0:127.0.0.1", "64:ff9b::100.100.100.200", "64:ff9b::"]
-OUTSIDE = ["10.0.0.1", "192.168.1.1", "172.16.0.1", "100.64.0.1", "100.100.100.201", "192.0.2.7", "2001:db8::7", "fd00::1", "fc00::7f00:1",
-           "::ffff:10.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b:1::10.0.0.1", "2002:a00:1::1"]
 OPEN, NARROW = ratrod.Policy(), ratrod.Policy(r"(db|localhost|10\..*|127\.0\.0\.1)(:\d+)?")
 DB = Address("db", 5432)
 
@@ -506,7 +482,9 @@ def test_a_name_that_resolves_inside_needs_that_address_to_be_allowed(found):
 
 
 def test_only_the_addresses_that_may_be_opened_are_left():
-    for address in OUTSIDE:
+    outside = ["10.0.0.1", "192.168.1.1", "172.16.0.1", "100.64.0.1", "100.100.100.201", "192.0.2.7", "2001:db8::7", "fd00::1", "fc00::7f00:1",
+               "::ffff:10.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b:1::10.0.0.1", "2002:a00:1::1"]
+    for address in outside:
         assert reached(OPEN, DB, address) == reached(NARROW, DB, address) == [address]
     found = ("127.0.0.1", "10.0.0.1", "0.0.0.0", "fe80::1%eth0", "2001:db8::7")
     for _ in range(2):  # what is remembered must not have lost what a caller took out of it

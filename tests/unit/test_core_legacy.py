@@ -22,14 +22,9 @@ from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, re
 
 texts, codes, blobs = core.texts, core.codes, st.binary(max_size=300)
 MESSAGES = st.one_of(
-    st.builds(ratrod.ClientPreamble, blobs, texts, blobs, st.booleans(), st.booleans()),
-    st.builds(ratrod.ServerPreamble, texts, blobs, blobs, blobs),
-    st.builds(ratrod.ClientAuthentication, texts, blobs),
-    st.builds(ratrod.HandshakeCompletion),
-    st.builds(ratrod.Data, blobs),
-    st.builds(ratrod.UdpData, blobs),
-    st.builds(ratrod.Error, codes, texts),
-    st.builds(ratrod.Shutdown),
+    st.builds(ratrod.ClientPreamble, blobs, texts, blobs, st.booleans(), st.booleans()), st.builds(ratrod.ServerPreamble, texts, blobs, blobs, blobs),
+    st.builds(ratrod.ClientAuthentication, texts, blobs), st.builds(ratrod.HandshakeCompletion), st.builds(ratrod.Data, blobs),
+    st.builds(ratrod.UdpData, blobs), st.builds(ratrod.Error, codes, texts), st.builds(ratrod.Shutdown),
 )
 B32, B64 = bytes(range(32)), bytes(range(64))
 EXACT = [
@@ -40,24 +35,23 @@ EXACT = [
     (ratrod.HandshakeCompletion(), "03"), (ratrod.Shutdown(), "07"),
     (ratrod.Data(b"hi"), "04026869"), (ratrod.Data(b""), "0400"), (ratrod.UdpData(b"?"), "05013f"),
     *((ratrod.Data(b"x" * n), "04" + length + "78" * n) for n, length in ((250, "fa"), (251, "fb00fb"), (65536, "fc00010000"))),
-    (ratrod.Error(0, "\u00e9"), "060002c3a9"),
-    (ratrod.Error(3, ""), "060300"),
-]
-BAD = [
-    "", "08", "fa", "fb0004", "fb00fb", "fe", "ff",  # no variant, or one in a longer form
-    "00000000%02x00" % 2, "0000000000ff",  # truth values
-    "0601" + "01ff", "0601" + "02c328", "0601" + "03eda080", "0601" + "04f4908080", "0201ff00", "000002c0af000000",  # texts that are not UTF-8
-    "04fb000161", "04fc0000000161", "04fd000000000000000161", "04fe", "04ff",  # lengths in no or another form
-    "0402", "04fcffffffff", "04fd" + "ff" * 8, "06fb00", "0601fd" + "7f" * 8,  # lengths that promise more
-    "0300", "0700", "0400ff", "060000ff",  # bytes left over
+    (ratrod.Error(0, "\u00e9"), "060002c3a9"), (ratrod.Error(3, ""), "060300"),
 ]
 
 
 def test_exact_bytes_of_messages():
+    bad = [
+        "", "08", "fa", "fb0004", "fb00fb", "fe", "ff",  # no variant, or one in a longer form
+        "00000000%02x00" % 2, "0000000000ff",  # truth values
+        "0601" + "01ff", "0601" + "02c328", "0601" + "03eda080", "0601" + "04f4908080", "0201ff00", "000002c0af000000",  # texts that are not UTF-8
+        "04fb000161", "04fc0000000161", "04fd000000000000000161", "04fe", "04ff",  # lengths in no or another form
+        "0402", "04fcffffffff", "04fd" + "ff" * 8, "06fb00", "0601fd" + "7f" * 8,  # lengths that promise more
+        "0300", "0700", "0400ff", "060000ff",  # bytes left over
+    ]
     for message, wire in EXACT:
         assert ratrod.encode_message(message).hex() == wire
         assert ratrod.decode_message(bytes.fromhex(wire)) == message
-    for wire in BAD:
+    for wire in bad:
         with row(wire):
             pytest.raises(RemoteProtocolError, ratrod.decode_message, bytes.fromhex(wire))
 
@@ -136,13 +130,10 @@ def test_ends_of_a_direction():
         assert read_records(ratrod.LegacyReader(key), [framed(b"\6\2\2no", key)]) == ([(ratrod.ERROR, ratrod.Error(2, "no"))], 0)
 
 
-PAYLOADS_THAT_CANNOT_BE = ["03", "0400ff", "0402ff", "04", "05", "04fb", "04fb00", "04fb000178", "04fc0000000178", "04fd00", "04fe", "05ff", "050278",
-                           "08", "ff", "00", "0201", "0700", "fb000400", *(ratrod.encode_message(message).hex() for message, _ in EXACT[:5])]
-
-
 @every_key
 def test_payloads_that_cannot_be(key):
-    for payload in PAYLOADS_THAT_CANNOT_BE:
+    for payload in ("03", "0400ff", "0402ff", "04", "05", "04fb", "04fb00", "04fb000178", "04fc0000000178", "04fd00", "04fe", "05ff", "050278", "08",
+                    "ff", "00", "0201", "0700", "fb000400", *(ratrod.encode_message(message).hex() for message, _ in EXACT[:5])):
         with row(payload):
             pytest.raises(RemoteProtocolError, read_one, ratrod.LegacyReader(key), framed(bytes.fromhex(payload), key))
 
@@ -385,11 +376,9 @@ def test_the_server_s_own_key_is_never_a_client():
         peer_server(client).handshake()
 
 
-BAD_KEYS = ["", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 43 + "=", "A" * 43 + "\n", "\u00e9" * 43, "+" * 43]
-
-
 def test_identities_that_are_no_key():
-    for text in BAD_KEYS:
+    bad_keys = ["", "A" * 42, "A" * 44, "A" * 42 + "B", "A" * 43 + "=", "A" * 43 + "\n", "\u00e9" * 43, "+" * 43]
+    for text in bad_keys:
         with row(text):
             assert refused_with(server_end(), RemoteProtocolError, identity_public_key=text)[0] == []
             answer_with(client_end(), RemoteProtocolError, identity_public_key=text)

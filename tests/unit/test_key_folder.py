@@ -78,27 +78,12 @@ GOOD, PUBLIC = PAIR.encode(), ratrod.encode_key(PAIR.public)
 BAD_KEY_FILES = {
     "empty": b"", "short": GOOD[:-1].encode(), "long": GOOD.encode() + b"A", "not base64url": GOOD[:50].encode() + b"!" + GOOD[51:].encode(),
     # Python's decoder skips what it does not know.
-    "a line end inside": GOOD[:50].encode() + b"\n" + GOOD[50:].encode(),
-    "not text": b"\xff\xfe" + GOOD[2:].encode(),
+    "a line end inside": GOOD[:50].encode() + b"\n" + GOOD[50:].encode(), "not text": b"\xff\xfe" + GOOD[2:].encode(),
     "a null byte": GOOD.encode() + b"\0",
     "another kind of key": base64url(ratrod.decode_key(GOOD, 83).replace(b"\x2b\x65\x70", b"\x2b\x65\x6e")).encode(),
     "no public half": base64url(bytes.fromhex("302e020100300506032b657004220420") + SEED).encode(),
 }
-# What stands in the place of a key by mistake, often the wrong file behind -k. Who reads that it is damaged moves it away.
-OTHER_FILES = {
-    "a PEM file (OPENSSH PRIVATE KEY)": ["-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n"],
-    "a PEM file (CERTIFICATE)": ["-----BEGIN CERTIFICATE-----\nMIIB\n"],
-    "a PEM file (SSH2 PUBLIC KEY)": ["---- BEGIN SSH2 PUBLIC KEY ----\n"],
-    "a key of OpenSSH's or PuTTY's": [
-        "PuTTY-User-Key-File-3: ssh-ed25519\n", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n", "ecdsa-sha2-nistp256 AAAA\n"],
-    "a public key": [PUBLIC],
-    "a list of public keys": [PUBLIC + " me@laptop\n", "# the clients\n\n%s no-udp\n%s\n" % (PUBLIC, PUBLIC), "\ufeff%s server:1\r\n" % PUBLIC],
-    "an empty file": ["", "\n"],
-    "another file": ["#!/bin/sh\n", "\x7fELF\x02\x01\0\0\0\0\0\0", "A" * 5000],
-}
 UTF16, IN_QUOTES = "UTF-16 text, as > and >> of Windows PowerShell write it; write it again as UTF-8", "stands in quotes, as cmd.exe leaves them"
-FOREIGN = [('"%s"', IN_QUOTES, "utf-8"), ("'%s'\r\n", IN_QUOTES, "utf-8"), ("\u201c%s\u201d", IN_QUOTES, "utf-8"),
-           ("%s\r\n", UTF16, "utf-16"), ("\ufeff%s", UTF16, "utf-16-be"), ("%s\r\n", UTF16, "utf-16-le")]
 
 
 @pytest.mark.parametrize("name", BAD_KEY_FILES)
@@ -118,8 +103,18 @@ def test_a_bad_key_file(tmp_path, name):
 
 @pytest.mark.parametrize("place", ["key", "another name"])
 def test_another_file_in_the_place_of_a_key(tmp_path, place):
+    # What stands in the place of a key by mistake, often the wrong file behind -k. Who reads that it is damaged moves it away.
+    other_files = {
+        "a PEM file (OPENSSH PRIVATE KEY)": ["-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n"],
+        "a PEM file (CERTIFICATE)": ["-----BEGIN CERTIFICATE-----\nMIIB\n"], "a PEM file (SSH2 PUBLIC KEY)": ["---- BEGIN SSH2 PUBLIC KEY ----\n"],
+        "a key of OpenSSH's or PuTTY's": [
+            "PuTTY-User-Key-File-3: ssh-ed25519\n", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@laptop\n", "ecdsa-sha2-nistp256 AAAA\n"],
+        "a public key": [PUBLIC],
+        "a list of public keys": [PUBLIC + " me@laptop\n", "# the clients\n\n%s no-udp\n%s\n" % (PUBLIC, PUBLIC), "\ufeff%s server:1\r\n" % PUBLIC],
+        "an empty file": ["", "\n"], "another file": ["#!/bin/sh\n", "\x7fELF\x02\x01\0\0\0\0\0\0", "A" * 5000],
+    }
     path = tmp_path / place
-    for what, text in ((what, text) for what, texts in OTHER_FILES.items() for text in texts):
+    for what, text in ((what, text) for what, texts in other_files.items() for text in texts):
         path.write_bytes(text.encode())
         with pytest.raises(ConfigError) as raised:
             KeyFolder(str(tmp_path if place == "key" else path)).load()
@@ -130,7 +125,9 @@ def test_another_file_in_the_place_of_a_key(tmp_path, place):
 
 def test_what_other_systems_do_to_a_key_file(tmp_path):
     """It is told, and how to make it right: the key is good."""
-    for around, said, encoding in FOREIGN:
+    foreign = [('"%s"', IN_QUOTES, "utf-8"), ("'%s'\r\n", IN_QUOTES, "utf-8"), ("\u201c%s\u201d", IN_QUOTES, "utf-8"),
+               ("%s\r\n", UTF16, "utf-16"), ("\ufeff%s", UTF16, "utf-16-be"), ("%s\r\n", UTF16, "utf-16-le")]
+    for around, said, encoding in foreign:
         (tmp_path / "key").write_bytes((around % GOOD).encode(encoding))
         with pytest.raises(ConfigError, match=said):
             KeyFolder(str(tmp_path)).load()
@@ -251,16 +248,6 @@ VERDICTS = {
          "{other} {address}\n{server} 127.0.0.1",
          "{server} {address} a comment", "\ufeff{server} {address}", "{server}x {address}\n{server} {address}", "{server}\n{server}x elsewhere:1"],
 }
-# Of the line that has the key, and does not count.
-HINTS = {
-    "{server} elsewhere:1": "Line 1 has this key, but for `elsewhere:1` alone.",
-    "# mine\n{server} {address}0": "Line 2 has this key, but for `127.0.0.1:10` alone.",
-    "{server} a:1,b:1": "Line 1 has this key, but cannot be understood: `a:1,b:1` is no `host:port` and no `host`;",
-    "{server}{other}": "Line 1 has this key, but cannot be understood: it looks like two keys in one line",
-    "me {server}": "Line 1 has this key, but cannot be understood: its key has 2 characters instead of 43.",
-    "{server}\n{other} {address}": "Line 1 has this key, but for servers without a line of their own.",
-    "{other}": None,
-}
 
 
 def verdict(known, key=SERVER, address="127.0.0.1:1"):
@@ -282,8 +269,17 @@ def test_what_a_file_says_of_a_server(tmp_path, expected):
 
 
 def test_the_line_that_has_the_key_is_named(tmp_path):
+    # Of the line that has the key, and does not count.
+    hints = {
+        "{server} elsewhere:1": "Line 1 has this key, but for `elsewhere:1` alone.",
+        "# mine\n{server} {address}0": "Line 2 has this key, but for `127.0.0.1:10` alone.",
+        "{server} a:1,b:1": "Line 1 has this key, but cannot be understood: `a:1,b:1` is no `host:port` and no `host`;",
+        "{server}{other}": "Line 1 has this key, but cannot be understood: it looks like two keys in one line",
+        "me {server}": "Line 1 has this key, but cannot be understood: its key has 2 characters instead of 43.",
+        "{server}\n{other} {address}": "Line 1 has this key, but for servers without a line of their own.", "{other}": None,
+    }
     path = tmp_path / "known_hosts"
-    for lines, hint in HINTS.items():
+    for lines, hint in hints.items():
         path.write_text(lines.format(server=SERVER, other=OTHER, address="127.0.0.1:1"))
         said = verdict(KnownHosts(str(path)))
         assert hint in said if hint else said and "has this key" not in said, (lines, said)
@@ -391,9 +387,6 @@ def fingerprint(public):
 
 
 RIGHT, WRONG = fingerprint(SERVER), fingerprint(OTHER)
-# Above all a fingerprint that somebody pasted and that is another one's: it must not be taken for a yes, nor end it.
-ASKED_AGAIN = ["", "y", "perhaps", "yes please", "no!", "SHA256:", RIGHT.partition(":")[0], WRONG, RIGHT[:-1], RIGHT + "x", RIGHT.lower(), OTHER,
-               SERVER[:-1], "\u00fc\u6771", "\x00", "\x1b[A", "y" * 2000]
 
 
 def test_a_silent_pipe_is_no_answer(tmp_path, monkeypatch):
@@ -414,11 +407,14 @@ def test_a_silent_pipe_is_no_answer(tmp_path, monkeypatch):
 
 
 def test_the_question_about_an_unknown_server(typing, capsys):
+    # Above all a fingerprint that somebody pasted and that is another one's: it must not be taken for a yes, nor end it.
+    asked_again = ["", "y", "perhaps", "yes please", "no!", "SHA256:", RIGHT.partition(":")[0], WRONG, RIGHT[:-1], RIGHT + "x", RIGHT.lower(), OTHER,
+                   SERVER[:-1], "\u00fc\u6771", "\x00", "\x1b[A", "y" * 2000]
     error = ratrod.UnknownHost(b"\1" * 32, "127.0.0.1:1", "known_hosts")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for answer, accepted in (("yes", True), ("YES", True), ("yes ", True), (" yes", True), ("\tyes", True), (RIGHT, True), (SERVER, True),
                              ("no", False), ("n", False), (" No", False)):
-        for before in ([], ASKED_AGAIN):
+        for before in ([], asked_again):
             typing("".join(line + "\n" for line in [*before, answer]))
             assert ratrod.ask_host(error) is accepted, answer
             shown = capsys.readouterr().err

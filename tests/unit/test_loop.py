@@ -54,26 +54,24 @@ def check_options(sock, *options):
         value for *_, value in options]
 
 
-AT_ONCE = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
-ASKS = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
-    (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in (
-        ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name))]
-
-
 def test_a_machine_that_lost_power_is_found_out(loop):
     """An idle other side is asked after 60 s, where the system's own 2 h would keep the stream: by sockets that are accepted, and by the
     remote of a stream that is there at a sweep. An urgent byte stays in line."""
+    asks = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in (
+            ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)) if hasattr(socket, name))]
+    at_once = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     listening, = ratrod.listen(ratrod.Address("127.0.0.1", 0))
     made = []
     ratrod.Connector(loop, ratrod.Address(*listening.getsockname()), PATIENCE, lambda sock, _error: made.append(sock)).start(print)
     made.append(listening.accept()[0])
-    check_options(made[0], *AT_ONCE)
-    check_options(made[1], *AT_ONCE, *ASKS)
+    check_options(made[0], *at_once)
+    check_options(made[1], *at_once, *asks)
     owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), counters=ratrod.Counters(loop))
     stream = ratrod.AcceptorStream(ratrod.Keeper(owner), "", "")
     stream.join(made[0])
     stream.on_sweep()
-    check_options(made[0], *ASKS)
+    check_options(made[0], *asks)
     stream.give_up(ratrod.LocalFailed("the test is over"))
     ratrod.close_all([listening, *made])
 
@@ -113,8 +111,7 @@ def test_a_system_without_epoll():
 @pytest.mark.parametrize("soft, hard, allowed, reached", [
     (256, 4096, 1 << 30, 4096), (1024, 1 << 30, 1 << 30, 1 << 20),
     (256, -1, 61440, range(50000, 61441)),  # macOS: no limit, but more than kern.maxfilesperproc is refused
-    (256, (1 << 63) - 1, 10240, range(8192, 10241)),
-    (256, -1, 256, 256), (-1, -1, 1 << 30, -1), (4096, 4096, 1 << 30, 4096),
+    (256, (1 << 63) - 1, 10240, range(8192, 10241)), (256, -1, 256, 256), (-1, -1, 1 << 30, -1), (4096, 4096, 1 << 30, 4096),
 ])
 def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, allowed, reached):
     import resource
@@ -327,22 +324,20 @@ def names(loop, monkeypatch):
     made[0].close()
 
 
-TOO_LONG = ["the name look-up took too long"], ["the name look-up took too long just now"]
-
-
 def test_a_name_is_looked_up_once_for_all_of_a_key(names, monkeypatch):
+    too_long = ["the name look-up took too long"], ["the name look-up took too long just now"]
     monkeypatch.setattr(ratrod.LookUps, "REFUSED_FOR", 1)
     made = names()
     answers = [made.find(b"a", *address) for address in (("silent", 80), ("silent", 81), ("Silent", 80))]
     other = made.find(b"b", "silent")
     made.run_until(lambda: all([*answers, other]))
-    assert answers == [TOO_LONG[0]] * 3 and made.asked == ["silent", "silent"], "once for each key"
-    assert made.find(b"a", "SILENT", 82) == TOO_LONG[1], "refused at once"
+    assert answers == [too_long[0]] * 3 and made.asked == ["silent", "silent"], "once for each key"
+    assert made.find(b"a", "SILENT", 82) == too_long[1], "refused at once"
     good = [made.find(b"a", "good", port) for port in (80, 443)]
     made.run_until(lambda: all(good))
     assert [(answer, ) for answer, in good] == [([(socket.AF_INET, ("127.0.0.1", port))], ) for port in (80, 443)]
     assert made.asked.count("good") == 1
-    made.run_until(lambda: made.find(b"a", "silent") != TOO_LONG[1])
+    made.run_until(lambda: made.find(b"a", "silent") != too_long[1])
     made.run_until(lambda: made.asked.count("silent") == 3)
 
 

@@ -40,8 +40,7 @@ COMMAND_LINES = [
     (serving(verbose=True), ["-v serve S:1", "serve S:1 --verbose", "serve -v -- S:1", "-v -v serve S:1", "-vv serve S:1 -v"]),
     (serving(verbose=True, key_path="keys"), ["-vkkeys serve S:1", "-vk keys serve S:1"]),
     (serving(remote_regex=("x",)), ["-r x serve S:1", "serve -r x S:1", "serve --remote-regex=x S:1"]),
-    (serving(legacy=True), ["serve --legacy S:1", "--legacy serve S:1"]),
-    (connecting(), ["connect S:1", "connect S:1 --"]),
+    (serving(legacy=True), ["serve --legacy S:1", "--legacy serve S:1"]), (connecting(), ["connect S:1", "connect S:1 --"]),
     (connecting("S:1", "80"), ["connect S:1 80", "connect -- S:1 80", "connect S:1 -- 80"]),
     (connecting("S:1", "80", "1:2", "0:h:3"), ["connect S:1 80 1:2 0:h:3"]),
     (connecting("S:1", "80", accept_all_hosts=True), ["connect -a S:1 80", "connect S:1 -a 80", "connect S:1 80 -a"]),
@@ -66,8 +65,7 @@ COMMAND_LINES = [
     (connecting("S:1", "-e", accept_all_hosts=True), ["connect -a S:1 -- -e"]),
     # Given twice: flags say it again, of values the last counts, as with ssh.
     (serving(key_path="b"), ["-k a -k b serve S:1", "-k a serve S:1 --key-path=b", "--key-path=a serve S:1 -k b"]),
-    (dict(OPTIONS, command="keygen"), ["keygen"]),
-    (dict(OPTIONS, command="keygen", key_path="keys"), ["keygen -k keys", "-k keys keygen"]),
+    (dict(OPTIONS, command="keygen"), ["keygen"]), (dict(OPTIONS, command="keygen", key_path="keys"), ["keygen -k keys", "-k keys keygen"]),
     (dict(OPTIONS, command="demo"), ["demo"]),
     # Whoever asks for an explanation gets it, whatever else stands there. Which topics there are is not a matter of parsing.
     (dict(OPTIONS, command="help"), ["help", "-h", "--help"]),
@@ -176,8 +174,7 @@ def test_the_readers_agree_on_lines_that_nobody_would_have_thought_of(readers, m
 
 def test_help_explains_one_command_or_all():
     for topic, promised in (
-        (None, "serve connect keygen demo help --key-path --verbose --version"),
-        ("serve", "BIND -r --remote-regex --handshake-timeout"),
+        (None, "serve connect keygen demo help --key-path --verbose --version"), ("serve", "BIND -r --remote-regex --handshake-timeout"),
         ("connect", "SERVER TUNNEL -a --accept-all-hosts -e --encrypt --legacy --udp-timeout"),
         ("keygen", "keygen --key-path"), ("demo", "demo --verbose"), ("help", "help COMMAND"),
     ):
@@ -286,13 +283,11 @@ def test_a_pipe_is_a_file(parse, tmp_path):
 
 @pytest.mark.parametrize("content, said", [
     (b"a\n# it's fine\n\nb 'c\nd\n", "line 4 of the arguments in `F`: no closing quotation"),
-    (b"a b\n\\", "line 2 of the arguments in `F`: no escaped character"),
-    (b'"', "line 1 of the arguments in `F`: no closing quotation"),
+    (b"a b\n\\", "line 2 of the arguments in `F`: no escaped character"), (b'"', "line 1 of the arguments in `F`: no closing quotation"),
     (b"a\nb\0c", "line 2 of the arguments in `F`: a NUL character"),
     (b"x" * (1 << 20) + b"x", "line 1 of the arguments in `F`: more than a file of arguments may be"),
     (b"serve @nowhere", "cannot read the arguments in `nowhere`: No such file or directory"),
-    (b"serve @.", "cannot read the arguments in `.`: Is a directory"),
-    (b"serve @", "cannot read the arguments in ``: No such file or directory"),
+    (b"serve @.", "cannot read the arguments in `.`: Is a directory"), (b"serve @", "cannot read the arguments in ``: No such file or directory"),
     (b"serve @./F", "the arguments in `./F` name that file again"),
 ], ids=["quote", "escape", "first line", "NUL", "too long", "missing", "folder", "no name", "loop"])
 def test_files_that_cannot_be_used(parse, file, content, said):
@@ -350,8 +345,7 @@ def test_values(parse):
     ("RATROD_DRAIN", "-1", "`--drain` takes seconds, a number from 0 on, not `-1`"),
     ("RATROD_HANDSHAKE_TIMEOUT", "1e3", "`--handshake-timeout` takes seconds"),
     ("RATROD_LEGACY", "maybe", "it is 1 or 0, true or false, yes or no, not `maybe`"),
-    ("RATROD_LOG_FORMAT", "xml", "`--log-format` takes text or json, not `xml`"),
-    ("RATROD_LEGACY", "\x1b[31m", "not `\ufffd[31m`"),
+    ("RATROD_LOG_FORMAT", "xml", "`--log-format` takes text or json, not `xml`"), ("RATROD_LEGACY", "\x1b[31m", "not `\ufffd[31m`"),
 ])
 def test_a_wrong_value_names_its_variable(parse, name, value, said):
     error = parse("serve", "S:1", **{name: value})
