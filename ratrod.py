@@ -873,7 +873,7 @@ def parse_known_host(words: list[str]) -> str | None:
 
 
 class KnownHosts(KeyLines):
-    """The key of each server. If lines name its `host:port` or `host`, in any case, they count alone; else a bare KEY."""
+    """The key of each server. Lines with its `host:port` or `host`, in any case, count alone; then a bare KEY does."""
 
     USELESS = "is not understood"
     is_strict = False
@@ -3639,7 +3639,7 @@ class Negotiation:
                                        "the handshake was not done within %g s" % self._timeout))
 
     def _fail(self, error: Exception) -> None:
-        self.close(error, bytes(self._out) + self.handshake.data_to_send())
+        self.close(error, bytes(self._out) + (b"" if self.is_stepping else self.handshake.data_to_send()))
 
     def close(self, error: Exception | None = None, last_word: bytes = b"") -> None:
         """Ends the negotiation, and after an error the connection, which hears `last_word` first."""
@@ -4608,7 +4608,7 @@ class Link(Channel):
         self.refuse(Error(REMOTE_FAILED, reason(error)))
 
     def refuse(self, error: Error) -> None:
-        """Says why, as the last record."""
+        """Says why, and ends without destroying the answer on its way: FIN, then discard until the peer has seen it."""
         self.leave(self.writer.record(ERROR, *error), self.owner.limits.drain_timeout)
 
     def leave(self, last_word: bytes, drain: float = NEVER) -> None:
@@ -5714,6 +5714,8 @@ class UdpSession:
             self.port = RemotePort(loop, sock, is_shared=False)
         self.port.join(self)
         for data in self.take_kept():
+            if self.is_over:  # an earlier one was refused at once, and there is no other address
+                break
             with contextlib.suppress(OSError):
                 self.port.send(self, memoryview(data))  # where it is refused at once, the port is another one then
 
@@ -6233,6 +6235,7 @@ class SocksPort(UdpPort):
             self._connection = Transport(client.loop, sock, self._on_connection)
             self._connection.send(socks_reply(5, 0, Address(*udp.getsockname()[:2])))
         except OSError:
+            client.loop.sockets.discard(udp)
             udp.close()
             raise
         self.start()
@@ -6447,6 +6450,12 @@ class SshLinks:
 
     # ---- the connections that links share
 
+    def _names(self) -> list[str]:
+        """Of the sockets in the folder; none where the folder is gone, as after a cleaning of /tmp."""
+        with contextlib.suppress(OSError):
+            return os.listdir(self._folder)
+        return []
+
     def _find_connection(self, began: float) -> str:
         """The path of a shared connection that takes one more link, "" where there is none."""
         while True:
@@ -6455,7 +6464,7 @@ class SshLinks:
                 users = collections.Counter(link.path for link in self._links)
                 is_one_ending = any(link.sock.fileno() < 0 for link in self._links)
             is_full = sum(users.values()) >= self._most and time.monotonic() < self._most_until
-            for name in os.listdir(self._folder) if self._folder and not is_full else ():
+            for name in [] if is_full else self._names():
                 path = os.path.join(self._folder, name)
                 if users[path] < LINKS_OF_A_CONNECTION and "." not in name:  # ssh makes `m1` of `m1.JgTz4`
                     return path
@@ -6476,7 +6485,8 @@ class SshLinks:
             with self._lock:
                 if self._is_closed:
                     raise ConnectError(ENDING)
-                self._folder = self._folder or private_folder()
+                if not os.path.isdir(self._folder):
+                    self._folder = private_folder()
                 self._made += 1
                 path = os.path.join(self._folder, "m%d" % self._made)
                 options = ["-f", "-N", "-oControlMaster=yes", *([] if may_ask else ["-oBatchMode=yes"])]
@@ -6517,17 +6527,15 @@ class SshLinks:
                 # Not killed at once: a terminal that asks for a password shows nothing until ssh has undone that.
                 self._maker.terminate()
                 wait_for(self._maker, 2)
-            folder, self._folder = self._folder, ""
-            for name in os.listdir(folder) if folder else ():
+            for name in self._names():
                 with contextlib.suppress(OSError):
-                    wait_for(self._run(["-O", "exit"], os.path.join(folder, name), stdin=subprocess.DEVNULL,
+                    wait_for(self._run(["-O", "exit"], os.path.join(self._folder, name), stdin=subprocess.DEVNULL,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 2)
             for link in self._links:
                 link.process.kill()
                 link.process.wait()
         self.reap()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def wait_for(process: subprocess.Popen[bytes], seconds: float | None) -> int:
@@ -7229,8 +7237,12 @@ class Acceptor(Keeper):
         try:
             stream.accept(link, open_)
         except (ConnectError, RemoteProtocolError) as error:
+            answer = Error(UNKNOWN, str(error))
+            if stream.is_over:  # its last bytes were kept, and these are not what is asked for
+                self.on_acknowledged(stream, False)
+                return link.refuse(answer)
             stream.link = link
-            stream.fail(error, Error(UNKNOWN, str(error)) if isinstance(error, ConnectError) else None)
+            stream.fail(error, answer if isinstance(error, ConnectError) else None)
 
     def _attach(self, link: Link, open_: Open, stream: AcceptorStream) -> None:
         try:
@@ -8850,6 +8862,8 @@ class ReverseTunnel(LinkUser):
         return self._rest(error)
 
     def _rest(self, error: Exception) -> None:
+        if self._loop.now < self._rests_until:  # several links that fail in one moment are one try
+            return None
         with self._client.noticing():
             self._tries += 1
             says = self._tries > 1 and not self._has_said and not self.waiting

@@ -24,7 +24,7 @@ class Dial:
     def __init__(self, client, reach, open_, done, report, server):
         self._done, self._is_closed, self.born = done, False, client.loop.now
 
-    def start(self):
+    def try_next(self):
         self.ends.make_link(self.on_done)
 
     def on_done(self, link, error):

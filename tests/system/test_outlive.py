@@ -207,6 +207,22 @@ def test_36_what_ends_the_stream_or_its_link_alone(link, hold):
             refusal(stream.attach(link()))
 
 
+def test_36_an_attach_to_a_stream_of_which_the_tail_alone_is_left(link, hold):
+    """What asks for other bytes than are kept is answered, and the stream is known no more."""
+    for wrong in {"taken": 9}, {"at": 9}:
+        with row(wrong):
+            stream, local = hold()
+            end(stream, local)
+            stream.over(ack=False)
+            peer.reset(stream.link.sock)
+            bad = link()
+            ask(bad, stream, **{"taken": 0, **wrong})
+            assert [record.type for record in bad.read_to_end()] == [ERROR]
+            again = link()
+            ask(again, stream, attempt=9, taken=0)
+            assert [record.type for record in again.read_to_end()] == [OVER, CLOSE]
+
+
 def test_37_open_again_of_a_stream_that_ended(link, hold, listener):
     """The opener says Error where it was reset. Else Over is the answer; where it was lost, and all has been taken, the link is free again."""
     for how in "over", "Over was lost", "reset":
