@@ -1,5 +1,6 @@
-"""How long a datagram waits for the link of its session."""
+"""Parts of a client, each by itself."""
 
+import contextlib
 import types
 
 import pytest
@@ -35,3 +36,28 @@ def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
         assert came == [b"early"] * sent
     finally:
         loop.close()
+
+
+def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
+    """With eight, the pause would be at its longest after one outage."""
+    loop = ratrod.EventLoop()
+    try:
+        client = types.SimpleNamespace(
+            loop=loop, limits=ratrod.DEFAULT_LIMITS, draining=False, started=True, is_stubborn=True, options=types.SimpleNamespace(retries=2),
+            noticing=contextlib.nullcontext, may_ask_for=lambda _more: True, pool=types.SimpleNamespace(take=lambda _tunnel: None), give_up=print)
+        tunnel = ratrod.ReverseTunnel(client, ratrod.parse_tunnels("R:9:localhost:5")[0], 0)
+        tunnel.address = ratrod.Address("localhost", 9)
+        for tries in 1, 2:
+            for _ in range(8):
+                tunnel.give_up(ratrod.LinkClosed("the path was cut"))
+            assert tunnel._tries == tries
+            tunnel.try_now()
+    finally:
+        loop.close()
+
+
+def test_a_folder_of_sshs_sockets_that_was_cleaned_away(tmp_path):
+    links = ratrod.SshLinks(ratrod.SshWay(["sh"]), ratrod.SshHost("", "far", 0), ratrod.DEFAULT_LIMITS)
+    links._folder = str(tmp_path / "gone")
+    assert links._find_connection(0.0) == ""
+    links.close()
