@@ -273,12 +273,9 @@ def test_split_host_port():
             pytest.raises(ConfigError, ratrod.parse_tunnels, text)
 
 
-plain_pieces = st.text(st.characters(blacklist_characters=":[]"), max_size=5)
-v6_pieces = st.text("0123456789abcdef:", max_size=8).map(lambda text: text + ":")
-
-
 @unlimited
-@given(st.lists(st.one_of(plain_pieces, v6_pieces), min_size=1, max_size=5))
+@given(st.lists(st.text(st.characters(blacklist_characters=":[]"), max_size=5)
+                | st.text("0123456789abcdef:", max_size=8).map(lambda text: text + ":"), min_size=1, max_size=5))
 def test_split_host_port_puts_nothing_in_another_place(pieces):
     assert ratrod.split_host_port(":".join("[%s]" % piece if ":" in piece else piece for piece in pieces)) == pieces
 
@@ -286,9 +283,7 @@ def test_split_host_port_puts_nothing_in_another_place(pieces):
 def test_ports():
     bad_ports = ["", "00", "01", "080", "65536", "70000", "99999", "100000", "-1", "+1", " 1", "1 ", "1\n", "\n1", "1_0", "0x1", "1.0", "1e1",
                  "\uff18\uff10", "\u0665", "\u00b2", "http", "1" * 5000]
-    ports = {"1": 1, "80": 80, "65535": 65535}
-    assert {text: ratrod.parse_port(text) for text in ports} == ports
-    assert ratrod.parse_port("0", lowest=0) == 0
+    assert [ratrod.parse_port(text) for text in ("1", "80", "65535")] == [1, 80, 65535] and ratrod.parse_port("0", lowest=0) == 0
     pytest.raises(ValueError, ratrod.parse_port, "0")
     for text in bad_ports:
         with row(text[:20]):

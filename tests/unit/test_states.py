@@ -322,34 +322,25 @@ def hold_up(world, connection, side):
     return reader, connection.stream_of(side).link
 
 
-@pytest.mark.parametrize("leaves", [False, True], ids=["Over", "Close"])
+@pytest.mark.parametrize("event", ["Over", "Close", "loss"])
 @every_side
-def test_what_waits_for_a_slow_program_keeps_the_link_busy(world, side, leaves):
-    """Both Ends are on their way, and one local socket has not taken everything: no Over, or nothing done with it, before it has."""
+def test_what_waits_for_a_slow_program(world, side, event):
+    """Both Ends are on their way, and one local socket has not taken everything: no Over, or nothing done with the link, before it has. Where the
+    link is lost, what waits is delivered, and what the window holds is sent again."""
     connection = join(world)
-    world.server.leaves = leaves
+    world.server.leaves = event == "Close"
     reader, _ = hold_up(world, connection, side)
-    world.pass_time(120)
-    assert not world.idle
+    if event == "loss":
+        for how in (RESET, END):
+            world.open_pairs[0].cut(how)
+            world.settle()
+    else:
+        world.pass_time(120)
+        assert not world.idle
     assert reader.outcome is None
     reader.reads = True
     world.settle()
-    assert outcomes(connection) == [END, END]
-    assert world.idle == ([] if leaves else [world.pairs[0].opener])
-    world.finish()
-
-
-@every_side
-def test_a_slow_program_outlives_its_link(world, side):
-    """What waits for it when the link is lost is delivered, and what the window holds is sent again."""
-    connection = join(world)
-    reader, _ = hold_up(world, connection, side)
-    for n in range(2):
-        world.open_pairs[0].cut((RESET, END)[n])
-        world.settle()
-    assert reader.outcome is None
-    reader.reads = True
-    world.settle()
+    assert world.idle == ([] if event == "Close" else [world.open_pairs[0].opener])
     end(world, connection)
 
 
