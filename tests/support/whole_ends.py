@@ -159,11 +159,12 @@ class App(Talker):
 
     def write(self, n):
         if not self.ended and self.outcome != RESET:
-            with contextlib.suppress(BlockingIOError):
-                try:
-                    self.say(n)
-                except OSError:
-                    self.outcome = RESET
+            try:
+                self.say(n)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.outcome = RESET
 
     def end(self):
         if not self.ended and self.outcome != RESET:
