@@ -21,7 +21,7 @@ from support.programs import ROOT
 from support.whole_ends import Back, Ends, Oracle, Originator
 
 CRASHERS = sorted((ROOT / "tests" / "tools" / "crashers").iterdir())
-PARSED, PLAYED = 1000, 120  # inputs of a parser, and of whole programs
+PARSED, PLAYED = 500, 80  # inputs of a parser, and of whole programs
 DEAR = {"noise-server": 500, "noise-client": 500, "noise-payloads": 500, "legacy-server": 500, "legacy-client": 500, "command-line": 100,
         "client-start": 60, "client-peer": 60, "server-proxy": 60, "server-stranger": 80}
 
