@@ -67,7 +67,7 @@ def test_names_are_looked_up_at_the_proxy(serve, ratrod, keys, fake):
 
 def test_a_proxy_that_misbehaves(fake, keys):
     """Each says which proxy it was, for which server, and why."""
-    quick, patient = ratrod_module.Limits(connect_timeout=0.3), ratrod_module.Limits()
+    quick, patient = ratrod_module.Limits(handshake_timeout=0.3), ratrod_module.Limits()
     for handle, scheme, limits, says in (
             (http_answer(b"HTTP/1.0 403 Forbidden\n\n"), "http", patient, "it answered `HTTP/1.0 403 Forbidden`"),
             (http_answer(b"HTTP/1.1 407 No\r\n\r\n"), "http", patient, "407 No`; it wants a user and a password"),
