@@ -84,6 +84,13 @@ def test_nothing_is_open(serve, sign, strangers):
     assert "may go on" not in server.output
 
 
+def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel):
+    made = tunnel(tcp_echo.port, RATROD2, serve_flags=("--drain", FOREVER))
+    exchange(made.port, b"before")
+    assert made.server.stop() == 0
+    assert made.client.process.poll() is None, made.client.output
+
+
 def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
     """The idle one hears Close and FIN, never a reset: a client that sends an Open then reads that. The busy one hears Close in place of Over."""
     server, port = serve("--drain", FOREVER)
