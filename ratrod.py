@@ -7044,7 +7044,7 @@ class Dial:
                 "the proxy `%s` does not connect to the server `%s`: %s" % (client.options.proxy, self._server, error))
         if error:
             return self._fail(error)
-        if self._keys is not client.keys:  # read again meanwhile: a new link comes as who this is now
+        if self._keys != client.keys:  # another one was read meanwhile: a new link comes as who this is now
             negotiation.sock.close()
             self._keys = client.keys
             self._left.insert(0, self._server)
@@ -8314,7 +8314,7 @@ class Server(Endpoint):
 
     def complain_of_stranger(self, address: Any, error: Exception) -> None:
         name = Source.name(address[0])
-        if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).links:
+        if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).is_trusted(self.loop.now):
             return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
         self.counters.handshakes_failed += 1
         self.loop.complain("❌ Refused %%d more connections from `%s`" % name,

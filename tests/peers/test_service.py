@@ -160,7 +160,7 @@ def test_a_log_for_machines(serve, connect, tcp_echo):
         for line in lines:
             when = datetime.datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S.%fZ")
             assert abs(when - datetime.datetime.now(datetime.timezone.utc).replace(tzinfo=None)) < datetime.timedelta(minutes=5)
-        assert "DEBUG" in {line["level"] for line in lines} <= {"DEBUG", "INFO"} and "\x1b" not in program.output
+        assert "DEBUG" in {line["level"] for line in lines} <= {"DEBUG", "INFO"} and "\x1b" not in program.output, program.output
 
 
 def test_what_would_break_a_line_of_it(ratrod, tmp_path):

@@ -330,7 +330,7 @@ def test_sshd_goes_under_load_and_comes_back(sshd, over_ssh, tcp_echo):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_shared_connection_that_is_gone_or_silent(sshd, over_ssh, tcp_echo, ground, how):
     """The next link has another one, and nothing of either is left."""
-    client = over_ssh(sshd(), "-v", "--handshake-timeout", "5", "--connect-timeout", "5", "0:127.0.0.1:%d" % tcp_echo.port).ready()
+    client = over_ssh(sshd(), "-v", "--handshake-timeout", "10", "--connect-timeout", "10", "0:127.0.0.1:%d" % tcp_echo.port).ready()
     first, = [pid for pid, (_, line) in processes().items() if ground.path in line and "ControlMaster=yes" in line]
     with dial(tcp_port(client)) as connection:  # it has the only link
         ping(connection, b"a")

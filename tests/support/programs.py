@@ -40,7 +40,7 @@ RATROD = PYTHON, compiled()
 CACHE = pathlib.Path(os.environ.get("RATROD_TEST_CACHE") or pathlib.Path.home() / ".cache" / "ratrod-tests")
 RUST = CACHE / "rust" / "bin" / "ratrod"
 # The longest that any awaited event may take. Generous: it bounds a hang on a busy machine and measures nothing.
-PATIENCE = 30.0
+PATIENCE = 60.0
 # The exit code of a client that the server does not accept, or that does not accept the server.
 AUTHENTICATION_FAILED = 3
 
