@@ -311,6 +311,8 @@ TURNS = 0.005  # seconds of callbacks before the loop looks for new events, and 
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
 STEPS_AT_ONCE = min(8, os.cpu_count() or 1)  # threads for public-key steps
 LAST_WORDS = 256  # connections that are sent a last word at once
+MOST_ADDRESSES = 64  # of a name: whoever has a zone of his own can give it 4,000
+TRIES_AT_ONCE = 8  # of one connect, each with a descriptor: the oldest has had 2 s
 STAGGER = 0.25  # seconds between two parallel tries to connect (RFC 8305, section 5)
 GRACE = 1.0  # seconds that a reverse tunnel's listener outlives the last link of its client
 REMEMBERED = 3600.0  # seconds for which the numbers of ended streams are kept
@@ -833,7 +835,7 @@ class KeyLines:
         before, now = self._cache[0], time.time()
         if signature == before:
             # A file that changes twice within one tick of its file system's clock (FAT: 2 s) keeps its time.
-            return now - max(status.st_mtime, status.st_ctime) > 2
+            return abs(now - max(status.st_mtime, status.st_ctime)) > 2  # far in the future: the clock was set back
         # Some editors empty a file before they write it anew. An empty list would throw everybody out, and clients for
         # good. A file that is meant to be empty still is so EMPTY_FOR later.
         was_emptied = bool(before and before[2] and not status.st_size and status.st_ino == before[3])
@@ -941,6 +943,8 @@ class KeyFolder:
 
     def __init__(self, key_path: str | None = None, parse_grant: Callable[[list[str]], Any] = tuple):
         named = os.fspath(key_path or os.path.join("~", ".ratrod"))
+        if "\0" in named:
+            raise ConfigError("the path of the security files has a zero character in it, which no path has")
         path = os.path.expanduser(named)
         if named.startswith("~") and not (os.path.isabs(path) and os.environ.get("HOME", path)):
             raise ConfigError("there is no home folder for `%s` (HOME is not set, and the system knows none): name the"
@@ -1002,6 +1006,7 @@ class KeyFolder:
         pair = KeyPair.from_seed(os.urandom(32))
         # The private key last: a folder that has one is complete.
         texts = {"authorized_keys": "", "known_hosts": "", "key.pub": encode_key(pair.public), "key": pair.encode()}
+        made = ""
         try:
             here = [name for name in texts if os.path.lexists(os.path.join(self.path, name))]
             if "key" in here or "key.pub" in here:
@@ -1010,7 +1015,11 @@ class KeyFolder:
             for name in texts:
                 if name not in here:
                     write_new(os.path.join(self.path, name), texts[name])
+                    made = name
         except OSError as error:
+            if made == "key.pub":  # without its key it would only stand in the way of the next try
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.path, made))
             raise ConfigError("cannot write the security files to `%s`: %s" % (self.path, reason(error))) from None
         return pair
 
@@ -2544,7 +2553,7 @@ class HttpProxyHandshake(ProxyHandshake):
     def _schemes(text: str) -> list[str]:
         """The ways to authenticate that an answer offers (RFC 9110, 11.6.1): `NTLM`, `Digest`, ..."""
         # Without what stands in quotation marks, where a comma separates nothing, and without the ends of folded lines.
-        text = re.sub(r'"(?:\\.|[^"\\\n])*"|\r?\n(?=[ \t])', "", text)
+        text = re.sub(r'"(?:\\.|[^"\\\n])*"?|\r?\n(?=[ \t])', "", text)
         challenges = re.findall(r"^(?:proxy|www)-authenticate[ \t]*:(.*)$", text, re.IGNORECASE | re.MULTILINE)
         # A word that "=" follows is a parameter of the scheme before it.
         scheme = r"(?:^|,)\s*([\w!#$%&'*+.^`|~-]+)(?!\s*=)(?=[\s,]|$)"
@@ -3117,6 +3126,8 @@ class Threads:
                 result = task()
             except Exception as raised:
                 error = raised
+            except BaseException as raised:  # sys.exit() or CancelledError in authorize(): the thread serves others too
+                error = RatrodError("%s on a thread" % type(raised).__name__)
             with self._lock:
                 self._unfinished -= 1
             self._loop.call_soon_threadsafe(functools.partial(done, result, error))
@@ -3233,11 +3244,12 @@ class Slot:
 class LookUp:
     """A name look-up, or another task that may hang; `waiting` are those that it is for. No name: it is authorize()."""
 
-    __slots__ = ("key", "name", "task", "waiting", "deadline", "began")
+    __slots__ = ("key", "name", "task", "waiting", "deadline", "began", "start")
 
     def __init__(self, key: bytes, name: str, task: Callable[[], Any], done: Done, deadline: Deadline):
         self.key, self.name, self.task, self.deadline, self.began = key, name, task, deadline, NEVER
         self.waiting = [done]
+        self.start: Callable[[], None]  # what waits in the queue
 
 
 class LookUps(FairQueue):
@@ -3280,7 +3292,8 @@ class LookUps(FairQueue):
         made.deadline.set(self._timeout, functools.partial(self._on_timeout, made))
         if name:
             self._by_name[key, name] = made
-        return self.begin(key, functools.partial(self._start, made), 1 if name else 0)
+        made.start = functools.partial(self._start, made)
+        return self.begin(key, made.start, 1 if name else 0)
 
     def _may_begin(self, key: bytes) -> bool:
         running, awaited = self._running, self._awaited
@@ -3307,6 +3320,8 @@ class LookUps(FairQueue):
             self._refused.add(refused)
             self._loop.call_later(self.REFUSED_FOR, lambda: self._refused.discard(refused))
         self._tell(made, None, ConnectError("%s took too long" % ("the name look-up" if made.name else "authorize()")))
+        if made.began == NEVER:
+            self.cancel(made.key, made.start)
         self._begin_waiting()
 
     def _tell(self, made: LookUp, result: Any, error: Exception | None) -> None:
@@ -3669,7 +3684,7 @@ def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) ->
         raise ConnectError("cannot resolve `%s`: %s" % (printable(address.host), reason(error))) from None
     return list(dict.fromkeys(
         literal(Address(str(parse_ip(str(sockaddr[0]))), address.port)) if str(sockaddr[0]).startswith("::ffff:")
-        else (int(family), sockaddr) for family, _, _, _, sockaddr in found))
+        else (int(family), sockaddr) for family, _, _, _, sockaddr in found))[:MOST_ADDRESSES]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3743,6 +3758,8 @@ class Connector:
                 return self._finish(sock, None)
             is_connecting = code in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
             if sock and is_connecting and not is_unix:  # a Unix socket whose queue is full stays as it is
+                if len(self._tries) >= TRIES_AT_ONCE:
+                    self._tries.pop(next(iter(self._tries))).close()
                 self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
                 self._tries[sock].want(WRITE)
                 if self._addresses:
@@ -5508,9 +5525,9 @@ class SocksStream(OpenerStream):
         if not self.was_opened:
             try:
                 self.local.send(socks_reply(self.version, 0))  # type: ignore[union-attr]
-            except OSError as error:
-                self._broken = error  # the next read or write tells
-        super()._on_opened(link, opened)
+            except OSError as error:  # said once: the next read would find a clean end
+                return self._on_local_failed(error)
+        return super()._on_opened(link, opened)
 
     def _close_local(self, error: Exception | None = None) -> None:
         local = self.local
@@ -5786,8 +5803,8 @@ class UdpLink(LinkUser):
     for which this waits at the pool (`since`, `instance`)."""
 
     __slots__ = ("owner", "loop", "limits", "link", "owner_key", "peer_key", "sessions", "since", "instance",
-                 "is_waiting", "rests_until", "opened_at", "failures", "shared", "_queue", "_rest", "_next", "_new",
-                 "_counted")
+                 "is_waiting", "rests_until", "opened_at", "failures", "shared", "next_number", "_queue", "_rest",
+                 "_new", "_counted")
     JOINED = 0.01  # seconds: datagrams that began to wait within so little are one piece of the queue
 
     def __init__(self, owner: Any, peer_key: bytes = b""):
@@ -5801,14 +5818,14 @@ class UdpLink(LinkUser):
         self.shared: dict[tuple[int, int], RemotePort] = {}  # by `outer` and family
         self._queue: collections.deque[tuple[float, bytearray]] = collections.deque()
         self._rest = b""  # datagrams that came, for the next turns
-        self._next, self._new, self._counted = 1, 0, 0
+        self.next_number, self._new, self._counted = 1, 0, 0
 
     # ---- sessions
 
     def new_session(self, port: UdpPort, key: Any, label: str, target: str) -> UdpSession:
         """Client: a session under the next number, which the server is told of."""
-        session = UdpSession(self, self._next, label, target, port.outer)
-        self._next += 1
+        session = UdpSession(self, self.next_number, label, target, port.outer)
+        self.next_number += 1
         session.port, session.key = port, key
         port.join(session)
         self.owner.sessions.add(session)
@@ -5818,7 +5835,7 @@ class UdpLink(LinkUser):
     def renew(self, session: UdpSession) -> None:
         """Client: asks for a session again that has failed, under a new number."""
         del self.sessions[session.number]
-        session.number, session.rests_until, self._next = self._next, 0.0, self._next + 1
+        session.number, session.rests_until, self.next_number = self.next_number, 0.0, self.next_number + 1
         self.sessions[session.number] = session
         self._announce(session)
 
@@ -5932,7 +5949,7 @@ class UdpLink(LinkUser):
 
     def accept(self, link: Link) -> None:
         """Server: `link` carries the sessions from now on."""
-        self.link, self._next = link, 0
+        self.link, self.next_number = link, 0
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
         link.accept(self, UDP_OPEN, Opened(""))
 
@@ -5955,6 +5972,7 @@ class UdpLink(LinkUser):
         self._forget()
         for session in list(self.sessions.values()):
             self.end(session, tell=None)
+        self.next_number = 1
 
     # ---- in
 
@@ -6015,12 +6033,14 @@ class UdpLink(LinkUser):
                 self._deliver(link, memoryview(self._rest))
             except RemoteProtocolError as error:
                 link.abort(error)
+        if link:
+            link.update()  # where the last session has ended meanwhile there is no rest, and on_update() lets go
 
     def _on_session(self, link: Link, message: Session) -> None:
         """Server: a new session, under a number that is higher than all before."""
-        if message.number < self._next:
+        if message.number < self.next_number:
             raise RemoteProtocolError("a UDP session with the number %d, which is not a new one" % message.number)
-        self._next = message.number + 1
+        self.next_number = message.number + 1
         label = new_label(link.name, "udp " + message.target)
         session = UdpSession(self, message.number, label, message.target, message.outer)
         self.owner.sessions.add(session)
@@ -6069,7 +6089,11 @@ class UdpPort:
         self._transport.set_option(RECEIVE_BUFFER, UDP_BUFFER)
 
     def start(self) -> None:
-        self._transport.want(READ)
+        try:
+            self._transport.want(READ)
+        except OSError:  # epoll has no room for it
+            self._transport.close()
+            raise
 
     def join(self, session: UdpSession) -> None:
         self.sessions[session.key] = session
@@ -6225,12 +6249,13 @@ class SocksPort(UdpPort):
         with contextlib.suppress(ValueError):  # a name is no machine: PySocks names `0`
             named = parse_ip(host.strip("[]"))
             if not named.is_unspecified and named != parse_ip(self._host):
-                raise OSError("its datagrams would come from another machine, `%s`" % host)
+                raise OSError("its datagrams would come from another machine than its connection")
         self._sender_port = int(port)
         self._sender: Any = None
         udp = client.loop.make_socket(sock.family, socket.SOCK_DGRAM)
         try:
-            udp.bind((sock.getsockname()[0], 0))
+            host, _, *scope = sock.getsockname()
+            udp.bind((host, 0, *scope))
             super().__init__(client.loop, udp)
             self._connection = Transport(client.loop, sock, self._on_connection)
             self._connection.send(socks_reply(5, 0, Address(*udp.getsockname()[:2])))
@@ -6361,7 +6386,7 @@ class SshLinks:
         self._options = "%s ConnectTimeout=%d" % (SSH_OPTIONS, max(1, limits.connect_timeout))
         self.patience = limits.connect_timeout + limits.handshake_timeout
         self._marker = b"\nratrod %s\n" % os.urandom(16).hex().encode("ascii")
-        self._program = zlib.compress(b"%s\nserve_pipe(%r, %r)\n" % (
+        self._program = zlib.compress(b"%s\ninf = NEVER\nserve_pipe(%r, %r)\n" % (
             own_source().encode("utf-8"), self._marker, limits._asdict()))
         # The login shell there expands a ~ in front of the path, and takes nothing in the path apart.
         python = re.sub("^'(~[^/]*/)", r"\1'", shlex.quote(self._python))
@@ -7820,7 +7845,7 @@ class Rules:
         """What the caller of serve(authorize=...) says to it. On a thread."""
         try:
             return self._options.authorize is None or bool(self._options.authorize(encode_key(key), target))
-        except Exception as error:
+        except BaseException as error:  # sys.exit() and CancelledError too
             line = "❌ authorize() raised for `%s`: %r" % (printable(target), error)
             self._loop.call_soon_threadsafe(functools.partial(self._server.counters.fail, key, line))
             return False
@@ -8030,7 +8055,8 @@ class ReverseListener(Opener):
 
     def is_retired(self, instance: bytes) -> bool:
         """Whether a later run listens here: two that live must not take the address from each other for ever."""
-        return instance in self._retired and any(link.instance == self.instance for link in self.links)
+        return instance != self.instance and instance in self._retired and any(
+            link.instance == self.instance for link in self.links)
 
     @property
     def is_abandoned(self) -> bool:
@@ -8314,7 +8340,8 @@ class Server(Endpoint):
 
     def complain_of_stranger(self, address: Any, error: Exception) -> None:
         name = Source.name(address[0])
-        if isinstance(error, Speechless) or isinstance(error, Departed) and self.admission.source(name).is_trusted(self.loop.now):
+        is_known = self.admission.source(name).is_trusted(self.loop.now)
+        if isinstance(error, Speechless) or isinstance(error, Departed) and is_known:
             return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
         self.counters.handshakes_failed += 1
         self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
@@ -8911,10 +8938,10 @@ class ReverseTunnel(LinkUser):
         """A connection came in at the server. Its Open names the visitor, for the log; the tunnel names the remote."""
         if open_.kind != TCP:
             raise RemoteProtocolError("an Open of kind %d on a Listen link" % open_.kind)
+        self.waiting.discard(link)
         is_old = self._loop.now - link.born > self._client.limits.link_age
         if open_.attempt < 2 and (is_old or self._client.draining):
             return link.leave(link.writer.record(CLOSE))
-        self.waiting.discard(link)
         self.busy.add(link)
         self.ask_more()
         return self.acceptor.open(link, open_)
@@ -9053,7 +9080,7 @@ class SocksEntrance:
         self.negotiations.discard(negotiation)
         address, request = negotiation.address, negotiation.handshake
         assert isinstance(request, SocksHandshake)
-        if failure and (isinstance(failure, Departed) or not negotiation.heard):
+        if failure and (isinstance(failure, (Departed, LocalFailed)) or not negotiation.heard):
             return log.debug("SOCKS client `%s`: %s", show_address(address), reason(failure))
         if failure:
             return self._complain(address, failure)
@@ -9329,7 +9356,9 @@ class Client(Endpoint):
         udp = self._udp
         if udp.link and (not udp.sessions or self.loop.now - udp.link.born > self.limits.link_age):
             udp.drop_link()
-            if udp.sessions:
+            if udp.next_number >> 31:  # numbers are u32, and new on each link
+                udp.close()
+            elif udp.sessions:
                 udp.ask_for_link()
         self.doubt_paths()
         self.pool.seek(self.leave_dead_paths(self._reached_at))
@@ -9710,7 +9739,11 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
     """The tunnels that `texts` describe; ConfigError says what is wrong with them, or does not go together."""
     tunnels = [spec for text in texts for spec in parse_tunnels(text)]
     kinds = [spec.kind for spec in tunnels]
+    at_server = [spec.local._replace(host=spec.local.host or "localhost") for spec in tunnels
+                 if spec.kind == REVERSE and spec.local.port]
     check(
+        (len(set(at_server)) < len(at_server),
+         "two R: tunnels would listen on one address of the server, whose visitors would come to either remote"),
         (socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL),
          "--socks-user takes name:password"),
         (any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)),

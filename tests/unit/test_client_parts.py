@@ -61,3 +61,56 @@ def test_a_folder_of_sshs_sockets_that_was_cleaned_away(tmp_path):
     links._folder = str(tmp_path / "gone")
     assert links._find_connection(0.0) == ""
     links.close()
+
+
+def test_a_udp_link_that_held_for_datagrams_of_sessions_that_have_ended():
+    """They ended between two turns: nothing is left to wait for, and what comes next on the link is read."""
+    loop = ratrod.EventLoop()
+    try:
+        udp = ratrod.UdpLink(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20)))
+        udp.link = types.SimpleNamespace(state=ratrod.UDP_OPEN, out=b"", is_held=True, release=lambda: setattr(udp.link, "is_held", False),
+                                         update=lambda: udp.on_update())
+        udp._go_on()
+        assert not udp.link.is_held
+    finally:
+        loop.close()
+
+
+def test_a_socks_client_that_reset_its_connection_before_the_reply():
+    """The system says it once: a read after that would find a clean end, and a cut upload would look whole."""
+    failed = []
+    class Stream(ratrod.SocksStream):
+        def _on_local_failed(self, error):
+            failed.append(error)
+    def send(_data):
+        raise ConnectionResetError
+    stream = object.__new__(Stream)
+    stream.was_opened, stream.version, stream.local = False, 5, types.SimpleNamespace(send=send)
+    stream._on_opened(None, ratrod.Opened(""))
+    assert len(failed) == 1 and not stream.was_opened
+
+
+def test_a_run_that_took_its_reverse_address_back_is_no_earlier_run():
+    listener = object.__new__(ratrod.ReverseListener)
+    listener.instance, listener._retired, listener.links = b"A", [b"A", b"B"], [types.SimpleNamespace(instance=b"A")]
+    assert not listener.is_retired(b"A") and listener.is_retired(b"B") and not listener.is_retired(b"C")
+
+
+def test_an_open_on_a_listen_link_that_is_too_old_is_no_loss_of_a_link():
+    """Its end would count as a failed try of the tunnel."""
+    left = []
+    client = types.SimpleNamespace(loop=types.SimpleNamespace(now=1e6), limits=ratrod.DEFAULT_LIMITS, draining=False, options=None)
+    tunnel = object.__new__(ratrod.ReverseTunnel)
+    tunnel._client, tunnel._loop = client, client.loop
+    class Old:
+        born, leave, writer = 0.0, left.append, types.SimpleNamespace(record=lambda kind: kind)
+    link = Old()
+    tunnel.waiting = {link}
+    tunnel.on_open(link, ratrod.Open(ratrod.TCP, "visitor"))
+    assert left == [ratrod.CLOSE] and not tunnel.waiting
+
+
+def test_of_thousands_of_addresses_of_a_name_a_few_are_tried(monkeypatch):
+    found = [(ratrod.socket.AF_INET, 1, 6, "", ("10.0.%d.%d" % divmod(n, 256), 5)) for n in range(4000)]
+    monkeypatch.setattr(ratrod.socket, "getaddrinfo", lambda *_args, **_options: found)
+    assert ratrod.look_up(ratrod.Address("many.example", 5)) == [(2, address) for *_, address in found[:64]]

@@ -70,6 +70,29 @@ def test_what_is_there_already_is_kept(tmp_path):
     for path in (str(tmp_path / "notes" / "sub"), "/proc/no-such-folder"):
         with pytest.raises(ConfigError, match=path):
             KeyFolder(path).generate()
+    with pytest.raises(ConfigError, match="zero character"):
+        KeyFolder("a\0b")
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_key(tmp_path, monkeypatch):
+    write_new = ratrod.write_new
+    def fill(path, text):
+        if path.endswith("key"):
+            raise OSError(28, "No space left on device")
+        write_new(path, text)
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod, "write_new", fill)
+        with pytest.raises(ConfigError, match="No space left"):
+            KeyFolder(str(tmp_path)).generate()
+    assert KeyFolder(str(tmp_path)).generate()
+
+
+def test_a_list_from_the_future_is_read_once(tmp_path):
+    """The clock was set back: to parse the list at each look would be most of what a server does."""
+    (tmp_path / "known_hosts").write_text("")
+    os.utime(tmp_path / "known_hosts", (4e9, 4e9))
+    hosts = KnownHosts(str(tmp_path / "known_hosts"))
+    assert hosts.read() is hosts.read()
 
 
 SEED = bytes(range(32))

@@ -244,6 +244,14 @@ def test_a_moment_without_threads(loop, monkeypatch):
     pool.submit(lambda: 2, done)
     run_again(loop)
     assert told[1:] == [(2, None)]
+    # What ends a thread of others, as sys.exit() in authorize() would, does not end these.
+    for _ in range(3):
+        pool.submit(sys.exit, done)
+        run_again(loop)
+    assert told[2:] == [(None, "SystemExit on a thread")] * 3
+    pool.submit(lambda: 3, done)
+    run_again(loop)
+    assert told[5:] == [(3, None)]
     pool.close()
     pool.join(PATIENCE)
 
@@ -339,6 +347,13 @@ def test_a_name_is_looked_up_once_for_all_of_a_key(names, monkeypatch):
     assert made.asked.count("good") == 1
     made.run_until(lambda: made.find(b"a", "silent") != too_long[1])
     made.run_until(lambda: made.asked.count("silent") == 3)
+
+
+def test_a_look_up_that_was_given_up_before_its_turn_is_kept_no_longer(names):
+    made = names(lookup_threads=1)
+    answers = [made.find(b"a", "silent-%d" % n, timeout=PATIENCE if n == 0 else 0.05) for n in range(20)]
+    made.run_until(lambda: all(answers[1:]))
+    assert made.asked == ["silent-0"] and not any(made.look_ups._waiting)
 
 
 def test_a_look_up_that_nobody_waits_for_takes_no_place(names):
