@@ -2849,7 +2849,6 @@ class EventLoop:
         self.most = descriptor_limit()
         self.spare = min(64, self.most // 8)  # descriptors for those that are in: accepting leaves them alone
         self.lock = threading.RLock()  # held for a round's callbacks: fork() waits for the end of the round
-        _loops.add(self)
         self.now, self.awake = time.monotonic(), boot_time()  # of this round: exact enough for what counts in seconds
         self.complaints = Complaints()
         self.complain = self.complaints.complain
@@ -2865,6 +2864,7 @@ class EventLoop:
         self.waker.setblocking(False)
         self._wake_receiver = Transport(self, ours, self._on_wake)
         self._wake_receiver.want(READ)
+        _loops.add(self)  # last: one that could not be made has nothing to forget in a forked process
 
     # ---- shared buffers
 
@@ -2877,8 +2877,12 @@ class EventLoop:
         """scratch_in, which the caller keeps until give_back(): another takes its place. None: too many are lent."""
         if self._lent >= LENT_AT_ONCE:
             return None
+        try:
+            fresh = self._spare.pop() if self._spare else new_scratch()
+        except OSError:  # no memory
+            return None
         self._lent += 1
-        lent, self.scratch_in = self.scratch_in, self._spare.pop() if self._spare else new_scratch()
+        lent, self.scratch_in = self.scratch_in, fresh
         return lent
 
     def give_back(self, lent: memoryview) -> None:
@@ -2996,7 +3000,10 @@ class EventLoop:
         *_, line = (line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_globals is globals())
         text = "❌ internal error in line %d, please report it: %r" % (line, error)
         self.complain("❌ %d more internal errors", text)
-        getattr(getattr(call, "__self__", None), "abort", lambda _error: None)(error)
+        try:
+            getattr(getattr(call, "__self__", None), "abort", lambda _error: None)(error)
+        except Exception as another:  # the bug left it in a state that cannot be ended either
+            self.complain("❌ %d more internal errors", "❌ internal error, please report it: %r" % another)
 
 
 # ---- fork(): the loops and their descriptors are the parent's
@@ -5616,9 +5623,7 @@ class StdioTransport(Transport):
         if stat.S_ISSOCK(os.fstat(1).st_mode):
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(1)) as sock:
                 sock.shutdown(socket.SHUT_WR)
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, 1)
-        os.close(devnull)
+        os.dup2(0, 1)  # nothing is written any more; /dev/null would take a descriptor, and may not be there
 
     def _restore(self, number: int) -> None:
         blocking = self._blocking.pop(number, None)
@@ -9621,7 +9626,7 @@ def notify_systemd(*lines: str) -> None:
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(1)
+            sock.settimeout(0 if lines[0].startswith("STATUS=") else 1)  # the next status comes soon
             sock.sendto("\n".join(lines).encode(), "\0" + path[1:] if path[0] == "@" else path)
     except OSError as error:
         log.debug("systemd was not told %s: %s", lines[0], reason(error))
@@ -9961,6 +9966,8 @@ class UsageReader:
         if not words:
             raise UsageError("no command")
         command, *arguments = words
+        if command == "connect" and arguments[1:2] == ["--"]:  # its second one
+            del arguments[1]
         if command not in COMMANDS:
             raise UsageError("there is no command `%s`" % printable(command))
         for option in given:
@@ -10368,7 +10375,7 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
 def read_answer() -> str:
     """A line of standard input. A pipe has to hold the answer already: nobody types one there."""
     if not sys.stdin or sys.stdin.isatty():
-        return sys.stdin.readline() if sys.stdin else ""
+        return read_line() if sys.stdin else ""
     # Without a buffer: one whose lock a thread holds for ever ends the interpreter with a fatal error.
     source: Any = getattr(getattr(sys.stdin, "buffer", None), "raw", sys.stdin)
     answer: list[str] = []
@@ -10382,6 +10389,16 @@ def read_answer() -> str:
     reader.start()
     reader.join(ANSWER_TIMEOUT)
     return "".join(answer)
+
+
+def read_line() -> str:
+    """A line that was typed, "" at the end: also where the terminal is gone."""
+    try:
+        return sys.stdin.readline()
+    except UnicodeDecodeError:  # an answer to nothing
+        return "?\n"
+    except OSError:
+        return ""
 
 
 def generate_keys(folder: KeyFolder) -> KeyPair:
@@ -10404,7 +10421,7 @@ def ask_host(error: UnknownHost) -> bool:
     with handling({"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}):
         while True:
             print(question, end="", file=sys.stderr, flush=True)
-            answer = sys.stdin.readline()
+            answer = read_line()
             if not answer or answer.strip().lower() in ("no", "n"):
                 return False
             if answer.strip().lower() == "yes" or answer.strip() in (key, fingerprint):
@@ -10442,7 +10459,11 @@ class EndpointRun:
         hang_up = getattr(signal, "SIGHUP", None)
         outlives = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
         self._terminal = None if outlives else next(filter(is_terminal, range(3)), None)
-        self._endpoint = make(self._loop, Callbacks(self._on_started, self._on_finished))
+        try:
+            self._endpoint = make(self._loop, Callbacks(self._on_started, self._on_finished))
+        except BaseException:
+            self._loop.close()
+            raise
 
     def run(self) -> int:
         """Runs the endpoint until it has finished, or a signal ends it: the exit code."""
@@ -10587,6 +10608,9 @@ class Workers:
         pid = self._processes.pop(sock)
         with contextlib.suppress(ChildProcessError):  # the program around main() waits for its children itself
             status = os.waitpid(pid, 0)[1]
+            if os.WIFSIGNALED(status):  # a worker that exits says why itself
+                log.error("❌ the worker with process id %d was killed by signal %d (9 may be a lack of memory): the"
+                          " others end too", pid, os.WTERMSIG(status))
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
         return 1
 
@@ -10622,8 +10646,12 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
     def run(number: int, notify: Notify) -> int:
         def make_with_metrics(loop: EventLoop, callbacks: Callbacks) -> Endpoint:
             endpoint, address = make(number, loop, callbacks), metrics_at[number]
-            if address:
-                serve_metrics(endpoint, address, options.reuse_port)
+            try:
+                if address:
+                    serve_metrics(endpoint, address, options.reuse_port)
+            except BaseException:
+                endpoint.close()
+                raise
             return endpoint
         return EndpointRun(make_with_metrics, drain, notify).run()
     if len(sockets) == 1:
@@ -10634,8 +10662,13 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
     try:
         for number, own in enumerate(sockets):
-            ours, theirs = socket.socketpair()
-            pid = os.fork()
+            try:
+                ours, theirs = socket.socketpair()
+                pid = os.fork()
+            except OSError as error:
+                raise RatrodError("cannot start worker %d of %d: %s; give fewer --workers, or allow more processes"
+                                  " and descriptors (ulimit -u, ulimit -n)"
+                                  % (number + 1, len(sockets), reason(error))) from None
             if pid == 0:
                 close_all([ours, *processes, *(sock for others in sockets for sock in others if sock not in own)])
                 _run_worker(functools.partial(run, number), theirs)
@@ -10665,6 +10698,7 @@ def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn
     try:
         for writer in log_writers():
             writer.restart()
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # `stty tostop` must not stop a background group that logs
         os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
         threading.Thread(target=end_with_parent, daemon=True).start()
         code = exit_code_of(lambda: run(tell_parent))

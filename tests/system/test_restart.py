@@ -396,3 +396,13 @@ def test_workers_end_with_their_parent(serve, connect, slow, stack, second):
         assert [receive_all(connection) for connection in connections] == [b"last"] * 8
         stack.close()
         assert server.wait() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_worker_that_is_killed_is_named(serve):
+    """All end with it, and the log says why."""
+    server, _ = serve("--workers", "2")
+    worker = int(subprocess.check_output(["pgrep", "-P", str(server.process.pid)]).split()[0])
+    os.kill(worker, signal.SIGKILL)
+    server.wait_for("❌ the worker with process id %d was killed by signal 9" % worker)
+    assert server.wait() == 1

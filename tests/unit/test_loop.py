@@ -180,7 +180,12 @@ def test_keys_share_the_time_and_not_the_number_of_callbacks(clock):
     assert 0.8 < long_one.used / sum(made.used for made in short_ones) < 1.25
 
 
-def test_buffers_are_lent_to_so_many_and_come_back(loop):
+def test_buffers_are_lent_to_so_many_and_come_back(loop, monkeypatch):
+    with monkeypatch.context() as patch:
+        def no_memory():
+            raise OSError("Cannot allocate memory")
+        patch.setattr(ratrod, "new_scratch", no_memory)
+        assert not any(loop.lend_scratch() for _ in range(ratrod.LENT_AT_ONCE))
     lent = [loop.lend_scratch() for _ in range(ratrod.LENT_AT_ONCE)]
     assert loop.lend_scratch() is None  # whoever comes later takes memory of its own
     assert len({id(buffer.obj) for buffer in [*lent, loop.scratch_in]}) == ratrod.LENT_AT_ONCE + 1
@@ -429,3 +434,34 @@ def test_receive_buffers_of_udp_sockets(loop):
             port = ratrod.RemotePort(loop, ratrod.open_udp(loop, socket.AF_INET, address or ("127.0.0.1", 9)), is_shared=not address)
             assert port.sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == asked.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
             port.close()
+
+
+def test_a_loop_that_cannot_be_made_leaves_nothing(monkeypatch, caplog):
+    """Nor does a start that fails: a second one in the same program would find the port taken by the first."""
+    before = set(ratrod._loops)
+    def no_descriptor():
+        raise OSError(24, "Too many open files")
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod.socket, "socketpair", no_descriptor)
+        pytest.raises(OSError, ratrod.EventLoop)
+    def make(loop, _callbacks):
+        raise ratrod.RatrodError("it cannot be")
+    pytest.raises(ratrod.RatrodError, ratrod.EndpointRun, make, 0.0, print)
+    assert set(ratrod._loops) == before
+
+
+def test_a_bug_whose_owner_cannot_be_ended_either_ends_no_loop(caplog):
+    class Owner:
+        def callback(self, *_):
+            raise ZeroDivisionError
+
+        def abort(self, _error):
+            raise IndexError
+    loop = ratrod.EventLoop()
+    try:
+        loop.call_soon_threadsafe(Owner().callback)
+        loop.call_later(0.01, loop.stop)
+        loop.run()
+    finally:
+        loop.close()
+    assert "ZeroDivisionError" in caplog.text and "IndexError" in caplog.text
