@@ -4515,7 +4515,7 @@ class Link(Channel):
             error = PeerError(content.code, content.text)
             self.abort(error)
             return self.owner.on_refused(self, error)
-        if self.state == BYE and kind != ACK:
+        if self.state == BYE and (kind != ACK or self.role == OPENER):
             return None
         if kind not in LEGAL.get((self.state, self.role), ()):
             raise RemoteProtocolError("a record that does not belong there (type 0x%02x while %s)" % (kind, self.state))
@@ -5161,6 +5161,8 @@ class Stream(LinkUser):
 
     def on_update(self) -> None:
         """Sends what this link does not have yet, bytes that are kept and End; then works out what to wait for."""
+        if self.taken - self._told >= ACK_AFTER:
+            self.on_read()  # the Ack that a backlog has held up
         link, out = self.link, self.out
         while out.position < out.end or out.has_eof and out.position == out.end:
             if not link or link is not self.link or link.out or link.state not in (ASKED, BUSY):
@@ -5221,7 +5223,7 @@ class Stream(LinkUser):
             self.on_read()
             if self.link:
                 self.link.release()
-            else:
+            elif self.local is not None:  # that Ack may have found the link broken, and ended the stream
                 self.local.want(0)
         return None
 
@@ -5250,7 +5252,7 @@ class Stream(LinkUser):
 
     def on_read(self) -> None:
         link = self.link
-        if self.taken - self._told >= ACK_AFTER and self.keeps and link and link.state == BUSY:
+        if self.taken - self._told >= ACK_AFTER and self.keeps and link and link.state == BUSY and not link.out:
             self._acknowledge(link)
 
     def _acknowledge(self, link: Link) -> None:
@@ -5316,11 +5318,10 @@ class Stream(LinkUser):
     def fail(self, error: Exception, answer: Error | None = None) -> None:
         """This side of the stream broke: a reset here, and Error tells the other side."""
         link, self.link = self.link, None
-        if self.is_over:
-            return
+        was_over = self.is_over
         self._finish(error)
         if link is None:
-            return self.keeper.on_unheard(self)
+            return None if was_over else self.keeper.on_unheard(self)
         link.detach()
         link.last = self if self.role == OPENER and self.keeps else None
         if answer:
@@ -5335,7 +5336,7 @@ class Stream(LinkUser):
         if isinstance(error, LinkClosed) and self.keeps and (self.owner.limits.resume or not self.was_opened):
             if self.give_up_at == NEVER:
                 self.detached_at = self.loop.now
-            if self.was_opened:
+            if self.was_opened and not self.is_over:
                 self.owner.counters.on_lost(self)
             return self.keeper.on_detached(self, link, error)
         return self._finish(error)
@@ -5510,14 +5511,24 @@ class AcceptorStream(Stream):
             link.detach()
             link.lose(LinkClosed("its stream goes on over another link"))
 
+    def _finish(self, error: Exception | None) -> None:
+        if not self.is_over:
+            return super()._finish(error)
+        self.link = None  # its last bytes have gone once more; after an error nobody asks for them any more
+        return self.keeper.on_acknowledged(self, False) if error is not None else None
+
     def on_late_ack(self, taken: int) -> None:
         """After Over."""
+        if self.link is not None:  # its last bytes were asked for over another link
+            return
         self.out.on_taken(taken)
         if taken == self.out.sent:
             self.keeper.on_acknowledged(self, False)
 
     def on_acknowledged(self) -> None:
         """The next Open on the same link shows that its opener knows that this stream is over."""
+        if self.link is not None:
+            return
         self.out.acked = self.out.sent
         self.keeper.on_acknowledged(self, True)
 
@@ -6662,12 +6673,13 @@ class Opener(Keeper):
             self.waiting.append(waiter)
         self.want_links()
 
-    def _pop(self, instance: bytes) -> Link | None:
+    def _pop(self, instance: bytes, key: bytes = b"") -> Link | None:
         """The idle link used last of those let in: one that may still be refused takes along what was sent on it."""
         while True:
             link = None
             for other in reversed(self.idle):
-                if instance in (b"", other.instance) and (link is None or other.is_completed):
+                if instance in (b"", other.instance) and key in (b"", other.peer_key) and (
+                        link is None or other.is_completed):
                     link = other
                     if link.is_completed:
                         break
@@ -6697,9 +6709,9 @@ class Opener(Keeper):
             return
         if self._abandoned:
             self._say_abandoned(link)
-        waiter = self._next_waiter(link) if self.detached or self.waiting else None
         if link.state != IDLE:
             return
+        waiter = self._next_waiter(link) if self.detached or self.waiting else None
         if waiter:
             waiter.open(link, self._patience)
         elif self.keeps(link):
@@ -6757,7 +6769,7 @@ class Opener(Keeper):
 
     def _wait(self, stream: OpenerStream, last: Link) -> None:
         """The stream goes on over an idle link, or over the next one. `last` carried it."""
-        another = self._pop(stream.instance)
+        another = self._pop(stream.instance, stream.peer_key if stream.instance else b"")
         if another:
             stream.open(another, self._patience)
         else:
@@ -6814,9 +6826,11 @@ class Opener(Keeper):
             self.waiting.popleft().give_up(self.why_no_link())
         for stream in list(self.detached):
             stream.on_sweep()
-        for link in self.idle:
+        for link in list(self.idle):
             if link.last and now - link.idle_since >= 1:
                 link.last.acknowledge_last(link)
+        while self._abandoned and next(iter(self._abandoned.values()))[1] <= now:
+            self._abandoned.popitem(last=False)
         if self.waiting or self.detached:
             self.want_links()
 
@@ -7390,7 +7404,8 @@ class Acceptor(Keeper):
 
     def on_unheard(self, stream: AcceptorStream) -> None:
         """The link went before the last bytes were acknowledged: the opener may ask for them over another link."""
-        if stream.error is None and (stream.peer_key, stream.id) in self._streams:
+        if (stream.error is None and stream.link is None and stream not in self._detached
+                and (stream.peer_key, stream.id) in self._streams):
             self.on_detached(stream, None, LinkSilent("its last bytes were not acknowledged"))
 
     def sweep(self) -> None:
@@ -7406,7 +7421,7 @@ class Acceptor(Keeper):
     def reset_detached(self, error: Exception, key: bytes = b"") -> None:
         """`key`: only those of one that may not come in any more."""
         for stream in [stream for stream in self._detached if key in (b"", stream.peer_key)]:
-            stream.give_up(error)
+            self._give_up(stream, error)
 
 # ======================================================================================================================
 # 13. Server and client

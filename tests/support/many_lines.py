@@ -47,8 +47,7 @@ class Outcome(NamedTuple):
 
 def run_lines(lines, typed="", preload="", prepare="", program=(PYTHON,), env=None, **options):
     """[Outcome] of command lines that end by themselves. `preload` is Python that runs once, `prepare` in each line's process with its `number`."""
-    order = {"lines": [[str(word) for word in line] for line in lines], "typed": typed, "preload": preload, "prepare": prepare,
-             "patience": PATIENCE}
+    order = {"lines": [[str(word) for word in line] for line in lines], "typed": typed, "preload": preload, "prepare": prepare, "patience": PATIENCE}
     env = dict(os.environ if env is None else env)
     env["PYTHONPATH"] = os.pathsep.join([*filter(None, [env.get("PYTHONPATH")]), str(ROOT)])
     done = subprocess.run([*program, "-W", "ignore", "-c", RUN_EACH], input=json.dumps(order).encode(), stdout=subprocess.PIPE,

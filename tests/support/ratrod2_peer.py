@@ -331,8 +331,7 @@ class Handshake:
         protocol = self._connection.noise_protocol
         ours, theirs = protocol.cipher_state_encrypt.k, protocol.cipher_state_decrypt.k
         label = b"ratrod2 " + bytes([suite.id]) + self._connection.get_handshake_hash() + b"\x01"
-        return tuple(hmac.new(k, label, hashlib.sha256).digest()[:suite.key_length]
-                     for k in ((ours, theirs) if self.initiator else (theirs, ours)))
+        return tuple(hmac.new(k, label, hashlib.sha256).digest()[:suite.key_length] for k in ((ours, theirs) if self.initiator else (theirs, ours)))
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -521,10 +520,7 @@ _RECEIVED_BY_OPENER = {
     **_RECEIVED, ("Asked", OPENED): "Both", ("AskedEnd", OPENED): "Sent", ("UdpAsked", OPENED): "Udp",
     **{(state, OVER): "Idle" for state in ("Done", "Asked", "AskedEnd")}, ("Udp", SESSION_ADDRESS): "Udp",
 }
-_RECEIVED_BY_ACCEPTOR = {
-    **_RECEIVED, ("Idle", OPEN): "Connecting", ("Idle", ACK): "Idle", ("Idle", ABANDON): "Idle",
-    ("Udp", SESSION): "Udp",
-}
+_RECEIVED_BY_ACCEPTOR = {**_RECEIVED, ("Idle", OPEN): "Connecting", ("Idle", ACK): "Idle", ("Idle", ABANDON): "Idle", ("Udp", SESSION): "Udp"}
 _CLOSE_ALLOWED = ("Idle", "Asked", "AskedEnd", "UdpAsked", "Done")
 _SENT = {
     ("Asked", DATA): "Asked", ("Both", DATA): "Both", ("Got", DATA): "Got",
@@ -773,8 +769,7 @@ class Peer:
             decode_opened(record.content, UDP)
 
 
-_UDP_CONTENTS = {DATAGRAMS: decode_datagrams, SESSION: decode_session, SESSION_ADDRESS: decode_session_address,
-                 SESSION_OVER: decode_session_over}
+_UDP_CONTENTS = {DATAGRAMS: decode_datagrams, SESSION: decode_session, SESSION_ADDRESS: decode_session_address, SESSION_OVER: decode_session_over}
 
 
 class Client(Peer):

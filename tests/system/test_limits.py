@@ -533,8 +533,7 @@ def asking(serve, ratrod, keys, remote, stack):
     def launch(n, serve_flags=(), connect_flags=(), who=(keys.client,)):
         launch.server, port = serve(*serve_flags)
         clients = [ratrod("-k", folder.path, "connect", *connect_flags, "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % remote.port) for folder in who]
-        return [[Asking(client, stack) for _ in range(n)]
-                for client in clients if client.wait_for(READY)]
+        return [[Asking(client, stack) for _ in range(n)] for client in clients if client.wait_for(READY)]
     return launch
 
 

@@ -84,8 +84,7 @@ def test_each_section_uses_only_what_stands_above_it_or_in_it():
 def test_lines_functions_and_classes_can_be_read():
     assert max(map(len, SOURCE.split("\n"))) <= 120
     for kind, most in ((ast.FunctionDef, 45), (ast.ClassDef, 350)):
-        assert not [node.name for _, _, nodes in statements() for node in nodes
-                    if isinstance(node, kind) and node.end_lineno - node.lineno >= most]
+        assert not [node.name for _, _, nodes in statements() for node in nodes if isinstance(node, kind) and node.end_lineno - node.lineno >= most]
 
 
 def test_a_line_that_a_peer_can_cause_goes_through_complain():
