@@ -1,10 +1,10 @@
 """The last bytes of a stream that is over at its acceptor, which are sent again over a second link."""
 
 import pytest
-from support import joined
-from support.joined import ALL, RESET, SILENCE, TO_ACCEPTOR, TO_OPENER, World
 
 import ratrod
+from support import joined
+from support.joined import ALL, RESET, SILENCE, TO_ACCEPTOR, TO_OPENER, World
 
 
 @pytest.fixture
