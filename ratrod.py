@@ -7281,12 +7281,8 @@ class Acceptor(Keeper):
         try:
             stream.accept(link, open_)
         except (ConnectError, RemoteProtocolError) as error:
-            answer = Error(UNKNOWN, str(error))
-            if stream.is_over:  # its last bytes were kept, and these are not what is asked for
-                self.on_acknowledged(stream, False)
-                return link.refuse(answer)
             stream.link = link
-            stream.fail(error, answer if isinstance(error, ConnectError) else None)
+            stream.fail(error, Error(UNKNOWN, str(error)) if isinstance(error, ConnectError) else None)
 
     def _attach(self, link: Link, open_: Open, stream: AcceptorStream) -> None:
         try:
