@@ -37,11 +37,10 @@ class Clock:
     def __init__(self):
         self.now = 1000.0
 
-    def monotonic(self):
+    def monotonic(self, _clock=None):
         return self.now
 
-    def clock_gettime(self, _clock):
-        return self.now
+    clock_gettime = monotonic
 
     def __getattr__(self, name):
         return getattr(time, name)
@@ -102,16 +101,10 @@ class Wire(socket.socket):
     def be_reset(self, lose):
         """The other side, which closes right after this, has reset the connection. `lose`: what waited here is lost too."""
         if self.fileno() >= 0:
-            while lose and not self.drained():
-                pass
+            with contextlib.suppress(OSError):
+                while lose and self.recv(ALL):
+                    pass
             self.broken = True
-
-    def drained(self):
-        """Throws away a piece of what waits here; True where there is no more."""
-        try:
-            return not super().recv(ALL)
-        except OSError:
-            return True
 
 
 def wires(size):
@@ -144,8 +137,21 @@ class Talker:
         self.ended = False
         self.outcome = self.other = None
 
-    def say(self, n):
-        self.sent += self.socket.send(piece(self.tag, self.sent, n))
+    @property
+    def dead(self):
+        return self.outcome in (RESET, GONE)
+
+    def write(self, n):
+        """As much of n bytes more as its socket takes."""
+        if n and not self.ended and not self.dead:
+            with contextlib.suppress(BlockingIOError):
+                self.sent += self.socket.send(piece(self.tag, self.sent, n))
+
+    def end(self):
+        if not self.ended and not self.dead:
+            self.ended = True
+            with contextlib.suppress(OSError):  # a reset may have come
+                self.socket.shutdown(socket.SHUT_WR)
 
     def hear(self, data):
         """What came, or without any the clean end."""
@@ -168,24 +174,11 @@ class App(Talker):
         super().__init__(tag, sock)
         self.reads = True
 
-    @property
-    def dead(self):
-        return self.outcome in (RESET, GONE)
-
     def write(self, n):
-        if not n or self.ended or self.dead:
-            return
         try:
-            self.say(n)
-        except BlockingIOError:
-            pass
+            super().write(n)
         except BrokenPipeError:
             assert self.local.aborted, "closed in its face without a reset"
-
-    def end(self):
-        if not self.ended and not self.dead:
-            self.ended = True
-            self.socket.shutdown(socket.SHUT_WR)
 
     def reset(self, lose):
         if not self.dead:
@@ -284,12 +277,9 @@ class Pair:
         self.opener = ratrod.Link(client, opener, ours, ratrod.OPENER, "the server")
         self.opener.due = client.loop.now + 10
         self.acceptor = ratrod.Link(server, acceptor, theirs, ratrod.ACCEPTOR, "127.0.0.1:9")
+        self.links = self.opener, self.acceptor
         for link in self.links:
             link.update()
-
-    @property
-    def links(self):
-        return self.opener, self.acceptor
 
     @property
     def is_closed(self):
@@ -511,10 +501,9 @@ class World:
         self.loop.close()
         for pair in self.pairs:
             pair.close()
-        for connection in self.connections:
-            for app in connection.apps:
-                app.socket.close()
-                app.local.close()
+        for app in self.apps:
+            app.socket.close()
+            app.local.close()
 
     def patch(self, name, value):
         self._patches.enter_context(mock.patch.object(ratrod, name, value))
@@ -528,6 +517,10 @@ class World:
     @property
     def live(self):
         return [connection for connection in self.connections if not connection.is_over]
+
+    @property
+    def apps(self):
+        return [app for connection in self.connections for app in connection.apps]
 
     @property
     def open_pairs(self):
@@ -550,38 +543,35 @@ class World:
         self.client.opener.take(connection.stream)
         return connection
 
-    def turn(self):
-        self.loop.turn()
-        self.check()
+    def turn(self, n=1):
+        for _ in range(n):
+            self.loop.turn()
+            self.check()
 
-    def round(self):
-        """Everything moves on by one step."""
-        for connection in self.connections:
-            for app in connection.apps:
+    def rounds(self, n=1):
+        """Everything moves on by so many steps."""
+        for _ in range(n):
+            for app in self.apps:
                 if app.reads:
                     app.read()
-        for pair in self.open_pairs:
-            for pipe in pair.pipes.values():
-                pipe.pump()
-        if not self.server.hesitates:
-            self.server.connect_all()
-        self.turn()
-
-    def rounds(self, n):
-        for _ in range(n):
-            self.round()
+            for pair in self.open_pairs:
+                for pipe in pair.pipes.values():
+                    pipe.pump()
+            if not self.server.hesitates:
+                self.server.connect_all()
+            self.turn()
 
     def settle(self):
         """Until nothing moves any more."""
         before, still = None, 0
         while still < 5:
-            self.round()
+            self.rounds()
             now = self.picture()
             still = still + 1 if now == before else 0
             before = now
 
     def picture(self):
-        return ([(app.sent, app.received, app.outcome) for connection in self.connections for app in connection.apps], len(self.pairs),
+        return ([(app.sent, app.received, app.outcome) for app in self.apps], len(self.pairs),
                 [(pipe.moved, len(pipe.held), pipe.ended, pipe.deaf) for pair in self.open_pairs for pipe in pair.pipes.values()],
                 # unread.end: a large record takes more turns to come than nothing else may move.
                 [(link.state, len(link.out), link.is_held, link.unread.end) for pair in self.open_pairs for link in pair.links])
@@ -620,21 +610,19 @@ class World:
         # A side that nobody told of a broken path finds out by the other's silence; what nobody attaches is given up.
         self.pass_time(60)
         self.let_all_end()
-        if not all(app.outcome for connection in self.connections for app in connection.apps) or self.server.acceptor._streams:
+        if not all(app.outcome for app in self.apps) or self.server.acceptor._streams:
             self.pass_time(700)
         # Whole with a clean end, or visibly reset; App.read() has held each end against what was sent.
-        for connection in self.connections:
-            assert all(app.outcome for app in connection.apps), "it never ended"
-            assert all(app.local.fileno() < 0 for app in connection.apps), "its local socket is still open"
-            assert all(stream.is_over for stream in connection.streams)
+        assert all(app.outcome for app in self.apps), "it never ended"
+        assert all(app.local.fileno() < 0 for app in self.apps), "its local socket is still open"
+        assert all(stream.is_over for connection in self.connections for stream in connection.streams)
         self.check_nothing_left()
 
     def check_half_closes(self):
         """One direction ends without the other."""
         self.server.hesitates = False
-        for connection in self.connections:
-            for app in connection.apps:
-                app.reads = True
+        for app in self.apps:
+            app.reads = True
         self.settle()
         for connection in self.connections:
             for app in connection.apps if not connection.is_disturbed and not connection.has_skipped else ():
@@ -644,10 +632,8 @@ class World:
         before = None
         while before != self.picture():
             before = self.picture()
-            for connection in self.connections:
-                for app in connection.apps:
-                    app.reads = True
-                    app.end()
+            for app in self.apps:
+                app.end()
             self.settle()
 
     def check_nothing_left(self):

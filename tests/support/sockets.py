@@ -15,6 +15,9 @@ import pytest
 
 from support.programs import PATIENCE
 
+# Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
+BLOCK = os.urandom((1 << 20) - 3)
+
 
 def receive_all(connection):
     """What comes until the end of file, as bytes."""
@@ -115,11 +118,9 @@ def check_half_close(ended, other):
 
 def check_bulk_each_way(ends, blocks=24):
     """So many MB in each direction of a connection, at the same time; both arrive whole, and end."""
-    # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
-    block = os.urandom((1 << 20) - 3)
     def send(connection):
         for _ in range(blocks):
-            connection.sendall(block)
+            connection.sendall(BLOCK)
         connection.shutdown(socket.SHUT_WR)
     def receive(connection):
         digest = hashlib.sha256()
@@ -128,7 +129,7 @@ def check_bulk_each_way(ends, blocks=24):
         return digest.hexdigest()
     whole = hashlib.sha256()
     for _ in range(blocks):
-        whole.update(block)
+        whole.update(BLOCK)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         senders, receivers = [pool.submit(send, end) for end in ends], [pool.submit(receive, end) for end in ends]
         assert {receiver.result() for receiver in receivers} == {whole.hexdigest()}
@@ -210,12 +211,10 @@ def ask_until_answered(connected, question):
 def push_until_stuck(end, write=None):
     """Sends to a reader that does not read until no more is taken. What was taken, as its size and hash. `end` may be a pipe, with its write()."""
     os.set_blocking(end.fileno(), False)
-    # Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes the hash.
-    block = os.urandom((1 << 20) - 3)
     digest, sent = hashlib.sha256(), 0
     # Nothing announces that no room will come any more. A second without is taken for it; where that is too short, the test is weaker, not wrong.
     while is_ready(end, selectors.EVENT_WRITE, 1.0):
-        piece = memoryview(block)[sent % len(block):]
+        piece = memoryview(BLOCK)[sent % len(BLOCK):]
         n = (write or end.send)(piece)
         digest.update(piece[:n])
         sent += n

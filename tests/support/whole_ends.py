@@ -11,7 +11,7 @@ import tempfile
 from unittest import mock
 
 import ratrod
-from support.joined import CLIENT_KEYS, LARGE, RESET, SERVER_KEYS, Clock, Loop, Pair, Talker
+from support.joined import CLIENT_KEYS, LARGE, OUT_BOUND, RESET, SERVER_KEYS, Clock, Loop, Pair, Talker
 from support.keys import make_keys
 from support.sockets import reset
 
@@ -82,7 +82,7 @@ class Ends:
 
     @property
     def live(self):
-        return [pair for pair in self.pairs if any(link.state != ratrod.CLOSED for link in pair.links)]
+        return [pair for pair in self.pairs if not pair.is_closed]
 
     def rounds(self, n=1, pump=True):
         for _ in range(n):
@@ -102,7 +102,7 @@ class Ends:
     def check_memory(self):
         for pair in self.live:
             for link in pair.links:
-                assert len(link.out) <= ratrod.MAX_CONTENT + 64 * 1024
+                assert len(link.out) <= OUT_BOUND
 
 
 class Originator:
@@ -153,24 +153,14 @@ class Oracle:
             self.socket.sendto(b"answer " + data, origin)
 
 
-
 class App(Talker):
     """One whose end is a plain socket."""
 
     def write(self, n):
-        if not self.ended and self.outcome != RESET:
-            try:
-                self.say(n)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self.outcome = RESET
-
-    def end(self):
-        if not self.ended and self.outcome != RESET:
-            self.ended = True
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
+        try:
+            super().write(n)
+        except OSError:
+            self.outcome = RESET
 
     def reset(self):
         self.outcome = RESET

@@ -14,8 +14,7 @@ import ratrod
     (b"full", 0.3, False),  # behind a backlog it is stale after 0.2 s
 ])
 def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
-    loop = ratrod.EventLoop()
-    try:
+    with contextlib.closing(ratrod.EventLoop()) as loop:
         loop.now = 100.0
         owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), pool=types.SimpleNamespace(
             take=lambda _udp: None))
@@ -34,14 +33,11 @@ def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
         link.out = b""
         link.update()
         assert came == [b"early"] * sent
-    finally:
-        loop.close()
 
 
 def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
     """With eight, the pause would be at its longest after one outage."""
-    loop = ratrod.EventLoop()
-    try:
+    with contextlib.closing(ratrod.EventLoop()) as loop:
         client = types.SimpleNamespace(
             loop=loop, limits=ratrod.DEFAULT_LIMITS, draining=False, started=True, is_stubborn=True, options=types.SimpleNamespace(retries=2),
             noticing=contextlib.nullcontext, may_ask_for=lambda _more: True, pool=types.SimpleNamespace(take=lambda _tunnel: None), give_up=print)
@@ -52,8 +48,6 @@ def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
                 tunnel.give_up(ratrod.LinkClosed("the path was cut"))
             assert tunnel._tries == tries
             tunnel.try_now()
-    finally:
-        loop.close()
 
 
 def test_a_folder_of_sshs_sockets_that_was_cleaned_away(tmp_path):
@@ -65,15 +59,12 @@ def test_a_folder_of_sshs_sockets_that_was_cleaned_away(tmp_path):
 
 def test_a_udp_link_that_held_for_datagrams_of_sessions_that_have_ended():
     """They ended between two turns: nothing is left to wait for, and what comes next on the link is read."""
-    loop = ratrod.EventLoop()
-    try:
+    with contextlib.closing(ratrod.EventLoop()) as loop:
         udp = ratrod.UdpLink(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20)))
         udp.link = types.SimpleNamespace(state=ratrod.UDP_OPEN, out=b"", is_held=True, release=lambda: setattr(udp.link, "is_held", False),
                                          update=lambda: udp.on_update())
         udp._go_on()
         assert not udp.link.is_held
-    finally:
-        loop.close()
 
 
 def test_a_socks_client_that_reset_its_connection_before_the_reply():

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import types
+from contextlib import closing
+from unittest import mock
 
 import pytest
 
@@ -180,11 +182,8 @@ def test_keys_share_the_time_and_not_the_number_of_callbacks(clock):
     assert 0.8 < long_one.used / sum(made.used for made in short_ones) < 1.25
 
 
-def test_buffers_are_lent_to_so_many_and_come_back(loop, monkeypatch):
-    with monkeypatch.context() as patch:
-        def no_memory():
-            raise OSError("Cannot allocate memory")
-        patch.setattr(ratrod, "new_scratch", no_memory)
+def test_buffers_are_lent_to_so_many_and_come_back(loop):
+    with mock.patch.object(ratrod, "new_scratch", side_effect=OSError("Cannot allocate memory")):
         assert not any(loop.lend_scratch() for _ in range(ratrod.LENT_AT_ONCE))
     lent = [loop.lend_scratch() for _ in range(ratrod.LENT_AT_ONCE)]
     assert loop.lend_scratch() is None  # whoever comes later takes memory of its own
@@ -231,18 +230,14 @@ def test_a_call_that_calls_itself_leaves_the_others_their_turn(loop):
     assert said.count("again") <= said.count("others") + 1
 
 
-def test_a_moment_without_threads(loop, monkeypatch):
+def test_a_moment_without_threads(loop):
     """As with `ulimit -u`: what nobody can do fails and is told so; it is not kept for ever, and later ones are done."""
     pool, told = ratrod.Threads(loop, 2), []
 
     def done(result, error):
         told.append((result, error and str(error)))
         loop.stop()
-
-    def no_thread(_self):
-        raise RuntimeError("can't start new thread")
-    with monkeypatch.context() as patch:
-        patch.setattr(ratrod.threading.Thread, "start", no_thread)
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
         pool.submit(lambda: 1, done)
     loop.run()
     assert told == [(None, "this system lets it start no thread for now (can't start new thread)")]
@@ -436,17 +431,12 @@ def test_receive_buffers_of_udp_sockets(loop):
             port.close()
 
 
-def test_a_loop_that_cannot_be_made_leaves_nothing(monkeypatch, caplog):
+def test_a_loop_that_cannot_be_made_leaves_nothing(caplog):
     """Nor does a start that fails: a second one in the same program would find the port taken by the first."""
     before = set(ratrod._loops)
-    def no_descriptor():
-        raise OSError(24, "Too many open files")
-    with monkeypatch.context() as patch:
-        patch.setattr(ratrod.socket, "socketpair", no_descriptor)
+    with mock.patch.object(socket, "socketpair", side_effect=OSError(24, "Too many open files")):
         pytest.raises(OSError, ratrod.EventLoop)
-    def make(loop, _callbacks):
-        raise ratrod.RatrodError("it cannot be")
-    pytest.raises(ratrod.RatrodError, ratrod.EndpointRun, make, 0.0, print)
+    pytest.raises(ratrod.RatrodError, ratrod.EndpointRun, mock.Mock(side_effect=ratrod.RatrodError("it cannot be")), 0.0, print)
     assert set(ratrod._loops) == before
 
 
@@ -457,11 +447,8 @@ def test_a_bug_whose_owner_cannot_be_ended_either_ends_no_loop(caplog):
 
         def abort(self, _error):
             raise IndexError
-    loop = ratrod.EventLoop()
-    try:
+    with closing(ratrod.EventLoop()) as loop:
         loop.call_soon_threadsafe(Owner().callback)
         loop.call_later(0.01, loop.stop)
         loop.run()
-    finally:
-        loop.close()
     assert "ZeroDivisionError" in caplog.text and "IndexError" in caplog.text

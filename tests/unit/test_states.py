@@ -20,9 +20,20 @@ LONG = bool(os.environ.get("RATROD_LONG"))
 
 
 @pytest.fixture
-def world():
-    with World() as made:
+def window():
+    """Of the world; a test that wants another one has it as a parameter."""
+    return ratrod.WINDOW
+
+
+@pytest.fixture
+def world(window):
+    with World(window=window) as made:
         yield made
+
+
+@pytest.fixture
+def connection(world):
+    return join(world)
 
 
 every_side = pytest.mark.parametrize("side", SIDES)
@@ -50,10 +61,9 @@ def converse(connection, n=100):
 
 def end_whole(world, connection, links=None):
     """Both sides say something more, and everything arrives."""
-    converse(connection)
-    world.settle()
-    converse(connection)
-    world.settle()
+    for _ in range(2):
+        converse(connection)
+        world.settle()
     end(world, connection)
     assert links is None or len(world.pairs) == links
 
@@ -174,15 +184,13 @@ def test_close_moves_open_and_kept_data_and_end(world, first, later, ends):
     connection.app.write(later)
     if ends:
         connection.app.end()
-    for _ in range(10):
-        world.turn()
+    world.turn(10)
     world.settle()
     end_whole(world, connection, links=2)
 
 
-def test_close_in_answer_to_an_attach_opens_no_second_stream(world):
+def test_close_in_answer_to_an_attach_opens_no_second_stream(world, connection):
     """The acceptor closed an idle link when the Open was on its way, and knows the stream."""
-    connection = join(world)
     other = world.add_pair()
     world.idle.append(other.opener)
     world.server._leave(other.acceptor)  # the Close is on its way
@@ -218,8 +226,7 @@ def test_an_idle_link_that_has_ended_takes_no_stream(world, how):
 
 
 @every_side
-def test_half_close_over_another_link(world, side):
-    connection = join(world)
+def test_half_close_over_another_link(world, connection, side):
     one, other = apps_of(connection, side)
     one.write(10)
     one.end()
@@ -235,19 +242,17 @@ def test_half_close_over_another_link(world, side):
     end(world, connection)
 
 
-def test_what_is_taken_is_acknowledged(world):
+def test_what_is_taken_is_acknowledged(world, connection):
     """At once where it is much, a second later where it is little, and End with it; and then nothing is kept."""
-    connection = join(world)
-    for n, app in enumerate(connection.apps):
+    for app, stream in zip(connection.apps, connection.streams):
         app.write(ratrod.ACK_AFTER)
         world.settle()
-        assert connection.streams[n].out.acked == ratrod.ACK_AFTER
+        assert stream.out.acked == ratrod.ACK_AFTER
         app.write(1)
         world.settle()
-        assert connection.streams[n].out.acked == ratrod.ACK_AFTER
-        assert connection.streams[n].out.start == ratrod.ACK_AFTER
+        assert stream.out.acked == stream.out.start == ratrod.ACK_AFTER
         world.pass_time(2)
-        assert connection.streams[n].out.acked == ratrod.ACK_AFTER + 1
+        assert stream.out.acked == ratrod.ACK_AFTER + 1
     connection.app.end()
     world.settle()
     world.pass_time(2)
@@ -258,15 +263,12 @@ def test_what_is_taken_is_acknowledged(world):
 
 
 @every_side
-def test_the_tail_is_kept_until_it_is_acknowledged(world, side):
+def test_the_tail_is_kept_until_it_is_acknowledged(world, connection, side):
     """Over is lost, or the opener's last Ack: the other side asks for what it lacks."""
-    connection = join(world)
     converse(connection)
-    pair, direction = world.pairs[0], TO_OPENER if side == joined.ORIGINATOR else TO_ACCEPTOR
+    pair, carried = world.pairs[0], TO_ACCEPTOR if side == joined.ORIGINATOR else TO_OPENER
     for _ in range(8):
-        for pipe in pair.pipes.values():
-            if pipe is not pair.pipes[direction]:
-                pipe.pump()
+        pair.pipes[carried].pump()
         world.turn()
     pair.cut(RESET)
     world.settle()
@@ -274,9 +276,8 @@ def test_the_tail_is_kept_until_it_is_acknowledged(world, side):
 
 
 @every_side
-def test_a_reset_after_its_own_end_is_noticed(world, side):
+def test_a_reset_after_its_own_end_is_noticed(world, connection, side):
     """Its socket is not read any more, and nobody writes to it."""
-    connection = join(world)
     app, other = apps_of(connection, side)
     app.end()
     world.settle()
@@ -289,9 +290,8 @@ def test_a_reset_after_its_own_end_is_noticed(world, side):
 
 
 @every_side
-def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, side):
+def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, connection, side):
     """By Abandon on the next idle link, or by Error at the next attempt."""
-    connection = join(world)
     for app in connection.apps:
         app.write(100)
     world.settle()
@@ -324,10 +324,9 @@ def hold_up(world, connection, side):
 
 @pytest.mark.parametrize("event", ["Over", "Close", "loss"])
 @every_side
-def test_what_waits_for_a_slow_program(world, side, event):
+def test_what_waits_for_a_slow_program(world, connection, side, event):
     """Both Ends are on their way, and one local socket has not taken everything: no Over, or nothing done with the link, before it has. Where the
     link is lost, what waits is delivered, and what the window holds is sent again."""
-    connection = join(world)
     world.server.leaves = event == "Close"
     reader, _ = hold_up(world, connection, side)
     if event == "loss":
@@ -345,14 +344,12 @@ def test_what_waits_for_a_slow_program(world, side, event):
 
 
 @every_side
-def test_a_program_that_goes_away_after_both_ends(world, side):
+def test_a_program_that_goes_away_after_both_ends(world, connection, side):
     """Its bytes are not all in its socket yet: until they are, a failure is the stream's. An Error says so, however slow the path is."""
-    connection = join(world)
     app, link = hold_up(world, connection, side)
     connection.is_disturbed = True
     app.reset(lose=True)
-    for _ in range(10):
-        world.turn()
+    world.turn(10)
     assert link.state == ratrod.BYE
     world.settle()
     assert app.local.aborted
@@ -363,9 +360,8 @@ def test_a_program_that_goes_away_after_both_ends(world, side):
     world.finish()
 
 
-def test_many_small_records_take_turns(world):
+def test_many_small_records_take_turns(world, connection):
     """What has come at once is not processed at once: others get their turn after each so many records, and the order stays."""
-    connection = join(world)
     (app, remote), pipe = connection.apps, world.pairs[0].pipes[TO_ACCEPTOR]
     records, count = b"", 4 * ratrod.RECORDS_IN_TURN
     for _ in range(count):
@@ -384,40 +380,37 @@ def test_many_small_records_take_turns(world):
 
 
 @pytest.mark.parametrize("window", [SMALL_WINDOW, ratrod.WINDOW])
-def test_everything_full(window):
+def test_everything_full(world, connection):
     """Both programs write and neither reads: each end holds what it may hold and no more, for minutes, and then delivers it all. No Ack can come,
     and to wait for one would be for ever."""
-    with World(window=window) as world:
-        connection = join(world)
+    for app in connection.apps:
+        app.reads = False
+    before = None
+    while before != world.picture():
+        before = world.picture()
         for app in connection.apps:
-            app.reads = False
-        before = None
-        while before != world.picture():
-            before = world.picture()
-            for app in connection.apps:
-                app.write(ALL)
-            world.rounds(2)
-        assert all(app.sent > LARGE for app in connection.apps)
-        world.pass_time(300)
-        assert outcomes(connection) == [None, None] and len(world.pairs) == 1
-        connection.has_skipped = False  # its link is not lost: all of it must arrive
-        world.finish()
-        assert outcomes(connection) == [END, END]
+            app.write(ALL)
+        world.rounds(2)
+    assert all(app.sent > LARGE for app in connection.apps)
+    world.pass_time(300)
+    assert outcomes(connection) == [None, None] and len(world.pairs) == 1
+    connection.has_skipped = False  # its link is not lost: all of it must arrive
+    world.finish()
+    assert outcomes(connection) == [END, END]
 
 
+@pytest.mark.parametrize("window", [SMALL_WINDOW])
 @every_side
-def test_a_reader_that_takes_nothing_stops_the_writer_at_the_window(side):
-    with World(window=SMALL_WINDOW) as world:
-        connection = join(world)
-        reader, writer = apps_of(connection, side)
-        reader.reads = False
-        for _ in range(50):
-            writer.write(ALL)
-            world.rounds(2)
-        stream = connection.stream_of(other_side(side))
-        assert stream.out.sent - stream.out.acked <= SMALL_WINDOW
-        reader.reads = True
-        end_whole(world, connection, links=1)
+def test_a_reader_that_takes_nothing_stops_the_writer_at_the_window(world, connection, side):
+    reader, writer = apps_of(connection, side)
+    reader.reads = False
+    for _ in range(50):
+        writer.write(ALL)
+        world.rounds(2)
+    stream = connection.stream_of(other_side(side))
+    assert stream.out.sent - stream.out.acked <= SMALL_WINDOW
+    reader.reads = True
+    end_whole(world, connection, links=1)
 
 
 def whole_streams(world, direction, limits):
@@ -514,7 +507,7 @@ class Streams(RuleBasedStateMachine):
         app = self.app(number, side)
         for _ in range(times):
             app.write(n)
-            self.world.round()
+            self.world.rounds()
         self.world.rounds(rounds)
 
     @has_live
@@ -529,9 +522,9 @@ class Streams(RuleBasedStateMachine):
     @rule(number=numbers, side=sides, lose=st.booleans(), rounds=rounds)
     def reset(self, number, side, lose, rounds):
         self.damages += 1
-        app = self.app(number, side)
-        self.one_of(self.world.live, number).is_disturbed = True
-        app.reset(lose)
+        connection = self.one_of(self.world.live, number)
+        connection.is_disturbed = True
+        connection.app_of(side).reset(lose)
         self.world.rounds(rounds)
 
     @has_live
@@ -568,8 +561,7 @@ class Streams(RuleBasedStateMachine):
 
     @rule(turns=st.integers(1, 3))
     def turn(self, turns):
-        for _ in range(turns):
-            self.world.turn()
+        self.world.turn(turns)
 
     @rule(rounds=st.integers(1, 20))
     def everything_moves(self, rounds):

@@ -20,7 +20,7 @@ def tail(monkeypatch):
         first.cut(SILENCE, [TO_OPENER])
         for _ in range(40):
             remote.write(min(100_000, 800_000 - remote.sent)) if remote.sent < 800_000 else remote.end()
-            world.round()
+            world.rounds()
         world.frozen, add_pair = True, world.add_pair
 
         def add_frozen_pair():
@@ -33,7 +33,7 @@ def tail(monkeypatch):
         first.pipes[TO_ACCEPTOR].pump = lambda n=ALL: None  # the acceptor does not notice
         world.client.opener.want_links()
         while not connection.accepted.link:
-            world.round()
+            world.rounds()
         assert connection.accepted.is_over and first.acceptor.last is connection.accepted
         yield world, connection, first, world.pairs[-1]
 
@@ -60,8 +60,7 @@ def test_the_first_link_acts_no_more_on_what_the_second_one_carries(tail):
     first.acceptor.lose(ratrod.LinkSilent("nothing was heard for long"))
     assert connection.accepted.link is second.acceptor and kept(world)[1:4] == (0, 0, 0)
     second.cut(RESET)
-    for _ in range(3):
-        world.loop.turn()
+    world.turn(3)
     assert kept(world)[:4] == (1, 1, 1, 0)
     world.frozen = False
     world.client.opener.want_links()
