@@ -107,11 +107,26 @@ def feed(handshake, chunks):
     return left
 
 
+def turns(client, server):
+    """(sender, receiver) of each message of a handshake."""
+    return (client, server), (server, client), (client, server)
+
+
 def shake(client, server, cut=whole):
     """A handshake from end to end: what the server said last."""
-    for sender, receiver in ((client, server), (server, client), (client, server)):
+    for sender, receiver in turns(client, server):
         assert feed(receiver, cut(sender.data_to_send())) == b""
     return server.data_to_send()
+
+
+def check_joined(client, server, last, first, stream, cut):
+    """`last` is what the server says when the handshake is over: its only record is `first`. Then both read what the other says."""
+    assert client.is_done and server.is_done and (client.wanted, server.wanted) == (0, 0)
+    assert (client.peer_key, server.peer_key) == (SERVER.public, CLIENT.public)
+    assert read_records(client.reader, cut(last)) == ([first], 0)
+    for _ in range(3):
+        for sender, receiver in turns(client, server)[:2]:
+            assert read_records(receiver.reader, cut(write_all(sender.writer, stream))) == (stream, 0)
 
 
 def accept(_key):

@@ -19,10 +19,6 @@ def day(n):
     return (TODAY + datetime.timedelta(days=n)).isoformat()
 
 
-def key_number(n):
-    return hashlib.sha256(b"a key for the tests, %d" % n).digest()
-
-
 def grants_of(*options):
     """What several lines of one key grant, in the order of the lines."""
     return tuple(ratrod.parse_grant(option.split()) for option in options)
@@ -113,7 +109,7 @@ BAD_LINES = [
 def test_every_line_by_itself(tmp_path):
     """Each with a key of its own, all in one file: what each key may do, and which lines are complained of."""
     rows = [*NOTHING, *EXPIRED, *BAD_LINES, *GOOD]
-    keys = [key_number(n) for n in range(len(rows))]
+    keys = [hashlib.sha256(b"a key for the tests, %d" % n).digest() for n in range(len(rows))]
     text = "".join(line.replace("KEY", base64url(key)) + "\n" for line, key in zip(["# the first line", *rows], [b"", *keys]))
     (tmp_path / "authorized_keys").write_bytes(text.encode("utf-8"))
     lines = ratrod.KeyLines(str(tmp_path / "authorized_keys"), ratrod.parse_grant)
@@ -195,8 +191,8 @@ LOOPBACK, ELSEWHERE = ("127.0.0.1",), ("192.0.2.7",)
     ('permitopen="inside.example.com:80"', ".+", {INSIDE: None}),
 ])
 def test_a_name_that_resolves_to_loopback(options, regex, outcomes):
-    resolves = {INSIDE: ("127.0.0.1",), INSIDE6: ("::1",), LINK_LOCAL: ("169.254.7.7",), BOTH: ("127.0.0.1", "192.0.2.7"), OUTSIDE: ("192.0.2.7",),
-                "localhost": ("127.0.0.1",), "127.0.0.1": ("127.0.0.1",)}
+    resolves = {**dict.fromkeys((INSIDE, "localhost", "127.0.0.1"), LOOPBACK), INSIDE6: ("::1",), LINK_LOCAL: ("169.254.7.7",),
+                BOTH: LOOPBACK + ELSEWHERE, OUTSIDE: ELSEWHERE}
     policy, grants = ratrod.Policy(regex), grants_of(options)
 
     def reached(host):

@@ -1,18 +1,23 @@
-"""Section 6 of ratrod.py, the Noise handshake of ratrod2, against PROTOCOL.md, the vectors and `noiseprotocol`; and all of it on older PyNaCl."""
+"""Section 6 of ratrod.py, the Noise handshake of ratrod2, against PROTOCOL.md, the vectors and `noiseprotocol`; and what it has in common with
+the legacy one. All of it on older PyNaCl too."""
 
+import contextlib
+import functools
 import itertools
 import json
 import pathlib
+import typing
 
 import pytest
 
 import ratrod
 import test_core as core
+import test_core_legacy as legacy
 from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteProtocolError
 from support import ratrod2_peer as peer
 from support.ratrod2_peer import OPENING, SMALL_ORDER_POINTS, Identity, negative, odd_keypair
 from support.rows import row
-from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, shake, started, whole, write_data
+from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, shake, started, write_data
 
 NOISE, RATROD2 = (json.loads((pathlib.Path(__file__).resolve().parents[1] / "support" / "vectors" / name).read_text())
                   for name in ("noise_xx_25519_chachapoly_sha256.json", "ratrod2.json"))
@@ -54,20 +59,16 @@ def test_noise_vector(vector):
         assert states[key][1].decrypt_with_ad(b"", ciphertext) == payload
 
 
-def vector_ends(vector, suite):
-    c_seed, c_e, s_seed, s_e = unhex(vector, "client_seed", "client_ephemeral", "server_seed", "server_ephemeral")
-    instance = bytes.fromhex(vector["payloads"][1])[33:]
-    return (client_end(ratrod.KeyPair.from_seed(c_seed), ephemeral=c_e, suites=OFFER),
-            server_end(ratrod.KeyPair.from_seed(s_seed), ephemeral=s_e, suites=[suite], instance=instance))
-
-
 def framed(message):
     return len(message).to_bytes(2, "big") + message
 
 
 @every_vector
 def test_ratrod2_vector_handshake(vector):
-    client, server = vector_ends(vector, suite_of(vector))
+    c_seed, c_e, s_seed, s_e = unhex(vector, "client_seed", "client_ephemeral", "server_seed", "server_ephemeral")
+    client = client_end(ratrod.KeyPair.from_seed(c_seed), ephemeral=c_e, suites=OFFER)
+    instance = bytes.fromhex(vector["payloads"][1])[33:]
+    server = server_end(ratrod.KeyPair.from_seed(s_seed), ephemeral=s_e, suites=[suite_of(vector)], instance=instance)
     first, second, third = unhex({str(n): message for n, message in enumerate(vector["messages"])}, "0", "1", "2")
     assert ratrod.OPENING.hex() == vector["prologue"]
     sent = client.data_to_send()
@@ -102,8 +103,6 @@ def test_ratrod2_vector_records(vector, fast, k, key, records):
         assert read_records(reader, [wire]) == ([(kind, message)], 0)
 
 
-# ---------------------------------------------------------------------------------------------------- 6. the handshake of ratrod2
-
 INSTANCE = b"instance"
 
 
@@ -117,20 +116,118 @@ def server_end(keys=SERVER, **options):
     return started(ratrod.NoiseServerHandshake(keys, **{**fixed, **options}))
 
 
-def check_joined(client, server, last, cut=whole):
-    assert client.is_done and server.is_done and (client.wanted, server.wanted) == (0, 0)
-    assert (client.peer_key, server.peer_key) == (SERVER.public, CLIENT.public)
-    assert read_records(client.reader, cut(last)) == ([(ratrod.COMPLETED, ratrod.__version__)], 0)
-    for _ in range(3):
-        for sender, receiver in ((client, server), (server, client)):
-            assert read_records(receiver.reader, cut(core.write_all(sender.writer, STREAM[1:]))) == (STREAM[1:], 0)
+# ---------------------------------------------------------------------------------------------------- 6. the handshakes of both wires
+
+
+class Wire(typing.NamedTuple):
+    client_end: typing.Callable
+    server_end: typing.Callable
+    pieces: list  # of each message, as they are read: the last has the size that the one before it says
+    early: tuple  # a record that may follow the client's last message at once
+    uncovered: typing.Callable  # where in a message nobody notices another byte
+    attests: bool  # whether each message vouches for all that came before it; and who refuses one says nothing more
+
+
+def legacy_wire(should_encrypt):
+    return Wire(functools.partial(legacy.client_end, should_encrypt=should_encrypt), legacy.server_end, [(1, 8, 77), (1, 8, 176), (1, 8, 110)],
+                (ratrod.DATA, b"early"), legacy.uncovered, False)
+
+
+WIRES = {"ratrod2": Wire(functools.partial(client_end, suites=OFFER), server_end, [(8, 2, 35), (2, 137), (2, 96)],
+                         (ratrod.OPEN, ratrod.Open(ratrod.TCP, "db:5432", b"s" * 16, 1)), lambda message: (), True),
+         "legacy": legacy_wire(False), "legacy, encrypted": legacy_wire(True)}
+every_wire = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
+
+
+def sent_by(wire):
+    """The three messages of a handshake."""
+    client, server = wire.client_end(), wire.server_end()
+    sent = []
+    for sender, receiver in core.turns(client, server):
+        sent.append(sender.data_to_send())
+        feed(receiver, sent[-1:])
+    return sent
+
+
+@every_wire
+def test_records_may_follow_the_handshake_at_once(wire):
+    # The first of them leaves together with message 3: the handshake takes its own bytes and leaves the rest where it is.
+    client, server = wire.client_end(), wire.server_end()
+    feed(server, [client.data_to_send()])
+    feed(client, [server.data_to_send()])
+    early = core.write(client.writer, *wire.early)
+    assert feed(server, [client.data_to_send() + early]) == early
+    assert read_records(server.reader, [early]) == ([wire.early], 0)
+
+
+@every_wire
+def test_wanted_is_what_the_next_step_needs(wire):
+    # And so nothing is read ahead of authentication but the message that must come. To give it more is our mistake.
+    client, server = wire.client_end(), wire.server_end()
+    for (sender, receiver), pieces in zip(core.turns(client, server), wire.pieces):
+        data = sender.data_to_send()
+        for n in pieces:
+            pytest.raises(LocalProtocolError, receiver.receive_data, data[:n + 1].ljust(n + 1))
+            for have in range(n):
+                assert receiver.wanted == n - have
+                receiver.receive_data(data[:1])
+                data = data[1:]
+    for end in (client, server):
+        assert end.wanted == 0
+        pytest.raises(LocalProtocolError, end.receive_data, b"x")
+        end.receive_data(b"")
+
+
+@every_wire
+def test_an_end_inside_a_handshake_is_an_error(wire):
+    for sent, make in zip(sent_by(wire), (wire.server_end, wire.client_end)):
+        for at in range(len(sent)):
+            end = make()
+            end.data_to_send()
+            feed(end, [sent[:at]])
+            assert not end.is_done and end.data_to_send() == b""
+            pytest.raises(RemoteProtocolError, end.receive_eof)
+
+
+@every_wire
+def test_every_flipped_byte_of_a_handshake(wire):
+    # Of legacy messages, those that are signed.
+    for which, message in enumerate(sent_by(wire)):
+        uncovered = wire.uncovered(message)
+        for at, wrong in flipped(message):
+            if at not in uncovered:
+                with row((which, at, wrong[at])):
+                    check_noticed(wire, which, at, wrong)
+
+
+def check_noticed(wire, which, at, wrong):
+    """`wrong` in place of the `which`-th message, with another byte at `at`, ends a handshake: it is refused or, where it is taken, a later one."""
+    asked = []
+    client, server = wire.client_end(), wire.server_end(check_key=asked.append)
+    try:
+        for number, (sender, receiver) in enumerate(core.turns(client, server)):
+            sent = sender.data_to_send()
+            feed(receiver, [wrong if number == which else sent])
+    except RemoteProtocolError:
+        pass
+    else:
+        # A length became longer: who reads it waits for more.
+        *before, length, _ = wire.pieces[which]
+        assert sum(before) <= at < sum(before) + length
+        pytest.raises(RemoteProtocolError, (client if which == 1 else server).receive_eof)
+    assert not receiver.is_done and not server.is_done and client.data_to_send() == b"" and not asked
+    if wire.attests:  # then no client goes on to message 3
+        assert client.is_done == (which == 2) and server.data_to_send() == b""
+
+
+# ---------------------------------------------------------------------------------------------------- 6. the handshake of ratrod2
 
 
 @both_suites
 @core.every_cut
 def test_joined_in_memory(suite, cut):
     client, server = client_end(suites=OFFER), server_end(suites=[suite])
-    check_joined(client, server, shake(client, server, cut), cut)
+    core.check_joined(client, server, shake(client, server, cut), (ratrod.COMPLETED, ratrod.__version__), STREAM[1:], cut)
     assert client.suite == server.suite and suite.name in client.suite
 
 
@@ -145,122 +242,24 @@ def test_reflected_records_are_refused(suite):
         pytest.raises(RemoteProtocolError, core.read_one, end.reader, write_data(end.writer, b"hello"))
 
 
-def test_records_may_follow_the_handshake_at_once():
-    # Open leaves together with message 3: the handshake takes its own bytes and leaves the rest where it is.
-    client, server = client_end(), server_end()
-    feed(server, [client.data_to_send()])
-    feed(client, [server.data_to_send()])
-    open_ = ratrod.Open(ratrod.TCP, "db:5432", b"s" * 16, 1)
-    early = client.writer.record(ratrod.OPEN, *open_)
-    left = feed(server, [client.data_to_send() + early])
-    assert left == early
-    assert read_records(server.reader, [left]) == ([(ratrod.OPEN, open_)], 0)
-
-
-def test_wanted_is_what_the_next_step_needs():
-    # And so nothing is read ahead of authentication but the message that must come. To give it more is our mistake.
-    client, server = client_end(suites=OFFER), server_end()
-    steps = [(server, [8, 2, 35], client), (client, [2, 137], server), (server, [2, 96], client)]
-    for receiver, wanted, sender in steps:
-        data = sender.data_to_send()
-        for n in wanted:
-            pytest.raises(LocalProtocolError, receiver.receive_data, data[:n + 1].ljust(n + 1))
-            for have in range(n):
-                assert receiver.wanted == n - have
-                receiver.receive_data(data[:1])
-                data = data[1:]
-    for end in (client, server):
-        assert end.wanted == 0
-        pytest.raises(LocalProtocolError, end.receive_data, b"x")
-        end.receive_data(b"")
-
-
 def test_an_error_is_final():
     # Whatever is fed afterwards, a handshake that failed is never done.
     for end in (client_end(), server_end()):
         feed(end, [OPENING] if end.wanted == 8 else [])
         pytest.raises(RemoteProtocolError, feed, end, [b"\xff\xff"])
-        try:
+        with contextlib.suppress(RatrodError):
             for _ in range(3):
                 end.receive_data(bytes(min(end.wanted, 2)))
-        except RatrodError:
-            pass
         assert not end.is_done
-
-
-def test_an_end_inside_a_handshake_is_an_error():
-    client, server = client_end(), server_end()
-    sent = client.data_to_send()
-    for at in range(len(sent)):
-        end = server_end()
-        feed(end, [sent[:at]])
-        assert not end.is_done
-        pytest.raises(RemoteProtocolError, end.receive_eof)
-    feed(server, [sent])
-    feed(client, [server.data_to_send()[:-1]])
-    assert client.data_to_send() == b""
-    pytest.raises(RemoteProtocolError, client.receive_eof)
-
-
-def refuses(receiver, data):
-    """Whether it refuses these bytes, rather than go on or, where a length was made longer, wait for more."""
-    try:
-        feed(receiver, [data])
-    except RatrodError:
-        return True
-    pytest.raises(RemoteProtocolError, receiver.receive_eof)
-    return False
-
-
-def test_every_flipped_byte_of_message_1():
-    # The server may not notice: then the client does, and there is no message 3.
-    for at, wrong in flipped(client_end().data_to_send()):
-        client, server = client_end(), server_end()
-        client.data_to_send()
-        if refuses(server, wrong):
-            assert server.data_to_send() == b""
-            continue
-        answer = server.data_to_send()
-        if answer:
-            pytest.raises(RemoteProtocolError, feed, client, [answer])
-        else:
-            assert at in (8, 9)  # a longer length: the server still waits
-        assert client.data_to_send() == b"" and not client.is_done
-
-
-def test_every_flipped_byte_of_messages_2_and_3():
-    asked = []
-
-    def both():
-        client, server = client_end(), server_end(check_key=asked.append)
-        feed(server, [client.data_to_send()])
-        return client, server
-    client, server = both()
-    second = server.data_to_send()
-    for at, wrong in flipped(second):
-        end, _ = both()
-        assert refuses(end, wrong) or at < 2
-        assert end.data_to_send() == b"" and not end.is_done
-    feed(client, [second])
-    for at, wrong in flipped(client.data_to_send()):
-        _, end = both()
-        end.data_to_send()
-        assert refuses(end, wrong) or at < 2
-        assert end.data_to_send() == b"" and not end.is_done
-    assert not asked
 
 
 def test_a_replayed_or_reflected_session_is_refused():
     # The same client bytes again meet another ephemeral key.
-    client, server = client_end(), server_end()
-    sent = [client.data_to_send()]
-    feed(server, sent)
-    feed(client, [server.data_to_send()])
-    sent.append(client.data_to_send())
+    sent = sent_by(WIRES["ratrod2"])
     again, reflected = server_end(ephemeral=b"\x33" * 32), client_end()
     feed(again, sent[:1])
     again.data_to_send()
-    for end, data in ((again, sent[1]), (reflected, reflected.data_to_send()[len(OPENING):].ljust(200, b"\0"))):
+    for end, data in ((again, sent[2]), (reflected, reflected.data_to_send()[len(OPENING):].ljust(200, b"\0"))):
         pytest.raises(RatrodError, feed, end, [data])
         assert end.data_to_send() == b""
 
@@ -358,9 +357,10 @@ def test_the_server_takes_the_first_suite_that_it_offers_itself(offer, ours, cho
     assert PeerClient(server, offer=offer).say_hello() == SERVER.public + bytes((chosen,)) + INSTANCE
 
 
-def check_refused(end, step):
+def check_refused(end, step, error=RemoteProtocolError, match=None):
     """In this step of the independent peer's our end says no more, and is not done."""
-    pytest.raises(RemoteProtocolError, step)
+    with pytest.raises(error, match=match):
+        step()
     assert end.data_to_send() == b"" and not end.is_done
 
 
@@ -397,12 +397,6 @@ def test_keys_of_another_size_or_of_small_order():
             check_refused(client, PeerServer(client, **odd).answer)
 
 
-def topped(seed):
-    """The honest static key with the bit set that X25519 ignores: the handshake holds, the identity must not."""
-    static = Identity.from_seed(seed)
-    return odd_keypair(static.static_public[:31] + bytes((static.static_public[31] | 0x80,)), static.static_private)
-
-
 OTHER = Identity.from_seed(b"o" * 32)
 IMPOSTORS = {
     "somebody else's identity": {"claimed": OTHER.public}, "no point": {"claimed": b"\x02" + bytes(31)},
@@ -417,9 +411,11 @@ def test_an_identity_that_is_not_the_static_key(options):
     asked = []
     server, client = server_end(check_key=asked.append), client_end(check_key=asked.append)
     for honest, make, seed in ((server, PeerClient, CLIENT.seed), (client, PeerServer, SERVER.seed)):
-        odd = {key: value or topped(seed) for key, value in options.items()}
-        pytest.raises(AuthenticationError, make(honest, seed=seed, **odd).authenticate)
-        assert honest.data_to_send() == b"" and not honest.is_done
+        # The honest static key with the bit set that X25519 ignores: the handshake holds, the identity must not.
+        static = Identity.from_seed(seed)
+        topped = odd_keypair(static.static_public[:31] + bytes((static.static_public[31] | 0x80,)), static.static_private)
+        odd = {key: value or topped for key, value in options.items()}
+        check_refused(honest, make(honest, seed=seed, **odd).authenticate, AuthenticationError)
     assert not asked
 
 
@@ -463,12 +459,9 @@ def test_the_server_s_own_key_is_never_a_client():
     code, text = refused_with(server_end(check_key=accept), seed=SERVER.seed)
     assert code == peer.INVALID_KEY and "same key" in text
     client = client_end(keys=SERVER)
-    with pytest.raises(AuthenticationError, match="same key"):
-        PeerServer(client).answer()
-    assert client.data_to_send() == b""
+    check_refused(client, PeerServer(client).answer, AuthenticationError, "same key")
     client = client_end(check_key=core.refuse)  # nor does a server that is not known get message 3
-    pytest.raises(AuthenticationError, PeerServer(client).answer)
-    assert client.data_to_send() == b""
+    check_refused(client, PeerServer(client).answer, AuthenticationError)
 
 
 def test_handshake_lengths_that_cannot_be():

@@ -155,6 +155,15 @@ def test_a_list_is_read_again_whenever_it_changed(listed, when):
         assert lines.read() is lines.read()  # whoever looks for changes sees none
 
 
+def test_a_list_from_the_future_is_read_once(listed, monkeypatch):
+    """The clock was set back: to parse the list at each look would be most of what a server does."""
+    lines, write, _ = listed
+    write(base64url(A), when=4 * LONG_AGO)
+    before = lines.read()
+    monkeypatch.delattr(ratrod, "read_text")
+    assert lines.read() is before
+
+
 def test_a_list_that_is_replaced_is_read_again(listed):
     # One that says the same again is the same object: the server compares by identity every second, and only a change makes it go through its links.
     lines, write, path = listed

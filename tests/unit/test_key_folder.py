@@ -87,14 +87,6 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_key(tmp_path, monkeypatch):
     assert KeyFolder(str(tmp_path)).generate()
 
 
-def test_a_list_from_the_future_is_read_once(tmp_path):
-    """The clock was set back: to parse the list at each look would be most of what a server does."""
-    (tmp_path / "known_hosts").write_text("")
-    os.utime(tmp_path / "known_hosts", (4e9, 4e9))
-    hosts = KnownHosts(str(tmp_path / "known_hosts"))
-    assert hosts.read() is hosts.read()
-
-
 SEED = bytes(range(32))
 PAIR = ratrod.KeyPair.from_seed(SEED)  # test_core_keys.py holds it against another implementation
 GOOD, PUBLIC = PAIR.encode(), ratrod.encode_key(PAIR.public)
