@@ -308,14 +308,12 @@ class Ends:
         self._echo, self._udp = target(serve_as_told).port, udp_echo.port
         self._refused, self._forbidden = closed, 9
         allowed = r"127\.0\.0\.1:(?:%d|%d|%d)" % (self._echo, self._udp, self._refused)
-        self.server = self._run(keys.server, "serve", "--legacy", "-r", allowed, "127.0.0.1:0")
-        self._port = started(self.server)
+        server = self._run(keys.server, "serve", "--legacy", "-r", allowed, "127.0.0.1:0")
+        self._port = started(server)
         self._door = Door(target, self._port)
-        self.client = self._connect(self._port)
-        self.legacy = self._connect(self._port, "--legacy", "-e")
-        self.cut = self._connect(self._door.port)
-        self.programs = {"server": self.server, "client": self.client, "legacy client": self.legacy, "client whose links die": self.cut}
-        self.kinds = {**self._plain("", self.client), **self._plain("legacy ", self.legacy)}
+        client, legacy, self._cut = self._connect(self._port), self._connect(self._port, "--legacy", "-e"), self._connect(self._door.port)
+        self.programs = {"server": server, "client": client, "legacy client": legacy, "client whose links die": self._cut}
+        self.kinds = {**self._plain("", client), **self._plain("legacy ", legacy)}
         # What takes several seconds for a thousand is not every second one.
         self.weights = [1 if name.startswith("legacy") else 4 for name in self.kinds]
 
@@ -339,7 +337,7 @@ class Ends:
                       "socks_udp": functools.partial(socks_udp, proxy, self._udp), "socks_that_leaves": functools.partial(socks_that_leaves, proxy)})
         return {prefix + name: kind for name, kind in kinds.items()}
 
-    def a_batch(self, client, kill):
+    def _a_batch(self, client, kill):
         """Streams in whose middle something dies: each of them must show that it was cut."""
         with contextlib.ExitStack() as stack:
             port = tcp_port(client)
@@ -356,26 +354,27 @@ class Ends:
                 assert_reset(local)
 
     def links_cut(self):
-        self.a_batch(self.cut, self._door.cut_all)
+        self._a_batch(self._cut, self._door.cut_all)
 
     def client_killed(self):
         client = self._connect(self._port).ready()
-        self.a_batch(client, client.kill)
+        self._a_batch(client, client.kill)
 
 
 class Load:
     """Connections of random kinds, several at a time, and beside them batches that die."""
 
-    def __init__(self, ends, seed=1):
+    def __init__(self, ends):
         self.counts, self.took = collections.Counter(), 0.0
-        self._ends, self._rng = ends, random.Random(seed)
+        self._ends, self._rng = ends, random.Random(1)
 
     def run(self, connections):
         began = time.monotonic()
         plans = iter(self._rng.choices(list(self._ends.kinds), self._ends.weights, k=connections * 9 // 10))
         batches = connections // 10 // BATCH
         # A client costs more to start than all its streams; some are enough.
-        killed = {batches * (2 * n + 1) // (2 * max(2, batches // 500)) for n in range(max(2, batches // 500))}
+        kills = max(2, batches // 500)
+        killed = {batches * (2 * n + 1) // (2 * kills) for n in range(kills)}
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE + 1) as pool:
             for done in [*(pool.submit(self._work, plans) for _ in range(AT_ONCE)), pool.submit(self._die, batches, killed)]:
                 done.result()
@@ -394,31 +393,23 @@ class Load:
             self.counts[name] += BATCH
 
 
-def used(programs):
-    return {name: descriptors(program) for name, program in programs.items()}
-
-
-def settle(programs, expected=None):
-    """The descriptors of each, once nothing has changed for as long as surplus links and UDP sessions live, or once they are as expected."""
-    if expected:
-        eventually(lambda: used(programs) == expected, lambda: "the same descriptors: %s, expected %s" % (used(programs), expected))
-    return expected or settled(lambda: used(programs), 2)
-
-
 @pytest.mark.timeout(3600)
 def test_nothing_is_left_behind(start, keys, target, udp_echo, closed):
     ends = Ends(start, keys, target, udp_echo, closed)
     load = Load(ends)
+    def used(measure):
+        return {name: measure(program) for name, program in ends.programs.items()}
     load.run(FIRST)
-    before, memory_before = settle(ends.programs), {name: memory(program) for name, program in ends.programs.items()}
+    before = settled(lambda: used(descriptors), 2)  # nothing has changed for as long as surplus links and UDP sessions live
+    memory_before = used(memory)
     load.run(CONNECTIONS - FIRST)
-    after = settle(ends.programs, before)
+    eventually(lambda: used(descriptors) == before, lambda: "the same descriptors: %s, expected %s" % (used(descriptors), before))
     total = sum(load.counts.values())
     figure("connections through one server", "%d, %d a second: %s" % (
         total, total / load.took, ", ".join("%d %s" % (count, name.replace("_", " ")) for name, count in load.counts.most_common())))
-    growth = {name: memory(program) - memory_before[name] for name, program in ends.programs.items()}
+    growth = {name: after - memory_before[name] for name, after in used(memory).items()}
     for name in ends.programs:
-        figure("descriptors of the %s after %d and after %d connections" % (name, FIRST, total), "%d, %d" % (before[name], after[name]))
+        figure("descriptors of the %s after %d and after %d connections" % (name, FIRST, total), before[name])
         figure("memory of the %s after %d, and what it grew by until the end" % (name, FIRST),
                "%s, %s" % (megabytes(memory_before[name]), megabytes(growth[name])))
     assert set(load.counts) == {*ends.kinds, "links_cut", "client_killed"}

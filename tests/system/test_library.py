@@ -20,8 +20,8 @@ import pytest
 
 import ratrod
 from support.keys import make_keys
-from support.programs import CACHE, PATIENCE, ROOT, missing
-from support.sockets import ask_over, eventually, free_port, receive_all, receive_exactly, say
+from support.programs import CACHE, PATIENCE, ROOT, linux, missing
+from support.sockets import ask_over, eventually, free_port, ping, receive_all, receive_exactly, say
 from support.targets import echo
 
 # A wait for any of these times is a test that hangs: longer than a test's patience.
@@ -57,23 +57,17 @@ def assert_reset(address):
             pytest.fail("a clean end")
 
 
-def assert_nobody_listens(address):
-    with pytest.raises(ConnectionRefusedError):
+def is_free(address):
+    """Whether nobody listens there."""
+    try:
         dial(address).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def local(port):
     return "0:127.0.0.1:%d" % port
-
-
-def threads():
-    return {thread for thread in threading.enumerate() if thread.is_alive()}
-
-
-def open_files():
-    if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("no /proc on this system")
-    return len(os.listdir("/proc/self/fd"))
 
 
 class Ends:
@@ -114,11 +108,12 @@ def server(ends):
 
 
 @pytest.fixture
-def run(keys, tcp_echo):
-    """run(program text, timeout=PATIENCE) -> CompletedProcess of a Python that knows SERVER, CLIENT (key folders) and PORT (an echo's)."""
-    def launch(text, timeout=PATIENCE):
+def run_silently(keys, tcp_echo):
+    """run_silently(program text, exit code=0, timeout=PATIENCE): a Python that knows SERVER, CLIENT (key folders) and PORT (an echo's) ends with this
+    code, and nothing was written by anybody."""
+    def launch(text, code=0, timeout=PATIENCE):
         head = textwrap.dedent("""\
-            import logging, os, socket, sys, threading, time
+            import contextlib, gc, io, logging, os, signal, socket, sys, threading, time
             import ratrod
             SERVER, CLIENT, PORT = %r, %r, %d
             # A wait for any of these times is a test that hangs.
@@ -131,18 +126,19 @@ def run(keys, tcp_echo):
                     answer = b"".join(iter(lambda: connection.recv(65536), b""))
                 assert answer == question, answer
 
+            def wakeup_fd():
+                found = signal.set_wakeup_fd(-1)
+                signal.set_wakeup_fd(found)
+                return found
+
             def both():
                 server = ratrod.serve("127.0.0.1:0", key_path=SERVER, limits=ENDLESS)
                 return server, ratrod.tunnel("%%s:%%d" %% server.address, "0:127.0.0.1:%%d" %% PORT, key_path=CLIENT, limits=ENDLESS)
             """) % (str(keys.server.path), str(keys.client.path), tcp_echo.port)
-        return subprocess.run([sys.executable, "-c", head + textwrap.dedent(text)], stdin=subprocess.DEVNULL, capture_output=True,
+        done = subprocess.run([sys.executable, "-c", head + textwrap.dedent(text)], stdin=subprocess.DEVNULL, capture_output=True,
                               timeout=timeout, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (code, b"", b""), done.stderr.decode()
     return launch
-
-
-def assert_silent(done, code=0):
-    """It ended as it should, and nothing was written by anybody."""
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b""), done.stderr.decode()
 
 
 # ---------------------------------------------------------------------------------------------------- what it is for
@@ -158,10 +154,10 @@ def test_a_tunnel(keys, tcp_echo, udp_echo):
             assert tunnel.error is None
             for question in (b"?", b"", os.urandom(3_000_000)):
                 ask(tunnel.address, question)
-        assert_nobody_listens(tunnel.address)
+        assert is_free(tunnel.address)
         with ratrod.tunnel("127.0.0.1:%d" % port, local(udp_echo.port), key_path=str(keys.client.path)) as tunnel:
             assert ask_by_udp(tunnel.address)
-    assert_nobody_listens(server.address)
+    assert is_free(server.address)
 
 
 def test_without_with(keys, tcp_echo):
@@ -169,12 +165,12 @@ def test_without_with(keys, tcp_echo):
     server = ratrod.serve("127.0.0.1:0", key_path=pathlib.Path(keys.server.path))
     for _ in range(5):
         server.close()
-        assert_nobody_listens(server.address)
+        assert is_free(server.address)
         server = ratrod.serve("127.0.0.1:%d" % server.address[1], key_path=keys.server.path)
     tunnel = ratrod.tunnel("%s:%d" % server.address, local(tcp_echo.port), key_path=pathlib.Path(keys.client.path))
     ask(tunnel.address)
     tunnel.close()
-    assert_nobody_listens(tunnel.address)
+    assert is_free(tunnel.address)
     server.close()
 
 
@@ -208,14 +204,14 @@ def test_many_at_once_in_one_process(ends, target):
         server = ends.serve()
         made = target(lambda connection, n=number: connection.sendall(receive_all(connection) + b"%d" % n))
         pairs += [(number, server, ends.tunnel(server, local(made.port), limits=HASTY)) for _ in range(2)]
-    def use(number, tunnel):
+    def use(pair):
+        number, _, tunnel = pair
         for _ in range(10):
             with dial(tunnel.address) as connection:
                 say(connection, b"x" * 10_000)
                 assert receive_all(connection) == b"x" * 10_000 + b"%d" % number
     with concurrent.futures.ThreadPoolExecutor(len(pairs)) as pool:
-        for user in [pool.submit(use, number, tunnel) for number, _, tunnel in pairs]:
-            user.result(PATIENCE)
+        list(pool.map(use, pairs, timeout=PATIENCE))
     pairs[0][1].close()
     assert_reset(pairs[0][2].address)
     with dial(pairs[-1][2].address) as connection:
@@ -240,12 +236,11 @@ def test_close_twice_and_by_other_threads(ends, server, tcp_echo):
     tunnel = ends.tunnel(server, local(tcp_echo.port))
     ask(tunnel.address)
     for end in (tunnel, server):
-        def close(end=end):
+        def close(_, end=end):
             end.close()
-            assert_nobody_listens(end.address)
+            assert is_free(end.address)
         with concurrent.futures.ThreadPoolExecutor(5) as pool:
-            for closer in [pool.submit(close) for _ in range(5)]:
-                closer.result(PATIENCE)
+            list(pool.map(close, range(5), timeout=PATIENCE))
         end.close()
         assert end.error is None, "closing is no error"
         with end:
@@ -264,8 +259,11 @@ def test_closing_ends_those_who_are_not_in_yet(keys, stack):
             assert stranger.recv(1) == b""
 
 
+@linux
 def test_nothing_is_left_behind(keys, tcp_echo, udp_echo):
     """Threads and descriptors are what they were, after 20 rounds with traffic and 7 that failed to start."""
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
     def round_trip(fails):
         with contextlib.ExitStack() as stack:
             ends = Ends(keys, stack)
@@ -277,32 +275,32 @@ def test_nothing_is_left_behind(keys, tcp_echo, udp_echo):
             ends.fails(ratrod.RatrodError, ".", server)
     round_trip(True)
     gc.collect()
-    before = len(threads()), open_files()
+    before = held()
     gc.disable()  # what is closed only by the garbage collector is closed too late: until then its other end waits for an answer
     try:
         for number in range(20):
             round_trip(number % 3 == 0)
         # The test's own echoes may not have closed the last connection yet.
-        eventually(lambda: len(threads()) <= before[0] and open_files() <= before[1], lambda: "%s, now %s" % (before, (threads(), open_files())))
+        eventually(lambda: all(now <= then for now, then in zip(held(), before)), lambda: "%s, now %s" % (before, held()))
     finally:
         gc.enable()
 
 
-def test_the_interpreter_ends_without_closing(run):
+def test_the_interpreter_ends_without_closing(run_silently):
     """At once, with a connection open, quietly, and with the program's own exit code."""
-    assert_silent(run("""
+    run_silently("""
         server, tunnel = both()
         ask(tunnel.address)
         held = socket.create_connection(tunnel.address)
         held.sendall(b"x")
         assert held.recv(1) == b"x"
         sys.exit(7)
-        """), 7)
+        """, 7)
 
 
-def test_the_interpreter_ends_while_authorize_hangs(run):
+def test_the_interpreter_ends_while_authorize_hangs(run_silently):
     """It must not block for long; where it does, here for a link, for a target and for a listener, the process still ends."""
-    assert_silent(run("""
+    run_silently("""
         hanging = set()
         def allow(key, target):
             if target or is_full:
@@ -311,11 +309,9 @@ def test_the_interpreter_ends_while_authorize_hangs(run):
             return True
         server = ratrod.serve("127.0.0.1:0", key_path=SERVER, authorize=allow, allow_listen=True, limits=ENDLESS)
         def connect(tunnel):
-            try:
+            with contextlib.suppress(ratrod.RatrodError, OSError):  # at the end of the interpreter
                 with ratrod.tunnel("%s:%d" % server.address, tunnel, key_path=CLIENT, limits=ENDLESS) as made:
                     socket.create_connection(made.address).recv(1)
-            except (ratrod.RatrodError, OSError):
-                pass  # at the end of the interpreter
         for tunnel, asked, is_full in (("0:127.0.0.1:1", "127.0.0.1:1", False), ("R:0:127.0.0.1:1", "listen localhost:0", False),
                                        ("0:a:1", "", True)):
             threading.Thread(target=connect, args=(tunnel,), daemon=True).start()
@@ -323,7 +319,7 @@ def test_the_interpreter_ends_while_authorize_hangs(run):
             while asked not in hanging:
                 assert time.monotonic() < until, asked
                 time.sleep(0.01)
-        """))
+        """)
 
 
 # ---------------------------------------------------------------------------------------------------- errors
@@ -377,7 +373,7 @@ def test_a_port_that_is_taken(ends, server):
         assert_error(ratrod.RatrodError, "127.0.0.1:%d" % port, lambda: ends.serve("127.0.0.1:%d" % port))
         for tunnels in (["%d:db:1" % port], ["%d:db:1" % other, "%d:db:1" % port]):
             ends.fails(ratrod.RatrodError, "127.0.0.1:%d" % port, server, *tunnels)
-    assert_nobody_listens(("127.0.0.1", other))
+    assert is_free(("127.0.0.1", other))
 
 
 def test_a_listen_that_is_refused(server, ends, keys):
@@ -401,32 +397,16 @@ def test_the_death_of_authorization(ends, server, keys, target):
     """What ended a tunnel meanwhile is its `error`; its port is closed, and closing it is no error."""
     tunnel = ends.tunnel(server, local(target(echo).port), retries=9)  # otherwise it goes on trying
     with dial(tunnel.address) as connection:
-        connection.sendall(b"!")
-        receive_exactly(connection, 1)
+        ping(connection)
         assert tunnel.error is None
         keys.server.write("authorized_keys", "# nobody\n")
         with pytest.raises(ConnectionResetError):
             connection.recv(1)
-    def ended():
-        with contextlib.suppress(OSError):
-            dial(tunnel.address).close()
-        return tunnel.error
-    eventually(ended, "the error shows")
-    assert isinstance(tunnel.error, ratrod.RatrodError)
-    assert isinstance(tunnel.error, ratrod.AuthenticationError), repr(tunnel.error)
-    assert "authorized_keys" in str(tunnel.error)
-    eventually(lambda: not listens(tunnel.address), "the port is closed")
+    eventually(lambda: is_free(tunnel.address) and tunnel.error, "the port is closed, and the error shows")
     assert server.error is None
+    error = tunnel.error
     tunnel.close()
-    assert isinstance(tunnel.error, ratrod.RatrodError)
-
-
-def listens(address):
-    try:
-        dial(address).close()
-    except OSError:
-        return False
-    return True
+    assert tunnel.error is error and isinstance(error, ratrod.AuthenticationError) and "authorized_keys" in str(error), repr(error)
 
 
 def test_a_listener_waits_for_its_own_client(ends, second, monkeypatch):
@@ -436,9 +416,9 @@ def test_a_listener_waits_for_its_own_client(ends, second, monkeypatch):
     tunnel = ends.tunnel(server, "R:" + local(1))
     tunnel.close()
     ends.tunnel(server, "R:" + local(1), key_path=str(second.path))
-    assert listens(tunnel.address)
+    assert not is_free(tunnel.address)
     ends.tunnel(server, "R:" + local(1))
-    eventually(lambda: not listens(tunnel.address), "its own key has made room")
+    eventually(lambda: is_free(tunnel.address), "its own key has made room")
 
 
 def test_a_server_that_comes_back_is_no_error(ends, tcp_echo, keys):
@@ -449,20 +429,19 @@ def test_a_server_that_comes_back_is_no_error(ends, tcp_echo, keys):
         ask(address)
     server.close()
     assert_reset(tunnel.addresses[0])
-    assert_nobody_listens(tunnel.addresses[1])
+    assert is_free(tunnel.addresses[1])
     ends.serve("%s:%d" % server.address, allow_listen=True)
     ask(tunnel.addresses[0])
-    eventually(lambda: listens(tunnel.addresses[1]), "the server listens again")
+    eventually(lambda: not is_free(tunnel.addresses[1]), "the server listens again")
     ask(tunnel.addresses[1])
     assert tunnel.error is None
 
 
 # ---------------------------------------------------------------------------------------------------- a good guest in its process
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to itself")
-def test_ctrl_c_is_the_programs(run):
+def test_ctrl_c_is_the_programs(run_silently):
     """Nobody else's: the main thread gets KeyboardInterrupt, and what it cleans up by works until then."""
-    assert_silent(run("""
-        import signal
+    run_silently("""
         server, tunnel = both()
         with server, tunnel:
             try:
@@ -471,14 +450,13 @@ def test_ctrl_c_is_the_programs(run):
             except KeyboardInterrupt:
                 ask(tunnel.address)
                 sys.exit(9)
-        """), 9)
+        """, 9)
 
 
-def test_main_leaves_the_process_as_it_was(run):
+def test_main_leaves_the_process_as_it_was(run_silently):
     """main() called by a program, twice on the main thread and once on another: each time everything is put back."""
-    assert_silent(run("""
-        import gc, io, resource, signal
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+    run_silently("""
+        import resource
         mine, own = (lambda *_: None), logging.StreamHandler(io.StringIO())
         signal.signal(signal.SIGTERM, mine)
         waker = socket.socketpair()
@@ -490,25 +468,19 @@ def test_main_leaves_the_process_as_it_was(run):
         sys.stderr = io.StringIO()
 
         def state():
-            wakeup = signal.set_wakeup_fd(-1)
-            signal.set_wakeup_fd(wakeup)
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-            return ([signal.getsignal(getattr(signal, name)) for name in names], wakeup, mask, ratrod.log.handlers[:], ratrod.log.propagate,
+            return ([signal.getsignal(number) for number in signal.valid_signals()], wakeup_fd(), mask, ratrod.log.handlers[:], ratrod.log.propagate,
                     ratrod.log.level, resource.getrlimit(resource.RLIMIT_NOFILE), gc.get_freeze_count(), sorted(os.listdir("/proc/self/fd")))
 
-        def end_it(text, number):
-            def act():
-                while text not in sys.stderr.getvalue():
-                    time.sleep(0.01)
-                os.kill(os.getpid(), number)
-            threading.Thread(target=act).start()
+        def terminate_once_started():
+            while "Starting server" not in sys.stderr.getvalue():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+        interrupt_soon = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))  # what workers say does not come here
 
         before = state()
-        for flags, number, code in (((), signal.SIGTERM, 0), (("--workers", "2"), signal.SIGINT, 130)):
-            if flags:  # what workers say does not come here
-                threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-            else:
-                end_it("Starting server", number)
+        for flags, ending, code in (((), threading.Thread(target=terminate_once_started), 0), (("--workers", "2"), interrupt_soon, 130)):
+            ending.start()
             assert ratrod.main(["-k", SERVER, "serve", *flags, "127.0.0.1:0"]) == code
             assert state() == before, (state(), before)
         for words, code in ((["--help"], 0), (["bogus"], 2), (["-k", SERVER, "connect", "127.0.0.1:9"], 1),
@@ -527,13 +499,12 @@ def test_main_leaves_the_process_as_it_was(run):
             pass
         else:
             raise AssertionError("Ctrl-C is not the program's any more")
-        """, timeout=4 * PATIENCE))
+        """, timeout=4 * PATIENCE)
 
 
-def test_workers_of_a_thread(run):
+def test_workers_of_a_thread(run_silently):
     """No signal can reach main() there: it ends as its workers do."""
-    assert_silent(run("""
-        import io, signal
+    run_silently("""
         sys.stderr = io.StringIO()
         found = []
         thread = threading.Thread(target=lambda: found.append(ratrod.main(["-k", SERVER, "serve", "--workers", "2", "127.0.0.1:0"])))
@@ -546,17 +517,15 @@ def test_workers_of_a_thread(run):
         os.kill(children()[0], signal.SIGTERM)
         thread.join()
         assert found == [0] and not children(), found
-        """))
+        """)
 
 
-def test_what_else_belongs_to_the_process(run):
+def test_what_else_belongs_to_the_process(run_silently):
     """Signals, the limit of descriptors, the garbage collector, the locale, the environment, the working directory, the threads' exception hooks."""
-    assert_silent(run("""
-        import concurrent.futures, gc, locale, resource, signal
+    run_silently("""
+        import concurrent.futures, locale, resource
         def state():
-            wakeup = signal.set_wakeup_fd(-1)
-            signal.set_wakeup_fd(wakeup)
-            return ([signal.getsignal(number) for number in signal.valid_signals()], wakeup, resource.getrlimit(resource.RLIMIT_NOFILE),
+            return ([signal.getsignal(number) for number in signal.valid_signals()], wakeup_fd(), resource.getrlimit(resource.RLIMIT_NOFILE),
                     gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.callbacks[:],
                     locale.setlocale(locale.LC_ALL), dict(os.environ), os.getcwd(), sys.excepthook, threading.excepthook, sys.getswitchinterval(),
                     socket.getdefaulttimeout(), os.umask(0o022))
@@ -576,44 +545,38 @@ def test_what_else_belongs_to_the_process(run):
         ask(tunnel.address)
         tunnel.close()
         server.close()
-        """))
+        """)
 
 
-def test_nothing_is_written_and_no_logging_is_set_up(run):
+def test_nothing_is_written_and_no_logging_is_set_up(run_silently):
     """Neither by what goes well nor by what fails, where a program has set up no logging."""
-    assert_silent(run("""
+    run_silently("""
         server, tunnel = both()
         ask(tunnel.address)
         # A target that refuses, a server and a key that are wrong, and a stranger.
-        with ratrod.tunnel("%s:%d" % server.address, "0:127.0.0.1:1", key_path=CLIENT) as failing:
-            with socket.create_connection(failing.address) as connection:
-                try:
-                    assert connection.recv(1) == b"", "data"
-                except ConnectionResetError:
-                    pass
-        for where, path in (("127.0.0.1:1", CLIENT), ("%s:%d" % server.address, SERVER), ("%s:%d" % server.address, CLIENT + "/none")):
+        there = "%s:%d" % server.address
+        with ratrod.tunnel(there, "0:127.0.0.1:1", key_path=CLIENT) as failing:
+            with contextlib.suppress(ConnectionResetError), socket.create_connection(failing.address) as connection:
+                assert connection.recv(1) == b"", "data"
+
+        def fails(error, where, path):
             try:
                 ratrod.tunnel(where, "0:127.0.0.1:1", key_path=path).close()
-                assert False, "no error"
-            except ratrod.RatrodError:
-                pass
-        with socket.create_connection(server.address) as stranger:
+            except error:
+                return
+            raise AssertionError("no error")
+        for where, path in (("127.0.0.1:1", CLIENT), (there, SERVER), (there, CLIENT + "/none")):
+            fails(ratrod.RatrodError, where, path)
+        with contextlib.suppress(ConnectionResetError), socket.create_connection(server.address) as stranger:
             stranger.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
-            try:
-                stranger.recv(100)
-            except ConnectionResetError:
-                pass
+            stranger.recv(100)
         os.remove(SERVER + "/authorized_keys")
-        try:
-            ratrod.tunnel("%s:%d" % server.address, "0:127.0.0.1:1", key_path=CLIENT).close()
-            assert False, "no error"
-        except ratrod.AuthenticationError:
-            pass
+        fails(ratrod.AuthenticationError, there, CLIENT)
         assert not logging.getLogger().handlers
         own = logging.getLogger("ratrod")
         assert [type(handler) for handler in own.handlers] == [logging.NullHandler], own.handlers
         assert own.level == logging.NOTSET and own.propagate and logging.getLogger().level == logging.WARNING
-        """))
+        """)
 
 
 def test_a_program_that_logs_gets_its_lines(ends, caplog, tcp_echo):
@@ -629,11 +592,11 @@ def test_a_program_that_logs_gets_its_lines(ends, caplog, tcp_echo):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
-def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
+def test_a_forked_child_keeps_none_of_its_parents_descriptors(run_silently):
     """It would take connections that nobody serves, and keep ports and connections that its parent has closed. (A key file that a thread of the
     parent reads at the moment of the fork is open in the child, too, and does no harm there: only sockets and selectors are counted.)"""
-    assert_silent(run("""
-        import gc, multiprocessing, warnings
+    run_silently("""
+        import multiprocessing, warnings
         warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # Python's own word on fork()
 
         def inodes():
@@ -686,10 +649,8 @@ def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
         addresses = tunnel.address, server.address
         tunnel.close()
         server.close()
-        try:
+        with contextlib.suppress(ConnectionResetError):
             assert held.recv(1) == b""
-        except ConnectionResetError:
-            pass
         for address in addresses:
             socket.create_server(address).close()
             try:
@@ -701,7 +662,7 @@ def test_a_forked_child_keeps_none_of_its_parents_descriptors(run):
         assert os.wait()[1] == 0
         worker.terminate()
         worker.join()
-        """), 0)
+        """)
 
 
 # ---------------------------------------------------------------------------------------------------- authorize
@@ -825,14 +786,12 @@ def test_authorize_may_take_its_time(ends, tcp_echo, target):
         return True
     tunnel = ends.tunnel(ends.serve(authorize=allow), local(slow.port), local(tcp_echo.port))
     with dial(tunnel.addresses[1]) as running:
-        running.sendall(b"!")
-        receive_exactly(running, 1)
+        ping(running)
         with dial(tunnel.addresses[0]) as waiting:
             waiting.sendall(b"?")
             assert thinking.wait(PATIENCE)
             try:
-                running.sendall(b"!")
-                receive_exactly(running, 1)
+                ping(running)
             finally:
                 think.set()
             assert receive_exactly(waiting, 1) == b"?"

@@ -110,56 +110,31 @@ def strangers(serve, stack):
     return launch
 
 
-def gone(silent):
-    """The numbers of the connections that the server has closed; the others still take a byte."""
-    return [number for number, sock in enumerate(silent) if is_closed(sock)]
+def sources(first, n):
+    return ["127.0.0.%d" % (first + i) for i in range(n)]
 
 
 @linux
-def test_the_oldest_stranger_makes_room(strangers, keys):
-    """In all, whatever the sources: those that came last are served."""
-    _, _, enter = strangers("--max-handshakes", "4")
-    silent = [enter("127.0.0.%d" % (n + 2)) for n in range(4)]
-    for n in range(3):
-        silent.append(enter("127.0.0.%d" % (n + 6)))
-        eventually(lambda: is_closed(silent[n]), "the oldest of five has made room")  # noqa: B023 - called before the loop goes on
-    for sock in silent[3:]:
-        link(sock, keys.client)
-
-
-@linux
-def test_the_oldest_makes_room_even_where_its_source_came_late(strangers, keys):
-    """The server knows the source of the last connection longest, and that connection is the newest: it is the last one to go."""
-    _, _, enter = strangers("--max-handshakes", "16")
-    link(enter("127.0.0.2"), keys.client)
-    silent = [enter("127.0.0.%d" % (n + 3)) for n in range(15)]
-    honest = enter("127.0.0.2")
-    silent.append(enter("127.0.0.99"))
-    eventually(lambda: is_closed(silent[0]), "the oldest has made room")
-    link(honest, keys.client)
-
-
-@linux
-def test_several_handshakes_of_one_source_are_no_reason_to_go_first(strangers, keys):
-    """A client begins with three links at once; strangers with an address for each connection must not be served before it."""
-    _, _, enter = strangers("--max-handshakes", "16")
-    silent = [enter("127.0.0.%d" % (n + 3)) for n in range(13)]
-    honest = [enter("127.0.0.2") for _ in range(3)]
-    silent += [enter("127.0.0.%d" % (n + 100)) for n in range(5)]
-    eventually(lambda: len(gone(silent)) >= 5, "five made room")
-    for sock in honest:
-        link(sock, keys.client)
-
-
-@linux
-def test_one_source_has_its_own_bound(strangers, keys):
-    _, _, enter = strangers("--max-handshakes-per-source", "2")
-    silent = [enter("127.0.0.2") for _ in range(2)]
-    others = [enter("127.0.0.3") for _ in range(2)]
-    silent.append(enter("127.0.0.2"))
-    eventually(lambda: is_closed(silent[0]), "the oldest of its own source has made room")
-    for sock in silent[1:] + others:
-        link(sock, keys.client)
+@pytest.mark.parametrize("flag, most, has_link, come, gone, served", [
+    # In all, whatever the sources: those that came last are served.
+    ("--max-handshakes", 4, False, sources(2, 7), 3, range(3, 7)),
+    # The server knows the source that has a link longest; its new connection is one of the newest, and must not go for that.
+    ("--max-handshakes", 16, True, [*sources(3, 15), "127.0.0.2", "127.0.0.99"], 1, [15]),
+    # A client begins with three links at once; strangers with an address for each connection must not be served before it.
+    ("--max-handshakes", 16, False, [*sources(3, 13), *["127.0.0.2"] * 3, *sources(100, 5)], 5, range(13, 16)),
+    # One source has its own bound, which is no other's.
+    ("--max-handshakes-per-source", 2, False, [*["127.0.0.2"] * 2, *["127.0.0.3"] * 2, "127.0.0.2"], 1, range(1, 5))],
+    ids=["in all", "a source that came late", "several of one source", "of one source"])
+def test_the_oldest_stranger_makes_room(strangers, keys, flag, most, has_link, come, gone, served):
+    """Of those that `come`, and say nothing, the first ones are gone; the others are there, and some of them are served."""
+    _, _, enter = strangers(flag, str(most))
+    if has_link:
+        link(enter("127.0.0.2"), keys.client)
+    silent = [enter(source) for source in come]
+    eventually(lambda: all(map(is_closed, silent[:gone])), "the oldest have made room")
+    assert not any(map(is_closed, silent[gone:]))
+    for number in served:
+        link(silent[number], keys.client)
 
 
 @linux
@@ -176,9 +151,9 @@ def test_a_burst_of_one_source_waits_for_its_turn(strangers, keys):
         client.read_completion()
 
 
-def half_way(sock, keys):
+def half_way(sock, seed):
     """A client whose first message was answered, and who has not said his second."""
-    client = peer.Client(sock, seed_of(keys.client))
+    client = peer.Client(sock, seed)
     client.send_client_preamble()
     client.read_server_preamble()
     return client
@@ -188,7 +163,7 @@ def half_way(sock, keys):
 def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
     """Strangers whose keys nobody knows have come as far as one can come; that they stay must not push out who is in the middle."""
     _, _, enter = strangers("--max-handshakes", "4")
-    honest = half_way(enter("127.0.0.2"), keys)
+    honest = half_way(enter("127.0.0.2"), seed_of(keys.client))
     for n in range(8):
         with pytest.raises(peer.PeerError, match="does not know"):
             peer.Client(enter("127.0.0.%d" % (n + 3)), bytes([n]) * 32).handshake()  # which stay
@@ -203,7 +178,7 @@ def test_who_stops_in_the_middle_makes_room_for_newcomers(strangers, keys):
     for number, rest in enumerate((b"", b"\0", b"\0\x70", b"\0\x70x")):
         with row(rest):
             for n in range(8):
-                half_way(enter("127.1.%d.%d" % (number, n + 3)), keys).sock.sendall(rest)
+                half_way(enter("127.1.%d.%d" % (number, n + 3)), seed_of(keys.client)).sock.sendall(rest)
             honest = [enter("127.1.%d.2" % number) for _ in range(2)]
             for sock in honest:
                 link(sock, keys.client)
@@ -250,10 +225,8 @@ def test_public_key_work_in_three_classes(keys, second, stack):
         return not opened or gate.acquire(timeout=PATIENCE)
     def come(source, number):
         """A client of its own key that has only to say its last message."""
-        client = peer.Client(stack.enter_context(dial(server.address[1], source=source)), bytes([number]) * 32)
-        client.send_client_preamble()
-        client.read_server_preamble()
-        return client, module.encode_key(module.KeyPair.from_seed(bytes([number]) * 32).public)
+        seed = bytes([number]) * 32
+        return half_way(stack.enter_context(dial(server.address[1], source=source)), seed), module.encode_key(module.KeyPair.from_seed(seed).public)
     limits = module.DEFAULT_LIMITS._replace(handshake_rate=1)
     with module.serve(key_path=keys.server.path, limits=limits, authorize=authorize) as server:
         admission = server._endpoint.admission
@@ -380,10 +353,7 @@ def test_a_link_too_many(serve, connect, keys, second, stack, flag, whose):
             link(stack.enter_context(dial(port)), keys.client)
         assert refused.value.code != peer.INVALID_KEY  # which would end the client for good
     server.wait_for(text)
-    if whose == "in all":
-        with pytest.raises(peer.PeerError, match=text):
-            link(stack.enter_context(dial(port)), second)
-    else:
+    with pytest.raises(peer.PeerError, match=text) if whose == "in all" else contextlib.nullcontext():
         link(stack.enter_context(dial(port)), second)
     held = before + 4
     links.pop().sock.close()
@@ -395,12 +365,7 @@ def test_a_link_too_many(serve, connect, keys, second, stack, flag, whose):
 def test_links_that_are_made_at_once_are_counted_too(serve, keys, stack, flag):
     """All are in the middle of their handshakes when the first one is in."""
     _, port = serve(flag, "2", "--max-handshakes-per-source", "32")
-    links = []
-    for _ in range(24):
-        made = peer.Client(stack.enter_context(dial(port)), seed_of(keys.client))
-        made.send_client_preamble()
-        made.read_server_preamble()
-        links.append((made, made.client_authentication()))
+    links = [(made, made.client_authentication()) for made in (half_way(stack.enter_context(dial(port)), seed_of(keys.client)) for _ in range(24))]
     for made, message in links:
         made.send_message(message)
     entered = 0
@@ -453,9 +418,8 @@ def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag
 # ---------------------------------------------------------------------------------------------------- connect
 @pytest.fixture
 def black_hole():
-    made = BlackHole()
-    yield made
-    made.close()
+    with contextlib.closing(BlackHole()) as made:
+        yield made
 
 
 @linux

@@ -91,23 +91,22 @@ def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel):
     assert made.client.process.poll() is None, made.client.output
 
 
-def test_an_idle_link_beside_a_busy_one(serve, keys, tcp_echo):
+def test_an_idle_link_beside_a_busy_one(link, tcp_echo):
     """The idle one hears Close and FIN, never a reset: a client that sends an Open then reads that. The busy one hears Close in place of Over."""
-    server, port = serve("--drain", FOREVER)
-    with peer.Client.connect(port, seed_of(keys.client)).handshake() as idle, peer.Client.connect(port, seed_of(keys.client)).handshake() as busy:
-        stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
-        stream.wait_opened()
-        server.process.send_signal(TERM)
-        assert idle.read_any_record().type == peer.CLOSE
-        with pytest.raises(peer.LinkEnded) as end:
-            idle.read_any_record()
-        assert not isinstance(end.value, peer.LinkBroken)
-        stream.send(b"still there?")
-        assert stream.receive() == b"still there?"
-        stream.end()
-        assert stream.receive() == b""
-        assert [record.type for record in busy.read_to_end()] == [peer.CLOSE]
-    assert server.wait() == 0
+    idle, busy = (link(flags=("--drain", FOREVER)) for _ in range(2))
+    stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
+    stream.wait_opened()
+    link.server.process.send_signal(TERM)
+    assert idle.read_any_record().type == peer.CLOSE
+    with pytest.raises(peer.LinkEnded) as end:
+        idle.read_any_record()
+    assert not isinstance(end.value, peer.LinkBroken)
+    stream.send(b"still there?")
+    assert stream.receive() == b"still there?"
+    stream.end()
+    assert stream.receive() == b""
+    assert [record.type for record in busy.read_to_end()] == [peer.CLOSE]
+    assert link.server.wait() == 0
 
 
 @pytest.mark.parametrize("mode, side, sign", [
@@ -188,24 +187,22 @@ def test_what_ends_meanwhile_is_whole(tunnel, target, side):
     assert ending.wait() == 0
 
 
-def test_an_open_that_crosses_the_close(serve, keys, tcp_echo):
+def test_an_open_that_crosses_the_close(link, tcp_echo):
     """It is answered by the Close that was on its way, as if never looked at: nothing of it may reach the target."""
-    server, port = serve("--drain", FOREVER)
-    with contextlib.ExitStack() as stack:
-        links = [stack.enter_context(peer.Client.connect(port, seed_of(keys.client)).handshake()) for _ in range(4)]
-        # Frozen, so that all the Opens are there before it looks at anything: the signal is the first that it sees as it goes on.
-        server.process.send_signal(signal.SIGSTOP)
-        for link in links:
-            link.send_open(peer.TCP, "127.0.0.1:%d" % tcp_echo.port)
-        server.process.send_signal(TERM)
-        server.process.send_signal(signal.SIGCONT)
-        for link in links:
-            record = link.read_any_record()
-            if record.type == peer.OPENED:  # the socket was read before the signal was: then it is a stream like any other
-                link.send_record(peer.END)
-            records = [record, *link.read_to_end()]
-            assert records[-1].type == peer.CLOSE, records
-    assert server.wait() == 0
+    links = [link(flags=("--drain", FOREVER)) for _ in range(4)]
+    # Frozen, so that all the Opens are there before it looks at anything: the signal is the first that it sees as it goes on.
+    link.server.process.send_signal(signal.SIGSTOP)
+    for made in links:
+        made.send_open(peer.TCP, "127.0.0.1:%d" % tcp_echo.port)
+    link.server.process.send_signal(TERM)
+    link.server.process.send_signal(signal.SIGCONT)
+    for made in links:
+        record = made.read_any_record()
+        if record.type == peer.OPENED:  # the socket was read before the signal was: then it is a stream like any other
+            made.send_record(peer.END)
+        records = [record, *made.read_to_end()]
+        assert records[-1].type == peer.CLOSE, records
+    assert link.server.wait() == 0
 
 
 class Servers:
@@ -218,12 +215,6 @@ class Servers:
     def add(self):
         """The next one beside the current one, which is returned."""
         old, (self.current, _) = self.current, self._serve(*self._flags, bind="127.0.0.1:%d" % self.port)
-        return old
-
-    def replace(self):
-        """The next one takes over; the one that is to end is returned."""
-        old = self.add()
-        old.process.send_signal(TERM)
         return old
 
 
@@ -245,37 +236,26 @@ CONNECTIONS = 1000 if LONG else 100  # whole ones between two restarts
 
 @needs_reuse_port
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("mode, flags", [(RATROD2, ()), (RATROD2, ("--workers", "2")), (LEGACY_E, ())], ids=["ratrod2", "workers", "legacy-e"])
-def test_restarts_under_load_lose_nothing(serve, connect, tcp_echo, mode, flags):
-    """What --reuse-port is for. Every connection is new, and whole or a failure."""
+@pytest.mark.parametrize("mode, flags, at_once", [(RATROD2, (), 1), (RATROD2, ("--workers", "2"), 1), (LEGACY_E, (), 1), (RATROD2, (), 2)],
+                         ids=["ratrod2", "workers", "legacy-e", "two at once"])
+def test_restarts_under_load_lose_nothing(serve, connect, tcp_echo, mode, flags, at_once):
+    """What --reuse-port is for. Every connection is new, and whole or a failure. Of three servers that share a port for long, of which two end at
+    once, an unlucky client meets an ending one twice in a row."""
     chain = Servers(serve, *mode.serve, *flags, "--drain", "30")
     client = connect(chain.port, *mode.connect, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-    olds = []
     with Load(tcp_port(client)) as load:
         load.go_on(CONNECTIONS)
         for _ in range(RESTARTS):
-            olds.append(chain.replace())
-            assert olds[-1].wait() == 0, olds[-1].output
+            olds = [chain.add() for _ in range(at_once)]
+            if at_once > 1:
+                load.go_on(CONNECTIONS // 2)
+            for old in olds:
+                old.process.send_signal(TERM)
+            assert [old.wait() for old in olds] == [0] * at_once, [old.output for old in olds]
             load.go_on(CONNECTIONS)
-    figure("%d restarts under load, %s" % (len(olds), " ".join((mode.name, *flags))), load)
+    figure("%d restarts under load, %d at once, %s" % (RESTARTS, at_once, " ".join((mode.name, *flags))), load)
     assert not load.failures, (load.failures[:10], client.output)
     assert "❌" not in client.output
-
-
-@needs_reuse_port
-def test_restarts_under_load_of_both_ends_at_once(serve, connect, tcp_echo):
-    """Two servers that share a port for long, one of which is always about to end: an unlucky client meets the ending one twice in a row."""
-    chain = Servers(serve, "--drain", "30")
-    client = connect(chain.port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-    with Load(tcp_port(client)) as load:
-        for _ in range(RESTARTS):
-            first, second = chain.add(), chain.add()
-            load.go_on(CONNECTIONS // 2)
-            for old in (first, second):
-                old.process.send_signal(TERM)
-            assert [first.wait(), second.wait()] == [0, 0], first.output + second.output
-    figure("%d times two of three servers ended at once under load" % RESTARTS, load)
-    assert not load.failures, (load.failures[:10], client.output)
 
 
 @needs_reuse_port
@@ -340,7 +320,8 @@ def test_all_that_is_new_goes_to_the_next_server(serve, ratrod, keys, tcp_echo, 
     connections = [stack.enter_context(dial(where)) for where in (port, port, port, *reverse_ports[1:])]
     for connection in connections:
         assert receive_exactly(connection, 5) == b"first"
-    old = chain.replace()
+    old = chain.add()
+    old.process.send_signal(TERM)
     assert old.wait_for(ENDING % FOREVER).group(1) == str(len(connections))
     connections.append(stack.enter_context(dial(port)))
     assert receive_exactly(connections[-1], 5) == b"first"
