@@ -145,12 +145,10 @@ def test_a_dead_path_is_noticed_in_each_state(site):
     local_port = tcp_port(client)
     reverse_port = int(client.wait_for(LISTENS_BACK).group(1))
     with Traffic() as traffic:
-        streams = {}
-        for state in STATES:
-            stream = traffic.stream(lambda: site.dial(local_port), listener, state.name)
+        streams = {state: traffic.stream(lambda: site.dial(local_port), listener, state.name) for state in STATES}
+        for stream in streams.values():
             stream.flow(1000)
-            traffic.wait_until(lambda: stream.all_arrived, "the stream carries bytes")  # noqa: B023 - called at once
-            streams[state] = stream
+        traffic.wait_until(lambda: all(stream.all_arrived for stream in streams.values()), "each stream carries bytes")
         for state, stream in streams.items():
             state.begin(stream)
         traffic.settle([end for state, stream in streams.items() for end in state.full(stream)])

@@ -305,7 +305,6 @@ BAD_SERVERS = {
 def test_bad_beginnings_of_servers(target, keys):
     """The client gives up by itself, with an exit code and a line that say so. It says nothing more, and does not try again."""
     said = queue.Queue()
-
     def launch(options, speak):
         def handle(connection):
             connection.settimeout(PATIENCE)
@@ -407,7 +406,6 @@ def test_15_16_17_what_ends_a_link_of_the_server(served, watched):
 def test_17_a_server_that_breaks_every_link(connected):
     """The client tries for `--connect-timeout`, or after Opened for `--resume`, with pauses; where Data has passed it is one stream for all."""
     opens = []
-
     def misbehave(stream):
         opens.append(stream)
         if first:
@@ -638,7 +636,6 @@ def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
     link.sock.settimeout(10 * PATIENCE)
     stream = link.open("127.0.0.1:%d" % stalled.port)
     stream.wait_opened()
-
     def flood():
         for _ in range(512):
             stream.send(bytes(peer.CHUNK))

@@ -55,6 +55,14 @@ def connect_to(ratrod, keys):
     return launch
 
 
+def many_at_once(client, n):
+    """So many connections to an echo, each to its end: so many links are idle after it."""
+    connections = [dial(tcp_port(client)) for _ in range(n)]
+    for use in (ping, sockets.ask_over):
+        for connection in connections:
+            use(connection)
+
+
 def pauses(times):
     return [after - before for before, after in zip(times, times[1:])]
 
@@ -171,9 +179,7 @@ def test_so_many_tries(serve, connect, tcp_echo, door, mode, tries):
         assert re.search(GAVE_UP, failures[1]).group(1) == "3"
     server, door.to = serve(*mode.serve)
     client = connect(door.port, *words).ready()
-    with contextlib.ExitStack() as stack:
-        for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(6)]:
-            ping(connection, b"x")
+    many_at_once(client, 6)
     before, door.to = sockets.settled(lambda: len(door.tries)), None
     server.kill()
     if mode is LEGACY:  # it has no link that could tell
@@ -204,8 +210,7 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
         del times[0]
     taken = pauses(times)[:tries]
     whole = [min(longest, 0.25 * 2 ** n) for n in range(tries)]
-    assert all(pause > 0.5 * most - 0.02 for pause, most in zip(taken, whole)), taken
-    assert all(pause < most + 1 for pause, most in zip(taken, whole)), taken
+    assert all(0.5 * most - 0.02 < pause < most + 1 for pause, most in zip(taken, whole)), taken
     shares = [pause / most for pause, most in zip(taken, whole)]
     assert max(shares) - min(shares) > 0.05, "no jitter: %r" % taken
     noticed = len(door.tries[before:]) - len(times)
@@ -221,13 +226,13 @@ def test_tries_for_ever_with_growing_pauses(serve, connect, tcp_echo, door):
 
 
 @either_wire
-def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, mode):
+def test_who_waits_is_served(serve, keys, tcp_echo, door, monkeypatch, caplog, stack, mode):
     """However long the pauses have grown, they are short while somebody waits: here 0.3 s in place of 5 and more."""
     monkeypatch.setattr(module.Reach, "FIRST", 10.0)
     monkeypatch.setattr(module.Reach, "HURRY", 0.3)
     server, door.to = serve(*mode.serve)
     with module.tunnel("127.0.0.1:%d" % door.port, "0:127.0.0.1:%d" % tcp_echo.port, key_path=str(keys.client.path),
-                       legacy=mode is LEGACY) as tunnel, contextlib.ExitStack() as stack:
+                       legacy=mode is LEGACY) as tunnel:
         ask(tunnel.address[1])
         door.to = None
         server.kill()
@@ -367,9 +372,7 @@ def test_the_one_that_worked_last_stays_in_use(serve, connect_to, tcp_echo, targ
     tried = len(first.tries)
     assert tried == 1
     first.to = port
-    with contextlib.ExitStack() as stack:
-        for connection in [stack.enter_context(dial(tcp_port(client))) for _ in range(10)]:  # more than there are idle links
-            ping(connection, b"x")
+    many_at_once(client, 10)  # more than there are idle links
     assert len(first.tries) == tried
     assert len(second.tries) >= 10
 
@@ -485,13 +488,8 @@ def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo
     with module.serve(key_path=str(keys.server.path)) as server, module.tunnel(
             "127.0.0.1:%d" % server.address[1], "0:later.example:%d" % udp_echo.port, key_path=str(keys.client.path)) as tunnel:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
-            originator.settimeout(0.05)
             originator.connect(tunnel.address)
-            def answered():
-                with contextlib.suppress(socket.timeout):
-                    originator.send(b"anybody there?")
-                    return originator.recv(100) == b"anybody there?"
-            eventually(answered, "an answer to one of the questions")
+            ask_until_answered(originator, b"anybody there?")
     assert len(asked) == 2
 
 
@@ -597,12 +595,7 @@ def test_udp_tries_no_second_link_of_a_server_that_ended(ratrod, keys, target, s
         is_old = not ended.is_set()
         link.serve_streams(lambda stream: handle(stream, is_old))
     client = ratrod("-k", keys.client.path, "connect", "127.0.0.1:%d" % Scripted(keys, target, serve_link).port, "0:good:1").ready()
-    locals_ = [stack.enter_context(dial(tcp_port(client))) for _ in range(6)]  # so many idle links
-    for local in locals_:
-        ping(local)
-    for local in locals_:
-        local.shutdown(socket.SHUT_WR)
-        assert local.recv(1) == b""
+    many_at_once(client, 6)
     ask_until_answered(stack.enter_context(programs.udp_originator(client)), b"hello")
     assert len(asked) < 6 and asked[-1] is False, asked  # those that were in their handshakes meanwhile may be tried
     assert "❌" not in client.output or len(asked) > 3

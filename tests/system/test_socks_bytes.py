@@ -3,7 +3,6 @@ What its parser takes and refuses is in unit/test_socks5.py, real users of it ar
 
 import concurrent.futures
 import contextlib
-import functools
 import ipaddress
 import os
 import re
@@ -27,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 ANY = RATROD2
 BLOCK = os.urandom((1 << 20) - 3)
 LOGIN = b"\5\1\2" + b"\1\5alice\6secret"
+LOGGED_IN = b"\5\2" + b"\1\0"  # this method, and right
 WITH_A_PASSWORD = "--socks-user", "alice:secret"
 
 
@@ -78,7 +78,7 @@ def test_several_proxies(forward, tcp_echo):
     _, client = forward(ANY, "0:127.0.0.1:%d" % tcp_echo.port, "[::1]:0:socks", "127.0.0.2:0:socks", connect_flags=WITH_A_PASSWORD)
     client.wait_for(r"📻 \[SOCKS\] Listening on `\[::1\]:\d+`, and routing through `127\.0\.0\.1:\d+` \.\.\.$")
     for n, host in ((1, "::1"), (2, "127.0.0.2")):
-        for said, answer in ((GREETING, b"\5\xff"), (LOGIN, b"\5\2\1\0")):
+        for said, answer in ((GREETING, b"\5\xff"), (LOGIN, LOGGED_IN)):
             with row((host, said)), socket.create_connection((host, socks_port(client, n)), PATIENCE) as connection:
                 connection.sendall(said + request("127.0.0.1", tcp_echo.port))
                 assert receive_exactly(connection, len(answer)) == answer
@@ -175,7 +175,6 @@ def test_replies(mode, proxy, tcp_echo, closed):
 def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
     """SOCKS has no words for it, and most programs show none. What left, or never spoke, is no failure."""
     made = proxy(ANY, connect_flags=WITH_A_PASSWORD)
-    words = functools.partial(b"\5\2\1\0%b".__mod__)
     for data, answer, told in (
         (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" + BLOCK, b"HTTP/1.1 400 Bad Request\r\n", "it speaks HTTP .*: name that as socks5h"),
         (b"CONNECT localhost:443 HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 Bad Request\r\n", "it speaks HTTP to a SOCKS proxy"),
@@ -183,10 +182,10 @@ def test_what_cannot_be_is_said_without_v(proxy, tcp_echo):
         (b"\4\1\0\x50\x7f\0\0\1\0", b"\0\x5b" + bytes(6), "it speaks SOCKS4, which has no password"),
         (GREETING, b"\5\xff", "it gives no user and password, which --socks-user asks for"),
         (LOGIN[:-1] + b"?", b"\5\2\1\1", "it gives another user or password than --socks-user"),
-        (LOGIN + request("127.1", 80), words(b"\5\1\0\1" + bytes(6)), "`127.1` is not an address"),
-        (LOGIN + request(b"a\nb", 80), words(b"\5\1\0\1" + bytes(6)), "`a.b` is not a host name or address"),
-        (LOGIN + request("db", 80, BIND), words(b"\5\7\0\1" + bytes(6)), "it asks for command 2"),
-        (LOGIN + b"\5\1\0\x09", words(b"\5\x08\0\1" + bytes(6)), "its SOCKS5 request cannot be understood"),
+        (LOGIN + request("127.1", 80), LOGGED_IN + b"\5\1\0\1" + bytes(6), "`127.1` is not an address"),
+        (LOGIN + request(b"a\nb", 80), LOGGED_IN + b"\5\1\0\1" + bytes(6), "`a.b` is not a host name or address"),
+        (LOGIN + request("db", 80, BIND), LOGGED_IN + b"\5\7\0\1" + bytes(6), "it asks for command 2"),
+        (LOGIN + b"\5\1\0\x09", LOGGED_IN + b"\5\x08\0\1" + bytes(6), "its SOCKS5 request cannot be understood"),
     ):
         with row(data[:50]), made.dial() as connection:
             say(connection, data)
@@ -209,14 +208,14 @@ def test_all_at_once(mode, proxy, tcp_echo, target):
         data = (BLOCK * 4)[:size]
         with row(size), made.dial() as connection, concurrent.futures.ThreadPoolExecutor(1) as pool:
             sent = pool.submit(connection.sendall, LOGIN + request("localhost", tcp_echo.port) + data)
-            assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
+            assert receive_exactly(connection, 4) == LOGGED_IN and read_reply(connection)[0] == 0
             assert receive_exactly(connection, size) == data
             sent.result()
     # Where the target speaks first, its first bytes come right behind the reply, never before or inside it.
     for _ in range(10):
         with made.dial() as connection:
             connection.sendall(LOGIN + request("localhost", greeting.port))
-            assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
+            assert receive_exactly(connection, 4) == LOGGED_IN and read_reply(connection)[0] == 0
             assert receive_all(connection) == b"220 ready\r\n"
 
 
@@ -229,7 +228,7 @@ def test_users_of_the_proxy_that_vanish_in_the_handshake(proxy, tcp_echo):
         with made.dial() as connection:
             for byte in whole + b"!":
                 connection.sendall(bytes([byte]))
-            assert receive_exactly(connection, 4) == b"\5\2\1\0" and read_reply(connection)[0] == 0
+            assert receive_exactly(connection, 4) == LOGGED_IN and read_reply(connection)[0] == 0
             assert receive_exactly(connection, 1) == b"!"
     complete()
     before = {program: descriptors(program) for program in (made.server, made.client)}
@@ -238,9 +237,8 @@ def test_users_of_the_proxy_that_vanish_in_the_handshake(proxy, tcp_echo):
             connection = made.dial()
             connection.sendall(whole[:n])
             leave(connection)
-    for program, count in before.items():
-        # A few links may be kept; one descriptor in ten would be a leak.
-        eventually(functools.partial(lambda program, count: descriptors(program) <= count + 7, program, count), "the descriptors came back")
+    # A few links may be kept; one descriptor in ten would be a leak.
+    eventually(lambda: all(descriptors(program) <= count + 7 for program, count in before.items()), "the descriptors came back")
     with contextlib.ExitStack() as stack:
         for n in range(100):
             stack.enter_context(made.dial()).sendall(whole[:n % 4])
@@ -254,45 +252,34 @@ def test_times(proxy, tcp_echo, udp_echo):
     with made.open(tcp_echo.port) as through, associate(made) as asking, contextlib.ExitStack() as stack:
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello") == b"hello"
         assert udp_sockets(made.server) == 1
-        waiting = []
-        for said in (b"", b"\5", b"\5\2\0", GREETING, GREETING + b"\5\1\0", GREETING + request("localhost", 80)[:-1]):
-            waiting.append((said, stack.enter_context(made.dial())))
-            waiting[-1][1].sendall(said)
-        for said, connection in waiting:
+        waiting = {said: stack.enter_context(made.dial()) for said in (
+            b"", b"\5", b"\5\2\0", GREETING, GREETING + b"\5\1\0", GREETING + request("localhost", 80)[:-1])}
+        for said, connection in waiting.items():
+            connection.sendall(said)
+        for said, connection in waiting.items():
             assert receive_all(connection) == (b"\5\0" if said.startswith(GREETING) else b""), said
         # The time is for all of the handshake, not for each byte of it: this one trickles, and hears of the end meanwhile.
         trickling = stack.enter_context(greet(made.dial()))
         trickling.settimeout(0.05)
-        slow, ended = iter(request("x" * 255, 80)), False
-        while not ended:
-            with contextlib.suppress(socket.timeout):
-                try:
-                    trickling.sendall(bytes([next(slow)]))
-                    ended = trickling.recv(1) == b""
-                except (ConnectionResetError, BrokenPipeError):
-                    ended = True
+        slow = iter(request("x" * 255, 80))
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            for byte in slow:
+                with contextlib.suppress(socket.timeout):
+                    trickling.sendall(bytes([byte]))
+                    if trickling.recv(1) == b"":
+                        break
         assert len(list(slow)) > 150
         eventually(lambda: not udp_sockets(made.server), "the session was forgotten")
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello again") == b"hello again"
         ping(through, b"still here")
 
 
-class Association:
+class Association(NamedTuple):
     """A UDP ASSOCIATE by hand: its TCP connection, where its datagrams go, and the socket they come from."""
 
-    def __init__(self, connection, relay):
-        self.connection, self.relay = connection, relay
-        self.socket = socket.socket(socket.AF_INET6 if ":" in relay[0] else socket.AF_INET, socket.SOCK_DGRAM)
-        self.socket.settimeout(PATIENCE)
-        # Connected: what comes from elsewhere than where it was sent to does not count.
-        self.socket.connect(relay)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.connection.close()
-        self.socket.close()
+    connection: socket.socket
+    relay: tuple
+    socket: socket.socket
 
     def send(self, host, port, data, frag=0):
         self.socket.send(b"\0\0" + bytes([frag]) + encode_address(host, port) + data)
@@ -314,22 +301,23 @@ class Association:
 
     def is_over(self):
         """Nobody is there any more: the system refuses."""
-        try:
+        self.socket.settimeout(0.05)
+        with pytest.raises((ConnectionRefusedError, socket.timeout)) as caught:
             self.socket.send(b"?")
-            self.socket.settimeout(0.05)
             self.socket.recv(1)
-        except ConnectionRefusedError:
-            return True
-        except socket.timeout:
-            pass
-        return False
+        return caught.type is ConnectionRefusedError
 
 
+@contextlib.contextmanager
 def associate(made, host="127.0.0.1", claimed=("0.0.0.0", 0)):
     connection, code, (bound, port) = ask_socks(made.port, request(*claimed, ASSOCIATE), host)
     assert code == 0 and port
     # What is bound to every address is reached where the proxy is.
-    return Association(connection, (host if bound in ("0.0.0.0", "::") else bound, port))
+    relay = host if bound in ("0.0.0.0", "::") else bound, port
+    with connection, socket.socket(socket.AF_INET6 if ":" in relay[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(PATIENCE)
+        sock.connect(relay)  # what comes from elsewhere than where it was sent to does not count
+        yield Association(connection, relay, sock)
 
 
 @two_wires
@@ -464,8 +452,7 @@ def test_an_association_ends_with_its_connection(mode, proxy, udp_echo, remote):
                 leave(asking.connection)
                 eventually(asking.is_over, "the association ended")
                 # Nor has it left anything at either end. In legacy each session has a link of its own, of which a few may be kept.
-                for program, count in before.items():
-                    eventually(functools.partial(lambda program, count: descriptors(program) <= count + 3, program, count), "its sockets are closed")
+                eventually(lambda: all(descriptors(program) <= count + 3 for program, count in before.items()), "its sockets are closed")
                 # What is still under way to it goes nowhere, in particular not to another one.
                 remote.socket.sendto(b"late", source)
             assert first.ask("127.0.0.1", udp_echo.port, b"still here") == b"still here"
@@ -519,12 +506,10 @@ def test_datagrams_go_where_the_connection_went(forward, udp_echo):
         ours.settimeout(PATIENCE)
         for claimed in (ours.getsockname(), ("0.0.0.0", port_of(ours)), ("::ffff:127.0.0.1", port_of(ours))):
             with row(claimed), associate(made, claimed=claimed) as association:
-                association.send("127.0.0.1", udp_echo.port, b"not ours")
-                ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + b"hello", association.relay)
-                assert ours.recv(100).endswith(b"hello")
-                before = udp_echo.seen
-                association.send("127.0.0.1", udp_echo.port, b"nor now")
-                ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + b"again", association.relay)
-                assert ours.recv(100).endswith(b"again") and udp_echo.seen == before + 1
+                for word in (b"hello", b"again"):
+                    before = udp_echo.seen
+                    association.send("127.0.0.1", udp_echo.port, b"not ours")
+                    ours.sendto(b"\0\0\0" + encode_address("127.0.0.1", udp_echo.port) + word, association.relay)
+                    assert ours.recv(100).endswith(word) and udp_echo.seen == before + 1
     with made.ask(request("192.0.2.1", 5000, ASSOCIATE))[0] as connection:
         assert_ended(connection)

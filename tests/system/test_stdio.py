@@ -70,12 +70,8 @@ class Stdio:
             view = view[self.stdin.write(view):]
 
     def close(self):
-        if self.process.poll() is None:
+        with self.process:  # which closes its pipes and waits
             self.process.kill()
-        self.process.wait()
-        for stream in (self.stdin, self.stdout):
-            if stream:
-                stream.close()
 
 
 @pytest.fixture
@@ -97,7 +93,6 @@ AT_ONCE = "--resume", "0"  # a lost link resets its stream
 def stdio(serve, launch):
     """stdio(mode, target's port or all of it, serve_flags, connect_flags, **of Stdio) -> Stdio, at a server that there is one of for each mode."""
     servers = {}
-
     def run(mode, target, serve_flags=(), connect_flags=(), **options):
         place = mode, serve_flags
         if place not in servers or servers[place][0].process.poll() is not None:
@@ -106,6 +101,18 @@ def stdio(serve, launch):
         made = launch(*mode.connect, *connect_flags, "127.0.0.1:%d" % servers[place][1], "stdio:" + target, **options)
         made.server = servers[place][0]
         return made
+    return run
+
+
+@pytest.fixture
+def stdio_to(stdio, listener, stack):
+    """stdio_to(mode, what the target says at first, more for stdio...) -> (Stdio, the target's end)"""
+    def run(mode, first=b"!", *flags, **options):
+        made = stdio(mode, port_of(listener), *flags, **options)
+        target = stack.enter_context(accept(listener))
+        target.sendall(first)
+        assert made.read(len(first)) == first
+        return made, target
     return run
 
 
@@ -129,7 +136,7 @@ def test_conversation(mode, stdio, tcp_echo):
 
 
 @every_mode
-def test_ends(mode, stdio, listener):
+def test_ends(mode, stdio, stdio_to, listener):
     # The remote ends first, having spoken first as a mail server does. stdin is held open, as by a terminal: what reads stdout sees its end, and
     # what is still typed arrives.
     made = stdio(mode, port_of(listener))
@@ -145,43 +152,36 @@ def test_ends(mode, stdio, listener):
     assert made.wait() == (0, "")
     # stdin ends first, after a question or without a byte.
     for question in (b"a question", b""):
-        made = stdio(mode, port_of(listener))
-        with accept(listener) as target:
-            made.write(question)
-            made.stdin.close()
-            assert receive_all(target) == question
-            for size in (1, 50000):
-                target.sendall(BLOCK[:size])
-                assert made.read(size) == BLOCK[:size]
-            assert made.process.poll() is None
-            target.shutdown(socket.SHUT_WR)
-            assert made.stdout.read(1) == b""
+        made, target = stdio_to(mode, b"")
+        made.write(question)
+        made.stdin.close()
+        assert receive_all(target) == question
+        for size in (1, 50000):
+            target.sendall(BLOCK[:size])
+            assert made.read(size) == BLOCK[:size]
+        assert made.process.poll() is None
+        target.shutdown(socket.SHUT_WR)
+        assert made.stdout.read(1) == b""
         assert made.wait() == (0, "")
 
 
 @every_mode
-def test_what_is_cut(mode, stdio, listener):
+def test_what_is_cut(mode, stdio_to):
     """By the target's reset, or a killed server, while stdin is held open. A clean end would pass for a complete transfer."""
-    made = stdio(mode, port_of(listener))
-    target = accept(listener)
-    target.sendall(b"half of")
-    assert made.read(7) == b"half of"
+    made, target = stdio_to(mode, b"half of")
     reset(target)
     assert made.stdout.read(1) == b""
     code, stderr = made.wait()
     assert code == 1 and len(stderr.splitlines()) == 1, stderr
-    made = stdio(mode, port_of(listener), AT_ONCE, AT_ONCE)
-    with accept(listener) as target:
-        target.sendall(b"half of")
-        assert made.read(7) == b"half of"
-        made.server.stop(signal.SIGKILL)
-        assert made.stdout.read(1) == b""
-        if mode is not RATROD2:
-            # There a FIN is the end of a direction, also the one that the kernel sends for a killed server: only writing tells.
-            with pytest.raises(BrokenPipeError):
-                while True:
-                    made.write(b"and the other half")
-        code, stderr = made.wait()
+    made, _ = stdio_to(mode, b"half of", AT_ONCE, AT_ONCE)
+    made.server.stop(signal.SIGKILL)
+    assert made.stdout.read(1) == b""
+    if mode is not RATROD2:
+        # There a FIN is the end of a direction, also the one that the kernel sends for a killed server: only writing tells.
+        with pytest.raises(BrokenPipeError):
+            while True:
+                made.write(b"and the other half")
+    code, stderr = made.wait()
     assert code == 1 and stderr, stderr
 
 
@@ -248,16 +248,13 @@ def test_one_socket_as_both(stdio, tcp_echo):
 
 @pytest.mark.parametrize("mode, held", [(RATROD2, True), (RATROD2, False), (LEGACY, True), (LEGACY_E, False)],
                          ids=lambda value: getattr(value, "name", "stdin-open" if value else "stdin-ended"))
-def test_reader_that_goes_away(mode, held, stdio, listener):
+def test_reader_that_goes_away(mode, held, stdio_to):
     """`ratrod ... | head -1`: no bug of ours, and no reason to run on or to leave the target sending."""
-    made = stdio(mode, port_of(listener), stdin=PIPE if held else DEVNULL)
-    with accept(listener) as target:
-        target.sendall(b"the first line\n")
-        assert made.read(15) == b"the first line\n"
-        made.stdout.close()
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):
-            while True:
-                target.sendall(BLOCK)
+    made, target = stdio_to(mode, b"the first line\n", stdin=PIPE if held else DEVNULL)
+    made.stdout.close()
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        while True:
+            target.sendall(BLOCK)
     code, stderr = made.wait()
     assert code in (1, 141, -signal.SIGPIPE) and len(stderr.splitlines()) <= 1, (code, stderr)
 
@@ -277,12 +274,10 @@ def test_streams_that_are_closed(serve, keys, target):
 
 
 @two_wires
-def test_who_does_not_read(mode, stdio, listener):
+def test_who_does_not_read(mode, stdio_to):
     """What nobody takes waits in the sockets' own buffers, and then the sender waits. The other direction is not held up."""
-    made = stdio(mode, port_of(listener))
-    with accept(listener) as target:
-        target.sendall(b"!")
-        assert made.read(1) == b"!"
+    made, target = stdio_to(mode)
+    with target:
         before = memory_before(made)
         # Nobody reads stdout.
         sent, digest = push_until_stuck(target)
@@ -370,23 +365,20 @@ def test_other_tunnels_beside_it(serve, launch, tcp_echo, listener):
     assert made.wait() == (0, "")
 
 
-def test_signals(stdio, launch, listener):
+def test_signals(stdio_to, launch, listener):
     """While both directions wait, in whatever call it waits."""
     for sign, codes in ((signal.SIGINT, (130,)), (signal.SIGTERM, (0, 143))):
-        made = stdio(ANY, port_of(listener))
-        with row(sign), accept(listener) as target:
-            target.sendall(b"!")
-            assert made.read(1) == b"!"
+        with row(sign):
+            made, _ = stdio_to(ANY)
             made.process.send_signal(sign)
             code, stderr = made.wait()
             assert code in codes and stderr == "", (code, stderr)
             assert made.stdout.read() == b""
     # Nobody reads stdout: a write that blocks must not keep the program from ending.
-    made = stdio(ANY, port_of(listener))
-    with accept(listener) as target:
-        push_until_stuck(target)
-        made.process.send_signal(signal.SIGINT)
-        assert made.wait()[0] == 130
+    made, target = stdio_to(ANY)
+    push_until_stuck(target)
+    made.process.send_signal(signal.SIGINT)
+    assert made.wait()[0] == 130
     # While it connects, to a server that says nothing.
     made = launch("127.0.0.1:%d" % port_of(listener), "stdio:db:80")
     with accept(listener) as connection:
