@@ -2748,36 +2748,38 @@ class Complaints:
 
     def __init__(self) -> None:
         self._in_all = TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, time.monotonic())
-        self._lines: dict[str, list[TokenBucket]] = {}  # by cause, a text with a %d which counts the rest
-        self._muted: collections.Counter[str] = collections.Counter()
+        # By level and cause, a text with a %d which counts the rest.
+        self._lines: dict[tuple[int, str], list[TokenBucket]] = {}
+        self._muted: collections.Counter[tuple[int, str]] = collections.Counter()
 
     def complain(self, cause: str, line: str, is_known: bool = False, level: int = logging.ERROR) -> bool:
         """Logs `line`, or counts one more for `cause`, a text with a %d: whether the line was logged."""
         now = time.monotonic()
-        if cause not in self._lines:
-            cause = cause if len(self._lines) < SOURCES else self.FURTHER[is_known]
-            self._lines.setdefault(cause, [TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
+        kind = level, cause
+        if kind not in self._lines:
+            kind = kind if len(self._lines) < SOURCES else (logging.ERROR, self.FURTHER[is_known])
+            self._lines.setdefault(kind, [TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
                                    [TokenBucket(LOG_RATE, LOG_BURST, now), self._in_all])
         # Once a line was left out, all wait until sweep() has said how many: else it might never have its turn.
-        is_due = log.isEnabledFor(logging.DEBUG) or cause not in self._muted and self._is_due(cause, now)
+        is_due = log.isEnabledFor(logging.DEBUG) or kind not in self._muted and self._is_due(kind, now)
         if is_due:
             log.log(level, "%s", line)
         else:
-            self._muted[cause] += 1
+            self._muted[kind] += 1
         return is_due
 
-    def _is_due(self, cause: str, now: float) -> bool:
-        return all(bucket.take(now) for bucket in self._lines[cause])
+    def _is_due(self, kind: tuple[int, str], now: float) -> bool:
+        return all(bucket.take(now) for bucket in self._lines[kind])
 
     def sweep(self) -> None:
         """Called every second or so: says what was left out."""
         now = time.monotonic()
-        for cause in list(self._muted):
-            if self._is_due(cause, now):
-                log.error("%s", cause % self._muted.pop(cause))
-        for cause, lines in list(self._lines.items()):
-            if cause not in self._muted and lines[0].is_full(now):
-                del self._lines[cause]
+        for kind in list(self._muted):
+            if self._is_due(kind, now):
+                log.log(kind[0], "%s", kind[1] % self._muted.pop(kind))
+        for kind, lines in list(self._lines.items()):
+            if kind not in self._muted and lines[0].is_full(now):
+                del self._lines[kind]
 
 
 class Turns:
