@@ -2952,13 +2952,13 @@ class EventLoop:
                     try:  # here, not in a function: 0.2 µs an event
                         callback(mask)
                     except Exception as error:
-                        self._on_bug(callback, error)
+                        self.on_bug(callback, error)
                 if self._calls or self.deadlines and self.deadlines[0][0] <= self.now:
                     for call in self._take_calls():
                         try:
                             call()
                         except Exception as error:
-                            self._on_bug(call, error)
+                            self.on_bug(call, error)
 
     def _take_calls(self) -> Iterator[Callable[[], None]]:
         """What is due in this round; calls that these make are left for the next one."""
@@ -2998,7 +2998,8 @@ class EventLoop:
             return 0
         return max(0.0, self.deadlines[0][0] - time.monotonic()) if self.deadlines else None
 
-    def _on_bug(self, call: Callable[..., None], error: Exception) -> None:
+    def on_bug(self, call: Callable[..., None], error: Exception) -> None:
+        """An internal error in `call`, or in what was done for its owner: ends the owner."""
         *_, line = (line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_globals is globals())
         text = "❌ internal error in line %d, please report it: %r" % (line, error)
         self.complain("❌ %d more internal errors", text)
@@ -7538,10 +7539,13 @@ class Endpoint:
         # 9,000 idle links: what needs nothing is passed by without a call, 3 ms each second in place of 20.
         quiet, silent = self.loop.now - self.limits.keepalive, now - self.limits.silence
         for link in list(self.links):
-            if link.user is not NOBODY:
-                link.user.on_sweep()
-            if (link.sent_at <= quiet or link.heard_at <= silent or self._has_slept) and link.state != CLOSED:
-                self._keep_alive(link, now)
+            try:
+                if link.user is not NOBODY:
+                    link.user.on_sweep()
+                if (link.sent_at <= quiet or link.heard_at <= silent or self._has_slept) and link.state != CLOSED:
+                    self._keep_alive(link, now)
+            except Exception as error:  # or each sweep would end here, and nothing that waits would ever time out
+                self.loop.on_bug(link.abort, error)
         self.sweep()
         # Last: a stream whose link ends here has until the next sweep to find another one.
         for link in [link for link in self.links if link.due <= self.loop.now]:

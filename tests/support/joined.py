@@ -55,7 +55,7 @@ class Loop(ratrod.EventLoop):
         self.run()
 
     @staticmethod
-    def _on_bug(call, error):
+    def on_bug(call, error):
         raise error
 
 

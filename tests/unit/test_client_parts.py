@@ -105,3 +105,17 @@ def test_of_thousands_of_addresses_of_a_name_a_few_are_tried(monkeypatch):
     found = [(ratrod.socket.AF_INET, 1, 6, "", ("10.0.%d.%d" % divmod(n, 256), 5)) for n in range(4000)]
     monkeypatch.setattr(ratrod.socket, "getaddrinfo", lambda *_args, **_options: found)
     assert ratrod.look_up(ratrod.Address("many.example", 5)) == [(2, address) for *_, address in found[:64]]
+
+
+def test_a_mistake_in_the_sweep_of_one_link_ends_that_link_alone():
+    """A sweep that ended there would end so each second, and nothing that waits would ever time out."""
+    ended = []
+    class Broken:
+        user, due = None, ratrod.NEVER
+        def abort(self, error):
+            ended.append(str(error))
+    with contextlib.closing(ratrod.EventLoop()) as loop:
+        end = ratrod.Endpoint(loop, ratrod.NoKeys(), ratrod.DEFAULT_LIMITS, ratrod.Callbacks(), is_legacy=False, memory=1)
+        end.links |= {Broken(), Broken()}
+        end._on_sweep()
+    assert ended == ["'NoneType' object has no attribute 'on_sweep'"] * 2
