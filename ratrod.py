@@ -6629,11 +6629,6 @@ def resume_time(limits: Limits, error: Exception) -> float:
     return limits.resume if is_silence else min(limits.resume, limits.resume_after_close)
 
 
-def backoff(level: int, longest: float) -> float:
-    """Seconds before the next try: twice as many at each level, drawn from the upper half."""
-    return min(longest, Reach.FIRST * 2 ** min(level, 30)) * (0.5 + os.urandom(1)[0] / 510)
-
-
 class Opener(Keeper):
     """Idle links, and the streams that wait for one: a client's pool of links, and each reverse address of a server.
 
@@ -6861,30 +6856,99 @@ class Opener(Keeper):
                 stream.give_up(error)
 
 
-class Reach:
-    """The one that dials, and knows when: links to the first of some servers that answers.
+class Retry:
+    """Something of a client that is tried again and again: try_again() after a pause.
 
-    While the server is away the pauses between two tries double from 0.25 s to Limits.retry_interval, each drawn from
-    its upper half, so that all the clients of a server that was started anew do not come at the same moment. `most`
-    failed tries in a row end it, None: never.
+    The pauses double from 0.25 s to Limits.retry_interval, each drawn from its upper half, so that all the clients of a
+    server that was started anew do not come at the same moment. `most` failed tries in a row end the client, None:
+    never.
     """
 
     # Seconds: the first pause; the longest while somebody waits; after which all was well.
     FIRST, HURRY, STEADY = 0.25, 1.0, 10.0
+
+    def __init__(self, client: Client, most: int | None, try_again: Callable[[], None]):
+        self._client, self._loop, self._most, self._try_again = client, client.loop, most, try_again
+        self.error: Exception | None = None  # the last one; None: all is well
+        self._tries = self._level = 0
+        self._said = 0  # of this loss: 1 that the thing is lost, 2 that a key is refused
+        self._since = self._tried_at = self._well_at = self._loop.now
+        self._next = Deadline(self._loop)
+
+    @property
+    def is_pausing(self) -> bool:
+        return self._next.when < NEVER
+
+    def fail(self, error: Exception, lost: str, tried: bool = False, is_first: bool = False) -> None:
+        """One more failure; those during a pause belong to the try before it. The first failure counts as a try only
+        where it was a try to come back (`tried`). `lost`, where it is not empty, is logged once: when the next try has
+        failed too, for a server that was started anew is no news; or at once, where this is the first connection of
+        all (`is_first`)."""
+        again = is_first or self.error is not None
+        if self.error is None:
+            self._since, self._tries, self._said = self._loop.now, int(tried), 0
+            if self._loop.now - self._well_at > self.STEADY:
+                self._level = 0
+        elif not self.is_pausing:
+            self._tries += 1
+        self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
+        if self._most is not None and self._tries >= self._most:
+            return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
+                plural(self._tries, "try", "tries"), self._loop.now - self._since, reason(error))))
+        # A refusal of a key is said at once, also where the log said that the server is away: the next try is far.
+        news = 2 if is_final(error) else int(bool(lost) and again)
+        says = news > self._said
+        log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says,
+                lost or "no new link", reason(error))
+        self._said = max(self._said, news)
+        if not self.is_pausing:
+            level, longest = 30 if is_final(error) else min(self._level, 30), self._client.limits.retry_interval
+            pause = min(longest, self.FIRST * 2 ** level) * (0.5 + os.urandom(1)[0] / 510)
+            self._next.set(pause, self._on_due)
+            self._level += 1
+        return None
+
+    def succeed(self, found: str) -> None:
+        if self.error is not None and self._said:
+            tries = plural(self._tries + 1, "try", "tries")
+            log.info("✅ %s after %s in %.1f s", found, tries, self._loop.now - self._since)
+        self.error = None
+        self._well_at = self._loop.now
+        self.stop()
+
+    def hurry(self) -> None:
+        """Somebody waits: the next try is not far."""
+        if self.error is None or is_final(self.error) and self.is_pausing:
+            return
+        when = self._tried_at + min(self.HURRY, self._client.limits.retry_interval)
+        if self._next.when > when:
+            self._next.set(when - self._loop.now, self._on_due)
+
+    def try_now(self) -> None:
+        """The next try is not to wait."""
+        if self.is_pausing:
+            self._next.set(0, self._on_due)
+
+    def _on_due(self) -> None:
+        self._tried_at = self._loop.now
+        self._try_again()
+
+    def stop(self) -> None:
+        self._next.clear()
+
+
+class Reach(Retry):
+    """The one that dials, and knows when: links to the first of some servers that answers."""
+
     HANGING = 10  # tries at once while the server is away: a path that drops packets holds each up for 10 s
 
     def __init__(self, client: Client, most: int | None):
-        self._client, self._loop, self._limits, self._most = client, client.loop, client.limits, most
-        self.error: Exception | None = None  # the last one; None: all is well
+        super().__init__(client, most, client.try_again)
         self.current = 0  # the server that answered last is tried first
         self.refusals: dict[str, Exception] = {}  # by server, since one let this client in or all had been asked
         self._refused: set[str] = set()  # those of whom the log says so
         self.answered: set[Place] = set()  # the servers that have answered ratrod2 in this run
         self.dials: set[Dial] = set()  # the tries that are under way
-        self._tries = self._begun = self._level = 0
-        self._said = 0  # of this loss: 1 that the server is away, 2 that a key is refused
-        self._since = self._tried_at = self._well_at = self._loop.now
-        self._next = Deadline(self._loop)
 
     def dial(self, open_: Open | None, done: Done, report: Report = log.debug, server: str = "") -> None:
         """done(link, None) or done(None, error). `open_`: what a legacy handshake names. `server`: the one to ask."""
@@ -6908,33 +6972,6 @@ class Reach:
         self.stop()
         while self.dials:
             self.dials.pop().close()
-
-    def fail(self, error: Exception, lost: str = "", tried: bool = False, is_first: bool = False) -> None:
-        """One more failure. The first failure counts as a try only where it was a try to come back (`tried`). `lost`,
-        where it is not empty, is logged once: when the next try has failed too, for a server that was started anew is
-        no news; or at once, where this is the first connection of all (`is_first`)."""
-        again = is_first or self.error is not None
-        if self.error is None:
-            self._since, self._tries, self._begun, self._said = self._loop.now, int(tried), int(tried), 0
-            if self._loop.now - self._well_at > self.STEADY:
-                self._level = 0
-        else:
-            self._tries = min(self._tries + 1, self._begun)  # ten links that fail in one moment are one try
-        self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
-        if self._most is not None and self._tries >= self._most:
-            return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
-                plural(self._tries, "try", "tries"), self._loop.now - self._since, reason(error))))
-        # A refusal of a key is said at once, also where the log said that the server is away: the next try is far.
-        news = 2 if is_final(error) else int(bool(lost) and again)
-        says = news > self._said
-        log.log(logging.ERROR if says else logging.DEBUG, "%s%s: %s; trying again", "❌ " * says,
-                lost or "no new link", reason(error))
-        self._said = max(self._said, news)
-        if self._next.when == NEVER:
-            pause = backoff(30 if is_final(error) else self._level, self._limits.retry_interval)
-            self._next.set(pause, self._on_due)
-            self._level += 1
-        return None
 
     def pass_by(self, server: str, error: Exception) -> Exception | None:
         """A server does not take this client: None where another one is left to be asked, or the error of them all."""
@@ -6962,36 +6999,10 @@ class Reach:
         return kind("none of the servers %s: %s" % (
             what, "; ".join("`%s`: %s" % (server, reason(error)) for server, error in failures.items())))
 
-    def succeed(self, server: str, found: str) -> None:
+    def let_in(self, server: str, found: str) -> None:
         self.refusals.clear()
         self._refused.discard(server)
-        if self.error is not None and self._said:
-            tries = plural(self._tries + 1, "try", "tries")
-            log.info("✅ %s after %s in %.1f s", found, tries, self._loop.now - self._since)
-        self.error = None
-        self._well_at = self._loop.now
-        self.stop()
-
-    def hurry(self) -> None:
-        """Somebody waits: the next try is not far."""
-        if self.error is None or is_final(self.error) and self._next.when < NEVER:
-            return
-        when = self._tried_at + min(self.HURRY, self._limits.retry_interval)
-        if self._next.when > when:
-            self._next.set(when - self._loop.now, self._on_due)
-
-    def try_now(self) -> None:
-        """The next try is not to wait."""
-        if self._next.when < NEVER:
-            self._next.set(0, self._on_due)
-
-    def _on_due(self) -> None:
-        self._tried_at = self._loop.now
-        self._begun += 1
-        self._client.try_again()
-
-    def stop(self) -> None:
-        self._next.clear()
+        self.succeed(found)
 
 
 class Dial:
@@ -8763,7 +8774,7 @@ class Pool(Opener):
     def on_completed(self, link: Link) -> None:
         """The server has let it in."""
         with self._client.noticing():
-            self._reach.succeed(link.name, "Connected to server `%s` again," % link.name)
+            self._reach.let_in(link.name, "Connected to server `%s` again," % link.name)
         if self.needed:
             self.want_links()
         else:
@@ -8829,8 +8840,7 @@ class ReverseTunnel(LinkUser):
         self._asking, self.since = 0, 0.0  # how many links it waits for, and since when for the last of them
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
-        self.error: Exception | None = None  # why there is no link of it
-        self._tries, self._rests_until, self._has_said = 0, 0.0, False
+        self.retry = Retry(client, client.options.retries, self.ask_more)
         self.acceptor = Acceptor(client, None, self._connect, lambda _stream, _link: None, self._answer, self._name)
 
     # ---- links that wait at the server
@@ -8838,18 +8848,14 @@ class ReverseTunnel(LinkUser):
     def ask_more(self) -> None:
         """Asks for as many waiting links as it takes. The first goes alone: it says which port 0 is for the others."""
         client = self._client
-        if not client.started or client.draining or self._loop.now < self._rests_until:
+        if not client.started or client.draining or self.retry.is_pausing:
             return
         wanted = 1
-        if self.address and not self.error:
+        if self.address and not self.retry.error:
             wanted = min(client.limits.waiting_links, self.READY + len(self.busy))
         while len(self.waiting) + self._asking < wanted and client.may_ask_for(self._asking + 1):
             self._asking += 1
             client.pool.take(self)
-
-    def try_now(self) -> None:
-        self._rests_until = 0.0
-        self.ask_more()
 
     def open(self, link: Link, timeout: float) -> None:
         link.ask(self, Open(LISTEN, self.asked, instance=self._client.listen_instance), timeout)
@@ -8880,9 +8886,7 @@ class ReverseTunnel(LinkUser):
         client = self._client
         self._asking -= 1
         with client.noticing():
-            if self.error and self._has_said:
-                log.info("✅ reverse tunnel on `%s` again, after %s", address, plural(self._tries, "try", "tries"))
-            self.error, self._tries, self._has_said = None, 0, False
+            self.retry.succeed("reverse tunnel on `%s` again," % str(address))
         is_first, self.address, self.asked = self.address is None, address, str(address)
         link.turn(ACCEPTOR)
         link.instance = client.listen_instance
@@ -8908,26 +8912,11 @@ class ReverseTunnel(LinkUser):
             return client.give_up(error)
         if self.waiting and isinstance(error, PeerError):  # a server that answers, and finds that there are enough
             return None
-        return self._rest(error)
+        return self._fail(error)
 
-    def _rest(self, error: Exception) -> None:
-        if self._loop.now < self._rests_until:  # several links that fail in one moment are one try
-            return None
+    def _fail(self, error: Exception) -> None:
         with self._client.noticing():
-            self._tries += 1
-            says = self._tries > 1 and not self._has_said and not self.waiting
-            log.log(logging.ERROR if says else logging.DEBUG, "%sreverse tunnel on `%s`: %s; trying again",
-                    "❌ " * says, self.asked, reason(error))
-            self._has_said = self._has_said or says
-            self.error = error.with_traceback(None)
-        retries = self._client.options.retries
-        if retries is not None and self._tries > retries:
-            tries = plural(self._tries, "try", "tries")
-            return self._client.give_up(RatrodError("Giving up after %s: %s" % (tries, reason(error))))
-        pause = backoff(self._tries - 1, self._client.limits.retry_interval)
-        self._rests_until = self._loop.now + pause
-        self._loop.call_later(pause + 0.001, self.ask_more)
-        return None
+            self.retry.fail(error, "" if self.waiting else "reverse tunnel on `%s`" % self.asked)
 
     def put(self, link: Link, record: bytes) -> None:
         self.busy.discard(link)
@@ -8942,8 +8931,8 @@ class ReverseTunnel(LinkUser):
         self.waiting.discard(link)
         if self._client.draining:
             return
-        if was_waiting and not self.waiting and not self._asking and not self.error and not link.doubted_at:
-            self._rest(error or LinkClosed("the server closed the connection"))
+        if was_waiting and not self.waiting and not self._asking and not self.retry.error and not link.doubted_at:
+            self._fail(error or LinkClosed("the server closed the connection"))
         elif not was_waiting or self._loop.now - link.born > 0.5:  # one that ends at once would loop: the sweep asks
             self.ask_more()
 
@@ -9080,7 +9069,7 @@ class FirstConnection(LinkUser):
         self.link = None
         self._options.report("✅ Challenge accepted!")
         self._options.report("✅ Test connection successful!")
-        self._client.reach.succeed(link.name, "Connected")
+        self._client.reach.let_in(link.name, "Connected")
 
 
 class SocksEntrance:
@@ -9390,7 +9379,7 @@ class Client(Endpoint):
     @property
     def connected(self) -> bool:
         """Whether the server is there, as far as is known: a client that has reverse tunnels alone knows it by them."""
-        is_lost = bool(self.reverse) and all(tunnel.error for tunnel in self.reverse) and not self.pool.links
+        is_lost = bool(self.reverse) and all(tunnel.retry.error for tunnel in self.reverse) and not self.pool.links
         return self.started and self.reach.error is None and not is_lost
 
     @contextlib.contextmanager
@@ -9438,7 +9427,7 @@ class Client(Endpoint):
         if not self.draining:
             self.reach.try_now()
             for tunnel in self.reverse:
-                tunnel.try_now()
+                tunnel.retry.try_now()
 
     # ---- the end
 

@@ -98,7 +98,7 @@ def test_a_line_that_a_peer_can_cause_goes_through_complain():
                         r"\blog\.(info|warning|error|log)\(", "\n".join(lines[part.lineno - 1:part.end_lineno])):
                     direct.add("%s.%s" % (statement.name, part.name))
     # Of the client's user, and of its tries, which have their pauses.
-    own = ("Client.", "FirstConnection.", "HostKeys.", "Reach.", "ReverseTunnel.", "Stdio")
+    own = ("Client.", "FirstConnection.", "HostKeys.", "Reach.", "Retry.", "ReverseTunnel.", "Stdio")
     assert {name for name in direct if not name.startswith(own)} <= {
         "Complaints.complain", "Complaints.sweep", "Counters.on_resumed", "Endpoint.__init__", "Endpoint.drain", "Endpoint.reload",
         "Listener._starve", "ReverseListeners.check", "Rules.have_changed", "Server._end_key"}
