@@ -299,7 +299,7 @@ LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
 LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, and for one client's key
-EMPTY_FOR = 1.0  # seconds in which an editor may be writing a list of keys that it has emptied
+EMPTY_FOR = 1.5  # seconds in which an editor may write a list of keys anew: the server looks once a second
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
 RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 KiB may hold 23,000
@@ -790,7 +790,7 @@ class KeyLines:
         self.is_unusable = False  # the whole file counts as empty
         self._cache: tuple[Any, Lines] = (None, {})  # the file's signature and its lines
         self._round: float | None = None
-        self._is_stale = False
+        self._is_stale, self._counted_at = False, -NEVER  # when a look found the lines that count
 
     def read(self, now: float | None = None) -> Lines:
         """The lines of each key; the same object as before where nothing is new. A line that cannot be understood, or
@@ -812,34 +812,34 @@ class KeyLines:
         signature: Any = None
         lines: Lines = {}
         broken: list[tuple[int, str, str]] = []
+        now = time.time()
         try:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-            if not self._is_stale and self._is_current(status, signature):
+            # A file that changes twice within one tick of its file system's clock (FAT: 2 s) keeps its time. A time
+            # far in the future: the clock was set back.
+            is_settled = abs(now - max(status.st_mtime, status.st_ctime)) > 2
+            if signature == self._cache[0] and is_settled and not self._is_stale:
+                self._counted_at = now
                 return self._cache
             problems = find_writers(self.path, status, self.is_strict)
-            lines, broken = self._parse(read_text(self.path))
+            text = read_text(self.path)
+            is_gone, (lines, broken) = not text, self._parse(text)
         except OSError as error:
             # A lack of descriptors throws nobody out while the file is the one that was read.
             if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
                 return self._cache
-            signature = None  # so that the next read() looks again
+            signature, is_gone = None, isinstance(error, FileNotFoundError)  # None: the next read() looks again
             problems = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
+        # Editors empty a file, or rename it away (vim, emacs), before they write it anew. An empty list would throw
+        # everybody out, and clients for good. One that is to be empty still is so a moment later.
+        if is_gone and not self._is_stale and 0 <= now - self._counted_at < EMPTY_FOR:
+            return self._cache
+        self._counted_at = now
         self.broken, self._is_stale, self.is_unusable = broken, False, signature is None
         self.problems = problems + [
             "line %d of `%s` %s: %s" % (number, self.path, self.USELESS, why) for number, _, why in broken]
         return signature, self._cache[1] if lines == self._cache[1] else lines
-
-    def _is_current(self, status: os.stat_result, signature: Any) -> bool:
-        """Whether the lines that were read last still are those of the file."""
-        before, now = self._cache[0], time.time()
-        if signature == before:
-            # A file that changes twice within one tick of its file system's clock (FAT: 2 s) keeps its time.
-            return abs(now - max(status.st_mtime, status.st_ctime)) > 2  # far in the future: the clock was set back
-        # Some editors empty a file before they write it anew. An empty list would throw everybody out, and clients for
-        # good. A file that is meant to be empty still is so EMPTY_FOR later.
-        was_emptied = bool(before and before[2] and not status.st_size and status.st_ino == before[3])
-        return was_emptied and 0 <= now - status.st_mtime < EMPTY_FOR
 
     def _parse(self, text: str) -> tuple[Lines, list[tuple[int, str, str]]]:
         keys: Lines = {}

@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import stat
-import time
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -180,33 +179,26 @@ def test_a_list_that_is_replaced_is_read_again(listed):
     assert lines.read() is before
 
 
-def test_a_list_that_is_being_written_is_not_empty(listed):
-    """An editor empties it, and then writes: for a second what it said before holds. What is renamed into its place is whole."""
+@pytest.mark.parametrize("allowed, is_reload, is_kept", [(60, False, True), (0, False, False), (60, True, False)])
+def test_a_list_that_is_being_written_is_not_empty(listed, monkeypatch, allowed, is_reload, is_kept):
+    """An editor empties it or renames it away (vim, emacs), and then writes: for a moment what it said before holds, but not at a SIGHUP."""
     lines, write, path = listed
-    now = time.time_ns()
-    for key, emptied, is_kept in (
-            (A, {}, True), (B, {"when": now - 1_100_000_000}, False),
-            (A, {"when": now + 60_000_000_000}, False)):  # by a clock that is ahead
-        write(base64url(key), when=LONG_AGO)
+    monkeypatch.setattr(ratrod, "EMPTY_FOR", allowed)
+    for take_away in (write, path.unlink, lambda: (path.unlink(), write())):
+        write(base64url(A), when=LONG_AGO)
         before = lines.read()
-        assert list(before) == [key]
-        write(**emptied)
-        assert lines.read() is before if is_kept else not lines.read()
-    write(base64url(B))
-    assert list(lines.read()) == [B]
-    write()
-    lines.forget()  # by a SIGHUP, which means what is there now
-    assert not lines.read()
-    write(base64url(A))
-    assert list(lines.read()) == [A]
-    put(path.with_name("new"))
-    os.replace(path.with_name("new"), path)
-    assert not lines.read()
+        take_away()
+        if is_reload:
+            lines.forget()
+        assert list(before) == [A] and (lines.read() is before if is_kept else not lines.read())
+        write(base64url(B))
+        assert list(lines.read()) == [B]
 
 
 @pytest.mark.parametrize("becomes", ["nothing", "a folder", "a loop", "dangling"])
-def test_a_list_that_cannot_be_read_lists_nobody(listed, becomes):
+def test_a_list_that_cannot_be_read_lists_nobody(listed, monkeypatch, becomes):
     lines, write, path = listed
+    monkeypatch.setattr(ratrod, "EMPTY_FOR", 0)
     write(base64url(A), when=LONG_AGO)
     assert lines.read()
     path.unlink()
