@@ -1201,12 +1201,19 @@ def parse_target(text: str) -> Address:
     return join_host_port(split_host_port(text), parse_host, parse_port)
 
 
+def parse_far_host(text: str) -> str:
+    """The host that a client asks a server to listen on: an address, `localhost` or `*`, for both sides the same."""
+    host = "*" if text == "*" else parse_host(text)
+    if not is_address(host) and host not in ("localhost", "*"):
+        raise ValueError("`%s` is a name, and the server listens on an address, on localhost or on *" % printable(text))
+    return host
+
+
 def parse_bind(text: str) -> Address:
     """The address that a client asks a server to listen on, `[address:]port`. A bare port is on loopback."""
-    address = join_host_port(split_host_port(text), lambda host: "*" if host == "*" else parse_host(host),
-                             _parse_port_or_zero, "localhost")
-    if address.is_unix or not (is_address(address.host) or address.host in ("localhost", "*")):
-        raise ValueError("`%s` is not an address" % printable(text))
+    address = join_host_port(split_host_port(text), parse_far_host, _parse_port_or_zero, "localhost")
+    if address.is_unix:
+        raise ValueError("the server listens on no Unix socket")
     return address
 
 
@@ -1289,7 +1296,8 @@ def _parse_stdio(text: str) -> Address:
 
 def _parse_tunnel(pieces: list[str]) -> TunnelSpec:
     """One tunnel that listens, in any of its forms; ValueError says what is wrong with it."""
-    kind, here, host = (REVERSE, "", parse_near_host) if pieces[0] == "R" else (FORWARD, "127.0.0.1", parse_host)
+    kind, here, own_host, host = ((REVERSE, "", parse_far_host, parse_near_host) if pieces[0] == "R" else
+                                  (FORWARD, "127.0.0.1", parse_own_host, parse_host))
     pieces = pieces[kind == REVERSE:] or [""]
     both = ("TCP", "UDP") if kind == FORWARD else ("TCP",)
     if len(pieces) == 1:
@@ -1299,7 +1307,7 @@ def _parse_tunnel(pieces: list[str]) -> TunnelSpec:
     starts_with_path, ends_with_path = (piece.startswith("unix:/") for piece in (pieces[0], pieces[-1]))
     is_socks = kind == FORWARD and pieces[-1] == "socks"
     size = 1 if is_socks or ends_with_path or len(pieces) + starts_with_path < 3 else 2
-    local = join_host_port(pieces[:-size], parse_own_host, _parse_port_or_zero, here)
+    local = join_host_port(pieces[:-size], own_host, _parse_port_or_zero, here)
     if kind == REVERSE and local.is_unix:
         raise ValueError("the server listens on no Unix socket")
     if is_socks:

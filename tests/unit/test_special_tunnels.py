@@ -28,6 +28,7 @@ NO_TUNNELS = [
     # Reverse tunnels.
     "R:", "R:0", "R:0:127.0.0.1", "R:x:127.0.0.1:1", "R:65536:127.0.0.1:1", "R:0:127.0.0.1:0", "R:0:127.1:1", "R:0:unix:relative",
     "R:stdio:127.0.0.1:1", "R:unix:/tmp/a:127.0.0.1:1", "R:1-3:127.0.0.1:1-2", "R:3-1:127.0.0.1:3-1",
+    "R:name:9:db:80", "R:127.1:9:db:80", "R:[fe80::1%lo]:9:db:80", "R:\udcff:9:db:80",
     "stdio:[]:22", "stdio:[db:22", "stdio:db]:22", "stdio:[[::1]]:22", "stdio:2001:db8::7", "stdio:2001:db8:7:22", "stdio:[::1]22",
     # One of TCP and UDP alone: of what has both, and listens on a port of its own.
     "tcp:", "udp:", "tcp:udp:80", "tcp:tcp:80", "TCP:80", "sctp:80", "udp:R:80:db:80", "udp:unix:/a:db:80", "udp:0:unix:/a", "udp:0:socks",
