@@ -4523,9 +4523,7 @@ class Link(Channel):
                 self.due = NEVER
             return self.owner.on_completed(self)
         if kind == ERROR and not self.is_completed:
-            error = PeerError(content.code, content.text)
-            self.abort(error)
-            return self.owner.on_refused(self, error)
+            return self.abort(PeerError(content.code, content.text))
         if self.state == BYE and (kind != ACK or self.role == OPENER):
             return None
         if kind not in LEGAL.get((self.state, self.role), ()):
@@ -4699,7 +4697,7 @@ class LegacyLink(Link):
 
     def __init__(self, owner: Endpoint, sock: socket.socket, handshake: Handshake, role: str, name: str, state: str):
         super().__init__(owner, sock, handshake, role, name)
-        self.state, self.is_completed, self._has_end = state, True, False
+        self.state, self._has_end = state, False
         self.is_held = state == CONNECTING  # an acceptor reads nothing more before its remote is connected
 
     def _set_up(self) -> None:
@@ -4715,11 +4713,10 @@ class LegacyLink(Link):
         if self.state == BYE:
             return
         if kind == ERROR:
-            error, was_asked = PeerError(content.code, content.text), self.state in ASKING.values()
-            self.abort(error)
-            return self.owner.on_refused(self, error) if was_asked else None
+            return self.abort(PeerError(content.code, content.text))
         if kind not in LEGAL.get((self.state, self.role), ()):
             raise RemoteProtocolError("a message that does not belong there (while %s)" % self.state)
+        self.is_completed = True  # Opened goes before anything else
         if kind == END:
             if self._has_end and self._eof:  # FIN after a Shutdown
                 return
@@ -7533,9 +7530,6 @@ class Endpoint:
     def on_completed(self, link: Link) -> None:
         """Opener: HandshakeCompletion came."""
 
-    def on_refused(self, link: Link, error: PeerError) -> None:
-        """Opener: the server does not let this client in."""
-
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         self.links.discard(link)
 
@@ -8806,14 +8800,16 @@ class Pool(Opener):
         self.clear()  # a server that ends says Close on all its links
         super().on_closed_to(stream, link)
 
-    def on_link_lost(self, link: Link, error: Exception | None) -> None:
-        self.on_link_closed(link)
-        if link not in self.links:
-            return
+    def on_link_closed(self, link: Link) -> None:
+        super().on_link_closed(link)
         self.links.discard(link)
-        if link.is_completed:
+
+    def on_link_lost(self, link: Link, error: Exception | None) -> None:
+        is_dropped = link not in self.links
+        self.on_link_closed(link)
+        if not is_dropped and link.is_completed:
             self.replace(link)
-        elif not isinstance(error, PeerError):  # Client.on_refused() follows
+        elif not is_dropped:
             self.on_failed(error or LinkClosed(NOT_LET_IN))
 
     def drop(self, link: Link) -> None:
@@ -9040,7 +9036,6 @@ class FirstConnection(LinkUser):
 
     def __init__(self, client: Client):
         self._client, self._options = client, client.options
-        self.link: Link | None = None
 
     def start(self, remote: str = "") -> None:
         open_ = Open(TCP, remote) if self._client.is_legacy else None
@@ -9048,7 +9043,7 @@ class FirstConnection(LinkUser):
 
     def _on_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
         if link:
-            self.link = link  # on_completed(), on_refused() or on_closed() will tell
+            # Client.on_completed() or on_link_closed() will tell.
             return link.ask(self, Open(TCP, ""), self._client.patience) if self._client.is_legacy else None
         # A Rust server with a regex refuses the empty remote that asks for nothing, and may allow a tunnel's.
         remotes = [str(spec.remote) for spec in self._client.tunnels if spec.kind in (FORWARD, STDIO)]
@@ -9060,7 +9055,7 @@ class FirstConnection(LinkUser):
         return self.fail(error or ConnectError("unknown reason"))
 
     def fail(self, error: Exception) -> None:
-        client, self.link = self._client, None
+        client = self._client
         if self._options.retries and not is_final(error) and not client.draining:
             return client.reach.fail(error, "Test connection failed", is_first=True)
         if not client.draining:  # Ctrl-C while ssh asks: no news
@@ -9072,12 +9067,6 @@ class FirstConnection(LinkUser):
         link.detach()
         self._client.on_completed(link)
         link.close()
-
-    def on_completed(self, link: Link) -> None:
-        self.link = None
-        self._options.report("✅ Challenge accepted!")
-        self._options.report("✅ Test connection successful!")
-        self._client.reach.let_in(link.name, "Connected")
 
 
 class SocksEntrance:
@@ -9270,36 +9259,39 @@ class Client(Endpoint):
 
     def on_completed(self, link: Link) -> None:
         self._reached_at = self.loop.awake - (self.loop.now - link.born)
-        if link is self._first.link:
-            self._first.on_completed(link)
-            if self.is_legacy:  # that link has done what it was for
-                return self._begin()
-            self.pool.links.add(link)
+        if not self.started:
+            self.options.report("✅ Challenge accepted!")
+            self.options.report("✅ Test connection successful!")
+            self.reach.let_in(link.name, "Connected")
+            if not self.is_legacy:  # that link has done what it was for
+                self.pool.adopt(link)
             self._begin()
-            self.pool.adopt(link)
         return self.pool.on_completed(link)
-
-    def on_refused(self, link: Link, error: PeerError) -> None:
-        """The server does not let this client in (any more), or refuses a stream's remote (on the original's wire)."""
-        if is_final(error):
-            self.pool.reset_detached(error, link.name)
-        elif link.is_legacy and link is not self._first.link:
-            return None
-        failure = self.reach.pass_by(link.name, error)
-        if failure:
-            return self._first.fail(failure) if link is self._first.link else self.pool.on_failed(failure)
-        return self.pool.want_links() if self.started and not self.reach.error else self.try_again()
 
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         super().on_link_closed(link, error)
         self.counters.handshakes_failed += not link.is_completed and not self.is_legacy
         tunnel = self.reverse_links.pop(link, None)
         if tunnel:
-            return tunnel.on_link_closed(link, error)
-        if link is not self._first.link:
-            return self.pool.on_link_lost(link, error)
-        # After a PeerError on_refused() follows.
-        return None if isinstance(error, PeerError) else self._first.fail(error or LinkClosed(NOT_LET_IN))
+            tunnel.on_link_closed(link, error)
+        elif isinstance(error, PeerError) and not link.is_completed:
+            self._on_refused(link, error)
+        elif self.started:
+            self.pool.on_link_lost(link, error)
+        else:
+            self._first.fail(error or LinkClosed(NOT_LET_IN))
+
+    def _on_refused(self, link: Link, error: PeerError) -> None:
+        """The server does not let this client in (any more), or refuses a stream's remote (on the original's wire)."""
+        self.pool.on_link_closed(link)
+        if is_final(error):
+            self.pool.reset_detached(error, link.name)
+        elif link.is_legacy and self.started:
+            return None
+        failure = self.reach.pass_by(link.name, error)
+        if failure:
+            return self.pool.on_failed(failure) if self.started else self._first.fail(failure)
+        return self.pool.want_links() if self.started and not self.reach.error else self.try_again()
 
     def on_idle(self, link: Link, record: bytes) -> None:
         if link.role == ACCEPTOR:

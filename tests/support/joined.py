@@ -383,9 +383,6 @@ class Owner(ratrod.Endpoint):
         is_broken = isinstance(error, ratrod.RemoteProtocolError) and not isinstance(error, (ratrod.LinkClosed, ratrod.PeerError))
         assert not is_broken or str(error) == "it did not close its side", "between honest ends: %r" % error
 
-    def on_refused(self, link, error):
-        raise AssertionError("nobody refused this client: %r" % error)
-
 
 class Links(ratrod.Opener):
     """Makes links as they are wanted, unless the server is out of reach."""
