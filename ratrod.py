@@ -8610,7 +8610,6 @@ class Pool(Opener):
         self._begun: set[Any] = set()  # legacy: waiters whose links are being made
         self._peaks = [0, 0]  # most links wanted at once, in this minute and in the one before
         self._minute = self.loop.now
-        self._soon = Deadline(self.loop)
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
         self._runs: dict[str, bytes] = {}  # server -> the run that it showed last, or MIXED
         self._sought_since, self._sought_at, self._sought, self._sought_for = 0.0, 0.0, 0, 0
@@ -8666,16 +8665,9 @@ class Pool(Opener):
             for _ in range(min(wanted, most - len(self._reach.dials))):
                 self._make(None)
 
-    def _want_links_soon(self) -> None:
-        """Not at once: a server that ended each link as it was made had 700 a second of them."""
-        if self._soon.when == NEVER:
-            self._soon.set(0.25, self.want_links)
-
     def replace(self, link: Link) -> None:
-        if self.loop.now - link.born > 0.5:
+        if self.loop.now - link.born > 0.5:  # one that ends at once would loop, 700 times a second: the sweep asks
             self.want_links()
-        else:
-            self._want_links_soon()
 
     def try_again(self) -> None:
         """While the server is away: one link at a time."""
@@ -8779,8 +8771,6 @@ class Pool(Opener):
             self._reach.let_in(link.name, "Connected to server `%s` again," % link.name)
         if self.needed:
             self.want_links()
-        else:
-            self._want_links_soon()
 
     def on_failed(self, error: Exception) -> None:
         if self._client.draining and not self.needed:
