@@ -9761,17 +9761,18 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
     return tunnels
 
 
-def check_ssh(servers: Sequence[Place], command: str | None, python: str | None, given: dict[str, Any],
-              tunnels: Sequence[TunnelSpec]) -> SshWay | None:
-    """How ssh:// servers are reached, None for other servers; ConfigError says what does not go together. `given` holds
-    the options that ssh has other means for, by the names that the user gave them under."""
+def check_ssh(asked: Any, servers: Sequence[Place], tunnels: Sequence[TunnelSpec]) -> SshWay | None:
+    """How ssh:// servers are reached, None for other servers; ConfigError says what does not go together."""
+    command, python = asked.ssh_command, asked.remote_python
     if not isinstance(servers[0], SshHost):
         check((command is not None, "--ssh-command is for servers that are written ssh://host"),
               (python is not None, "--remote-python is for servers that are written ssh://host"))
         return None
     import shlex
 
-    wrong = ", ".join(name for name, value in given.items() if value)
+    others = {"-k": asked.key_path, "-a": asked.accept_all_hosts, "--accept-new": asked.accept_new,
+              "--legacy": asked.legacy, "--proxy": asked.proxy, "--workers": asked.workers > 1}
+    wrong = ", ".join(name for name, value in others.items() if value)
     check((wrong, wrong + " does not go together with ssh://, where ssh brings the keys and the way: see"
            " ~/.ssh/config"),
           (any(spec.kind == REVERSE for spec in tunnels), "ssh:// has no reverse tunnels (R:); `ssh -R` makes them"),
@@ -9784,6 +9785,19 @@ def check_ssh(servers: Sequence[Place], command: str | None, python: str | None,
         return SshWay(words, python or "python3")
     except ValueError as error:
         raise ConfigError("cannot understand the --ssh-command `%s`: %s" % (printable(str(command)), error)) from None
+
+
+def plan_client(asked: Any) -> tuple[KeyFolder, ClientOptions]:
+    """What a client is to do, from the fields of the command line's Options; ConfigError says what is wrong."""
+    servers = parse_servers(asked.server)
+    proxy = parse_proxy(asked.proxy, servers)
+    tunnels = check_tunnels(asked.tunnels, legacy=asked.legacy, workers=asked.workers, socks_user=asked.socks_user,
+                            send_proxy=asked.send_proxy)
+    ssh = check_ssh(asked, servers, tunnels)
+    return NoKeys() if ssh else KeyFolder(asked.key_path, parse_grant), ClientOptions(
+        servers, tunnels, legacy=asked.legacy, encrypt=asked.encrypt, accept_all_hosts=asked.accept_all_hosts,
+        accept_new=asked.accept_new, socks_user=asked.socks_user, send_proxy=asked.send_proxy, proxy=proxy, ssh=ssh,
+        retries=asked.retries)
 
 
 SLOW = 0.02  # seconds of processor time for one name: an everyday pattern takes 0.0002 at most
@@ -9866,19 +9880,10 @@ def tunnel(server: str, *tunnels: str, key_path: str | None = None, accept_new: 
     not ready within `timeout` seconds. AuthenticationError: one of the two does not know the other. PolicyError: the
     server refuses a reverse tunnel. RatrodError: anything else, as a port that is in use.
     """
-    servers = parse_servers(server)
-    way = parse_proxy(proxy, servers)
-    specs = check_tunnels(tunnels, legacy=legacy, socks_user=socks_user, send_proxy=send_proxy)
-    check((any(spec.kind == STDIO for spec in specs),
+    folder, options = plan_client(types.SimpleNamespace(workers=1, **locals()))
+    check((any(spec.kind == STDIO for spec in options.tunnels),
            "stdio: is for the command line; connect to a tunnel's address instead"))
-    ssh = check_ssh(servers, ssh_command, remote_python, {
-        "key_path": key_path, "accept_new": accept_new, "accept_all_hosts": accept_all_hosts, "legacy": legacy,
-        "proxy": proxy}, specs)
-    folder = NoKeys() if ssh else KeyFolder(key_path, parse_grant)
     require_keys(folder)
-    options = ClientOptions(servers, specs, legacy=legacy, encrypt=encrypt, accept_all_hosts=accept_all_hosts,
-                            accept_new=accept_new, socks_user=socks_user, send_proxy=send_proxy, proxy=way, ssh=ssh,
-                            retries=retries)
     return Tunnel(lambda loop, callbacks: Client(loop, folder, limits, options, callbacks), timeout)
 
 
@@ -9913,8 +9918,8 @@ DEFAULTS: dict[str, Any] = {
     "topic": None, "bind": "", "server": "", "tunnels": (), "remote_regex": (".*",), "proxy_protocol": "", "workers": 1,
     "log_format": "text", "limits": DEFAULT_LIMITS, "environment": {}}  # {option: value} of those that come from there
 # Any other option has the name of its field, one that limits something with or without "max-" in front.
-FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-udp-sessions": "udp_sessions_in_all",
-          "--max-udp-sessions-per-link": "udp_sessions"}
+FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-retry-count": "retries",
+          "--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
 FOR_SSH = {"--ssh-command", "--remote-python"}
 NOT_FOR_SSH = {"--key-path", "--accept-all-hosts", "--accept-new"}
@@ -10745,22 +10750,12 @@ def serve_command(options: Options) -> int:
 
 def connect_command(options: Options) -> int:
     raise_descriptor_limit()
-    servers = parse_servers(options.server)
-    proxy = parse_proxy(options.proxy, servers)
-    tunnels = check_tunnels(options.tunnels, legacy=options.legacy, workers=options.workers,
-                            socks_user=options.socks_user, send_proxy=options.send_proxy)
+    folder, what = plan_client(options)
     check_workers(options)
-    ssh = check_ssh(servers, options.ssh_command, options.remote_python, {
-        "-k": options.key_path, "-a": options.accept_all_hosts, "--accept-new": options.accept_new,
-        "--legacy": options.legacy, "--proxy": options.proxy, "--workers": options.workers > 1}, tunnels)
-    folder = NoKeys() if ssh else KeyFolder(options.key_path, parse_grant)
     ensure_keys(folder, may_ask=not is_quiet(options))
     may_ask = (bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
                and not is_quiet(options) and options.workers == 1)
-    what = ClientOptions(
-        servers, tunnels, legacy=options.legacy, encrypt=options.encrypt, accept_all_hosts=options.accept_all_hosts,
-        accept_new=options.accept_new, ask_host=ask_host if may_ask else None, socks_user=options.socks_user,
-        send_proxy=options.send_proxy, proxy=proxy, ssh=ssh, may_ask=may_ask, retries=options.max_retry_count)
+    what = what._replace(ask_host=ask_host if may_ask else None, may_ask=may_ask)
     return (check_connection if options.check else run_client)(options, folder, what)
 
 
