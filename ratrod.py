@@ -7462,7 +7462,6 @@ class ServerOptions(NamedTuple):
     authorize: Authorizer | None = None  # decides in place of authorized_keys
     proxies: tuple[Any, ...] = ()  # networks of load balancers, which send a PROXY header
     instance: bytes = b""  # of one of several workers
-    metrics_ports: frozenset[int] = frozenset()  # those of the other workers too: no client may have them as targets
     report: Report = log.info  # takes the lines about the start: of several workers one is enough
 
 
@@ -7503,6 +7502,7 @@ class Endpoint:
         self.memory = Memory(limits.memory or memory)
         self.links: set[Link] = set()
         self.listeners: list[Any] = []
+        self.metrics_at: list[tuple[str, int]] = []  # of all workers: no client may have them as targets
         self.threads = Threads(loop, STEPS_AT_ONCE)  # public-key steps
         self.lookups = LookUps(loop, limits)
         self.draining = self._has_slept = False
@@ -7971,12 +7971,12 @@ class Rules:
     def _is_own(self, family: int, sockaddr: Any) -> bool:
         """Whether this server listens there for itself: its metrics tell of all keys, and at its own port somebody
         could say with a PROXY header that he is another."""
-        bound = [listener.address[0].split("%")[0] for listener in self._server.listeners
-                 if listener.address[1] == sockaddr[1]]
-        if not bound and sockaddr[1] not in self._options.metrics_ports:
+        listening = [*self._server.metrics_at, *(listener.address[:2] for listener in self._server.listeners)]
+        bound = [host.split("%")[0] for host, port in listening if port == sockaddr[1]]
+        if not bound:
             return False
         host, every = str(parse_ip(sockaddr[0])), "::" if family == socket.AF_INET6 else "0.0.0.0"
-        return host in bound or (every in bound or not bound) and is_here(sockaddr)
+        return host in bound or every in bound and is_here(sockaddr)
 
     def permit(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
         """then(target, grants, None), or then(None, (), the reason why not)."""
@@ -9558,8 +9558,8 @@ def _families(shot: Snapshot) -> Iterator[tuple[str, str, dict[str, float]]]:
     yield "process_start_time_seconds", "When it began, in seconds since the epoch.", {"": counters.began_at}
 
 
-def serve_metrics(endpoint: Endpoint, address: Address, share: bool) -> None:
-    """Answers requests for the metrics at `address` until the endpoint ends; RatrodError if it cannot listen there."""
+def serve_metrics(endpoint: Endpoint, address: Address, sockets: list[socket.socket]) -> None:
+    """Answers requests for the metrics that come to `sockets`, which listen at `address`, until the endpoint ends."""
     loop = endpoint.loop
     requests: dict[Negotiation, None] = {}  # those that are not answered yet, the oldest first
 
@@ -9576,7 +9576,7 @@ def serve_metrics(endpoint: Endpoint, address: Address, share: bool) -> None:
         if not error:
             LastWord(loop, negotiation.sock, b"")
 
-    for sock in listen(address, share=share):
+    for sock in sockets:
         endpoint.listeners.append(Listener(loop, sock, on_accept, endpoint.limits.accept_pause))
         endpoint.listeners[-1].start()
     log.info("📈 Metrics on `http://%s/metrics`", address._replace(port=sock.getsockname()[1]))
@@ -10642,17 +10642,17 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
                 make: Callable[[int, EventLoop, Callbacks], Endpoint]) -> int:
     """Runs make(number, loop, callbacks) in a process for each group of listening sockets, or here for a single group:
     the exit code. systemd hears the parent alone: "ready" once all are ready (again)."""
-    metrics_at = check_workers(options)
+    asked = check_workers(options)
+    metrics = [listen(address, share=options.reuse_port) if address else [] for address in asked]
+    metrics_at = [sock.getsockname()[:2] for group in metrics for sock in group]
+    groups = [own + its for own, its in zip(sockets, metrics)]
 
     def run(number: int, notify: Notify) -> int:
         def make_with_metrics(loop: EventLoop, callbacks: Callbacks) -> Endpoint:
-            endpoint, address = make(number, loop, callbacks), metrics_at[number]
-            try:
-                if address:
-                    serve_metrics(endpoint, address, options.reuse_port)
-            except BaseException:
-                endpoint.close()
-                raise
+            endpoint, address = make(number, loop, callbacks), asked[number]
+            endpoint.metrics_at = metrics_at
+            if address:
+                serve_metrics(endpoint, address, metrics[number])
             return endpoint
         return EndpointRun(make_with_metrics, drain, notify).run()
     if len(sockets) == 1:
@@ -10662,23 +10662,23 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
     # A signal that comes before a worker takes signals waits until then.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
     try:
-        for number, own in enumerate(sockets):
+        for number, own in enumerate(groups):
             try:
                 ours, theirs = socket.socketpair()
                 pid = os.fork()
             except OSError as error:
                 raise RatrodError("cannot start worker %d of %d: %s; give fewer --workers, or allow more processes"
                                   " and descriptors (ulimit -u, ulimit -n)"
-                                  % (number + 1, len(sockets), reason(error))) from None
+                                  % (number + 1, len(groups), reason(error))) from None
             if pid == 0:
-                close_all([ours, *processes, *(sock for others in sockets for sock in others if sock not in own)])
+                close_all([ours, *processes, *(sock for others in groups for sock in others if sock not in own)])
                 _run_worker(functools.partial(run, number), theirs)
             theirs.close()
             processes[ours] = pid
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # An open socket would take connections of a worker that is gone. close() would remove the file of a Unix socket.
-    for sock in {sock for group in sockets for sock in group}:
+    for sock in {sock for group in groups for sock in group}:
         os.close(sock.detach())
     return EndpointRun(lambda loop, callbacks: Workers(loop, callbacks, processes), drain, notify_systemd).run()
 
@@ -10732,8 +10732,8 @@ def serve_command(options: Options) -> int:
     bind = parse_endpoint(options.bind, "address to bind", lowest=0)
     what = ServerOptions(
         bind, make_policy(options.remote_regex), legacy=options.legacy, allow_listen=options.allow_listen,
-        proxies=parse_networks(options.proxy_protocol),
-        metrics_ports=frozenset(address.port for address in check_workers(options) if address and options.workers > 1))
+        proxies=parse_networks(options.proxy_protocol))
+    check_workers(options)
     folder = KeyFolder(options.key_path, parse_grant)
     check((options.allow_listen and options.workers > 1,
            "--allow-listen and --workers do not go together: a reverse tunnel is one process's"))

@@ -219,7 +219,8 @@ def test_those_who_say_nothing_make_room(serve):
         connection.close()
 
 
-def test_workers_have_ports_one_after_the_other(ratrod, keys, tcp_echo):
+def test_workers_have_ports_one_after_the_other(ratrod, keys, client):
+    """No client reaches one of them, through whichever worker."""
     port = free_port(2)
     server = ratrod("-k", keys.server.path, "serve", "--workers", "2", "--metrics", "127.0.0.1:%d" % port, "127.0.0.1:0")
     assert sorted(metrics_port(server, n) for n in (1, 2)) == [port, port + 1]
@@ -227,7 +228,13 @@ def test_workers_have_ports_one_after_the_other(ratrod, keys, tcp_echo):
     assert server.stop() == 0
     server = ratrod("-k", keys.server.path, "serve", "--workers", "2", *METRICS, "127.0.0.1:0")
     assert len({metrics_port(server, n) for n in (1, 2)}) == 2
-    assert scrape(metrics_port(server, 1)) and scrape(metrics_port(server, 2))
+    ports = [metrics_port(server, n) for n in (1, 2)]
+    assert scrape(ports[0]) and scrape(ports[1])
+    bound = int(server.wait_for(r"Starting server on `127.0.0.1:(\d+)").group(1))
+    program = client(bound, *("0:127.0.0.1:%d" % port for port in ports)).ready()
+    for n in range(8):
+        with pytest.raises(OSError):
+            scrape(tcp_port(program, n % 2 + 1))
 
 
 def test_a_new_server_beside_one_that_drains(serve, connect, tcp_echo):
