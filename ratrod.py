@@ -1182,8 +1182,8 @@ def parse_near_host(text: str) -> str:
 
 def parse_own_host(text: str) -> str:
     """A host of this side's own command line, where this system's resolver decides what it means."""
-    if not text or text.startswith(("/", "unix:/")):
-        raise ValueError("its host is %s" % ("a path" if text else "empty"))
+    if not text or not text.isprintable() or text.startswith(("/", "unix:/")):
+        raise ValueError("its host is %s" % ("no name or address" if text else "empty"))
     return text
 
 
@@ -3707,8 +3707,10 @@ def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) ->
 
 @functools.lru_cache(maxsize=1024)
 def is_literal(host: str) -> bool:
-    """Whether `host` is an address that needs no look-up."""
-    return is_address(host) and "%" not in host
+    """Whether `host` is an address that needs no look-up, as neither a name nor `192.168.1.256` is, nor one with a zone."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(socket.inet_pton(family_of(host), host))
+    return False
 
 
 def family_of(host: str) -> int:
@@ -3770,8 +3772,8 @@ class Connector:
                 code = sock.connect_ex(sockaddr)
                 if code == errno.EINPROGRESS:  # a near machine has answered by now: asking saves a round of the loop
                     code = sock.connect_ex(sockaddr)
-            except (OSError, OverflowError, UnicodeError) as error:  # no descriptor, or a name that no address can be
-                code = getattr(error, "errno", None) or errno.EINVAL
+            except OSError as error:  # no descriptor
+                code = error.errno or errno.EINVAL
             if sock and code in (0, errno.EISCONN):
                 return self._finish(sock, None)
             is_connecting = code in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)

@@ -367,7 +367,9 @@ def test_addresses_are_shown_with_the_brackets_they_need():
         assert ratrod.parse_endpoint(text, "server") == address
     for host, shown in (("db", "db:1"), ("1.2.3.4", "1.2.3.4:1"), ("::1", "[::1]:1")):
         assert str(Address(host, 1)) == shown and ratrod.parse_target(shown) == Address(host, 1)
-        assert ratrod.is_address(host) == (host != "db")
+        assert ratrod.is_address(host) == ratrod.is_literal(host) == (host != "db")
+    for mistyped in ("192.168.1.256", "me@127.0.0.1", "1::2::3", "127.1", "fe80::1%lo"):  # the resolver says what it is
+        assert not ratrod.is_literal(mistyped)
 
 
 # ---------------------------------------------------------------------------------------------------- policy

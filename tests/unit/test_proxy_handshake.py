@@ -156,6 +156,6 @@ def test_urls_that_cannot_be():
 
 
 def test_servers_that_no_proxy_can_be_asked_for():
-    for server in ("a b:9", "127.1:9", "ho\r\nst:9", "[fe80::1%eth0]:9", "hö\u0661:9"):
+    for server in ("a b:9", "127.1:9", "[fe80::1%eth0]:9", "hö\u0661:9"):
         with row(server), pytest.raises(ratrod.ConfigError, match="no proxy can be asked for server "):
             ratrod.parse_proxy("http://127.0.0.1:9", ratrod.parse_servers(server))

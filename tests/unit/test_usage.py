@@ -197,7 +197,7 @@ def test_what_cannot_be_meant_is_named():
             (lambda text: ratrod.parse_endpoint(text, "address to bind", lowest=0), [
                 "", "x", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "127.0.0.1:-1", "127.0.0.1:+1", "127.0.0.1:x", "[::1:5", "[::1]", "-h", ":1",
                 "a:1:2", "::1", "a:\uff11"]),
-            (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9", "a:1;a:2"])):
+            (ratrod.parse_servers, ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", ":9", "[::1:9", "a:1;a:2", "a\nb:1"])):
         for text in texts:
             with row(text), pytest.raises(ConfigError) as raised:
                 parse(text)
