@@ -949,7 +949,8 @@ class KeyFolder:
         if named.startswith("~") and not (os.path.isabs(path) and os.environ.get("HOME", path)):
             raise ConfigError("there is no home folder for `%s` (HOME is not set, and the system knows none): name the"
                               " folder of the security files with -k" % named)
-        self.key_file = path if os.path.isfile(path) else os.path.join(path, "key")
+        is_file = os.path.isfile(path) or os.path.basename(path) == "key" and not os.path.isdir(path)
+        self.key_file = path if is_file else os.path.join(path, "key")
         self.path = os.path.dirname(self.key_file) or "."
         self.authorized_keys = KeyLines(os.path.join(self.path, "authorized_keys"), parse_grant)
         self.known_hosts = KnownHosts(os.path.join(self.path, "known_hosts"))
@@ -1010,7 +1011,8 @@ class KeyFolder:
         try:
             here = [name for name in texts if os.path.lexists(os.path.join(self.path, name))]
             if "key" in here or "key.pub" in here:
-                raise FileExistsError(errno.EEXIST, "there is a `%s` already" % here[-1])
+                raise FileExistsError(errno.EEXIST, "there is a `key` already" if "key" in here else
+                                      "there is a `key.pub` without its `key`; put that back, or move key.pub away")
             os.makedirs(self.path, mode=0o700, exist_ok=True)
             for name in texts:
                 if name not in here:
@@ -9862,7 +9864,7 @@ def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
 
 
 def require_keys(folder: KeyFolder) -> None:
-    check((not folder.exists(), "no security files in `%s`: run `ratrod keygen` first" % folder.path))
+    check((not folder.exists(), "no security files in `%s`: run `ratrod -k %s keygen` first" % ((folder.path,) * 2)))
 
 
 # ---- the functions that programs call
@@ -10368,11 +10370,9 @@ def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
     print(QUESTION, end="", flush=True)
     answer = read_answer()
     print(end="" if answer.endswith("\n") else "\n", flush=True)
-    if answer.strip().lower() not in ("y", "yes"):
-        raise ConfigError("no security files in `%s`, and nothing was written. Answer y next time, or run"
-                          " `ratrod keygen`" % folder.path)
-    generate_keys(folder)
-    return None
+    if answer.strip().lower() in ("y", "yes"):
+        generate_keys(folder)
+    return require_keys(folder)
 
 
 def read_answer() -> str:
