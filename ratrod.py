@@ -657,7 +657,7 @@ def decode_key(text: str, size: int = 32) -> bytes:
     if len(text) == 2 * length:  # `cat key.pub >> authorized_keys`, twice: key.pub has no newline
         raise ValueError("it looks like two keys in one line; each needs a line of its own")
     if len(text) != length:
-        raise ValueError("its key has %d characters instead of %d" % (len(text), length))
+        raise ValueError("its key, the first word, has %d characters instead of %d" % (len(text), length))
     # Python's decoder skips other characters (and from 3.15 on warns of some), and ignores spare bits.
     is_known = re.fullmatch("[A-Za-z0-9_-]*", text)
     raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if is_known else b""
@@ -861,7 +861,7 @@ class UnknownHost(AuthenticationError):
 
     def __init__(self, key: bytes, address: str, path: str, hint: str = ""):
         super().__init__("Server's public key `%s` is not in the known hosts file.%s If it is the right one (`ratrod"
-                         " keygen` and the server's key.pub show it), add this line to `%s`: %s %s"
+                         " serve` shows it, and the server's key.pub), add this line to `%s`: %s %s"
                          % (encode_key(key), hint, path, encode_key(key), address))
         self.key, self.address, self.hint = key, address, hint
 
@@ -1227,7 +1227,7 @@ def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
             raise ValueError("it is not host:port")
         return join_host_port(pieces, parse_own_host, functools.partial(parse_port, lowest=lowest))
     except ValueError as error:
-        raise ConfigError("cannot understand the %s `%s`: %s. It is written host:port, as 0.0.0.0:19000 or [::1]:19000"
+        raise ConfigError("cannot understand the %s `%s`: %s. It is written host:port, as 10.0.0.7:19000 or [::1]:19000"
                           % (what, printable(text), error)) from None
 
 
@@ -1481,7 +1481,7 @@ def refuse_option(word: str) -> None:
         is_like = re.match("permit|no[-_]|expire", part.lower()) or close and (
             difflib.get_close_matches(name, close, 1, 0.8) or sorted(name) in map(sorted, close))
         if "=" in word or is_like and "@" not in word:
-            raise ValueError("`%s` is no option, or stands behind the comment" % printable(word))
+            raise ValueError("`%s` is no option (values take quotes), or stands behind the comment" % printable(word))
 
 
 def parse_date(text: str) -> float:
@@ -3709,7 +3709,7 @@ def look_up(address: Address, kind: int = socket.SOCK_STREAM, flags: int = 0) ->
 
 @functools.lru_cache(maxsize=1024)
 def is_literal(host: str) -> bool:
-    """Whether `host` is an address that needs no look-up, as neither a name nor `192.168.1.256` is, nor one with a zone."""
+    """Whether `host` is an address that needs no look-up: neither a name, nor mistyped, nor with a zone."""
     with contextlib.suppress(OSError, ValueError):
         return bool(socket.inet_pton(family_of(host), host))
     return False
@@ -3919,10 +3919,11 @@ def listen(address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,), share
         try:
             return bind_all(address, kinds, share)
         except (OSError, ConnectError) as error:
-            is_busy = getattr(error, "errno", None) == errno.EADDRINUSE
+            is_busy, is_denied = (getattr(error, "errno", 0) == code for code in (errno.EADDRINUSE, errno.EACCES))
             if is_busy and tries:
                 continue
-            hint = ". Is another program, or another ratrod, on that port?" if is_busy else ""
+            hint = (". Is another program, or another ratrod, on that port?" if is_busy else
+                    ". Ports below 1024 take root or CAP_NET_BIND_SERVICE" if is_denied else "")
             if is_busy and len(kinds) > 1:
                 hint += " Where it is taken for UDP alone, tcp: in front of the tunnel leaves UDP out"
             raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
@@ -10120,7 +10121,7 @@ def variable_of(option: str) -> str:
 
 def usage_hint(argv: Sequence[str]) -> str:
     """What follows an error in `argv`: no more than a terminal shows together with the error."""
-    command = next((word for word in argv if word in COMMANDS), None)
+    command = next((word for word in argv if word in COMMANDS and word != "help"), None)
     if command:
         return "Usage:\n%s\n`ratrod help %s` says more." % (UsageReader().text_of[command], command)
     return "Usage: ratrod COMMAND ...\n\nCommands:\n%s\n`ratrod help` says more." % COMMAND_LIST

@@ -291,7 +291,7 @@ def test_the_line_that_has_the_key_is_named(tmp_path):
         "# mine\n{server} {address}0": "Line 2 has this key, but for `127.0.0.1:10` alone.",
         "{server} a:1,b:1": "Line 1 has this key, but cannot be understood: `a:1,b:1` is no `host:port` and no `host`;",
         "{server}{other}": "Line 1 has this key, but cannot be understood: it looks like two keys in one line",
-        "me {server}": "Line 1 has this key, but cannot be understood: its key has 2 characters instead of 43.",
+        "me {server}": "Line 1 has this key, but cannot be understood: its key, the first word, has 2 characters instead of 43.",
         "{server}\n{other} {address}": "Line 1 has this key, but for servers without a line of their own.", "{other}": None,
     }
     path = tmp_path / "known_hosts"
