@@ -996,11 +996,8 @@ class KeyFolder:
         if not plain or not encode_key(_PKCS8_HEAD)[:21].startswith(plain[:21]):
             return ("`%s` is no private key of ratrod's but %s. -k takes the folder of the security files, or the file"
                     " `key` in it" % (self.key_file, describe_file(plain)))
-        foreign = find_foreign(text)
-        if foreign:
-            return "cannot use the key file `%s`: %s" % (self.key_file, foreign)
-        return ("the key file `%s` is damaged: %s. Move it away and make another with `ratrod keygen`"
-                % (self.key_file, error))
+        return "cannot use the key file `%s`: %s" % (self.key_file, find_foreign(text) or (
+            "it is damaged: %s. Move it away and make another with `ratrod keygen`" % error))
 
     def generate(self) -> KeyPair:
         """Writes a new identity and empty lists into the folder, never over a file. ConfigError says what failed."""
@@ -10279,7 +10276,8 @@ def set_up_logging(level: int, as_json: bool = False) -> None:
     handler: logging.Handler = logging.NullHandler()
     if sys.stderr:  # None if it was closed before the start
         handler = LogWriter(sys.stderr)
-        handler.setFormatter(LogFormatter(as_json, colour=sys.stderr.isatty() and not os.environ.get("NO_COLOR")))
+        is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        handler.setFormatter(LogFormatter(as_json, colour=sys.stderr.isatty() and not is_plain))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level)
@@ -10298,10 +10296,9 @@ def flush_log() -> None:
 def draw_status(client: Client, before: Snapshot | None = None) -> None:
     """Draws the status line now and each second, where the log has a place for it."""
     shot = Snapshot(client)
-    before = before or shot
     for writer in log_writers():
         # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
-        writer.show("" if shot.now - before.now > 3 else show_line(shot, before))
+        writer.show("" if before and shot.now - before.now > 3 else show_line(shot, before or shot))
     client.loop.call_later(1.0, lambda: draw_status(client, shot))
 
 

@@ -449,9 +449,11 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("stream, variable, coloured", [(Terminal, "", True), (Terminal, "1", False), (io.StringIO, "", False)])
-def test_colour_only_on_a_terminal(monkeypatch, stream, variable, coloured):
-    monkeypatch.setenv("NO_COLOR", variable)
+@pytest.mark.parametrize("stream, no_color, term, coloured", [
+    (Terminal, "", "xterm", True), (Terminal, "1", "xterm", False), (Terminal, "", "dumb", False), (io.StringIO, "", "xterm", False)])
+def test_colour_only_on_a_terminal(monkeypatch, stream, no_color, term, coloured):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
     monkeypatch.setattr("sys.stderr", stream())
     before = ratrod.log.handlers[:], ratrod.log.propagate, ratrod.log.level
     with contextlib.ExitStack() as stack:
