@@ -2984,8 +2984,8 @@ class EventLoop:
 
     def close(self) -> None:
         _loops.discard(self)
-        self._wake_receiver.close()
-        self.waker.close()
+        for sock in [*self.sockets, self.waker]:  # last words and tries to connect among them, which nothing ends now
+            sock.close()
         self._poller.close()
 
     def forget(self) -> None:

@@ -435,6 +435,13 @@ def test_receive_buffers_of_udp_sockets(loop):
             port.close()
 
 
+def test_a_loop_that_is_closed_holds_no_socket(pair):
+    loop = ratrod.EventLoop()
+    ratrod.LastWord(loop, pair[0], b"the other side is to close first")
+    loop.close()
+    assert pair[0].fileno() == -1
+
+
 def test_a_loop_that_cannot_be_made_leaves_nothing(caplog):
     """Nor does a start that fails: a second one in the same program would find the port taken by the first."""
     before = set(ratrod._loops)
