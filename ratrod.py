@@ -2770,7 +2770,8 @@ class Complaints:
         # Once a line was left out, all wait until sweep() has said how many: else it might never have its turn.
         is_due = log.isEnabledFor(logging.DEBUG) or kind not in self._muted and self._is_due(kind, now)
         if is_due:
-            log.log(level, "%s", line)
+            with contextlib.suppress(Exception):  # of a handler: no fault of who is complained of
+                log.log(level, "%s", line)
         else:
             self._muted[kind] += 1
         return is_due
@@ -9685,10 +9686,10 @@ class Background:
     def close(self) -> None:
         """Ends it with everything that it carries. Any thread may call this, more than once."""
         atexit.unregister(self.close)
-        # In a forked process the thread is not alive, and there is nothing to end.
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread.is_alive():  # not in a forked process
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(2)  # an authorize() that hangs must not hang the caller too
+            if self._thread is not threading.current_thread():  # that is a handler of the log
+                self._thread.join(2)  # an authorize() that hangs must not hang the caller too
 
     def __enter__(self: Self) -> Self:
         return self

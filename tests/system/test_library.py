@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+from unittest import mock
 
 import pytest
 
@@ -229,6 +230,17 @@ def test_closing_ends_what_is_carried(ends, server, target):
             (tunnel, server)[end].close()
             with pytest.raises(ConnectionResetError):
                 connection.recv(1)
+
+
+def test_a_handler_of_the_log_that_closes_or_fails(ends, server):
+    """It runs on the loops' threads: one that closes its own tunnel has it closed, and none that fails ends the server."""
+    tunnel = ends.tunnel(server, local(1))
+    handler = logging.Handler()
+    handler.emit = lambda record: 1 / (record.thread == tunnel._thread.ident and tunnel.close() or 0)
+    with mock.patch.object(ratrod.log, "handlers", [handler]):
+        assert_reset(tunnel.address)
+        eventually(lambda: is_free(tunnel.address), "it is closed")
+    ends.tunnel(server)
 
 
 def test_close_twice_and_by_other_threads(ends, server, tcp_echo):
