@@ -10581,7 +10581,8 @@ class Workers:
 
     def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int]):
         self._loop, self._callbacks, self._processes = loop, callbacks, processes  # {socket: process id}
-        self._count, self._ready, self._is_ending = len(processes), 0, False
+        self._count, self._is_ending = len(processes), False
+        self._unready = set(processes)
         self._failure: RatrodError | None = None
 
     def start(self) -> None:
@@ -10590,8 +10591,8 @@ class Workers:
 
     def _on_word(self, sock: socket.socket, _mask: int) -> None:
         if sock.recv(1):
-            self._ready += 1
-            if self._ready % self._count == 0:
+            self._unready.discard(sock)
+            if not self._unready:
                 self._callbacks.started()
             return
         self._loop.watch(sock.fileno(), READ, 0, lambda _mask: None)
@@ -10622,6 +10623,7 @@ class Workers:
                 os.kill(pid, number)
 
     def reload(self) -> None:
+        self._unready.update(self._processes)
         self.tell(signal.SIGHUP)
 
     def drain(self, *_how: Any) -> None:

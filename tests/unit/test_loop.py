@@ -435,6 +435,17 @@ def test_receive_buffers_of_udp_sockets(loop):
             port.close()
 
 
+def test_workers_are_ready_when_each_of_them_is(loop, pair):
+    """A SIGHUP has those that are ready say so again."""
+    started, (silent, other) = [], socket.socketpair()
+    with silent, other:
+        ratrod.Workers(loop, ratrod.Callbacks(lambda: started.append(True)), {pair[0]: 0, silent: 0}).start()
+        for _ in range(4):
+            pair[1].send(b".")
+            loop.turn()
+    assert not started
+
+
 def test_a_loop_that_is_closed_holds_no_socket(pair):
     loop = ratrod.EventLoop()
     ratrod.LastWord(loop, pair[0], b"the other side is to close first")
