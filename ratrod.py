@@ -5551,12 +5551,13 @@ class SocksStream(OpenerStream):
     version: int  # of SOCKS
 
     def _on_opened(self, link: Link, opened: Opened) -> None:
-        if not self.was_opened:
+        is_first = not self.was_opened
+        super()._on_opened(link, opened)  # where the server breaks the rules here, the client hears of no success
+        if is_first and self.local is not None:
             try:
-                self.local.send(socks_reply(self.version, 0))  # type: ignore[union-attr]
+                self.local.send(socks_reply(self.version, 0))
             except OSError as error:  # said once: the next read would find a clean end
-                return self._on_local_failed(error)
-        return super()._on_opened(link, opened)
+                self._on_local_failed(error)
 
     def _close_local(self, error: Exception | None = None) -> None:
         local = self.local

@@ -67,8 +67,8 @@ def test_a_udp_link_that_held_for_datagrams_of_sessions_that_have_ended():
         assert not udp.link.is_held
 
 
-def test_a_socks_client_that_reset_its_connection_before_the_reply():
-    """The system says it once: a read after that would find a clean end, and a cut upload would look whole."""
+def test_a_socks_client_that_reset_its_connection_before_the_reply(monkeypatch):
+    """The system says it once: a read after that would find a clean end, and a cut upload would look whole. After a wrong Opened none is sent."""
     failed = []
     class Stream(ratrod.SocksStream):
         def _on_local_failed(self, error):
@@ -76,9 +76,13 @@ def test_a_socks_client_that_reset_its_connection_before_the_reply():
     def send(_data):
         raise ConnectionResetError
     stream = object.__new__(Stream)
-    stream.was_opened, stream.version, stream.local = False, 5, types.SimpleNamespace(send=send)
-    stream._on_opened(None, ratrod.Opened(""))
-    assert len(failed) == 1 and not stream.was_opened
+    stream.was_opened, stream.version, stream.local, stream.keeps = False, 5, types.SimpleNamespace(send=send), True
+    with pytest.raises(ratrod.RemoteProtocolError):
+        stream._on_opened(None, ratrod.Opened(""))
+    assert not failed
+    monkeypatch.setattr(ratrod.OpenerStream, "_on_opened", lambda *_: None)
+    stream._on_opened(None, ratrod.Opened("", 0))
+    assert len(failed) == 1
 
 
 def test_a_run_that_took_its_reverse_address_back_is_no_earlier_run():
