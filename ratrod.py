@@ -4648,9 +4648,11 @@ class Link(Channel):
         self.leave(self.writer.record(ERROR, *error), self.owner.limits.drain_timeout)
 
     def leave(self, last_word: bytes, drain: float = NEVER) -> None:
-        """Sends `last_word` and FIN, then discards until the peer's FIN, for at most `drain` seconds."""
+        """Sends `last_word` and FIN, then discards until the peer's FIN, for at most `drain` seconds; an opener, whose
+        peer has said its last word, for as long as after an Error."""
         if self.state == CLOSED:
             return
+        drain = self.owner.limits.drain_timeout if self.role == OPENER else drain
         self.user, self.state, self.is_held, self.due = NOBODY, BYE, False, self.loop.now + drain
         self.unread.forget()
         self.send(last_word)
