@@ -8878,11 +8878,8 @@ class ReverseTunnel(LinkUser):
             if not address.port:
                 raise ValueError("it is no address with a port")
         except ValueError:
-            error = RemoteProtocolError("the server says that it listens on `%s`, which is no address"
-                                        % printable(bound))
-            link.detach()
-            link.abort(error)
-            return self.give_up(error)
+            raise RemoteProtocolError("the server says that it listens on `%s`, which is no address"
+                                      % printable(bound)) from None
         client = self._client
         self._asking -= 1
         with client.noticing():

@@ -588,6 +588,13 @@ def test_a_client_asks_again(grants, client, tcp_echo):
     assert program.process.poll() is None
 
 
+def test_a_server_that_names_no_address(grants, client):
+    program = client(grants.port, "R:0:127.0.0.1:1")
+    grants.grant("nonsense")
+    assert program.wait() == 1
+    assert len(re.findall("nonsense", program.output)) == 1, program.output
+
+
 def test_a_server_that_opens_before_it_has_granted(grants, client, target):
     """It must not get through to the target by that."""
     watched = target(says(b"!"))
