@@ -2254,7 +2254,7 @@ class NoiseHandshake(KeyHandshake):
             who = self.STRANGERS.get(head)
             raise RemoteProtocolError("the other side does not speak ratrod2; what it says begins with %s%s" % (
                 ascii(head)[1:], ", as from " + who if who else ""))
-        self.is_heavy = True
+        self.is_heavy, self.end = True, (self.end[0], Handshake.end[1])
         payload = self._noise.read_message((yield size))
         if len(payload) < shortest:
             raise RemoteProtocolError("a handshake message with %d bytes of payload" % len(payload))
@@ -2295,7 +2295,6 @@ class NoiseClientHandshake(NoiseHandshake):
         self._to_send += OPENING
         self._send(bytes((len(self._suites), *(suite.id for suite in self._suites))))
         payload = yield from self._receive(41)
-        self.end = NoiseHandshake.end
         suite = next((suite for suite in self._suites if suite.id == payload[32]), None)
         if suite is None:
             raise RemoteProtocolError("the server chose the cipher suite %d, which was not offered" % payload[32])

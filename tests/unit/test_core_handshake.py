@@ -499,7 +499,9 @@ def test_a_server_that_says_nothing_or_speaks_legacy_names_the_flag():
     with pytest.raises(RemoteProtocolError, match="--legacy"):
         feed(legacy, [b"\0" + (30).to_bytes(8, "big") + bytes(30)])
     PeerServer(late).answer()
-    for end in (late, known):
+    begun = client_end()
+    feed(begun, [b"\0\x89" + bytes(20)])
+    for end in (late, known, begun):
         with pytest.raises(RemoteProtocolError) as caught:
             end.receive_eof()
         assert "--legacy" not in str(caught.value)
