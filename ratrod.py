@@ -2542,7 +2542,7 @@ class HttpProxyHandshake(ProxyHandshake):
         if answer != b"HTTP/":
             raise RemoteProtocolError("it does not speak HTTP")
         too_long = "its answer has more than %d bytes" % self.MAX_ANSWER
-        yield from read_until((b"\r\n\r\n", b"\n\n"), answer, self.MAX_ANSWER, too_long)
+        yield from read_until((b"\n\r\n", b"\n\n"), answer, self.MAX_ANSWER, too_long)
         text = answer.decode("latin-1")
         status = text.split("\n")[0].strip()
         said = "it answered `%s`" % printable(status)
@@ -2678,7 +2678,7 @@ class HttpRequest(Handshake):
     def _run(self) -> Script:
         method, path, head = b"", b"", bytearray()
         with contextlib.suppress(RemoteProtocolError):
-            yield from read_until((b"\r\n\r\n", b"\n\n", b"\n\r\n"), head, 8192, "")
+            yield from read_until((b"\n\r\n", b"\n\n"), head, 8192, "")
             found = re.match(rb"([A-Z]+) (/[^ ?]*)[^ ]* HTTP/1\.[01]\r?\n", head)
             if found:
                 method, path = found.groups()

@@ -51,7 +51,7 @@ def test_what_a_proxy_is_asked():
     for server, in_http, in_socks in (
             ("127.0.0.1", b"127.0.0.1:9", b"\1\x7f\0\0\1\0\x09"), ("::1", b"[::1]:9", b"\4" + bytes(15) + b"\1\0\x09"),
             ("hö", b"xn--h-1ga:9", b"\3\x09xn--h-1ga\0\x09")):
-        assert talk("http://proxy", b"HTTP/1.1 200\r\n\r\n", ratrod.Address(server, 9))[0].startswith(b"CONNECT " + in_http + b" HTTP")
+        assert talk("http://proxy", b"HTTP/1.1 200\n\r\n", ratrod.Address(server, 9))[0].startswith(b"CONNECT " + in_http + b" HTTP")
         assert talk("socks5://proxy", b"\5\0\5\0" + BOUND, ratrod.Address(server, 9))[0] == b"\5\1\0\5\1\0" + in_socks
 
 
