@@ -6773,7 +6773,7 @@ class Opener(Keeper):
     def _give_up(self, stream: OpenerStream) -> None:
         waited = self.loop.now - stream.detached_at
         error = ConnectError("no link to the other side within %g s" % waited)
-        stream.give_up(error if stream.was_opened else self.why_no_link())
+        stream.give_up(error if stream.was_opened else self.why_no_link(self.limits.connect_timeout))
 
     def _wait(self, stream: OpenerStream, last: Link) -> None:
         """The stream goes on over an idle link, or over the next one. `last` carried it."""
@@ -6831,7 +6831,7 @@ class Opener(Keeper):
             del self.detached[stream]
             self._give_up(stream)
         while self.waiting and now - self.waiting[0].since > self.waits_for():
-            self.waiting.popleft().give_up(self.why_no_link())
+            self.waiting.popleft().give_up(self.why_no_link(self.waits_for()))
         for stream in list(self.detached):
             stream.on_sweep()
         for link in list(self.idle):
@@ -6846,8 +6846,8 @@ class Opener(Keeper):
         """Seconds that a waiter waits for a link."""
         return self.limits.connect_timeout
 
-    def why_no_link(self) -> Exception:
-        return ConnectError("no link within %g s" % self.waits_for())
+    def why_no_link(self, seconds: float) -> Exception:
+        return ConnectError("no link within %g s" % seconds)
 
     def close(self, error: Exception) -> None:
         """Those that wait get no link."""
@@ -8126,7 +8126,7 @@ class ReverseListener(Opener):
             self._visitors_of.give_back(source)
             self._server.streams.give_back(self.key)
 
-    def why_no_link(self) -> Exception:
+    def why_no_link(self, seconds: float) -> Exception:
         return ConnectError("the client has no link for it")
 
     def on_link_closed(self, link: Link) -> None:
@@ -8644,11 +8644,11 @@ class Pool(Opener):
     def _queues(self) -> bool:
         return bool(self._client.ssh and self.links)
 
-    def why_no_link(self) -> Exception:
+    def why_no_link(self, seconds: float) -> Exception:
         if self._reach.error:
             return self._reach.error
         busy = "; all %d links over ssh are busy" % len(self.links) if self._queues else ""
-        return ConnectError("no link to the server within %g s%s" % (self.waits_for(), busy))
+        return ConnectError("no link to the server within %g s%s" % (seconds, busy))
 
     # ---- making links
 
