@@ -9255,7 +9255,8 @@ class Client(Endpoint):
             self.options.report("✅ Challenge accepted!")
             self.options.report("✅ Test connection successful!")
             self.reach.let_in(link.name, "Connected")
-            if not self.is_legacy:  # that link has done what it was for
+            if not self.is_legacy:  # there it has done what it was for
+                link.pause()
                 self.pool.adopt(link)
             self._begin()
         return self.pool.on_completed(link)

@@ -14,7 +14,7 @@ import tempfile
 import pytest
 
 from support.pressure import memory_before, peak_growth
-from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, either_wire, every_mode, two_wires
+from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, either_wire, every_mode, handshakes, two_wires
 from support.rows import row
 from support.sockets import accept, ask, free_port, ping, port_of, push_until_stuck, receive_all, receive_exactly, reset, say
 
@@ -133,6 +133,13 @@ def test_conversation(mode, stdio, tcp_echo):
     assert made.stdout.read(1) == b""
     # Nothing but data on stdout, and nothing at all on stderr: ssh shows that to its user.
     assert made.wait() == (0, "")
+
+
+def test_the_test_connection_carries_it(serve, launch, tcp_echo):
+    server, port = serve("-v")
+    assert launch("127.0.0.1:%d" % port, "stdio:127.0.0.1:%d" % tcp_echo.port, stdin=DEVNULL).wait() == (0, "")
+    server.stop()
+    assert handshakes(server) == 1 and "during the handshake" not in server.output
 
 
 @every_mode
