@@ -5509,7 +5509,6 @@ class AcceptorStream(Stream):
                 raise ConnectError("the stream cannot go on: bytes are missing")
             self.owner.counters.on_resumed(self)
         self.link, self.attempt, self.was_opened, self.give_up_at = link, open_.attempt, True, NEVER
-        self.keeps = link.is_resumable
         out.attach(link, open_.taken)
         out.on_taken(open_.taken)
         self._link_in, self._told = open_.at, self.taken
@@ -7268,7 +7267,7 @@ class Acceptor(Keeper):
         except Overloaded as error:
             return self.refuse(link, new_label(origin, shown), shown, error)
         stream = AcceptorStream(self, origin, shown, target=open_.target, peer_key=link.peer_key, stream_id=number[1])
-        stream.attempt = open_.attempt
+        stream.attempt, stream.keeps = open_.attempt, link.is_resumable
         self._streams[number] = stream
         self._await_remote(stream, link, open_)
         self._connect(stream, link, functools.partial(self._on_connected, stream))

@@ -164,6 +164,16 @@ def test_an_open_whose_link_is_lost_goes_on_over_another(world, how, first, ends
     end_whole(world, connection, links=2)
 
 
+def test_a_refused_stream_that_no_other_link_could_carry_leaves_no_number(world):
+    world.server.hesitates = True
+    world.originate()
+    world.turn()
+    world.pairs[0].acceptor.is_resumable = False  # as one of the original's wire
+    world.settle()
+    world.server.refuse(world.server.asked[0])
+    assert not world.server.acceptor._ended._count
+
+
 def test_bytes_that_follow_open_bind_a_stream_to_its_instance(world):
     """Another worker would open it a second time."""
     connection = world.originate(first=0)
