@@ -5753,10 +5753,10 @@ class UdpSession:
             sock.close()
             shared, number = self.udp.shared, (self.outer, family)
             if number not in shared:
-                shared[number] = RemotePort(loop, open_udp(loop, family), is_shared=True)
+                shared[number] = RemotePort(loop, open_udp(loop, family), self.peer_key, is_shared=True)
             self.port = shared[number]
         else:
-            self.port = RemotePort(loop, sock, is_shared=False)
+            self.port = RemotePort(loop, sock, self.peer_key, is_shared=False)
         self.port.join(self)
         for data in self.take_kept():
             if self.is_over:  # an earlier one was refused at once, and there is no other address
@@ -6178,9 +6178,9 @@ class RemotePort(UdpPort):
     refusals. The sessions of one `outer` share a socket that is not, so that their targets see one port: it takes
     datagrams from the addresses that were sent to alone."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, *, is_shared: bool):
+    def __init__(self, loop: EventLoop, sock: socket.socket, peer_key: bytes, *, is_shared: bool):
         super().__init__(loop, sock)
-        self._is_shared, self._users = is_shared, 0
+        self.peer_key, self._is_shared, self._users = peer_key, is_shared, 0  # its turns are those of its client's key
         self.start()
 
     def join(self, session: UdpSession) -> None:
