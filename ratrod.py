@@ -7650,9 +7650,8 @@ class Endpoint:
     def drain(self, seconds: float, drained: Callable[[], None]) -> None:
         """Takes nothing new; drained() when all that is open has ended, or after so many seconds."""
         self.draining = True
-        for listener in self.listeners:
+        for listener in self.listeners:  # they stay known: with --reuse-port a new server has the same addresses
             listener.drain()
-        self.listeners.clear()
         self.end_waiting()
         now = time.monotonic()
         # Links that were told Close get a moment to see it; those that never look do not hold anybody up.
@@ -9219,7 +9218,7 @@ class Client(Endpoint):
         self.since, self.started = self.loop.now, True
         if self.options.only_test:
             return self.finish(None)
-        for listener in self.listeners:
+        for listener in [] if self.draining else self.listeners:
             listener.start()
         for spec in self.tunnels:
             if spec.kind == STDIO:
