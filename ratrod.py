@@ -3643,8 +3643,10 @@ class Negotiation:
             self._read()
 
     def _read(self) -> None:
-        # No more than is wanted: what follows the handshake is the link's.
-        while not self._is_closed and not self.is_stepping and self.handshake.wanted:
+        # No more than is wanted: what follows the handshake is the link's. In turns: 8 KiB of HTTP would take 37 ms.
+        for _ in range(BATCH):
+            if self._is_closed or self.is_stepping or not self.handshake.wanted:
+                return
             try:
                 data = self.sock.recv(self.handshake.wanted)
             except (BlockingIOError, InterruptedError):

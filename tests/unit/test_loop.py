@@ -168,6 +168,16 @@ def test_a_key_with_many_callbacks_holds_up_no_other(clock, loop, pair):
         ratrod.close_all(both)
 
 
+def test_a_long_head_of_http_is_read_in_turns(loop, pair):
+    near, far = pair
+    far.send(b"GET /" + b"a" * 8000)
+    negotiation = ratrod.Negotiation(loop, near, None, ratrod.HttpRequest(lambda *_: b""), 10, lambda *_: None)
+    negotiation.start()
+    loop.turn()
+    assert len(near.recv(9000, socket.MSG_PEEK)) > 8005 - 4 * ratrod.BATCH * 2
+    negotiation.close()
+
+
 def test_keys_share_the_time_and_not_the_number_of_callbacks(clock):
     """A key whose one callback takes long has as much of the time as another one with many short ones."""
     turns = ratrod.Turns()
