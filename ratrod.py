@@ -8363,7 +8363,7 @@ class Server(Endpoint):
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
         self.rules.admit(key, is_legacy)
         with self._admitting:  # two at once must not both take the last place
-            self._links_of.take(key, int(self.acceptor.has_detached(key)))
+            self._links_of.take(key, int(not is_legacy and self.acceptor.has_detached(key)))
 
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
