@@ -5781,8 +5781,9 @@ class UdpSession:
 
     def on_first_answer(self) -> None:
         """The target is found. A client that knows only its name is told the address."""
-        _, (host, port, *_) = self.addresses[self.attempt % len(self.addresses)]
-        self.address, self.addresses = str(Address(host.split("%")[0], port)), []
+        found = self.addresses[self.attempt % len(self.addresses)]
+        host, port = found[1][:2]
+        self.address, self.addresses = str(Address(host.split("%")[0], port)), [found]
         self.take_kept()
         if not is_address(parse_target(self.target).host) and self.udp.link:
             self.udp.link.send_record(SESSION_ADDRESS, self.number, self.address)
@@ -7960,11 +7961,11 @@ class Rules:
         if is_udp and target.is_unix:
             raise PolicyError("a Unix socket takes no datagrams here")
         if is_literal(target.host):
-            self._check_addresses(grants, target, [literal(target)], is_udp)
+            self.check_addresses(grants, target, [literal(target)], is_udp)
         return target, grants
 
-    def _check_addresses(self, grants: tuple[Grant, ...], target: Address, found: Sequence[tuple[int, Any]],
-                         is_udp: bool) -> list[tuple[int, Any]]:
+    def check_addresses(self, grants: tuple[Grant, ...], target: Address, found: Sequence[tuple[int, Any]],
+                        is_udp: bool) -> list[tuple[int, Any]]:
         """Those of the addresses of a target that may be connected to; PolicyError where there is none."""
         allowed = self._options.policy.check_addresses(target, tuple(sockaddr[0] for _, sockaddr in found), grants)
         others = [(family, sockaddr) for family, sockaddr in found
@@ -8007,7 +8008,7 @@ class Rules:
 
         def on_found(found: Any, error: Exception | None) -> None:
             try:
-                found = found and self._check_addresses(grants, target, found, is_udp)
+                found = found and self.check_addresses(grants, target, found, is_udp)
             except PolicyError as refused:
                 found, error = None, refused
             guarded = [sockaddr for _, sockaddr in found or ()
@@ -8334,7 +8335,9 @@ class Server(Endpoint):
             for session in list(self.counters.sessions):
                 try:
                     if session.udp.link:
-                        self.rules.check(session.udp.link, session.target, is_udp=True)
+                        target, grants = self.rules.check(session.udp.link, session.target, is_udp=True)
+                        for found in session.addresses:  # a name is not enough for a guarded one
+                            self.rules.check_addresses(grants, target, [found], is_udp=True)
                 except PolicyError as error:
                     session.udp.end(session, error, Error(INVALID_HOST, REFUSED))
             self.reverse.check()

@@ -244,22 +244,25 @@ def through(remote, originator):
     return address
 
 
-def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, second, authorized, udp_echo, remote):
-    """The others of the same link go on, and so do another key's."""
+def test_udp_sessions_that_are_not_allowed_any_more_end(serve, client, second, authorized, udp_echo, remote, resolver):
+    """The others of the same link go on, and so do another key's. A name that is still allowed leads to an address that is not."""
     authorized("KEY", second.public)
-    _, port = serve()
-    client = client(port, "0:%d" % udp_echo.port, "0:%d" % remote.port).ready()
-    with udp_originator(client) as losing, udp_originator(client, 2) as keeping, Asker(port, seed_of(second)).link() as bystander:
+    _, port = serve(env=resolver(named_example=["127.0.0.1"]).environment)
+    client = client(port, "0:%d" % udp_echo.port, "0:%d" % remote.port, "0:named.example:%d" % udp_echo.port).ready()
+    with udp_originator(client) as losing, udp_originator(client, 2) as keeping, Asker(port, seed_of(second)).link() as bystander, \
+            udp_originator(client, 3) as by_name:
         bystander.open_udp()
         bystander.session(1, "127.0.0.1:%d" % udp_echo.port)
         bystander.datagrams((1, b"?"))
         assert bystander.read_udp() == (peer.DATAGRAMS, [(1, b"?")])
         ask_udp(losing)
+        ask_udp(by_name)
         session = through(remote, keeping)
         seen = udp_echo.seen
-        authorized('KEY permitopen="127.0.0.1:%d"' % remote.port, second.public)
+        authorized('KEY permitopen="127.0.0.1:%d" permitopen="named.example:*"' % remote.port, second.public)
         # By itself, not when the next datagram comes.
-        client.wait_for("127.0.0.1:%d.*%s" % (udp_echo.port, NOT_ALLOWED))
+        for host in ("127.0.0.1", "named.example"):
+            client.wait_for("%s:%d.*%s" % (host, udp_echo.port, NOT_ALLOWED))
         losing.send(b"?")
         assert through(remote, keeping) == session
         bystander.datagrams((1, b"!"))
