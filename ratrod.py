@@ -8886,13 +8886,15 @@ class ReverseTunnel(LinkUser):
         self._asking -= 1
         with client.noticing():
             self.retry.succeed("reverse tunnel on `%s` again," % str(address))
-        is_first, self.address, self.asked = self.address is None, address, str(address)
+        is_first, self.address = self.address is None, address
         link.turn(ACCEPTOR)
         link.instance = client.listen_instance
         self.waiting.add(link)
         client.pool.links.discard(link)
         client.reverse_links[link] = self
         if is_first:
+            asked = parse_bind(self.asked)  # the port alone is for a server to say, where any will do
+            self.asked = str(asked._replace(port=asked.port or address.port))
             client.on_bound(self)
         self.ask_more()
         return link.update()

@@ -534,7 +534,7 @@ def test_a_client_asks_and_is_granted(grants, client, tcp_echo):
     stream = listening.open("203.0.113.9:6000")
     stream.wait_opened()
     another, again = grants.grant()
-    assert (again.target, again.instance) == ("127.0.0.1:40123", asked.instance)
+    assert (again.target, again.instance) == ("localhost:40123", asked.instance)
     assert another.exchange("203.0.113.9:6001", b"hello") == b"hello"
     stream.send(b"!")
     assert stream.receive() == b"!"
@@ -542,8 +542,9 @@ def test_a_client_asks_and_is_granted(grants, client, tcp_echo):
     program.stop()
     while not grants.arrived.empty():
         grants.stream(LISTEN)
-    client(grants.port, "R:40123:127.0.0.1:1")
-    assert grants.grant()[1].instance != asked.instance, "each run is an instance"
+    client(grants.port, "R:127.0.0.2:40123:127.0.0.1:1")
+    assert grants.grant("0.0.0.0:22")[1].instance != asked.instance, "each run is an instance"
+    assert grants.grant()[1].target == "127.0.0.2:40123", "a server does not say what others are asked for"
 
 
 def test_20_the_servers_open_names_a_target(grants, ratrod, keys, target, tcp_echo, resolver):
@@ -583,7 +584,7 @@ def test_a_client_asks_again(grants, client, tcp_echo):
             act(listening)
             # It keeps two links waiting; the test answers one of them, and the other again and again.
             listening, asked = grants.grant()
-            assert (asked.target, asked.instance) == ("127.0.0.1:40123", first.instance)
+            assert (asked.target, asked.instance) == ("localhost:40123", first.instance)
             assert listening.exchange("203.0.113.9:5000", b"hello") == b"hello"
     assert program.process.poll() is None
 
