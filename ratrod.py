@@ -5572,11 +5572,10 @@ class SocksStream(OpenerStream):
 
     @staticmethod
     def _code(error: Exception) -> int:
-        if isinstance(error, PeerError) and error.code == INVALID_HOST:
-            return 2  # not allowed
-        if isinstance(error, PeerError) and error.code == REMOTE_FAILED:
+        code = error.code if isinstance(error, PeerError) else UNKNOWN
+        if code == REMOTE_FAILED:
             return 4 if "cannot resolve" in str(error) else 5  # unreachable, refused
-        return 1
+        return 2 if code == INVALID_HOST else 1  # not allowed; it failed
 
 
 def make_transport(loop: EventLoop, sock: socket.socket | None, callback: Callable[[int], None]) -> Transport:
@@ -9312,7 +9311,9 @@ class Client(Endpoint):
 
     def find_session(self, port: UdpPort, key: Any, target: str, origin: Any) -> UdpSession | None:
         """The session of a datagram, for which the port has none or one that rests; None where it is to be dropped."""
-        session = port.sessions.get(key)
+        session, link = port.sessions.get(key), self._udp.link
+        if link and len(link.out) > self.limits.udp_backlog:  # nothing more is asked of a server that does not read
+            return None
         if session is None:
             udp = UdpLink(self) if self.is_legacy else self._udp
             session = udp.new_session(port, key, new_label(show_address(origin), "udp " + target), target)
