@@ -5080,8 +5080,12 @@ class Keeper:
     def on_closed_to(self, stream: Any, link: Link) -> None:
         """Opener: the link takes no more streams, and has not looked at this one."""
 
-    def on_detached(self, stream: Any, link: Link, error: Exception) -> None:
-        """The stream's link was lost. The stream waits for another one."""
+    def on_detached(self, stream: Any, link: Any, error: Exception) -> None:
+        """The stream's link was lost: the stream waits for another one."""
+        # Links that break before they answer do not make it wait longer.
+        stream.give_up_at = min(stream.give_up_at, self.loop.now + resume_time(self.limits, error)
+                                if stream.was_opened else stream.since + self.limits.connect_timeout)
+        log.debug("%s: %s; waiting for another link", stream.label, error)
 
     def on_ended(self, stream: Any, error: Exception | None) -> None:
         """The stream is over on this side."""
@@ -5330,7 +5334,8 @@ class Stream(LinkUser):
         self.fail(LocalFailed("its local connection broke: %s" % reason(error)))
 
     def fail(self, error: Exception, answer: Error | None = None) -> None:
-        """This side of the stream broke: a reset here, and Error tells the other side."""
+        """This side of the stream broke, or no link was found for it in time: a reset here, and Error tells the other
+        side, or without a link Abandon does."""
         link, self.link = self.link, None
         was_over = self.is_over
         self._finish(error)
@@ -5347,25 +5352,21 @@ class Stream(LinkUser):
         if link is not self.link:
             return
         self._let_go()
-        if isinstance(error, LinkClosed) and self.keeps and (self.owner.limits.resume or not self.was_opened):
-            if self.give_up_at == NEVER:
-                self.detached_at = self.loop.now
-            if self.was_opened and not self.is_over:
-                self.owner.counters.on_lost(self)
-            return self.keeper.on_detached(self, link, error)
-        return self._finish(error)
+        if not isinstance(error, LinkClosed) or not self.keeps:
+            return self._finish(error)
+        if self.was_opened and not self.owner.limits.resume:
+            return self.fail(error)  # the other side may have a longer --resume
+        if self.give_up_at == NEVER:
+            self.detached_at = self.loop.now
+        if self.was_opened and not self.is_over:
+            self.owner.counters.on_lost(self)
+        return self.keeper.on_detached(self, link, error)
 
     def _let_go(self) -> None:
         """Without a link nothing is read from the local socket."""
         self.link = None
         if self.local is not None:
             self.local.want(WRITE if self._pending is not None else 0)
-
-    def give_up(self, error: Exception) -> None:
-        """No link was found for it in time."""
-        if not self.is_over:
-            self._finish(error)
-            self.keeper.on_unheard(self)
 
     def _finish(self, error: Exception | None) -> None:
         if self.is_over:
@@ -5390,7 +5391,7 @@ class Stream(LinkUser):
         if self.link:
             self.link.abort(error)
         else:
-            self.give_up(error)
+            self.fail(error)
 
 
 class OpenerStream(Stream):
@@ -5970,7 +5971,7 @@ class UdpLink(LinkUser):
             self._announce(self.sessions[number])
         self.loop.call_later(0, link.update)  # not now: a datagram that was just received may be in the scratch buffer
 
-    def give_up(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """Client: there is no link. What waited has waited long enough."""
         self.is_waiting = False
         self.opened_at = self.loop.now
@@ -6621,7 +6622,7 @@ def last_lines(file: Any) -> str:
 # 12. Openers and acceptors
 # ======================================================================================================================
 # A waiter needs a link: a Stream, a UdpLink, or the question for a Listen link. An Opener calls its open(link,
-# timeout), or give_up(error). `since`: when it began to wait; `instance`: that of the peer whose links alone will do,
+# timeout), or fail(error). `since`: when it began to wait; `instance`: that of the peer whose links alone will do,
 # b"" where any will.
 
 
@@ -6672,7 +6673,7 @@ class Opener(Keeper):
     # ---- links for those that wait
 
     def take(self, waiter: Any) -> None:
-        """waiter.open(link, timeout) with an idle link, now or later; waiter.give_up(error) where none comes."""
+        """waiter.open(link, timeout) with an idle link, now or later; waiter.fail(error) where none comes."""
         waiter.since = self.loop.now
         # An idle link is of no use to the streams that are detached.
         link = None if self.waiting else self._pop(waiter.instance)
@@ -6758,23 +6759,17 @@ class Opener(Keeper):
 
     def on_detached(self, stream: OpenerStream, link: Link, error: Exception) -> None:
         if self.is_closed or self.owner.draining:
-            return stream.give_up(error)
+            return stream.fail(error)
         self.distrust(link)
-        now = self.loop.now
-        if not stream.was_opened:
-            stream.give_up_at = stream.since + self.limits.connect_timeout
-        else:
-            # Links that break before they answer do not make it wait longer.
-            stream.give_up_at = min(stream.give_up_at, now + resume_time(self.limits, error))
-            log.debug("%s: %s; waiting for another link", stream.label, error)
-            if now >= stream.give_up_at:
-                return self._give_up(stream)
+        super().on_detached(stream, link, error)
+        if stream.was_opened and self.loop.now >= stream.give_up_at:
+            return self._give_up(stream)
         return self._wait(stream, link)  # on_link_closed() follows
 
     def _give_up(self, stream: OpenerStream) -> None:
         waited = self.loop.now - stream.detached_at
         error = ConnectError("no link to the other side within %g s" % waited)
-        stream.give_up(error if stream.was_opened else self.why_no_link(self.limits.connect_timeout))
+        stream.fail(error if stream.was_opened else self.why_no_link(self.limits.connect_timeout))
 
     def _wait(self, stream: OpenerStream, last: Link) -> None:
         """The stream goes on over an idle link, or over the next one. `last` carried it."""
@@ -6797,7 +6792,7 @@ class Opener(Keeper):
             if stream.attempt == 1:  # an earlier Open, whose answer was lost, may have been looked at
                 stream.set_free()
         if self.is_closed:
-            return stream.give_up(LinkClosed("the server takes no more streams on this connection"))
+            return stream.fail(LinkClosed("the server takes no more streams on this connection"))
         self._wait(stream, link)
         return self.replace(link)
 
@@ -6832,7 +6827,7 @@ class Opener(Keeper):
             del self.detached[stream]
             self._give_up(stream)
         while self.waiting and now - self.waiting[0].since > self.waits_for():
-            self.waiting.popleft().give_up(self.why_no_link(self.waits_for()))
+            self.waiting.popleft().fail(self.why_no_link(self.waits_for()))
         for stream in list(self.detached):
             stream.on_sweep()
         for link in list(self.idle):
@@ -6858,13 +6853,13 @@ class Opener(Keeper):
 
     def reset_waiting(self, error: Exception) -> None:
         while self.waiting:
-            self.waiting.popleft().give_up(error)
+            self.waiting.popleft().fail(error)
 
     def reset_detached(self, error: Exception, server: str = "") -> None:
         """`server`: only those that one of its links carried last."""
         for stream in [stream for stream, last in self.detached.items() if server in ("", last.name)]:
             if self.detached.pop(stream, None):
-                stream.give_up(error)
+                stream.fail(error)
 
 
 class Retry:
@@ -7348,14 +7343,10 @@ class Acceptor(Keeper):
     # ---- ends
 
     def on_detached(self, stream: AcceptorStream, link: Link | None, error: Exception) -> None:
-        if self.owner.draining and not self.limits.resume:
-            return stream.give_up(error)
-        stream.give_up_at = min(stream.give_up_at, self.loop.now + resume_time(self.limits, error))
+        super().on_detached(stream, link, error)
         self._detached[stream] = None
         self._detached_of.change(stream.peer_key, 1)
-        log.debug("%s: %s; waiting for another link", stream.label, error)
         self._limit_detached(stream.peer_key)
-        return None
 
     def _take(self, key: bytes) -> None:
         """One stream more, in place of a detached one where there is no room; Overloaded where nothing makes room."""
@@ -7383,15 +7374,8 @@ class Acceptor(Keeper):
         """Gives up the longest detached stream of this key."""
         victim = next((stream for stream in self._detached if stream.peer_key == key), None)
         if victim:
-            self._give_up(victim, Overloaded("too many streams wait for another link"))
+            victim.fail(Overloaded("too many streams wait for another link"))
         return victim is not None
-
-    def _give_up(self, stream: AcceptorStream, error: Exception) -> None:
-        self._forget_detached(stream)
-        if stream.error is None and stream.is_over:
-            self.on_acknowledged(stream, False)  # a tail that is not acknowledged in time counts as closed
-        else:
-            stream.give_up(error)
 
     def _forget_detached(self, stream: AcceptorStream) -> None:
         if stream in self._detached:
@@ -7434,7 +7418,7 @@ class Acceptor(Keeper):
         for stream in [stream for stream in self._opens if now - stream.since >= self.limits.connect_timeout]:
             self._on_connected(stream, None, socket.timeout("timed out"))
         for stream in [stream for stream in self._detached if now >= stream.give_up_at]:
-            self._give_up(stream, ConnectError("no other link within %g s" % (now - stream.detached_at)))
+            stream.fail(ConnectError("no other link within %g s" % (now - stream.detached_at)))
         self._ended.sweep()
         for stream in list(self._detached):
             stream.on_sweep()
@@ -7442,7 +7426,7 @@ class Acceptor(Keeper):
     def reset_detached(self, error: Exception, key: bytes = b"") -> None:
         """`key`: only those of one that may not come in any more."""
         for stream in [stream for stream in self._detached if key in (b"", stream.peer_key)]:
-            self._give_up(stream, error)
+            stream.fail(error)
 
 # ======================================================================================================================
 # 13. Server and client
@@ -8089,7 +8073,7 @@ class ReverseListener(Opener):
 
     def on_detached(self, stream: OpenerStream, link: Link, error: Exception) -> None:
         if stream.was_opened and stream.instance != self.instance:  # a newer run listens here
-            stream.give_up(error)
+            stream.fail(error)
         else:
             super().on_detached(stream, link, error)
 
@@ -8112,11 +8096,11 @@ class ReverseListener(Opener):
             self._server.streams.take(self.key)
         except Overloaded as error:
             stream.peer_key = b""  # the line in the log is a stranger's, and takes no place of the key's own
-            return stream.give_up(error)
+            return stream.fail(error)
         self._visitors_of.take(source)
         self._visitors[stream] = source
         if len(self.waiting) >= self.limits.reverse_queue:
-            return stream.give_up(ConnectError("too many connections wait for a link of the client"))
+            return stream.fail(ConnectError("too many connections wait for a link of the client"))
         return self.take(stream)
 
     def on_ended(self, stream: OpenerStream, error: Exception | None) -> None:
@@ -8735,7 +8719,7 @@ class Pool(Opener):
             # Legacy: the server is there, and does not open this remote.
             if waiter in self.waiting:
                 self.waiting.remove(waiter)
-                waiter.give_up(error)
+                waiter.fail(error)
             return None
         if self.links and (isinstance(error, Overloaded) or self._sought and not is_final(error)):  # others are there
             return log.debug("no new link: %s", error)
@@ -8767,7 +8751,7 @@ class Pool(Opener):
                 is_one = is_plain and link.path and last.path and link.path[1] == last.path[1]
                 if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
                     del self.detached[stream]
-                    stream.give_up(LinkClosed("the server has been started anew and does not know it, or another one"
+                    stream.fail(LinkClosed("the server has been started anew and does not know it, or another one"
                                               " answers"))
 
     # ---- what becomes of them
@@ -8868,10 +8852,10 @@ class ReverseTunnel(LinkUser):
         link.detach()
         link.leave(b"")
         self._client.pool.clear()  # a server that ends says Close on all its links: the next try is to take a new one
-        return self.give_up(LinkClosed("the server takes no more streams on this connection"))
+        return self.fail(LinkClosed("the server takes no more streams on this connection"))
 
     def on_close(self, link: Link, error: Exception) -> None:
-        self.give_up(error)
+        self.fail(error)
 
     def _on_listening(self, link: Link, bound: str) -> None:
         try:
@@ -8898,7 +8882,7 @@ class ReverseTunnel(LinkUser):
         self.ask_more()
         return link.update()
 
-    def give_up(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """A link could not be made, or was refused: asking again at once would not help."""
         client = self._client
         self._asking -= 1

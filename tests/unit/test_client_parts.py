@@ -45,7 +45,7 @@ def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
         tunnel.address = ratrod.Address("localhost", 9)
         for tries in 0, 1:
             for _ in range(8):
-                tunnel.give_up(ratrod.LinkClosed("the path was cut"))
+                tunnel.fail(ratrod.LinkClosed("the path was cut"))
             assert tunnel.retry._tries == tries
             tunnel.retry.stop()
 

@@ -76,7 +76,7 @@ def test_a_machine_that_lost_power_is_found_out(loop):
     stream.join(made[0])
     stream.on_sweep()
     check_options(made[0], *asks)
-    stream.give_up(ratrod.LocalFailed("the test is over"))
+    stream.fail(ratrod.LocalFailed("the test is over"))
     ratrod.close_all([listening, *made])
 
 

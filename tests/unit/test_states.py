@@ -320,6 +320,18 @@ def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, co
     world.finish()
 
 
+def test_a_client_that_resumes_nothing_says_so_to_a_server_that_would_wait(world, connection):
+    connection.app.write(1)
+    world.settle()
+    world.client.limits = world.client.limits._replace(resume=0)
+    world.pairs[0].cut(RESET)
+    connection.is_disturbed = True
+    world.settle()
+    following = join(world)
+    assert connection.app.dead and connection.remote.outcome == RESET
+    end_whole(world, following)
+
+
 def hold_up(world, connection, side):
     """Sends to `side`, which does not read, until its link processes nothing more; then both sides end. Returns the program there, and its link."""
     reader, writer = apps_of(connection, side)
