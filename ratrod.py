@@ -6731,7 +6731,7 @@ class Opener(Keeper):
 
     def _next_waiter(self, link: Link) -> Any:
         for stream in self.detached:
-            if stream.instance in (b"", link.instance) and stream.peer_key in (b"", link.peer_key):
+            if stream.instance in (b"", link.instance) and (not stream.instance or stream.peer_key == link.peer_key):
                 del self.detached[stream]
                 return stream
         for waiter in self.waiting:

@@ -190,16 +190,17 @@ def test_what_was_left_behind_is_abandoned_on_the_next_idle_link_of_its_instance
 
 
 def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
-    """Detached streams first."""
+    """Detached streams first. One of which nothing was sent or answered goes to any server: its own may be gone."""
     opener = ratrod.Opener(types.SimpleNamespace(loop=None, limits=None, draining=False), 10)
     of_a, of_b, new = (Waits(instance=instance) for instance in (b"a", b"b", b""))
-    opener.detached.update({of_a: None, of_b: None})
+    untouched = Waits(peer_key=B)
+    opener.detached.update({of_a: None, of_b: None, untouched: None})
     opener.waiting.append(new)
-    links = [IdleLink(instance) for instance in (b"b", b"b", b"c", b"a")]
+    links = [IdleLink(instance) for instance in (b"b", b"b", b"b", b"c", b"a")]
     for link in links:
         opener.put(link)
-    assert [waiter.link for waiter in (of_b, new, of_a)] == [links[0], links[1], links[3]]
-    assert opener.idle == [links[2]] and not opener.detached and not opener.waiting
+    assert [waiter.link for waiter in (of_b, untouched, new, of_a)] == [*links[:3], links[4]]
+    assert opener.idle == [links[3]] and not opener.detached and not opener.waiting
 
 
 @pytest.mark.parametrize("after, memory, most", [
