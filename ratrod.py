@@ -5482,7 +5482,7 @@ class OpenerStream(Stream):
     def _on_over(self, link: Link) -> None:
         if link.state == ASKED:
             if not (self._has_end and self.out.has_eof):
-                raise RemoteProtocolError("Over for a stream that is not")
+                raise RemoteProtocolError("the stream is over at the other side, and its last bytes are gone there")
         elif not self._have_both_ends_passed:
             raise RemoteProtocolError("Over before both Ends")
         self.out.acked = self.out.sent
@@ -5533,7 +5533,7 @@ class AcceptorStream(Stream):
 
     def on_late_ack(self, taken: int) -> None:
         """After Over."""
-        if self.link is not None:  # its last bytes were asked for over another link
+        if self.link is not None or taken < self.out.acked:  # its last bytes were asked for over another link
             return
         self.out.on_taken(taken)
         if taken == self.out.sent:
