@@ -10174,12 +10174,13 @@ class LogWriter(logging.Handler):
         self._raw = getattr(buffer, "raw", buffer)  # a buffer has a lock, which would be held while a write waits
         self._lost = self._told = 0  # lines that were not written, and how many of them the log has told of
         self._shown = ""
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Forgets the thread: a forked process has none, and one that waits in a write is left to it."""
+    def _restart(self) -> None:
+        """What is said from now on has another thread."""
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._is_running, self._status = False, ""
+        self._thread: threading.Thread | None = None
+        self._status = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
@@ -10195,20 +10196,19 @@ class LogWriter(logging.Handler):
             self._put(lambda: self._write("", 0))
 
     def flush(self) -> None:
-        """Waits until what was logged is written, PATIENCE at most."""
-        if self._is_running:
-            done = threading.Event()
-            self._put(done.set)
-            if not done.wait(self.PATIENCE):
-                self.restart()
+        """Waits until what was logged is written and the thread has ended, PATIENCE at most."""
+        self.acquire()
+        thread, calls = self._thread, self._calls
+        self._restart()
+        self.release()
+        if thread:
+            calls.put(None)
+            thread.join(self.PATIENCE)
 
     def close(self) -> None:
         if self._status:
             self.show("")
-        calls = self._calls
         self.flush()
-        calls.put(None)
-        self.restart()
         super().close()
 
     def _put(self, call: Callable[[], object]) -> None:
@@ -10216,9 +10216,10 @@ class LogWriter(logging.Handler):
             for call in iter(calls.get, None):
                 call()
         try:
-            if not self._is_running:
-                threading.Thread(target=run, daemon=True, name="ratrod log").start()
-            self._is_running = True
+            if not self._thread:
+                thread = threading.Thread(target=run, daemon=True, name="ratrod log")
+                thread.start()
+                self._thread = thread
             self._calls.put(call)
         except RuntimeError:  # the system lets it start no thread for now
             call()
@@ -10690,8 +10691,6 @@ def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn
             time.sleep(1)
     code = 1
     try:
-        for writer in log_writers():
-            writer.restart()
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # `stty tostop` must not stop a background group that logs
         os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on: a second one means "at once"
         threading.Thread(target=end_with_parent, daemon=True).start()
