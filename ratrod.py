@@ -9913,6 +9913,7 @@ DEFAULTS: dict[str, Any] = {
 # Any other option has the name of its field, one that limits something with or without "max-" in front.
 FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-retry-count": "retries",
           "--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
+NUMERIC = "SECS", "N", "BYTES"  # the errors of these name their option
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
 FOR_SSH = {"--ssh-command", "--remote-python"}
 NOT_FOR_SSH = {"--key-path", "--accept-all-hosts", "--accept-new"}
@@ -10052,7 +10053,7 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = types.Mappi
         field = _field_of(name)
         (limits if field in Limits._fields else fields)[field] = tuple(value) if isinstance(value, list) else value
     fields.update(command=command, limits=DEFAULT_LIMITS._replace(**limits), environment={
-        name: word if reader.value_of[name] else "" for name, word in variables.items()})
+        name: word if reader.value_of[name] not in ("", *NUMERIC) else "" for name, word in variables.items()})
     return Options(**fields)
 
 
@@ -10090,7 +10091,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     word = value[-1] if isinstance(value, list) else value
     if kind == "FORMAT" and word not in ("text", "json"):
         raise UsageError("`%s` takes text or json, not `%s`" % (name, printable(word)))
-    if kind not in ("SECS", "N", "BYTES"):
+    if kind not in NUMERIC:
         return word
     convert, what, form = (float, "seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if kind == "SECS" else (
         int, "a whole number", "[0-9]{1,9}")
@@ -10924,7 +10925,7 @@ def _run_command(argv: list[str]) -> int:
         code = commands[options.command](options) or 0
     except ConfigError as error:
         about = [variable_of(option) for option, value in options.environment.items()
-                 if re.search(option + r"(?![\w-])", str(error)) or value and "`" + value in str(error)]
+                 if re.search(r"%s(?![\w-])|`%s(?![\w.:-])" % (option, re.escape(value or option)), str(error))]
         if not about:
             raise
         raise ConfigError("%s (see %s in the environment)" % (error, ", ".join(about))) from None  # nobody typed it

@@ -37,7 +37,8 @@ def test_an_error_names_the_file_or_the_variable_that_it_is_about(keys, tmp_path
         ("serve S:1", {"RATROD_MAX_LINKS": "x"}, "RATROD_MAX_LINKS in the environment: `--max-links` takes "),
         ("serve -h", {"RATROD_MAX_LINKS": "x"}, ""),
         # One that does not go with the rest.
-        ("connect S:1" + key_path, {"RATROD_PROXY": "proxy:3128"}), ("serve 127.0.0.1:0" + key_path, {"RATROD_METRICS": "nowhere"}),
+        ("connect S:1" + key_path, {"RATROD_PROXY": "proxy:3128"}),
+        ("serve 127.0.0.1:0" + key_path, {"RATROD_METRICS": "1:nowhere", "RATROD_WORKERS": "1"}),  # the other one has nothing to do with it
         ("serve 127.0.0.1:0" + key_path, {"RATROD_REMOTE_REGEX": "((("}),
         ("serve 127.0.0.1:0" + key_path, {"RATROD_PROXY_PROTOCOL": "10.0.0.0/33"}),
         ("connect S:1 1:socks" + key_path, {"RATROD_SOCKS_USER": "me"}), (ssh, {"RATROD_SSH_COMMAND": "ssh '"}), (ssh, {"RATROD_WORKERS": "2"}),
