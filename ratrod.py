@@ -2845,7 +2845,11 @@ class EventLoop:
 
     def __init__(self) -> None:
         # epoll costs 0.6 µs less for an event than `selectors`, and 2 µs less for a socket: 8% of a short connection.
-        self._poller: Any = select.epoll() if HAS_EPOLL else Poller()
+        try:
+            self._poller: Any = select.epoll() if HAS_EPOLL else Poller()
+            ours, self.waker = socket.socketpair()  # signals too write to the waker: that wakes the loop everywhere
+        except OSError as error:
+            raise RatrodError("cannot begin: %s (ulimit -n allows more descriptors)" % reason(error)) from None
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self.sockets: set[Any] = set()  # those of every Transport
         self.deadlines: list[tuple[float, int, Deadline]] = []  # a heap, of those that Deadline enters
@@ -2869,7 +2873,6 @@ class EventLoop:
         self.portion, self._hurry_until = MAX_CONTENT, self.now  # bytes that one callback takes at most
         self._spare: list[memoryview] = []
         self._lent = 0
-        ours, self.waker = socket.socketpair()  # signals too write to the waker: so they wake the loop on every system
         self.waker.setblocking(False)
         self._wake_receiver = Transport(self, ours, self._on_wake)
         self._wake_receiver.want(READ)
@@ -10462,22 +10465,24 @@ class EndpointRun:
     def run(self) -> int:
         """Runs the endpoint until it has finished, or a signal ends it: the exit code."""
         soon = self._loop.call_soon_threadsafe
-        with handling({"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
-                       "SIGUSR1": lambda *_: soon(self._report)}, self._loop.waker.fileno()):
-            self._endpoint.start()
-            if os.environ.get("NOTIFY_SOCKET"):
-                self._loop.call_later(STATUS_INTERVAL, self._tell_state)
-            self._loop.call_later(1.0, give_back_heap)
-            gc.collect()
-            gc.freeze()  # what exists now stays, so later collections need not look at it
-            gc.set_threshold(20_000, 50, 20)  # few cycles here: 8% more connections a second, with 64 at once 40%
-            self._loop.run()
-            self._endpoint.close()
-            if isinstance(self._endpoint, Endpoint):
-                self._endpoint.threads.join(0.5)
+        handlers = {"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
+                    "SIGUSR1": lambda *_: soon(self._report)}
+        with contextlib.closing(self._loop), handling(handlers, self._loop.waker.fileno()):
+            try:
+                self._endpoint.start()
+                if os.environ.get("NOTIFY_SOCKET"):
+                    self._loop.call_later(STATUS_INTERVAL, self._tell_state)
+                self._loop.call_later(1.0, give_back_heap)
+                gc.collect()
+                gc.freeze()  # what exists now stays, so later collections need not look at it
+                gc.set_threshold(20_000, 50, 20)  # few cycles here: 8% more connections a second, with 64 at once 40%
+                self._loop.run()
+            finally:  # Ctrl-C at a question too
+                self._endpoint.close()
+                if isinstance(self._endpoint, Endpoint):
+                    self._endpoint.threads.join(0.5)
         if self._impatient:
             self._impatient.cancel()
-        self._loop.close()
         result = self._outcome[0]
         return getattr(result, "exit_code", 1) if isinstance(result, Exception) else result or 0
 

@@ -468,9 +468,11 @@ def test_a_loop_that_cannot_be_made_leaves_nothing(caplog):
     """Nor does a start that fails: a second one in the same program would find the port taken by the first."""
     before = set(ratrod._loops)
     with mock.patch.object(socket, "socketpair", side_effect=OSError(24, "Too many open files")):
-        pytest.raises(OSError, ratrod.EventLoop)
+        pytest.raises(ratrod.RatrodError, ratrod.EventLoop)
     pytest.raises(ratrod.RatrodError, ratrod.EndpointRun, mock.Mock(side_effect=ratrod.RatrodError("it cannot be")), 0.0, print)
-    assert set(ratrod._loops) == before
+    asks = mock.Mock(**{"start.side_effect": KeyboardInterrupt})  # Ctrl-C at a question
+    pytest.raises(KeyboardInterrupt, ratrod.EndpointRun(lambda *_: asks, 0.0, print).run)
+    assert set(ratrod._loops) == before and asks.close.called
 
 
 def test_a_bug_whose_owner_cannot_be_ended_either_ends_no_loop(caplog):
