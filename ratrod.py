@@ -10547,6 +10547,7 @@ class EndpointRun:
 
 def serve_pipe(marker: bytes, limits: dict[str, Any]) -> None:
     """The far side of one ssh:// link: the last call of the program that a client sends over ssh."""
+    raise_descriptor_limit()
     set_up_logging(logging.WARNING)
     os.write(1, marker)
     loop = EventLoop()
