@@ -9351,7 +9351,8 @@ class Client(Endpoint):
             ssh.reap()
         # A link of UDP sessions that is too old, or carries nothing. The sessions go on over another one.
         udp = self._udp
-        if udp.link and (not udp.sessions or self.loop.now - udp.link.born > self.limits.link_age):
+        link = udp.link
+        if link and link.is_completed and (not udp.sessions or self.loop.now - link.born > self.limits.link_age):
             udp.drop_link()
             if udp.next_number >> 31:  # numbers are u32, and new on each link
                 udp.close()
