@@ -6471,7 +6471,7 @@ class SshLinks:
         code = wait_for(link.process, 2)
         self.reap()
         log.debug("ssh to `%s` failed (%s, exit code %d): %s", self._server, error, code, printable(link.said))
-        failure = self._error(code, link.said or handshake.seen.decode("utf-8", "replace"), str(error))
+        failure = self._error(code, link.said or "%s\n%s" % (handshake.seen.decode("utf-8", "replace"), error), "")
         if link.is_first or not isinstance(failure, ConnectError):
             return failure
         with contextlib.suppress(OSError):  # the shared connection does not answer any more: no other link finds it
