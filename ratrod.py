@@ -5750,8 +5750,8 @@ class UdpSession:
                 sock = open_udp(loop, family, address)
                 break
             except OSError:
-                self.attempt += 1
-                if self.attempt >= len(self.addresses):
+                self.addresses.remove((family, address))
+                if not self.addresses:
                     raise
         if self.outer:  # an unconnected socket hears no ICMP
             self.addresses, self.attempt, self.key = [(family, address)], 0, sock.getpeername()[:2]
