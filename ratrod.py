@@ -6079,7 +6079,7 @@ class UdpLink(LinkUser):
         session = UdpSession(self, message.number, label, message.target, message.outer)
         self.owner.sessions.add(session)
         if not session.is_over:
-            self.owner.on_session(session)
+            self.owner.on_session(session, lambda error: error and self.owner.on_session_failed(session, error))
         self._new += 1
         if self.link and self._new % SESSIONS_IN_TURN == 0:
             link.pause()
@@ -8259,6 +8259,7 @@ class Server(Endpoint):
         most_sessions = min(limits.udp_sessions_in_all, descriptors // 4)
         # More patient than the client, which then is the one to say SessionOver.
         self.sessions = UdpSessions(self, most_sessions, UdpSessions.IN_ALL, 1.25 * limits.udp_timeout)
+        self._udp_look_ups = Quota(most_sessions, limits.udp_sessions, "looks up as many UDP targets")
         self.admission = Admission(self)
         # Each stream needs a descriptor for its link and one for its remote, each UDP session one.
         left = descriptors - 64 - most_sessions - self.admission.most
@@ -8465,7 +8466,7 @@ class Server(Endpoint):
                 udp.end(session)
                 return self.acceptor.refuse(link, session.label, remote, error)
             return udp.accept(link)
-        self._connect_udp(session, on_connected)
+        self.on_session(session, on_connected)
         return link.update()
 
     # ---- opening a remote: policy, look-up, policy for the addresses, connect
@@ -8512,19 +8513,20 @@ class Server(Endpoint):
         udp.close()
         self.complain_of(link, "UDP link of `%s`" % link.name, error)
 
-    def on_session(self, session: UdpSession) -> None:
-        """A client wants a UDP session."""
-        self._connect_udp(session, lambda error: self.on_session_failed(session, error) if error else None)
-
     def on_session_failed(self, session: UdpSession, error: Exception) -> None:
         session.udp.end(session, *self._answer("udp " + session.target, error))
 
-    def _connect_udp(self, session: UdpSession, done: Callable[[Exception | None], None]) -> None:
+    def on_session(self, session: UdpSession, done: Callable[[Exception | None], None]) -> None:
         """Connects a session to its target: done(None), or done(the reason why not). No call where it ends before."""
-        link = session.udp.link
+        link, key = session.udp.link, session.peer_key
         assert link is not None
+        try:  # a look-up goes on where its session has ended: a client could have any number of them
+            self._udp_look_ups.take(key)
+        except Overloaded as error:
+            return done(error)
 
         def on_found(found: Sequence[tuple[int, Any]] | None, error: Exception | None) -> None:
+            self._udp_look_ups.give_back(key)
             if session.is_over or not found:
                 return None if session.is_over else done(error)
             try:
@@ -8537,8 +8539,8 @@ class Server(Endpoint):
         def on_permitted(target: Address, grants: tuple[Grant, ...], error: Exception | None) -> None:
             if error or is_literal(target.host):
                 return on_found(None if error else [literal(target)], error)
-            return self.rules.look_up(session.peer_key, grants, target, on_found, is_udp=True)
-        self.rules.permit(link, session.target, on_permitted, is_udp=True)
+            return self.rules.look_up(key, grants, target, on_found, is_udp=True)
+        return self.rules.permit(link, session.target, on_permitted, is_udp=True)
 
     # ---- the end
 
