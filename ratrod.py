@@ -6003,7 +6003,6 @@ class UdpLink(LinkUser):
     def close(self) -> None:
         """Ends the link, if there is one, with its sessions."""
         self.drop_link()
-        self._forget()
         for session in list(self.sessions.values()):
             self.end(session, tell=None)
         self.next_number = 1
@@ -6056,8 +6055,6 @@ class UdpLink(LinkUser):
             if self._rest:
                 link.is_held = True
                 self.loop.take_turn(self.owner_key, self._go_on)
-            else:
-                link.release()
 
     def _go_on(self, _mask: int = 0) -> None:
         """After the others had their turn."""
@@ -6068,7 +6065,7 @@ class UdpLink(LinkUser):
             except RemoteProtocolError as error:
                 link.abort(error)
         if link:
-            link.update()  # where the last session has ended meanwhile there is no rest, and on_update() lets go
+            link.update()  # where there is no rest, also because the last session has ended, on_update() lets go
 
     def _on_session(self, link: Link, message: Session) -> None:
         """Server: a new session, under a number that is higher than all before."""
@@ -8454,8 +8451,7 @@ class Server(Endpoint):
             return link.update()
         udp = UdpLink(self, link.peer_key)
         session = UdpSession(udp, 0, new_label(link.name, remote), remote)
-        link.user = udp
-        udp.link = link
+        link.user, udp.link = udp, link
         self.sessions.add(session)
         if session.is_over:  # there was no room
             return None
@@ -8549,9 +8545,7 @@ class Server(Endpoint):
             listener.drain()
         for link in list(self.links):
             if link.state == UDP_OPEN and isinstance(link.user, UdpLink):  # its client makes another, elsewhere
-                udp = link.user
-                link.detach()
-                udp.on_close(link, LinkClosed(ENDING))
+                link.user.on_close(link, LinkClosed(ENDING))
                 link.leave(b"")
             elif link.state == IDLE and link.role == ACCEPTOR:
                 link.leave(link.writer.record(CLOSE))
