@@ -10574,8 +10574,11 @@ class Workers:
     stream says that the other side has ended.
     """
 
-    def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int]):
+    PATIENCE = 10.0  # seconds after its drain for which a worker that was told to end may live on
+
+    def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int], drain: float):
         self._loop, self._callbacks, self._processes = loop, callbacks, processes  # {socket: process id}
+        self._until_killed = drain + self.PATIENCE
         self._count, self._is_ending = len(processes), False
         self._unready = set(processes)
         self._failure: RatrodError | None = None
@@ -10607,8 +10610,8 @@ class Workers:
         with contextlib.suppress(ChildProcessError):  # the program around main() waits for its children itself
             status = os.waitpid(pid, 0)[1]
             if os.WIFSIGNALED(status):  # a worker that exits says why itself
-                log.error("❌ the worker with process id %d was killed by signal %d (9 may be a lack of memory): the"
-                          " others end too", pid, os.WTERMSIG(status))
+                log.error("❌ the worker with process id %d was killed by signal %d (9: a lack of memory, or it was"
+                          " stuck): the others end too", pid, os.WTERMSIG(status))
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
         return 1
 
@@ -10625,6 +10628,7 @@ class Workers:
         if not self._is_ending:  # a second signal would end them at once
             self._is_ending = True
             self.tell(signal.SIGTERM)
+            self._loop.call_later(self._until_killed, functools.partial(self.tell, signal.SIGKILL))
 
     def close(self) -> None:
         """Ends at once what has not ended yet: a second signal."""
@@ -10678,7 +10682,7 @@ def run_workers(options: Options, sockets: list[list[socket.socket]], drain: flo
     # An open socket would take connections of a worker that is gone. close() would remove the file of a Unix socket.
     for sock in {sock for group in groups for sock in group}:
         os.close(sock.detach())
-    return EndpointRun(lambda loop, callbacks: Workers(loop, callbacks, processes), drain, notify_systemd).run()
+    return EndpointRun(lambda loop, callbacks: Workers(loop, callbacks, processes, drain), drain, notify_systemd).run()
 
 
 def _run_worker(run: Callable[[Notify], int], parent: socket.socket) -> NoReturn:

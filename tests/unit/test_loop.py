@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -450,11 +451,20 @@ def test_workers_are_ready_when_each_of_them_is(loop, pair):
     """A SIGHUP has those that are ready say so again."""
     started, (silent, other) = [], socket.socketpair()
     with silent, other:
-        ratrod.Workers(loop, ratrod.Callbacks(lambda: started.append(True)), {pair[0]: 0, silent: 0}).start()
+        ratrod.Workers(loop, ratrod.Callbacks(lambda: started.append(True)), {pair[0]: 0, silent: 0}, 0.0).start()
         for _ in range(4):
             pair[1].send(b".")
             loop.turn()
     assert not started
+
+
+def test_a_worker_that_is_stuck_does_not_hold_up_the_end_of_all(loop, pair, monkeypatch):
+    monkeypatch.setattr(ratrod.Workers, "PATIENCE", 0)
+    with subprocess.Popen(["sleep", "60"]) as stuck:
+        stuck.send_signal(signal.SIGSTOP)
+        ratrod.Workers(loop, ratrod.Callbacks(), {pair[0]: stuck.pid}, 0.0).drain()
+        loop.turn()
+        assert stuck.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_a_loop_that_is_closed_holds_no_socket(pair):
