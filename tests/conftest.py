@@ -41,16 +41,11 @@ def start():
 
 @pytest.fixture
 def on_free_port(start):
-    """on_free_port(command(port), pattern) -> port: for programs that take no port 0; one that was free a moment ago may be another test's by now."""
+    """on_free_port(command(port), pattern) -> port: for programs that take no port 0."""
     def launch(command, pattern):
-        for _ in range(10):
-            port = free_port()
-            program = start(*command(port))
-            with contextlib.suppress(AssertionError):
-                program.wait_for(pattern)
-                return port
-            assert "in use" in program.output, program.output
-        raise AssertionError("no free port in ten tries")
+        port = free_port()
+        start(*command(port)).wait_for(pattern)
+        return port
     return launch
 
 

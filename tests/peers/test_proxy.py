@@ -1,14 +1,12 @@
 """`connect --proxy` through real proxies: tinyproxy (HTTP) and microsocks (SOCKS5). Without them: system/test_outgoing_proxy.py."""
 
-import contextlib
 import signal
-import socket
 
 import pytest
 
-from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD2, READY, need, tcp_port, udp_originator
+from support.programs import LEGACY, LEGACY_E, RATROD2, READY, need, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import ask, ask_udp, check_bulk_each_way, dial, eventually, free_port, ping, port_of, works
+from support.sockets import ask, ask_udp, check_bulk_each_way, dial, eventually, free_port, ping, port_of, refused, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -17,19 +15,9 @@ class RealProxy:
     """A proxy as a child process that takes connections at `port`, which the test ends."""
 
     def __init__(self, start, make_command, host="127.0.0.1"):
-        for _ in range(5):  # the port may have been taken meanwhile
-            self.port = free_port()
-            self.program = start(*make_command(self.port))
-            if self._listens(host):
-                return
-        pytest.fail(self.program.output)
-
-    def _listens(self, host):
-        while self.program.process.poll() is None:
-            with contextlib.suppress(OSError):
-                socket.create_connection((host, self.port), timeout=PATIENCE).close()
-                return True
-        return False
+        self.port = free_port()
+        self.program = start(*make_command(self.port))
+        eventually(lambda: not refused(self.port, host), lambda: self.program.output)
 
 
 @pytest.fixture

@@ -39,9 +39,11 @@ def port_of(sock):
 
 
 def free_port(n=1):
-    """The first of `n` ports in a row that are free for TCP and UDP; none of those that the system gives out by itself, which others' tests get."""
+    """The first of `n` ports in a row that are free for TCP and UDP. Nobody takes one before its program does: they are none of those that the
+    system gives out by itself, and each of pytest-xdist's eight processes has its own."""
+    lowest = 10000 + 2750 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8)
     for _ in range(1000):
-        first = random.SystemRandom().randrange(10000, 32000)  # hypothesis seeds the common one
+        first = random.SystemRandom().randrange(lowest, lowest + 2750 - n)  # hypothesis seeds the common one
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + n):
                 for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
@@ -170,10 +172,10 @@ def works(port):
     return False
 
 
-def refused(port):
+def refused(port, host="127.0.0.1"):
     """Whether nobody listens there."""
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        return sock.connect_ex((host, port)) == errno.ECONNREFUSED
 
 
 def outcome_of(port, question=b"anybody there?"):
