@@ -3278,7 +3278,7 @@ class LookUps(FairQueue):
     are threads for keys that hold none, and for what takes the place of a look-up that nobody waits for any more. The
     system alone ends such a look-up; meanwhile it counts for its key."""
 
-    MOST_WAITING = 1024  # names of one key
+    MOST_WAITING = 4096  # answers that one key waits for: those that have left meanwhile are kept until then
     REFUSED_FOR = 2.0  # seconds for which a name that timed out is refused to its key
 
     def __init__(self, loop: EventLoop, limits: Limits):
@@ -3286,6 +3286,7 @@ class LookUps(FairQueue):
         self._loop, self._timeout = loop, limits.connect_timeout
         self._threads = Threads(loop, self._most)
         self._awaited = KeyCounts()  # of those that run
+        self._asked = KeyCounts()  # answers that are waited for
         self._by_name: dict[tuple[bytes, str], LookUp] = {}
         self._refused: set[tuple[bytes, str]] = set()
 
@@ -3296,18 +3297,20 @@ class LookUps(FairQueue):
         """done() gets (family, socket address) of each address of a host, within connect_timeout. All that ask for one
         name with one key meanwhile share a look-up."""
         def on_found(found: Any, error: Exception | None) -> None:
+            self._asked.change(key, -1)
             done(found and [(family, (sockaddr[0], address.port, *sockaddr[2:])) for family, sockaddr in found], error)
         name = address.host.lower()
         if (key, name) in self._refused:
             return done(None, ConnectError("the name look-up took too long just now"))
+        if self._asked.of(key) >= self.MOST_WAITING:
+            return done(None, ConnectError("too many name look-ups of this client wait already"))
+        self._asked.change(key, 1)
         if (key, name) in self._by_name:
             return self._by_name[key, name].waiting.append(on_found)
         return self.submit(key, functools.partial(look_up, Address(address.host, 0)), on_found, name)
 
     def submit(self, key: bytes, task: Callable[[], Any], done: Done, name: str = "") -> None:
         """task() on a thread, then done(), within connect_timeout."""
-        if name and len(self._waiting[1].get(key, ())) >= self.MOST_WAITING:
-            return done(None, ConnectError("too many name look-ups of this client wait already"))
         made = LookUp(key, name, task, done, Deadline(self._loop))
         made.deadline.set(self._timeout, functools.partial(self._on_timeout, made))
         if name:
@@ -3345,14 +3348,15 @@ class LookUps(FairQueue):
         self._begin_waiting()
 
     def _tell(self, made: LookUp, result: Any, error: Exception | None) -> None:
-        """Tells all that wait, once, each by a call of its own: a mistake of one takes no answer from the others."""
+        """Tells all that wait, once, each in a turn of its key: thousands may wait for one name."""
         if made.waiting:
             made.deadline.clear()
             self._by_name.pop((made.key, made.name), None)
             if made.began < NEVER:
                 self._awaited.change(made.key, -1)
-        while made.waiting:
-            self._loop.call_later(0, functools.partial(made.waiting.pop(0), result, error))
+        for done in made.waiting:
+            self._loop.take_turn(made.key, functools.partial(lambda done, _mask: done(result, error), done))
+        made.waiting = []
 
 
 @functools.lru_cache(maxsize=None)
