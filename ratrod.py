@@ -5829,7 +5829,8 @@ class UdpSessions:
         """Ends the sessions that have been idle too long."""
         since = self._owner.loop.now - self._timeout
         for key, sessions in list(self._of_key.items()):
-            for session in list(itertools.takewhile(lambda session: session.last_used <= since, sessions)):
+            idle = itertools.takewhile(lambda session: session.last_used <= since, sessions)
+            for session in list(itertools.islice(idle, 512)):  # a second: 5,000 at once took 0.3 s
                 session.udp.end(session)
             if not sessions:
                 del self._of_key[key]
