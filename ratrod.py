@@ -4116,11 +4116,8 @@ class Quota(KeyCounts):
                 raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
 
     def take(self, key: Any, more: int = 0) -> None:
-        have = self.by_key.get(key, 0)
-        if self.total >= self.most or have - more >= self.most_of_key:
-            self.check(key, more)
-        self.total += 1
-        self.by_key[key] = have + 1
+        self.check(key, more)
+        self.change(key, 1)
 
     def give_back(self, key: Any) -> None:
         self.change(key, -1)
@@ -7395,8 +7392,7 @@ class Acceptor(Keeper):
         if self._quota is not None:
             self._quota.give_back(stream.peer_key)
         self._opens.pop(stream, None)
-        if self._detached:
-            self._forget_detached(stream)
+        self._forget_detached(stream)
         number = stream.peer_key, stream.id
         if (error is not None or not stream.keeps) and self._streams.pop(number, None) is not None and stream.keeps:
             self._ended.add(number, True)
@@ -7405,8 +7401,7 @@ class Acceptor(Keeper):
         stream.out.close()
         number = stream.peer_key, stream.id
         if self._streams.pop(number, None) is not None or has_seen_over:
-            if self._detached:
-                self._forget_detached(stream)
+            self._forget_detached(stream)
             if has_seen_over and stream.attempt == 1:
                 self._ended.discard(number)
             else:
@@ -8439,7 +8434,7 @@ class Server(Endpoint):
             except Overloaded as overloaded:
                 label = new_label(link.name, open_.target)
                 return self.acceptor.refuse(link, label, open_.target, overloaded)
-        if not is_attach and (self.loop.now - link.born > self.limits.link_age or self.draining):
+        if not is_attach and self.loop.now - link.born > self.limits.link_age:
             return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:
             return UdpLink(self, link.peer_key).accept(link)
