@@ -389,7 +389,7 @@ class PeerError(RemoteProtocolError):
     """The peer ended a stream or a link with an Error message."""
 
     def __init__(self, code: int, text: str):
-        super().__init__(printable(text))
+        super().__init__(printable(text) or "the other side gives no reason")
         self.code, self.exit_code = code, 3 if code == INVALID_KEY else 1
 
 

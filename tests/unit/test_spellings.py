@@ -60,7 +60,7 @@ def test_without_a_rule_only_plain_spellings_lead_there():
 @given(st.text())
 def test_whatever_is_made_printable_is(text):
     shown = ratrod.printable(text)
-    assert shown.isprintable() and len(shown) <= 203
+    assert shown.isprintable() and len(shown) <= 203 and str(ratrod.PeerError(ratrod.UNKNOWN, text))
     assert not any(character in FORBIDDEN for character in shown)
 
 
