@@ -6276,8 +6276,8 @@ class SocksPort(UdpPort):
     datagram names its target. One sender is heard: the one that ASSOCIATE names, or that of the first datagram, on the
     machine of the TCP connection. Others on that machine have not given the password of --socks-user."""
 
-    def __init__(self, client: Client, sock: socket.socket, asked: str, outer: int):
-        self._host, self.outer, self._client = sock.getpeername()[0], outer, client
+    def __init__(self, client: Client, sock: socket.socket, peer: str, asked: str, outer: int):
+        self._host, self.outer, self._client = peer, outer, client
         host, _, port = asked.rpartition(":")
         with contextlib.suppress(ValueError):  # a name is no machine: PySocks names `0`
             named = parse_ip(host.strip("[]"))
@@ -9067,10 +9067,8 @@ class SocksEntrance:
         self.negotiations.discard(negotiation)
         address, request = negotiation.address, negotiation.handshake
         assert isinstance(request, SocksHandshake)
-        if failure and (isinstance(failure, (Departed, LocalFailed)) or not negotiation.heard):
-            return log.debug("SOCKS client `%s`: %s", show_address(address), reason(failure))
         if failure:
-            return self._complain(address, failure)
+            return self._complain(address, failure, negotiation.heard)
         try:
             self._answer(negotiation.sock, address, request)
         except (ValueError, OSError, RemoteProtocolError) as error:
@@ -9088,16 +9086,19 @@ class SocksEntrance:
             stream.join(sock)
             client.pool.take(stream)
         elif request.command == request.ASSOCIATE and isinstance(address, tuple):  # a Unix socket has no address
-            client.associations.add(SocksPort(client, sock, request.target, next(self._outers)))
+            client.associations.add(SocksPort(client, sock, address[0], request.target, next(self._outers)))
         else:
             raise RemoteProtocolError("it asks for command %d, and here are only CONNECT and, but for Unix sockets, UDP"
                                       " ASSOCIATE" % request.command)
 
-    def _complain(self, address: Any, error: Exception) -> None:
+    def _complain(self, address: Any, error: Exception, was_heard: bool = True) -> None:
         """SOCKS has hardly any words for a reason, so the log says it. The cause is without names: they may be many."""
+        line = "SOCKS client `%s`: %s" % (show_address(address), reason(error))
+        if not was_heard or isinstance(error, (Departed, LocalFailed, ConnectionError)):  # one that left
+            return log.debug("%s", line)
         cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
-        self._loop.complain("❌ %%d more SOCKS clients: %s" % cause,
-                            "❌ SOCKS client `%s`: %s" % (show_address(address), reason(error)))
+        self._loop.complain("❌ %%d more SOCKS clients: %s" % cause, "❌ " + line)
+        return None
 
     def close(self) -> None:
         for negotiation in list(self.negotiations):
