@@ -6962,10 +6962,8 @@ class Reach(Retry):
         """done(link, None) or done(None, error). `open_`: what a legacy handshake names. `server`: the one to ask."""
         def finish(link: Link | None, error: Exception | None) -> None:
             self.dials.discard(dial)
-            if link is None:
-                self._client.counters.handshakes_failed += 1
-            else:
-                self._client.counters.links += 1
+            self._client.counters.links += link is not None
+            self._client.counters.handshakes_failed += link is None
             done(link, error)
         dial = Dial(self._client, self, open_, finish, report, server)
         self.dials.add(dial)
@@ -7020,7 +7018,6 @@ class Dial:
 
     def __init__(self, client: Client, reach: Reach, open_: Open | None, done: Done, report: Report, server: str):
         self._client, self._reach, self._open, self._done, self._report = client, reach, open_, done, report
-        self._limits = client.limits
         self._keys = client.keys
         in_turn = client.servers[reach.current:] + client.servers[:reach.current]
         self._left = [
@@ -7028,7 +7025,7 @@ class Dial:
         self._is_one = bool(server)
         self._failures: dict[str, Exception] = {}
         self.born = client.loop.now
-        self._until = time.monotonic() + self._limits.connect_timeout
+        self._until = time.monotonic() + client.limits.connect_timeout
         self._server: Place = in_turn[0]
         self._step: Connector | Negotiation | None = None
         self._is_closed = False
@@ -7045,7 +7042,7 @@ class Dial:
         if not self._left:
             return self._done(None, self._reach.sum_up(self._failures))
         # Each server gets its share of the time, as each of its addresses does.
-        left, whole = self._until - time.monotonic(), self._limits.connect_timeout
+        left, whole = self._until - time.monotonic(), self._client.limits.connect_timeout
         share = max(left / len(self._left), whole / len(self._client.servers))
         self._server = self._left.pop(0)
         if isinstance(self._server, SshHost):
@@ -7072,7 +7069,7 @@ class Dial:
         else:
             self._report("✅ Connected to server `%s` ...", server)
         # A server that takes connections and says nothing must leave time for the other servers.
-        whole = self._limits.handshake_timeout
+        whole = client.limits.handshake_timeout
         patience = max(whole / len(client.servers), min(whole, self.LEAST_HANDSHAKE))
         self._step = Negotiation(client.loop, sock, server, handshake, patience, self._on_negotiated)
         self._step.start(client.threads.submit)
@@ -7097,8 +7094,7 @@ class Dial:
         self._report("⏳ Awaiting challenge validation ...")
 
     def _on_negotiated(self, negotiation: Negotiation, error: Exception | None) -> None:
-        handshake = negotiation.handshake
-        client = self._client
+        client, handshake = self._client, negotiation.handshake
         if self._is_closed:
             return negotiation.sock.close()
         if handshake.peer_key:
@@ -7130,7 +7126,7 @@ class Dial:
         if link.is_resumable:
             with contextlib.suppress(OSError):  # it is closed already: its first read tells
                 link.path = sock.getsockname()[0], sock.getpeername()
-        link.due = client.loop.now + self._limits.handshake_timeout
+        link.due = client.loop.now + client.limits.handshake_timeout
         link.update()
         return link
 
