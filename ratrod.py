@@ -4595,7 +4595,9 @@ class Link(Channel):
         if not self.is_held and self.loop.awake - self.heard_at >= self.owner.limits.doubt:
             return True
         info = self.transport.tcp_info()
-        return not info.rtt or self.loop.awake - info.last_ack_recv / 1000 <= self.doubted_at
+        if info.rtt:
+            return self.loop.awake - info.last_ack_recv / 1000 <= self.doubted_at
+        return self.path is not None  # not on Linux: a client can try another way, while a server waits for bytes
 
     def poll(self) -> None:
         """Processes what has come meanwhile, and sees the FIN that may stand behind it."""

@@ -106,6 +106,17 @@ def test_a_reverse_tunnel_that_nobody_has_used_for_an_hour():
         back.close()
 
 
+def test_a_visitor_of_a_reverse_tunnel_takes_no_link_from_another_one():
+    """Its link doubts the others' paths. A Unix socket tells nothing of its path, as any socket of another system than Linux."""
+    machine = Reverse()
+    machine.originate(rounds=30)
+    machine.pass_time(seconds=5)
+    machine.originate(rounds=30)
+    machine.pass_time(seconds=5)
+    assert [stream.attempt for stream in machine.ends.server.counters.streams] == [1, 1]
+    machine.teardown()
+
+
 def test_a_datagram_for_which_a_link_is_taken_while_others_wait():
     """Those that waited were sealed in the buffer in which it lay: the target got their ciphertext."""
     machine = Datagrams()
