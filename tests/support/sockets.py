@@ -47,7 +47,10 @@ def free_port(n=1):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + n):
                 for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                    stack.enter_context(socket.socket(socket.AF_INET, kind)).bind(("", port))
+                    made = stack.enter_context(socket.socket(socket.AF_INET, kind))
+                    # Connections that are over hold it up for a minute (TIME_WAIT), but no listener.
+                    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM and os.name == "posix")
+                    made.bind(("", port))
             return first
     raise AssertionError("no %d free ports in a row" % n)
 
