@@ -4088,8 +4088,8 @@ def _clear_path(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "a file that is no socket is there")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1)
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(BlockingIOError):  # its queue is full
+            probe.setblocking(False)
             probe.connect(path)
         raise FileExistsError(errno.EADDRINUSE, "another program listens there")
     except FileNotFoundError:
