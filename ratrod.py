@@ -3785,7 +3785,7 @@ class Connector:
             if sock and code in (0, errno.EISCONN):
                 return self._finish(sock, None)
             is_connecting = code in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
-            if sock and is_connecting and not is_unix:  # a Unix socket whose queue is full stays as it is
+            if sock and is_connecting and not is_unix:
                 if len(self._tries) >= TRIES_AT_ONCE:
                     self._tries.pop(next(iter(self._tries))).close()
                 self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
@@ -3796,6 +3796,10 @@ class Connector:
                 return None
             if sock:
                 sock.close()
+            if is_connecting and is_unix:  # its queue is full, and no event tells when there is room: it is asked again
+                self._addresses.append((family, sockaddr))
+                self._next_try = Deadline(self._loop, STAGGER, self._try_next)
+                return None
             self._error = OSError(code, os.strerror(code))
         if not self._tries:
             self._finish(None, self._error)
@@ -6420,12 +6424,13 @@ class SshLinks:
                               " with --ssh-command" % printable(" ".join(self._command)))
         self._options = "%s ConnectTimeout=%d" % (SSH_OPTIONS, max(1, limits.connect_timeout))
         self.patience = limits.connect_timeout + limits.handshake_timeout
-        self._marker = b"\nratrod %s\n" % os.urandom(16).hex().encode("ascii")
-        self._program = zlib.compress(b"%s\ninf = NEVER\nserve_pipe(%r, %r)\n" % (
-            own_source().encode("utf-8"), self._marker, limits._asdict()))
+        marker = b"\nratrod %s\n" % os.urandom(16).hex().encode("ascii")
+        program = zlib.compress(b"%s\ninf = NEVER\nserve_pipe(%r, %r)\n" % (
+            own_source().encode("utf-8"), marker, limits._asdict()))
+        self.handshake = functools.partial(PipeHandshake, program, marker)
         # The login shell there expands a ~ in front of the path, and takes nothing in the path apart.
         python = re.sub("^'(~[^/]*/)", r"\1'", shlex.quote(self._python))
-        self._boot = '%s -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (python, BOOTSTRAP.hex(), len(self._program))
+        self._boot = '%s -IS -c "exec(bytes.fromhex(\'%s\'))" %d' % (python, BOOTSTRAP.hex(), len(program))
         self._starting = threading.Lock()  # held while a link starts, or the connection for it is made: one at a time
         self._lock = threading.Lock()  # guards the attributes below
         self._links: list[SshLink] = []  # those whose process runs
@@ -6463,9 +6468,6 @@ class SshLinks:
                 return link
         except OSError as error:
             raise ConnectError("cannot run `%s`: %s" % (self._command[0], reason(error))) from None
-
-    def handshake(self) -> PipeHandshake:
-        return PipeHandshake(self._program, self._marker)
 
     def explain(self, link: SshLink, handshake: PipeHandshake, error: Exception) -> RatrodError | None:
         """Why the handshake failed: what to give up with, None for another try. On a thread; link.sock is closed."""
