@@ -3001,7 +3001,6 @@ class EventLoop:
         for sock in [*self.sockets, self.waker]:
             with contextlib.suppress(OSError):
                 os.close(sock.detach())
-        self.sockets.clear()
 
     def _time_to_next_call(self) -> float | None:
         if self._calls or self._turns.waiting:
@@ -3536,16 +3535,15 @@ class Transport:
 
 
 class LastWord:
-    """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for `patience` seconds at most:
+    """Sends a few bytes and FIN, then discards what comes until the other side's FIN, for two seconds at most:
     closing on unread bytes would be a reset, which destroys the last word. Beyond LAST_WORDS the oldest closes."""
 
-    def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes, patience: float = 2.0,
-                 on_close: Callable[[LastWord], None] = lambda _self: None):
-        self._loop, self._data, self._on_close, self.is_closed = loop, bytearray(data), on_close, False
+    def __init__(self, loop: EventLoop, sock: socket.socket, data: bytes):
+        self._loop, self._data = loop, bytearray(data)
         while len(loop.last_words) >= LAST_WORDS:
             next(iter(loop.last_words)).close()
         loop.last_words[self] = None
-        self._deadline = Deadline(loop, patience, self.close)
+        self._deadline = Deadline(loop, 2.0, self.close)
         self._transport = Transport(loop, sock, self._on_event)
         self._on_event(WRITE)
 
@@ -3562,12 +3560,10 @@ class LastWord:
             self.close()
 
     def close(self, _error: Exception | None = None) -> None:
-        if not self.is_closed:
-            self.is_closed = True
-            self._loop.last_words.pop(self)
+        if self in self._loop.last_words:
+            del self._loop.last_words[self]
             self._deadline.clear()
             self._transport.close()
-            self._on_close(self)
 
     abort = close
 
@@ -7084,7 +7080,7 @@ class Dial:
         if client.options.legacy:
             return LegacyClientHandshake(client.keys, self._open or Open(TCP, ""),
                                          should_encrypt=client.options.encrypt, check_key=self._check_server)
-        return NoiseClientHandshake(client.keys, client.suites, check_key=self._check_server,
+        return NoiseClientHandshake(client.keys, offered_suites(), check_key=self._check_server,
                                     is_known=self._server in self._reach.answered)
 
     def _check_server(self, key: bytes) -> None:
@@ -7499,10 +7495,6 @@ class Endpoint:
         self._swept_at = boot_time()
         self._sweeper = loop.call_later(limits.sweep_interval, self._on_sweep)
 
-    @functools.cached_property
-    def suites(self) -> list[Suite]:
-        return offered_suites()
-
     def start(self) -> None:
         raise NotImplementedError
 
@@ -7805,7 +7797,7 @@ class Admission:
         server = self._server
         check_key = functools.partial(server.admit, is_legacy)
         if not is_legacy:
-            return NoiseServerHandshake(server.keys, server.suites, check_key=check_key, instance=server.instance)
+            return NoiseServerHandshake(server.keys, offered_suites(), check_key=check_key, instance=server.instance)
         return LegacyServerHandshake(server.keys, check_key) if server.is_legacy else None
 
     def _turn_away(self, victim: Negotiation) -> None:
@@ -9914,7 +9906,6 @@ DEFAULTS: dict[str, Any] = {
 # Any other option has the name of its field, one that limits something with or without "max-" in front.
 FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-retry-count": "retries",
           "--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
-NUMERIC = "SECS", "N", "BYTES"  # the errors of these name their option
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
 FOR_SSH = {"--ssh-command", "--remote-python"}
 NOT_FOR_SSH = {"--key-path", "--accept-all-hosts", "--accept-new"}
@@ -10054,7 +10045,7 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = types.Mappi
         field = _field_of(name)
         (limits if field in Limits._fields else fields)[field] = tuple(value) if isinstance(value, list) else value
     fields.update(command=command, limits=DEFAULT_LIMITS._replace(**limits), environment={
-        name: word if reader.value_of[name] not in ("", *NUMERIC) else "" for name, word in variables.items()})
+        name: word if reader.value_of[name] and not word.isdigit() else "" for name, word in variables.items()})
     return Options(**fields)
 
 
@@ -10092,7 +10083,7 @@ def _convert(name: str, value: Any, kind: str) -> Any:
     word = value[-1] if isinstance(value, list) else value
     if kind == "FORMAT" and word not in ("text", "json"):
         raise UsageError("`%s` takes text or json, not `%s`" % (name, printable(word)))
-    if kind not in NUMERIC:
+    if kind not in ("SECS", "N", "BYTES"):
         return word
     convert, what, form = (float, "seconds, a number", r"[0-9]{1,6}(?:\.[0-9]+)?") if kind == "SECS" else (
         int, "a whole number", "[0-9]{1,9}")
@@ -10277,22 +10268,19 @@ def set_up_logging(level: int, as_json: bool = False) -> None:
     log.setLevel(level)
 
 
-def log_writers() -> list[LogWriter]:
-    return [handler for handler in log.handlers if isinstance(handler, LogWriter)]
-
-
 def flush_log() -> None:
     """Before something else is written to the terminal."""
-    for writer in log_writers():
-        writer.flush()
+    for handler in log.handlers:
+        handler.flush()
 
 
 def draw_status(client: Client, before: Snapshot | None = None) -> None:
     """Draws the status line now and each second, where the log has a place for it."""
     shot = Snapshot(client)
-    for writer in log_writers():
-        # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
-        writer.show("" if before and shot.now - before.now > 3 else show_line(shot, before or shot))
+    for writer in log.handlers:
+        if isinstance(writer, LogWriter):
+            # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
+            writer.show("" if before and shot.now - before.now > 3 else show_line(shot, before or shot))
     client.loop.call_later(1.0, lambda: draw_status(client, shot))
 
 
