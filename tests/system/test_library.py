@@ -361,7 +361,7 @@ def test_who_is_not_known(ends, server, keys, tmp_path, tcp_echo):
     keys.client.write("known_hosts", "%s %s\n" % (make_keys(tmp_path / "other").public, where))
     ends.fails(ratrod.AuthenticationError, "HAS CHANGED", server, accept_new=True)
     # The other way round: a client that is not authorized.
-    keys.server.write("authorized_keys", "")
+    keys.server.write("authorized_keys", "# nobody\n")
     ends.fails(ratrod.AuthenticationError, "authorized_keys", server, accept_all_hosts=True)
 
 
@@ -582,7 +582,8 @@ def test_nothing_is_written_and_no_logging_is_set_up(run_silently):
         with contextlib.suppress(ConnectionResetError), socket.create_connection(server.address) as stranger:
             stranger.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
             stranger.recv(100)
-        os.remove(SERVER + "/authorized_keys")
+        with open(SERVER + "/authorized_keys", "w") as file:
+            file.write("# nobody\\n")
         fails(ratrod.AuthenticationError, there, CLIENT)
         assert not logging.getLogger().handlers
         own = logging.getLogger("ratrod")
