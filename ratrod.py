@@ -5926,7 +5926,7 @@ class UdpLink(LinkUser):
             if not oldest:
                 queue.popleft()
         self._count()
-        return None if link else self.ask_for_link()
+        return self.on_update() if link else self.ask_for_link()
 
     def _count(self) -> None:
         n = sum(len(run) for _, run in self._queue) + len(self._rest)

@@ -65,6 +65,12 @@ def test_a_udp_link_that_held_for_datagrams_of_sessions_that_have_ended():
                                          update=lambda: udp.on_update())
         udp._go_on()
         assert not udp.link.is_held
+        udp.link.out = b"what the other side does not read"
+        ratrod.DATAGRAM_HEADER.pack_into(loop.scratch_out, ratrod.HEADROOM, 1, 1)
+        for _ in range(100):
+            loop.now += 0.02
+            udp.send_run(ratrod.HEADROOM + ratrod.DATAGRAM_HEADER.size + 1)
+        assert len(udp._queue) <= 11, "what is too old goes: 256 KiB of single bytes had been 30 times as much memory"
 
 
 def test_a_socks_client_that_reset_its_connection_before_the_reply(monkeypatch):
