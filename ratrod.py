@@ -7222,7 +7222,7 @@ class Acceptor(Keeper):
     and its target. `quota` bounds the streams. A stream belongs to the key of its link's peer.
     """
 
-    def __init__(self, owner: Endpoint, quota: Quota | None, connect: Callable[..., None],
+    def __init__(self, owner: Endpoint, quota: Quota, connect: Callable[..., None],
                  permit: Callable[[AcceptorStream, Link], Any],
                  answer: Callable[[str, Exception], tuple[Exception, Error]],
                  name: Callable[[Link, Open], tuple[str, str]]):
@@ -7236,6 +7236,10 @@ class Acceptor(Keeper):
         self._ended = EndedNumbers(self.loop)
 
     # ---- Open
+
+    def is_known(self, number: tuple[bytes, bytes]) -> bool:
+        """Whether an Open of this key and number begins no new stream, whatever attempt it says it is."""
+        return number in self._streams or self._ended.get(number) is not None
 
     def open(self, link: Link, open_: Open) -> None:
         if not link.is_resumable:
@@ -7344,12 +7348,13 @@ class Acceptor(Keeper):
         super().on_detached(stream, link, error)
         self._detached[stream] = None
         self._detached_of.change(stream.peer_key, 1)
-        self._limit_detached(stream.peer_key)
+        if self._detached_of.of(stream.peer_key) > DETACHED_OF_KEY:
+            self._reset_longest(stream.peer_key)
+        elif len(self._detached) > max(1, self._quota.most // 2):
+            self._reset_longest(self._greediest())
 
     def _take(self, key: bytes) -> None:
         """One stream more, in place of a detached one where there is no room; Overloaded where nothing makes room."""
-        if self._quota is None:
-            return
         while True:
             try:
                 return self._quota.take(key)
@@ -7357,13 +7362,6 @@ class Acceptor(Keeper):
                 is_own = self._quota.of(key) >= self._quota.most_of_key
                 if not self._reset_longest(key if is_own else self._greediest()):
                     raise
-
-    def _limit_detached(self, key: bytes) -> None:
-        half = self._quota.most // 2 if self._quota is not None else DETACHED_OF_KEY
-        if self._detached_of.of(key) > DETACHED_OF_KEY:
-            self._reset_longest(key)
-        elif len(self._detached) > max(1, half):
-            self._reset_longest(self._greediest())
 
     def _greediest(self) -> bytes:
         return max(self._detached_of.by_key, key=self._detached_of.of, default=b"")
@@ -7385,8 +7383,7 @@ class Acceptor(Keeper):
 
     def on_ended(self, stream: AcceptorStream, error: Exception | None) -> None:
         """The only place where a stream's part of the quota is given back."""
-        if self._quota is not None:
-            self._quota.give_back(stream.peer_key)
+        self._quota.give_back(stream.peer_key)
         self._opens.pop(stream, None)
         self._forget_detached(stream)
         number = stream.peer_key, stream.id
@@ -8419,7 +8416,7 @@ class Server(Endpoint):
             self.rules.admit(link.peer_key, now=self.loop.now)
         except AuthenticationError as error:
             return link.refuse(Error(INVALID_KEY, str(error)))
-        is_attach = open_.kind == TCP and open_.attempt > 1
+        is_attach = open_.kind == TCP and self.acceptor.is_known((link.peer_key, open_.stream))
         if link.is_extra and not is_attach:
             try:
                 self._links_of.check(link.peer_key, 1)
@@ -8817,7 +8814,8 @@ class ReverseTunnel(LinkUser):
         self.waiting: set[Link] = set()
         self.busy: set[Link] = set()
         self.retry = Retry(client, client.options.retries, self.ask_more)
-        self.acceptor = Acceptor(client, None, self._connect, lambda _stream, _link: None, self._answer, self._name)
+        any_number = Quota(sys.maxsize, sys.maxsize, "")
+        self.acceptor = Acceptor(client, any_number, self._connect, lambda *_: None, self._answer, self._name)
 
     # ---- links that wait at the server
 

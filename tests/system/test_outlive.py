@@ -283,13 +283,13 @@ def test_rule_08_at_a_limit_a_detached_stream_makes_room(link, hold, limit):
 
 def test_rule_09_an_attach_passes_the_limits(link, hold):
     """The key has all the links and streams that it may have. While a stream of it waits, it may have one more link, on which only an attach is
-    accepted."""
+    accepted, and no new stream that says it is one."""
     stream, local = hold(is_detached=True, flags=("--max-links-per-key", "2", "--max-streams-per-key", "1"))
     links = [link() for _ in range(2)]
-    for _ in range(2):
+    for attempt in (1, 2):
         extra = link()
         with pytest.raises(PeerError, match="as many connections of this client"):
-            extra.open(stream.target).wait_opened()
+            peer.Stream(peer.Open(TCP, stream.target, b"", b"some new number.", attempt - 1)).attach(extra).wait_opened()
         extra.finish()
     attach(stream, link())
     talk(stream, local)
