@@ -5337,7 +5337,8 @@ class Stream(LinkUser):
         return None
 
     def _on_local_failed(self, error: OSError) -> None:
-        self.fail(LocalFailed("its local connection broke: %s" % reason(error)))
+        whose = "originator" if self.role == OPENER else "remote"  # the other side shows this text too
+        self.fail(LocalFailed("the connection to the %s broke: %s" % (whose, reason(error))))
 
     def fail(self, error: Exception, answer: Error | None = None) -> None:
         """This side of the stream broke, or no link was found for it in time: a reset here, and Error tells the other

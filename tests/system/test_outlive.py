@@ -479,7 +479,7 @@ def test_rule_11_a_client_abandons_what_failed_while_it_was_detached(home, origi
     home.cut_all()
     eventually(lambda: home.target.accepted > links, "the client has noticed, and makes another link")
     peer.reset(originator)
-    originate.client.wait_for("reset .its local connection broke")
+    originate.client.wait_for("reset .the connection to the originator broke")
     home.open.set()
     eventually(lambda: any(stream.number in made.abandoned for made in home.links), "Abandon")
     assert stream.attempt == 1
