@@ -6718,8 +6718,6 @@ class Opener(Keeper):
         # The server may have ended while the handshake's last step was on its thread.
         if not link.is_completed and link.state == IDLE:
             link.poll()
-        if link.state != IDLE:
-            return
         if self._abandoned:
             self._say_abandoned(link)
         if link.state != IDLE:
