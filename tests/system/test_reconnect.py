@@ -414,7 +414,7 @@ def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, 
     wake(client, mode)
     serve(*mode.serve, bind="127.0.0.1:%d" % good)
     eventually(lambda: works(tcp_port(client)), "it is with the good one again")
-    keys.server.write("authorized_keys", "")
+    keys.server.write("authorized_keys", other.public + "\n")  # an empty one, as editors leave it for a moment, would not count yet
     client = connect_to([bad, good], mode)
     assert client.wait() == AUTHENTICATION_FAILED
     assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: none of .*").group() for port in (bad, good))
