@@ -4728,7 +4728,9 @@ class LegacyLink(Link):
             return self.abort(PeerError(content.code, content.text))
         if kind not in LEGAL.get((self.state, self.role), ()):
             raise RemoteProtocolError("a message that does not belong there (while %s)" % self.state)
-        self.is_completed = True  # Opened goes before anything else
+        if not self.is_completed:  # Opened goes before anything else
+            self.is_completed = True
+            self.owner.on_completed(self)
         if kind == END:
             if self._has_end and self._eof:  # FIN after a Shutdown
                 return
@@ -8692,11 +8694,8 @@ class Pool(Opener):
             return self._on_dial_failed(waiter, error or ConnectError("unknown reason"))
         if waiter is None:
             return self.adopt(link)
-        is_wanted = waiter in self.waiting  # or it has given up
-        if is_wanted:
+        if waiter in self.waiting:  # or it has given up
             self.waiting.remove(waiter)
-        self.on_completed(link)
-        if is_wanted:
             return waiter.open(link, self._patience)
         # A legacy target has been connected already: a clean end would tell it that somebody had nothing to say.
         return link.abort(LinkClosed("nobody waits for it any more"))
@@ -9033,7 +9032,6 @@ class FirstConnection(LinkUser):
     def on_record(self, link: Link, kind: int, content: Any) -> None:
         """On the original's wire Opened says that the server has let this client in."""
         link.detach()
-        self._client.on_completed(link)
         link.close()
 
 
@@ -9257,7 +9255,7 @@ class Client(Endpoint):
         if is_final(error):
             self.pool.reset_detached(error, link.name)
         elif link.is_legacy and self.started:
-            return None
+            return self.pool.on_completed(link)
         failure = self.reach.pass_by(link.name, error)
         if failure:
             return self.pool.on_failed(failure) if self.started else self._first.fail(failure)

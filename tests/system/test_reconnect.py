@@ -294,6 +294,7 @@ def test_a_key_that_was_removed_meanwhile_and_another_host_key(serve, ratrod, co
     keys.server.write("authorized_keys", "")
     server, _ = serve(*mode.serve, bind="127.0.0.1:%d" % port)
     assert_told("does not know this client's key.*" + re.escape(keys.client.public))
+    assert "again, after" not in client.output, "it was not let in"
     keys.server.write("authorized_keys", keys.client.public + "\n")
     eventually(lambda: works(tcp_port(client)), "it is let in again")
     counted, away = start(*COUNTED), "ERROR .*Lost the server .*Connection refused"
