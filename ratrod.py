@@ -822,6 +822,8 @@ class KeyLines:
             if signature == self._cache[0] and is_settled and not self._is_stale:
                 self._counted_at = now
                 return self._cache
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
+                raise OSError(errno.EINVAL, "it is no plain file")
             problems = find_writers(self.path, status, self.is_strict)
             text = read_text(self.path)
             is_gone, (lines, broken) = not text, self._parse(text)
@@ -959,10 +961,9 @@ class KeyFolder:
     def exists(self) -> bool:
         """Whether there may be a key file. One that cannot be looked at is not replaced, and load() says why."""
         try:
-            os.lstat(self.key_file)
+            return bool(os.lstat(self.key_file))
         except OSError as error:
             return not isinstance(error, FileNotFoundError)
-        return True
 
     def load(self) -> KeyPair:
         """The identity in the key file. ConfigError names the file, what is wrong with it and what to do."""
@@ -3928,10 +3929,9 @@ def listen(address: Address, kinds: Sequence[int] = (socket.SOCK_STREAM,), share
             is_busy, is_denied = (getattr(error, "errno", 0) == code for code in (errno.EADDRINUSE, errno.EACCES))
             if is_busy and tries:
                 continue
-            hint = (". Is another program, or another ratrod, on that port?" if is_busy else
+            udp = " Where it is taken for UDP alone, tcp: in front of the tunnel leaves UDP out" * (len(kinds) > 1)
+            hint = (". Is another program, or another ratrod, on that port?" + udp if is_busy else
                     ". Ports below 1024 take root or CAP_NET_BIND_SERVICE" if is_denied else "")
-            if is_busy and len(kinds) > 1:
-                hint += " Where it is taken for UDP alone, tcp: in front of the tunnel leaves UDP out"
             raise RatrodError("cannot listen on `%s`: %s%s" % (address, reason(error), hint)) from None
 
 

@@ -195,15 +195,15 @@ def test_a_list_that_is_being_written_is_not_empty(listed, monkeypatch, allowed,
         assert list(lines.read()) == [B]
 
 
-@pytest.mark.parametrize("becomes", ["nothing", "a folder", "a loop", "dangling"])
+@pytest.mark.parametrize("becomes", ["nothing", "a folder", "a pipe", "a loop", "dangling"])
 def test_a_list_that_cannot_be_read_lists_nobody(listed, monkeypatch, becomes):
     lines, write, path = listed
     monkeypatch.setattr(ratrod, "EMPTY_FOR", 0)
     write(base64url(A), when=LONG_AGO)
     assert lines.read()
     path.unlink()
-    if becomes == "a folder":
-        path.mkdir()
+    if becomes in ("a folder", "a pipe"):  # which nobody writes: who opens it waits for ever
+        (os.mkdir if becomes == "a folder" else os.mkfifo)(path)
     elif becomes != "nothing":
         path.symlink_to(path if becomes == "a loop" else path.with_name("nowhere"))
     assert lines.read() == {}
