@@ -464,6 +464,7 @@ def test_a_worker_that_is_stuck_does_not_hold_up_the_end_of_all(loop, pair, monk
     monkeypatch.setattr(ratrod.Workers, "PATIENCE", 0)
     with subprocess.Popen(["sleep", "60"]) as stuck:
         stuck.send_signal(signal.SIGSTOP)
+        os.waitpid(stuck.pid, os.WUNTRACED)  # a SIGTERM that comes before it stops goes before SIGSTOP
         ratrod.Workers(loop, ratrod.Callbacks(), {pair[0]: stuck.pid}, 0.0).drain()
         loop.turn()
         assert stuck.wait(PATIENCE) == -signal.SIGKILL
