@@ -5361,10 +5361,10 @@ class Stream(LinkUser):
         if link is not self.link:
             return
         self._let_go()
-        if not isinstance(error, LinkClosed) or not self.keeps:
+        if isinstance(error, PeerError) or not self.keeps:
             return self._finish(error)
-        if self.was_opened and not self.owner.limits.resume:
-            return self.fail(error)  # the other side may have a longer --resume
+        if not isinstance(error, LinkClosed) or self.was_opened and not self.owner.limits.resume:
+            return self.fail(error)  # the other side has seen the link break, and may wait for another one
         if self.give_up_at == NEVER:
             self.detached_at = self.loop.now
         if self.was_opened and not self.is_over:

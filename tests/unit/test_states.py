@@ -320,11 +320,12 @@ def test_a_local_failure_while_no_link_is_there_reaches_the_other_side(world, co
     world.finish()
 
 
-def test_a_client_that_resumes_nothing_says_so_to_a_server_that_would_wait(world, connection):
+@pytest.mark.parametrize("error", [ratrod.LinkSilent("--resume 0"), RuntimeError("a bug")], ids=str)
+def test_a_client_that_resumes_nothing_says_so_to_a_server_that_would_wait(world, connection, error):
     connection.app.write(1)
     world.settle()
     world.client.limits = world.client.limits._replace(resume=0)
-    world.pairs[0].cut(RESET)
+    world.pairs[0].opener.abort(error)
     connection.is_disturbed = True
     world.settle()
     following = join(world)
