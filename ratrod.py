@@ -548,10 +548,6 @@ class Decoder:
             raise RemoteProtocolError("a truth value of %d" % value)
         return bool(value)
 
-    def end(self) -> None:
-        if self.left:
-            raise RemoteProtocolError("%d bytes left over after a message" % self.left)
-
 
 _READ: dict[str, Callable[[Decoder], Any]] = {
     "b": Decoder.bytes, "s": Decoder.str, "?": Decoder.bool, "v": Decoder.varint,
@@ -571,7 +567,8 @@ def _encode(layout: str, fields: Iterable[Any]) -> bytes:
 def _decode(make: Any, layout: str, content: bytes | memoryview) -> Any:
     decoder = Decoder(content)
     fields = [_READ[letter](decoder) for letter in layout]
-    decoder.end()
+    if decoder.left:
+        raise RemoteProtocolError("%d bytes left over after a message" % decoder.left)
     return make(*fields) if make else fields[0] if fields else None
 
 
@@ -767,8 +764,8 @@ def find_writers(path: str, status: os.stat_result, is_strict: bool = False) -> 
         % (path, status.st_uid, os.getuid(), path)]
 
 
-Line = Tuple[int, Any]  # the line's number, and what KeyLines' `parse` made of the words behind the key
-Lines = Dict[bytes, Tuple[Line, ...]]  # by key
+# By key: each line's number, and what KeyLines' `parse` made of the words behind the key.
+Lines = Dict[bytes, Tuple[Tuple[int, Any], ...]]
 QUOTE = "['\"`\u2018\u201c\u201e]"
 LINE_END = re.compile("\r\0?\n\0?|[\r\n]\0?")  # with the zero characters of UTF-16
 
@@ -816,8 +813,7 @@ class KeyLines:
         try:
             status = os.stat(self.path)
             signature = (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-            # A file that changes twice within one tick of its file system's clock (FAT: 2 s) keeps its time. A time
-            # far in the future: the clock was set back.
+            # Within a tick of its clock (FAT: 2 s) a file may change twice. Far in the future: the clock was set back.
             is_settled = abs(now - max(status.st_mtime, status.st_ctime)) > 2
             if signature == self._cache[0] and is_settled and not self._is_stale:
                 self._counted_at = now
@@ -843,6 +839,7 @@ class KeyLines:
             "line %d of `%s` %s: %s" % (number, self.path, self.USELESS, why) for number, _, why in broken]
         return signature, self._cache[1] if lines == self._cache[1] else lines
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - 50 ms for 1,000 lines: for 2 s after a change each round reads them
     def _parse(self, text: str) -> tuple[Lines, list[tuple[int, str, str]]]:
         keys: Lines = {}
         broken = []
@@ -5790,8 +5787,7 @@ class UdpSession:
 
     def on_first_answer(self) -> None:
         """The target is found. A client that knows only its name is told the address."""
-        found = self.addresses[self.attempt % len(self.addresses)]
-        host, port = found[1][:2]
+        found = _, (host, port, *_) = self.addresses[self.attempt % len(self.addresses)]
         self.address, self.addresses = str(Address(host.split("%")[0], port)), [found]
         self.take_kept()
         if not is_address(parse_target(self.target).host) and self.udp.link:
@@ -7755,7 +7751,7 @@ class Admission:
 
     def accept(self, sock: socket.socket, address: Any) -> None:
         """A load balancer says first whose connection it is."""
-        if self._server.is_balancer(address):
+        if any(parse_ip(address[0]) in network for network in self._server.options.proxies):
             self._add("", sock, address, ProxyHeader(), self._on_introduced)
         else:
             self._begin(sock, address)
@@ -7952,10 +7948,8 @@ class Rules:
         could say with a PROXY header that he is another."""
         listening = [*self._server.metrics_at, *(listener.address[:2] for listener in self._server.listeners)]
         bound = [host.split("%")[0] for host, port in listening if port == sockaddr[1]]
-        if not bound:
-            return False
-        host, every = str(parse_ip(sockaddr[0])), "::" if family == socket.AF_INET6 else "0.0.0.0"
-        return host in bound or every in bound and is_here(sockaddr)
+        every = "::" if family == socket.AF_INET6 else "0.0.0.0"
+        return bool(bound) and (str(parse_ip(sockaddr[0])) in bound or every in bound and is_here(sockaddr))
 
     def permit(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
         """then(target, grants, None), or then(None, (), the reason why not)."""
@@ -8302,8 +8296,7 @@ class Server(Endpoint):
     def _check_rules(self) -> None:
         """Ends what the rules do not allow any more."""
         if self.rules.have_changed():
-            streams = self.counters.streams
-            for key in {link.peer_key for link in self.links} | {stream.peer_key for stream in streams}:
+            for key in {link.peer_key for link in self.links} | {stream.peer_key for stream in self.counters.streams}:
                 if not self.rules.grants(key, self.loop.now):
                     self._end_key(key)
             for session in list(self.counters.sessions):
@@ -8331,10 +8324,6 @@ class Server(Endpoint):
         self.acceptor.reset_detached(error, key)
 
     # ---- strangers
-
-    def is_balancer(self, address: Any) -> bool:
-        source = self.options.proxies and parse_ip(address[0])
-        return any(source in network for network in self.options.proxies)
 
     def admit(self, is_legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""

@@ -144,13 +144,6 @@ E_CLIENT, E_SERVER = b"\x11" * 32, b"\x22" * 32
 # ---------------------------------------------------------------------------------------------------- 2. messages
 
 
-def decode(layout, data):
-    decoder = ratrod.Decoder(data)
-    value = getattr(decoder, layout)()
-    decoder.end()
-    return value
-
-
 def test_varint_of_every_width():
     bad_varints = ["fb0000", "fb00fa", "fc00000000", "fc0000ffff", "fd" + "00" * 8, "fd00000000ffffffff", "fe", "ff", "fe" + "00" * 16]
     varints = [(0, "00"), (1, "01"), (250, "fa"), (251, "fb00fb"), (0xffff, "fbffff"), (1 << 16, "fc00010000"), (0xffffffff, "fcffffffff"),
@@ -158,11 +151,11 @@ def test_varint_of_every_width():
     wrong = [bytes.fromhex(wire) for wire in bad_varints]
     for n, text in varints:
         wire = bytes.fromhex(text)
-        assert ratrod.encode_varint(n) == wire and decode("varint", wire) == n
+        assert ratrod.encode_varint(n) == wire and ratrod._decode(None, "v", wire) == n
         wrong += [wire + b"\0", *(wire[:end] for end in range(len(wire)))]
     for wire in wrong:
         with row(wire):
-            pytest.raises(RemoteProtocolError, decode, "varint", wire)
+            pytest.raises(RemoteProtocolError, ratrod._decode, None, "v", wire)
 
 
 texts = st.text(max_size=60)
