@@ -717,6 +717,8 @@ class KeyPair(NamedTuple):
 
 def read_text(path: str, most: int = -1) -> str:
     """The text of a file. UTF-16 keeps its zero characters, by which find_foreign() knows it."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may have no end
+        raise OSError(errno.EINVAL, "it is no plain file")
     with open(path, "rb") as file:
         return file.read(most).decode("utf-8", "replace")
 
@@ -818,8 +820,6 @@ class KeyLines:
             if signature == self._cache[0] and is_settled and not self._is_stale:
                 self._counted_at = now
                 return self._cache
-            if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
-                raise OSError(errno.EINVAL, "it is no plain file")
             problems = find_writers(self.path, status, self.is_strict)
             text = read_text(self.path)
             is_gone, (lines, broken) = not text, self._parse(text)
