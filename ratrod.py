@@ -124,7 +124,7 @@ Options:
 #
 # At the server, `Admission.accept` starts a `Negotiation` for each stranger; `Server.admit` looks the key up, on a
 # thread; `Server._welcome` makes the `Link`. An Open comes to `Server.on_open`, and `Acceptor.open` gives it a
-# `Stream`. `Server._connect` asks the rules (`Rules.check`) and connects to the remote (`Connector`), and
+# `Stream`. `Server._connect` asks the rules (`Rules.find`) and connects to the remote (`Connector`), and
 # `AcceptorStream.accept` answers Opened.
 #
 # From then on both sides do the same. `Stream._read` reads what the local socket has. `Outgoing` keeps it until the
@@ -7951,13 +7951,18 @@ class Rules:
         every = "::" if family == socket.AF_INET6 else "0.0.0.0"
         return bool(bound) and (str(parse_ip(sockaddr[0])) in bound or every in bound and is_here(sockaddr))
 
-    def permit(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
-        """then(target, grants, None), or then(None, (), the reason why not)."""
+    def find(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
+        """then(target, its addresses, None), or then(None, None, the reason why not)."""
         try:
             target, grants = self.check(link, remote, is_udp)
         except PolicyError as error:
-            return then(None, (), error)
-        return self.ask(link.peer_key, "udp " * is_udp + str(target), lambda error: then(target, grants, error))
+            return then(None, None, error)
+
+        def on_answer(error: Exception | None) -> None:
+            if error or target.is_unix or is_literal(target.host):
+                return then(target, None if error or target.is_unix else [literal(target)], error)
+            return self._look_up(link.peer_key, grants, target, functools.partial(then, target), is_udp)
+        return self.ask(link.peer_key, "udp " * is_udp + str(target), on_answer)
 
     def ask(self, key: bytes, target: str, then: Callable[[Exception | None], None]) -> None:
         """then(None), or then(the reason why not); on a thread meanwhile: authorize() may take its time."""
@@ -7967,7 +7972,7 @@ class Rules:
             key, functools.partial(self._allows, key, target),
             lambda allows, error: then(None if allows else error or PolicyError("authorize() does not permit it")))
 
-    def look_up(self, key: bytes, grants: tuple[Grant, ...], target: Address, done: Done, is_udp: bool = False) -> None:
+    def _look_up(self, key: bytes, grants: tuple[Grant, ...], target: Address, done: Done, is_udp: bool) -> None:
         """done() gets those addresses of a name that may be connected to, or why there is none. An authorizer that has
         permitted the name is asked about its guarded addresses too."""
         def show(sockaddr: Any) -> str:
@@ -8451,15 +8456,11 @@ class Server(Endpoint):
         look-up counts for nothing there: names that a name server is silent about must not hold up all others."""
         key, until = link.peer_key, time.monotonic() + self.limits.connect_timeout
 
-        def on_permitted(target: Address, grants: tuple[Grant, ...], error: Exception | None) -> None:
-            def on_found(found: Any, error: Exception | None) -> None:
-                if error:
-                    done(None, error)
-                else:
-                    self._connecting.begin(key, functools.partial(begin, target, found))
-            if error or target.is_unix or is_literal(target.host):
-                return on_found(None, error)
-            return self.rules.look_up(key, grants, target, on_found)
+        def on_found(target: Address, found: Any, error: Exception | None) -> None:
+            if error:
+                done(None, error)
+            else:
+                self._connecting.begin(key, functools.partial(begin, target, found))
 
         def begin(target: Address, found: Any) -> None:
             if stream.is_over:  # it waited too long, or left
@@ -8470,7 +8471,7 @@ class Server(Endpoint):
         def on_connected(sock: socket.socket | None, error: Exception | None) -> None:
             self._connecting.done(key)
             done(sock, error)
-        self.rules.permit(link, stream.target, on_permitted)
+        self.rules.find(link, stream.target, on_found)
 
     @staticmethod
     def _answer(target: str, error: Exception) -> tuple[Exception, Error]:
@@ -8500,7 +8501,7 @@ class Server(Endpoint):
         except Overloaded as error:
             return done(error)
 
-        def on_found(found: Sequence[tuple[int, Any]] | None, error: Exception | None) -> None:
+        def on_found(_target: Address, found: Any, error: Exception | None) -> None:
             self._udp_look_ups.give_back(key)
             if session.is_over or not found:
                 return None if session.is_over else done(error)
@@ -8510,12 +8511,7 @@ class Server(Endpoint):
             except OSError as failure:
                 return done(failure)
             return done(None)
-
-        def on_permitted(target: Address, grants: tuple[Grant, ...], error: Exception | None) -> None:
-            if error or is_literal(target.host):
-                return on_found(None if error else [literal(target)], error)
-            return self.rules.look_up(key, grants, target, on_found, is_udp=True)
-        return self.rules.permit(link, session.target, on_permitted, is_udp=True)
+        return self.rules.find(link, session.target, on_found, is_udp=True)
 
     # ---- the end
 
