@@ -4493,7 +4493,7 @@ class Link(Channel):
     """One authenticated ratrod2 connection between client and server: what its records mean, and what it carries."""
 
     __slots__ = ("instance", "last", "idle_since", "due", "name", "is_completed", "is_resumable", "born",
-                 "is_extra", "doubted_at", "path")
+                 "is_extra", "doubted_at", "path", "tunnel", "source")
     is_legacy = False
 
     def __init__(self, owner: Endpoint, sock: socket.socket | None, handshake: Handshake, role: str, name: str = ""):
@@ -4506,6 +4506,8 @@ class Link(Channel):
         self.is_extra = False  # one more than its key may have: for an attach alone
         self.doubted_at = 0.0  # when a sign of life was last asked for, as heard_at by the clock that counts sleep
         self.path: tuple[str, Any] | None = None  # at a client: the addresses that it comes from and leads to
+        self.tunnel: Any = None  # of a Listen link: the ReverseTunnel, or at the server the ReverseListener
+        self.source: Source | None = None  # at a server
         self.is_completed = role == ACCEPTOR  # HandshakeCompletion has come, or is none to wait for
         self.born = self.idle_since = owner.loop.now
         # When the other side must have answered. The sweep looks, once a second: a timer costs each stream 3 µs.
@@ -6877,7 +6879,7 @@ class Retry:
         self.error: Exception | None = None  # the last one; None: all is well
         self._tries = self._level = 0
         self._said = 0  # of this loss: 1 that the thing is lost, 2 that a key is refused
-        self._since = self._tried_at = self._well_at = self._loop.now
+        self._since = self._well_at = self._loop.now
         self._next = Deadline(self._loop)
 
     @property
@@ -6909,7 +6911,7 @@ class Retry:
         if not self.is_pausing:
             level, longest = 30 if is_final(error) else min(self._level, 30), self._client.limits.retry_interval
             pause = min(longest, self.FIRST * 2 ** level) * (0.5 + os.urandom(1)[0] / 510)
-            self._next.set(pause, self._on_due)
+            self._next.set(pause, self._try_again)
             self._level += 1
         return None
 
@@ -6923,20 +6925,14 @@ class Retry:
 
     def hurry(self) -> None:
         """Somebody waits: the next try is not far."""
-        if self.error is None or is_final(self.error) and self.is_pausing:
-            return
-        when = self._tried_at + min(self.HURRY, self._client.limits.retry_interval)
-        if self._next.when > when:
-            self._next.set(when - self._loop.now, self._on_due)
+        is_far = self._next.when > self._loop.now + self.HURRY
+        if self.error and is_far and not (is_final(self.error) and self.is_pausing):
+            self._next.set(self.HURRY, self._try_again)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
         if self.is_pausing:
-            self._next.set(0, self._on_due)
-
-    def _on_due(self) -> None:
-        self._tried_at = self._loop.now
-        self._try_again()
+            self._next.set(0, self._try_again)
 
     def stop(self) -> None:
         self._next.clear()
@@ -7775,8 +7771,7 @@ class Admission:
             def finish(result: Any, error: Exception | None) -> None:
                 slot.leave()
                 source.is_new = False
-                # The step has let it in, and it ended meanwhile.
-                if error is None and negotiation not in self._strangers:
+                if negotiation not in self._strangers:  # it ended meanwhile
                     self._server.give_place_back(negotiation.handshake)
                 done(result, error)
             rank = 1 if negotiation.handshake.steps else 2 if source.is_new else 3
@@ -8036,7 +8031,7 @@ class ReverseListener(Opener):
         """One more link; those of an older run of the same client wait no more."""
         self.links.add(link)
         self._lost_at = NEVER
-        link.instance = instance
+        link.tunnel, link.instance = self, instance
         for other in list(self.links):  # the client may make a new one because their path is dead
             if other is not link and self.loop.awake - other.heard_at > 1:
                 other.doubt()
@@ -8137,13 +8132,12 @@ class ReverseListener(Opener):
 
 
 class ReverseListeners:
-    """What the `R:` tunnels of all clients listen on at a server, and which links are whose. The visitors of an address
-    come to the key that has it, and to no other one."""
+    """What the `R:` tunnels of all clients listen on at a server. The visitors of an address come to the key that has
+    it, and to no other one."""
 
     def __init__(self, server: Server):
         self._server, self._most_of_key = server, server.limits.listeners_per_key
         self._all: set[ReverseListener] = set()
-        self.of_link: dict[Link, ReverseListener] = {}
 
     def __iter__(self) -> Iterator[ReverseListener]:
         return iter(list(self._all))
@@ -8165,7 +8159,6 @@ class ReverseListeners:
             except RatrodError as failure:
                 server.counters.fail(link.peer_key, "❌ %s: %s" % (label, failure))
                 return link.refuse(Error(REMOTE_FAILED, str(failure)))
-            self.of_link[link] = listener
             return listener.join(link, open_.instance)
         return server.rules.ask(link.peer_key, "listen " + str(address), on_permitted)
 
@@ -8254,7 +8247,6 @@ class Server(Endpoint):
         most = limits.streams or most
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
-        self._sources_of: dict[Link, Source] = {}
         self.rules, self.reverse = Rules(self), ReverseListeners(self)
         self.acceptor = Acceptor(self, self.streams, self._connect,
                                  lambda stream, link: self.rules.check(link, stream.target), self._answer,
@@ -8338,14 +8330,12 @@ class Server(Endpoint):
 
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
-        # The place of one whose step goes on is given back at the step's end.
-        has_place = not isinstance(error, (AuthenticationError, Overloaded)) and not negotiation.is_stepping
         if error is None and not self.rules.grants(handshake.peer_key, self.loop.now):
             error = AuthenticationError("its key was removed from authorized_keys")
             negotiation.sock.close()
         if error is None:
             return self._welcome(negotiation, handshake)
-        if has_place:
+        if not negotiation.is_stepping:  # otherwise at the step's end
             self.give_place_back(handshake)
         return self.complain_of_stranger(negotiation.address, error)
 
@@ -8367,10 +8357,10 @@ class Server(Endpoint):
         self.counters.links += 1
         if isinstance(handshake, LegacyServerHandshake):
             legacy = LegacyLink(self, negotiation.sock, handshake, ACCEPTOR, shown, CONNECTING)
-            self._sources_of[legacy] = source
+            legacy.source = source
             return self._open_legacy(legacy, handshake.remote, handshake.is_udp)
         link = Link(self, negotiation.sock, handshake, ACCEPTOR, shown)
-        self._sources_of[link] = source
+        link.source = source
         link.is_extra = self._links_of.of(link.peer_key) > self._links_of.most_of_key
         if self.draining:  # it came through the system's queue, and its client tries another server
             return link.leave(link.writer.record(CLOSE))
@@ -8378,7 +8368,7 @@ class Server(Endpoint):
 
     def give_place_back(self, handshake: Handshake) -> None:
         """Of a stranger that admit() has let in, and that gets no link."""
-        if handshake.peer_key and hasattr(handshake, "writer"):
+        if handshake.peer_key and handshake.is_done:
             self._count_out(handshake.peer_key)
 
     def _count_out(self, key: bytes) -> None:
@@ -8391,17 +8381,15 @@ class Server(Endpoint):
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         super().on_link_closed(link, error)
         self._count_out(link.peer_key)
-        source = self._sources_of.pop(link, None)
-        if source:
-            source.links -= 1
-            source.authorized_at = self.loop.now
-        listener = self.reverse.of_link.pop(link, None)
-        if listener:
-            listener.on_link_closed(link)
+        if link.source:
+            link.source.links -= 1
+            link.source.authorized_at = self.loop.now
+        if link.tunnel:
+            link.tunnel.on_link_closed(link)
 
     def on_idle(self, link: Link, record: bytes) -> None:
-        if link.role == OPENER:
-            return self.reverse.of_link[link].put(link)
+        if link.tunnel:
+            return link.tunnel.put(link)
         if self.draining:
             return link.leave(record + link.writer.record(CLOSE))
         return link.send(record + link.writer.record(OVER))
@@ -8843,10 +8831,9 @@ class ReverseTunnel(LinkUser):
             self.retry.succeed("reverse tunnel on `%s` again," % str(address))
         is_first, self.address = self.address is None, address
         link.turn(ACCEPTOR)
-        link.instance = client.listen_instance
+        link.tunnel, link.instance = self, client.listen_instance
         self.waiting.add(link)
         client.pool.links.discard(link)
-        client.reverse_links[link] = self
         if is_first:
             asked = parse_bind(self.asked)  # the port alone is for a server to say, where any will do
             self.asked = str(asked._replace(port=asked.port or address.port))
@@ -9098,7 +9085,6 @@ class Client(Endpoint):
         self.host_keys, self.reach = HostKeys(options, folder.known_hosts), Reach(self, options.retries)
         listens = not options.only_test and any(spec.kind in (FORWARD, SOCKS) for spec in options.tunnels)
         self.pool = Pool(self, self.reach, Pool.READY if listens and not options.legacy else 0)
-        self.reverse_links: dict[Link, ReverseTunnel] = {}
         self.reverse: list[ReverseTunnel] = []
         self._first, self._socks = FirstConnection(self), SocksEntrance(self)
         self.associations: set[SocksPort] = set()
@@ -9205,7 +9191,8 @@ class Client(Endpoint):
     def may_ask_for(self, more: int) -> bool:
         """Whether so many more links for reverse tunnels are allowed. Each needs a descriptor for itself and one for
         its remote: a server that opens them all must leave the other tunnels theirs. More connections wait there."""
-        return 2 * (len(self.reverse_links) + more) <= descriptor_limit() // 2
+        links = sum(len(tunnel.waiting) + len(tunnel.busy) for tunnel in self.reverse)
+        return 2 * (links + more) <= descriptor_limit() // 2
 
     # ---- links
 
@@ -9224,9 +9211,8 @@ class Client(Endpoint):
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
         super().on_link_closed(link, error)
         self.counters.handshakes_failed += not link.is_completed and not self.is_legacy
-        tunnel = self.reverse_links.pop(link, None)
-        if tunnel:
-            tunnel.on_link_closed(link, error)
+        if link.tunnel:
+            link.tunnel.on_link_closed(link, error)
         elif isinstance(error, PeerError) and not link.is_completed:
             self._on_refused(link, error)
         elif self.started:
@@ -9247,16 +9233,16 @@ class Client(Endpoint):
         return self.pool.want_links() if self.started and not self.reach.error else self.try_again()
 
     def on_idle(self, link: Link, record: bytes) -> None:
-        if link.role == ACCEPTOR:
-            self.reverse_links[link].put(link, record)
+        if link.tunnel:
+            link.tunnel.put(link, record)
         else:
             self.pool.put(link)
 
     def on_open(self, link: Link, open_: Open) -> None:
-        self.reverse_links[link].on_open(link, open_)
+        link.tunnel.on_open(link, open_)
 
     def on_abandon(self, link: Link, stream_id: bytes) -> None:
-        self.reverse_links[link].acceptor.abandon(link, stream_id)
+        link.tunnel.acceptor.abandon(link, stream_id)
 
     # ---- what the tunnels carry
 

@@ -845,7 +845,7 @@ def test_an_honest_client_among_strangers(serve, connect, start, keys, tcp_echo,
 
 def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
     with contextlib.closing(Ends("0:127.0.0.1:1")) as ends, contextlib.closing(socket.socket()) as sock:
-        server, handshake = ends.server, SimpleNamespace(peer_key=CLIENT_KEYS.public, writer=None)
+        server, handshake = ends.server, SimpleNamespace(peer_key=CLIENT_KEYS.public, is_done=True)
         before = server._links_of.of(CLIENT_KEYS.public)
         server.admit(False, CLIENT_KEYS.public)  # on a thread; the list changes before the loop hears of it
         server.rules.grants = lambda key, now=None: ()
