@@ -7257,7 +7257,7 @@ class Acceptor(Keeper):
         try:
             self._take(link.peer_key)
         except Overloaded as error:
-            return self.refuse(link, new_label(origin, shown), shown, error)
+            return self.refuse(link, shown, error)
         stream = AcceptorStream(self, origin, shown, target=open_.target, peer_key=link.peer_key, stream_id=number[1])
         stream.attempt, stream.keeps = open_.attempt, link.is_resumable
         self._streams[number] = stream
@@ -7269,7 +7269,7 @@ class Acceptor(Keeper):
         self._opens[stream] = open_
         stream.link, stream.since, link.user = link, self.loop.now, stream
 
-    def refuse(self, link: Link, label: str, target: str, error: Exception) -> None:
+    def refuse(self, link: Link, target: str, error: Exception) -> None:
         """No stream: the Open, or the handshake that named a target, is refused."""
         if link.state == CLOSED:
             return
@@ -7277,7 +7277,7 @@ class Acceptor(Keeper):
         counters.count(error)
         shown, answer = self._answer(target, error)
         refused = "refused: " if isinstance(shown, PolicyError) else ""
-        counters.fail(link.peer_key, "❌ %s: %s%s" % (label, refused, reason(shown)))
+        counters.fail(link.peer_key, "❌ %s: %s%s" % (new_label(link.name, target), refused, reason(shown)))
         link.refuse(answer)
 
     def _on_connected(self, stream: AcceptorStream, sock: socket.socket | None, error: Exception | None) -> None:
@@ -8015,7 +8015,6 @@ class ReverseListener(Opener):
         self._retired: collections.deque[bytes] = collections.deque(maxlen=64)  # of earlier runs
         self.links: set[Link] = set()
         self._lost_at = NEVER
-        self._visitors: dict[OpenerStream, str] = {}  # their streams, with their sources
         most = max(16, server.streams.most_of_key // 4)
         self._visitors_of = Quota(most, max(16, most // 4), "carries as many connections",
                                   ("of one reverse tunnel", "of one visitor to it"))
@@ -8072,26 +8071,24 @@ class ReverseListener(Opener):
         return not self.links and not self.detached
 
     def _on_accept(self, sock: socket.socket, address: Any) -> None:
+        source = Source.name(address[0])
         stream = OpenerStream(self, address, self._shown, target=show_address(address), peer_key=self.key)
         stream.join(sock)
-        source = Source.name(address[0])
         try:
             self._visitors_of.check(source)
             self._server.streams.take(self.key)
         except Overloaded as error:
-            stream.peer_key = b""  # the line in the log is a stranger's, and takes no place of the key's own
+            stream.peer_key = b""  # it has no place, and the line in the log is a stranger's
             return stream.fail(error)
         self._visitors_of.take(source)
-        self._visitors[stream] = source
         if len(self.waiting) >= self.limits.reverse_queue:
             return stream.fail(ConnectError("too many connections wait for a link of the client"))
         return self.take(stream)
 
     def on_ended(self, stream: OpenerStream, error: Exception | None) -> None:
         super().on_ended(stream, error)
-        source = self._visitors.pop(stream, None)
-        if source is not None:
-            self._visitors_of.give_back(source)
+        if stream.peer_key:
+            self._visitors_of.give_back(Source.name(stream.origin[0]))
             self._server.streams.give_back(self.key)
 
     def why_no_link(self, seconds: float) -> Exception:
@@ -8144,23 +8141,21 @@ class ReverseListeners:
 
     def open(self, link: Link, open_: Open) -> None:
         """A client wants to listen."""
-        server, target = self._server, "listen " + open_.target
-        label = new_label(link.name, target)
+        refuse = functools.partial(self._server.acceptor.refuse, link, "listen " + open_.target)
         try:
             address = self._check(link.peer_key, open_.target)
         except PolicyError as error:
-            return server.acceptor.refuse(link, label, target, error)
+            return refuse(error)
 
         def on_permitted(error: Exception | None) -> None:
             if error or link.state != CONNECTING:
-                return server.acceptor.refuse(link, label, target, error or ConnectError("the client is gone"))
+                return refuse(error or ConnectError("the client is gone"))
             try:
                 listener = self._find(link.peer_key, address, open_) or self._add(link.peer_key, address, open_)
             except RatrodError as failure:
-                server.counters.fail(link.peer_key, "❌ %s: %s" % (label, failure))
-                return link.refuse(Error(REMOTE_FAILED, str(failure)))
+                return refuse(failure)
             return listener.join(link, open_.instance)
-        return server.rules.ask(link.peer_key, "listen " + str(address), on_permitted)
+        return self._server.rules.ask(link.peer_key, "listen " + str(address), on_permitted)
 
     def _check(self, key: bytes, asked: str) -> Address:
         """The address that a client may have listened on; PolicyError where it may not."""
@@ -8404,8 +8399,7 @@ class Server(Endpoint):
             try:
                 self._links_of.check(link.peer_key, 1)
             except Overloaded as overloaded:
-                label = new_label(link.name, open_.target)
-                return self.acceptor.refuse(link, label, open_.target, overloaded)
+                return self.acceptor.refuse(link, open_.target, overloaded)
         if not is_attach and self.loop.now - link.born > self.limits.link_age:
             return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:
@@ -8432,7 +8426,7 @@ class Server(Endpoint):
             if error:
                 udp.link = None  # it gets an answer
                 udp.end(session)
-                return self.acceptor.refuse(link, session.label, remote, error)
+                return self.acceptor.refuse(link, remote, error)
             return udp.accept(link)
         self.on_session(session, on_connected)
         return link.update()
@@ -8466,7 +8460,7 @@ class Server(Endpoint):
         """What the log says, and what the client is told: of a refusal by policy nothing but that it is one."""
         if isinstance(error, PolicyError):
             return error, Error(INVALID_HOST, REFUSED)
-        if isinstance(error, Overloaded):
+        if isinstance(error, RatrodError) and not isinstance(error, ConnectError):
             return error, Error(REMOTE_FAILED, str(error))
         text = "cannot connect to the remote `%s`: %s" % (printable(target), reason(error))
         return ConnectError(text), Error(REMOTE_FAILED, text)
