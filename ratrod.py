@@ -6899,6 +6899,7 @@ class Retry:
         elif not self.is_pausing:
             self._tries += 1
         self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
+        self._client.notice()
         if self._most is not None and self._tries >= self._most:
             return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
                 plural(self._tries, "try", "tries"), self._loop.now - self._since, reason(error))))
@@ -6920,6 +6921,7 @@ class Retry:
             tries = plural(self._tries + 1, "try", "tries")
             log.info("✅ %s after %s in %.1f s", found, tries, self._loop.now - self._since)
         self.error = None
+        self._client.notice()
         self._well_at = self._loop.now
         self.stop()
 
@@ -7137,7 +7139,7 @@ class Dial:
 
     def _start_ssh(self) -> None:
         ssh = self._client.ssh[self._server]
-        may_ask = self._client.options.may_ask and not self._client.started
+        may_ask = self._client.options.ask_host is not None and not self._client.started
         self._client.threads.submit(functools.partial(ssh.start, may_ask), self._on_ssh_started)
 
     def _on_ssh_started(self, link: SshLink | None, error: Exception | None) -> None:
@@ -7450,12 +7452,11 @@ class ClientOptions(NamedTuple):
     encrypt: bool = False  # with legacy; otherwise everything is encrypted
     accept_all_hosts: bool = False  # any key of a server is accepted
     accept_new: bool = False  # a key of an unknown server is accepted, and written to known_hosts
-    ask_host: Callable[[UnknownHost], bool] | None = None  # asks whether to trust an unknown key; None: nobody is there
+    ask_host: Callable[[UnknownHost], bool] | None = None  # trusts an unknown key; None: nobody can be asked
     socks_user: str | None = None  # name:password for SOCKS clients
     send_proxy: bool = False  # targets of reverse tunnels get a PROXY header
     proxy: Proxy | None = None
     ssh: SshWay | None = None  # to ssh:// servers
-    may_ask: bool = False  # ssh may ask for passwords at the terminal before the start
     retries: int | None = None  # failed tries in a row before the client gives up; None: 1 at the start, then no end
     only_test: bool = False  # finished() after the test connection
     report: Report = log.info  # takes the lines about the start: of several workers one is enough
@@ -8559,7 +8560,7 @@ class Pool(Opener):
         self._minute = self.loop.now
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
         self._runs: dict[str, bytes] = {}  # server -> the run that it showed last, or MIXED
-        self._sought_since, self._sought_at, self._sought, self._sought_for = 0.0, 0.0, 0, 0
+        self._sought_since, self._sought_at, self._sought = 0.0, 0.0, 0
 
     @property
     def _busy(self) -> int:
@@ -8631,9 +8632,6 @@ class Pool(Opener):
             return
         if not self._sought:
             self._sought_since = now
-        elif len(self.detached) < self._sought_for:  # found for some: the search begins anew for the others
-            self._sought = 1
-        self._sought_for = len(self.detached)
         others = {(link.name, link.instance) for link in self.links if link.is_completed and not link.is_stuck}
         elsewhere = [stream.instance for stream, last in self.detached.items() if stream.instance and any(
             name == last.name and instance != stream.instance for name, instance in others)]
@@ -8711,8 +8709,7 @@ class Pool(Opener):
 
     def on_completed(self, link: Link) -> None:
         """The server has let it in."""
-        with self._client.noticing():
-            self._reach.let_in(link.name, "Connected to server `%s` again," % link.name)
+        self._reach.let_in(link.name, "Connected to server `%s` again," % link.name)
         if self.needed:
             self.want_links()
 
@@ -8723,8 +8720,8 @@ class Pool(Opener):
             self.close(error)
             return self._client.give_up(error)
         lost = "" if self.links else "Lost the server `%s`" % self._client.server_names
-        with self._client.noticing():  # a legacy client notices by a try that there was a loss
-            self._reach.fail(error, lost, tried=not self._client.is_legacy)
+        # A legacy client notices by a try that there was a loss.
+        self._reach.fail(error, lost, tried=not self._client.is_legacy)
         if is_final(error):  # the next try is far
             self.reset_waiting(error)
         elif self.needed:
@@ -8821,8 +8818,7 @@ class ReverseTunnel(LinkUser):
                                       % printable(bound)) from None
         client = self._client
         self._asking -= 1
-        with client.noticing():
-            self.retry.succeed("reverse tunnel on `%s` again," % str(address))
+        self.retry.succeed("reverse tunnel on `%s` again," % str(address))
         is_first, self.address = self.address is None, address
         link.turn(ACCEPTOR)
         link.tunnel, link.instance = self, client.listen_instance
@@ -8852,8 +8848,7 @@ class ReverseTunnel(LinkUser):
         return self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        with self._client.noticing():
-            self.retry.fail(error, "" if self.waiting else "reverse tunnel on `%s`" % self.asked)
+        self.retry.fail(error, "" if self.waiting else "reverse tunnel on `%s`" % self.asked)
 
     def put(self, link: Link, record: bytes) -> None:
         self.busy.discard(link)
@@ -9082,7 +9077,7 @@ class Client(Endpoint):
         self.reverse: list[ReverseTunnel] = []
         self._first, self._socks = FirstConnection(self), SocksEntrance(self)
         self.associations: set[SocksPort] = set()
-        self.started = self._has_given_up = False
+        self.started = self._was_connected = self._has_given_up = False
         self.since = loop.now  # when it was connected, or lost the server
         self._reached_at = 0.0  # when the newest link that the server has let in was made, as Link.doubted_at
         # On the original's wire each session has a link of its own.
@@ -9157,7 +9152,7 @@ class Client(Endpoint):
 
     def _begin(self) -> None:
         """The server has let it in: the tunnels take connections from now on."""
-        self.since, self.started = self.loop.now, True
+        self.since, self.started, self._was_connected = self.loop.now, True, True
         if self.options.only_test:
             return self.finish(None)
         for listener in [] if self.draining else self.listeners:
@@ -9318,13 +9313,10 @@ class Client(Endpoint):
         is_lost = bool(self.reverse) and all(tunnel.retry.error for tunnel in self.reverse) and not self.pool.links
         return self.started and self.reach.error is None and not is_lost
 
-    @contextlib.contextmanager
-    def noticing(self) -> Iterator[None]:
-        """Around what may be how the server went away or came back."""
-        before = self.connected
-        yield
-        if self.connected != before:
-            self.since = self.loop.now
+    def notice(self) -> None:
+        """The server may have gone away or come back."""
+        if self.connected != self._was_connected:
+            self.since, self._was_connected = self.loop.now, self.connected
             self.counters.reconnects += self.connected
 
     @property
@@ -10704,7 +10696,7 @@ def connect_command(options: Options) -> int:
     ensure_keys(folder, may_ask=not is_quiet(options))
     may_ask = (bool(sys.stdin and sys.stderr and sys.stdin.isatty() and sys.stderr.isatty())
                and not is_quiet(options) and options.workers == 1)
-    what = what._replace(ask_host=ask_host if may_ask else None, may_ask=may_ask)
+    what = what._replace(ask_host=ask_host if may_ask else None)
     return (check_connection if options.check else run_client)(options, folder, what)
 
 

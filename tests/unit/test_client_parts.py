@@ -40,7 +40,7 @@ def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
     with contextlib.closing(ratrod.EventLoop()) as loop:
         client = types.SimpleNamespace(
             loop=loop, limits=ratrod.DEFAULT_LIMITS, draining=False, started=True, is_stubborn=True, options=types.SimpleNamespace(retries=2),
-            noticing=contextlib.nullcontext, may_ask_for=lambda _more: True, pool=types.SimpleNamespace(take=lambda _tunnel: None), give_up=print)
+            notice=lambda: None, may_ask_for=lambda _more: True, pool=types.SimpleNamespace(take=lambda _tunnel: None), give_up=print)
         tunnel = ratrod.ReverseTunnel(client, ratrod.parse_tunnels("R:9:localhost:5")[0], 0)
         tunnel.address = ratrod.Address("localhost", 9)
         for tries in 0, 1:

@@ -417,7 +417,7 @@ def test_a_listener_that_is_no_more_neither_spins_nor_stays(loop):
 
 def test_a_refused_key_is_said_after_a_loss_too(loop, caplog):
     """A server that is started anew refuses connections first. Each is said once, the loss as its second failure."""
-    reach = ratrod.Reach(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, try_again=print, give_up=print), 2)
+    reach = ratrod.Reach(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, try_again=print, notice=print, give_up=print), 2)
     for error in [ratrod.ConnectError("refused")] * 2 + [ratrod.AuthenticationError("HAS CHANGED")] * 2 + [ratrod.ConnectError("refused")]:
         reach.fail(error, "Lost it")
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
