@@ -3085,8 +3085,8 @@ class Deadline:
 
 
 class Threads:
-    """At most `size` daemon threads, made as they are needed and ended after ten idle seconds. A ThreadPoolExecutor
-    would join its threads at exit, and a look-up that hangs would hold the process up."""
+    """At most `size` daemon threads, made as they are needed. A ThreadPoolExecutor would join its threads at exit, and
+    a look-up that hangs would hold the process up."""
 
     def __init__(self, loop: EventLoop, size: int):
         self._loop, self._size = loop, size
@@ -3124,20 +3124,7 @@ class Threads:
             time.sleep(0.005)
 
     def _work(self) -> None:
-        while True:
-            try:
-                item = self._tasks.get(timeout=10)
-            except queue.Empty:
-                with self._lock:
-                    if not self._tasks.empty():  # a task that has come since counts on this thread
-                        continue
-                    self._threads -= 1
-                return
-            if item is None:
-                with self._lock:
-                    self._threads -= 1
-                return
-            task, done = item
+        for task, done in iter(self._tasks.get, None):
             result, error = None, None
             try:
                 result = task()
@@ -3148,7 +3135,9 @@ class Threads:
             with self._lock:
                 self._unfinished -= 1
             self._loop.call_soon_threadsafe(functools.partial(done, result, error))
-            del item, task, done, result, error  # an idle thread must not keep a socket alive
+            del task, done, result, error  # an idle thread must not keep a socket alive
+        with self._lock:
+            self._threads -= 1
 
 
 class KeyCounts:
