@@ -881,7 +881,6 @@ class KnownHosts(KeyLines):
 
     def __init__(self, path: str):
         super().__init__(path, parse_known_host)
-        self._accepted: dict[str, bytes] = {}  # what a user accepted in this run, and could not be written
 
     def check(self, key: bytes, address: str) -> None:
         """UnknownHost where no line is about this server, AuthenticationError where one has another key for it."""
@@ -892,8 +891,6 @@ class KnownHosts(KeyLines):
                  if name in (server, host)}
         about = re.compile(r"(?<![\w.-])%s(\]?:%s(?!\d)|(?!\]?:\d|[\w.-]))" % (re.escape(host.strip("[]")), port))
         damaged = [(number, why) for number, text, why in self.broken if about.search(text.lower())]
-        if not (bound or damaged) and server in self._accepted:
-            bound = {self._accepted[server]: "what was accepted before"}
         if key in bound:
             return
         if bound:
@@ -931,10 +928,6 @@ class KnownHosts(KeyLines):
         except AuthenticationError:  # /dev/null takes everything
             return "has written a line to `%s` that is not in it now" % self.path
         return ""
-
-    def accept(self, key: bytes, address: str) -> None:
-        """Trusts `key` for `address` in this run."""
-        self._accepted[address.lower()] = key
 
 
 class KeyFolder:
@@ -8913,28 +8906,16 @@ class HostKeys:
             except UnknownHost as error:
                 if not self._options.accept_new:
                     raise
-                failure = self._add(error)
-                if failure:  # a key that is written nowhere would be a new one at each start, as with -a
-                    raise AuthenticationError("--accept-new %s. %s" % (failure, error)) from None
+                self.add(error)
 
-    def ask(self, host: UnknownHost) -> bool:
-        """Whether the user trusts this key, in this run alone where it cannot be written."""
-        if not self._options.ask_host or not self._options.ask_host(host):
-            return False
-        failure = self._add(host)
-        if failure:
-            self._known.accept(host.key, host.address)
-            log.warning("Server's public key `%s` is trusted for `%s` in this run alone: ratrod %s",
-                        encode_key(host.key), host.address, failure)
-        return True
-
-    def _add(self, host: UnknownHost) -> str:
-        """"", or why the key could not be written."""
+    def add(self, host: UnknownHost) -> None:
+        """Trusts this key from now on. AuthenticationError where it cannot be written: a key that is written nowhere
+        would be a new one at each start, as with -a."""
         failure = self._known.add(host.key, host.address)
-        if not failure:
-            log.warning("Server's public key `%s` is trusted for `%s` from now on, and stands in `%s`",
-                        encode_key(host.key), host.address, self._known.path)
-        return failure
+        if failure:
+            raise AuthenticationError("ratrod %s. %s" % (failure, host)) from None
+        log.warning("Server's public key `%s` is trusted for `%s` from now on, and stands in `%s`",
+                    encode_key(host.key), host.address, self._known.path)
 
 
 class FirstConnection(LinkUser):
@@ -8957,7 +8938,12 @@ class FirstConnection(LinkUser):
         if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
             return self.start(remotes[0])
         # Its connection is closed: an answer takes as long as it takes.
-        if isinstance(error, UnknownHost) and self._client.host_keys.ask(error):
+        ask_host = self._options.ask_host
+        if isinstance(error, UnknownHost) and ask_host and ask_host(error):
+            try:
+                self._client.host_keys.add(error)
+            except AuthenticationError as failure:
+                return self.fail(failure)
             return self.start(remote)
         return self.fail(error or ConnectError("unknown reason"))
 
