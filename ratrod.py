@@ -3257,7 +3257,7 @@ class LookUps(FairQueue):
     are threads for keys that hold none, and for what takes the place of a look-up that nobody waits for any more. The
     system alone ends such a look-up; meanwhile it counts for its key."""
 
-    MOST_WAITING = 4096  # answers that one key waits for: those that have left meanwhile are kept until then
+    MOST_WAITING = 4096  # answers that one key waits for, also for those that have left meanwhile: 13 MB
     REFUSED_FOR = 2.0  # seconds for which a name that timed out is refused to its key
 
     def __init__(self, loop: EventLoop, limits: Limits):
@@ -3265,7 +3265,7 @@ class LookUps(FairQueue):
         self._loop, self._timeout = loop, limits.connect_timeout
         self._threads = Threads(loop, self._most)
         self._awaited = KeyCounts()  # of those that run
-        self._asked = KeyCounts()  # answers that are waited for
+        self._asked = Quota(4 * self.MOST_WAITING, self.MOST_WAITING, "looks up as many targets")
         self._by_name: dict[tuple[bytes, str], LookUp] = {}
         self._refused: set[tuple[bytes, str]] = set()
 
@@ -3276,20 +3276,20 @@ class LookUps(FairQueue):
         """done() gets (family, socket address) of each address of a host, within connect_timeout. All that ask for one
         name with one key meanwhile share a look-up."""
         def on_found(found: Any, error: Exception | None) -> None:
-            self._asked.change(key, -1)
             done(found and [(family, (sockaddr[0], address.port, *sockaddr[2:])) for family, sockaddr in found], error)
         name = address.host.lower()
         if (key, name) in self._refused:
             return done(None, ConnectError("the name look-up took too long just now"))
-        if self._asked.of(key) >= self.MOST_WAITING:
-            return done(None, ConnectError("too many name look-ups of this client wait already"))
-        self._asked.change(key, 1)
-        if (key, name) in self._by_name:
-            return self._by_name[key, name].waiting.append(on_found)
         return self.submit(key, functools.partial(look_up, Address(address.host, 0)), on_found, name)
 
     def submit(self, key: bytes, task: Callable[[], Any], done: Done, name: str = "") -> None:
-        """task() on a thread, then done(), within connect_timeout."""
+        """task() on a thread, then done(), within connect_timeout; one task for all that wait for the same name."""
+        try:
+            self._asked.take(key)
+        except Overloaded as error:
+            return done(None, error)
+        if (key, name) in self._by_name:
+            return self._by_name[key, name].waiting.append(done)
         made = LookUp(key, name, task, done, Deadline(self._loop))
         made.deadline.set(self._timeout, functools.partial(self._on_timeout, made))
         if name:
@@ -3331,6 +3331,7 @@ class LookUps(FairQueue):
         if made.waiting:
             made.deadline.clear()
             self._by_name.pop((made.key, made.name), None)
+            self._asked.change(made.key, -len(made.waiting))
             if made.began < NEVER:
                 self._awaited.change(made.key, -1)
         for done in made.waiting:
@@ -8206,7 +8207,6 @@ class Server(Endpoint):
         most_sessions = min(limits.udp_sessions_in_all, descriptors // 4)
         # More patient than the client, which then is the one to say SessionOver.
         self.sessions = UdpSessions(self, most_sessions, UdpSessions.IN_ALL, 1.25 * limits.udp_timeout)
-        self._udp_look_ups = Quota(most_sessions, limits.udp_sessions, "looks up as many UDP targets")
         self.admission = Admission(self)
         # Each stream needs a descriptor for its link and one for its remote, each UDP session one.
         left = descriptors - 64 - most_sessions - self.admission.most
@@ -8449,15 +8449,10 @@ class Server(Endpoint):
 
     def on_session(self, session: UdpSession, done: Callable[[Exception | None], None]) -> None:
         """Connects a session to its target: done(None), or done(the reason why not). No call where it ends before."""
-        link, key = session.udp.link, session.peer_key
+        link = session.udp.link
         assert link is not None
-        try:  # a look-up goes on where its session has ended: a client could have any number of them
-            self._udp_look_ups.take(key)
-        except Overloaded as error:
-            return done(error)
 
         def on_found(_target: Address, found: Any, error: Exception | None) -> None:
-            self._udp_look_ups.give_back(key)
             if session.is_over or not found:
                 return None if session.is_over else done(error)
             try:
@@ -8466,7 +8461,7 @@ class Server(Endpoint):
             except OSError as failure:
                 return done(failure)
             return done(None)
-        return self.rules.find(link, session.target, on_found, is_udp=True)
+        self.rules.find(link, session.target, on_found, is_udp=True)
 
     # ---- the end
 

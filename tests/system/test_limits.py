@@ -552,18 +552,6 @@ def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_ech
     assert flood.read_udp()[1][0] == 2
 
 
-def test_look_ups_of_udp_sessions_that_have_ended_count(serve, keys, resolver, stack):
-    """They go on: 100,000 a key, and 250 MB, could wait for a silent name server."""
-    names = resolver()
-    _, port = serve("--max-udp-sessions-per-link", "2", env=names.environment)
-    udp = link(stack.enter_context(dial(port)), keys.client).open_udp()
-    for number in range(1, 4):
-        udp.session(number, "hang.example:9")
-        udp.session_over(number)
-    assert udp.read_udp() == (peer.SESSION_OVER, (3, peer.REMOTE_FAILED, "the server looks up as many UDP targets of this client as it takes (2);"
-                                                                         " try again later"))
-
-
 def late_server(keys, target):
     """(port, go(), datagrams): the independent server, which closes its first connection when it is idle, and makes the others wait for go()."""
     connections, may_go, datagrams = itertools.count(), threading.Event(), []
