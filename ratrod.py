@@ -2270,8 +2270,8 @@ class NoiseHandshake(KeyHandshake):
 
 
 class NoiseClientHandshake(NoiseHandshake):
-    """The client's side up to ClientAuthentication; records may follow at once. `is_known`: the server has answered
-    ratrod2 before, so that --legacy is no advice where it is silent now."""
+    """The client's side up to ClientAuthentication; records may follow at once. `is_known`: the client was let in
+    before, so that --legacy is no advice where a server is silent now."""
 
     is_heavy = _is_initiator = True
     who = "the server"
@@ -4592,10 +4592,10 @@ class Link(Channel):
     def detach(self) -> None:
         self.user = NOBODY
 
-    def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
-        """Opener: sends Open, and what `user` says in the same packet. Opened has to come in `deadline` seconds."""
+    def ask(self, user: LinkUser, open_: Open) -> None:
+        """Opener: sends Open, and what `user` says in the same packet. Opened has to come in time."""
         self.forget_last()
-        self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + deadline
+        self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + self.owner.patience
         self.send(self.writer.record(OPEN, *open_) + user.take_early())
 
     def accept(self, user: LinkUser, state: str, opened: Opened, holds: bool = False) -> None:
@@ -4698,9 +4698,9 @@ class LegacyLink(Link):
         silence = self.owner.limits.silence
         tune(self.transport.sock, keep_alive(silence / 3, silence / 9, 6))
 
-    def ask(self, user: LinkUser, open_: Open, deadline: float) -> None:
+    def ask(self, user: LinkUser, open_: Open) -> None:
         """The handshake has named the target already: nothing is sent."""
-        self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + deadline
+        self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + self.owner.patience
         self.update()
 
     def _on_record(self, kind: int, content: Any) -> None:
@@ -5396,7 +5396,7 @@ class OpenerStream(Stream):
         self.asked = b""  # the instance that saw its last Open
         self._broken: OSError | None = None  # what the local socket said before there was a link to tell it on
 
-    def open(self, link: Link, timeout: float) -> None:
+    def open(self, link: Link) -> None:
         """Asks the other side, over `link`, to connect to the target, or to go on where the last link was lost."""
         out = self.out
         self.link, self.peer_key, self.keeps = link, link.peer_key, link.is_resumable
@@ -5409,7 +5409,7 @@ class OpenerStream(Stream):
         out.attach(link, out.acked if out.acked > out.end else out.start)  # what the other side is not known to have
         self._link_in = self._told = self.taken
         fields = (self.id, self.attempt, out.position, self.taken) if self.keeps else ()
-        link.ask(self, Open(TCP, self.target, *fields), timeout)
+        link.ask(self, Open(TCP, self.target, *fields))
         if self._broken and self.link:
             self._on_local_failed(self._broken)
         else:
@@ -5946,7 +5946,7 @@ class UdpLink(LinkUser):
             self.is_waiting = True
             self.owner.pool.take(self)
 
-    def open(self, link: Link, timeout: float) -> None:
+    def open(self, link: Link) -> None:
         """Client: `link` carries the sessions from now on. They are announced again, in the order of their numbers."""
         self.is_waiting = False
         if not self.sessions:  # they ended meanwhile
@@ -5954,7 +5954,7 @@ class UdpLink(LinkUser):
             return
         self.opened_at, self.peer_key = self.loop.now, link.peer_key
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
-        link.ask(self, Open(UDP, ""), timeout)
+        link.ask(self, Open(UDP, ""))
         if link.state == CLOSED:
             return
         self.link = link  # only now: a datagram must not pass the Open and the Session that it belongs to
@@ -6607,9 +6607,9 @@ def last_lines(file: Any) -> str:
 # ======================================================================================================================
 # 12. Openers and acceptors
 # ======================================================================================================================
-# A waiter needs a link: a Stream, a UdpLink, or the question for a Listen link. An Opener calls its open(link,
-# timeout), or fail(error). `since`: when it began to wait; `instance`: that of the peer whose links alone will do,
-# b"" where any will.
+# A waiter needs a link: a Stream, a UdpLink, or the question for a Listen link. An Opener calls its open(link), or
+# fail(error). `since`: when it began to wait; `instance`: that of the peer whose links alone will do, b"" where any
+# will.
 
 
 Report = Callable[..., None]  # takes a line for the log, as log.info() does
@@ -6634,9 +6634,8 @@ class Opener(Keeper):
     on the next idle link of its instance (Abandon).
     """
 
-    def __init__(self, owner: Endpoint, patience: float):
+    def __init__(self, owner: Endpoint):
         super().__init__(owner)
-        self._patience = patience
         self.idle: list[Link] = []  # the last used one is the first taken
         self.waiting: collections.deque[Any] = collections.deque()
         self.detached: dict[OpenerStream, Link] = {}  # each with its last link
@@ -6659,12 +6658,12 @@ class Opener(Keeper):
     # ---- links for those that wait
 
     def take(self, waiter: Any) -> None:
-        """waiter.open(link, timeout) with an idle link, now or later; waiter.fail(error) where none comes."""
+        """waiter.open(link) with an idle link, now or later; waiter.fail(error) where none comes."""
         waiter.since = self.loop.now
         # An idle link is of no use to the streams that are detached.
         link = None if self.waiting else self._pop(waiter.instance)
         if link:
-            waiter.open(link, self._patience)
+            waiter.open(link)
         else:
             self.waiting.append(waiter)
         self.want_links()
@@ -6707,7 +6706,7 @@ class Opener(Keeper):
             return
         waiter = self._next_waiter(link) if self.detached or self.waiting else None
         if waiter:
-            waiter.open(link, self._patience)
+            waiter.open(link)
         elif self.keeps(link):
             self.idle.append(link)
         else:
@@ -6759,7 +6758,7 @@ class Opener(Keeper):
         """The stream goes on over an idle link, or over the next one. `last` carried it."""
         another = self._pop(stream.instance, stream.peer_key if stream.instance else b"")
         if another:
-            stream.open(another, self._patience)
+            stream.open(another)
         else:
             self.detached[stream] = last
 
@@ -6933,7 +6932,6 @@ class Reach(Retry):
         self.current = 0  # the server that answered last is tried first
         self.refusals: dict[str, Exception] = {}  # by server, since one let this client in or all had been asked
         self._refused: set[str] = set()  # those of whom the log says so
-        self.answered: set[Place] = set()  # the servers that have answered ratrod2 in this run
         self.dials: set[Dial] = set()  # the tries that are under way
 
     def dial(self, open_: Open | None, done: Done, report: Report = log.debug, server: str = "") -> None:
@@ -7059,7 +7057,7 @@ class Dial:
             return LegacyClientHandshake(client.keys, self._open or Open(TCP, ""),
                                          should_encrypt=client.options.encrypt, check_key=self._check_server)
         return NoiseClientHandshake(client.keys, offered_suites(), check_key=self._check_server,
-                                    is_known=self._server in self._reach.answered)
+                                    is_known=client.started)
 
     def _check_server(self, key: bytes) -> None:
         """The server has answered, and has proved that this key is its own. On a thread."""
@@ -7075,8 +7073,6 @@ class Dial:
         client, handshake = self._client, negotiation.handshake
         if self._is_closed:
             return negotiation.sock.close()
-        if handshake.peer_key:
-            self._reach.answered.add(self._server)
         if error and isinstance(handshake, ProxyHandshake):
             # After a start that was good it is worth another try: the proxy's list of users may be away for a moment.
             is_refusal = isinstance(error, AuthenticationError) and not client.started
@@ -7982,7 +7978,7 @@ class ReverseListener(Opener):
     takes one. It lives as long as any of its links, waiting or busy, and any stream that waits for another link."""
 
     def __init__(self, server: Server, key: bytes, instance: bytes, asked: str, sockets: list[socket.socket]):
-        super().__init__(server, server.patience)
+        super().__init__(server)
         self._server, self.key, self.instance, self.asked = server, key, instance, asked
         self.address = parse_bind(asked)._replace(port=sockets[0].getsockname()[1])
         self._shown = "back through %s" % str(self.address)  # what its streams are called in the log
@@ -8519,7 +8515,7 @@ class Pool(Opener):
     MIXED = b""  # in place of a run: two of them were alive at once
 
     def __init__(self, client: Client, reach: Reach, ready: int):
-        super().__init__(client, client.patience)
+        super().__init__(client)
         self._client, self._reach, self._ready = client, reach, min(ready, client.limits.idle_links)
         self.links: set[Link] = set()
         self._begun: set[Any] = set()  # legacy: waiters whose links are being made
@@ -8628,7 +8624,7 @@ class Pool(Opener):
             return self.adopt(link)
         if waiter in self.waiting:  # or it has given up
             self.waiting.remove(waiter)
-            return waiter.open(link, self._patience)
+            return waiter.open(link)
         # A legacy target has been connected already: a clean end would tell it that somebody had nothing to say.
         return link.abort(LinkClosed("nobody waits for it any more"))
 
@@ -8760,8 +8756,8 @@ class ReverseTunnel(LinkUser):
             self._asking += 1
             client.pool.take(self)
 
-    def open(self, link: Link, timeout: float) -> None:
-        link.ask(self, Open(LISTEN, self.asked, instance=self._client.listen_instance), timeout)
+    def open(self, link: Link) -> None:
+        link.ask(self, Open(LISTEN, self.asked, instance=self._client.listen_instance))
 
     def on_record(self, link: Link, kind: int, content: Any) -> None:
         """The answer to that."""
@@ -8927,7 +8923,7 @@ class FirstConnection(LinkUser):
     def _on_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
         if link:
             # Client.on_completed() or on_link_closed() will tell.
-            return link.ask(self, Open(TCP, ""), self._client.patience) if self._client.is_legacy else None
+            return link.ask(self, Open(TCP, "")) if self._client.is_legacy else None
         # A Rust server with a regex refuses the empty remote that asks for nothing, and may allow a tunnel's.
         remotes = [str(spec.remote) for spec in self._client.tunnels if spec.kind in (FORWARD, STDIO)]
         if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:

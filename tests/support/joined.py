@@ -405,7 +405,7 @@ class ClientEnd(Owner):
     def __init__(self, world):
         super().__init__(world, CLIENT_KEYS)
         self.made = 0  # links that are being made
-        self.opener = Links(self, self.limits.connect_timeout)
+        self.opener, self.patience = Links(self), self.limits.connect_timeout
 
     def on_idle(self, link, record):
         self.opener.put(link)

@@ -28,7 +28,7 @@ def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
             ask=lambda *_: None, writer=types.SimpleNamespace(datagrams=lambda scratch, end: bytes(scratch[ratrod.HEADROOM:end])), send=came.append,
             update=lambda: udp.on_update())
         loop.now += 5  # seconds that the handshake took
-        udp.open(link, 1.0)
+        udp.open(link)
         loop.now += waits
         link.out = b""
         link.update()

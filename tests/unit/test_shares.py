@@ -25,7 +25,7 @@ class Waits:
     def __init__(self, peer_key=A, instance=b""):
         self.peer_key, self.instance, self.link = peer_key, instance, None
 
-    def open(self, link, _timeout):
+    def open(self, link):
         self.link = link
 
 
@@ -181,7 +181,7 @@ class IdleLink:
 
 def test_what_was_left_behind_is_abandoned_on_the_next_idle_link_of_its_instance():
     """Another instance has the stream now, under another number; the first one may have connected already."""
-    opener = ratrod.Opener(types.SimpleNamespace(loop=types.SimpleNamespace(now=0.0), limits=None, draining=False), 10)
+    opener = ratrod.Opener(types.SimpleNamespace(loop=types.SimpleNamespace(now=0.0), limits=None, draining=False))
     opener.leave_behind(b"n" * 16, b"a")
     links = [IdleLink(instance) for instance in (b"b", b"a", b"a")]
     for link in links:
@@ -191,7 +191,7 @@ def test_what_was_left_behind_is_abandoned_on_the_next_idle_link_of_its_instance
 
 def test_an_opener_gives_a_link_to_those_that_its_instance_allows():
     """Detached streams first. One of which nothing was sent or answered goes to any server: its own may be gone."""
-    opener = ratrod.Opener(types.SimpleNamespace(loop=None, limits=None, draining=False), 10)
+    opener = ratrod.Opener(types.SimpleNamespace(loop=None, limits=None, draining=False))
     of_a, of_b, new = (Waits(instance=instance) for instance in (b"a", b"b", b""))
     untouched = Waits(peer_key=B)
     opener.detached.update({of_a: None, of_b: None, untouched: None})
