@@ -40,6 +40,10 @@ TAKEN = [
     ("127.0.10.1", v2(bytes(20), UNSPEC), None),
     ("127.0.10.255", b"PROXY TCP6 2001:db8::11 ::2 4711 19000\r\n", "[2001:db8::11]:4711"),
     (BALANCER, b"PROXY UNKNOWN\r\n", None),
+    # The log shows the address in it, and nothing else that it holds.
+    (BALANCER, b"PROXY UNKNOWN \x1b[2J\r\n", None),
+    (BALANCER, b"PROXY TCP6 ::ffff:127.0.0.1 ::1 1 2\r\n", "127.0.0.1:1"),
+    (BALANCER, v2(addresses("127.0.0.2", 1) + tlv(0x04, b"\x1b")), "127.0.0.2:1"),
     ("::1", introducing("198.51.100.77"), "198.51.100.77:4711"),
     (UNLISTED, b"", None),
 ]
@@ -47,7 +51,8 @@ NAMED, UNBELIEVED = introducing("198.51.100.7"), introducing("198.51.100.99")
 REFUSED = [
     *((BALANCER, header) for header in (
         b"", b"\0" * 9, v2(addresses("198.51.100.7") + bytes(65535 - 12)), NAMED * 2, NAMED + b"PROXY UNKNOWN\r\n", b"PROXY UNKNOWN\r\n" * 2,
-        b"PROXY UNKNOWN " + b"x" * 200, b"PROXY TCP4 \x1b[31mred 10.0.0.2 4711 19000\r\n")),
+        b"PROXY UNKNOWN " + b"x" * 200, b"PROXY TCP4 \x1b[31mred 10.0.0.2 4711 19000\r\n", b"PROXY TCP6 fe80::1%\x1b[2J\x07 ::1 1 2\r\n",
+        b"PROXY TCP6 fe80::1%\nmarker ::1 1 2\r\n", b"PROXY " + b"\x1b" * 101)),
     ("127.0.9.3", UNBELIEVED), ("127.0.11.1", v2(family=UNSPEC)), (UNLISTED, b"PROXY TCP4 198.51.100.99 10.0.0.2 4711 19000\r\n"),
 ]
 
@@ -87,18 +92,22 @@ def test_whose_header_is_believed(serve, keys, tcp_echo):
     for source in ("127.0.9.3", "127.0.11.1", UNLISTED):
         server.wait_for("❌ Refused `%s:" % re.escape(source))
     assert "Accepted" not in server.output and "198.51.100.99" not in server.output
-    assert all(line.isprintable() for line in server.lines)
     # The server lives, and takes what it must from the same sources.
     for source, header, shown in TAKEN:
         with row((source, header[:30])), introduced(port, header, source) as sock:
             assert enter(sock, keys).exchange("127.0.0.1:%d" % tcp_echo.port, b"!") == b"!"
-            shown = shown or "%s:%d" % sock.getsockname()
-            server.wait_for("Accepted `%s`" % re.escape(shown))
-            server.wait_for("`%s` -> " % re.escape(shown))
+            shown = re.escape(shown or "%s:%d" % sock.getsockname())
+            server.wait_for("Accepted `%s`" % shown)
+            server.wait_for("`%s` -> " % shown)
     # A header goes before any protocol: here before the original's.
     with introduced(port, introducing("198.51.100.8")) as sock:
         legacy_peer.Client(sock, legacy_peer.Identity.load(keys.client.path), "127.0.0.1:%d" % tcp_echo.port).handshake()
         server.wait_for(r"Accepted `198\.51\.100\.8:4711`")
+    # Whoever is refused behind a header is named by it too.
+    with introduced(port, introducing("198.51.100.9") + b"nonsense") as sock:
+        assert peer.receive_to_end(sock) == b""
+        server.wait_for(r"Refused `198\.51\.100\.9:4711`")
+    assert all(line.isprintable() and not line.startswith("marker") for line in server.lines)
 
 
 def test_cut_at_the_deadline(proxied, stack):

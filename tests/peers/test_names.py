@@ -503,29 +503,3 @@ def test_lines_of_known_hosts_and_key_files(serve, keys):
     for outcome in outcomes:
         assert outcome.code in (2, AUTHENTICATION_FAILED)
         assert_fit(outcome.err.split("\n"))
-
-
-PROXY_HEADERS = [b"PROXY TCP6 fe80::1%\x1b[2J\x07 ::1 1 2\r\n", b"PROXY TCP6 fe80::1%\nmarker ::1 1 2\r\n",
-                 b"PROXY TCP6 ::ffff:127.0.0.1 ::1 1 2\r\n",
-                 b"PROXY UNKNOWN \x1b[2J\r\n", b"PROXY " + b"\x1b" * 101,
-                 b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x10\x7f\0\0\1\x7f\0\0\1\0\1\0\2\4\0\1\x1b"]
-
-
-def test_what_a_proxy_says(serve, keys, shown):
-    """Behind it an honest client, if it is let in, and then somebody who says nonsense: both are shown with the address that the proxy gave."""
-    server, port = serve("-v", "--proxy-protocol", "127.0.0.0/8")
-    for n, header in enumerate(PROXY_HEADERS, 1):
-        source = "127.0.1.%d" % n  # each from an address of its own, so that none is only counted
-        for seed in (seed_of(keys.client), None):
-            with contextlib.suppress(OSError, peer.ProtocolError), dial(port, source=source) as connection:
-                connection.sendall(header)
-                if seed:
-                    peer.Client(connection, seed).handshake().finish()
-                else:
-                    say(connection, b"nonsense")
-                    receive_all(connection)
-        # It goes on, and its log says so.
-        with dial(port, source=source) as connection:
-            connection.sendall(b"PROXY TCP4 127.0.2.%d 127.0.0.1 1 2\r\n" % n)
-            peer.Client(connection, seed_of(keys.client)).handshake()
-            server.wait_for("Accepted `127.0.2.%d:1`" % n)

@@ -92,14 +92,12 @@ def decode(content, *fields):
     """The values of a whole content. A field is "str", "bytes" (which come as a str does), "varint", the size of an unsigned integer, or for so many
     bytes a negative number."""
     values, at = [], 0
-
     def raw(n):
         nonlocal at
         if n > len(content) - at:
             raise ProtocolError("a content of %d bytes ends inside a field" % len(content))
         at += n
         return content[at - n:at]
-
     def read_varint():
         first = raw(1)[0]
         if first > 253:
@@ -260,13 +258,9 @@ def negative(identity_public_key):
     return identity_public_key[:31] + bytes([identity_public_key[31] ^ 0x80])
 
 
-def keypair(private):
-    return KeyPair25519.from_private_bytes(private)
-
-
 def odd_keypair(public_bytes, private=None):
     """A key pair whose public bytes are not what the private key gives; without one they are meant to be a point of small order."""
-    honest = keypair(private) if private else KeyPair25519()
+    honest = KeyPair25519.from_private_bytes(private) if private else KeyPair25519()
     return KeyPair25519(honest.private, honest.public, public_bytes)
 
 
@@ -303,9 +297,9 @@ class Handshake:
         self._connection.start_handshake()
         # noiseprotocol drops its reference when the handshake is done; the remote static key is read from this one.
         self._state = self._connection.noise_protocol.handshake_state
-        self._state.s = static if isinstance(static, KeyPair25519) else keypair(static)
-        if ephemeral is not None:
-            self._state.e = ephemeral if isinstance(ephemeral, KeyPair25519) else keypair(ephemeral)
+        for name, key in (("s", static), ("e", ephemeral)):
+            if key is not None:
+                setattr(self._state, name, key if isinstance(key, KeyPair25519) else KeyPair25519.from_private_bytes(key))
         if attacker:
             self._connection.noise_protocol.dh_fn.dh = _dh_of_an_attacker
 
@@ -566,7 +560,6 @@ class Peer:
         self.sock.close()
 
     # ------------------------------------------------------------------ handshake messages
-
     def send(self, data):
         """Raw bytes."""
         self.sock.sendall(data)
@@ -593,7 +586,6 @@ class Peer:
         self.reader = RecordReader(self.suite, to_client if self.initiator else to_server)
 
     # ------------------------------------------------------------------ records, unchecked
-
     def send_record(self, record_type, content=b"", number=None, length=None):
         """Seals and sends, whatever the state; returns the bytes sent. Data and End count in the stream's position."""
         if self.stream and record_type in (DATA, END):
@@ -632,7 +624,6 @@ class Peer:
         self.finish()
 
     # ------------------------------------------------------------------ records, by the state table
-
     def write(self, record_type, content=b""):
         """Sends a record that the state allows."""
         with self._changing:
@@ -688,7 +679,6 @@ class Peer:
             self.stream.outgoing.acknowledge(self.stream.outgoing.sent)
 
     # ------------------------------------------------------------------ streams
-
     def open(self, target, kind=TCP, instance=b""):
         """Starts a stream, without waiting for Opened."""
         return Stream(Open(kind, target, instance, os.urandom(16))).attach(self)
@@ -741,7 +731,6 @@ class Peer:
         return answer
 
     # ------------------------------------------------------------------ UDP
-
     def open_udp(self):
         """Makes this the UDP link; sessions and datagrams may follow at once."""
         self.open("", UDP)
@@ -749,9 +738,6 @@ class Peer:
 
     def session(self, number, target, outer=0):
         self.write(SESSION, encode_session(number, target, outer))
-
-    def session_address(self, number, address):
-        self.write(SESSION_ADDRESS, encode_session_address(number, address))
 
     def datagrams(self, *datagrams):
         """Sends (session number, bytes) pairs, together in one record."""
@@ -846,8 +832,7 @@ class Server(Peer):
     def handshake(self):
         """Raises PeerError for a client that it refused (and told so)."""
         self.begin_handshake()
-        known = self.authorized is None or self.remote_identity in self.authorized
-        if not known or self.remote_identity == self.identity.public:
+        if self.remote_identity == self.identity.public or self.authorized is not None and self.remote_identity not in self.authorized:
             self.fail(INVALID_KEY, "not authorized: %s" % self.remote_identity.hex())
             raise PeerError(INVALID_KEY, "refused a client")
         self.send_completion()
@@ -891,10 +876,7 @@ class Server(Peer):
 
     def serve_streams(self, handler):
         """Each stream to handler(stream), until the client's FIN. What a handler left of a TCP stream is passed over."""
-        while True:
-            stream = self.accept()
-            if stream is None:
-                return
+        for stream in iter(self.accept, None):
             handler(stream)
             if stream.kind != TCP:
                 return
@@ -931,7 +913,6 @@ class Stream:
         return self
 
     # An opener's.
-
     def attach(self, link, **wrong):
         """Sends Open on `link`, with what is `wrong` in place of what it should say. After Opened comes resend(), which begins at `at`."""
         self.attempt += 1
@@ -948,7 +929,6 @@ class Stream:
         return self.bound
 
     # An acceptor's.
-
     def attached(self, link, opening):
         """Takes an Open of this stream that came on `link`, which carries it from now on. opened(), resend() follow."""
         if opening.target != self.target or opening.attempt <= self.attempt or opening.at > self.taken:
@@ -971,7 +951,6 @@ class Stream:
         self.link.fail(code, text)
 
     # Both.
-
     def send(self, data):
         """Sends what is missing on this link, then `data`; returns its length. Where the link fails, all is kept."""
         self.outgoing.keep(data)
@@ -1124,7 +1103,7 @@ def serve_udp(stream, answer=lambda target, data: data):
                     if data is not None:
                         if number in unnamed:
                             unnamed.remove(number)
-                            link.session_address(number, "192.0.2.1:53")
+                            link.write(SESSION_ADDRESS, encode_session_address(number, "192.0.2.1:53"))
                         link.datagrams((number, data))
 
 
