@@ -173,13 +173,10 @@ def test_many_silent_ones_from_a_listed_source(proxied, keys):
         eventually(lambda: descriptors(server) <= files + 2, lambda: "what they took is free again: %d" % (descriptors(server) - files))
 
 
-WORDS = ["127.0.0.1,", ",", "localhost", "10.0.0.0/33", "10.0.0.1/8", "127.1", "0x7f000001", "10.0.0.1-10.0.0.9", "::1/129", "fe80::1%lo", "*",
-         "10.0.0.1:80"]
-
-
 def test_what_is_no_source():
     """A network that nobody meant would let its hosts pretend to be anybody."""
-    for word in WORDS:
+    for word in ("127.0.0.1,", ",", "localhost", "10.0.0.0/33", "10.0.0.1/8", "127.1", "0x7f000001", "10.0.0.1-10.0.0.9", "::1/129", "fe80::1%lo",
+                 "*", "10.0.0.1:80"):
         with row(word), pytest.raises(module.ConfigError, match="--proxy-protocol"):
             module.parse_networks(word)
 
@@ -499,34 +496,30 @@ class SecretVolume:
         os.replace(self.path / "..new", self.path / "..data")
 
 
-@pytest.fixture
-def secret_volume(keys, tmp_path):
-    if not hasattr(os, "geteuid") or os.geteuid():
-        missing("the right to give files away (root)")
-    return SecretVolume(tmp_path / "volume", keys.server)
-
-
 READ_ONLY = ("unshare", "--mount", "sh", "-ec", 'mount --bind "$0" "$0"; mount -o remount,ro,bind "$0"; exec "$@"')
 
 
-def test_the_manifests_command_runs_as_in_a_pod(start, connect, manifest, secret_volume, keys, second, tcp_echo, tmp_path):
+def test_the_manifests_command_runs_as_in_a_pod(start, connect, manifest, keys, second, tcp_echo, tmp_path):
     """Its own words, but for program, folder and port; the folder is read-only, and its files are another user's: that they may be read by others is
     no warning then, as with ssh. A key that comes with an update of the Secret is taken, a key that goes loses its links."""
     need("unshare")
     if subprocess.run([*READ_ONLY, str(tmp_path), "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
         missing("permission to mount")
+    if os.geteuid():
+        missing("the right to give files away (root)")
+    volume = SecretVolume(tmp_path / "volume", keys.server)
     container = manifest["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     program, *words = [*container["command"], *container.get("args", ())]
     assert program == "ratrod"
-    words[words.index("-k") + 1] = secret_volume.path
+    words[words.index("-k") + 1] = volume.path
     words[-1] = "127.0.0.1:0"
-    server = start(*READ_ONLY, secret_volume.path, *RATROD, *words)
+    server = start(*READ_ONLY, volume.path, *RATROD, *words)
     port = int(server.wait_for(STARTED).group(1))
     tunnel = "0:127.0.0.1:%d" % tcp_echo.port
     client = connect(port, "--max-retry-count", "1", tunnel).ready()
     ask(tcp_port(client))
     keys.server.write("authorized_keys", second.public + "\n")
-    secret_volume.update(keys.server)
+    volume.update(keys.server)
     assert client.wait() == 3
     other = start(*RATROD, "-k", second.path, "connect", "127.0.0.1:%d" % port, tunnel).ready()
     ask(tcp_port(other))

@@ -315,9 +315,7 @@ def assert_harmless(program):
 @pytest.fixture
 def shown(start):
     """Whatever a test does to a program: its output is harmless at the end. shown(program) also: it says what the marker stands for."""
-    def check(program):
-        program.wait_for("marker-before")
-    yield check
+    yield lambda program: program.wait_for("marker-before")
     for program in start.programs:
         program.stop()
         assert_harmless(program)

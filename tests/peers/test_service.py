@@ -16,8 +16,8 @@ import pytest
 import ratrod as ratrod_module
 from support.keys import make_keys
 from support.many_lines import run_lines
-from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, missing, readme, tcp_port
-from support.sockets import ask, dial, eventually, free_port, ping, works
+from support.programs import AUTHENTICATION_FAILED, LEGACY, LISTENING, PATIENCE, READY, ROOT, STARTED, bound, missing, readme, tcp_port
+from support.sockets import ask, dial, eventually, free_port, ping, port_of, works
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -208,33 +208,27 @@ def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
     assert probe.wait() == AUTHENTICATION_FAILED and other.public in probe.output
 
 
-def test_a_check_that_is_ended_has_found_out_nothing(ratrod, keys):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        probe = ratrod("-k", keys.client.path, "connect", "--check", "127.0.0.1:%d" % silent.getsockname()[1])
-        silent.settimeout(PATIENCE)
-        with silent.accept()[0]:
-            probe.process.send_signal(signal.SIGTERM)
-            assert probe.wait() == 128 + signal.SIGTERM
-        assert "lets this client in" not in probe.output
+def test_a_check_that_is_ended_has_found_out_nothing(connect, listener):
+    probe = connect(port_of(listener), "--check")
+    with listener.accept()[0]:
+        assert probe.stop() == 128 + signal.SIGTERM
+    assert "lets this client in" not in probe.output
 
 
-def test_hup_ends_a_pause_between_tries(serve, ratrod, keys, tcp_echo):
+def test_hup_ends_a_pause_between_tries(serve, client, tcp_echo):
     """With pauses of up to an hour a server that is there again would be found in an hour."""
     server, port = serve("--allow-listen")
-    client = ratrod("-v", "-k", keys.client.path, "connect", "--max-retry-interval", "3600", "127.0.0.1:%d" % port, "0:%d" % tcp_echo.port,
-                    "R:0:127.0.0.1:%d" % tcp_echo.port)
-    bound = int(client.wait_for(r"listens on `localhost:(\d+)`").group(1))
+    client = client(port, "0:%d" % tcp_echo.port, "R:0:127.0.0.1:%d" % tcp_echo.port, flags=("-v", "--max-retry-interval", "3600"))
+    reverse = bound(client)
     server.kill()
     client.wait_for("Lost the server")
-    def tries():
-        return client.output.count("; trying again")
     # Each time at once, whatever the pause has grown to: the next would be of over an hour.
     for _ in range(15):
-        before = tries()
+        before = client.output.count("; trying again")
         client.process.send_signal(signal.SIGHUP)
-        eventually(lambda before=before: tries() > before, lambda: client.output)
+        eventually(lambda before=before: client.output.count("; trying again") > before, lambda: client.output)
     server, _ = serve("--allow-listen", bind="127.0.0.1:%d" % port)
-    eventually(lambda: client.process.send_signal(signal.SIGHUP) or works(bound), lambda: client.output)
+    eventually(lambda: client.process.send_signal(signal.SIGHUP) or works(reverse), lambda: client.output)
     ask(tcp_port(client))
 
 

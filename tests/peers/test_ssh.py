@@ -4,7 +4,6 @@ import contextlib
 import glob
 import json
 import os
-import pathlib
 import pty
 import shutil
 import signal
@@ -29,8 +28,6 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 # No site-packages: a machine without PyNaCl and docopt, at this end too. Imported, for a script is compiled at each start, which costs 0.3 s; and
 # not compiled(), whose source the far side could not have.
 BARE = sys.executable, "-S", "-c", "import sys; sys.path.insert(0, %r); import ratrod; sys.exit(ratrod.main())" % str(ROOT)
-AS_A_SCRIPT = sys.executable, "-S", SCRIPT[1]
-CHILD_SHELLS = "sh dash bash zsh csh tcsh fish".split()
 
 
 class Ground:
@@ -70,10 +67,8 @@ def over_ssh(start, ground):
 @pytest.fixture
 def bin_with(tmp_path):
     """bin_with(name=script...) -> a folder for PATH, with these and what every shell needs."""
-    made = []
     def make(**scripts):
-        folder = tmp_path / ("bin%d" % len(made))
-        made.append(folder)
+        folder = tmp_path / ("bin%d" % len(list(tmp_path.glob("bin*"))))
         folder.mkdir()
         for name in ("sh", "bash", "cat", "echo", "true"):
             (folder / name).symlink_to(need(name))
@@ -84,35 +79,27 @@ def bin_with(tmp_path):
     return make
 
 
-def python38():
-    """A Python 3.8, where there is one; else whichever is here."""
-    found = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.8.*/bin/python3"))) or glob.glob("/usr/bin/python3.8") or [sys.executable]
-    return found[0]
-
-
 def test_tcp(sshd, over_ssh, bin_with, tcp_echo, listener, ground):
-    """The far side's python3 is 3.8 with the standard library alone, and not on the PATH; this side has no site-packages, and nobody a key."""
+    """The far side's python3 is 3.8, where there is one, with the standard library alone, and not on the PATH; this side has no site-packages, and
+    nobody a key."""
     far = sshd(programs=bin_with())
     away = far.path / "it's $HOME" / "python 3"
     away.parent.mkdir()
-    away.write_text("#!/bin/sh\nexec %s \"$@\"" % python38())
+    found = sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/3.8.*/bin/python3"))) or glob.glob("/usr/bin/python3.8") or [sys.executable]
+    away.write_text("#!/bin/sh\nexec %s \"$@\"" % found[0])
     away.chmod(0o755)
-    client = over_ssh(far, "--remote-python", away, "0:127.0.0.1:%d" % port_of(listener), "0:127.0.0.1:%d" % tcp_echo.port, program=AS_A_SCRIPT)
+    client = over_ssh(far, "--remote-python", away, "0:127.0.0.1:%d" % port_of(listener), "0:127.0.0.1:%d" % tcp_echo.port,
+                      program=(sys.executable, "-S", SCRIPT[1]))
     client.wait_for(READY)
     for _ in range(3):
         ask(tcp_port(client, 2))
-    for ends in (lambda near, other: check_half_close(near, other), lambda near, other: check_half_close(other, near),
+    for ends in (check_half_close, lambda near, other: check_half_close(other, near),
                  lambda near, other: sockets.check_bulk_each_way((near, other), 8)):
-        with dial(tcp_port(client)) as near:
-            other, _ = listener.accept()
-            other.settimeout(PATIENCE)
-            with other:
-                ends(near, other)
+        with dial(tcp_port(client)) as near, sockets.accept(listener) as other:
+            ends(near, other)
     for which in (0, 1):  # a reset is a reset, from either side
-        pair = [dial(tcp_port(client)), listener.accept()[0]]
-        pair[0].sendall(b"here")
-        assert receive_exactly(pair[1], 4) == b"here"
-        pair[1].settimeout(PATIENCE)
+        pair = [dial(tcp_port(client)), sockets.accept(listener)]
+        sockets.talk(*pair)
         reset(pair.pop(which))
         with pair[0], pytest.raises(ConnectionResetError):
             receive_all(pair[0])
@@ -143,12 +130,8 @@ def test_other_tunnels(sshd, over_ssh, tcp_echo, udp_echo, ground, closed, stack
     assert_refused(tcp_port(client, 2))
     client.wait_for("cannot connect to the remote `nobody.invalid:80`: cannot resolve")
     def zombies():
-        found = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                status = pathlib.Path("/proc", pid, "stat").read_text().rpartition(") ")[2].split()
-                found += [pid] if status[0] == "Z" and int(status[1]) == client.process.pid else []
-        return found
+        children = subprocess.run(["ps", "-o", "stat=,args=", "--ppid", str(client.process.pid)], stdout=subprocess.PIPE, text=True)
+        return [line for line in children.stdout.splitlines() if line.startswith("Z")]
     eventually(lambda: not zombies(), zombies)
 
 
@@ -220,7 +203,7 @@ def test_login_shells(start, ground, tmp_path):
     assert int(size) > 10000
     # It takes so many bytes of its standard input for a program, compressed, and runs it.
     program = zlib.compress(b"import sys; print(__name__, sys.stdin.read(), flush=True)")
-    for shell in CHILD_SHELLS:
+    for shell in "sh dash bash zsh csh tcsh fish".split():
         with row(shell):
             done = subprocess.run([need(shell), "-c", "%s %d" % (line, len(program))], input=program + b"and the rest", stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, env={**os.environ, "HOME": str(tmp_path)}, timeout=PATIENCE)

@@ -6,7 +6,6 @@ import pty
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from unittest import mock
@@ -15,7 +14,7 @@ import pytest
 
 import ratrod
 from support.programs import PYTHON, RATROD2, READY, ROOT, tcp_port, udp_originator
-from support.sockets import ask, ask_udp, dial, eventually, ping, receive_exactly
+from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, port_of, receive_exactly
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -55,7 +54,7 @@ def test_the_table(forward, keys, target, udp_echo, table, stack):
     assert re.match(r"tunnel \(forward\) `127.0.0.1:%d` -> `127.0.0.1:\d+`$" % tcp_port(client), tunnel_1) and "tunnel (forward)" in tunnel_2
     assert "tunnel (socks)" in socks and re.search(r"reverse tunnel on `localhost:\d+`: \d links wait, 0 are busy", reverse)
     assert re.match(r"key `%s`: \d+ links .*, 1 stream, 1 UDP session, 1010 bytes sent to links, 1010 received$" % keys.server.public, key)
-    origin = "127.0.0.1:%d" % connection.getsockname()[1]
+    origin = "127.0.0.1:%d" % port_of(connection)
     assert re.match(r"\[[0-9a-f]{6}\] `%s` -> `127.0.0.1:\d+`: 1000 bytes sent to the link, 1000 received, for [\d.]+ m?s$" % origin, stream)
     assert re.match(r"\[[0-9a-f]{6}\] `127.0.0.1:\d+` -> `udp 127.0.0.1:%d`: 10 bytes sent to the link, 10 received" % udp_echo.port, session)
     (head, reverse, key, stream, session) = table(server)
@@ -83,7 +82,6 @@ later = ratrod.Deadline.set
 ratrod.Deadline.set = lambda self, delay, call: later(self, 0.2 if delay == 1.0 else delay, call)
 sys.exit(ratrod.main())
 """ % str(ROOT)
-LINE = r"^ratrod: [\d.]+ k?M?B/s up, [\d.]+ k?M?B/s down, \d+ streams?, \d+ UDP sessions?(, round trip [\d.]+ ms)?"
 EMPTY = r"^ratrod: 0 B/s up, 0 B/s down, 0 streams, 0 UDP sessions"
 
 
@@ -176,8 +174,7 @@ def test_a_window_that_is_closed(at_terminal, keys, tmp_path, tcp_echo, port):
 @pytest.fixture
 def port():
     """A port that a tunnel may listen on: on the screen of a terminal it may be cut."""
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        return made.getsockname()[1]
+    return free_port()
 
 
 def test_it_shows_what_goes_on_and_leaves_nothing(at_terminal, target, port, udp_echo):
@@ -238,7 +235,7 @@ def test_a_narrow_window_and_one_that_changes(at_terminal):
 
 def test_stopped_and_continued(at_terminal, listener, port):
     """Ctrl-Z, fg and bg in a shell: in the background nothing is drawn into what others do."""
-    terminal = at_terminal("%d:%d" % (port, listener.getsockname()[1]), shell=True)
+    terminal = at_terminal("%d:%d" % (port, port_of(listener)), shell=True)
     terminal.shows(EMPTY)
     terminal.send("C-z")
     terminal.shows("Stopped")
@@ -259,7 +256,7 @@ def test_stopped_and_continued(at_terminal, listener, port):
         terminal.shows("Connection refused")
         assert "ratrod: " not in terminal.screen()
         terminal.type("clear; fg")
-        terminal.shows(LINE)
+        terminal.shows(r"^ratrod: [\d.]+ k?M?B/s up, [\d.]+ k?M?B/s down, \d+ streams?, \d+ UDP sessions?(, round trip [\d.]+ ms)?")
         terminal.send("C-c")
         eventually(lambda: "ratrod: " not in terminal.screen(), terminal.screen)
 

@@ -18,12 +18,6 @@ OUT = 64 * 1024  # bytes that a link has ready to be sent
 AT_ONCE = 64  # records in one piece
 
 
-def raise_limit():
-    import resource
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 class HostileLink:
     """A link past its handshake; what it does next is in `attack`, a generator of the bytes to send."""
 
@@ -43,7 +37,6 @@ class HostileLink:
         self.reader, self.writer = hand.reader, hand.writer
         self.scratch = memoryview(bytearray(module.HEADROOM + module.MAX_CONTENT + module.TAILROOM))
         self.received, self.out, self.events = bytearray(), bytearray(), 0
-        self.reads = True
         self.answers = collections.Counter()  # records that came, by type
         self.attack = KINDS[kind](self)
         self.sock.setblocking(False)
@@ -63,22 +56,17 @@ class HostileLink:
             data = self.sock.recv(1 << 16)
             if not data:
                 raise ConnectionError("closed")
-            self.on_data(data)
+            self.received += data
+            view, at = memoryview(bytes(self.received)), 0
+            while at < len(view):
+                record = self.reader.next(view, at, len(view))
+                if record is None:
+                    break
+                at = record[2]
+                self.answers[record[0]] += 1
+            del self.received[:at]
         if mask & select.EPOLLOUT:
             self.pump()
-
-    def on_data(self, data):
-        if not self.reads:
-            return
-        self.received += data
-        view, at = memoryview(bytes(self.received)), 0
-        while at < len(view):
-            record = self.reader.next(view, at, len(view))
-            if record is None:
-                break
-            at = record[2]
-            self.answers[record[0]] += 1
-        del self.received[:at]
 
     def pump(self):
         """Sends what there is; False where there is nothing for now."""
@@ -98,11 +86,16 @@ def half_record(link):
     yield (module.MAX_CONTENT + 1 + 32).to_bytes(4, "big") + bytes(int(link.argument or 65532))
 
 
+def flood(record, beginning=b""):
+    while True:
+        yield beginning + b"".join(record() for _ in range(AT_ONCE))
+        beginning = b""
+
+
 def sessions(link):
     """UDP sessions, one after the other."""
-    yield link.record(module.OPEN, module.UDP, "")
     numbers = itertools.count(1)
-    yield from flood(lambda: link.record(module.SESSION, next(numbers), "127.0.0.1:9", 0))
+    return flood(lambda: link.record(module.SESSION, next(numbers), "127.0.0.1:9", 0), link.record(module.OPEN, module.UDP, ""))
 
 
 def unknown(link):
@@ -120,31 +113,6 @@ def opens(link):
         yield link.open() + link.record(module.END)
         while link.answers[module.OVER] == seen:
             yield b""
-
-
-def flood(record):
-    while True:
-        yield b"".join(record() for _ in range(AT_ONCE))
-
-
-def tiny(link):
-    """Data of one byte."""
-    yield link.open()
-    yield from flood(lambda: link.data(b"x"))
-
-
-def acks(link):
-    yield link.open()
-    yield from flood(lambda: link.record(module.ACK, 0))
-
-
-def keepalives(link):
-    return flood(lambda: link.record(module.KEEPALIVE))
-
-
-def abandons(link):
-    """Streams that never were."""
-    return flood(lambda: link.record(module.ABANDON, os.urandom(16)))
 
 
 def attaches(link):
@@ -168,17 +136,19 @@ def bulk(link):
         yield link.data(content)
 
 
-def deaf(link):
-    """Asks for what a remote sends without end, and reads none of it."""
-    link.reads = False
-    yield link.open() + (link.data(b"x") if link.argument else b"")
-
-
-KINDS = {made.__name__: made for made in (half_record, sessions, unknown, opens, tiny, acks, keepalives, abandons, attaches, listens, bulk, deaf)}
+KINDS = {
+    **{made.__name__: made for made in (half_record, sessions, unknown, opens, attaches, listens, bulk)},
+    "tiny": lambda link: flood(lambda: link.data(b"x"), link.open()),  # data of one byte
+    "acks": lambda link: flood(lambda: link.record(module.ACK, 0), link.open()),
+    "keepalives": lambda link: flood(lambda: link.record(module.KEEPALIVE)),
+    "abandons": lambda link: flood(lambda: link.record(module.ABANDON, os.urandom(16))),  # of streams that never were
+}
 
 
 def main(port, folder, kind, count, argument=""):
-    raise_limit()
+    import resource
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     keys = module.KeyFolder(folder).load()
     epoll, links, parent = select.epoll(), {}, os.getppid()
     def enter():
@@ -192,7 +162,7 @@ def main(port, folder, kind, count, argument=""):
     begun = False
     while os.getppid() == parent:
         for link in list(links.values()):
-            wants = select.EPOLLIN * (kind != "deaf") | select.EPOLLOUT * (not begun or bool(link.out))
+            wants = select.EPOLLIN | select.EPOLLOUT * (not begun or bool(link.out))
             if wants != link.events:
                 epoll.modify(link.sock.fileno(), wants)
                 link.events = wants

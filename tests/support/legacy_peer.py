@@ -47,8 +47,6 @@ Error = NamedTuple("Error", [("code", int), ("text", str)])
 Shutdown = NamedTuple("Shutdown", [])
 # The place in this table is the variant's number on the wire.
 MESSAGES = ClientPreamble, ServerPreamble, ClientAuthentication, HandshakeCompletion, Data, UdpData, Error, Shutdown
-
-
 FIELDS = {int: "varint", bool: 1, str: "str", bytes: "bytes"}
 
 

@@ -75,22 +75,13 @@ class BlackHole:
     """A port of 127.0.0.1 that neither takes nor refuses connections: nobody accepts, and its queue is full (Linux drops the SYN then)."""
 
     def __init__(self):
-        self._sockets = [socket.socket()]
-        self._sockets[0].bind(("127.0.0.1", 0))
-        self._sockets[0].listen(0)
+        self._sockets = [socket.create_server(("127.0.0.1", 0), backlog=0)]
         self.port = self._sockets[0].getsockname()[1]
-        while self._fill():
-            pass
-
-    def _fill(self):
-        sock = socket.socket()
-        sock.settimeout(0.3)
-        self._sockets.append(sock)
-        try:
-            sock.connect(("127.0.0.1", self.port))
-            return True
-        except socket.timeout:
-            return False
+        with contextlib.suppress(socket.timeout):
+            while True:
+                self._sockets.append(socket.socket())
+                self._sockets[-1].settimeout(0.3)
+                self._sockets[-1].connect(("127.0.0.1", self.port))
 
     def close(self):
         for sock in self._sockets:

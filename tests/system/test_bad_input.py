@@ -17,7 +17,6 @@ from support.rows import row
 from support.sockets import dial, eventually, is_ready, ping, receive_all, receive_exactly, reset
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
-plain_and_encrypted = pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "encrypted"])
 
 COMPLAINT = re.compile(r"\b(WARN|WARNING|ERROR|CRITICAL)\b|❌")
 # Stands in the regex of every server here, where it changes nothing: whoever sees it on the wire has seen the regex.
@@ -297,7 +296,7 @@ def greet(peer):
     peer.drain()
 
 
-@plain_and_encrypted
+@pytest.mark.parametrize("encrypt", [False, True], ids=["plain", "encrypted"])
 def test_bad_data_from_the_server(target, connect, keys, encrypt):
     identity = legacy_peer.Identity.load(keys.server.path)
     greets, todo = [True], []

@@ -427,22 +427,18 @@ def test_colour_on_a_terminal(environment, keys):
     assert process.wait(PATIENCE) == 1 and b"Test connection failed" in seen and b"\x1b[" in seen
 
 
-def test_a_reader_that_goes_away(environment):
+def test_a_reader_that_goes_away(environment, stack):
     """`ratrod --help | head -1` is no bug of ours, and a full disk neither."""
     ours, gone = os.pipe()
     os.close(ours)
-    outputs = [(gone, "--help")]
+    outputs = [(stack.enter_context(open(gone, "wb")), "--help")]
     with contextlib.suppress(FileNotFoundError):
-        full = os.open("/dev/full", os.O_WRONLY)
+        full = stack.enter_context(open("/dev/full", "wb"))
         outputs += [(full, "help serve"), (full, "--version")]
-    try:
-        for output, words in outputs:
-            done = subprocess.run([*RATROD, *words.split()], stdout=output, stderr=subprocess.PIPE, timeout=PATIENCE, env=environment())
-            assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, done.stderr.decode()
-            assert done.returncode == 1 and (b"ERROR" in done.stderr) == (output != gone), done.stderr.decode()
-    finally:
-        for output in {output for output, _ in outputs}:
-            os.close(output)
+    for output, words in outputs:
+        done = subprocess.run([*RATROD, *words.split()], stdout=output, stderr=subprocess.PIPE, timeout=PATIENCE, env=environment())
+        assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr, done.stderr.decode()
+        assert done.returncode == 1 and (b"ERROR" in done.stderr) == (words != "--help"), done.stderr.decode()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a POSIX shell closes the streams")

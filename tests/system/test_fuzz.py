@@ -109,10 +109,9 @@ def test_a_reverse_tunnel_that_nobody_has_used_for_an_hour():
 def test_a_visitor_of_a_reverse_tunnel_takes_no_link_from_another_one():
     """Its link doubts the others' paths. A Unix socket tells nothing of its path, as any socket of another system than Linux."""
     machine = Reverse()
-    machine.originate(rounds=30)
-    machine.pass_time(seconds=5)
-    machine.originate(rounds=30)
-    machine.pass_time(seconds=5)
+    for _ in range(2):
+        machine.originate(rounds=30)
+        machine.pass_time(seconds=5)
     assert [stream.attempt for stream in machine.ends.server.counters.streams] == [1, 1]
     machine.teardown()
 
@@ -301,19 +300,13 @@ class Reverse(Joined):
     def teardown(self):
         try:
             self.ends.reachable = True
-            for app in self.back.apps:
-                app.end()
-            self.ends.pass_time(60)
-            self.move(100)
-            for app in self.back.apps:
-                app.end()
-            for _ in range(5):  # what came late
-                if all(app.outcome for app in self.back.originators):
-                    break
-                self.ends.pass_time(20)
-                self.move(50)
+            for seconds, rounds in ((60, 100), *[(20, 50)] * 5):  # the shorter ones for what comes late
                 for app in self.back.apps:
                     app.end()
+                self.ends.pass_time(seconds)
+                self.move(rounds)
+                if all(app.outcome for app in self.back.originators):
+                    break
             assert all(app.outcome for app in self.back.originators), "it never ended"
             self.back.originate(self.port)
             app = self.back.originators[-1]

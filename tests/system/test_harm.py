@@ -27,9 +27,7 @@ def attack(start, second):
     """attack(port, kind, links, argument) -> Program: the second key's, once its links are there."""
     def launch(port, kind, links=LINKS, argument=""):
         program = start(sys.executable, attacker.__file__, port, second.path, kind, links, argument)
-        with program._changed:
-            program._changed.wait_for(lambda: program.lines or program._ended, 600)
-        program.wait_for("all links")
+        program.wait_for("all links", patience=600)
         return program
     return launch
 
@@ -62,18 +60,13 @@ def round_trips(sock, n):
     return took
 
 
-KINDS = ("sessions", "unknown", "tiny")
-if LONG:
-    KINDS += ("opens", "acks", "keepalives", "abandons", "attaches", "bulk")
-
-
 @pytest.mark.timeout(1800 if LONG else 120)
 def test_another_key_beside_one_that_does_all_it_can(serve, client, keys, tcp_echo, attack, stack):
     """Turns go by key: thousands of links of one key are one key. Before, 2,000 that made UDP sessions cost another key 30 s a round trip."""
     _, port = serve(*MANY)
     remote = "127.0.0.1:%d" % tcp_echo.port
     honest = client(port, "0:" + remote).ready()
-    for kind in KINDS:
+    for kind in ("sessions", "unknown", "tiny", *["opens", "acks", "keepalives", "abandons", "attaches", "bulk"] * LONG):
         with row(kind):
             sock = stack.enter_context(dial(tcp_port(honest)))
             program = attack(port, kind, argument="" if kind in ("sessions", "unknown") else remote)

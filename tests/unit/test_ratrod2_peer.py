@@ -1,12 +1,11 @@
 """What the independent ratrod2 peer notices. What it does right is shown by the tests with ratrod at its other end: by test_core*.py to the byte,
 and so by the vectors, which those hold ratrod against."""
 
+import concurrent.futures
 import io
 import pathlib
-import queue
 import re
 import socket
-import threading
 import types
 
 import pytest
@@ -47,23 +46,19 @@ class Joined:
             sock.settimeout(PATIENCE)
         self.client = Client(ours, CLIENT_SEED, **(client_options or {}))
         self.server = Server(theirs, SERVER_SEED, **(server_options or {}))
-        self._outcome = queue.Queue()
-        threading.Thread(target=self._run, args=(serve,), daemon=True).start()
+        self._served = concurrent.futures.ThreadPoolExecutor(1).submit(self._run, serve)
 
     def _run(self, serve):
         with self.server:
-            try:
-                self._outcome.put(serve(self.server))
-            except Exception as error:
-                self._outcome.put(error)
+            serve(self.server)
 
     def outcome(self):
-        """What serve() returned or raised, after the client's FIN."""
+        """What serve() raised, or None, after the client's FIN."""
         self.client.sock.close()
         return self.wait()
 
     def wait(self):
-        return self._outcome.get(timeout=PATIENCE)
+        return self._served.exception(PATIENCE)
 
 
 def serving(handler):

@@ -241,7 +241,6 @@ def file(tmp_path):
 def parse(tmp_path, monkeypatch):
     """parse(words..., NAME=value...) -> ratrod.Options, or why not; files of arguments are in tmp_path."""
     monkeypatch.chdir(tmp_path)
-
     def launch(*words, **environment):
         try:
             return ratrod.parse_command_line(list(ratrod.expand_arguments(words)), environment)
