@@ -189,7 +189,7 @@ def test_keys_do_not_share_what_they_may(serve, keys, second, authorized, tcp_ec
 
 
 @either_wire
-def test_no_udp(forward, authorized, tcp_echo, mode):
+def test_no_udp(forward, authorized, tcp_echo, mode, stack):
     """From the start; and added while sessions live, which ends them, but no stream."""
     authorized("KEY no-udp alice@laptop")
     server, client = forward(mode, "0:%d" % tcp_echo.port)
@@ -205,8 +205,10 @@ def test_no_udp(forward, authorized, tcp_echo, mode):
         with udp_originator(client) as originator:
             ask_udp(originator)
             authorized("KEY no-udp alice")
-            if mode is RATROD2:  # over legacy only sessions that begin are refused
-                client.wait_for(NOT_ALLOWED, 2)
+            another = stack.enter_context(udp_originator(client))
+            if mode is LEGACY:  # only sessions that begin are refused there
+                another.send(b"?")
+            client.wait_for(NOT_ALLOWED, 2)
         ping(running)
     ask(tcp_port(client))
 
