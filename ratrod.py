@@ -7970,6 +7970,16 @@ class Rules:
         self._server.lookups.look_up(key, target, on_found)
 
 
+class NoRules(Rules):
+    """Behind ssh: a client may open everything that its user could open on that machine without ratrod."""
+
+    def grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
+        return (Grant(),)
+
+    def have_changed(self) -> bool:
+        return False
+
+
 # ---------------------------------------------------------------------------------------------------- reverse tunnels
 
 
@@ -8483,12 +8493,12 @@ class Server(Endpoint):
 
 
 class PipeServer(Server):
-    """The far side of one ssh:// link. It listens to nobody, has no keys, and ends with its link. A client may open
-    everything that its user could open on that machine without ratrod."""
+    """The far side of one ssh:// link. It listens to nobody, has no keys, and ends with its link."""
 
     def __init__(self, loop: EventLoop, limits: Limits):
-        options = ServerOptions(Address("", 0), Policy([".*", "unix:.*"]), authorize=lambda _key, _target: True)
+        options = ServerOptions(Address("", 0), Policy([".*", "unix:.*"]))
         super().__init__(loop, NoKeys(), limits, options, Callbacks(), [])
+        self.rules = NoRules(self)
 
     def start(self) -> None:
         link = Link(self, None, PipeHandshake(), ACCEPTOR, "ssh")
