@@ -6696,7 +6696,6 @@ class Opener(Keeper):
                      and not link.transport.tcp_info().retransmits and not link.is_stuck))
 
     def put(self, link: Link) -> None:
-        """A link that is idle now."""
         # The server may have ended while the handshake's last step was on its thread.
         if not link.is_completed and link.state == IDLE:
             link.poll()
@@ -6734,7 +6733,6 @@ class Opener(Keeper):
             self.idle.remove(link)
 
     def clear(self) -> None:
-        """Ends all idle links."""
         while self.idle:
             self.drop(self.idle.pop())
 
@@ -7638,7 +7636,6 @@ class Endpoint:
         """What waits for something new ends: it will not come."""
 
     def close(self) -> None:
-        """Ends everything at once."""
         self.threads.close()
         self.lookups.close()
         self._sweeper.clear()
@@ -7719,7 +7716,6 @@ class Admission:
         return self._sources[name]
 
     def sweep(self) -> None:
-        """Forgets the sources of which nothing has to be remembered."""
         now = self._loop.now
         for name, source in list(self._sources.items()):
             if not source.strangers and not source.is_trusted(now) and source.tries.is_full(now):
@@ -7782,7 +7778,6 @@ class Admission:
             slot.leave()
 
     def _on_introduced(self, negotiation: Negotiation, error: Exception | None) -> None:
-        """A load balancer has said whose connection this is."""
         self._remove(negotiation)
         header = negotiation.handshake
         assert isinstance(header, ProxyHeader)
@@ -8093,7 +8088,6 @@ class ReverseListener(Opener):
         self.clear()
 
     def close(self, error: Exception) -> None:
-        """Ends it with all that it carries."""
         if self.is_closed:
             return
         super().close(error)
@@ -8120,7 +8114,6 @@ class ReverseListeners:
         return iter(list(self._all))
 
     def open(self, link: Link, open_: Open) -> None:
-        """A client wants to listen."""
         refuse = functools.partial(self._server.acceptor.refuse, link, "listen " + open_.target)
         try:
             address = self._check(link.peer_key, open_.target)
@@ -8186,7 +8179,6 @@ class ReverseListeners:
             raise RatrodError("cannot listen on `%s`: this server itself is on that port" % str(address))
 
     def check(self) -> None:
-        """Ends those that are not allowed any more."""
         for listener in self:
             try:
                 self._check(listener.key, listener.asked)
@@ -8681,7 +8673,6 @@ class Pool(Opener):
     # ---- what becomes of them
 
     def on_completed(self, link: Link) -> None:
-        """The server has let it in."""
         self._reach.let_in(link.name, "Connected to server `%s` again," % link.name)
         if self.needed:
             self.want_links()
@@ -8770,7 +8761,6 @@ class ReverseTunnel(LinkUser):
         link.ask(self, Open(LISTEN, self.asked, instance=self._client.listen_instance))
 
     def on_record(self, link: Link, kind: int, content: Any) -> None:
-        """The answer to that."""
         if kind == OPENED:
             return self._on_listening(link, content.address)
         link.detach()
