@@ -6857,7 +6857,7 @@ class Retry:
     def __init__(self, client: Client, most: int | None, try_again: Callable[[], None]):
         self._client, self._loop, self._most, self._try_again = client, client.loop, most, try_again
         self.error: Exception | None = None  # the last one; None: all is well
-        self._tries = self._level = 0
+        self._tries = self._begun = self._level = 0
         self._said = 0  # of this loss: 1 that the thing is lost, 2 that a key is refused
         self._since = self._well_at = self._loop.now
         self._next = Deadline(self._loop)
@@ -6867,17 +6867,17 @@ class Retry:
         return self._next.when < NEVER
 
     def fail(self, error: Exception, lost: str, tried: bool = False, is_first: bool = False) -> None:
-        """One more failure; those during a pause belong to the try before it. The first failure counts as a try only
-        where it was a try to come back (`tried`). `lost`, where it is not empty, is logged once: when the next try has
+        """One more failure; ten that fail in one moment are one try. The first failure counts as a try only where it
+        was a try to come back (`tried`). `lost`, where it is not empty, is logged once: when the next try has
         failed too, for a server that was started anew is no news; or at once, where this is the first connection of
         all (`is_first`)."""
         again = is_first or self.error is not None
         if self.error is None:
-            self._since, self._tries, self._said = self._loop.now, int(tried), 0
+            self._since, self._tries, self._begun, self._said = self._loop.now, int(tried), int(tried), 0
             if self._loop.now - self._well_at > self.STEADY:
                 self._level = 0
-        elif not self.is_pausing:
-            self._tries += 1
+        else:
+            self._tries = min(self._tries + 1, self._begun)
         self.error = error.with_traceback(None)  # whose frames would keep a link and its buffers
         self._client.notice()
         if self._most is not None and self._tries >= self._most:
@@ -6892,7 +6892,7 @@ class Retry:
         if not self.is_pausing:
             level, longest = 30 if is_final(error) else min(self._level, 30), self._client.limits.retry_interval
             pause = min(longest, self.FIRST * 2 ** level) * (0.5 + os.urandom(1)[0] / 510)
-            self._next.set(pause, self._try_again)
+            self._next.set(pause, self._on_due)
             self._level += 1
         return None
 
@@ -6909,12 +6909,16 @@ class Retry:
         """Somebody waits: the next try is not far."""
         is_far = self._next.when > self._loop.now + self.HURRY
         if self.error and is_far and not (is_final(self.error) and self.is_pausing):
-            self._next.set(self.HURRY, self._try_again)
+            self._next.set(self.HURRY, self._on_due)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
         if self.is_pausing:
-            self._next.set(0, self._try_again)
+            self._next.set(0, self._on_due)
+
+    def _on_due(self) -> None:
+        self._begun += 1
+        self._try_again()
 
     def stop(self) -> None:
         self._next.clear()
