@@ -9886,19 +9886,17 @@ class UsageReader:
 # ---- words from files of arguments
 
 
-def expand_arguments(words: Iterable[str], inside: tuple[str, ...] = ()) -> Iterator[str]:
-    """Each `@file` replaced by the words of that file, and `@@x` by `@x`. `inside` are the files that hold these words.
-    UsageError names the file, and the line if it can."""
+def expand_arguments(words: Iterable[str], depth: int = 0) -> Iterator[str]:
+    """Each `@file` replaced by the words of that file, and `@@x` by `@x`. `depth`: how many files are around these
+    words. UsageError names the file, and the line if it can."""
     for word in words:
         if not word.startswith("@") or word.startswith("@@"):
             yield word[word.startswith("@"):]
-            continue
-        path = os.path.expanduser(word[1:])
-        if os.path.realpath(path) in inside:
-            raise UsageError("the arguments in `%s` name that file again" % printable(path))
-        if len(inside) >= 10:
-            raise UsageError("`%s` is the eleventh file of arguments inside each other" % printable(path))
-        yield from expand_arguments(_read_arguments(path), (*inside, os.path.realpath(path)))
+        elif depth < 10:
+            yield from expand_arguments(_read_arguments(os.path.expanduser(word[1:])), depth + 1)
+        else:
+            raise UsageError("`%s` is the eleventh file of arguments inside each other: does one of them name itself?"
+                             % printable(word[1:]))
 
 
 def _read_arguments(path: str) -> list[str]:
@@ -10723,7 +10721,7 @@ def serve_demo_payload(service: socket.socket) -> None:
             connection.sendall(block)
 
 
-def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
+def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> None:
     """A tunnel to a TCP service and one to a UDP echo; every byte is compared. It ends soon when a signal has come."""
     try:
         with contextlib.ExitStack() as stack:
@@ -10744,7 +10742,7 @@ def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
                     if received.read(len(block)) != block:
                         raise RatrodError(DEMO_FAILED)
                     if signals:
-                        raise KeyboardInterrupt
+                        return
                     if number % (DEMO_MB // 4) == 0:
                         print("  %3d%%  %d of %d MB" % (number * 100 // DEMO_MB, number, DEMO_MB), flush=True)
             seconds = time.monotonic() - started
@@ -10759,7 +10757,6 @@ def demo_run(folders: Sequence[KeyFolder], signals: list[int]) -> int:
     print("For real, on the machine that reaches your database:\n\n    ratrod serve 0.0.0.0:19000\n\n"
           "and at home, once each side has the other's public key (`ratrod keygen`, then authorized_keys there,"
           " known_hosts here):\n\n    ratrod connect server:19000 2000:db:5432\n")
-    return 0
 
 
 def demo_command(_options: Options) -> int:
@@ -10768,14 +10765,10 @@ def demo_command(_options: Options) -> int:
     import tempfile
 
     signals: list[int] = []
-    codes: list[int] = []
 
     def on_end(number: int, _frame: Any) -> None:
         signals.append(number)
         log.setLevel(logging.CRITICAL)  # the connections that this cuts are no news
-
-    def run() -> None:
-        codes.append(exit_code_of(lambda: demo_run(folders, signals)))
 
     with handling({"SIGINT": on_end, "SIGTERM": on_end}), tempfile.TemporaryDirectory(prefix="ratrod-demo-") as path:
         folders = [KeyFolder(os.path.join(path, name), parse_grant) for name in ("server", "client")]
@@ -10783,12 +10776,8 @@ def demo_command(_options: Options) -> int:
         for folder, name, key in zip(folders, ("authorized_keys", "known_hosts"), reversed(keys)):
             with open(os.path.join(folder.path, name), "w") as file:
                 file.write(key + "\n")
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        while thread.is_alive() and not signals:
-            thread.join(0.1)  # not longer: Windows notes Ctrl-C after that
-        thread.join(2)
-    return 128 + signals[0] if signals else codes[0]
+        demo_run(folders, signals)
+    return 128 + signals[0] if signals else 0
 
 
 # ---- the program
