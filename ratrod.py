@@ -4686,12 +4686,12 @@ class LegacyLink(Link):
     """A link of the original's wire: it carries one stream, or one UDP session. FIN is its End, a reset the only sign
     of a failure, and the system's own questions are its Keepalive."""
 
-    __slots__ = ("_has_end",)
+    __slots__ = ()
     is_legacy = True
 
     def __init__(self, owner: Endpoint, sock: socket.socket, handshake: Handshake, role: str, name: str, state: str):
         super().__init__(owner, sock, handshake, role, name)
-        self.state, self._has_end = state, False
+        self.state = state
         self.is_held = state == CONNECTING  # an acceptor reads nothing more before its remote is connected
 
     def _set_up(self) -> None:
@@ -4713,10 +4713,6 @@ class LegacyLink(Link):
         if not self.is_completed:  # Opened goes before anything else
             self.is_completed = True
             self.owner.on_completed(self)
-        if kind == END:
-            if self._has_end and self._eof:  # FIN after a Shutdown
-                return
-            self._has_end = True
         self.user.on_record(self, kind, content)
 
     def _on_eof(self) -> None:
@@ -4894,7 +4890,7 @@ class Outgoing:
         self.start = self.end = self.position = self.began = self.sent = self.acked = self._size = self._full_end = 0
         self.most = WINDOW
         self.has_eof = False  # the local socket's end was read
-        self.keeps = True
+        self.keeps = True  # another link can carry on from here
         self._few = bytearray()
         self._ring: memoryview | None = None
 
@@ -5097,7 +5093,7 @@ class Stream(LinkUser):
     """
 
     __slots__ = ("owner", "loop", "keeper", "origin", "shown", "target", "id", "attempt", "peer_key",
-                 "link", "local", "out", "keeps", "is_over", "was_opened", "error", "detached_at", "give_up_at",
+                 "link", "local", "out", "is_over", "was_opened", "error", "detached_at", "give_up_at",
                  "since", "started", "received", "taken", "_link_in", "_told", "_has_end", "_pending", "_heard_at",
                  "_asks_for_life")
     role = ""
@@ -5113,7 +5109,6 @@ class Stream(LinkUser):
         self.link: Link | None = None
         self.local: Transport | None = None  # until the local socket is there, and when it is closed
         self.out = Outgoing(owner.loop, owner.memory, peer_key)
-        self.keeps = True
         self.is_over = self.was_opened = self._has_end = False
         self.error: Exception | None = None  # how it ended
         self.detached_at, self.give_up_at = 0.0, NEVER
@@ -5237,6 +5232,8 @@ class Stream(LinkUser):
 
     def _on_end(self, link: Link) -> None:
         if self._has_end and self._link_in > self.received:
+            if link.is_legacy:  # FIN after a Shutdown
+                return None
             raise RemoteProtocolError("a second End")
         if self._link_in != self.received:
             raise RemoteProtocolError("End before bytes that came earlier")
@@ -5260,7 +5257,7 @@ class Stream(LinkUser):
 
     def on_read(self) -> None:
         link = self.link
-        if self.taken - self._told >= ACK_AFTER and self.keeps and link and link.state == BUSY and not link.out:
+        if self.taken - self._told >= ACK_AFTER and self.out.keeps and link and link.state == BUSY and not link.out:
             self._acknowledge(link)
 
     def _acknowledge(self, link: Link) -> None:
@@ -5293,7 +5290,7 @@ class Stream(LinkUser):
         if self._pending is not None or not self._have_both_ends_passed:
             return link.send(end) if end else None
         self._finish(None)
-        if self.keeps:
+        if self.out.keeps:
             link.last = self
             if self.out.acked == self.out.sent:
                 self.keeper.on_acknowledged(self, False)
@@ -5314,7 +5311,7 @@ class Stream(LinkUser):
             if code:
                 return self._on_local_failed(OSError(code, os.strerror(code)))
         link = self.link
-        if link and self.keeps and link.state == BUSY:
+        if link and self.out.keeps and link.state == BUSY:
             if self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.out:
                 self._acknowledge(link)
             self.on_update()  # memory that was short may be there again
@@ -5333,7 +5330,7 @@ class Stream(LinkUser):
         if link is None:
             return None if was_over else self.keeper.on_unheard(self)
         link.detach()
-        link.last = self if self.role == OPENER and self.keeps else None
+        link.last = self if self.role == OPENER and self.out.keeps else None
         if answer:
             link.refuse(answer)
         else:
@@ -5343,7 +5340,7 @@ class Stream(LinkUser):
         if link is not self.link:
             return
         self._let_go()
-        if isinstance(error, PeerError) or not self.keeps:
+        if isinstance(error, PeerError) or not self.out.keeps:
             return self._finish(error)
         if not isinstance(error, LinkClosed) or self.was_opened and not self.owner.limits.resume:
             return self.fail(error)  # the other side has seen the link break, and may wait for another one
@@ -5399,16 +5396,16 @@ class OpenerStream(Stream):
     def open(self, link: Link) -> None:
         """Asks the other side, over `link`, to connect to the target, or to go on where the last link was lost."""
         out = self.out
-        self.link, self.peer_key, self.keeps = link, link.peer_key, link.is_resumable
+        self.link, self.peer_key = link, link.peer_key
         if self.attempt and self.asked != link.instance and self.is_untouched:
-            if self.keeps:
+            if link.is_resumable:
                 self.keeper.leave_behind(self.id, self.asked)  # that one may have connected already
             self.set_free()
         self.asked = link.instance
         self.attempt += 1
         out.attach(link, out.acked if out.acked > out.end else out.start)  # what the other side is not known to have
         self._link_in = self._told = self.taken
-        fields = (self.id, self.attempt, out.position, self.taken) if self.keeps else ()
+        fields = (self.id, self.attempt, out.position, self.taken) if self.out.keeps else ()
         link.ask(self, Open(TCP, self.target, *fields))
         if self._broken and self.link:
             self._on_local_failed(self._broken)
@@ -5454,15 +5451,15 @@ class OpenerStream(Stream):
             self.keeper.on_closed_to(self, link)
         elif self._have_both_ends_passed:
             self._finish(None)
-            link.leave(link.writer.record(ACK, self.taken) if self.keeps else b"")
+            link.leave(link.writer.record(ACK, self.taken) if self.out.keeps else b"")
         else:
             raise RemoteProtocolError("a Close in the middle of a stream")
 
     def _on_opened(self, link: Link, opened: Opened) -> None:
-        if opened.taken < 0 and self.keeps:
+        if opened.taken < 0 and self.out.keeps:
             raise RemoteProtocolError("an Opened without a position")
         link.state, link.due = BUSY, NEVER
-        if self.keeps:
+        if self.out.keeps:
             self.out.on_taken(opened.taken)
         if self._pending is not None:  # of an earlier link
             link.is_held = True
@@ -5478,12 +5475,12 @@ class OpenerStream(Stream):
             raise RemoteProtocolError("Over before both Ends")
         self.out.acked = self.out.sent
         self._finish(None)
-        link.last = self if self.keeps else None
+        link.last = self if self.out.keeps else None
         link.become_idle()
 
     def acknowledge_last(self, link: Link) -> None:
         """After Over: the Ack of the last position, unless the next Open was quicker."""
-        if self._told != self.taken and self.keeps:
+        if self._told != self.taken and self.out.keeps:
             self._acknowledge(link)
 
 
@@ -7242,7 +7239,7 @@ class Acceptor(Keeper):
         except Overloaded as error:
             return self.refuse(link, shown, error)
         stream = AcceptorStream(self, origin, shown, target=open_.target, peer_key=link.peer_key, stream_id=number[1])
-        stream.attempt, stream.keeps = open_.attempt, link.is_resumable
+        stream.attempt, stream.out.keeps = open_.attempt, link.is_resumable
         self._streams[number] = stream
         self._await_remote(stream, link, open_)
         self._connect(stream, link, functools.partial(self._on_connected, stream))
@@ -7363,7 +7360,8 @@ class Acceptor(Keeper):
         self._opens.pop(stream, None)
         self._forget_detached(stream)
         number = stream.peer_key, stream.id
-        if (error is not None or not stream.keeps) and self._streams.pop(number, None) is not None and stream.keeps:
+        keeps = stream.out.keeps
+        if (error is not None or not keeps) and self._streams.pop(number, None) is not None and keeps:
             self._ended.add(number, True)
 
     def on_acknowledged(self, stream: AcceptorStream, has_seen_over: bool) -> None:
@@ -9487,8 +9485,6 @@ def answer_request(endpoint: Endpoint, method: bytes, path: bytes) -> bytes:
         return http_answer("405 Method Not Allowed\r\nAllow: GET", "only GET\n")
     if path == b"/metrics":
         return http_answer("200 OK", show_metrics(endpoint), "text/plain; version=0.0.4")
-    if path == b"/":
-        return http_answer("200 OK", "ratrod %s: see /metrics\n" % __version__)
     return http_answer("404 Not Found", "see /metrics\n")
 
 
@@ -10189,8 +10185,7 @@ def draw_status(client: Client, before: Snapshot | None = None) -> None:
     shot = Snapshot(client)
     for writer in log.handlers:
         if isinstance(writer, LogWriter):
-            # Drawn anew where the process was stopped (Ctrl-Z): another program has written below the log.
-            writer.show("" if before and shot.now - before.now > 3 else show_line(shot, before or shot))
+            writer.show(show_line(shot, before or shot))
     client.loop.call_later(1.0, lambda: draw_status(client, shot))
 
 
@@ -10295,7 +10290,6 @@ def read_line() -> str:
 
 
 def generate_keys(folder: KeyFolder) -> KeyPair:
-    sodium()
     log.info("Generating security files ...")
     keys = folder.generate()
     log.info("📦 Security files written to `%s`", folder.key_file)
@@ -10477,8 +10471,7 @@ class Workers:
 
     def __init__(self, loop: EventLoop, callbacks: Callbacks, processes: dict[socket.socket, int], drain: float):
         self._loop, self._callbacks, self._processes = loop, callbacks, processes  # {socket: process id}
-        self._until_killed = drain + self.PATIENCE
-        self._count, self._is_ending = len(processes), False
+        self._until_killed, self._is_ending = drain + self.PATIENCE, False
         self._unready = set(processes)
         self._failure: RatrodError | None = None
 
@@ -10536,7 +10529,7 @@ class Workers:
             self._wait(sock)
 
     def describe(self) -> Iterator[str]:
-        yield plural(self._count, "worker")
+        yield plural(len(self._processes), "worker")
 
 
 def run_workers(options: Options, sockets: list[list[socket.socket]], drain: float,

@@ -82,7 +82,8 @@ def test_a_socks_client_that_reset_its_connection_before_the_reply(monkeypatch):
     def send(_data):
         raise ConnectionResetError
     stream = object.__new__(Stream)
-    stream.was_opened, stream.version, stream.local, stream.keeps = False, 5, types.SimpleNamespace(send=send), True
+    stream.was_opened, stream.version, stream.local = False, 5, types.SimpleNamespace(send=send)
+    stream.out = types.SimpleNamespace(keeps=True)
     with pytest.raises(ratrod.RemoteProtocolError):
         stream._on_opened(None, ratrod.Opened(""))
     assert not failed
