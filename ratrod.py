@@ -4589,9 +4589,6 @@ class Link(Channel):
 
     # ---- life
 
-    def detach(self) -> None:
-        self.user = NOBODY
-
     def ask(self, user: LinkUser, open_: Open) -> None:
         """Opener: sends Open, and what `user` says in the same packet. Opened has to come in time."""
         self.forget_last()
@@ -5093,11 +5090,11 @@ class Stream(LinkUser):
     """
 
     __slots__ = ("owner", "loop", "keeper", "origin", "shown", "target", "id", "attempt", "peer_key",
-                 "link", "local", "out", "is_over", "was_opened", "error", "detached_at", "give_up_at",
+                 "link", "local", "out", "is_over", "was_opened", "error", "give_up_at",
                  "since", "started", "received", "taken", "_link_in", "_told", "_has_end", "_pending", "_heard_at",
                  "_asks_for_life")
     role = ""
-    since: float  # once it waits for a link, or its remote is being connected to: since when
+    since: float  # once it waits for a link (first or another one), or its remote is being connected to: since when
     _heard_at: float  # once something came
 
     def __init__(self, keeper: Keeper, origin: Any, shown: str, *, target: str | None = None, peer_key: bytes = b"",
@@ -5111,7 +5108,7 @@ class Stream(LinkUser):
         self.out = Outgoing(owner.loop, owner.memory, peer_key)
         self.is_over = self.was_opened = self._has_end = False
         self.error: Exception | None = None  # how it ended
-        self.detached_at, self.give_up_at = 0.0, NEVER
+        self.give_up_at = NEVER
         self.received = self.taken = self._link_in = self._told = 0
         self._pending: memoryview | None = None  # what the local socket did not take yet
         self.started = self.loop.now
@@ -5329,7 +5326,6 @@ class Stream(LinkUser):
         self._finish(error)
         if link is None:
             return None if was_over else self.keeper.on_unheard(self)
-        link.detach()
         link.last = self if self.role == OPENER and self.out.keeps else None
         if answer:
             link.refuse(answer)
@@ -5344,8 +5340,8 @@ class Stream(LinkUser):
             return self._finish(error)
         if not isinstance(error, LinkClosed) or self.was_opened and not self.owner.limits.resume:
             return self.fail(error)  # the other side has seen the link break, and may wait for another one
-        if self.give_up_at == NEVER:
-            self.detached_at = self.loop.now
+        if self.was_opened and self.give_up_at == NEVER:
+            self.since = self.loop.now
         if self.was_opened and not self.is_over:
             self.owner.counters.on_lost(self)
         return self.keeper.on_detached(self, link, error)
@@ -5510,7 +5506,6 @@ class AcceptorStream(Stream):
         link = self.link
         self._let_go()
         if link:
-            link.detach()
             link.lose(LinkClosed("its stream goes on over another link"))
 
     def _finish(self, error: Exception | None) -> None:
@@ -5973,8 +5968,7 @@ class UdpLink(LinkUser):
         link.accept(self, UDP_OPEN, Opened(""))
 
     def on_close(self, link: Link, error: Exception) -> None:
-        self.link, self._rest = None, b""
-        self._count()
+        self.drop_link()
         self.owner.on_udp_lost(self, link, error)
 
     def drop_link(self) -> None:
@@ -5982,7 +5976,7 @@ class UdpLink(LinkUser):
         link, self.link, self._rest = self.link, None, b""
         self._count()
         if link:
-            link.detach()
+            link.user = NOBODY
             link.close()
 
     def close(self) -> None:
@@ -6745,8 +6739,7 @@ class Opener(Keeper):
         return self._wait(stream, link)  # on_link_closed() follows
 
     def _give_up(self, stream: OpenerStream) -> None:
-        waited = self.loop.now - stream.detached_at
-        error = ConnectError("no link to the other side within %g s" % waited)
+        error = ConnectError("no link to the other side within %g s" % (self.loop.now - stream.since))
         stream.fail(error if stream.was_opened else self.why_no_link(self.limits.connect_timeout))
 
     def _wait(self, stream: OpenerStream, last: Link) -> None:
@@ -7385,7 +7378,7 @@ class Acceptor(Keeper):
         for stream in [stream for stream in self._opens if now - stream.since >= self.limits.connect_timeout]:
             self._on_connected(stream, None, socket.timeout("timed out"))
         for stream in [stream for stream in self._detached if now >= stream.give_up_at]:
-            stream.fail(ConnectError("no other link within %g s" % (now - stream.detached_at)))
+            stream.fail(ConnectError("no other link within %g s" % (now - stream.since)))
         self._ended.sweep()
         for stream in list(self._detached):
             stream.on_sweep()
@@ -8282,7 +8275,7 @@ class Server(Endpoint):
         log.warning("The client's key `%s` %s: %s of it ended", shown, fate, plural(len(links), "link"))
         error, users = Revoked("the client's key `%s` %s" % (shown, fate)), [link.user for link in links]
         for link in links:
-            link.detach()
+            link.user = NOBODY
             link.abort(error)
         for link, user in zip(links, users):
             user.on_close(link, error)
@@ -8765,7 +8758,6 @@ class ReverseTunnel(LinkUser):
     def on_record(self, link: Link, kind: int, content: Any) -> None:
         if kind == OPENED:
             return self._on_listening(link, content.address)
-        link.detach()
         link.leave(b"")
         self._client.pool.clear()  # a server that ends says Close on all its links: the next try is to take a new one
         return self.fail(LinkClosed("the server takes no more streams on this connection"))
@@ -8950,7 +8942,7 @@ class FirstConnection(LinkUser):
 
     def on_record(self, link: Link, kind: int, content: Any) -> None:
         """On the original's wire Opened says that the server has let this client in."""
-        link.detach()
+        link.user = NOBODY
         link.close()
 
 
@@ -9328,7 +9320,7 @@ class Client(Endpoint):
             self.pool.waiting.remove(waiter)
         for link in list(self.links):
             if link.state == IDLE or isinstance(link.user, ReverseTunnel):  # waits for a connection, or asks to
-                link.detach()
+                link.user = NOBODY
                 link.close()
 
     def is_busy(self) -> bool:
