@@ -3258,7 +3258,6 @@ class LookUps(FairQueue):
     system alone ends such a look-up; meanwhile it counts for its key."""
 
     MOST_WAITING = 4096  # answers that one key waits for, also for those that have left meanwhile: 13 MB
-    REFUSED_FOR = 2.0  # seconds for which a name that timed out is refused to its key
 
     def __init__(self, loop: EventLoop, limits: Limits):
         super().__init__(4 * limits.lookup_threads, limits.lookup_threads)
@@ -3267,7 +3266,6 @@ class LookUps(FairQueue):
         self._awaited = KeyCounts()  # of those that run
         self._asked = Quota(4 * self.MOST_WAITING, self.MOST_WAITING, "looks up as many targets")
         self._by_name: dict[tuple[bytes, str], LookUp] = {}
-        self._refused: set[tuple[bytes, str]] = set()
 
     def close(self) -> None:
         self._threads.close()
@@ -3277,10 +3275,7 @@ class LookUps(FairQueue):
         name with one key meanwhile share a look-up."""
         def on_found(found: Any, error: Exception | None) -> None:
             done(found and [(family, (sockaddr[0], address.port, *sockaddr[2:])) for family, sockaddr in found], error)
-        name = address.host.lower()
-        if (key, name) in self._refused:
-            return done(None, ConnectError("the name look-up took too long just now"))
-        return self.submit(key, functools.partial(look_up, Address(address.host, 0)), on_found, name)
+        self.submit(key, functools.partial(look_up, Address(address.host, 0)), on_found, address.host.lower())
 
     def submit(self, key: bytes, task: Callable[[], Any], done: Done, name: str = "") -> None:
         """task() on a thread, then done(), within connect_timeout; one task for all that wait for the same name."""
@@ -3317,10 +3312,6 @@ class LookUps(FairQueue):
         self.done(made.key)
 
     def _on_timeout(self, made: LookUp) -> None:
-        if made.name and self._loop.now - made.began > self._timeout / 2:  # not where it had to wait for a thread
-            refused = made.key, made.name
-            self._refused.add(refused)
-            self._loop.call_later(self.REFUSED_FOR, lambda: self._refused.discard(refused))
         self._tell(made, None, ConnectError("%s took too long" % ("the name look-up" if made.name else "authorize()")))
         if made.began == NEVER:
             self.cancel(made.key, made.start)
