@@ -3211,35 +3211,6 @@ class FairQueue:
             self._is_beginning = False
 
 
-class Slot:
-    """The place of one thing in a FairQueue, which it may leave and enter again."""
-
-    __slots__ = ("is_held", "_queue", "_key", "_call")
-
-    def __init__(self, queue: FairQueue, key: Any):
-        self._queue, self._key, self.is_held = queue, key, False
-        self._call: Any = None  # no longer than it waits: it knows its place
-
-    def enter(self, call: Callable[[], Any], rank: int = 0) -> None:
-        """call() with the place held, now or later."""
-        self._call = call
-        self._queue.begin(self._key, self._on_turn, rank)
-
-    def _on_turn(self) -> None:
-        self.is_held = True
-        call, self._call = self._call, None
-        call()
-
-    def leave(self) -> None:
-        """Gives back the place, or the turn for one."""
-        if self.is_held:
-            self.is_held = False
-            self._queue.done(self._key)
-        elif self._call:
-            self._call = None
-            self._queue.cancel(self._key, self._on_turn)
-
-
 class LookUp:
     """A name look-up, or another task that may hang; `waiting` are those that it is for. No name: it is authorize()."""
 
@@ -7682,8 +7653,9 @@ class Admission:
         self._server, self._loop, self._limits = server, server.loop, server.limits
         self.most = self._limits.handshakes or max(16, min(4096, descriptor_limit() // 8))
         self._most_of_source = self._limits.handshakes_per_source or max(16, self.most // 4)
-        # The oldest first, each with its source, and its place for a step.
-        self._strangers: collections.OrderedDict[Negotiation, tuple[Source, Slot]] = collections.OrderedDict()
+        # The oldest first, each with its source and its network.
+        self._strangers: collections.OrderedDict[Negotiation, tuple[Source, str]] = collections.OrderedDict()
+        self._waiting: dict[Negotiation, Callable[[], None]] = {}  # those whose step waits for a thread
         self._sources: dict[str, Source] = {}
         self._most_sources = SOURCES
         # Four for each thread: one that is done need not wait for the loop, which may be in a round of 5 ms.
@@ -7727,20 +7699,24 @@ class Admission:
             self._turn_away(next(iter(crowd)))
         is_slow = source.tries.take(self._loop.now)
         is_trusted = source.is_trusted(self._loop.now)
-        slot = Slot(self._steps, Source.network(name))
+        network = Source.network(name)
 
         def run_step(step: Callable[[], None], done: Callable[[Any, Exception | None], None]) -> None:
             def finish(result: Any, error: Exception | None) -> None:
-                slot.leave()
+                self._steps.done(network)
                 source.is_new = False
                 if negotiation not in self._strangers:  # it ended meanwhile
                     self._server.give_place_back(negotiation.handshake)
                 done(result, error)
+
+            def begin() -> None:
+                del self._waiting[negotiation]
+                self._server.threads.submit(step, finish)
             rank = 1 if negotiation.handshake.steps else 2 if source.is_new else 3
-            slot.enter(lambda: self._server.threads.submit(step, finish),
-                       0 if is_trusted else rank if is_slow else 3 + rank)
+            self._waiting[negotiation] = begin
+            self._steps.begin(network, begin, 0 if is_trusted else rank if is_slow else 3 + rank)
         negotiation = Negotiation(self._loop, sock, address, handshake, self._limits.handshake_timeout, on_close)
-        self._strangers[negotiation] = source, slot
+        self._strangers[negotiation] = source, network
         source.strangers[negotiation] = None
         return negotiation.start(run_step)
 
@@ -7758,10 +7734,10 @@ class Admission:
         victim.abort(error, OVERLOADED if hears else b"")
 
     def _remove(self, negotiation: Negotiation) -> None:
-        source, slot = self._strangers.pop(negotiation)
+        source, network = self._strangers.pop(negotiation)
         del source.strangers[negotiation]
-        if not slot.is_held:  # otherwise its step is on a thread, and gives the place back when it is done
-            slot.leave()
+        if negotiation in self._waiting:
+            self._steps.cancel(network, self._waiting.pop(negotiation))
 
     def _on_introduced(self, negotiation: Negotiation, error: Exception | None) -> None:
         self._remove(negotiation)
