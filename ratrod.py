@@ -168,14 +168,6 @@ Options:
 import os
 import sys
 
-if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]) and sys.stdout:
-    try:
-        sys.stdout.write(__doc__)  # 40 ms before main() could
-        sys.stdout.flush()
-        os._exit(0)  # everything is written; taking the syntax tree of this file apart would cost 10 ms
-    except OSError:  # a full disk, a reader that is gone: main() reports it
-        pass
-
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
