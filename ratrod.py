@@ -3670,8 +3670,7 @@ class Connector:
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float, on_close: Done):
         self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
-        self._deadline: Deadline | None = None  # once something has to be waited for
-        self._next_try: Deadline | None = None
+        self._deadline, self._next_try = Deadline(loop), Deadline(loop)
         self._addresses: list[tuple[int, Any]] = []
         self._tries: dict[socket.socket, Transport] = {}
         self._error: Exception = ConnectError("it has no address")
@@ -3686,7 +3685,7 @@ class Connector:
         else:
             find(target, self._on_found)
         if not self.is_closed:  # a near machine has answered by now
-            self._deadline = Deadline(self._loop, self._timeout, lambda: self.abort(socket.timeout("timed out")))
+            self._deadline.set(self._timeout, lambda: self.abort(socket.timeout("timed out")))
 
     def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if found and not self.is_closed:
@@ -3703,10 +3702,10 @@ class Connector:
         """Begins the next try; where it fails at once, the one after it."""
         while self._addresses:
             family, sockaddr = self._addresses.pop(0)
-            sock, is_unix = None, self._target.is_unix
+            sock = None
             try:
                 sock = self._loop.make_socket(family)
-                if not is_unix:
+                if not self._target.is_unix:
                     tune(sock)
                 code = sock.connect_ex(sockaddr)
                 if code == errno.EINPROGRESS:  # a near machine has answered by now: asking saves a round of the loop
@@ -3715,22 +3714,20 @@ class Connector:
                 code = error.errno or errno.EINVAL
             if sock and code in (0, errno.EISCONN):
                 return self._finish(sock, None)
-            is_connecting = code in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK)
-            if sock and is_connecting and not is_unix:
-                if len(self._tries) >= TRIES_AT_ONCE:
-                    self._tries.pop(next(iter(self._tries))).close()
-                self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
-                self._tries[sock].want(WRITE)
+            if sock and code in (errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK):
+                if self._target.is_unix:  # its queue is full, and no event tells when there is room: it is asked again
+                    sock.close()
+                    self._addresses.append((family, sockaddr))
+                else:
+                    if len(self._tries) >= TRIES_AT_ONCE:
+                        self._tries.pop(next(iter(self._tries))).close()
+                    self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
+                    self._tries[sock].want(WRITE)
                 if self._addresses:
-                    self._next_try = self._next_try or Deadline(self._loop)
                     self._next_try.set(STAGGER, self._try_next)
                 return None
             if sock:
                 sock.close()
-            if is_connecting and is_unix:  # its queue is full, and no event tells when there is room: it is asked again
-                self._addresses.append((family, sockaddr))
-                self._next_try = Deadline(self._loop, STAGGER, self._try_next)
-                return None
             self._error = OSError(code, os.strerror(code))
         if not self._tries:
             self._finish(None, self._error)
@@ -3750,9 +3747,8 @@ class Connector:
     def _finish(self, sock: socket.socket | None, error: Exception | None) -> None:
         if not self.is_closed:
             self.is_closed = True
-            for deadline in (self._deadline, self._next_try):
-                if deadline:
-                    deadline.clear()
+            self._deadline.clear()
+            self._next_try.clear()
             while self._tries:
                 self._tries.popitem()[1].close()
             self._on_close(sock, error)
