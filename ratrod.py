@@ -1752,7 +1752,10 @@ class LegacyReader:
     def _decode(self, content: memoryview) -> tuple[int, Any]:
         # Data first and by hand: nearly every frame is one, and its bytes need no copy.
         if content and content[0] in (DATA_VARIANT, UDP_DATA_VARIANT) and not self._awaited:
-            data = self._payload(content)
+            decoder = Decoder(content[1:])
+            if decoder.varint() != decoder.left:
+                raise RemoteProtocolError("a Data whose length does not fit its frame")
+            data = content[len(content) - decoder.left:]
             if data or content[0] == UDP_DATA_VARIANT:
                 return DATA if content[0] == DATA_VARIANT else UDP_DATA, data
             content = data  # an empty Data means Shutdown
@@ -1766,15 +1769,6 @@ class LegacyReader:
         if isinstance(message, Shutdown) and not self._awaited and self._key is None:
             return END, None
         raise RemoteProtocolError("a %s where none belongs" % type(message).__name__)
-
-    @staticmethod
-    def _payload(content: memoryview) -> memoryview:
-        marker = content[1] if len(content) > 1 else 255
-        width = 0 if marker < 251 else _WIDE.get(marker, 0)
-        size = marker if marker < 251 else int.from_bytes(content[2:2 + width], "big")
-        if marker > 253 or len(content) != 2 + width + size or (width and len(encode_varint(size)) != width + 1):
-            raise RemoteProtocolError("a Data whose length does not fit its frame")
-        return content[2 + width:]
 
 
 class LegacyWriter:
