@@ -3289,22 +3289,15 @@ class LookUps(FairQueue):
 
 @functools.lru_cache(maxsize=None)
 def aegis_128l() -> Suite | None:
-    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or takes software for it (25 MB/s)."""
+    """AEGIS-128L, or None where this libsodium lacks it, has another tag, or takes software for it (25 MB/s), as it may
+    where nobody can be asked."""
     if getattr(sodium(), "crypto_aead_aegis128l_ABYTES", None) != 32:
         return None
-    suite = Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
-    return suite if _has_fast_aes(suite) else None
-
-
-def _has_fast_aes(suite: Suite) -> bool:
     with contextlib.suppress(ImportError, AttributeError):
         from nacl._sodium import lib
-        return bool(lib.crypto_aead_aes256gcm_is_available())
-    # 64 KiB take 0.1 ms in hardware and 2.5 ms in software. The best of five: a busy machine is not a slow one.
-    import timeit
-
-    view, nonce, key = memoryview(bytearray(64 * 1024 + suite.aead.tag)), suite.nonce(0), bytes(suite.key_size)
-    return min(timeit.repeat(lambda: suite.aead.seal(view[:64 * 1024], view, nonce, key), number=1)) < 0.0008
+        if lib.crypto_aead_aes256gcm_is_available():
+            return Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
+    return None
 
 
 def offered_suites() -> list[Suite]:
