@@ -2606,12 +2606,10 @@ class ProxyHeader(Handshake):
     is_local = False
     end: tuple[type[RatrodError], str] = Speechless, "{} without a word"
 
-    def receive_data(self, data: bytes) -> None:
-        self.end = RemoteProtocolError, "{} in its PROXY header"
-        super().receive_data(data)
-
     def _run(self) -> Script:
-        head = bytearray((yield len(PROXY_SIGNATURE)))  # the shortest header of version 1 is longer
+        head = bytearray((yield 1))
+        self.end = RemoteProtocolError, "{} in its PROXY header"
+        head += yield len(PROXY_SIGNATURE) - 1  # the shortest header of version 1 is longer
         if head == PROXY_SIGNATURE:
             yield from self._version_2()
         elif head.startswith(b"PROXY "):
