@@ -3606,12 +3606,9 @@ class Negotiation:
         self._run_step = None  # which knows this negotiation: let go at once, not by the collector
         self._deadline.clear()
         self._transport.release()
-        if last_word and not self.is_stepping:
+        if last_word:
             LastWord(self._loop, self.sock, last_word)
         elif error:
-            if last_word:  # it waits for an answer, so that closing meets no bytes of its own
-                with contextlib.suppress(OSError):
-                    self.sock.send(last_word)
             self.sock.close()
         self._on_close(self, error)
 
