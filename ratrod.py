@@ -985,9 +985,8 @@ class KeyFolder:
     def generate(self) -> KeyPair:
         """Writes a new identity and empty lists into the folder, never over a file. ConfigError says what failed."""
         pair = KeyPair.from_seed(os.urandom(32))
-        # The private key last: a folder that has one is complete.
-        texts = {"authorized_keys": "", "known_hosts": "", "key.pub": encode_key(pair.public), "key": pair.encode()}
-        made = ""
+        # key.pub last: without its key it would stand in the way of the next try, and load() tells what belongs in it.
+        texts = {"authorized_keys": "", "known_hosts": "", "key": pair.encode(), "key.pub": encode_key(pair.public)}
         try:
             here = [name for name in texts if os.path.lexists(os.path.join(self.path, name))]
             if "key" in here or "key.pub" in here:
@@ -997,11 +996,7 @@ class KeyFolder:
             for name in texts:
                 if name not in here:
                     write_new(os.path.join(self.path, name), texts[name])
-                    made = name
         except OSError as error:
-            if made == "key.pub":  # without its key it would only stand in the way of the next try
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.path, made))
             raise ConfigError("cannot write the security files to `%s`: %s" % (self.path, reason(error))) from None
         return pair
 
