@@ -165,9 +165,6 @@ Options:
 # 8. Nothing on the loop's thread waits for a peer, a remote, a name or a reader of the log. The key files alone are
 #    used there.
 
-import os
-import sys
-
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -183,6 +180,7 @@ import gc
 import heapq
 import itertools
 import logging
+import os
 import queue
 import re
 import select
@@ -190,29 +188,16 @@ import selectors
 import socket
 import stat
 import struct
+import sys
 import threading
 import time
 import traceback
 import types
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Dict,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Sequence,
-    Tuple,
-    TypeVar,
-    Union,
-)
+from typing import TYPE_CHECKING, Any, Callable, Dict, Generator, NamedTuple, Tuple, TypeVar, Union
 
 if TYPE_CHECKING:
     import subprocess
+    from typing import Iterable, Iterator, Mapping, NoReturn, Sequence
 
 __version__ = "0.8.0"
 __all__ = ["AuthenticationError", "ConfigError", "ConnectError", "Limits", "LocalProtocolError", "PeerError",
@@ -3251,11 +3236,9 @@ class LookUps(FairQueue):
                 and awaited.total < self._most_of_key and awaited.of(key) < share)
 
     def _start(self, made: LookUp) -> None:
-        if not made.waiting:  # its time was over before its turn came
-            return self.done(made.key)
         made.began = self._loop.now
         self._awaited.change(made.key, 1)
-        return self._threads.submit(made.task, functools.partial(self._on_done, made))
+        self._threads.submit(made.task, functools.partial(self._on_done, made))
 
     def _on_done(self, made: LookUp, result: Any, error: Exception | None) -> None:
         self._tell(made, result, error)
