@@ -4641,7 +4641,6 @@ class LegacyLink(Link):
             self.close()
 
     def fail(self, error: Exception) -> None:
-        """A reset of the link is the only sign."""
         self.abort(error)
 
 
@@ -4663,7 +4662,6 @@ if hasattr(os, "register_at_fork"):
 
 
 def random_bytes(n: int) -> bytes:
-    """n bytes that nobody can guess."""
     if len(_random) < n:
         _random.extend(os.urandom(4096))
     taken = bytes(_random[-n:])
@@ -4804,7 +4802,6 @@ class Outgoing:
     # ---- links
 
     def attach(self, link: Link, position: int) -> None:
-        """From now on `link` carries it, from this position on."""
         self.position = self.began = position
         self.keeps = link.is_resumable
         if link.peer_key != self._key:
@@ -5625,7 +5622,6 @@ class UdpSession:
             self.kept.append(bytes(data))
 
     def take_kept(self) -> list[bytes]:
-        """What is kept, which is not kept any more."""
         kept, self.kept = self.kept, []
         if kept:
             self.udp.owner.memory.change(self.peer_key, -sum(len(data) + KEPT for data in kept))
@@ -5872,7 +5868,6 @@ class UdpLink(LinkUser):
         self.owner.on_udp_lost(self, None, error)
 
     def accept(self, link: Link) -> None:
-        """Server: `link` carries the sessions from now on."""
         self.link, self.next_number = link, 0
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
         link.accept(self, UDP_OPEN, Opened(""))
@@ -5890,7 +5885,6 @@ class UdpLink(LinkUser):
             link.close()
 
     def close(self) -> None:
-        """Ends the link, if there is one, with its sessions."""
         self.drop_link()
         for session in list(self.sessions.values()):
             self.end(session, tell=None)
@@ -6263,13 +6257,6 @@ def own_source() -> str:
     return str(source)
 
 
-class SshWay(NamedTuple):
-    """How ssh:// servers are reached: the words that run ssh here, and the program to run there."""
-
-    command: Sequence[str]
-    python: str = "python3"
-
-
 class SshLink:
     """The ssh process of one link: `sock` is our end of its standard input and output, `errors` its standard error, and
     `said` the end of that, once the process has ended. `is_first`: its shared connection at `path` was made for it."""
@@ -6292,15 +6279,15 @@ class SshLinks:
     LINGER = 5.0  # seconds that a link's process may take to end
     REST = 600.0  # seconds without a further connection, after one that needed a password
 
-    def __init__(self, way: SshWay, server: SshHost, limits: Limits):
+    def __init__(self, command: Sequence[str], python: str, server: SshHost, limits: Limits):
         import shlex
         import shutil
         import zlib
 
-        self._server, self._command, self._python = server, list(way.command), way.python
+        self._server, self._command, self._python = server, command, python
         if not hasattr(os, "fork"):
             raise ConfigError("ssh:// needs a POSIX system, whose ssh shares connections")
-        if not self._command or not shutil.which(self._command[0]):
+        if not shutil.which(command[0]):
             raise ConfigError("ssh:// needs `%s`, which is not installed here: install OpenSSH's client, or name it"
                               " with --ssh-command" % printable(" ".join(self._command)))
         self._options = "%s ConnectTimeout=%d" % (SSH_OPTIONS, max(1, limits.connect_timeout))
@@ -6315,7 +6302,7 @@ class SshLinks:
         self._starting = threading.Lock()  # held while a link starts, or the connection for it is made: one at a time
         self._lock = threading.Lock()  # guards the attributes below
         self._links: list[SshLink] = []  # those whose process runs
-        self._folder, self._made = "", 0  # of the sockets by which ssh finds the shared connections; how many were made
+        self._folder = ""  # of the sockets by which ssh finds the shared connections
         self._maker: subprocess.Popen[bytes] | None = None  # makes the newest of them, then ends
         self._failed: tuple[float, Exception] = (-NEVER, ConnectError("unknown reason"))
         self._most, self._most_until = 0, -NEVER  # links, where no further connection is let in; until when
@@ -6409,7 +6396,7 @@ class SshLinks:
             is_full = sum(users.values()) >= self._most and time.monotonic() < self._most_until
             for name in [] if is_full else self._names():
                 path = os.path.join(self._folder, name)
-                if users[path] < LINKS_OF_A_CONNECTION and "." not in name:  # ssh makes `m1` of `m1.JgTz4`
+                if users[path] < LINKS_OF_A_CONNECTION and "." not in name:  # ssh makes `m12ef` of `m12ef.JgTz4`
                     return path
             if not is_one_ending or time.monotonic() - began > 1:
                 if is_full:
@@ -6430,8 +6417,7 @@ class SshLinks:
                     raise ConnectError(ENDING)
                 if not os.path.isdir(self._folder):
                     self._folder = private_folder()
-                self._made += 1
-                path = os.path.join(self._folder, "m%d" % self._made)
+                path = os.path.join(self._folder, "m" + os.urandom(4).hex())
                 options = ["-f", "-N", "-oControlMaster=yes", *([] if may_ask else ["-oBatchMode=yes"])]
                 self._maker = self._run(options, path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=errors, start_new_session=not may_ask)
@@ -6460,7 +6446,6 @@ class SshLinks:
                     link.errors.truncate(0)
 
     def close(self) -> None:
-        """Ends every process and connection."""
         import shutil
         import subprocess
 
@@ -7309,7 +7294,7 @@ class Callbacks(NamedTuple):
     """What an endpoint tells the program around it, on the loop's thread."""
 
     started: Callable[[], None] = lambda: None  # everything listens and takes connections
-    finished: Callable[[Exception | None], None] = lambda _error: None  # once: all is done, or why it cannot go on
+    finished: Callable[[Any], None] = lambda _error: None  # once: None where all is done, or why it cannot go on
 
 
 class ServerOptions(NamedTuple):
@@ -7338,7 +7323,7 @@ class ClientOptions(NamedTuple):
     socks_user: str | None = None  # name:password for SOCKS clients
     send_proxy: bool = False  # targets of reverse tunnels get a PROXY header
     proxy: Proxy | None = None
-    ssh: SshWay | None = None  # to ssh:// servers
+    ssh: tuple[Sequence[str], str] | None = None  # to ssh:// servers: the words that run ssh here, and Python there
     retries: int | None = None  # failed tries in a row before the client gives up; None: 1 at the start, then no end
     only_test: bool = False  # finished() after the test connection
     report: Report = log.info  # takes the lines about the start: of several workers one is enough
@@ -8929,7 +8914,7 @@ class Client(Endpoint):
         super().__init__(loop, folder, limits, callbacks, is_legacy=options.legacy, memory=128 << 20)
         self.options, self.servers, self.finish = options, list(options.servers), callbacks.finished
         self.server_names = ",".join(map(str, self.servers))
-        self.ssh: dict[Place, SshLinks] = {server: SshLinks(options.ssh, server, limits) for server in self.servers
+        self.ssh: dict[Place, SshLinks] = {server: SshLinks(*options.ssh, server, limits) for server in self.servers
                                            if isinstance(server, SshHost) and options.ssh}
         self.most_links = limits.ssh_links if self.ssh else sys.maxsize
         if self.ssh:
@@ -9562,8 +9547,8 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
     return tunnels
 
 
-def check_ssh(asked: Any, servers: Sequence[Place], tunnels: Sequence[TunnelSpec]) -> SshWay | None:
-    """How ssh:// servers are reached, None for other servers; ConfigError says what does not go together."""
+def check_ssh(asked: Any, servers: Sequence[Place], tunnels: Sequence[TunnelSpec]) -> tuple[list[str], str] | None:
+    """ClientOptions.ssh, None for other servers; ConfigError says what does not go together."""
     command, python = asked.ssh_command, asked.remote_python
     if not isinstance(servers[0], SshHost):
         check((command is not None, "--ssh-command is for servers that are written ssh://host"),
@@ -9583,7 +9568,7 @@ def check_ssh(asked: Any, servers: Sequence[Place], tunnels: Sequence[TunnelSpec
         words = shlex.split("ssh" if command is None else command)
         if not words:
             raise ValueError("there is no command in it")
-        return SshWay(words, python or "python3")
+        return words, python or "python3"
     except ValueError as error:
         raise ConfigError("cannot understand the --ssh-command `%s`: %s" % (printable(str(command)), error)) from None
 
@@ -10082,7 +10067,6 @@ def set_up_logging(level: int, as_json: bool = False) -> None:
 
 
 def flush_log() -> None:
-    """Before something else is written to the terminal."""
     for handler in log.handlers:
         handler.flush()
 
@@ -10154,17 +10138,16 @@ ANSWER_TIMEOUT = 2.0  # seconds for an answer on a pipe: a service manager's may
 
 def ensure_keys(folder: KeyFolder, may_ask: bool = True) -> None:
     """Asks on the first run, as the original does. ConfigError if the answer is no, or nobody can answer."""
-    if folder.exists() or not may_ask:
-        return require_keys(folder)
-    sodium()  # nothing can be generated without it, so an error comes before the question
-    log.info("No security files present in `%s` ...", folder.path)
-    flush_log()
-    print(QUESTION, end="", flush=True)
-    answer = read_answer()
-    print(end="" if answer.endswith("\n") else "\n", flush=True)
-    if answer.strip().lower() in ("y", "yes"):
-        generate_keys(folder)
-    return require_keys(folder)
+    if may_ask and not folder.exists():
+        sodium()  # nothing can be generated without it, so an error comes before the question
+        log.info("No security files present in `%s` ...", folder.path)
+        flush_log()
+        print(QUESTION, end="", flush=True)
+        answer = read_answer()
+        print(end="" if answer.endswith("\n") else "\n", flush=True)
+        if answer.strip().lower() in ("y", "yes"):
+            generate_keys(folder)
+    require_keys(folder)
 
 
 def read_answer() -> str:
@@ -10197,6 +10180,7 @@ def read_line() -> str:
 
 
 def generate_keys(folder: KeyFolder) -> KeyPair:
+    sodium()  # its error stands alone
     log.info("Generating security files ...")
     keys = folder.generate()
     log.info("📦 Security files written to `%s`", folder.key_file)
@@ -10287,12 +10271,11 @@ class EndpointRun:
         self._is_ready = True
         self._notify("READY=1", "STATUS=" + next(self._endpoint.describe()))
 
-    def _on_finished(self, error: Exception | None) -> None:
-        self._outcome.append(error)
+    def _on_finished(self, outcome: int | Exception | None) -> None:
+        self._outcome.append(outcome)
         self._loop.stop()
 
     def _tell_state(self) -> None:
-        """Brings what `systemctl status` shows up to date."""
         self._notify("STATUS=" + next(self._endpoint.describe()))
         self._loop.call_later(STATUS_INTERVAL, self._tell_state)
 
@@ -10380,7 +10363,7 @@ class Workers:
         self._loop, self._callbacks, self._processes = loop, callbacks, processes  # {socket: process id}
         self._until_killed, self._is_ending = drain + self.PATIENCE, False
         self._unready = set(processes)
-        self._failure: RatrodError | None = None
+        self._code = 0  # of the first process that failed
 
     def start(self) -> None:
         for sock in self._processes:
@@ -10394,13 +10377,11 @@ class Workers:
             return
         self._loop.watch(sock.fileno(), READ, 0, lambda _mask: None)
         code = self._wait(sock)
-        if code and not self._failure:
-            self._failure = RatrodError("a worker has failed")
-            self._failure.exit_code = code
+        self._code = self._code or code
         if self._processes:
             self.drain()
         else:
-            self._callbacks.finished(self._failure)
+            self._callbacks.finished(self._code)
 
     def _wait(self, sock: socket.socket) -> int:
         """The exit code of the process at the other end, which has ended or is about to."""

@@ -25,7 +25,7 @@ class Fake:
         self.program, self._says = path / "ssh", path / "says"
         monkeypatch.setenv("SAYS", str(self._says))
         self.become(FAKE)
-        self.links = ratrod.SshLinks(ratrod.SshWay([str(self.program)]), ratrod.SshHost("", "far", 0), ratrod.Limits())
+        self.links = ratrod.SshLinks([str(self.program)], "python3", ratrod.SshHost("", "far", 0), ratrod.Limits())
 
     def become(self, script):
         self.program.write_text(script)

@@ -51,7 +51,7 @@ def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
 
 
 def test_a_folder_of_sshs_sockets_that_was_cleaned_away(tmp_path):
-    links = ratrod.SshLinks(ratrod.SshWay(["sh"]), ratrod.SshHost("", "far", 0), ratrod.DEFAULT_LIMITS)
+    links = ratrod.SshLinks(["sh"], "python3", ratrod.SshHost("", "far", 0), ratrod.DEFAULT_LIMITS)
     links._folder = str(tmp_path / "gone")
     assert links._find_connection(0.0) == ""
     links.close()
