@@ -2065,9 +2065,10 @@ class LegacyClientHandshake(LegacyHandshake):
                                   self._open.kind == UDP))
         server = yield from self._receive(ServerPreamble)
         self._authenticate(server.identity_public_key, server.signature, "server")
-        self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(server.challenge)))
         salt = server.challenge + self._challenge
+        # Before the server lets it in, and connects to the remote: the server's exchange key may be none.
         key = self._shared_key(server.exchange_public_key, salt) if self._should_encrypt else None
+        self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(server.challenge)))
         self.reader, self.writer = LegacyReader(key, awaited=True), LegacyWriter(key)
 
 
