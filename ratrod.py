@@ -895,10 +895,13 @@ class KnownHosts(KeyLines):
     def add(self, key: bytes, address: str) -> str:
         """Writes a line for a server. "", or the reason why there is none."""
         try:
-            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-                newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
-                file.write(newline + ("%s %s\n" % (encode_key(key), address)).encode())
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                line = b"\n" * (file.read(1) not in (b"", b"\n")) + ("%s %s\n" % (encode_key(key), address)).encode()
+                if file.write(line) < len(line):  # a full disk; a part of it may count for other servers
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, "there is no room for a whole line")
             self.check(key, address)
         except OSError as error:
             return "cannot write to `%s`: %s" % (self.path, reason(error))

@@ -369,6 +369,19 @@ def test_a_file_that_cannot_be_written(tmp_path):
         assert UNKNOWN in verdict(known)
 
 
+@posix
+def test_a_full_disk_keeps_no_part_of_a_line(tmp_path):
+    """With room for the key alone, a part of the line would have this key trusted for every other server."""
+    import resource
+    known, (soft, hard) = KnownHosts(str(tmp_path / "known_hosts")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (43, hard))
+    try:
+        assert "no room" in known.add(b"\1" * 32, "127.0.0.1:1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert UNKNOWN in verdict(known)
+
+
 @pytest.fixture
 def typing(monkeypatch):
     """typing(text): what comes from stdin from now on, and then its end."""
