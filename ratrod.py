@@ -3715,6 +3715,11 @@ class Connector:
             self._next_try.clear()
             while self._tries:
                 self._tries.popitem()[1].close()
+            with contextlib.suppress(OSError):  # it was reset already
+                # Where nobody listens, the system may have given it that very port: it would hear its own words.
+                if sock and sock.getsockname() == sock.getpeername():
+                    sock.close()
+                    sock, error = None, OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
             self._on_close(sock, error)
 
     def abort(self, error: Exception) -> None:

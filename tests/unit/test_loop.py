@@ -59,6 +59,16 @@ def check_options(sock, *options):
         value for *_, value in options]
 
 
+def test_a_connection_to_itself_is_none(loop, monkeypatch):
+    """Where nobody listens, the system may give a connection that very port. An echo is no remote, and would keep the port from one."""
+    made, sock = [], socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.setblocking(False)
+    monkeypatch.setattr(loop, "make_socket", lambda _family: sock)
+    ratrod.Connector(loop, ratrod.Address(*sock.getsockname()), PATIENCE, lambda *end: made.extend(end)).start(print)
+    assert made[0] is None and isinstance(made[1], ConnectionRefusedError) and sock.fileno() == -1
+
+
 def test_a_machine_that_lost_power_is_found_out(loop):
     """An idle other side is asked after 60 s, where the system's own 2 h would keep the stream: by sockets that are accepted, and by the
     remote of a stream that is there at a sweep. An urgent byte stays in line."""
