@@ -1300,8 +1300,9 @@ def parse_servers(text: str) -> list[Place]:
     """The servers in `a:1,b:2` or `ssh://a,ssh://b`; ConfigError says what is wrong."""
     words = [word.strip() for word in text.split(",")]
     over_ssh = [word.startswith("ssh://") for word in words]
-    if any(over_ssh) and not all(over_ssh):
-        raise ConfigError("the servers `%s` are of two kinds: take host:port for all, or ssh://" % printable(text))
+    if len(set(over_ssh)) > 1 or words[1:] and "" in words:
+        raise ConfigError("the servers `%s` are of two kinds, or one is empty: take host:port for all, or ssh://"
+                          % printable(text))
     return list(dict.fromkeys(parse_ssh(word) if over_ssh[0] else parse_endpoint(word, "server") for word in words))
 
 
@@ -9540,10 +9541,10 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
     check(
         (len(set(at_server)) < len(at_server),
          "two R: tunnels would listen on one address of the server, whose visitors would come to either remote"),
-        (socks_user is not None and not re.fullmatch("[^:]+:.+", socks_user, re.DOTALL),
-         "--socks-user takes name:password"),
-        (any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in (socks_user or "").split(":", 1)),
-         "--socks-user: SOCKS5 has room for 255 bytes of name and of password"),
+        (socks_user is not None and not re.fullmatch(
+            b"(?s)[^:]{1,255}:.{1,255}", socks_user.encode("utf-8", "surrogateescape")),
+         "--socks-user takes name:password, with 255 bytes of each at most"),
+        (socks_user is not None and SOCKS not in kinds, "--socks-user is for socks tunnels, as 1080:socks"),
         (send_proxy and REVERSE not in kinds,
          "--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses"),
         (legacy and REVERSE in kinds, "the original's protocol (--legacy) has no reverse tunnels (R:)"),

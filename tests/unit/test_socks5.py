@@ -149,6 +149,8 @@ def test_users_that_are_none():
             ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)
     for user in ("a:b", "a" * 255 + ":" + "b" * 255, "a::", LOGIN):
         assert len(ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)) == 1
-    # And the option is the client's alone.
+    # And the option is the client's alone, and that of socks tunnels.
+    with pytest.raises(ratrod.ConfigError, match="--socks-user is for socks tunnels"):
+        ratrod.check_tunnels(["2000:db:80"], legacy=False, socks_user="a:b")
     with pytest.raises(ratrod.UsageError, match="`--socks-user` does not belong to `serve`"):
         ratrod.parse_command_line(["serve", "--socks-user", "a:b", "127.0.0.1:0"])

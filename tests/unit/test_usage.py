@@ -203,7 +203,7 @@ def test_what_cannot_be_meant_is_named():
                 parse(text)
             said, named = str(raised.value), "`%s`" % ratrod.printable(text)
             assert named in said and ":" in said.replace(named, "") and said.isprintable(), (text, said)
-    for text in ("a:1,", ",a:1", "a:1,,a:2", ",", "a:1,x", "a:1,x:0", "a:1,:2", "a,a:2"):
+    for text in ("a:1,", ",a:1", "a:1,,a:2", ",", "ssh://a,", "a:1,x", "a:1,x:0", "a:1,:2", "a,a:2"):
         with row(text), pytest.raises(ConfigError, match="the server"):
             ratrod.parse_servers(text)
 
