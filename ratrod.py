@@ -7304,7 +7304,7 @@ class Callbacks(NamedTuple):
     """What an endpoint tells the program around it, on the loop's thread."""
 
     started: Callable[[], None] = lambda: None  # everything listens and takes connections
-    finished: Callable[[Any], None] = lambda _error: None  # once: None where all is done, or why it cannot go on
+    finished: Callable[[Any], None] = lambda _error: None  # None: all is done; or why not. The first call counts
 
 
 class ServerOptions(NamedTuple):
@@ -8915,7 +8915,7 @@ class SocksEntrance:
 
 class Client(Endpoint):
     """Tunnels through the first of some servers that lets this client in. When that server goes away, another one may
-    take its place. callbacks.finished(error) is called once: with None where the client has done all it had to do."""
+    take its place. callbacks.finished(error) tells its end: with None where the client has done all it had to do."""
 
     REST = 5.0  # seconds for which a UDP target that could not be reached is not tried again
 
@@ -9471,7 +9471,7 @@ class Background:
     def _on_finished(self, error: Exception | None) -> None:
         if isinstance(error, PeerError) and error.code == INVALID_KEY:
             error = AuthenticationError(str(error))
-        if error:
+        if error and not self.error:
             self.error = error if isinstance(error, RatrodError) else RatrodError(reason(error))
             self._loop.stop()
         self._ready.set()
