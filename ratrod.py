@@ -633,8 +633,7 @@ def decode_key(text: str, size: int = 32) -> bytes:
     if len(text) != length:
         raise ValueError("its key, the first word, has %d characters instead of %d" % (len(text), length))
     # Python's decoder skips other characters (and from 3.15 on warns of some), and ignores spare bits.
-    is_known = re.fullmatch("[A-Za-z0-9_-]*", text)
-    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if is_known else b""
+    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)) if re.fullmatch("[A-Za-z0-9_-]*", text) else b""
     if encode_key(raw) != text:
         raise ValueError("its key is not unpadded base64url")
     return raw
@@ -2047,9 +2046,9 @@ class LegacyHandshake(KeyHandshake):
             raise AuthenticationError("the %s's signature is wrong: it does not own the key `%s`" % (whose, identity))
         self._take_peer(key)
 
-    def _shared_key(self, peer_ephemeral: bytes, salt: bytes) -> bytes:
+    def _shared_key(self, preamble: Any, salt: bytes) -> bytes:
         """The key of both directions, by RFC 5869's HKDF of one block. Its salt and info are the two challenges."""
-        secret = diffie_hellman(self._ephemeral, peer_ephemeral)
+        secret = diffie_hellman(self._ephemeral, preamble.exchange_public_key)
         return hmac_sha256(hmac_sha256(salt, secret), salt + b"\x01")
 
 
@@ -2069,9 +2068,8 @@ class LegacyClientHandshake(LegacyHandshake):
                                   self._open.kind == UDP))
         server = yield from self._receive(ServerPreamble)
         self._authenticate(server.identity_public_key, server.signature, "server")
-        salt = server.challenge + self._challenge
         # Before the server lets it in, and connects to the remote: the server's exchange key may be none.
-        key = self._shared_key(server.exchange_public_key, salt) if self._should_encrypt else None
+        key = self._shared_key(server, server.challenge + self._challenge) if self._should_encrypt else None
         self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(server.challenge)))
         self.reader, self.writer = LegacyReader(key, awaited=True), LegacyWriter(key)
 
@@ -2086,9 +2084,8 @@ class LegacyServerHandshake(LegacyHandshake):
         ephemeral, signature = sodium().crypto_scalarmult_base(self._ephemeral), self._keys.sign(client.challenge)
         self._send(ServerPreamble(encode_key(self._keys.public), ephemeral, signature, self._challenge))
         answer = yield from self._receive(ClientAuthentication)
-        salt = self._challenge + client.challenge
         # Before the client is let in: its exchange key may be none.
-        key = self._shared_key(client.exchange_public_key, salt) if client.should_encrypt else None
+        key = self._shared_key(client, self._challenge + client.challenge) if client.should_encrypt else None
         try:
             self._authenticate(answer.identity_public_key, answer.signature, "client")
         except (AuthenticationError, Overloaded) as error:
@@ -2710,8 +2707,6 @@ class Complaints:
     client (`is_known`) have LOG_RATE_IN_ALL for themselves. The rest is counted, and said when a line is due again.
     Beyond SOURCES causes the further ones are one. With -v no line is left out."""
 
-    FURTHER = "❌ %d more failures of other causes", "❌ %d more failures of other clients"
-
     def __init__(self) -> None:
         self._in_all = TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, time.monotonic())
         # By level and cause, a text with a %d which counts the rest.
@@ -2723,7 +2718,8 @@ class Complaints:
         now = time.monotonic()
         kind = level, cause
         if kind not in self._lines:
-            kind = kind if len(self._lines) < SOURCES else (logging.ERROR, self.FURTHER[is_known])
+            kind = kind if len(self._lines) < SOURCES else (
+                logging.ERROR, "❌ %d more failures of other " + ("clients" if is_known else "causes"))
             self._lines.setdefault(kind, [TokenBucket(LOG_RATE_IN_ALL, LOG_BURST_IN_ALL, now)] if is_known else
                                    [TokenBucket(LOG_RATE, LOG_BURST, now), self._in_all])
         # Once a line was left out, all wait until sweep() has said how many: else it might never have its turn.
@@ -6519,8 +6515,7 @@ def is_final(error: Exception) -> bool:
 def resume_time(limits: Limits, error: Exception) -> float:
     """Seconds that a stream waits for another link: fewer where the peer's system ended the link, for its process has
     died or is back in a moment, than where the path is silent."""
-    is_silence = isinstance(error, (LinkSilent, LinkSpoiled))
-    return limits.resume if is_silence else min(limits.resume, limits.resume_after_close)
+    return min(limits.resume, NEVER if isinstance(error, (LinkSilent, LinkSpoiled)) else limits.resume_after_close)
 
 
 class Opener(Keeper):
@@ -8433,16 +8428,12 @@ class Pool(Opener):
         self._sought_since, self._sought_at, self._sought = 0.0, 0.0, 0
 
     @property
-    def _busy(self) -> int:
-        return len(self.links) - len(self.idle)
-
-    @property
     def needed(self) -> int:
         """How many links are waited for."""
         return len(self.waiting) + len(self.detached)
 
     def take(self, waiter: Any) -> None:
-        self._peaks[0] = max(self._peaks[0], self._busy + len(self.waiting) + 1)
+        self._peaks[0] = max(self._peaks[0], len(self.links) - len(self.idle) + len(self.waiting) + 1)
         super().take(waiter)
 
     def keeps(self, link: Link) -> bool:
@@ -8619,7 +8610,7 @@ class Pool(Opener):
     def sweep(self) -> None:
         now = self.loop.now
         if now - self._minute >= 60:
-            self._minute, self._peaks = now, [self._busy, self._peaks[0]]
+            self._minute, self._peaks = now, [len(self.links) - len(self.idle), self._peaks[0]]
         # The least recently used stand first.
         while len(self.idle) > self._ready and now - self.idle[0].idle_since > self.limits.idle_time:
             self.drop(self.idle.pop(0))
@@ -8833,8 +8824,7 @@ class FirstConnection(LinkUser):
         if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
             return self.start(remotes[0])
         # Its connection is closed: an answer takes as long as it takes.
-        ask_host = self._options.ask_host
-        if isinstance(error, UnknownHost) and ask_host and ask_host(error):
+        if isinstance(error, UnknownHost) and self._options.ask_host and self._options.ask_host(error):
             try:
                 self._client.host_keys.add(error)
             except AuthenticationError as failure:
