@@ -4970,12 +4970,6 @@ class Keeper:
     def __init__(self, owner: Endpoint):
         self.owner, self.loop, self.limits = owner, owner.loop, owner.limits
 
-    def leave_behind(self, stream_id: bytes, instance: bytes) -> None:
-        """Opener: this instance of the other side is to forget the stream."""
-
-    def on_closed_to(self, stream: Any, link: Link) -> None:
-        """Opener: the link takes no more streams, and has not looked at this one."""
-
     def on_detached(self, stream: Any, link: Any, error: Exception) -> None:
         """The stream's link was lost: the stream waits for another one."""
         # Links that break before they answer do not make it wait longer.
@@ -5296,6 +5290,7 @@ class OpenerStream(Stream):
 
     __slots__ = ("asked", "_broken")
     role = OPENER
+    keeper: Opener
 
     def __init__(self, keeper: Keeper, origin: Any, shown: str, **more: Any):
         super().__init__(keeper, origin, shown, **more)
@@ -5729,7 +5724,7 @@ class UdpLink(LinkUser):
     for which this waits at the pool (`since`, `instance`)."""
 
     __slots__ = ("owner", "loop", "limits", "link", "owner_key", "peer_key", "sessions", "since", "instance",
-                 "is_waiting", "rests_until", "opened_at", "failures", "shared", "next_number", "_queue", "_rest",
+                 "rests_until", "opened_at", "failures", "shared", "next_number", "_queue", "_rest",
                  "_new", "_counted")
     JOINED = 0.01  # seconds: datagrams that began to wait within so little are one piece of the queue
 
@@ -5739,7 +5734,7 @@ class UdpLink(LinkUser):
         self.link: Link | None = None
         self.sessions: collections.OrderedDict[int, UdpSession] = collections.OrderedDict()
         self.since = self.rests_until = self.opened_at = 0.0
-        self.instance, self.is_waiting = b"", False
+        self.instance = b""
         self.failures = 0  # links in a row that were lost soon
         self.shared: dict[tuple[int, int], RemotePort] = {}  # by `outer` and family
         self._queue: collections.deque[tuple[float, bytearray]] = collections.deque()
@@ -5846,13 +5841,11 @@ class UdpLink(LinkUser):
 
     def ask_for_link(self) -> None:
         """Client: waits for a link, if it does not yet."""
-        if not self.is_waiting:
-            self.is_waiting = True
+        if self not in self.owner.pool.waiting:
             self.owner.pool.take(self)
 
     def open(self, link: Link) -> None:
         """Client: `link` carries the sessions from now on. They are announced again, in the order of their numbers."""
-        self.is_waiting = False
         if not self.sessions:  # they ended meanwhile
             link.close() if link.is_legacy else self.owner.on_idle(link, b"")
             return
@@ -5868,7 +5861,6 @@ class UdpLink(LinkUser):
 
     def fail(self, error: Exception) -> None:
         """Client: there is no link. What waited has waited long enough."""
-        self.is_waiting = False
         self.opened_at = self.loop.now
         self._forget()
         self.owner.on_udp_lost(self, None, error)
@@ -6658,6 +6650,7 @@ class Opener(Keeper):
             self.drop(other)
 
     def on_closed_to(self, stream: OpenerStream, link: Link) -> None:
+        """The link takes no more streams, and has not looked at this one."""
         if not stream.was_opened:
             stream.give_up_at = stream.since + self.limits.connect_timeout
             if stream.attempt == 1:  # an earlier Open, whose answer was lost, may have been looked at
@@ -6677,6 +6670,7 @@ class Opener(Keeper):
             self.leave_behind(stream.id, stream.asked)
 
     def leave_behind(self, stream_id: bytes, instance: bytes) -> None:
+        """This instance of the other side is to forget the stream."""
         while len(self._abandoned) >= ABANDONED:
             self._abandoned.popitem(last=False)
         self._abandoned[stream_id] = instance, self.loop.now + ABANDONED_FOR
