@@ -9793,10 +9793,10 @@ def _read_arguments(path: str) -> list[str]:
     if len(text) > MAX_ARGUMENTS:
         line, wrong = 1, "more than a file of arguments may be"
     elif not nul:
-        lexer = shlex.shlex(text, posix=True)  # shlex.split() would not say where it failed
-        lexer.whitespace_split = True
+        lexer = shlex.shlex(re.sub(r"(?<=\S)#", "\0", text), posix=True)  # inside a word # begins no comment
+        lexer.whitespace_split = True  # as shlex.split() has it, which would not say where it failed
         try:
-            return list(lexer)
+            return [word.replace("\0", "#") for word in lexer]
         except ValueError as error:  # at the end of the file: what it took for a word began where the fault is
             line, wrong = lexer.lineno - lexer.token.count("\n"), str(error).lower()
     raise UsageError("line %d of the arguments in `%s`: %s" % (line, printable(path), wrong))
