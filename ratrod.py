@@ -67,7 +67,7 @@ Options:
   --send-proxy                    R: tunnels tell their targets each visitor's address, in a PROXY header (version 2)
   -e, --encrypt                   with --legacy: encrypt the traffic; without --legacy it always is encrypted
   --legacy                        connect: speak the wire of the original, Rust ratrod 0.6.3; serve: speak both wires
-  --max-retry-count N             give up after so many failed tries (default: the first must succeed, then never)
+  --max-retry-count N             give up after so many failed retries (default: the first try must succeed, then never)
   --max-retry-interval SECS       the longest pause between two tries to reach a server that went away (default: 30)
   --drain SECS                    at the end, let open connections go on for so long (default: serve 8, connect 0)
   --reuse-port                    share the port: a new server takes over while the old one drains
@@ -6766,7 +6766,7 @@ class Retry:
         self._client.notice()
         if self._most is not None and self._tries >= self._most:
             return self._client.give_up(RatrodError("Giving up after %s in %.1f s: %s" % (
-                plural(self._tries, "try", "tries"), self._loop.now - self._since, reason(error))))
+                plural(self._tries, "retry", "retries"), self._loop.now - self._since, reason(error))))
         # A refusal of a key is said at once, also where the log said that the server is away: the next try is far.
         news = 2 if is_final(error) else int(bool(lost) and again)
         says = news > self._said
@@ -7323,7 +7323,7 @@ class ClientOptions(NamedTuple):
     send_proxy: bool = False  # targets of reverse tunnels get a PROXY header
     proxy: Proxy | None = None
     ssh: tuple[Sequence[str], str] | None = None  # to ssh:// servers: the words that run ssh here, and Python there
-    retries: int | None = None  # failed tries in a row before the client gives up; None: 1 at the start, then no end
+    retries: int | None = None  # failed retries in a row before the client gives up; None: 0 at the start, then no end
     only_test: bool = False  # finished() after the test connection
     report: Report = log.info  # takes the lines about the start: of several workers one is enough
 

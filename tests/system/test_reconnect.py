@@ -35,7 +35,7 @@ SOON = 10
 FAILED, WRONG = 1, 2
 LOST = r"❌ Lost the server"
 AGAIN = r"✅ Connected to server `([^`]*)` again, after (\d+) (?:try|tries) in [\d.]+ s"
-GAVE_UP = r"❌ Giving up after (\d+) (?:try|tries) in [\d.]+ s: "
+GAVE_UP = r"❌ Giving up after (\d+) (?:retry|retries) in [\d.]+ s: "
 
 
 def count(pattern, program):
