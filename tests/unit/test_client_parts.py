@@ -17,7 +17,7 @@ def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
     with contextlib.closing(ratrod.EventLoop()) as loop:
         loop.now = 100.0
         owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), pool=types.SimpleNamespace(
-            take=lambda _udp: None))
+            waiting=(), take=lambda _udp: None))
         udp, came = ratrod.UdpLink(owner), []
         udp.sessions[1] = types.SimpleNamespace(is_over=False)
         loop.payload[:5] = b"early"
