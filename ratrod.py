@@ -5825,8 +5825,9 @@ class UdpLink(LinkUser):
     def on_update(self) -> None:
         link, queue = self.link, self._queue
         # While the link was open the datagrams waited for nothing but the link; what waited too long is stale.
-        since = self.loop.now - self.limits.udp_lag
-        while queue and link and link.state == UDP_OPEN and max(queue[0][0], self.opened_at) < since:
+        now, limits = self.loop.now, self.limits
+        is_open = link and link.state == UDP_OPEN and self.opened_at < now - limits.udp_lag
+        while queue and queue[0][0] < now - (limits.udp_lag if is_open else limits.connect_timeout):
             queue.popleft()
         while queue and link and link.state != CLOSED and not link.out:
             _, run = queue.popleft()

@@ -8,12 +8,13 @@ import pytest
 import ratrod
 
 
-@pytest.mark.parametrize("backlog, waits, sent", [
-    (b"", 0.0, True),  # the link came open, as it may on the original's wire: the handshake is no age
-    (b"full", 0.1, True),
-    (b"full", 0.3, False),  # behind a backlog it is stale after 0.2 s
+@pytest.mark.parametrize("handshake, backlog, waits, sent", [
+    (5, b"", 0.0, True),  # the link came open, as it may on the original's wire: the handshake is no age
+    (5, b"full", 0.1, True),
+    (5, b"full", 0.3, False),  # behind a backlog it is stale after 0.2 s
+    (11, b"", 0.0, False),  # over ssh a link may be a minute away
 ])
-def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
+def test_a_datagram_that_waited_for_its_link(handshake, backlog, waits, sent):
     with contextlib.closing(ratrod.EventLoop()) as loop:
         loop.now = 100.0
         owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), pool=types.SimpleNamespace(
@@ -27,7 +28,7 @@ def test_a_datagram_that_waited_for_its_link(backlog, waits, sent):
             transport=types.SimpleNamespace(set_option=lambda *_: None),
             ask=lambda *_: None, writer=types.SimpleNamespace(datagrams=lambda scratch, end: bytes(scratch[ratrod.HEADROOM:end])), send=came.append,
             update=lambda: udp.on_update())
-        loop.now += 5  # seconds that the handshake took
+        loop.now += handshake
         udp.open(link)
         loop.now += waits
         link.out = b""
