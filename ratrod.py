@@ -6165,19 +6165,18 @@ class SocksPort(UdpPort):
                 raise OSError("its datagrams would come from another machine than its connection")
         self._sender_port = int(port)
         self._sender: Any = None
-        udp = client.loop.make_socket(sock.family, socket.SOCK_DGRAM)
+        super().__init__(client.loop, client.loop.make_socket(sock.family, socket.SOCK_DGRAM))
+        self._connection = Transport(client.loop, sock, self._on_connection)
         try:
             host, _, *scope = sock.getsockname()
-            udp.bind((host, 0, *scope))
-            super().__init__(client.loop, udp)
-            self._connection = Transport(client.loop, sock, self._on_connection)
-            self._connection.send(socks_reply(5, 0, Address(*udp.getsockname()[:2])))
+            self.sock.bind((host, 0, *scope))
+            self._transport.want(READ)
+            self._connection.want(READ)
+            self._connection.send(socks_reply(5, 0, Address(*self.sock.getsockname()[:2])))
         except OSError:
-            client.loop.sockets.discard(udp)
-            udp.close()
+            self._transport.close()
+            self._connection.release()
             raise
-        self.start()
-        self._connection.want(READ)
 
     def _receive(self, room: memoryview) -> tuple[UdpSession | None, int, int]:
         n, source = self.sock.recvfrom_into(room)
