@@ -6330,7 +6330,7 @@ class SshLinks:
                 with self._lock:
                     self._links.append(link)
                     if self._is_closed:
-                        process.kill()
+                        wait_for(process, 0)
                 return link
         except OSError as error:
             raise ConnectError("cannot run `%s`: %s" % (self._command[0], reason(error))) from None
@@ -6458,8 +6458,7 @@ class SshLinks:
                     wait_for(self._run(["-O", "exit"], os.path.join(self._folder, name), stdin=subprocess.DEVNULL,
                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 2)
             for link in self._links:
-                link.process.kill()
-                link.process.wait()
+                wait_for(link.process, 0)
         self.reap()
         shutil.rmtree(self._folder, ignore_errors=True)
 

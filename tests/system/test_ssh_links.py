@@ -97,3 +97,5 @@ def test_the_end_while_a_connection_is_being_made(fake):
     fake.links.close()
     thread.join(10)
     assert heard and folder and not os.path.exists(folder)
+    fake.links._find_connection = lambda _began: str(fake.program)  # a link that starts meanwhile
+    assert fake.links.start(False).process.returncode is not None
