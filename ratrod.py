@@ -6361,9 +6361,8 @@ class SshLinks:
         """The error for an ssh process that failed: its last lines, or `why` where it said nothing."""
         lines = [line.strip().rstrip(".") for line in said.splitlines() if line.strip()]
         text = printable("; ".join(lines[-3:]) or why, 400)
-        name = re.escape(os.path.basename(self._python))
-        missing = "{0}.*(not found|No such file)|Unknown command.*{0}".format(name)
-        if code in (126, 127) or re.search(missing, said, re.IGNORECASE):
+        missing = "{0}.*(not found|No such file)|Unknown command.*{0}".format(re.escape(os.path.basename(self._python)))
+        if code in (126, 127) or code != 255 and re.search(missing, said, re.IGNORECASE):  # 255: ssh itself failed
             text = ("there is no `%s` (%s); it needs Python 3.8 or later there, and nothing else: --remote-python names"
                     " one that is not on the PATH" % (self._python, text))
         refusals = "Permission denied|Host key verification failed|Too many authentication failures"

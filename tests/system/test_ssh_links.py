@@ -56,6 +56,8 @@ def test_what_allows_another_try(fake):
         assert (link.is_first, type(error)) == (True, ratrod.ConnectError)
     link, error = fake.fail("Permission denied (publickey).\n")
     assert (link.is_first, type(error)) == (False, ratrod.AuthenticationError)
+    _, error = fake.fail("Warning: Identity file python3_key not accessible: No such file or directory.\nPermission denied (publickey).\n")
+    assert "there is no" not in str(error), "a warning of ssh's own says nothing of the Python there"
     assert not fake.links._links and link.errors.closed
 
 
