@@ -8278,6 +8278,8 @@ class Server(Endpoint):
         if not is_udp:
             self.acceptor.open(link, Open(TCP, remote))
             return link.update()
+        if self.draining:  # a client of UDP makes another link, elsewhere
+            return link.leave(b"")
         udp = UdpLink(self, link.peer_key)
         session = UdpSession(udp, 0, new_label(link.name, remote), remote)
         link.user, udp.link = udp, link
@@ -8359,7 +8361,7 @@ class Server(Endpoint):
         for listener in self.reverse:
             listener.drain()
         for link in list(self.links):
-            if link.state == UDP_OPEN and isinstance(link.user, UdpLink):  # its client makes another, elsewhere
+            if isinstance(link.user, UdpLink):  # its client makes another, elsewhere
                 link.user.on_close(link, LinkClosed(ENDING))
                 link.leave(b"")
             elif link.state == IDLE and link.role == ACCEPTOR:

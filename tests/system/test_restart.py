@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from support import legacy_peer, sockets
 from support import ratrod2_peer as peer
-from support import sockets
 from support.checked_load import Load, exchange
 from support.kernel import queued
 from support.keys import seed_of
@@ -338,6 +338,22 @@ def test_all_that_is_new_goes_to_the_next_server(serve, ratrod, keys, tcp_echo, 
     assert old.wait() == 0
     assert chain.current.process.poll() is None and client.process.poll() is None
     assert "❌" not in client.output
+
+
+def test_udp_sessions_of_the_original_that_are_about_to_open_hold_up_no_end(serve, keys, resolver):
+    names, identity = resolver(), legacy_peer.Identity.load(keys.client.path)
+    server, port = serve("--legacy", "--drain", FOREVER, "--connect-timeout", FOREVER, env=names.environment)
+    asking, coming = (legacy_peer.Client(dial(port), identity, target, udp=True) for target in ("hang.example:9", "127.0.0.1:9"))
+    with asking, coming:
+        for client in (asking, coming):
+            client.send_preamble()
+            client.receive_preamble()
+        asking.send_authentication()
+        eventually(lambda: "hang.example" in names.lookups, "a target is looked up")
+        server.process.send_signal(TERM)
+        eventually(lambda: refused(port), "the end has begun")
+        coming.send_authentication()
+        assert server.wait() == 0
 
 
 def test_a_reverse_connection_goes_on_while_its_client_ends(serve, connect, slow):
