@@ -10407,6 +10407,7 @@ class Workers:
     def close(self) -> None:
         """Ends at once what has not ended yet: a second signal."""
         self.tell(signal.SIGTERM)
+        self.tell(signal.SIGCONT)  # a worker that was stopped would keep its port
         for sock in list(self._processes):
             self._wait(sock)
 

@@ -467,12 +467,12 @@ def test_workers_are_ready_when_each_of_them_is(loop, pair):
 
 def test_a_worker_that_is_stuck_does_not_hold_up_the_end_of_all(loop, pair, monkeypatch):
     monkeypatch.setattr(ratrod.Workers, "PATIENCE", 0)
-    with subprocess.Popen(["sleep", "60"]) as stuck:
-        stuck.send_signal(signal.SIGSTOP)
-        os.waitpid(stuck.pid, os.WUNTRACED)  # a SIGTERM that comes before it stops goes before SIGSTOP
-        ratrod.Workers(loop, ratrod.Callbacks(), {pair[0]: stuck.pid}, 0.0).drain()
-        loop.turn()
-        assert stuck.wait(PATIENCE) == -signal.SIGKILL
+    for end, code in ((lambda workers: workers.drain() or loop.turn(), -signal.SIGKILL), (ratrod.Workers.close, 0)):
+        with subprocess.Popen(["sleep", "60"]) as stuck:
+            stuck.send_signal(signal.SIGSTOP)
+            os.waitpid(stuck.pid, os.WUNTRACED)  # a SIGTERM that comes before it stops goes before SIGSTOP
+            end(ratrod.Workers(loop, ratrod.Callbacks(), {pair[0]: stuck.pid}, 0.0))  # close() waits for it by itself
+            assert stuck.wait(PATIENCE) == code
 
 
 def test_a_loop_that_is_closed_holds_no_socket(pair):
