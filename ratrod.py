@@ -3723,12 +3723,6 @@ class Connector:
         self._finish(None, error)
 
 
-def is_here(sockaddr: Any) -> bool:
-    """Whether an address is one of this machine's own, which a system connects to from the address itself."""
-    address, from_there = parse_ip(sockaddr[0]), address_towards(sockaddr)
-    return bool(address.is_loopback or from_there and parse_ip(from_there) == address)
-
-
 # ---------------------------------------------------------------------------------------------------- listening
 
 
@@ -7810,8 +7804,12 @@ class Rules:
         could say with a PROXY header that he is another."""
         listening = [*self._server.metrics_at, *(listener.address[:2] for listener in self._server.listeners)]
         bound = [host.split("%")[0] for host, port in listening if port == sockaddr[1]]
-        every = "::" if family == socket.AF_INET6 else "0.0.0.0"
-        return bool(bound) and (str(parse_ip(sockaddr[0])) in bound or every in bound and is_here(sockaddr))
+        if not bound:
+            return False
+        address, every = parse_ip(sockaddr[0]), "::" if family == socket.AF_INET6 else "0.0.0.0"
+        # A system connects to an address of its own from the address itself.
+        return str(address) in bound or every in bound and bool(
+            address.is_loopback or parse_ip(address_towards(sockaddr) or every) == address)
 
     def find(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
         """then(target, its addresses, None), or then(None, None, the reason why not)."""
