@@ -6735,7 +6735,7 @@ class Retry:
         self.error: Exception | None = None  # the last one; None: all is well
         self._tries = self._begun = self._level = 0
         self._said = 0  # of this loss: 1 that the thing is lost, 2 that a key is refused
-        self._since = self._well_at = self._loop.now
+        self._since = self._tried_at = self._well_at = self._loop.now
         self._next = Deadline(self._loop)
 
     @property
@@ -6782,10 +6782,11 @@ class Retry:
         self.stop()
 
     def hurry(self) -> None:
-        """Somebody waits: the next try is not far."""
-        is_far = self._next.when > self._loop.now + self.HURRY
+        """Somebody waits: the next try is not far, and is due at once where the one before is long over."""
+        seconds = self._tried_at + self.HURRY - self._loop.now
+        is_far = self._next.when > self._loop.now + seconds
         if self.error and is_far and not (is_final(self.error) and self.is_pausing):
-            self._next.set(self.HURRY, self._on_due)
+            self._next.set(seconds, self._on_due)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
@@ -6794,6 +6795,7 @@ class Retry:
 
     def _on_due(self) -> None:
         self._begun += 1
+        self._tried_at = self._loop.now
         self._try_again()
 
     def stop(self) -> None:

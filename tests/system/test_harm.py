@@ -110,7 +110,7 @@ def test_a_key_that_is_taken_out_while_it_keeps_the_server_busy(serve, keys, sec
     eventually(lambda: descriptors(server) > 2 * links, "each link has sessions")
     keys.server.write("authorized_keys", keys.client.public + "\n")
     began = time.monotonic()
-    server.wait_for("`%s` is not in authorized_keys any more: %d links of it ended" % (re.escape(second.public), links))
+    server.wait_for("`%s` is not in authorized_keys any more: [0-9]+ links of it ended" % re.escape(second.public))  # the last one may not be in yet
     eventually(lambda: descriptors(server) < links, "all have ended")
     took = time.monotonic() - began
     figure("a busy key of %d links that is taken out: the last one was gone after" % links, "%.1f s" % took)
