@@ -3129,15 +3129,12 @@ class FairQueue:
 
     def begin(self, key: Any, call: Callable[[], None], rank: int = 0) -> None:
         """call() now or later; what it begins says done(key) once."""
-        if not any(self._waiting) and self._running.total < self._most and self._may_begin(key):
-            self._running.change(key, 1)
-            return call()
         waiting = self._waiting[rank]
         if key not in waiting:
             waiting[key] = collections.deque()
             waiting.move_to_end(key, last=not self._newest_first)
         waiting[key].append(call)
-        return self._begin_waiting()
+        self._begin_waiting()
 
     def cancel(self, key: Any, call: Callable[[], None]) -> None:
         """Nobody waits for call() any more."""
@@ -3149,8 +3146,7 @@ class FairQueue:
 
     def done(self, key: Any) -> None:
         self._running.change(key, -1)
-        if any(self._waiting):
-            self._begin_waiting()
+        self._begin_waiting()
 
     def _may_begin(self, key: Any) -> bool:
         return self._running.of(key) < self._most_of_key
