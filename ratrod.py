@@ -3646,11 +3646,9 @@ class Connector:
 
     def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if found and not self.is_closed:
-            if len(found) > 1:
-                first = [pair for pair in found if pair[0] == found[0][0]]
-                others = [pair for pair in found if pair[0] != found[0][0]]
-                found = [pair for pairs in itertools.zip_longest(first, others) for pair in pairs if pair]
-            self._addresses = list(found)
+            first = [pair for pair in found if pair[0] == found[0][0]]
+            others = [pair for pair in found if pair[0] != found[0][0]]
+            self._addresses = [pair for pairs in itertools.zip_longest(first, others) for pair in pairs if pair]
             self._try_next()
         elif not found:
             self.abort(error or self._error)
