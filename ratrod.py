@@ -358,10 +358,6 @@ class AuthenticationError(RemoteProtocolError):
     exit_code = 3
     own = ""
 
-class Revoked(AuthenticationError):
-    """A key that was authorized is not any more; said once, for all of its links."""
-
-
 class PeerError(RemoteProtocolError):
     """The peer ended a stream or a link with an Error message."""
 
@@ -7362,7 +7358,9 @@ class Endpoint:
 
     def complain_of(self, link: Link, what: str, error: Exception) -> None:
         """The end of a link that no stream reports: everyday life, unless the other side broke the protocol."""
-        is_everyday = isinstance(error, (LinkClosed, PeerError, Revoked)) and not isinstance(error, LinkSpoiled)
+        # That a key was revoked is said once for all of its links.
+        everyday = LinkClosed, PeerError, AuthenticationError
+        is_everyday = isinstance(error, everyday) and not isinstance(error, LinkSpoiled)
         if isinstance(error, RemoteProtocolError) and not is_everyday:
             self.counters.fail(link.peer_key, "%s ended: %s" % (what, reason(error)))
         else:
@@ -8164,7 +8162,8 @@ class Server(Endpoint):
         links = [link for link in self.links if link.peer_key == key]
         shown, fate = encode_key(key), self.rules.why_revoked(key)
         log.warning("The client's key `%s` %s: %s of it ended", shown, fate, plural(len(links), "link"))
-        error, users = Revoked("the client's key `%s` %s" % (shown, fate)), [link.user for link in links]
+        error = AuthenticationError("the client's key `%s` %s" % (shown, fate))
+        users = [link.user for link in links]
         for link in links:
             link.user = NOBODY
             link.abort(error)
