@@ -3281,11 +3281,11 @@ def keep_alive(idle: float, interval: float, count: int) -> list[tuple[int, int,
     """Options that have the kernel ask whether the other machine lives, as far as the system can: the first time after
     `idle` seconds, then each `interval` seconds, `count` times."""
     # 0x10 is macOS's TCP_KEEPALIVE, which Python names from 3.10 on.
-    numbers = [0x10 if sys.platform == "darwin" else getattr(socket, "TCP_KEEPIDLE", None),
-               getattr(socket, "TCP_KEEPINTVL", None), getattr(socket, "TCP_KEEPCNT", None)]
+    numbers = [0x10 if sys.platform == "darwin" else getattr(socket, "TCP_KEEPIDLE", -1),
+               getattr(socket, "TCP_KEEPINTVL", -1), getattr(socket, "TCP_KEEPCNT", -1)]
     return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *(
         (socket.IPPROTO_TCP, number, max(1, round(figure)))
-        for number, figure in zip(numbers, (idle, interval, count)) if number is not None)]
+        for number, figure in zip(numbers, (idle, interval, count)))]
 
 
 TCP_OPTIONS = [
@@ -3305,16 +3305,16 @@ def tune(sock: socket.socket, options: Iterable[tuple[int, int, int]] = TCP_OPTI
             pass
 
 
-# Options of a Transport, each (level, number); None: not on this system.
+# Options of a Transport, each (level, number); -1: not on this system.
 IS_LINUX = sys.platform.startswith("linux")
 # The kernel takes so many bytes of unsent data at most: what would leave late can still be dropped here.
-UNSENT = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25 if IS_LINUX else None)  # named in newer Pythons
+UNSENT = socket.IPPROTO_TCP, getattr(socket, "TCP_NOTSENT_LOWAT", 25 if IS_LINUX else -1)  # named in newer Pythons
 # Not readable before so many bytes are there, or the end: being woken for each piece of a long record costs bulk a
 # tenth. Linux lowers the number to what the socket's buffer can hold.
-WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else None
+WAKE_AT = socket.SOL_SOCKET, socket.SO_RCVLOWAT if IS_LINUX else -1
 # Linux 6.15 (linux/tcp.h): the longest pause in ms before unacknowledged data is sent again. By default the pauses
 # double: after an outage of 30 s the next try is 20 s away. With it the system gives up after 6 s and 11 such pauses.
-RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else None
+RETRY_WITHIN = socket.IPPROTO_TCP, 44 if IS_LINUX else -1
 LINGER = socket.SOL_SOCKET, socket.SO_LINGER
 RECEIVE_BUFFER = socket.SOL_SOCKET, socket.SO_RCVBUF
 _LINGER = [struct.pack("HH" if os.name == "nt" else "ii", on, 0) for on in (0, 1)]
@@ -3384,11 +3384,9 @@ class Transport:
         except (BlockingIOError, InterruptedError):
             return 0
 
-    def set_option(self, option: tuple[int, int | None], value: Any) -> None:
+    def set_option(self, option: tuple[int, int], value: Any) -> None:
         """Sets one of the options above, where the system can."""
-        level, number = option
-        if number is not None:
-            tune(self.sock, [(level, number, value)])
+        tune(self.sock, [(*option, value)])
 
     def guard(self, on: bool) -> None:
         """Whether closing is a reset, also when this process is killed: what was cut must not look like an end."""
@@ -5511,7 +5509,7 @@ class StdioTransport(Transport):
         except (BlockingIOError, InterruptedError):
             return 0
 
-    def set_option(self, option: tuple[int, int | None], value: Any) -> None:
+    def set_option(self, option: tuple[int, int], value: Any) -> None:
         """Pipes have none."""
 
     def guard(self, on: bool) -> None:
