@@ -353,10 +353,9 @@ class Departed(RemoteProtocolError):
     """A peer that left in the middle of its handshake: no news where the same machine has links."""
 
 class AuthenticationError(RemoteProtocolError):
-    """A key or signature that is not accepted, ours or the peer's. `own`: more about it, for the own log alone."""
+    """A key or signature that is not accepted, ours or the peer's."""
 
     exit_code = 3
-    own = ""
 
 class PeerError(RemoteProtocolError):
     """The peer ended a stream or a link with an Error message."""
@@ -7727,10 +7726,8 @@ class Rules:
             return AuthenticationError("authorize() does not permit the key `%s`" % shown)
         lines, broken = self._list.read().get(key), self._list.find_broken(key)
         if broken:
-            error = AuthenticationError("line %d of the server's authorized_keys has this client's key but cannot be"
-                                        " understood: %s" % (broken[0], shown))
-            error.own = " (%s)" % broken[1]
-            return error
+            return AuthenticationError("line %d of the server's authorized_keys has this client's key but cannot be"
+                                       " understood: %s" % (broken[0], shown))
         if lines:
             return AuthenticationError("line %d of the server's authorized_keys is this client's, and has expired: %s"
                                        % (lines[-1][0], shown))
@@ -8195,7 +8192,7 @@ class Server(Endpoint):
             return log.debug("health check of `%s`, or the like: %s", show_address(address), error)
         self.counters.handshakes_failed += 1
         self.loop.complain("❌ Refused %%d more connections from `%s`" % name,
-                           "❌ Refused `%s`: %s%s" % (show_address(address), error, getattr(error, "own", "")))
+                           "❌ Refused `%s`: %s" % (show_address(address), error))
         return None
 
     def _welcome(self, negotiation: Negotiation, handshake: Handshake) -> None:

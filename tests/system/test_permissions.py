@@ -332,17 +332,17 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
 
 
 def test_a_line_that_lets_nobody_in(serve, client, not_let_in, authorized, keys, tcp_echo):
-    """Both sides name it: "add this line" would give a key that was to be narrowed all rights. The reason is for the server's log alone."""
+    """Both sides name it: "add this line" would give a key that was to be narrowed all rights."""
     server, port = serve("--legacy")
-    for line, said, reason, flags in (
-            ('KEY expires="%s" alice@laptop' % day(0), "is this client's, and has expired: KEY", "", ()),
-            ('KEY permitopne="db:1" alice', "has this client's key but cannot be understood: KEY", " (`permitopne=.* is no option", ()),
-            ("# mine\nKEYKEY", "has this client's key but cannot be understood: KEY", " (it looks like two keys", LEGACY.connect),
-            ('"KEY"', "has this client's key but cannot be understood: KEY", " (it stands in quotes", ())):
+    for line, said, flags in (
+            ('KEY expires="%s" alice@laptop' % day(0), "is this client's, and has expired: KEY", ()),
+            ('KEY permitopne="db:1" alice', "has this client's key but cannot be understood: KEY", ()),
+            ("# mine\nKEYKEY", "has this client's key but cannot be understood: KEY", LEGACY.connect),
+            ('"KEY"', "has this client's key but cannot be understood: KEY", ())):
         authorized("# the laptop", line)
         said = "line %d of the server's authorized_keys %s" % (2 + line.count("\n"), said.replace("KEY", keys.client.public))
         not_let_in(port, "ERROR.*" + said + "$", flags)
-        server.wait_for("Refused .*%s%s" % (said, re.escape(reason).replace(r"\.\*", ".*")))
+        server.wait_for("Refused .*" + said)
     # A list that counts as empty is no list that this key is missing in.
     (keys.server.path / "authorized_keys").unlink()
     (keys.server.path / "authorized_keys").mkdir()
