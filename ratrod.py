@@ -2395,7 +2395,7 @@ class SocksHandshake(Handshake):
 
     def __init__(self, user: str | None = None):
         self._user = (user or "").encode("utf-8", "surrogateescape")
-        self.version, self.command, self.target = 0, 0, ""
+        self.version, self.command, self.target = -1, 0, ""  # -1: nothing was heard
         super().__init__()
 
     def _run(self) -> Script:
@@ -3458,18 +3458,16 @@ class LastWord:
 
 class Negotiation:
     """Drives a handshake, and those that follow it, over a socket: on_close(self, None) when the last is done, or
-    on_close(self, error), after which the handshake's last word is sent and the socket closed.
+    on_close(self, error), after which the handshake's last word is sent and the socket closed. `is_stepping`: a thread
+    has the handshake, and nothing is read."""
 
-    `heard`: the other side has said something. `is_stepping`: a thread has the handshake, and nothing is read.
-    """
-
-    __slots__ = ("sock", "address", "handshake", "heard", "born", "is_stepping", "_loop", "_on_close", "_run_step",
+    __slots__ = ("sock", "address", "handshake", "born", "is_stepping", "_loop", "_on_close", "_run_step",
                  "_transport", "_deadline", "_out", "_timeout", "_is_closed")
 
     def __init__(self, loop: EventLoop, sock: socket.socket, address: Any, handshake: Handshake, timeout: float,
                  on_close: Callable[[Negotiation, Exception | None], None]):
         self.sock, self.address, self.handshake, self.born = sock, address, handshake, loop.now
-        self.heard = self.is_stepping = self._is_closed = False
+        self.is_stepping = self._is_closed = False
         self._loop, self._on_close, self._timeout = loop, on_close, timeout
         self._run_step: RunStep | None = None
         self._out = bytearray()
@@ -3546,7 +3544,6 @@ class Negotiation:
                 return self._on_end("the connection broke (%s)" % reason(error))
             if not data:
                 return self._on_end()
-            self.heard = True
             if self.handshake.is_heavy and len(data) < self.handshake.wanted:
                 self.handshake.receive_data(data)  # a part of a message is no work
             else:
@@ -3559,8 +3556,7 @@ class Negotiation:
             self._fail(error)
 
     def _on_timeout(self) -> None:
-        is_mute = not self.heard and isinstance(self.handshake, FirstByte)
-        self._fail(RemoteProtocolError("it said nothing: timed out" if is_mute else
+        self._fail(RemoteProtocolError("it said nothing: timed out" if isinstance(self.handshake, FirstByte) else
                                        "the handshake was not done within %g s" % self._timeout))
 
     def _fail(self, error: Exception) -> None:
@@ -8848,7 +8844,7 @@ class SocksEntrance:
         address, request = negotiation.address, negotiation.handshake
         assert isinstance(request, SocksHandshake)
         if failure:
-            return self._complain(address, failure, negotiation.heard)
+            return self._complain(address, failure, request.version >= 0)
         try:
             self._answer(negotiation.sock, address, request)
         except (ValueError, OSError, RemoteProtocolError) as error:
