@@ -3841,7 +3841,7 @@ class Listener:
         self._loop, self.sock, self._on_accept, self._pause, self.peer_key = loop, sock, on_accept, pause, peer_key
         self.address = sock.getsockname()
         self._kind = int(sock.family), int(sock.type), sock.proto
-        self._spare, self._needs = loop.spare, needs
+        self._reserve: Callable[[], int] = lambda: loop.spare + needs()
         self._transport = Transport(loop, sock, self._on_event)
         self._rest = Deadline(loop)
 
@@ -3850,7 +3850,7 @@ class Listener:
 
     def _on_rested(self) -> None:
         with contextlib.suppress(OSError), self.sock.dup() as probe:
-            if self._loop.has_room(probe, self._spare + self._needs()):
+            if self._loop.has_room(probe, self._reserve()):
                 return self.start()
         return self._rest.set(self._pause, self._on_rested)
 
@@ -3873,8 +3873,7 @@ class Listener:
                 self._starve(reason(error))
                 return False
             # Where half of all is free nobody has to count.
-            has_room = self._loop.has_room(sock, self._loop.most // 2) or self._loop.has_room(
-                sock, self._spare + self._needs())
+            has_room = self._loop.has_room(sock, self._loop.most // 2) or self._loop.has_room(sock, self._reserve())
             if has_room or self._loop.has_room(sock):
                 self._on_accept(sock, address)
             else:
@@ -3895,7 +3894,7 @@ class Listener:
 
     def drain(self) -> None:
         """Takes the connections that wait in the system's queue, which closing would reset, and closes."""
-        self._spare, self._needs = 0, lambda: 0  # none come after them
+        self._reserve = lambda: 0  # none come after them
         for _ in range(BACKLOG // BATCH + 1):  # not for as long as others come: a flood must not hold up the end
             if not self._transport.events and self._rest.when == NEVER or not self._accept():
                 break
