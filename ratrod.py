@@ -165,6 +165,17 @@ Options:
 # 8. Nothing on the loop's thread waits for a peer, a remote, a name or a reader of the log. The key files alone are
 #    used there.
 
+import os
+import sys
+
+if __name__ == "__main__" and sys.argv[1:] in (["-h"], ["--help"]) and sys.stdout:
+    try:
+        sys.stdout.write(__doc__)  # 40 ms before main() could
+        sys.stdout.flush()
+        os._exit(0)  # everything is written; taking the syntax tree of this file apart would cost 10 ms
+    except OSError:  # a full disk, a reader that is gone: main() reports it
+        pass
+
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -180,7 +191,6 @@ import gc
 import heapq
 import itertools
 import logging
-import os
 import queue
 import re
 import select
@@ -188,7 +198,6 @@ import selectors
 import socket
 import stat
 import struct
-import sys
 import threading
 import time
 import traceback
