@@ -6328,8 +6328,11 @@ class SshLinks:
         failure = self._error(code, link.said or "%s\n%s" % (handshake.seen.decode("utf-8", "replace"), error), "")
         if link.is_first or not isinstance(failure, ConnectError):
             return failure
-        with contextlib.suppress(OSError):  # the shared connection does not answer any more: no other link finds it
-            os.rename(link.path, link.path + ".old")
+        # The shared connection does not answer any more: no other link finds it. Or a Ctrl-C has reached an ssh that
+        # was just starting, before it had a session of its own.
+        if code != -signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.rename(link.path, link.path + ".old")
         return None
 
     def _run(self, options: list[str], path: str, *command: str, **streams: Any) -> subprocess.Popen[bytes]:

@@ -54,6 +54,9 @@ def test_what_allows_another_try(fake):
         assert (link.is_first, error) == (False, None)
         link, error = fake.fail(says)
         assert (link.is_first, type(error)) == (True, ratrod.ConnectError)
+    fake.become(FAKE.replace("exit 255", "kill -INT $$"))  # a Ctrl-C that reaches a link which is just starting
+    assert [fake.fail("")[1] for _ in range(2)] == [None, None], "its shared connection is as good as before"
+    fake.become(FAKE)
     link, error = fake.fail("Permission denied (publickey).\n")
     assert (link.is_first, type(error)) == (False, ratrod.AuthenticationError)
     _, error = fake.fail("Warning: Identity file python3_key not accessible: No such file or directory.\nPermission denied (publickey).\n")
