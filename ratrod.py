@@ -8414,7 +8414,7 @@ class Pool(Opener):
         self._minute = self.loop.now
         self._others: dict[bytes, int] = {}  # run -> links in a row that showed other runs
         self._runs: dict[str, bytes] = {}  # server -> the run that it showed last, or MIXED
-        self._sought_since, self._sought_at, self._sought = 0.0, 0.0, 0
+        self._sought_since, self._sought_at, self._sought, self._sought_for = 0.0, 0.0, 0, 0
 
     @property
     def needed(self) -> int:
@@ -8482,6 +8482,9 @@ class Pool(Opener):
             return
         if not self._sought:
             self._sought_since = now
+        elif len(self.detached) < self._sought_for:  # found for some: the search begins anew for the others
+            self._sought = 1
+        self._sought_for = len(self.detached)
         others = {(link.name, link.instance) for link in self.links if link.is_completed and not link.is_stuck}
         elsewhere = [stream.instance for stream, last in self.detached.items() if stream.instance and any(
             name == last.name and instance != stream.instance for name, instance in others)]
