@@ -197,6 +197,11 @@ def test_36_what_ends_the_stream_or_its_link_alone(link, hold):
             assert types == [ERROR] or not types and "at" not in wrong
             assert was_reset(local)
             refusal(stream.attach(link(), attempt=9))
+    stream, local = hold(True)
+    stream.attach(link(), at=0).wait_opened()
+    stream.link.send_record(END)  # before bytes that were said on the link before
+    assert_ended(stream.link)
+    assert was_reset(local)
     for acks in (5,), (3, 2), (2**64 - 1,):
         with row(acks):
             stream, local = hold()

@@ -21,7 +21,8 @@ import pytest
 import ratrod
 from ratrod import READ, WRITE
 from support.joined import Clock, Loop
-from support.programs import PATIENCE, PYTHON, RATROD
+from support.pressure import BlackHole
+from support.programs import PATIENCE, PYTHON, RATROD, linux
 
 POLLERS = [(ratrod.Poller, selectors.EVENT_WRITE)] + [(getattr(select, "epoll", None), WRITE)] * hasattr(select, "epoll")
 every_poller = pytest.mark.parametrize("make, write", POLLERS, ids=lambda value: getattr(value, "__name__", ""))
@@ -505,3 +506,20 @@ def test_a_bug_whose_owner_cannot_be_ended_either_ends_no_loop(caplog):
         loop.call_later(0.01, loop.stop)
         loop.run()
     assert "ZeroDivisionError" in caplog.text and "IndexError" in caplog.text
+
+
+@linux
+def test_an_address_that_says_nothing_does_not_hold_up_the_next_one(loop):
+    """RFC 8305: it has 0.25 s for itself."""
+    ended = []
+    def on_close(sock, error):
+        ended.append((sock, error))
+        loop.stop()
+    with closing(BlackHole()) as hole, socket.create_server(("127.0.0.1", 0)) as near:
+        found = [(socket.AF_INET, ("127.0.0.1", hole.port)), (socket.AF_INET, near.getsockname())]
+        ratrod.Connector(loop, ratrod.Address("name", 1), PATIENCE / 4, on_close).start(lambda _target, done: done(found, None))
+        loop.run()
+        (sock, error), = ended
+        assert error is None
+        with sock:
+            assert sock.getpeername() == near.getsockname()
