@@ -3133,12 +3133,15 @@ class FairQueue:
 
     def begin(self, key: Any, call: Callable[[], None], rank: int = 0) -> None:
         """call() now or later; what it begins says done(key) once."""
+        if not any(self._waiting) and self._running.total < self._most and self._may_begin(key):
+            self._running.change(key, 1)  # as mostly: by the queue a short connection costs its server 4% more
+            return call()
         waiting = self._waiting[rank]
         if key not in waiting:
             waiting[key] = collections.deque()
             waiting.move_to_end(key, last=not self._newest_first)
         waiting[key].append(call)
-        self._begin_waiting()
+        return self._begin_waiting()
 
     def cancel(self, key: Any, call: Callable[[], None]) -> None:
         """Nobody waits for call() any more."""
@@ -3150,7 +3153,8 @@ class FairQueue:
 
     def done(self, key: Any) -> None:
         self._running.change(key, -1)
-        self._begin_waiting()
+        if any(self._waiting):
+            self._begin_waiting()
 
     def _may_begin(self, key: Any) -> bool:
         return self._running.of(key) < self._most_of_key
@@ -3644,9 +3648,11 @@ class Connector:
 
     def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if found and not self.is_closed:
-            first = [pair for pair in found if pair[0] == found[0][0]]
-            others = [pair for pair in found if pair[0] != found[0][0]]
-            self._addresses = [pair for pairs in itertools.zip_longest(first, others) for pair in pairs if pair]
+            if len(found) > 1:  # mostly one: an address needs no look-up
+                first = [pair for pair in found if pair[0] == found[0][0]]
+                others = [pair for pair in found if pair[0] != found[0][0]]
+                found = [pair for pairs in itertools.zip_longest(first, others) for pair in pairs if pair]
+            self._addresses = list(found)
             self._try_next()
         elif not found:
             self.abort(error or self._error)
@@ -6777,10 +6783,9 @@ class Retry:
 
     def hurry(self) -> None:
         """Somebody waits: the next try is not far, and is due at once where the one before is long over."""
-        seconds = self._tried_at + self.HURRY - self._loop.now
-        is_far = self._next.when > self._loop.now + seconds
-        if self.error and is_far and not (is_final(self.error) and self.is_pausing):
-            self._next.set(seconds, self._on_due)
+        when = self._tried_at + min(self.HURRY, self._client.limits.retry_interval)
+        if self.error and self._next.when > when and not (is_final(self.error) and self.is_pausing):
+            self._next.set(when - self._loop.now, self._on_due)
 
     def try_now(self) -> None:
         """The next try is not to wait."""
@@ -8556,7 +8561,7 @@ class Pool(Opener):
                 if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
                     del self.detached[stream]
                     stream.fail(LinkClosed("the server has been started anew and does not know it, or another one"
-                                              " answers"))
+                                           " answers"))
 
     # ---- what becomes of them
 
@@ -9033,8 +9038,8 @@ class Client(Endpoint):
             self.options.report("✅ Challenge accepted!")
             self.options.report("✅ Test connection successful!")
             self.reach.let_in(link.name, "Connected")
-            if not self.is_legacy:  # there it has done what it was for
-                link.pause()
+            if not self.is_legacy:  # on that wire the link has done what it was for
+                link.pause()  # the pool reads an idle link before it gives it away, and this one is being read
                 self.pool.adopt(link)
             self._begin()
         return self.pool.on_completed(link)
