@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import tempfile
@@ -18,6 +19,9 @@ from support.resolver import Resolver
 from support.sockets import free_port, port_of
 from support.sshd import Sshd
 from support.targets import Target, UdpEcho, UdpRemote, UnixTarget, echo
+
+# A shell without job control (`.ci/run &`) has its children ignore Ctrl-C, and so would every program that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers(config):
