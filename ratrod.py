@@ -1912,19 +1912,20 @@ def refusal(error: RatrodError) -> Error:
 Script = Generator[int, bytes, None]
 
 
-def read_until(ends: tuple[bytes, ...], read: bytearray, most: int, too_long: str) -> Script:
-    """Adds to `read` up to and with one of `ends`; RemoteProtocolError(too_long) where `most` bytes have none."""
+def read_until(ends: tuple[bytes, ...], read: bytearray, most: int, too_long: str) -> Generator[int, bytes, bytearray]:
+    """`read`, with what comes up to and with one of `ends`; RemoteProtocolError(too_long) where `most` have none."""
     while not read.endswith(ends):
         if len(read) >= most:
             raise RemoteProtocolError(too_long)
         # As many bytes as are certainly missing: what comes behind the end is for others to read.
         missing = min(next(n for n in range(1, len(end) + 1) if read.endswith(end[:len(end) - n])) for end in ends)
         read += yield min(missing, most - len(read))
+    return read
 
 
 class Handshake:
     """One side of a handshake, without a socket: give what arrives to receive_data(), and send what data_to_send()
-    gives. Any error is final; data_to_send() may hold a last word then.
+    gives. Any error is final; data_to_send() may hold a last word then. The arguments are those of `_run`.
 
     `wanted` is how many more bytes it can use now; read no more than that, for what follows is not its own. The last
     handshake on a connection has `peer_key`, `reader`, `writer`, `suite` and `instance`.
@@ -1943,11 +1944,11 @@ class Handshake:
     end: tuple[type[RatrodError], str] = RemoteProtocolError, "{} during the handshake"
     who = "the other side"
 
-    def __init__(self) -> None:
+    def __init__(self, *asked: Any, **named: Any):
         self._received, self._to_send, self._needed = bytearray(), bytearray(), 0
-        self._script = self._run()
+        self._script = self._run(*asked, **named)
 
-    def _run(self) -> Script:
+    def _run(self, *asked: Any, **named: Any) -> Script:
         """Yields the number of bytes that it needs next, and gets exactly those."""
         raise NotImplementedError
 
@@ -1995,9 +1996,8 @@ class KeyHandshake(Handshake):
     `check_key(key)` raises AuthenticationError where the peer is not known, at a server also Overloaded.
     """
 
-    def __init__(self, keys: KeyPair, check_key: Callable[[bytes], None]):
-        self._keys, self._check_key = keys, check_key
-        super().__init__()
+    _keys: KeyPair
+    _check_key: Callable[[bytes], None]
 
     def _take_peer(self, key: bytes) -> None:
         """The peer has proved that this key is its own."""
@@ -2014,10 +2014,10 @@ class KeyHandshake(Handshake):
 class LegacyHandshake(KeyHandshake):
     """The parts of the legacy handshake that both sides share."""
 
-    def __init__(self, keys: KeyPair, check_key: Callable[[bytes], None], ephemeral: bytes | None = None,
-                 challenge: bytes | None = None):
+    def _begin(self, keys: KeyPair, check_key: Callable[[bytes], None], ephemeral: bytes | None = None,
+               challenge: bytes | None = None) -> None:
+        self._keys, self._check_key = keys, check_key
         self._ephemeral, self._challenge = ephemeral or os.urandom(32), challenge or os.urandom(32)
-        super().__init__(keys, check_key)
 
     def _send(self, message: Any) -> None:
         self._to_send += LegacyWriter.clear_message(message)
@@ -2061,20 +2061,16 @@ class LegacyClientHandshake(LegacyHandshake):
 
     is_heavy = True
 
-    def __init__(self, keys: KeyPair, open_: Open, *, should_encrypt: bool = False,
-                 check_key: Callable[[bytes], None], **fixed: bytes):
-        self._open, self._should_encrypt = open_, should_encrypt
-        super().__init__(keys, check_key, **fixed)
-
-    def _run(self) -> Script:
+    def _run(self, keys: KeyPair, open_: Open, *, should_encrypt: bool = False, check_key: Callable[[bytes], None],
+             **fixed: bytes) -> Script:
+        self._begin(keys, check_key, **fixed)
         ephemeral = sodium().crypto_scalarmult_base(self._ephemeral)
-        self._send(ClientPreamble(ephemeral, self._open.target, self._challenge, self._should_encrypt,
-                                  self._open.kind == UDP))
+        self._send(ClientPreamble(ephemeral, open_.target, self._challenge, should_encrypt, open_.kind == UDP))
         server = yield from self._receive(ServerPreamble)
         self._authenticate(server.identity_public_key, server.signature, "server")
         # Before the server lets it in, and connects to the remote: the server's exchange key may be none.
-        key = self._shared_key(server, server.challenge + self._challenge) if self._should_encrypt else None
-        self._send(ClientAuthentication(encode_key(self._keys.public), self._keys.sign(server.challenge)))
+        key = self._shared_key(server, server.challenge + self._challenge) if should_encrypt else None
+        self._send(ClientAuthentication(encode_key(keys.public), keys.sign(server.challenge)))
         self.reader, self.writer = LegacyReader(key, awaited=True), LegacyWriter(key)
 
 
@@ -2083,10 +2079,11 @@ class LegacyServerHandshake(LegacyHandshake):
 
     remote, is_udp = "", False  # what the client asks for, known at the end
 
-    def _run(self) -> Script:
+    def _run(self, keys: KeyPair, check_key: Callable[[bytes], None], **fixed: bytes) -> Script:
+        self._begin(keys, check_key, **fixed)
         client = yield from self._receive(ClientPreamble)
-        ephemeral, signature = sodium().crypto_scalarmult_base(self._ephemeral), self._keys.sign(client.challenge)
-        self._send(ServerPreamble(encode_key(self._keys.public), ephemeral, signature, self._challenge))
+        ephemeral, signature = sodium().crypto_scalarmult_base(self._ephemeral), keys.sign(client.challenge)
+        self._send(ServerPreamble(encode_key(keys.public), ephemeral, signature, self._challenge))
         answer = yield from self._receive(ClientAuthentication)
         # Before the client is let in: its exchange key may be none.
         key = self._shared_key(client, self._challenge + client.challenge) if client.should_encrypt else None
@@ -2189,17 +2186,15 @@ def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
 
 
 class NoiseHandshake(KeyHandshake):
-    """The parts of ratrod2's handshake that both sides share. `suites`: those that this side offers, best first."""
+    """The parts of ratrod2's handshake that both sides share. They offer some `suites`, best first."""
 
     STRANGERS = {b"SS": "sshd (with ssh://host, ratrod goes through it)", b"HT": "a web server",
                  b"\x15\x03": "a TLS server", b"22": "a mail or FTP server"}  # by the first two bytes of what they say
     _is_initiator = False
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], check_key: Callable[[bytes], None],
-                 ephemeral: bytes | None):
-        self._suites = suites
+    def _begin(self, keys: KeyPair, check_key: Callable[[bytes], None], ephemeral: bytes | None) -> None:
+        self._keys, self._check_key = keys, check_key
         self._noise = HandshakeState(self._is_initiator, OPENING, keys.exchange_key(), ephemeral or os.urandom(32))
-        super().__init__(keys, check_key)
 
     def _send(self, payload: bytes) -> None:
         message = self._noise.write_message(payload)
@@ -2248,22 +2243,20 @@ class NoiseClientHandshake(NoiseHandshake):
     is_heavy = _is_initiator = True
     who = "the server"
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_key: Callable[[bytes], None],
-                 is_known: bool = False, ephemeral: bytes | None = None):
+    def _run(self, keys: KeyPair, suites: Sequence[Suite], *, check_key: Callable[[bytes], None],
+             is_known: bool = False, ephemeral: bytes | None = None) -> Script:
+        self._begin(keys, check_key, ephemeral)
         if not is_known:
             self.end = RemoteProtocolError, "{} before it said anything; " + NAME_LEGACY
-        super().__init__(keys, suites, check_key, ephemeral)
-
-    def _run(self) -> Script:
         self._to_send += OPENING
-        self._send(bytes((len(self._suites), *(suite.id for suite in self._suites))))
+        self._send(bytes((len(suites), *(suite.id for suite in suites))))
         payload = yield from self._receive(41)
-        suite = next((suite for suite in self._suites if suite.id == payload[32]), None)
+        suite = next((suite for suite in suites if suite.id == payload[32]), None)
         if suite is None:
             raise RemoteProtocolError("the server chose the cipher suite %d, which was not offered" % payload[32])
         self.instance = payload[33:41]
         self._identify(payload[:32])
-        self._send(self._keys.public)
+        self._send(keys.public)
         self._finish(suite)
 
 
@@ -2272,20 +2265,18 @@ class NoiseServerHandshake(NoiseHandshake):
 
     end = Departed, "{} during the handshake"
 
-    def __init__(self, keys: KeyPair, suites: Sequence[Suite], *, check_key: Callable[[bytes], None], instance: bytes,
-                 ephemeral: bytes | None = None):
-        super().__init__(keys, suites, check_key, ephemeral)
+    def _run(self, keys: KeyPair, suites: Sequence[Suite], *, check_key: Callable[[bytes], None], instance: bytes,
+             ephemeral: bytes | None = None) -> Script:
+        self._begin(keys, check_key, ephemeral)
         self.instance = instance
-
-    def _run(self) -> Script:
         if (yield len(OPENING)) != OPENING:
             raise RemoteProtocolError("it does not speak ratrod2")
         decoder = Decoder((yield from self._receive(1)))
         theirs = decoder.take(decoder.number(1))
         if chacha20_poly1305().id not in theirs:
             raise RemoteProtocolError("a client that does not offer ChaCha20-Poly1305")
-        suite = next(suite for number in theirs for suite in self._suites if suite.id == number)
-        self._send(self._keys.public + bytes((suite.id,)) + self.instance)
+        suite = next(suite for number in theirs for suite in suites if suite.id == number)
+        self._send(keys.public + bytes((suite.id,)) + instance)
         self.end = Departed, "{} during the handshake; it may not know this server's key"
         payload = yield from self._receive(32)
         try:
@@ -2304,16 +2295,12 @@ class FirstByte(Handshake):
 
     end = Speechless, "{} without a word"
 
-    def __init__(self, choose: Callable[[bool], Handshake | None]):
-        self._choose = choose
-        super().__init__()
-
-    def _run(self) -> Script:
+    def _run(self, choose: Callable[[bool], Handshake | None]) -> Script:
         first = yield 1
         is_legacy = first in b"\0\1"
         if not is_legacy and first != OPENING[:1]:
             raise RemoteProtocolError("it does not speak ratrod")
-        self.successor = self._choose(is_legacy)
+        self.successor = choose(is_legacy)
         if self.successor is None:
             self._to_send += LegacyWriter.clear_message(Error(
                 UNKNOWN, "this server speaks ratrod2; start it with --legacy, or take a client that speaks ratrod2"))
@@ -2330,14 +2317,14 @@ class PipeHandshake(Handshake):
     MAX_CHATTER = 64 * 1024
 
     def __init__(self, program: bytes = b"", marker: bytes = b""):
-        self._program, self._marker, self.seen = program, marker, bytearray()
-        super().__init__()
+        super().__init__(program, marker)
+        self.seen = bytearray()
         self.reader, self.writer = RecordReader(NoCipher(), awaited=bool(marker)), RecordWriter(NoCipher())
 
-    def _run(self) -> Script:
-        self._to_send += self._program
+    def _run(self, program: bytes, marker: bytes) -> Script:
+        self._to_send += program
         too_long = "its login shell prints more than %d bytes" % self.MAX_CHATTER
-        yield from read_until((self._marker,), self.seen, self.MAX_CHATTER, too_long)
+        yield from read_until((marker,), self.seen, self.MAX_CHATTER, too_long)
 
 
 # ---------------------------------------------------------------------------------------------------- SOCKS
@@ -2401,13 +2388,10 @@ class SocksHandshake(Handshake):
 
     CONNECT, ASSOCIATE = 1, 3
     end = Departed, "{}"
+    version, command, target = -1, 0, ""  # -1: nothing was heard
 
-    def __init__(self, user: str | None = None):
+    def _run(self, user: str | None = None) -> Script:
         self._user = (user or "").encode("utf-8", "surrogateescape")
-        self.version, self.command, self.target = -1, 0, ""  # -1: nothing was heard
-        super().__init__()
-
-    def _run(self) -> Script:
         first = yield 1
         self.version = first[0]
         yield from {5: self._run_5, 4: self._run_4}.get(self.version, functools.partial(self._refuse_stranger, first))()
@@ -2444,13 +2428,12 @@ class SocksHandshake(Handshake):
         if self._user:
             self._refuse(failed, "it speaks SOCKS4, which has no password, and --socks-user asks for one: use SOCKS5")
         head = yield 7
-        user, name, too_long = bytearray(), bytearray(), "its SOCKS4 request has no end"
-        yield from read_until((b"\0",), user, 256, too_long)  # which proves nothing
-        is_name = head[3:6] == bytes(3) and head[6] > 0  # version 4a
-        if is_name:
-            yield from read_until((b"\0",), name, 256, too_long)
-        self.command = head[0]
-        self.target = socks_target(3 if is_name else 1, bytes(name[:-1]) if is_name else head[3:], head[1:3])
+        too_long = "its SOCKS4 request has no end"
+        yield from read_until((b"\0",), bytearray(), 256, too_long)  # a user, which proves nothing
+        self.command, kind, host = head[0], 1, head[3:]
+        if host[:3] == bytes(3) and host[3]:  # version 4a
+            kind, host = 3, bytes((yield from read_until((b"\0",), bytearray(), 256, too_long))[:-1])
+        self.target = socks_target(kind, host, head[1:3])
         if self.command != self.CONNECT:
             self._refuse(failed, "it asks for more than CONNECT, and SOCKS4 has nothing else here")
 
@@ -2470,35 +2453,23 @@ class SocksHandshake(Handshake):
 
 
 class ProxyHandshake(Handshake):
-    """A proxy is asked to connect to `target` before the server can be talked to. Nothing behind its answer is read."""
+    """A proxy is asked to connect to `server` before that can be talked to. Nothing behind its answer is read."""
 
     who, end = "it", (RemoteProtocolError, "{} before it had answered")
+    MAX_ANSWER = 16 * 1024  # of HTTP
+    FAILURES = ("", "it failed, and does not say why", "its rules do not allow that", "the network is unreachable",
+                "the host is unreachable", "the connection was refused", "the time to live has expired",
+                "it cannot connect at all", "it cannot take such an address")  # of SOCKS5
 
-    def __init__(self, target: Address, user: bytes | None, password: bytes):
-        self._target, self._user, self._password = target, user, password
-        super().__init__()
+    def _run(self, proxy: Proxy, server: Address) -> Script:
+        ask = {"http": self._ask_http, "socks5": self._ask_socks5}[proxy.scheme]
+        return ask(proxy, server._replace(host=parse_host(server.host)))
 
-    def _refuse_user(self, scheme: str, said: str = "") -> NoReturn:
-        raise AuthenticationError(said + (
-            "it wants a user and a password: %s://user:password@..." % scheme if self._user is None else
-            "it takes another user and password"))
-
-    @staticmethod
-    def _refuse_method(said: str) -> NoReturn:
-        """No password is wrong: ratrod lacks the proxy's way of checking one."""
-        raise RemoteProtocolError(said + ", which ratrod does not speak: run a local proxy that does, as px or cntlm,"
-                                  " and name that one with --proxy")
-
-
-class HttpProxyHandshake(ProxyHandshake):
-    """The client's side of HTTP's CONNECT (RFC 9110, 9.3.6), with Basic authentication (RFC 7617)."""
-
-    MAX_ANSWER = 16 * 1024
-
-    def _run(self) -> Script:
-        self._to_send += "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n".format(self._target).encode("ascii")
-        if self._user is not None:
-            login = base64.b64encode(self._user + b":" + self._password)
+    def _ask_http(self, proxy: Proxy, target: Address) -> Script:
+        """HTTP's CONNECT (RFC 9110, 9.3.6), with Basic authentication (RFC 7617)."""
+        self._to_send += "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n".format(target).encode("ascii")
+        if proxy.user is not None:
+            login = base64.b64encode(proxy.user + b":" + proxy.password)
             self._to_send += b"Proxy-Authorization: Basic " + login + b"\r\n"
         self._to_send += b"\r\n"
         answer = bytearray((yield 5))
@@ -2514,7 +2485,7 @@ class HttpProxyHandshake(ProxyHandshake):
             schemes = self._schemes(text)
             if schemes and "basic" not in map(str.lower, schemes):
                 self._refuse_method("%s; it takes only %s" % (said, printable(" and ".join(schemes))))
-            self._refuse_user("http", said + "; ")
+            self._refuse_user(proxy, said + "; ")
         if not code.startswith("2"):
             raise RemoteProtocolError(said)
 
@@ -2528,31 +2499,24 @@ class HttpProxyHandshake(ProxyHandshake):
         scheme = r"(?:^|,)\s*([\w!#$%&'*+.^`|~-]+)(?!\s*=)(?=[\s,]|$)"
         return list(dict.fromkeys(re.findall(scheme, ",".join(challenges))))
 
-
-class Socks5ProxyHandshake(ProxyHandshake):
-    """The client's side of SOCKS5 (RFC 1928, and RFC 1929 where there is a user). Names are looked up at the proxy."""
-
-    FAILURES = ("", "it failed, and does not say why", "its rules do not allow that", "the network is unreachable",
-                "the host is unreachable", "the connection was refused", "the time to live has expired",
-                "it cannot connect at all", "it cannot take such an address")
-
-    def _run(self) -> Script:
-        methods = b"\0" if self._user is None else b"\0\2"
+    def _ask_socks5(self, proxy: Proxy, target: Address) -> Script:
+        """SOCKS5 (RFC 1928, and RFC 1929 where there is a user). Names are looked up at the proxy."""
+        methods = b"\0" if proxy.user is None else b"\0\2"
         self._to_send += bytes((5, len(methods))) + methods
         version, method = yield 2
         if version != 5:
             hint = ", but HTTP: write http:// for socks5://" if version == ord("H") else ""
             raise RemoteProtocolError("it does not speak SOCKS5" + hint)
         if method not in methods:
-            if self._user is None:
-                self._refuse_user("socks5")
+            if proxy.user is None:
+                self._refuse_user(proxy)
             self._refuse_method("it takes neither a user with a password nor a client without; perhaps only GSSAPI")
         if method == 2:
-            parts = self._user or b"", self._password
+            parts = proxy.user or b"", proxy.password
             self._to_send += b"\1" + b"".join(bytes((len(part),)) + part for part in parts)
             if (yield 2)[1]:
-                self._refuse_user("socks5")
-        self._to_send += b"\5\1\0" + socks_address(self._target)
+                self._refuse_user(proxy)
+        self._to_send += b"\5\1\0" + socks_address(target)
         version, code, _ = yield 3
         if version != 5 or code:
             is_known = version == 5 and code < len(self.FAILURES)
@@ -2560,10 +2524,17 @@ class Socks5ProxyHandshake(ProxyHandshake):
         if not (yield from read_socks_address()):
             raise RemoteProtocolError("it answered with an address that cannot be")
 
+    @staticmethod
+    def _refuse_user(proxy: Proxy, said: str = "") -> NoReturn:
+        raise AuthenticationError(said + (
+            "it wants a user and a password: %s://user:password@..." % proxy.scheme if proxy.user is None else
+            "it takes another user and password"))
 
-def ask_proxy(proxy: Proxy, server: Address) -> ProxyHandshake:
-    kind = HttpProxyHandshake if proxy.scheme == "http" else Socks5ProxyHandshake
-    return kind(server._replace(host=parse_host(server.host)), proxy.user, proxy.password)
+    @staticmethod
+    def _refuse_method(said: str) -> NoReturn:
+        """No password is wrong: ratrod lacks the proxy's way of checking one."""
+        raise RemoteProtocolError(said + ", which ratrod does not speak: run a local proxy that does, as px or cntlm,"
+                                  " and name that one with --proxy")
 
 
 # HAProxy's proxy-protocol.txt: the header in front of a connection that says where the connection came from.
@@ -2596,13 +2567,16 @@ class ProxyHeader(Handshake):
         head = bytearray((yield 1))
         self.end = RemoteProtocolError, "{} in its PROXY header"
         head += yield len(PROXY_SIGNATURE) - 1  # the shortest header of version 1 is longer
-        if head == PROXY_SIGNATURE:
-            yield from self._version_2()
-        elif head.startswith(b"PROXY "):
-            yield from read_until((b"\r\n",), head, 107, "a PROXY header without an end")
-            self._version_1(head[:-2].decode("latin-1"))
-        else:
-            raise RemoteProtocolError("no PROXY header, which --proxy-protocol asks for from there")
+        try:
+            if head == PROXY_SIGNATURE:
+                yield from self._version_2()
+            elif head.startswith(b"PROXY "):
+                yield from read_until((b"\r\n",), head, 107, "a PROXY header without an end")
+                self._version_1(head[:-2].decode("latin-1"))
+            else:
+                raise RemoteProtocolError("no PROXY header, which --proxy-protocol asks for from there")
+        except ValueError:
+            raise RemoteProtocolError("a PROXY header that cannot be") from None
 
     def _version_2(self) -> Script:
         command, family, length = PROXY_V2.unpack((yield PROXY_V2.size))
@@ -2610,7 +2584,7 @@ class ProxyHeader(Handshake):
         size = 0 if self.is_local else {0x11: 4, 0x21: 16}.get(family, 0)  # of an address: TCP over IPv4, over IPv6
         is_wrong = not self.is_local and (command != 0x21 or family & 15 > 2 or family >> 4 > 3)
         if is_wrong or not 2 * size + 4 * bool(size) <= length <= 2048:
-            raise RemoteProtocolError("a PROXY header that cannot be")
+            raise ValueError
         body = (yield length) if length else b""
         if size:
             self.source = str(parse_ip(body[:size])), int.from_bytes(body[2 * size:2 * size + 2], "big")
@@ -2619,31 +2593,24 @@ class ProxyHeader(Handshake):
         words = line.split(" ")
         if words[1] == "UNKNOWN":
             return
-        try:
-            _, protocol, source, destination, port, _port = words
-            families = {"TCP6" if ":" in word else "TCP4" for word in (source, destination) if parse_ip(word)}
-            if "%" in line or families != {protocol}:  # a zone may be any text
-                raise ValueError
-            self.source = str(parse_ip(source)), parse_port(port, lowest=0)
-        except ValueError:
-            raise RemoteProtocolError("a PROXY header that cannot be") from None
+        _, protocol, source, destination, port, _port = words
+        families = {"TCP6" if ":" in word else "TCP4" for word in (source, destination) if parse_ip(word)}
+        if "%" in line or families != {protocol}:  # a zone may be any text
+            raise ValueError
+        self.source = str(parse_ip(source)), parse_port(port, lowest=0)
 
 
 class HttpRequest(Handshake):
     """The head of one HTTP request, for answer(method, path). Both are empty for any other text, and beyond 8 KiB."""
 
-    def __init__(self, answer: Callable[[bytes, bytes], bytes]):
-        self._answer = answer
-        super().__init__()
-
-    def _run(self) -> Script:
-        method, path, head = b"", b"", bytearray()
+    def _run(self, answer: Callable[[bytes, bytes], bytes]) -> Script:
+        method, path = b"", b""
         with contextlib.suppress(RemoteProtocolError):
-            yield from read_until((b"\n\r\n", b"\n\n"), head, 8192, "")
+            head = yield from read_until((b"\n\r\n", b"\n\n"), bytearray(), 8192, "")
             found = re.match(rb"([A-Z]+) (/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n", head)
             if found:
                 method, path = found.groups()
-        self._to_send += self._answer(method, path)
+        self._to_send += answer(method, path)
 
 
 def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
@@ -6919,7 +6886,7 @@ class Dial:
                                            "cannot connect to the %s: %s (%s)" % (name, text, hint)))
         handshake = self._make_handshake()
         if proxy:
-            asked: Handshake = ask_proxy(proxy, server)  # type: ignore[arg-type]
+            asked: Handshake = ProxyHandshake(proxy, server)
             asked.successor, handshake = handshake, asked
         else:
             self._report("✅ Connected to server `%s` ...", server)

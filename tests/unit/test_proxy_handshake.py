@@ -15,7 +15,7 @@ BOUND = b"\0\1\0\0\0\0\0\0"  # the rest of a SOCKS5 answer that names 0.0.0.0:0
 
 def talk(url, answer, server=SERVER):
     """(all that the proxy at `url` is asked, how much of its `answer` was read): byte by byte, until it is done or has no more."""
-    handshake = ratrod.ask_proxy(ratrod.parse_proxy(url, [server]), server)
+    handshake = ratrod.ProxyHandshake(ratrod.parse_proxy(url, [server]), server)
     handshake.start()
     asked, taken = handshake.data_to_send(), 0
     while handshake.wanted and taken < len(answer):
