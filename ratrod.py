@@ -191,6 +191,7 @@ import gc
 import heapq
 import itertools
 import logging
+import posixpath
 import queue
 import re
 import select
@@ -393,6 +394,16 @@ def reason(error: BaseException) -> str:
     if isinstance(error, socket.timeout):  # an OSError without strerror
         return "timed out"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def system_error(code: int) -> OSError:
+    """The error of a call that failed with this number. Windows' strerror() knows no numbers of sockets."""
+    return OSError(code, getattr(socket, "errorTab", {}).get(code, "").rstrip(".") or os.strerror(code))
+
+
+def quoted(path: str) -> str:
+    """A path as a word of a command that a user is to type, into a POSIX shell or one of Windows."""
+    return '"%s"' % path if re.search(r"[\s&()]", path) else path
 
 
 def plural(n: int, one: str, many: str = "") -> str:
@@ -737,13 +748,13 @@ def find_writers(path: str, status: os.stat_result, is_strict: bool = False) -> 
         is_open = stat.S_ISREG(mode) and bool(folder.st_mode & 0o011)
     if is_open:
         text = ("`%s` can be changed by others (mode %04o), who could let themselves in; make it yours alone: chmod"
-                " go-w %s" % (path, stat.S_IMODE(mode), path))
+                " go-w %s" % (path, stat.S_IMODE(mode), quoted(path)))
         if is_strict:
             raise PermissionError(errno.EPERM, text)
         return [text]
     return [] if status.st_uid in (0, os.getuid()) else [
         "`%s` belongs to another user (uid %d), who could let himself in; make it yours: chown %d %s"
-        % (path, status.st_uid, os.getuid(), path)]
+        % (path, status.st_uid, os.getuid(), quoted(path))]
 
 
 # By key: each line's number, and what KeyLines' `parse` made of the words behind the key.
@@ -953,7 +964,7 @@ class KeyFolder:
         # Only the owner can mend it. A Kubernetes secret belongs to root, and is read through its group.
         if os.name == "posix" and status.st_mode & 0o077 and status.st_uid == os.getuid():
             self.warnings.append("The private key `%s` can be read by others (mode %04o); make it yours alone:"
-                                 " chmod 600 %s" % (path, stat.S_IMODE(status.st_mode), path))
+                                 " chmod 600 %s" % (path, stat.S_IMODE(status.st_mode), quoted(path)))
         try:
             shown = read_text(path + ".pub", 4096).lstrip("\ufeff").strip()
             why = "" if decode_key(shown) == pair.public else "it belongs to another key"
@@ -1157,7 +1168,7 @@ def parse_own_host(text: str) -> str:
 
 def parse_path(text: str) -> str:
     """The path of a Unix socket, in the only form that a rule can be compared with."""
-    if not re.fullmatch("/[^/:][^:]*", text) or os.path.normpath(text) != text or not text.isprintable():
+    if not re.fullmatch("/[^/:][^:]*", text) or posixpath.normpath(text) != text or not text.isprintable():
         raise ValueError("`%s` is not the plain absolute path of a Unix socket, without a colon" % printable(text))
     if len(os.fsencode(text)) > 100:
         raise ValueError("the path of a Unix socket has at most 100 bytes")
@@ -2853,7 +2864,7 @@ class EventLoop:
         sock = socket.socket(family, kind | NONBLOCK)
         if not self.has_room(sock):
             sock.close()
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            raise system_error(errno.EMFILE)
         if not NONBLOCK:
             sock.setblocking(False)
         return sock
@@ -3604,8 +3615,10 @@ class Connector:
 
     def start(self, find: Callable[[Address, Done], None]) -> None:
         target = self._target
-        if target.is_unix:
-            self._on_found([(getattr(socket, "AF_UNIX", -1), target.host)], None)
+        if target.is_unix and not hasattr(socket, "AF_UNIX"):
+            self._on_found(None, OSError(errno.EAFNOSUPPORT, "this system has no Unix sockets here"))
+        elif target.is_unix:
+            self._on_found([(socket.AF_UNIX, target.host)], None)
         elif is_literal(target.host):  # an address needs no thread
             self._on_found([literal(target)], None)
         else:
@@ -3654,7 +3667,7 @@ class Connector:
                 return None
             if sock:
                 sock.close()
-            self._error = OSError(code, os.strerror(code))
+            self._error = system_error(code)
         if not self._tries:
             self._finish(None, self._error)
         return None
@@ -3667,7 +3680,7 @@ class Connector:
         if not code:
             return self._finish(sock, None)
         sock.close()
-        self._error = OSError(code, os.strerror(code))
+        self._error = system_error(code)
         return self._try_next()
 
     def _finish(self, sock: socket.socket | None, error: Exception | None) -> None:
@@ -3681,7 +3694,7 @@ class Connector:
                 # Where nobody listens, the system may have given it that very port: it would hear its own words.
                 if sock and sock.getsockname() == sock.getpeername():
                     sock.close()
-                    sock, error = None, OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+                    sock, error = None, system_error(errno.ECONNREFUSED)
             self._on_close(sock, error)
 
     def abort(self, error: Exception) -> None:
@@ -5171,7 +5184,7 @@ class Stream(LinkUser):
             # follows would wait for the next write, perhaps for ever.
             code = 0 if local.events & READ else local.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if code:
-                return self._on_local_failed(OSError(code, os.strerror(code)))
+                return self._on_local_failed(system_error(code))
         link = self.link
         if link and self.out.keeps and link.state == BUSY:
             if self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.out:
@@ -9302,7 +9315,7 @@ def _families(shot: Snapshot) -> Iterator[tuple[str, str, dict[str, float]]]:
     yield "ratrod_key_bytes_total", "Payload of each key.", {
         "%s,%s" % (key, direction): n for key, tally in tallies.items()
         for direction, n in _label("direction", tally, ("sent", "received")).items()}
-    with contextlib.suppress(OSError):  # Linux alone has these
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has these; wine has the files
         yield "process_open_fds", "Open descriptors.", {"": len(os.listdir("/proc/self/fd")) - 1}
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[1])
@@ -9503,7 +9516,7 @@ def check_tunnels(texts: Iterable[str], *, legacy: bool, workers: int = 1, socks
          "--send-proxy is for reverse tunnels (R:), whose targets it tells the visitors' addresses"),
         (legacy and REVERSE in kinds, "the original's protocol (--legacy) has no reverse tunnels (R:)"),
         (kinds.count(STDIO) > 1, "standard input and output can be one tunnel's only (stdio:)"),
-        (STDIO in kinds and not hasattr(os, "get_blocking"), "stdio: needs a POSIX system"),
+        (STDIO in kinds and not hasattr(os, "readv"), "stdio: needs a POSIX system"),
         (STDIO in kinds and not (sys.stdin and sys.stdout),
          "stdio: needs standard input and output, and whatever started this has closed one of them"),
         (workers > 1 and {STDIO, REVERSE} & set(kinds),
@@ -9610,7 +9623,8 @@ def _parts_of(regex: str) -> Iterator[re.Pattern[str]]:
 
 
 def require_keys(folder: KeyFolder) -> None:
-    check((not folder.exists(), "no security files in `%s`: run `ratrod -k %s keygen` first" % ((folder.path,) * 2)))
+    check((not folder.exists(), "no security files in `%s`: run `ratrod -k %s keygen` first"
+           % (folder.path, quoted(folder.path))))
 
 
 # ---- the functions that programs call

@@ -190,7 +190,7 @@ def test_a_key_pub_that_does_not_belong(tmp_path):
     ({"key": 0o606}, "key"),
 ], ids=lambda value: ",".join("%s %o" % item for item in value.items()) if isinstance(value, dict) else "-")
 def test_what_others_can_read_or_change(tmp_path, modes, warned):
-    keys = make_keys(tmp_path / "keys")
+    keys = make_keys(tmp_path / "my keys")
     keys.trust(keys, "authorized_keys")
     modes = {"": 0o755, **modes}
     for name, mode in modes.items():
@@ -212,7 +212,7 @@ def test_what_others_can_read_or_change(tmp_path, modes, warned):
         path, is_read = keys.path / warned, warned == "key" and not is_refused
         text, = said
         assert "`%s` can be %s by others (mode %04o)" % (path, "read" if is_read else "changed", modes[warned]) in text, text
-        assert text.endswith("chmod %s %s" % ("600" if is_read else "go-w", path)), text
+        assert text.endswith('chmod %s "%s"' % ("600" if is_read else "go-w", path)), text
     assert all(stat.S_IMODE((keys.path / name).stat().st_mode) == mode for name, mode in modes.items())
 
 
@@ -221,7 +221,7 @@ def test_what_others_can_read_or_change(tmp_path, modes, warned):
 @pytest.mark.parametrize("name", ["", "authorized_keys", "known_hosts"])
 def test_what_belongs_to_another_user(tmp_path, name):
     """Warned of where root runs it: he can change what he owns. The lists still count, for `sudo ratrod -k /home/me/.ratrod` is common."""
-    keys = make_keys(tmp_path / "keys")
+    keys = make_keys(tmp_path / "my keys")
     for list_name in ("authorized_keys", "known_hosts"):
         keys.trust(keys, list_name)
     os.chown(str(keys.path / name), 12345, -1)
@@ -230,7 +230,7 @@ def test_what_belongs_to_another_user(tmp_path, name):
     assert folder.authorized_keys.read() and folder.known_hosts.read()
     said, = folder.warnings + folder.authorized_keys.problems + folder.known_hosts.problems
     path = str(keys.path / name).rstrip("/")
-    assert said == "`%s` belongs to another user (uid 12345), who could let himself in; make it yours: chown 0 %s" % (path, path)
+    assert said == '`%s` belongs to another user (uid 12345), who could let himself in; make it yours: chown 0 "%s"' % (path, path)
 
 
 @posix

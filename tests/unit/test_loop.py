@@ -70,6 +70,18 @@ def test_a_connection_to_itself_is_none(loop, monkeypatch):
     assert made[0] is None and isinstance(made[1], ConnectionRefusedError) and sock.fileno() == -1
 
 
+def test_what_windows_lacks_of_sockets(loop, monkeypatch):
+    """A Unix socket that a client asks for is refused in words. strerror() says "Unknown error" of what socket.errorTab has words for."""
+    made = []
+    with monkeypatch.context() as patch:
+        patch.delattr(socket, "AF_UNIX", raising=False)
+        ratrod.Connector(loop, ratrod.Address("/run/some.sock", 0), PATIENCE, lambda *end: made.extend(end)).start(print)
+    assert made[0] is None and ratrod.reason(made[1]) == "this system has no Unix sockets here"
+    monkeypatch.setattr(socket, "errorTab", {10061: "Connection refused."}, raising=False)
+    monkeypatch.setattr(os, "strerror", {10061: "Unknown error", 2: "No such file"}.get)
+    assert [ratrod.reason(ratrod.system_error(code)) for code in (10061, 2)] == ["Connection refused", "No such file"]
+
+
 def test_a_machine_that_lost_power_is_found_out(loop):
     """An idle other side is asked after 60 s, where the system's own 2 h would keep the stream: by sockets that are accepted, and by the
     remote of a stream that is there at a sweep. An urgent byte stays in line."""

@@ -1,5 +1,8 @@
 """TUNNEL words: those of special forms, which there are not, and what does not go together. The plain ones are in test_core_keys.py."""
 
+import ntpath
+import os
+
 import pytest
 
 import ratrod
@@ -89,3 +92,13 @@ def test_tunnels_that_do_not_go_together():
         with row(texts), pytest.raises(ratrod.ConfigError, match="two R: tunnels"):
             ratrod.check_tunnels(texts, legacy=False)
     assert len(ratrod.check_tunnels(["R:0:a:1", "R:0:b:2", "R:5000:a:1", "R:*:5000:b:2"], legacy=False)) == 4
+
+
+def test_windows_names_what_a_posix_system_has_at_the_other_side(monkeypatch):
+    """A client of Windows, whose own paths have backslashes, may ask a server for a Unix socket. Of stdio: it lacks the calls."""
+    monkeypatch.setattr(os, "path", ntpath)
+    monkeypatch.delattr(os, "readv", raising=False)
+    for text in "6379:unix:/run/redis.sock", "R:9000:unix:/run/redis.sock":
+        assert str(ratrod.parse_tunnels(text)[0].remote) == "unix:/run/redis.sock"
+    with pytest.raises(ratrod.ConfigError, match="stdio: needs a POSIX system"):
+        ratrod.check_tunnels(["stdio:db:80"], legacy=False)
