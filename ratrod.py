@@ -1564,6 +1564,8 @@ class Policy:
 # 5. Ciphers and framing: bytes of a link to records and back
 # ======================================================================================================================
 
+Plain = Union[bytes, memoryview]  # to read from
+Room = Union[bytearray, memoryview]  # to write to
 FORGED = "a record failed its authentication: it was damaged or forged on the way"
 
 
@@ -1574,8 +1576,8 @@ class Aead:
     but always work. Both are closures: a record of a few bytes costs more calls than cipher.
 
     seal(plain, into, nonce, key, aad) writes the ciphertext of `plain` and the tag to `into`, which may begin at
-    `plain`. open(view, nonce, key, aad) decrypts `view`, tag included, in place and returns the plaintext; LinkSpoiled
-    where `view` was not sealed with these.
+    `plain`. open(view, nonce, key, aad) decrypts `view`, which ends with the tag, in place; LinkSpoiled where `view`
+    was not sealed with these.
     """
 
     __slots__ = ("name", "tag", "fast", "seal", "open")
@@ -1586,23 +1588,22 @@ class Aead:
         self.fast = pair is not None
         self.seal, self.open = pair or self._public()
 
-    def _public(self) -> tuple[Callable[..., None], Callable[..., memoryview]]:
+    def _public(self) -> tuple[Callable[..., None], Callable[..., None]]:
         encrypt, decrypt = (getattr(sodium(), "crypto_aead_%s_%scrypt" % (self.name, way)) for way in ("en", "de"))
         tag = self.tag
         import nacl.exceptions
 
-        def seal(plain: memoryview, into: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
+        def seal(plain: Plain, into: Room, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
             into[:] = encrypt(bytes(plain), aad, nonce, key)
 
-        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
+        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
             try:
                 view[:-tag] = decrypt(bytes(view), aad, nonce, key)
             except (nacl.exceptions.CryptoError, ValueError):
                 raise LinkSpoiled(FORGED) from None
-            return view[:-tag]
         return seal, open_
 
-    def _private(self) -> tuple[Callable[..., None], Callable[..., memoryview]] | None:
+    def _private(self) -> tuple[Callable[..., None], Callable[..., None]] | None:
         sodium()  # sodium_init(): without it libsodium uses its slow portable code
         try:
             from nacl._sodium import ffi, lib
@@ -1611,19 +1612,18 @@ class Aead:
             return None
         null, tag, from_buffer = ffi.NULL, self.tag, ffi.from_buffer
 
-        def seal(plain: memoryview, into: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
+        def seal(plain: Plain, into: Room, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
             if len(into) != len(plain) + tag:  # libsodium does not know how long `into` is
                 raise LocalProtocolError("%d bytes for %d and a tag" % (len(into), len(plain)))
             encrypt(from_buffer(into), null, from_buffer(plain), len(plain), aad, len(aad), null, nonce, key)
 
-        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> memoryview:
+        def open_(view: memoryview, nonce: bytes, key: bytes, aad: bytes = b"") -> None:
             at = from_buffer(view)
             # Our own check of the length: libsodium's says nothing of where a shorter plaintext would be written.
             wrong = len(view) < tag or decrypt(at, null, null, at, len(view), aad, len(aad), nonce, key)
             del at  # in a traceback it would make CPython's collector crash (found by fuzzing)
             if wrong:
                 raise LinkSpoiled(FORGED)
-            return view[:-tag]
         return seal, open_
 
 
@@ -1653,28 +1653,30 @@ class CipherState:
         self._seal, self._open, self._nonce = suite.aead.seal, suite.aead.open, suite.nonce
         self._key, self._n, self.tag = key, 0, suite.aead.tag
 
-    def seal(self, plain: memoryview, into: memoryview, aad: bytes) -> None:
+    def seal(self, plain: Plain, into: Room, aad: bytes) -> None:
         n = self._n  # these lines stand in open() too: a function for them is one more call for each record
         self._n = n + 1
         if n >= LAST_NONCE:
             raise LocalProtocolError("the link has used up its record numbers")
         self._seal(plain, into, self._nonce(n), self._key, aad)
 
-    def open(self, view: memoryview, aad: bytes) -> memoryview:
+    def open(self, view: memoryview, aad: bytes) -> None:
         """Decrypts `view` in place; LinkSpoiled where `view` is not the record that must come next."""
         n = self._n
         self._n = n + 1
         if n >= LAST_NONCE:
             raise LocalProtocolError("the link has used up its record numbers")
-        return self._open(view, self._nonce(n), self._key, aad)
+        self._open(view, self._nonce(n), self._key, aad)
 
     def encrypt_with_ad(self, ad: bytes, plaintext: bytes) -> bytes:
-        view = memoryview(bytearray(len(plaintext) + self.tag))
-        self.seal(memoryview(plaintext), view, ad)
-        return bytes(view)
+        sealed = bytearray(len(plaintext) + self.tag)
+        self.seal(plaintext, sealed, ad)
+        return bytes(sealed)
 
     def decrypt_with_ad(self, ad: bytes, ciphertext: bytes) -> bytes:
-        return bytes(self.open(memoryview(bytearray(ciphertext)), ad))
+        view = memoryview(bytearray(ciphertext))
+        self.open(view, ad)
+        return bytes(view[:-self.tag])
 
 
 class NoCipher:
@@ -1683,11 +1685,11 @@ class NoCipher:
     __slots__ = ()
     tag = 0
 
-    def seal(self, plain: memoryview, into: memoryview, aad: bytes) -> None:
+    def seal(self, plain: Plain, into: Room, aad: bytes) -> None:
         into[:] = plain
 
-    def open(self, view: memoryview, aad: bytes) -> memoryview:
-        return view
+    def open(self, view: memoryview, aad: bytes) -> None:
+        pass
 
 
 # hashlib and hmac are imported where they are used: their half of OpenSSL takes as long to load as all else of --help.
@@ -1743,7 +1745,8 @@ class LegacyReader:
             return None
         content = view[body:body + size]
         if sealed:
-            content = chacha20_poly1305().aead.open(content, bytes(view[start + 1:start + 13]), self._key)
+            chacha20_poly1305().aead.open(content, bytes(view[start + 1:start + 13]), self._key)
+            content = content[:-chacha20_poly1305().aead.tag]
         kind, what = self._decode(content)
         return kind, what, body + size
 
@@ -1841,28 +1844,29 @@ class RecordReader:
         if end < body:
             self.wanted = 4
             return None
-        tag = self._cipher.tag
-        size = int.from_bytes(view[start:body], "big")
+        tag, length = self._cipher.tag, bytes(view[start:body])
+        size = int.from_bytes(length, "big")
         # The type, and so its own limit, is known only after the tag has been verified.
         if not tag < size <= tag + 1 + MAX_CONTENT:
             raise LinkSpoiled("a record of %d bytes" % size)
-        if end < body + size:
+        after = body + size
+        if end < after:
             self.wanted = 4 + size
             return None
-        plain = self._cipher.open(view[body:body + size], bytes(view[start:body]))
-        kind = plain[0]
+        self._cipher.open(view[body:after], length)
+        kind, content = view[body], view[body + 1:after - tag]
         if self._awaited:
             if kind not in (COMPLETED, ERROR):
                 raise RemoteProtocolError("a record before HandshakeCompletion")
             self._awaited = False
         elif kind == COMPLETED:
             raise RemoteProtocolError("a second HandshakeCompletion")
-        if kind == DATA and size > tag + 1 or kind == DATAGRAMS:
-            return kind, plain[1:], body + size
-        if kind == DATA or len(plain) > 1 + MAX_SMALL_CONTENT:
-            raise RemoteProtocolError("a record with %d bytes of content" % (len(plain) - 1))
-        content = bytes(plain[1:])
-        return kind, decode_open(content) if kind == OPEN else decode_content(kind, content), body + size
+        if kind == DATA and content or kind == DATAGRAMS:
+            return kind, content, after
+        if kind == DATA or len(content) > MAX_SMALL_CONTENT:
+            raise RemoteProtocolError("a record with %d bytes of content" % len(content))
+        small = bytes(content)
+        return kind, decode_open(small) if kind == OPEN else decode_content(kind, small), after
 
 
 class RecordWriter:
@@ -1876,11 +1880,11 @@ class RecordWriter:
 
     def record(self, kind: int, *fields: Any) -> bytes:
         """A whole record of any type but Data and Datagrams; an Open has the fields of the message Open."""
-        content, cipher = encode_open(Open(*fields)) if kind == OPEN else encode_content(kind, *fields), self._cipher
-        length = _LENGTH.pack(1 + len(content) + cipher.tag)
-        whole = memoryview(bytearray(b"%b%c%b%b" % (length, kind, content, bytes(cipher.tag))))
-        cipher.seal(whole[4:5 + len(content)], whole[4:], length)
-        return bytes(whole)
+        content = encode_open(Open(*fields)) if kind == OPEN else encode_content(kind, *fields)
+        sealed = bytearray(1 + len(content) + self._cipher.tag)
+        length = _LENGTH.pack(len(sealed))
+        self._cipher.seal(b"%c%b" % (kind, content), sealed, length)
+        return length + sealed
 
     def data(self, scratch: memoryview, n: int, kind: int = DATA) -> memoryview:
         """The record around the n bytes at scratch[HEADROOM:], made in place."""
