@@ -146,7 +146,7 @@ Options:
 # a slow reader costs no more memory     `Stream.on_data` has its link hold, so that TCP slows the sender down;
 #                                        `Outgoing.room` bounds what is kept, `Memory` all of it
 # one key holds up no other              `Turns`; what it keeps `Memory` bounds, and what it has `Quota`
-# a removed key is cut off               `Server._check_rules`, once a second
+# a removed key is cut off               `Server._look`, once a second, and `Server._check_rules`
 # a dead path is noticed and left        `Endpoint.doubt_paths`, `Link.doubt`, `Pool.seek`
 # a UDP session expires                  `UdpSessions.sweep`
 # signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`
@@ -162,8 +162,7 @@ Options:
 # 5. The loop's shared buffers are valid during one callback, but for those that it lends (`EventLoop.lend_scratch`).
 # 6. A quota or a grant is given back where its link or stream ends, whatever ended it.
 # 7. Only `Reach` dials.
-# 8. Nothing on the loop's thread waits for a peer, a remote, a name or a reader of the log. The key files alone are
-#    used there.
+# 8. Nothing on the loop's thread waits for a peer, a remote, a name, a list of keys or a reader of the log.
 
 import os
 import sys
@@ -766,8 +765,7 @@ LINE_END = re.compile("\r\0?\n\0?|[\r\n]\0?")  # with the zero characters of UTF
 class KeyLines:
     """The lines `KEY [word]...` of authorized_keys or known_hosts, read again when the file has changed.
 
-    `parse(words)` makes something of the words behind a key, or says in a ValueError what is wrong with them. Any
-    thread may call.
+    `parse(words)` makes something of the words behind a key, or says in a ValueError what is wrong with them.
     """
 
     USELESS = "authorizes nobody"
@@ -779,19 +777,22 @@ class KeyLines:
         self.problems: list[str] = []  # all that is wrong, for people
         self.is_unusable = False  # the whole file counts as empty
         self._cache: tuple[Any, Lines] = (None, {})  # the file's signature and its lines
-        self._round: float | None = None
-        self._is_stale, self._counted_at = False, -NEVER  # when a look found the lines that count
+        self._is_stale, self._gone_since = False, NEVER
 
-    def read(self, now: float | None = None) -> Lines:
-        """The lines of each key; the same object as before where nothing is new. A line that cannot be understood, or
-        a file that cannot be read, lists nobody. In the round of the loop that began at `now` the file is read once."""
-        if now is None or now != self._round:
-            self._cache, self._round = self._read(), now
+    @property
+    def lines(self) -> Lines:
+        """The lines of each key, as the last read() has found them."""
         return self._cache[1]
+
+    def read(self) -> Lines:
+        """Looks at the file; the same object as before where nothing is new. A line that cannot be understood, or a
+        file that cannot be read, lists nobody."""
+        self._cache = self._read()
+        return self.lines
 
     def forget(self) -> None:
         """Makes the next read() look into the file, whatever the file's times say."""
-        self._is_stale, self._round = True, None
+        self._is_stale = True
 
     def find_broken(self, key: bytes) -> tuple[int, str] | None:
         """The number of a line that has this key and cannot be understood, and why it cannot."""
@@ -809,7 +810,6 @@ class KeyLines:
             # Within a tick of its clock (FAT: 2 s) a file may change twice. Far in the future: the clock was set back.
             is_settled = abs(now - max(status.st_mtime, status.st_ctime)) > 2
             if signature == self._cache[0] and is_settled and not self._is_stale:
-                self._counted_at = now
                 return self._cache
             problems = find_writers(self.path, status, self.is_strict)
             text = read_text(self.path)
@@ -822,15 +822,14 @@ class KeyLines:
             problems = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
         # Editors empty a file, or rename it away (vim, emacs), before they write it anew. An empty list would throw
         # everybody out, and clients for good. One that is to be empty still is so a moment later.
-        if is_gone and not self._is_stale and 0 <= now - self._counted_at < EMPTY_FOR:
+        self._gone_since = min(self._gone_since, now) if is_gone else NEVER
+        if is_gone and self.lines and not self._is_stale and now - self._gone_since < EMPTY_FOR:
             return self._cache
-        self._counted_at = now
         self.broken, self._is_stale, self.is_unusable = broken, False, signature is None
         self.problems = problems + [
             "line %d of `%s` %s: %s" % (number, self.path, self.USELESS, why) for number, _, why in broken]
         return signature, self._cache[1] if lines == self._cache[1] else lines
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - 50 ms for 1,000 lines: for 2 s after a change each round reads them
     def _parse(self, text: str) -> tuple[Lines, list[tuple[int, str, str]]]:
         keys: Lines = {}
         broken = []
@@ -901,7 +900,7 @@ class KnownHosts(KeyLines):
     def _explain(self, key: bytes) -> str:
         """A sentence about a line that has this key, and why that line does not count; "" where none has it."""
         broken = self.find_broken(key)
-        for number, host in self._cache[1].get(key, ()):
+        for number, host in self.lines.get(key, ()):
             return " Line %d has this key, but %s." % (
                 number, "for `%s` alone" % host if host else "for servers without a line of their own")
         return " Line %d has this key, but cannot be understood: %s." % broken if broken else ""
@@ -7441,20 +7440,26 @@ class Endpoint:
     def show_key(self, key: bytes) -> str:
         return "`%s`" % encode_key(key)
 
-    def reload(self) -> None:
-        """Reads everything again. Where that fails for the own key, the one that was read before stays."""
+    def reload(self, done: Callable[[], None]) -> None:
+        """Reads everything again, and says so. Where that fails for the own key, the one before stays."""
         self.folder.authorized_keys.forget()
         self.folder.known_hosts.forget()
         self.folder.warnings.clear()
-        before = self.keys
-        try:
-            self.keys = self.folder.load()
-        except ConfigError as error:
-            log.error("❌ %s; the key that was read before stays in use", error)
-        for warning in self.folder.warnings:
-            log.warning(warning)
-        self.on_reloaded(self.keys != before)
-        log.info("🔄 Read again: `%s`, key `%s`", self.folder.path, encode_key(self.keys.public))
+
+        def on_read(keys: KeyPair | None, error: Exception | None) -> None:
+            before, self.keys = self.keys, keys or self.keys
+            if error:
+                log.error("❌ %s; the key that was read before stays in use", error)
+            for warning in self.folder.warnings:
+                log.warning(warning)
+            self.on_reloaded(self.keys != before)
+            log.info("🔄 Read again: `%s`, key `%s`", self.folder.path, encode_key(self.keys.public))
+            done()
+        self.threads.submit(self.read_files, on_read)
+
+    def read_files(self) -> KeyPair:
+        """On a thread."""
+        return self.folder.load()
 
     def on_reloaded(self, is_new_key: bool) -> None:
         """What follows from that."""
@@ -7682,17 +7687,26 @@ class Rules:
 
     def __init__(self, server: Server):
         self._server, self._loop, self._options = server, server.loop, server.options
-        self._list = server.folder.authorized_keys
+        self._list, self._lock = server.folder.authorized_keys, threading.Lock()
         # The lines that the links were last held against, what was wrong with them, and when one of them expires.
         self._lines: Any = None
         self._problems: list[str] = []
         self._expiry = NEVER
 
-    def grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
-        """What a key may do; none where it may not come in. `now` is the round of the loop; None on a thread."""
+    def look(self) -> None:
+        """Looks whether the list has changed. On a thread, once it serves: a file system may hang. Then one thread
+        waits for it, and the others take what was there before."""
+        if self._lock.acquire(timeout=1):
+            try:
+                self._list.read()
+            finally:
+                self._lock.release()
+
+    def grants(self, key: bytes) -> tuple[Grant, ...]:
+        """What a key may do; none where it may not come in."""
         if self._options.authorize:  # it is asked when the client comes in, and then for each target
-            return (Grant(),) if now is not None or self._allows(key, "") else ()
-        return tuple(grant for _, grant in self._list.read(now).get(key, ()) if time.time() < grant.expires)
+            return (Grant(),)
+        return tuple([grant for _, grant in self._list.lines.get(key, ()) if time.time() < grant.expires])
 
     def _allows(self, key: bytes, target: str) -> bool:
         """What the caller of serve(authorize=...) says to it. On a thread."""
@@ -7703,9 +7717,16 @@ class Rules:
             self._loop.call_soon_threadsafe(functools.partial(self._server.counters.fail, key, line))
             return False
 
-    def admit(self, key: bytes, is_legacy: bool = False, now: float | None = None) -> tuple[Grant, ...]:
+    def let_in(self, key: bytes, is_legacy: bool) -> None:
+        """AuthenticationError for a client that may not come in. On a thread."""
+        self.look()
+        if not self._allows(key, ""):
+            raise AuthenticationError("authorize() does not permit the key `%s`" % encode_key(key))
+        self.admit(key, is_legacy)
+
+    def admit(self, key: bytes, is_legacy: bool = False) -> tuple[Grant, ...]:
         """What a key may do over this wire; AuthenticationError for one that may not come in."""
-        grants = self.grants(key, now)
+        grants = self.grants(key)
         if not grants:
             raise self._why_not(key)
         if is_legacy:
@@ -7718,9 +7739,7 @@ class Rules:
     def _why_not(self, key: bytes) -> AuthenticationError:
         """Why a key may not come in, and what would help."""
         shown = encode_key(key)
-        if self._options.authorize:
-            return AuthenticationError("authorize() does not permit the key `%s`" % shown)
-        lines, broken = self._list.read().get(key), self._list.find_broken(key)
+        lines, broken = self._list.lines.get(key), self._list.find_broken(key)
         if broken:
             return AuthenticationError("line %d of the server's authorized_keys has this client's key but cannot be"
                                        " understood: %s" % (broken[0], shown))
@@ -7740,7 +7759,7 @@ class Rules:
     def have_changed(self) -> bool:
         """Whether it has to be checked again what each client has: the list was changed, or a line has expired. Logs
         what is wrong with a list that was changed."""
-        lines, problems, counts = self._list.read(), self._list.problems, not self._options.authorize
+        lines, problems, counts = self._list.lines, self._list.problems, not self._options.authorize
         if counts and problems != self._problems:
             for problem in problems:
                 log.warning("%s", problem)
@@ -7760,7 +7779,7 @@ class Rules:
     def check(self, link: Link, remote: str, is_udp: bool = False) -> tuple[Address, tuple[Grant, ...]]:
         """The target that a client names, and what it was granted; PolicyError where it may not have it."""
         try:
-            grants = self.admit(link.peer_key, link.is_legacy, self._loop.now)
+            grants = self.admit(link.peer_key, link.is_legacy)
         except AuthenticationError as error:
             raise PolicyError(str(error)) from None
         if is_udp:
@@ -7843,7 +7862,10 @@ class Rules:
 class NoRules(Rules):
     """Behind ssh: a client may open everything that its user could open on that machine without ratrod."""
 
-    def grants(self, key: bytes, now: float | None = None) -> tuple[Grant, ...]:
+    def look(self) -> None:
+        """There is no list."""
+
+    def grants(self, key: bytes) -> tuple[Grant, ...]:
         return (Grant(),)
 
     def have_changed(self) -> bool:
@@ -8011,7 +8033,7 @@ class ReverseListeners:
             raise PolicyError("this server does not listen for clients; serve --allow-listen lets it")
         try:
             address = parse_bind(asked)
-            grants = self._server.rules.admit(key, now=self._server.loop.now)
+            grants = self._server.rules.admit(key)
         except (ValueError, AuthenticationError) as error:
             raise PolicyError(printable(str(error))) from None
         if not any(grant.listens(address) for grant in grants):
@@ -8088,7 +8110,7 @@ class Server(Endpoint):
         most = limits.streams or most
         self.streams = Quota(most, limits.streams_per_key or max(min(most, 16), most // 2), "carries as many streams")
         self._admitting = threading.Lock()
-        self.rules, self.reverse = Rules(self), ReverseListeners(self)
+        self.rules, self.reverse, self._is_looking = Rules(self), ReverseListeners(self), False
         self.acceptor = Acceptor(self, self.streams, self._connect,
                                  lambda stream, link: self.rules.check(link, stream.target), self._answer,
                                  lambda link, open_: (link.name, open_.target))
@@ -8099,6 +8121,7 @@ class Server(Endpoint):
             self.address = options.bind._replace(port=sock.getsockname()[1])
 
     def start(self) -> None:
+        self.rules.look()
         self._check_rules()
         for listener in self.listeners:
             listener.start()
@@ -8117,25 +8140,38 @@ class Server(Endpoint):
 
     def show_key(self, key: bytes) -> str:
         """A key with the comments of its lines."""
-        comments = {grant.comment for grant in self.rules.grants(key, self.loop.now) if grant.comment}
+        comments = {grant.comment for grant in self.rules.grants(key) if grant.comment}
         return super().show_key(key) + (" (%s)" % ", ".join(sorted(comments)) if comments else "")
+
+    def read_files(self) -> KeyPair:
+        self.rules.look()
+        return super().read_files()
 
     def on_reloaded(self, is_new_key: bool) -> None:
         self._check_rules()
 
     def sweep(self) -> None:
-        self._check_rules()
+        self._check_rules()  # a line may expire
+        self._look()
         self.sessions.sweep()
         self.acceptor.sweep()
         self.leave_dead_paths(self.loop.awake - DOUBTED_FOR)
         for listener in self.reverse:
             listener.sweep()
 
+    def _look(self) -> None:
+        def on_looked(_result: Any, _error: Exception | None) -> None:
+            self._is_looking = False
+            self._check_rules()
+        if not self._is_looking:
+            self._is_looking = True
+            self.threads.submit(self.rules.look, on_looked)
+
     def _check_rules(self) -> None:
         """Ends what the rules do not allow any more."""
         if self.rules.have_changed():
             for key in {link.peer_key for link in self.links} | {stream.peer_key for stream in self.counters.streams}:
-                if not self.rules.grants(key, self.loop.now):
+                if not self.rules.grants(key):
                     self._end_key(key)
             for session in list(self.counters.sessions):
                 try:
@@ -8166,13 +8202,13 @@ class Server(Endpoint):
 
     def admit(self, is_legacy: bool, key: bytes) -> None:
         """On a thread. AuthenticationError for a client that is not known, Overloaded for one too many."""
-        self.rules.admit(key, is_legacy)
+        self.rules.let_in(key, is_legacy)
         with self._admitting:  # two at once must not both take the last place
             self._links_of.take(key, int(not is_legacy and self.acceptor.has_detached(key)))
 
     def on_negotiated(self, negotiation: Negotiation, handshake: Handshake, error: Exception | None) -> None:
         """A stranger has authenticated himself, or not."""
-        if error is None and not self.rules.grants(handshake.peer_key, self.loop.now):
+        if error is None and not self.rules.grants(handshake.peer_key):
             error = AuthenticationError("its key was removed from authorized_keys")
             negotiation.sock.close()
         if error is None:
@@ -8238,7 +8274,7 @@ class Server(Endpoint):
 
     def on_open(self, link: Link, open_: Open) -> None:
         try:
-            self.rules.admit(link.peer_key, now=self.loop.now)
+            self.rules.admit(link.peer_key)
         except AuthenticationError as error:
             return link.refuse(Error(INVALID_KEY, str(error)))
         is_attach = open_.kind == TCP and self.acceptor.is_known((link.peer_key, open_.stream))
@@ -10293,9 +10329,7 @@ class EndpointRun:
     def _reload(self) -> None:
         if self._is_ready:
             self._notify("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic() * 1e6))
-        self._endpoint.reload()
-        if self._is_ready and isinstance(self._endpoint, Endpoint):  # workers say by themselves that they are ready
-            self._notify("READY=1")
+        self._endpoint.reload(lambda: self._notify("READY=1") if self._is_ready else None)
         # Where the shell was killed, the signal comes just before the terminal goes.
         self._loop.call_later(1.0, lambda: self._on_end(signal.SIGHUP, None) if self._is_closed() else None)
 
@@ -10382,7 +10416,8 @@ class Workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def reload(self) -> None:
+    def reload(self, _done: Any) -> None:
+        """They say by themselves that they are ready."""
         self._unready.update(self._processes)
         self.tell(signal.SIGHUP)
 

@@ -55,6 +55,7 @@ class Ends:
         self.server = ratrod.Server(self.loop, ratrod.KeyFolder(str(server.path), ratrod.parse_grant), limits,
                                     ratrod.ServerOptions(nowhere, ratrod.Policy(), allow_listen=True), ratrod.Callbacks())
         self.stack.callback(self.server.close)
+        self.server.rules.look()
         self.ready, self.ended = [], []
         self.stack.enter_context(mock.patch.object(ratrod, "Dial", Dial))
         Dial.ends = self

@@ -20,7 +20,8 @@ from unittest import mock
 import pytest
 
 import ratrod
-from support.keys import make_keys
+from support import ratrod2_peer as peer
+from support.keys import make_keys, seed_of
 from support.programs import CACHE, PATIENCE, ROOT, linux, missing
 from support.sockets import ask_over, eventually, free_port, ping, receive_all, receive_exactly, say
 from support.targets import echo
@@ -159,6 +160,28 @@ def test_a_tunnel(keys, tcp_echo, udp_echo):
         with ratrod.tunnel("127.0.0.1:%d" % port, local(udp_echo.port), key_path=str(keys.client.path)) as tunnel:
             assert ask_by_udp(tunnel.address)
     assert is_free(server.address)
+
+
+def test_a_list_on_a_file_system_that_hangs(ends, tcp_echo, monkeypatch):
+    """One thread waits for the file system. What the list said before holds, for links that are there and for new ones."""
+    server, hangs, over = ends.serve(), threading.Event(), threading.Event()
+    tunnel = ends.tunnel(server, local(tcp_echo.port))
+    ask(tunnel.address, b"before")
+
+    def hang(path, stat=os.stat):
+        if path == str(ends.keys.server.path / "authorized_keys"):
+            hangs.set()
+            assert over.wait(PATIENCE)
+        return stat(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod.os, "stat", hang)
+        try:
+            assert hangs.wait(PATIENCE)
+            ask(tunnel.address, b"meanwhile")
+            with peer.Client.connect(server.address[1], seed_of(ends.keys.client)) as link:
+                assert link.handshake().exchange("127.0.0.1:%d" % tcp_echo.port, b"?") == b"?"
+        finally:
+            over.set()
 
 
 def test_without_with(keys, tcp_echo):

@@ -836,7 +836,7 @@ def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
         server, handshake = ends.server, SimpleNamespace(peer_key=CLIENT_KEYS.public, is_done=True)
         before = server._links_of.of(CLIENT_KEYS.public)
         server.admit(False, CLIENT_KEYS.public)  # on a thread; the list changes before the loop hears of it
-        server.rules.grants = lambda key, now=None: ()
+        server.rules.grants = lambda key: ()
         server.on_negotiated(SimpleNamespace(address=("127.0.0.1", 1), sock=sock, is_stepping=False), handshake, None)
         assert sock.fileno() == -1
         assert server._links_of.of(CLIENT_KEYS.public) == before

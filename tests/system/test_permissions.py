@@ -75,7 +75,7 @@ def authorized(keys):
 
 
 def reread(server):
-    """Awaits that the server has looked at its lists once more: nothing announces that it did so by itself."""
+    """Awaits that the server has looked at its lists once more: by itself it does so once a second, and nothing announces that."""
     count = server.output.count("Read again")
     server.process.send_signal(signal.SIGHUP)
     server.wait_for("Read again", count + 1)
@@ -146,6 +146,7 @@ def test_a_target_that_is_not_listed(forward, authorized, target, tcp_echo, udp_
     ask(tcp_port(client))
     assert (second_echo.accepted, udp_echo.seen) == (0, 0)
     authorized("KEY")
+    reread(server)
     ask(tcp_port(client, 2))
     # Nothing of the policy shows at the client.
     for secret in ("secret-name", "permit", "alice"):
@@ -172,7 +173,7 @@ def test_keys_do_not_share_what_they_may(serve, keys, second, authorized, tcp_ec
     """Alternately, for the same targets: an answer that is remembered for one key must not be another's."""
     one, another = ("127.0.0.1:%d" % made.port for made in (tcp_echo, target(echo)))
     authorized('KEY permitopen="%s"' % one, '%s permitopen="%s"' % (second.public, another))
-    _, port = serve()
+    server, port = serve()
     askers = [Asker(port, seed_of(who)) for who in (keys.client, second)]
     for _ in range(2):
         assert [asker.tcp(where) for where in (one, another) for asker in askers] == [OPENED, NOT_ALLOWED, NOT_ALLOWED, OPENED]
@@ -183,6 +184,7 @@ def test_keys_do_not_share_what_they_may(serve, keys, second, authorized, tcp_ec
     with askers[0].link() as link:
         assert link.exchange(another, b"?") == b"?"
         authorized('KEY permitopen="%s"' % one)
+        reread(server)
         with pytest.raises(peer.PeerError, match=NOT_ALLOWED):
             link.open(another).wait_opened()
     assert askers[0].tcp(one) == OPENED
@@ -202,9 +204,11 @@ def test_no_udp(forward, authorized, tcp_echo, mode, stack):
         ask(tcp_port(client))
         # Once the line allows it, it works without another client, from another originator.
         authorized("KEY alice@laptop")
+        reread(server)
         with udp_originator(client) as originator:
             ask_udp(originator)
             authorized("KEY no-udp alice")
+            reread(server)
             another = stack.enter_context(udp_originator(client))
             if mode is LEGACY:  # only sessions that begin are refused there
                 another.send(b"?")
