@@ -6324,15 +6324,16 @@ class SshLinks:
                 os.rename(link.path, link.path + ".old")
         return None
 
-    def _run(self, options: list[str], path: str, *command: str, **streams: Any) -> subprocess.Popen[bytes]:
-        """An ssh process that uses the shared connection at `path`."""
+    def _run(self, options: list[str], path: str, *command: str, **named: Any) -> subprocess.Popen[bytes]:
+        """An ssh process that uses the shared connection at `path`. A stream that is not named leads nowhere."""
         import subprocess
 
-        server = self._server
+        server, nowhere = self._server, subprocess.DEVNULL
         return subprocess.Popen(
             [*self._command, *options, "-T", "-a", "-x", "-oControlPath=" + path,
              *("-o" + option for option in self._options.split()), *(["-l", server.user] if server.user else []),
-             *(["-p", str(server.port)] if server.port else []), "--", server.host, *command], **streams)
+             *(["-p", str(server.port)] if server.port else []), "--", server.host, *command],
+            **{"stdin": nowhere, "stdout": nowhere, "stderr": nowhere, **named})
 
     def _error(self, code: int, said: str, why: str, asked: bool = True) -> RatrodError:
         """The error for an ssh process that failed: its last lines, or `why` where it said nothing."""
@@ -6380,7 +6381,6 @@ class SshLinks:
 
     def _connect(self, began: float, may_ask: bool) -> str:
         """Makes a shared connection: its path. ssh may ask at the terminal, and once authenticated goes behind (-f)."""
-        import subprocess
         import tempfile
 
         if self._failed[0] > began:  # for another thread, while this one waited for it
@@ -6390,11 +6390,12 @@ class SshLinks:
                 if self._is_closed:
                     raise ConnectError(ENDING)
                 if not os.path.isdir(self._folder):
-                    self._folder = private_folder()
+                    # Its path is to be short enough for a Unix socket's address, and plain enough for ssh.
+                    is_plain = re.fullmatch(r"[\w./-]{1,50}", tempfile.gettempdir(), re.ASCII)
+                    self._folder = tempfile.mkdtemp(prefix="ratrod-", dir=None if is_plain else "/tmp")
                 path = os.path.join(self._folder, "m" + os.urandom(4).hex())
                 options = ["-f", "-N", "-oControlMaster=yes", *([] if may_ask else ["-oBatchMode=yes"])]
-                self._maker = self._run(options, path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=errors, start_new_session=not may_ask)
+                self._maker = self._run(options, path, stderr=errors, start_new_session=not may_ask)
             code = wait_for(self._maker, None if may_ask else self.patience)
             if code == 0 and not self._is_closed:
                 return path
@@ -6421,7 +6422,6 @@ class SshLinks:
 
     def close(self) -> None:
         import shutil
-        import subprocess
 
         with self._lock:
             self._is_closed = True
@@ -6431,8 +6431,7 @@ class SshLinks:
                 wait_for(self._maker, 2)
             for name in self._names():
                 with contextlib.suppress(OSError):
-                    wait_for(self._run(["-O", "exit"], os.path.join(self._folder, name), stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), 2)
+                    wait_for(self._run(["-O", "exit"], os.path.join(self._folder, name)), 2)
             for link in self._links:
                 wait_for(link.process, 0)
         self.reap()
@@ -6448,14 +6447,6 @@ def wait_for(process: subprocess.Popen[bytes], seconds: float | None) -> int:
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
-
-
-def private_folder() -> str:
-    """A new folder of this user alone, its path short enough for a Unix socket's address and plain enough for ssh."""
-    import tempfile
-
-    is_plain = re.fullmatch(r"[\w./-]{1,50}", tempfile.gettempdir(), re.ASCII)
-    return tempfile.mkdtemp(prefix="ratrod-", dir=None if is_plain else "/tmp")
 
 
 def last_lines(file: Any) -> str:
