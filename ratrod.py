@@ -390,8 +390,6 @@ def printable(text: str, limit: int = 200) -> str:
 
 def reason(error: BaseException) -> str:
     """An exception as a user reads it: `Connection refused`, not `[Errno 111] Connection refused`."""
-    if isinstance(error, socket.timeout):  # an OSError without strerror
-        return "timed out"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -1375,48 +1373,43 @@ def parse_proxy(url: str | None, servers: Iterable[Place]) -> Proxy | None:
 # ---- grants, the options of a line of authorized_keys; and the server's own rule
 
 
-class Pattern(NamedTuple):
-    """The targets of a permitopen or permitlisten. Port 0 is any port; host `*` is any host, `*.x` any name below x."""
-
-    host: str
-    port: int
-
-    def matches(self, target: Address) -> bool:
-        if target.is_unix or self.host.startswith("/"):
-            return self.host == target.host
-        is_below = self.host.startswith("*.") and not is_address(target.host) and target.host.endswith(self.host[1:])
-        return self.port in (0, target.port) and (is_below or self.host in ("*", target.host))
+def matches(pattern: Address, target: Address) -> bool:
+    """Whether a pattern is for a target. Its port 0 is any port; its host `*` is any host, `*.x` any name below x."""
+    if target.is_unix or pattern.is_unix:
+        return pattern.host == target.host
+    host = pattern.host
+    is_below = host.startswith("*.") and not is_address(target.host) and target.host.endswith(host[1:])
+    return pattern.port in (0, target.port) and (is_below or host in ("*", target.host))
 
 
-def parse_pattern(text: str, default: str | None = None) -> Pattern:
-    """A Pattern from `host:port`, `unix:/path`, or with a `default` host from `port`; ValueError says what is wrong."""
+def parse_pattern(text: str, default: str | None = None) -> Address:
+    """What matches() takes, of `host:port`, `unix:/path`, or with a `default` host of `port`; or a ValueError."""
     def host(text: str) -> str:
         if text == "unix":  # `unix:*` must not pass for any port of a host that is called so
             raise ValueError("the path of a Unix socket begins with /")
         star = "*." if text.startswith("*.") else ""
         return text if text == "*" else star + parse_host(text[len(star):])
-    return Pattern(*join_host_port(
-        split_host_port(text), host, lambda port: 0 if port == "*" else parse_port(port), default))
+    return join_host_port(split_host_port(text), host, lambda port: 0 if port == "*" else parse_port(port), default)
 
 
 class Grant(NamedTuple):
     """What one line of authorized_keys permits. `expires` is in seconds since 1970 (UTC); no pattern permits all."""
 
-    permitopen: tuple[Pattern, ...] = ()
-    permitlisten: tuple[Pattern, ...] = ()
+    permitopen: tuple[Address, ...] = ()
+    permitlisten: tuple[Address, ...] = ()
     no_udp: bool = False
     no_legacy: bool = False
     expires: float = NEVER
     comment: str = ""
 
     def opens(self, target: Address) -> bool:
-        return not self.permitopen or any(pattern.matches(target) for pattern in self.permitopen)
+        return not self.permitopen or any(matches(pattern, target) for pattern in self.permitopen)
 
     def listens(self, address: Address) -> bool:
         # The same address by its other name. A pattern for 127.0.0.1 permits a bare port, which is localhost.
         others = {"localhost": "127.0.0.1", "127.0.0.1": "localhost", "::1": "localhost", "*": "::"}
         asked = [address._replace(host=host) for host in (address.host, others.get(address.host, address.host))]
-        return not self.permitlisten or any(pattern.matches(one) for pattern in self.permitlisten for one in asked)
+        return not self.permitlisten or any(matches(pattern, one) for pattern in self.permitlisten for one in asked)
 
 
 def parse_grant(words: list[str]) -> Grant:
@@ -2125,13 +2118,13 @@ def public_half(s: bytes) -> bytes:
 
 class HandshakeState:
     """The XX pattern, with its SymmetricState: sections 5.2 and 5.3 of the Noise specification. `s` and `e` are private
-    X25519 keys, `rs` and `re` the peer's public ones; `h` is the handshake hash."""
+    X25519 keys, `remote` has the peer's public ones; `h` is the handshake hash."""
 
     _PATTERN = (("e",), ("e", "ee", "s", "es"), ("s", "se"))
 
     def __init__(self, initiator: bool, prologue: bytes, s: bytes, e: bytes):
-        self._initiator, self._s, self._e = initiator, s, e
-        self.rs = self.re = b""
+        self._initiator, self._keys = initiator, {"s": s, "e": e}
+        self.remote: dict[str, bytes] = {}
         self._messages = iter(self._PATTERN)
         self.h = self._ck = NOISE_NAME  # exactly 32 bytes: no hash needed
         self._cipher: CipherState | None = None
@@ -2140,12 +2133,9 @@ class HandshakeState:
     def write_message(self, payload: bytes) -> bytes:
         buffer = b""
         for token in next(self._messages):
-            if token == "e":
-                public = sodium().crypto_scalarmult_base(self._e)
-                self._mix_hash(public)
-                buffer += public
-            elif token == "s":
-                buffer += self._encrypt_and_hash(public_half(self._s))
+            if token in self._keys:  # there is no cipher yet where e is sent, so that it goes in the clear
+                half = public_half if token == "s" else sodium().crypto_scalarmult_base
+                buffer += self._encrypt_and_hash(half(self._keys[token]))
             else:
                 self._mix_key(token)
         return buffer + self._encrypt_and_hash(payload)
@@ -2154,11 +2144,8 @@ class HandshakeState:
         """The payload of `message`. RemoteProtocolError where it was not made for this handshake."""
         decoder = Decoder(message)
         for token in next(self._messages):
-            if token == "e":
-                self.re = decoder.take(32)
-                self._mix_hash(self.re)
-            elif token == "s":
-                self.rs = self._decrypt_and_hash(decoder.take(48))
+            if token in self._keys:
+                self.remote[token] = self._decrypt_and_hash(decoder.take(48 if self._cipher else 32))
             else:
                 self._mix_key(token)
         return self._decrypt_and_hash(decoder.take(decoder.left))
@@ -2166,8 +2153,7 @@ class HandshakeState:
     def _mix_key(self, token: str) -> None:
         """DH of two keys: the first letter names the initiator's, the second the responder's."""
         mine, theirs = (token[0], token[1]) if self._initiator else (token[1], token[0])
-        secret = diffie_hellman({"e": self._e, "s": self._s}[mine], {"e": self.re, "s": self.rs}[theirs])
-        self._ck, k = self._hkdf(secret)
+        self._ck, k = self._hkdf(diffie_hellman(self._keys[mine], self.remote[theirs]))
         self._cipher = CipherState(chacha20_poly1305(), k)
 
     def _mix_hash(self, data: bytes) -> None:
@@ -2238,7 +2224,7 @@ class NoiseHandshake(KeyHandshake):
             converted = sodium().crypto_sign_ed25519_pk_to_curve25519(identity)
         except Exception:  # not a point; the type that PyNaCl raises is no promise
             converted = b""
-        if converted != self._noise.rs:  # both are public
+        if converted != self._noise.remote["s"]:  # both are public
             raise AuthenticationError("the other side's key does not belong to its handshake")
         self._take_peer(identity)
 
