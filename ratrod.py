@@ -9692,13 +9692,13 @@ def serve(bind: str = "127.0.0.1:0", *, key_path: str | None = None, remote_rege
 
 class Options(types.SimpleNamespace):
     """A command line that was understood: a field for each option and argument of the usage text. One that was not
-    given has its value in DEFAULTS, or None, or False if it is a switch. What limits something stands in `limits`."""
+    given has its value in Limits or DEFAULTS, or None, or False if it is a switch. All limits stand in `limits` too."""
 
 
 DEFAULTS: dict[str, Any] = {
     "topic": None, "bind": "", "server": "", "tunnels": (), "remote_regex": (".*",), "proxy_protocol": "", "workers": 1,
     "log_format": "text", "limits": DEFAULT_LIMITS, "environment": {}}  # {option: value} of those that come from there
-# Any other option has the name of its field, one that limits something with or without "max-" in front.
+# Any other option has the name of its field, with or without "max-" in front.
 FIELDS = {"TUNNEL": "tunnels", "COMMAND": "topic", "--max-retry-count": "retries",
           "--max-udp-sessions": "udp_sessions_in_all", "--max-udp-sessions-per-link": "udp_sessions"}
 MAY_BE_ZERO = ("--drain", "--max-retry-count", "--resume")
@@ -9811,7 +9811,7 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = types.Mappi
     RATROD_MAX_LINKS. An empty variable says nothing. UsageError says in one line what is wrong."""
     reader = UsageReader()
     fields: dict[str, Any] = {_field_of(name): None if kind else False for name, kind in reader.value_of.items()}
-    fields = {**{field: value for field, value in fields.items() if field not in Limits._fields}, **DEFAULTS}
+    fields.update(DEFAULT_LIMITS._asdict(), **DEFAULTS)
     flags = argv[:argv.index("--")] if "--" in argv else argv
     for letter, command in (("h", "help"), ("V", "version")):
         for word in flags:
@@ -9826,27 +9826,22 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = types.Mappi
     useless = NOT_FOR_SSH if given.get("SERVER", "").strip().startswith("ssh://") else FOR_SSH
     variables = {name: environ[variable_of(name)] for name in sorted(reader.options_of[command] - useless - set(given))
                  if environ.get(variable_of(name))}
-    limits: dict[str, Any] = {}
-    for name, value in {**given, **variables}.items():
+    for name, value in given.items():
+        fields[_field_of(name)] = _convert(name, value, reader.value_of.get(name, name))
+    for name, word in variables.items():
         try:
-            if name in reader.value_of:
-                value = _convert(name, value, reader.value_of[name])
+            fields[_field_of(name)] = _convert(name, word, reader.value_of[name])
         except UsageError as error:
-            if name not in variables:
-                raise
             raise UsageError("%s in the environment: %s" % (variable_of(name), error)) from None
-        field = _field_of(name)
-        (limits if field in Limits._fields else fields)[field] = tuple(value) if isinstance(value, list) else value
-    fields.update(command=command, limits=DEFAULT_LIMITS._replace(**limits), environment={
+    limits = Limits(**{field: fields[field] for field in Limits._fields})
+    fields.update(command=command, limits=limits, environment={
         name: word if reader.value_of[name] and not word.isdigit() else "" for name, word in variables.items()})
     return Options(**fields)
 
 
 def _field_of(name: str) -> str:
-    """The field of Options or Limits for an option or argument of the usage text."""
-    field = name.lstrip("-").replace("-", "_").lower()
-    limit = FIELDS.get(name) or re.sub("^max_", "", field)
-    return limit if name in FIELDS or limit in Limits._fields else field
+    """The field of Options for an option or argument of the usage text."""
+    return FIELDS.get(name) or re.sub("^(--)?(max-)?", "", name).replace("-", "_").lower()
 
 
 def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
@@ -9865,9 +9860,10 @@ def _docopt(reader: UsageReader, argv: list[str]) -> dict[str, Any]:
 
 
 def _convert(name: str, value: Any, kind: str) -> Any:
-    """An option's value, from its words or that of its variable. `kind`: what the usage text calls it, as SECS."""
-    if name == "--remote-regex":  # of any other option the last one counts
-        return [value] if isinstance(value, str) else value
+    """The value of an option or argument, from its words or that of its variable. `kind`: what the usage text calls it,
+    as SECS."""
+    if name in ("--remote-regex", "TUNNEL"):  # of any other one the last word counts
+        return (value,) if isinstance(value, str) else tuple(value)
     if not kind:
         meanings = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
         if isinstance(value, str) and value.lower() not in meanings:
