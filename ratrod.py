@@ -9421,17 +9421,10 @@ class Background:
     def __init__(self, make: Callable[[EventLoop, Callbacks], Endpoint], timeout: float):
         self.error: RatrodError | None = None
         self._ready, self._loop = threading.Event(), EventLoop()
-        try:
-            with self._loop.lock:
-                self._endpoint = make(self._loop, Callbacks(self._ready.set, self._on_finished))
-        except BaseException:
-            self._loop.close()
-            raise
-        self._thread = threading.Thread(target=self._run, daemon=True, name="ratrod")
+        self._thread = threading.Thread(target=self._run, args=(make,), daemon=True, name="ratrod")
         try:
             self._thread.start()
         except RuntimeError as failure:
-            self._endpoint.close()
             self._loop.close()
             raise RatrodError("this system lets it start no thread for now (%s)" % failure) from None
         atexit.register(self.close)
@@ -9442,15 +9435,16 @@ class Background:
             self.close()
             raise
 
-    def _run(self) -> None:
-        try:
-            self._endpoint.start()
-            self._loop.run()
-        except Exception as error:
-            self._on_finished(error)
-        finally:
-            self._endpoint.close()
-            self._loop.close()
+    def _run(self, make: Callable[[EventLoop, Callbacks], Endpoint]) -> None:
+        with contextlib.closing(self._loop):
+            try:
+                with self._loop.lock:
+                    self._endpoint = make(self._loop, Callbacks(self._ready.set, self._on_finished))
+                with contextlib.closing(self._endpoint):
+                    self._endpoint.start()
+                    self._loop.run()
+            except Exception as error:
+                self._on_finished(error)
 
     def _on_finished(self, error: Exception | None) -> None:
         if isinstance(error, PeerError) and error.code == INVALID_KEY:
@@ -10219,7 +10213,7 @@ class EndpointRun:
     """
 
     def __init__(self, make: Callable[[EventLoop, Callbacks], Endpoint | Workers], drain: float, notify: Notify):
-        self._loop, self._drain, self._notify = EventLoop(), drain, notify
+        self._loop, self._make, self._drain, self._notify = EventLoop(), make, drain, notify
         self._outcome: list[int | Exception | None] = []  # the first one counts
         self._signals = 0
         self._impatient: threading.Timer | None = None
@@ -10228,18 +10222,13 @@ class EndpointRun:
         hang_up = getattr(signal, "SIGHUP", None)
         outlives = hang_up is None or signal.getsignal(hang_up) == signal.SIG_IGN
         self._terminal = None if outlives else next(filter(is_terminal, range(3)), None)
-        try:
-            self._endpoint = make(self._loop, Callbacks(self._on_started, self._on_finished))
-        except BaseException:
-            self._loop.close()
-            raise
 
     def run(self) -> int:
         """Runs the endpoint until it has finished, or a signal ends it: the exit code."""
-        soon = self._loop.call_soon_threadsafe
         handlers = {"SIGINT": self._on_end, "SIGTERM": self._on_end, "SIGHUP": self._on_hang_up,
-                    "SIGUSR1": lambda *_: soon(self._report)}
+                    "SIGUSR1": lambda *_: self._loop.call_soon_threadsafe(self._report)}
         with contextlib.closing(self._loop), handling(handlers, self._loop.waker.fileno()):
+            self._endpoint = self._make(self._loop, Callbacks(self._on_started, self._on_finished))
             try:
                 self._endpoint.start()
                 if os.environ.get("NOTIFY_SOCKET"):

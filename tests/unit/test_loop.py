@@ -500,7 +500,7 @@ def test_a_loop_that_cannot_be_made_leaves_nothing(caplog):
     before = set(ratrod._loops)
     with mock.patch.object(socket, "socketpair", side_effect=OSError(24, "Too many open files")):
         pytest.raises(ratrod.RatrodError, ratrod.EventLoop)
-    pytest.raises(ratrod.RatrodError, ratrod.EndpointRun, mock.Mock(side_effect=ratrod.RatrodError("it cannot be")), 0.0, print)
+    pytest.raises(ratrod.RatrodError, ratrod.EndpointRun(mock.Mock(side_effect=ratrod.RatrodError("it cannot be")), 0.0, print).run)
     asks = mock.Mock(**{"start.side_effect": KeyboardInterrupt})  # Ctrl-C at a question
     pytest.raises(KeyboardInterrupt, ratrod.EndpointRun(lambda *_: asks, 0.0, print).run)
     assert set(ratrod._loops) == before and asks.close.called
