@@ -5683,9 +5683,6 @@ class UdpLink(LinkUser):
     link, bounded in bytes and in time. A client's sessions survive their link, and are announced again on the next one,
     for which this waits at the pool (`since`, `instance`)."""
 
-    __slots__ = ("owner", "loop", "limits", "link", "owner_key", "peer_key", "sessions", "since", "instance",
-                 "rests_until", "opened_at", "failures", "shared", "next_number", "_queue", "_rest",
-                 "_new", "_counted")
     JOINED = 0.01  # seconds: datagrams that began to wait within so little are one piece of the queue
 
     def __init__(self, owner: Any, peer_key: bytes = b""):
@@ -5901,12 +5898,11 @@ class UdpLink(LinkUser):
     def _go_on(self, _mask: int = 0) -> None:
         """After the others had their turn."""
         link = self.link
-        if link and self._rest:
+        if link:
             try:
                 self._deliver(link, memoryview(self._rest))
             except RemoteProtocolError as error:
                 link.abort(error)
-        if link:
             link.update()  # where there is no rest, also because the last session has ended, on_update() lets go
 
     def _on_session(self, link: Link, message: Session) -> None:
@@ -8553,12 +8549,11 @@ class Pool(Opener):
                    if stream.instance and last.name == link.name]
         for run in {stream.instance[:6] for stream, _ in waiting}:
             self._others[run] = 0 if run in alive else self._others.get(run, 0) + 1
-            for stream, last in waiting:
-                is_one = is_plain and link.path and last.path and link.path[1] == last.path[1]
-                if stream.instance[:6] == run and self._others[run] >= (1 if is_one else self.OTHER_RUNS):
-                    del self.detached[stream]
-                    stream.fail(LinkClosed("the server has been started anew and does not know it, or another one"
-                                           " answers"))
+        for stream, last in waiting:
+            is_one = is_plain and link.path and last.path and link.path[1] == last.path[1]
+            if self._others[stream.instance[:6]] >= (1 if is_one else self.OTHER_RUNS):
+                del self.detached[stream]
+                stream.fail(LinkClosed("the server has been started anew and does not know it, or another one answers"))
 
     # ---- what becomes of them
 
@@ -8590,12 +8585,12 @@ class Pool(Opener):
         self.links.discard(link)
 
     def on_link_lost(self, link: Link, error: Exception | None) -> None:
-        is_dropped = link not in self.links
-        self.on_link_closed(link)
-        if not is_dropped and link.is_completed:
-            self.replace(link)
-        elif not is_dropped:
-            self.on_failed(error or LinkClosed(NOT_LET_IN))
+        if link in self.links:  # it was not dropped
+            self.on_link_closed(link)
+            if link.is_completed:
+                self.replace(link)
+            else:
+                self.on_failed(error or LinkClosed(NOT_LET_IN))
 
     def drop(self, link: Link) -> None:
         self.links.discard(link)
@@ -9807,15 +9802,13 @@ def parse_command_line(argv: list[str], environ: Mapping[str, str] = types.Mappi
     fields: dict[str, Any] = {_field_of(name): None if kind else False for name, kind in reader.value_of.items()}
     fields.update(DEFAULT_LIMITS._asdict(), **DEFAULTS)
     flags = argv[:argv.index("--")] if "--" in argv else argv
-    for letter, command in (("h", "help"), ("V", "version")):
-        for word in flags:
-            long = [name for name in reader.value_of if word.startswith("--") and name.startswith(word)]
-            if long == ["--" + command] or re.fullmatch("-[aev]*%s[aevhV]*" % letter, word):
-                topic = next((word for word in flags if word in COMMANDS), None)
-                return Options(**{**fields, "command": command, "topic": topic})
-    found = {name: value for name, value in _docopt(reader, argv).items() if value not in (None, [], False, 0)}
-    command = next(command for command in COMMANDS if command in found)
-    given = {name: value for name, value in found.items() if name in reader.value_of or name.isupper()}
+    for command, forms in (("help", "-[aev]*h[aevhV]*|--he(lp?)?"), ("version", "-[aev]*V[aevhV]*|--vers(i(on?)?)?")):
+        if any(re.fullmatch(forms, word) for word in flags):
+            topic = next((word for word in flags if word in COMMANDS), None)
+            return Options(**{**fields, "command": command, "topic": topic})
+    given = {name: value for name, value in _docopt(reader, argv).items()
+             if name != "--" and value not in (None, [], False, 0)}
+    command = next(command for command in COMMANDS if given.pop(command, False))
     # On a command line these are a mistake where they mean nothing; in the environment they are not.
     useless = NOT_FOR_SSH if given.get("SERVER", "").strip().startswith("ssh://") else FOR_SSH
     variables = {name: environ[variable_of(name)] for name in sorted(reader.options_of[command] - useless - set(given))
