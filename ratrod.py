@@ -5728,9 +5728,7 @@ class UdpLink(LinkUser):
 
     def end(self, session: UdpSession, error: Exception | None = None,
             tell: Error | None = Error(UNKNOWN, "")) -> None:  # noqa: B008 - a constant
-        """Forgets the session, and tells the other side why unless that was what told us. May be called twice."""
-        if session.is_over:
-            return
+        """Forgets the session, and tells the other side why unless that was what told us."""
         session.is_over = True
         del self.sessions[session.number], session.peers[session]
         session.take_kept()
@@ -8658,8 +8656,6 @@ class ReverseTunnel(LinkUser):
     def _on_listening(self, link: Link, bound: str) -> None:
         try:
             address = parse_bind(bound)
-            if not address.port:
-                raise ValueError("it is no address with a port")
         except ValueError:
             raise RemoteProtocolError("the server says that it listens on `%s`, which is no address"
                                       % printable(bound)) from None
@@ -10148,12 +10144,10 @@ def read_answer() -> str:
 
 
 def read_line() -> str:
-    """A line that was typed, "" at the end: also where the terminal is gone."""
+    """A line that was typed, "" at the end: also where the terminal is gone, or what was typed is no text."""
     try:
         return sys.stdin.readline()
-    except UnicodeDecodeError:  # an answer to nothing
-        return "?\n"
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
@@ -10710,8 +10704,6 @@ def exit_code_of(run: Callable[[], int], argv: Sequence[str] = ()) -> int:
     except RatrodError as error:
         log.error("❌ %s", error)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # a reader that went away, as in `ratrod help | head`, needs no word
         pass
     except OSError as error:  # no descriptors left, a full disk

@@ -23,7 +23,7 @@ from support.pressure import LONG, BlackHole, figure, is_closed, megabytes, memo
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
 from support.relays import pump
 from support.rows import row
-from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
+from support.sockets import ask, ask_over, ask_udp, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
@@ -681,6 +681,13 @@ def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, sta
     for _ in range(3):
         ping(stack.enter_context(dial(tcp_port(client))))
     assert "❌" not in client.output
+
+
+def test_the_udp_sessions_of_an_old_link_go_on_over_another(forward, udp_echo, stack):
+    """The client leaves it, and no datagram of an originator who waits for answers is lost."""
+    server, client = forward(RATROD2, "0:%d" % udp_echo.port, serve_flags=["-v"], connect_flags=["--link-age", "0.5"])
+    asking = stack.enter_context(udp_originator(client))
+    eventually(lambda: ask_udp(asking) or len(re.findall("UDP link of .* ended", server.output)) > 1, lambda: server.output)
 
 
 # ---------------------------------------------------------------------------------------------------- strangers in great number
