@@ -10061,46 +10061,40 @@ def draw_status(client: Client, before: Snapshot | None = None) -> None:
 def handling(handlers: Mapping[str, Any], wake_up: int = -1) -> Iterator[None]:
     """These handlers of signals, by name, and this descriptor for set_wakeup_fd(), in place of those that were there.
     Only the main thread can take signals, and a handler that was set in C, which Python cannot put back, stays."""
-    is_main = threading.current_thread() is threading.main_thread()
-    taken = {getattr(signal, name): handler for name, handler in handlers.items() if is_main and hasattr(signal, name)}
-    before = {number: signal.signal(number, handler) for number, handler in taken.items()
-              if signal.getsignal(number) is not None}
-    descriptor = signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False) if is_main and wake_up >= 0 else None
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, before) if hasattr(signal, "pthread_sigmask") else None
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            numbers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+            taken = [number for number in numbers if signal.getsignal(number) is not None]
+            for number in taken:
+                stack.callback(signal.signal, number, signal.signal(number, numbers[number]))
+            if wake_up >= 0:
+                stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wake_up, warn_on_full_buffer=False))
+            if hasattr(signal, "pthread_sigmask"):
+                mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
+                stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
         yield
-    finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if descriptor is not None:
-            signal.set_wakeup_fd(descriptor)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def putting_back() -> Iterator[None]:
     """Puts back what main() changes of the process around it: logging, the limit of descriptors, garbage collection."""
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
-    frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
-    try:
-        import resource
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError):
+            import resource
 
-        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
-    except ImportError:
-        descriptors = None
-    try:
-        yield
-    finally:
-        for handler in set(log.handlers) - set(handlers):
-            handler.close()
-        log.handlers[:], log.propagate = handlers, propagate
-        log.setLevel(level)
-        if descriptors:
-            resource.setrlimit(resource.RLIMIT_NOFILE, descriptors)
-        if not frozen:
-            gc.unfreeze()
-        gc.set_threshold(*thresholds)
+            descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+            stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, descriptors)
+        if not gc.get_freeze_count():
+            stack.callback(gc.unfreeze)
+        stack.callback(gc.set_threshold, *gc.get_threshold())
+        try:
+            yield
+        finally:
+            for handler in set(log.handlers) - set(handlers):
+                handler.close()
+            log.handlers[:], log.propagate = handlers, propagate
+            log.setLevel(level)
 
 
 # ---- questions to the user
