@@ -9201,8 +9201,7 @@ class Client(Endpoint):
             association.close()
         self._socks.close()
         self.pool.clear()
-        for waiter in [waiter for waiter in self.pool.waiting if isinstance(waiter, (ReverseTunnel, UdpLink))]:
-            self.pool.waiting.remove(waiter)
+        self.pool.waiting = collections.deque(waiter for waiter in self.pool.waiting if isinstance(waiter, Stream))
         for link in list(self.links):
             if link.state == IDLE or isinstance(link.user, ReverseTunnel):  # waits for a connection, or asks to
                 link.user = NOBODY
@@ -10212,8 +10211,7 @@ class EndpointRun:
             self._endpoint = self._make(self._loop, Callbacks(self._on_started, self._on_finished))
             try:
                 self._endpoint.start()
-                if os.environ.get("NOTIFY_SOCKET"):
-                    self._loop.call_later(STATUS_INTERVAL, self._tell_state)
+                self._loop.call_later(STATUS_INTERVAL, self._tell_state)
                 self._loop.call_later(1.0, give_back_heap)
                 gc.collect()
                 gc.freeze()  # what exists now stays, so later collections need not look at it
