@@ -11,7 +11,7 @@ import pytest
 
 from support import legacy_peer
 from support.keys import make_keys
-from support.programs import PATIENCE, READY, tcp_port
+from support.programs import PATIENCE, READY, tcp_port, udp_originator
 from support.rows import row
 from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, receive_all, receive_exactly, refused, say
 
@@ -272,6 +272,14 @@ def test_our_clients_that_fail_at_a_rust_server(rust_serve, our_connect, keys, s
             client = our_connect(port, [refusing], *flags).ready()
             assert_gets_nothing(tcp_port(client))
             client.wait_for("Failed to connect to remote `%s`" % refusing)
+    with row("a remote that the regex forbids, beside one that it allows: InvalidHost comes in place of ServerPreamble"):
+        client = our_connect(port, [remote, "127.0.0.1:9"]).ready()
+        assert_gets_nothing(tcp_port(client, 2))
+        with contextlib.closing(udp_originator(client, 2)) as asking:
+            asking.send(b"anybody there?")
+            client.wait_for(r"❌ .*udp 127\.0\.0\.1:9.*Invalid host")
+        ask(tcp_port(client))
+        assert "Lost the server" not in client.output
     # Its kernel ends or resets the link: our local socket ends, and the client goes on and says why the next connection fails.
     client = our_connect(port, [remote], "--connect-timeout=0.3").ready()
     with dial(tcp_port(client)) as local:
