@@ -2392,9 +2392,8 @@ class SocksHandshake(Handshake):
 
     def _run(self, user: str | None = None) -> Script:
         self._user = (user or "").encode("utf-8", "surrogateescape")
-        first = yield 1
-        self.version = first[0]
-        yield from {5: self._run_5, 4: self._run_4}.get(self.version, functools.partial(self._refuse_stranger, first))()
+        self.version = (yield 1)[0]
+        yield from {5: self._run_5, 4: self._run_4}.get(self.version, self._refuse_stranger)()
 
     def _refuse(self, answer: bytes, why: str) -> NoReturn:
         self._to_send += answer
@@ -2437,7 +2436,8 @@ class SocksHandshake(Handshake):
         if self.command != self.CONNECT:
             self._refuse(failed, "it asks for more than CONNECT, and SOCKS4 has nothing else here")
 
-    def _refuse_stranger(self, head: bytes) -> Script:
+    def _refuse_stranger(self) -> Script:
+        head = bytes((self.version,))
         while re.fullmatch(b"[A-Z][A-Z-]{0,19}", head):
             head += yield 1
         if re.fullmatch(b"[A-Z-]+ ", head):
@@ -2604,13 +2604,11 @@ class HttpRequest(Handshake):
     """The head of one HTTP request, for answer(method, path). Both are empty for any other text, and beyond 8 KiB."""
 
     def _run(self, answer: Callable[[bytes, bytes], bytes]) -> Script:
-        method, path = b"", b""
+        found = None
         with contextlib.suppress(RemoteProtocolError):
             head = yield from read_until((b"\n\r\n", b"\n\n"), bytearray(), 8192, "")
             found = re.match(rb"([A-Z]+) (/[^ ?]*)(?:\?[^ ]*)? HTTP/1\.[01]\r?\n", head)
-            if found:
-                method, path = found.groups()
-        self._to_send += answer(method, path)
+        self._to_send += answer(*(found.groups() if found else (b"", b"")))
 
 
 def http_answer(status: str, text: str, kind: str = "text/plain") -> bytes:
