@@ -1066,6 +1066,15 @@ def show_address(address: Any) -> str:
     return str(Address(*address[:2])) if isinstance(address, tuple) else "unix"
 
 
+@contextlib.contextmanager
+def explaining(what: str, advice: str = "") -> Iterator[None]:
+    """Makes a ConfigError of a ValueError: what the trouble is about, the reason, and what would help."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError("%s: %s%s" % (what, printable(str(error), 400), advice)) from None
+
+
 def parse_ip(text: str | bytes) -> Any:
     """The ipaddress object of an address, without its zone, or of its bytes; mapped IPv4 is unmapped. Or ValueError."""
     import ipaddress
@@ -1079,13 +1088,10 @@ def parse_networks(text: str) -> tuple[Any, ...]:
     """The ipaddress networks in `10.0.0.7,10.1.0.0/16,::1`; ConfigError names the word that is none."""
     import ipaddress
 
-    try:
+    with explaining("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16"):
         if "%" in text:
             raise ValueError("a zone says nothing there")
         return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",")) if text else ()
-    except ValueError as error:
-        raise ConfigError("--proxy-protocol takes addresses and networks, as 10.0.0.7,10.1.0.0/16: %s"
-                          % printable(str(error))) from None
 
 
 # ---- host:port in all its forms; a ValueError says what is wrong
@@ -1195,14 +1201,12 @@ def parse_bind(text: str) -> Address:
 
 def parse_endpoint(text: str, what: str, lowest: int = 1) -> Address:
     """`host:port` of this side's own command line, the port `lowest` or more. ConfigError says what the text is for."""
-    try:
+    with explaining("cannot understand the %s `%s`" % (what, printable(text)),
+                    ". It is written host:port, as 10.0.0.7:19000 or [::1]:19000"):
         pieces = split_host_port(text)
         if len(pieces) != 2:
             raise ValueError("it is not host:port")
         return join_host_port(pieces, parse_own_host, functools.partial(parse_port, lowest=lowest))
-    except ValueError as error:
-        raise ConfigError("cannot understand the %s `%s`: %s. It is written host:port, as 10.0.0.7:19000 or [::1]:19000"
-                          % (what, printable(text), error)) from None
 
 
 def is_shared(one: Address, other: Address) -> bool:
@@ -1231,19 +1235,17 @@ class TunnelSpec(NamedTuple):
 def parse_tunnels(text: str) -> list[TunnelSpec]:
     """The tunnels of one TUNNEL word, one for each port of a range. ConfigError says what is wrong with the word."""
     only, rest = (text[:3].upper(), text[4:]) if text.startswith(("tcp:", "udp:")) else ("", text)
-    try:
+    with explaining(
+            "cannot understand the tunnel `%s`" % printable(text),
+            ". The forms are [local_host:[local_port:[remote_host:]]]remote_port, as 2000:db:5432, with tcp: or udp: in"
+            " front for one of the two alone; [host:]port:socks; stdio:host:port; unix:/path in place of host:port; and"
+            " R:[host:]port:host:port"):
         if text.startswith("stdio:"):
             return [TunnelSpec(NOWHERE, _parse_stdio(text[6:]), STDIO)]
         tunnels = [_parse_tunnel(pieces) for pieces in _spread_ranges(split_host_port(rest))]
         if only and (only not in tunnels[0].protocols or tunnels[0].kind == SOCKS):
             raise ValueError("tcp: and udp: go with the first two forms alone; Unix sockets and R: have no UDP")
         return [tunnel._replace(protocols=(only,)) if only else tunnel for tunnel in tunnels]
-    except ValueError as error:
-        raise ConfigError(
-            "cannot understand the tunnel `%s`: %s. The forms are [local_host:[local_port:[remote_host:]]]remote_port,"
-            " as 2000:db:5432, with tcp: or udp: in front for one of the two alone; [host:]port:socks;"
-            " stdio:host:port; unix:/path in place of host:port; and R:[host:]port:host:port"
-            % (printable(text), error)) from None
 
 
 def _spread_ranges(pieces: list[str]) -> list[list[str]]:
@@ -1321,13 +1323,11 @@ def parse_ssh(text: str) -> SshHost:
     """`ssh://[user@]host[:port]`; ConfigError for anything that ssh or a shell could take for more than a name."""
     match = re.fullmatch(r"ssh://(?:([\w.+][\w.+-]*)@)?(?:([\w.][\w.-]*)|\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\])"
                          r"(?::([^/]*))?/?", text, re.ASCII)
-    try:
+    with explaining("cannot understand the server `%s`" % printable(text)):
         if not match:
             raise ValueError("it is not ssh://[user@]host[:port], letters, digits and ._- that do not begin with -")
         user, name, v6, port = match.groups()
         return SshHost(user or "", name or v6, parse_port(port) if port is not None else 0)
-    except ValueError as error:
-        raise ConfigError("cannot understand the server `%s`: %s" % (printable(text), error)) from None
 
 
 class Proxy(NamedTuple):
@@ -1349,7 +1349,8 @@ def parse_proxy(url: str | None, servers: Iterable[Place]) -> Proxy | None:
     from urllib.parse import unquote_to_bytes
 
     match = re.fullmatch(r"(http(?=:)|socks5)h?://(?:([^:]*)(?::(.*))?@)?([^@/]+?)/?", url, re.DOTALL)
-    try:
+    with explaining("cannot understand the --proxy", ". It is written http://user:password@proxy:3128 or"
+                    " socks5://[::1]:1080, in user and password %40 for @ and the like"):
         if not match:
             raise ValueError("it is not http://[user:password@]host[:port] or socks5://[user:password@]host[:port]")
         user, password = (None if part is None else unquote_to_bytes(part) for part in match.group(2, 3))
@@ -1359,14 +1360,9 @@ def parse_proxy(url: str | None, servers: Iterable[Place]) -> Proxy | None:
             raise ValueError("a user or password of more than 255 bytes")
         pieces = split_host_port(match.group(4))
         address = join_host_port(pieces if len(pieces) > 1 else [*pieces, "1080"], parse_own_host, parse_port)
-    except ValueError as error:
-        raise ConfigError("cannot understand the --proxy: %s. It is written http://user:password@proxy:3128 or"
-                          " socks5://[::1]:1080, in user and password %%40 for @ and the like" % error) from None
     for server in servers:
-        try:
+        with explaining("no proxy can be asked for server `%s`" % printable(str(server))):
             parse_host(server.host)
-        except ValueError as error:
-            raise ConfigError("no proxy can be asked for server `%s`: %s" % (printable(str(server)), error)) from None
     return Proxy(match.group(1), address, user, password or b"")
 
 
