@@ -263,7 +263,6 @@ DEFAULT_LIMITS = Limits()
 MAX_CONTENT = 512 * 1024  # bytes in a Data or Datagrams record
 MAX_SMALL_CONTENT = 1024  # bytes in any other record
 NEVER = float("inf")  # a time that does not come
-LAST_NONCE = 1 << 63  # records of one direction of a link; no link lives long enough to count so far
 EARLY_DATA = 64 * 1024  # bytes of Data that an opener sends before Opened
 WINDOW, LARGEST_WINDOW = 1 << 20, 16 << 20  # bytes that a side sends before they are acknowledged: at first, at most
 GROWS_AFTER, GROWS_WITHIN = 0.01, 1.0  # a window grows if its Ack takes so many seconds: 1 MiB in 10 ms is 1 Gbit/s
@@ -1621,63 +1620,52 @@ class Suite(NamedTuple):
     id: int
     name: str
     key_size: int  # in bytes
-    aead: Aead
-    nonce: Callable[[int], bytes]  # of a record's number
+    aead: Any  # an Aead, or NoAead
+    nonce: Callable[[int], bytes]  # of a record's number; it fails at 2^63, where a link has to end
 
 
 @functools.lru_cache(maxsize=None)
 def chacha20_poly1305() -> Suite:
-    return Suite(2, "ChaCha20-Poly1305", 32, Aead("chacha20poly1305_ietf", 16), struct.Struct("<4xQ").pack)
+    return Suite(2, "ChaCha20-Poly1305", 32, Aead("chacha20poly1305_ietf", 16), struct.Struct("<4xq").pack)
+
+
+class NoAead:
+    """In place of an Aead in a pipe that ssh has sealed. Link lets no other connection have it."""
+
+    tag = 0
+
+    @staticmethod
+    def seal(plain: Plain, into: Room, _nonce: bytes, _key: bytes, _aad: bytes = b"") -> None:
+        into[:] = plain
+
+    @staticmethod
+    def open(view: memoryview, _nonce: bytes, _key: bytes, _aad: bytes = b"") -> None:
+        pass
+
+
+NO_SUITE = Suite(0, "none", 0, NoAead, lambda _number: b"")
 
 
 class CipherState:
-    """One direction of a link: a key and the number of its next record (the Noise specification's k and n)."""
+    """One direction of a link: a key, and the numbers of its records (the Noise specification's k and n)."""
 
-    __slots__ = ("_seal", "_open", "_nonce", "_key", "_n", "tag")
+    __slots__ = ("_seal", "_open", "_key", "_next_nonce", "tag")
 
     def __init__(self, suite: Suite, key: bytes):
         if len(key) != suite.key_size:
             raise LocalProtocolError("a key of %d bytes for %s" % (len(key), suite.name))
-        self._seal, self._open, self._nonce = suite.aead.seal, suite.aead.open, suite.nonce
-        self._key, self._n, self.tag = key, 0, suite.aead.tag
-
-    def seal(self, plain: Plain, into: Room, aad: bytes) -> None:
-        n = self._n  # these lines stand in open() too: a function for them is one more call for each record
-        self._n = n + 1
-        if n >= LAST_NONCE:
-            raise LocalProtocolError("the link has used up its record numbers")
-        self._seal(plain, into, self._nonce(n), self._key, aad)
-
-    def open(self, view: memoryview, aad: bytes) -> None:
-        """Decrypts `view` in place; LinkSpoiled where `view` is not the record that must come next."""
-        n = self._n
-        self._n = n + 1
-        if n >= LAST_NONCE:
-            raise LocalProtocolError("the link has used up its record numbers")
-        self._open(view, self._nonce(n), self._key, aad)
+        self._seal, self._open, self.tag = suite.aead.seal, suite.aead.open, suite.aead.tag
+        self._key, self._next_nonce = key, map(suite.nonce, itertools.count()).__next__
 
     def encrypt_with_ad(self, ad: bytes, plaintext: bytes) -> bytes:
         sealed = bytearray(len(plaintext) + self.tag)
-        self.seal(plaintext, sealed, ad)
+        self._seal(plaintext, sealed, self._next_nonce(), self._key, ad)
         return bytes(sealed)
 
     def decrypt_with_ad(self, ad: bytes, ciphertext: bytes) -> bytes:
         view = memoryview(bytearray(ciphertext))
-        self.open(view, ad)
+        self._open(view, self._next_nonce(), self._key, ad)
         return bytes(view[:-self.tag])
-
-
-class NoCipher:
-    """The CipherState of a pipe that ssh has sealed. Link lets no other connection have it."""
-
-    __slots__ = ()
-    tag = 0
-
-    def seal(self, plain: Plain, into: Room, aad: bytes) -> None:
-        into[:] = plain
-
-    def open(self, view: memoryview, aad: bytes) -> None:
-        pass
 
 
 # hashlib and hmac are imported where they are used: their half of OpenSSL takes as long to load as all else of --help.
@@ -1818,13 +1806,11 @@ def split_datagrams(run: memoryview) -> Iterator[tuple[int, memoryview]]:
         yield number, run[at - length:at]
 
 
-class RecordReader:
-    """Records of ratrod2, sealed under `cipher`. `awaited`: the first is HandshakeCompletion, or Error in its place."""
+class RecordReader(CipherState):
+    """Records of ratrod2."""
 
-    __slots__ = ("_cipher", "_awaited", "wanted")
-
-    def __init__(self, cipher: CipherState | NoCipher, awaited: bool = False):
-        self._cipher, self._awaited, self.wanted = cipher, awaited, 0
+    __slots__ = ("wanted",)
+    wanted: int
 
     def next(self, view: memoryview, start: int, end: int) -> Record | None:
         """As LegacyReader's: (type, content, where it ends), or None and `wanted`."""
@@ -1832,7 +1818,7 @@ class RecordReader:
         if end < body:
             self.wanted = 4
             return None
-        tag, length = self._cipher.tag, bytes(view[start:body])
+        tag, length = self.tag, bytes(view[start:body])
         size = int.from_bytes(length, "big")
         # The type, and so its own limit, is known only after the tag has been verified.
         if not tag < size <= tag + 1 + MAX_CONTENT:
@@ -1841,14 +1827,8 @@ class RecordReader:
         if end < after:
             self.wanted = 4 + size
             return None
-        self._cipher.open(view[body:after], length)
+        self._open(view[body:after], self._next_nonce(), self._key, length)
         kind, content = view[body], view[body + 1:after - tag]
-        if self._awaited:
-            if kind not in (COMPLETED, ERROR):
-                raise RemoteProtocolError("a record before HandshakeCompletion")
-            self._awaited = False
-        elif kind == COMPLETED:
-            raise RemoteProtocolError("a second HandshakeCompletion")
         if kind == DATA and content or kind == DATAGRAMS:
             return kind, content, after
         if kind == DATA or len(content) > MAX_SMALL_CONTENT:
@@ -1857,21 +1837,18 @@ class RecordReader:
         return kind, decode_open(small) if kind == OPEN else decode_content(kind, small), after
 
 
-class RecordWriter:
-    """Records of ratrod2, sealed under `cipher`."""
+class RecordWriter(CipherState):
+    """Records of ratrod2."""
 
-    __slots__ = ("_cipher",)
+    __slots__ = ()
     max_data = MAX_CONTENT
-
-    def __init__(self, cipher: CipherState | NoCipher):
-        self._cipher = cipher
 
     def record(self, kind: int, *fields: Any) -> bytes:
         """A whole record of any type but Data and Datagrams; an Open has the fields of the message Open."""
         content = encode_open(Open(*fields)) if kind == OPEN else encode_content(kind, *fields)
-        sealed = bytearray(1 + len(content) + self._cipher.tag)
+        sealed = bytearray(1 + len(content) + self.tag)
         length = _LENGTH.pack(len(sealed))
-        self._cipher.seal(b"%c%b" % (kind, content), sealed, length)
+        self._seal(b"%c%b" % (kind, content), sealed, self._next_nonce(), self._key, length)
         return length + sealed
 
     def data(self, scratch: memoryview, n: int, kind: int = DATA) -> memoryview:
@@ -1881,11 +1858,10 @@ class RecordWriter:
 
     def seal(self, plain: memoryview, scratch: memoryview) -> memoryview:
         """The record of `plain`, which begins with the type's byte, made in `scratch`."""
-        cipher, n = self._cipher, len(plain)
-        length = _LENGTH.pack(n + cipher.tag)
+        size = len(plain) + self.tag
+        end, length = HEADROOM - 1 + size, _LENGTH.pack(size)
         scratch[HEADROOM - 5:HEADROOM - 1] = length
-        end = HEADROOM - 1 + n + cipher.tag
-        cipher.seal(plain, scratch[HEADROOM - 1:end], length)
+        self._seal(plain, scratch[HEADROOM - 1:end], self._next_nonce(), self._key, length)
         return scratch[HEADROOM - 5:end]
 
     def datagrams(self, scratch: memoryview, end: int) -> memoryview:
@@ -2175,10 +2151,10 @@ class HandshakeState:
         return (*self._hkdf(b""), self.h)
 
 
-def record_cipher(suite: Suite, k: bytes, h: bytes) -> CipherState:
-    """The CipherState of one direction's records, from one of Split()'s keys and the handshake hash."""
+def record_key(suite: Suite, k: bytes, h: bytes) -> bytes:
+    """The key of one direction's records, from one of Split()'s keys and the handshake hash."""
     label = b"ratrod2 " + bytes((suite.id,)) + h + b"\x01"
-    return CipherState(suite, hmac_sha256(k, label)[:suite.key_size])
+    return hmac_sha256(k, label)[:suite.key_size]
 
 
 class NoiseHandshake(KeyHandshake):
@@ -2228,8 +2204,8 @@ class NoiseHandshake(KeyHandshake):
         k1, k2, h = self._noise.split()
         mine, theirs = (k1, k2) if self._is_initiator else (k2, k1)
         self.suite = suite.name + (" through nacl._sodium" if suite.aead.fast else " through nacl.bindings")
-        self.reader = RecordReader(record_cipher(suite, theirs, h), awaited=self._is_initiator)
-        self.writer = RecordWriter(record_cipher(suite, mine, h))
+        self.reader = RecordReader(suite, record_key(suite, theirs, h))
+        self.writer = RecordWriter(suite, record_key(suite, mine, h))
 
 
 class NoiseClientHandshake(NoiseHandshake):
@@ -2315,7 +2291,7 @@ class PipeHandshake(Handshake):
     def __init__(self, program: bytes = b"", marker: bytes = b""):
         super().__init__(program, marker)
         self.seen = bytearray()
-        self.reader, self.writer = RecordReader(NoCipher(), awaited=bool(marker)), RecordWriter(NoCipher())
+        self.reader, self.writer = RecordReader(NO_SUITE, b""), RecordWriter(NO_SUITE, b"")
 
     def _run(self, program: bytes, marker: bytes) -> Script:
         self._to_send += program
@@ -3238,7 +3214,7 @@ def aegis_128l() -> Suite | None:
     with contextlib.suppress(ImportError, AttributeError):
         from nacl._sodium import lib
         if lib.crypto_aead_aes256gcm_is_available():
-            return Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<Q8x").pack)
+            return Suite(1, "AEGIS-128L", 16, Aead("aegis128l", 32), struct.Struct("<q8x").pack)
     return None
 
 
@@ -3583,14 +3559,22 @@ def literal(address: Address) -> tuple[int, Any]:
     return family_of(address.host), tuple(address)
 
 
+def is_joined_to_itself(sock: socket.socket) -> bool:
+    """Where nobody listens, the system may give a socket that very port: it would hear its own words."""
+    try:
+        return bool(sock.getsockname() == sock.getpeername())
+    except OSError:  # it was reset already
+        return False
+
+
 class Connector:
     """Connects to the first address of `target` that answers: a look-up, then parallel tries, each STAGGER after the
     one before or as soon as that has failed, IPv6 and IPv4 in turn (RFC 8305). on_close(socket, None) or on_close(None,
     error), `timeout` seconds later at most. start(find): `find(target, done)` looks the host up."""
 
     def __init__(self, loop: EventLoop, target: Address, timeout: float, on_close: Done):
-        self._loop, self._target, self._timeout, self._on_close = loop, target, timeout, on_close
-        self._deadline, self._next_try = Deadline(loop), Deadline(loop)
+        self._loop, self._target, self._on_close = loop, target, on_close
+        self._until, self._deadline = time.monotonic() + timeout, Deadline(loop)
         self._addresses: list[tuple[int, Any]] = []
         self._tries: dict[socket.socket, Transport] = {}
         self._error: Exception = ConnectError("it has no address")
@@ -3605,9 +3589,19 @@ class Connector:
         elif is_literal(target.host):  # an address needs no thread
             self._on_found([literal(target)], None)
         else:
+            self._wait()
             find(target, self._on_found)
-        if not self.is_closed:  # a near machine has answered by now
-            self._deadline.set(self._timeout, lambda: self.abort(socket.timeout("timed out")))
+
+    def _wait(self) -> None:
+        """Until the next try is due, or all of them had their time."""
+        left = self._until - time.monotonic()
+        self._deadline.set(min(STAGGER, left) if self._addresses else left, self._on_due)
+
+    def _on_due(self) -> None:
+        if time.monotonic() < self._until:
+            self._try_next()
+        else:
+            self.abort(socket.timeout("timed out"))
 
     def _on_found(self, found: list[tuple[int, Any]] | None, error: Exception | None) -> None:
         if found and not self.is_closed:
@@ -3645,9 +3639,7 @@ class Connector:
                         self._tries.pop(next(iter(self._tries))).close()
                     self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
                     self._tries[sock].want(WRITE)
-                if self._addresses:
-                    self._next_try.set(STAGGER, self._try_next)
-                return None
+                return self._wait()
             if sock:
                 sock.close()
             self._error = system_error(code)
@@ -3670,14 +3662,11 @@ class Connector:
         if not self.is_closed:
             self.is_closed = True
             self._deadline.clear()
-            self._next_try.clear()
             while self._tries:
                 self._tries.popitem()[1].close()
-            with contextlib.suppress(OSError):  # it was reset already
-                # Where nobody listens, the system may have given it that very port: it would hear its own words.
-                if sock and sock.getsockname() == sock.getpeername():
-                    sock.close()
-                    sock, error = None, system_error(errno.ECONNREFUSED)
+            if sock and not self._target.is_unix and is_joined_to_itself(sock):
+                sock.close()
+                sock, error = None, system_error(errno.ECONNREFUSED)
             self._on_close(sock, error)
 
     def abort(self, error: Exception) -> None:
@@ -4375,15 +4364,10 @@ class Link(Channel):
     # ---- records
 
     def _on_record(self, kind: int, content: Any) -> None:
+        if not self.is_completed or kind == COMPLETED:
+            return self._on_first(kind, content)
         if kind == KEEPALIVE:
             return None
-        if kind == COMPLETED:
-            self.is_completed = True
-            if self.state == IDLE:  # otherwise it is Opened that is due
-                self.due = NEVER
-            return self.owner.on_completed(self)
-        if kind == ERROR and not self.is_completed:
-            return self.abort(PeerError(content.code, content.text))
         if self.state == BYE and (kind != ACK or self.role == OPENER):
             return None
         if kind not in LEGAL.get((self.state, self.role), ()):
@@ -4393,6 +4377,17 @@ class Link(Channel):
         if kind == ERROR:
             return self.abort(PeerError(content.code, content.text))
         return self.user.on_record(self, kind, content)
+
+    def _on_first(self, kind: int, content: Any) -> None:
+        """HandshakeCompletion, or Error in its place: the first record that comes from a server, once."""
+        if kind == ERROR:
+            return self.abort(PeerError(content.code, content.text))
+        if self.is_completed or kind != COMPLETED:
+            raise RemoteProtocolError("HandshakeCompletion is not the first record, or comes twice")
+        self.is_completed = True
+        if self.state == IDLE:  # otherwise it is Opened that is due
+            self.due = NEVER
+        return self.owner.on_completed(self)
 
     def _on_idle_record(self, kind: int, content: Any) -> None:
         """Nothing is carried: a new stream, or the end of the last one."""
@@ -7741,8 +7736,9 @@ class Rules:
 
     # ---- targets
 
-    def check(self, link: Link, remote: str, is_udp: bool = False) -> tuple[Address, tuple[Grant, ...]]:
-        """The target that a client names, and what it was granted; PolicyError where it may not have it."""
+    def check(self, link: Link, remote: str, is_udp: bool = False) -> tuple[Address, tuple[Grant, ...], Any]:
+        """The target that a client names, what it was granted, and what look_up() would find, where the target is an
+        address; PolicyError where the client may not have the target."""
         try:
             grants = self.admit(link.peer_key, link.is_legacy)
         except AuthenticationError as error:
@@ -7754,9 +7750,8 @@ class Rules:
         target = self._options.policy.check(remote, grants)
         if is_udp and target.is_unix:
             raise PolicyError("a Unix socket takes no datagrams here")
-        if is_literal(target.host):
-            self.check_addresses(grants, target, [literal(target)], is_udp)
-        return target, grants
+        is_known = is_literal(target.host)
+        return target, grants, self.check_addresses(grants, target, [literal(target)], is_udp) if is_known else None
 
     def check_addresses(self, grants: tuple[Grant, ...], target: Address, found: Sequence[tuple[int, Any]],
                         is_udp: bool) -> list[tuple[int, Any]]:
@@ -7783,13 +7778,13 @@ class Rules:
     def find(self, link: Link, remote: str, then: Callable[..., None], is_udp: bool = False) -> None:
         """then(target, its addresses, None), or then(None, None, the reason why not)."""
         try:
-            target, grants = self.check(link, remote, is_udp)
+            target, grants, found = self.check(link, remote, is_udp)
         except PolicyError as error:
             return then(None, None, error)
 
         def on_answer(error: Exception | None) -> None:
-            if error or target.is_unix or is_literal(target.host):
-                return then(target, None if error or target.is_unix else [literal(target)], error)
+            if error or found or target.is_unix:
+                return then(target, None if error else found, error)
             return self._look_up(link.peer_key, grants, target, functools.partial(then, target), is_udp)
         return self.ask(link.peer_key, "udp " * is_udp + str(target), on_answer)
 
@@ -8141,7 +8136,7 @@ class Server(Endpoint):
             for session in list(self.counters.sessions):
                 try:
                     if session.udp.link:
-                        target, grants = self.rules.check(session.udp.link, session.target, is_udp=True)
+                        target, grants, _ = self.rules.check(session.udp.link, session.target, is_udp=True)
                         for found in session.addresses:  # a name is not enough for a guarded one
                             self.rules.check_addresses(grants, target, [found], is_udp=True)
                 except PolicyError as error:
@@ -8238,10 +8233,6 @@ class Server(Endpoint):
         return link.send(record + link.writer.record(OVER))
 
     def on_open(self, link: Link, open_: Open) -> None:
-        try:
-            self.rules.admit(link.peer_key)
-        except AuthenticationError as error:
-            return link.refuse(Error(INVALID_KEY, str(error)))
         is_attach = open_.kind == TCP and self.acceptor.is_known((link.peer_key, open_.stream))
         if link.is_extra and not is_attach:
             try:

@@ -435,12 +435,14 @@ ANOTHER_OPEN = OPEN, peer.encode_open(TCP, "127.0.0.1:1")
 SOME_DATA, AN_END, AN_OVER, A_CLOSE = (DATA, b"x"), (END, b""), (peer.OVER, b""), (peer.CLOSE, b"")
 AN_OPENED, AN_ACK, AN_ABANDON = (OPENED, peer.encode_opened()), (peer.ACK, peer.encode_ack(0)), (peer.ABANDON, bytes(16))
 A_SESSION, UNKNOWN_TYPE = (SESSION, encode_session(1, "127.0.0.1:1")), (0x7f, b"")
+COMPLETED_AGAIN = peer.HANDSHAKE_COMPLETION, peer.encode_str("again")
 # What a client sends on a stream after Opened and Data, and what a server answers to Open and Data: the last record is the first that is wrong.
 # Which types belong nowhere in a state is a table in unit/test_core.py; most of these are about what came before.
-WRONG_FROM_OPENER = [[UNKNOWN_TYPE], [A_SESSION], [AN_END, ANOTHER_OPEN], [AN_END, SOME_DATA], [AN_END, AN_END], [AN_OVER], [AN_END, AN_OVER]]
+WRONG_FROM_OPENER = [
+    [COMPLETED_AGAIN], [UNKNOWN_TYPE], [A_SESSION], [AN_END, ANOTHER_OPEN], [AN_END, SOME_DATA], [AN_END, AN_END], [AN_OVER], [AN_END, AN_OVER]]
 WRONG_FROM_ACCEPTOR = [
-    [SOME_DATA], [AN_OVER], [AN_OPENED, UNKNOWN_TYPE], [AN_OPENED, AN_OPENED], [AN_OPENED, SOME_DATA, AN_OVER], [AN_OPENED, AN_END, AN_OVER],
-    [AN_OPENED, AN_END, SOME_DATA], [AN_OPENED, AN_END, AN_END], [AN_OPENED, A_CLOSE], [AN_OPENED, ANOTHER_OPEN],
+    [COMPLETED_AGAIN], [SOME_DATA], [AN_OVER], [AN_OPENED, UNKNOWN_TYPE], [AN_OPENED, AN_OPENED], [AN_OPENED, SOME_DATA, AN_OVER],
+    [AN_OPENED, AN_END, AN_OVER], [AN_OPENED, AN_END, SOME_DATA], [AN_OPENED, AN_END, AN_END], [AN_OPENED, A_CLOSE], [AN_OPENED, ANOTHER_OPEN],
     [(OPENED, peer.encode_opened("", None))]]
 
 
