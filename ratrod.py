@@ -9764,6 +9764,7 @@ def _read_arguments(path: str) -> list[str]:
         line, wrong = 1, "more than a file of arguments may be"
     elif not nul:
         lexer = shlex.shlex(re.sub(r"(?<=\S)#", "\0", text), posix=True)  # inside a word # begins no comment
+        lexer.escape = "\\" * (os.sep == "/")  # of a path of Windows it is a part
         lexer.whitespace_split = True  # as shlex.split() has it, which would not say where it failed
         try:
             return [word.replace("\0", "#") for word in lexer]
@@ -10013,12 +10014,24 @@ class LogWriter(logging.Handler):
             data = data[written or 0:]
 
 
+def shows_colours() -> bool:
+    """Whether standard error is a terminal with colours. A console of Windows has them where it is asked for them."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty():
+        return False
+    if os.name != "nt":
+        return True
+    import ctypes
+
+    kernel, mode = getattr(ctypes, "windll").kernel32, ctypes.c_uint()  # noqa: B009 - mypy knows it on Windows alone
+    console = kernel.GetStdHandle(-12)  # ENABLE_VIRTUAL_TERMINAL_PROCESSING is 4
+    return bool(kernel.GetConsoleMode(console, ctypes.byref(mode)) and kernel.SetConsoleMode(console, mode.value | 4))
+
+
 def set_up_logging(level: int, as_json: bool = False) -> None:
     handler: logging.Handler = logging.NullHandler()
     if sys.stderr:  # None if it was closed before the start
         handler = LogWriter(sys.stderr)
-        is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        handler.setFormatter(LogFormatter(as_json, colour=sys.stderr.isatty() and not is_plain))
+        handler.setFormatter(LogFormatter(as_json, colour=shows_colours()))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(level)

@@ -11,6 +11,7 @@ import re
 import signal
 import stat
 import threading
+import types
 
 import pytest
 
@@ -472,3 +473,19 @@ def test_colour_only_on_a_terminal(monkeypatch, stream, no_color, term, coloured
         ratrod.flush_log()
         text = ratrod.sys.stderr.getvalue()
     assert ("\x1b[" in text) == coloured and "shown" in text and "not shown" not in text
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_console_of_windows_is_asked_for_colours(monkeypatch, knows):
+    """One that is not asked shows their codes, and an old one knows none."""
+    asked = []
+    kernel = types.SimpleNamespace(GetStdHandle=lambda which: which, GetConsoleMode=lambda console, mode: setattr(mode._obj, "value", 3) or 1,
+                                   SetConsoleMode=lambda console, mode: asked.append((console, mode)) or int(knows))
+    monkeypatch.setattr("ctypes.windll", types.SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    monkeypatch.setenv("NO_COLOR", "")
+    monkeypatch.setenv("TERM", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        assert ratrod.shows_colours() == knows
+    assert asked == [(-12, 7)]

@@ -261,11 +261,15 @@ def test_at_signs_that_are_meant(parse, file):
     assert parse("serve", "--remote-regex=@count", "S:1").remote_regex == ("@count",)
 
 
-def test_what_a_file_may_hold(parse, file):
+def test_what_a_file_may_hold(parse, file, monkeypatch):
     for content, tunnels in (("\n# nothing\n", ()), ("", ()), ("a b\tc\r\nd", tuple("abcd")), ("'a b' \"c d\" e\\ f", ("a b", "c d", "e f")),
                              ("a#b c #'d", ("a#b", "c")), ("'a#b' 'two\nlines' ''", ("a#b", "two\nlines", "")), ("\ufeffa ü 📻", ("a", "ü", "📻"))):
         file("words", content)
         assert parse("connect", "S:1", "@words").tunnels == tunnels, content
+    with monkeypatch.context() as patch:  # of a path of Windows a backslash is a part, as its shells have it
+        patch.setattr(os, "sep", "\\")
+        file("words", "-k C:\\keys\\home serve \"C:\\my keys\\\"")
+        assert (parse("@words").key_path, parse("@words").bind) == ("C:\\keys\\home", "C:\\my keys\\")
     file("bytes", b"a\xff")
     assert parse("connect", "S:1", "@bytes").tunnels == ("a\udcff",)  # as the system gives such words of a command line
     file("words", "serve -h")
