@@ -8743,15 +8743,6 @@ class HostKeys:
     def __init__(self, options: ClientOptions, known: KnownHosts):
         self._options, self._known, self._lock = options, known, threading.Lock()
 
-    def warn(self, servers: str, has_ssh: bool) -> None:
-        """Says at the start what protects nobody: -a, and bad lines of known_hosts, which nobody reads with ssh://."""
-        if self._options.accept_all_hosts:
-            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`", servers)
-        elif not has_ssh and os.path.lexists(self._known.path):
-            self._known.read()
-            for problem in self._known.problems:
-                log.warning("%s", problem)
-
     def check(self, server: Place, key: bytes) -> None:
         """UnknownHost or AuthenticationError where this key is not accepted. On a thread."""
         if self._options.accept_all_hosts:
@@ -8774,7 +8765,7 @@ class HostKeys:
                     encode_key(host.key), host.address, self._known.path)
 
 
-class FirstConnection(LinkUser):
+class FirstConnection:
     """The connection that tests whether the server lets this client in, before any tunnel takes connections. On the
     original's wire it asks for a remote without a name."""
 
@@ -8788,7 +8779,7 @@ class FirstConnection(LinkUser):
     def _on_dialed(self, remote: str, link: Link | None, error: Exception | None) -> None:
         if link:
             # Client.on_completed() or on_link_closed() will tell.
-            return link.ask(self, Open(TCP, "")) if self._client.is_legacy else None
+            return link.ask(NOBODY, Open(TCP, "")) if self._client.is_legacy else None
         # A Rust server with a regex refuses the empty remote that asks for nothing, and may allow a tunnel's.
         remotes = [str(spec.remote) for spec in self._client.tunnels if spec.kind in (FORWARD, STDIO)]
         if isinstance(error, PeerError) and error.code == INVALID_HOST and not remote and remotes:
@@ -8809,11 +8800,6 @@ class FirstConnection(LinkUser):
         if not client.draining:  # Ctrl-C while ssh asks: no news
             log.error("❌ Test connection failed: %s", reason(error))
         return client.finish(error)
-
-    def on_record(self, link: Link, kind: int, content: Any) -> None:
-        """On the original's wire Opened says that the server has let this client in."""
-        link.user = NOBODY
-        link.close()
 
 
 class SocksEntrance:
@@ -8867,10 +8853,6 @@ class SocksEntrance:
         cause = "what they name cannot be" if isinstance(error, ValueError) else reason(error)
         self._loop.complain("❌ %%d more SOCKS clients: %s" % cause, "❌ " + line)
         return None
-
-    def close(self) -> None:
-        for negotiation in list(self.negotiations):
-            negotiation.abort(LocalFailed(ENDING))
 
 
 class Client(Endpoint):
@@ -8950,7 +8932,14 @@ class Client(Endpoint):
                 for protocol in ("UNIX",) if spec.local.is_unix else spec.protocols:
                     report("📻 [%s] Listening on `%s`, and routing through `%s` to `%s` ...", protocol, spec.local,
                            self.server_names, spec.remote)
-        self.host_keys.warn(self.server_names, bool(self.ssh))
+        known = self.folder.known_hosts
+        if self.options.accept_all_hosts:
+            log.warning("Any server's key is accepted (-a): whoever stands in between can pretend to be `%s`",
+                        self.server_names)
+        elif not self.ssh and os.path.lexists(known.path):
+            known.read()
+            for problem in known.problems:
+                log.warning("%s", problem)
         if self.is_legacy and not self.options.encrypt:
             log.warning("The traffic between client and server is in the clear: -e encrypts it, and so does ratrod2,"
                         " without --legacy")
@@ -9011,10 +9000,12 @@ class Client(Endpoint):
             self.options.report("✅ Challenge accepted!")
             self.options.report("✅ Test connection successful!")
             self.reach.let_in(link.name, "Connected")
-            if not self.is_legacy:  # on that wire the link has done what it was for
+            if not self.is_legacy:
                 link.pause()  # the pool reads an idle link before it gives it away, and this one is being read
                 self.pool.adopt(link)
             self._begin()
+            if self.is_legacy:  # the link has done what it was for
+                link.close()
         return self.pool.on_completed(link)
 
     def on_link_closed(self, link: Link, error: Exception | None) -> None:
@@ -9184,7 +9175,8 @@ class Client(Endpoint):
             udp.close()
         for association in list(self.associations):
             association.close()
-        self._socks.close()
+        for negotiation in list(self._socks.negotiations):
+            negotiation.abort(LocalFailed(ENDING))
         self.pool.clear()
         self.pool.waiting = collections.deque(waiter for waiter in self.pool.waiting if isinstance(waiter, Stream))
         for link in list(self.links):
