@@ -98,7 +98,7 @@ Options:
   --max-udp-sessions N            UDP sessions in all (default: 16384)
   --max-udp-sessions-per-link N   UDP sessions of one link; the least recently used makes room (default: 4096)
   --udp-backlog BYTES             datagrams that may wait for a link; the oldest are dropped (default: 262144)
-  --max-memory BYTES              kept of connections until it is acknowledged, or half received, in all; half of it
+  --max-memory BYTES              kept of connections until it is acknowledged, received or taken, in all; half of it
                                   for one key (default: serve 268435456, connect 134217728)
   -h, --help                      show this help, or after a command the help of that command
   -V, --version                   show the version
@@ -3963,13 +3963,14 @@ class Quota(KeyCounts):
 
 
 class Memory(KeyCounts):
-    """The bytes that are kept until they are acknowledged, of half records, and of datagrams that wait: at most `most`
-    in all and half of that for one key. Beyond it no window grows, a stream keeps at most POOR_WINDOW, the greediest
-    key's local sockets are not read, and of its links that hold half a record only the longest waiting is read on."""
+    """The bytes that are kept until they are acknowledged, of half records, of datagrams that wait, and those that
+    local sockets do not take (`unread`): at most `most` in all and half of that for one key. Beyond it no window grows,
+    a stream keeps at most POOR_WINDOW, the greediest key's local sockets are not read, and of its links that hold half
+    a record only the longest waiting is read on; none where an eighth of the key's part is `unread`."""
 
     def __init__(self, most: int):
         super().__init__()
-        self.most = most
+        self.most, self.unread = most, KeyCounts()
         self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
         # By key the links with half a record, the longest waiting first.
         self._halves: dict[bytes, dict[Any, None]] = {}
@@ -4003,8 +4004,10 @@ class Memory(KeyCounts):
         return next(iter(halves), None)
 
     def may_read_on(self, link: Any) -> bool:
-        halves = self._halves.get(link.peer_key)
-        return not halves or link not in halves or next(iter(halves)) is link or not self.is_out(link.peer_key)
+        key = link.peer_key
+        halves = self._halves.get(key)
+        return not halves or link not in halves or not self.is_out(key) or (
+            next(iter(halves)) is link and self.unread.of(key) < self.most // 16)
 
 # ======================================================================================================================
 # 8. Links
@@ -5065,7 +5068,13 @@ class Stream(LinkUser):
         self.taken += sent
         if sent < len(data) and self.link:
             self._pending = memoryview(bytes(data[sent:]))
+            self._count_pending(1)
             self.link.is_held = True
+
+    def _count_pending(self, sign: int) -> None:
+        n = sign * len(self._pending.obj)  # type: ignore[union-attr, arg-type] # all of it until the last byte is taken
+        self.owner.memory.change(self.peer_key, n)
+        self.owner.memory.unread.change(self.peer_key, n)
 
     def _flush(self) -> None:
         assert self._pending is not None and self.local is not None
@@ -5074,14 +5083,19 @@ class Stream(LinkUser):
         except OSError as error:
             return self._on_local_failed(error)
         self.taken += sent
-        self._pending = self._pending[sent:] if sent < len(self._pending) else None
-        if self._pending is None:
+        self._pending = self._pending[sent:]
+        if not self._pending:
+            self._drop_pending()
             self.on_read()
             if self.link:
                 self.link.release()
             elif self.local is not None:  # that Ack may have found the link broken, and ended the stream
                 self.local.want(0)
         return None
+
+    def _drop_pending(self) -> None:
+        self._count_pending(-1)
+        self._pending = None
 
     def _on_end(self, link: Link) -> None:
         if self._has_end and self._link_in > self.received:
@@ -5164,10 +5178,10 @@ class Stream(LinkUser):
             if code:
                 return self._on_local_failed(system_error(code))
         link = self.link
-        if link and self.out.keeps and link.state == BUSY:
-            if self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.out:
+        if link and link.state == BUSY:
+            if self.out.keeps and self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.out:
                 self._acknowledge(link)
-            self.on_update()  # memory that was short may be there again
+            link.update()  # memory that was short may be there again
         return None
 
     def _on_local_failed(self, error: OSError) -> None:
@@ -5211,7 +5225,9 @@ class Stream(LinkUser):
     def _finish(self, error: Exception | None) -> None:
         if self.is_over:
             return
-        self.is_over, self.link, self.error, self._pending = True, None, error, None
+        self.is_over, self.link, self.error = True, None, error
+        if self._pending is not None:
+            self._drop_pending()
         self.owner.counters.count(error)
         self.owner.counters.on_end(self, error)
         self._close_local(error)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import socket
 import statistics
 import sys
 import time
@@ -100,6 +101,30 @@ def test_half_records_without_end(start, client, keys, tcp_echo, attack, half):
         # Half of the bound, and for each link itself and the beginning of its record 16 KiB.
         assert grown < most // 2 + links * (16 << 10)
         assert not LONG or max(took) < 0.1
+
+
+def test_records_that_no_target_takes(start, client, keys, tcp_echo, attack, short):
+    """What targets leave unread is a part of the same bound: before, it was up to 512 KiB for each stream beside it."""
+    most, links = (32 << 20, 1000) if LONG else (4 << 20, 200)
+    with group_of(1 << 30) as words, contextlib.ExitStack() as stack:
+        silent = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))  # its queue takes 200 kB of each
+        silent.bind(str(short / "silent.sock"))
+        silent.listen(4096)
+        server = start(*words, *RATROD, "-k", keys.server.path, "serve", *MANY, "-r", "unix:.*", "-r", ".*", "--max-memory", most,
+                       "--drain", "0", "127.0.0.1:0")
+        stack.callback(server.stop)
+        port = int(server.wait_for(STARTED).group(1))
+        honest = client(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
+        sock = stack.enter_context(dial(tcp_port(honest)))
+        ping(sock)
+        before = memory_before(server)
+        attack(port, "bulk", links, "unix:%s" % (short / "silent.sock"))
+        grown = -1
+        while grown < peak_growth(server, before):
+            grown = peak_growth(server, before)
+            round_trips(sock, 100)
+        figure("%d links with records that no target takes: the server grew by" % links, megabytes(grown))
+        assert grown < most // 2 + links * (64 << 10)
 
 
 def test_a_key_that_is_taken_out_while_it_keeps_the_server_busy(serve, keys, second, attack):
