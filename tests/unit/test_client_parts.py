@@ -74,6 +74,19 @@ def test_a_udp_link_that_held_for_datagrams_of_sessions_that_have_ended():
         assert len(udp._queue) <= 11, "what is too old goes: 256 KiB of single bytes had been 30 times as much memory"
 
 
+def test_datagrams_that_are_broken_beyond_their_first_turn_end_the_link():
+    """What comes in one record is delivered in several turns: that its end is wrong is seen in the last of them."""
+    with contextlib.closing(ratrod.EventLoop()) as loop:
+        udp = ratrod.UdpLink(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20)))
+        ended = []
+        udp.link = types.SimpleNamespace(state=ratrod.UDP_OPEN, out=b"", is_held=False, abort=ended.append, update=lambda: None)
+        run = ratrod.DATAGRAM_HEADER.pack(7, 0) * ratrod.DATAGRAMS_IN_TURN + ratrod.DATAGRAM_HEADER.pack(7, 1)
+        udp._deliver(udp.link, memoryview(run))
+        assert udp.link.is_held and not ended
+        udp._go_on()
+        assert [type(error) for error in ended] == [ratrod.RemoteProtocolError]
+
+
 def test_a_socks_client_that_reset_its_connection_before_the_reply(monkeypatch):
     """The system says it once: a read after that would find a clean end, and a cut upload would look whole. After a wrong Opened none is sent."""
     failed = []
