@@ -9954,7 +9954,9 @@ class LogWriter(logging.Handler):
             self._put(lambda: self._write("", 0))
 
     def flush(self) -> None:
-        """Waits until what was logged is written and the thread has ended, PATIENCE at most."""
+        """Removes the status line, and waits until all is written and the thread has ended, PATIENCE at most."""
+        if self._status:
+            self.show("")
         self.acquire()
         thread, calls = self._thread, self._calls
         self._restart()
@@ -9962,12 +9964,6 @@ class LogWriter(logging.Handler):
         if thread:
             calls.put(None)
             thread.join(self.PATIENCE)
-
-    def close(self) -> None:
-        if self._status:
-            self.show("")
-        self.flush()
-        super().close()
 
     def _put(self, call: Callable[[], object]) -> None:
         def run(calls: queue.SimpleQueue[Callable[[], object] | None] = self._calls) -> None:
@@ -10097,6 +10093,7 @@ def putting_back() -> Iterator[None]:
             yield
         finally:
             for handler in set(log.handlers) - set(handlers):
+                handler.flush()
                 handler.close()
             log.handlers[:], log.propagate = handlers, propagate
             log.setLevel(level)
