@@ -3949,10 +3949,10 @@ class Quota(KeyCounts):
 
     def check(self, key: Any, more: int = 0) -> None:
         """Overloaded where the client of this key has as many as it may, and so many more, or all together have."""
-        in_all, of_key = self._whose
-        for whose, most, have in ((in_all, self.most, self.total), (of_key, self.most_of_key, self.of(key) - more)):
-            if have >= most:
-                raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
+        is_full = self.total >= self.most
+        if is_full or self.of(key) - more >= self.most_of_key:
+            whose, most = self._whose[not is_full], self.most if is_full else self.most_of_key
+            raise Overloaded("the server %s %s as it takes (%d); try again later" % (self._words, whose, most))
 
     def take(self, key: Any, more: int = 0) -> None:
         self.check(key, more)
@@ -7049,9 +7049,10 @@ class Acceptor(Keeper):
 
     # ---- Open
 
-    def is_known(self, number: tuple[bytes, bytes]) -> bool:
-        """Whether an Open of this key and number begins no new stream, whatever attempt it says it is."""
-        return number in self._streams or self._ended.get(number) is not None
+    def is_known(self, link: Link, open_: Open) -> bool:
+        """Whether this Open begins no new stream, whatever attempt it says it is."""
+        number = link.peer_key, open_.stream
+        return open_.kind == TCP and (number in self._streams or self._ended.get(number) is not None)
 
     def open(self, link: Link, open_: Open) -> None:
         if not link.is_resumable:
@@ -7782,8 +7783,8 @@ class Rules:
     def _is_own(self, family: int, sockaddr: Any) -> bool:
         """Whether this server listens there for itself: its metrics tell of all keys, and at its own port somebody
         could say with a PROXY header that he is another."""
-        listening = [*self._server.metrics_at, *(listener.address[:2] for listener in self._server.listeners)]
-        bound = [host.split("%")[0] for host, port in listening if port == sockaddr[1]]
+        listening = [*self._server.metrics_at, *[listener.address for listener in self._server.listeners]]
+        bound = [address[0].split("%")[0] for address in listening if address[1] == sockaddr[1]]
         if not bound:
             return False
         address, every = parse_ip(sockaddr[0]), "::" if family == socket.AF_INET6 else "0.0.0.0"
@@ -7802,14 +7803,14 @@ class Rules:
             if error or found or target.is_unix:
                 return then(target, None if error else found, error)
             return self._look_up(link.peer_key, grants, target, functools.partial(then, target), is_udp)
-        return self.ask(link.peer_key, "udp " * is_udp + str(target), on_answer)
+        return self.ask(link.peer_key, "udp " * is_udp, target, on_answer)
 
-    def ask(self, key: bytes, target: str, then: Callable[[Exception | None], None]) -> None:
+    def ask(self, key: bytes, kind: str, target: Address, then: Callable[[Exception | None], None]) -> None:
         """then(None), or then(the reason why not); on a thread meanwhile: authorize() may take its time."""
         if not self._options.authorize:
             return then(None)
         return self._server.lookups.submit(
-            key, functools.partial(self._allows, key, target),
+            key, functools.partial(self._allows, key, kind + str(target)),
             lambda allows, error: then(None if allows else error or PolicyError("authorize() does not permit it")))
 
     def _look_up(self, key: bytes, grants: tuple[Grant, ...], target: Address, done: Done, is_udp: bool) -> None:
@@ -8001,7 +8002,7 @@ class ReverseListeners:
             except RatrodError as failure:
                 return refuse(failure)
             return listener.join(link, open_.instance)
-        return self._server.rules.ask(link.peer_key, "listen " + str(address), on_permitted)
+        return self._server.rules.ask(link.peer_key, "listen ", address, on_permitted)
 
     def _check(self, key: bytes, asked: str) -> Address:
         """The address that a client may have listened on; PolicyError where it may not."""
@@ -8249,14 +8250,14 @@ class Server(Endpoint):
         return link.send(record + link.writer.record(OVER))
 
     def on_open(self, link: Link, open_: Open) -> None:
-        is_attach = open_.kind == TCP and self.acceptor.is_known((link.peer_key, open_.stream))
-        if link.is_extra and not is_attach:
+        is_old = self.loop.now - link.born > self.limits.link_age
+        if (is_old or link.is_extra) and not self.acceptor.is_known(link, open_):
+            if is_old:
+                return link.leave(link.writer.record(CLOSE))
             try:
                 self._links_of.check(link.peer_key, 1)
             except Overloaded as overloaded:
                 return self.acceptor.refuse(link, open_.target, overloaded)
-        if not is_attach and self.loop.now - link.born > self.limits.link_age:
-            return link.leave(link.writer.record(CLOSE))
         if open_.kind == UDP:
             return UdpLink(self, link.peer_key).accept(link)
         return self.reverse.open(link, open_) if open_.kind == LISTEN else self.acceptor.open(link, open_)
