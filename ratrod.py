@@ -656,11 +656,10 @@ def verify(public: bytes, message: bytes, signature: bytes) -> bool:
 
     if len(public) != 32 or len(signature) != 64:
         return False
-    try:
+    with contextlib.suppress(nacl.exceptions.BadSignatureError, ValueError):
         sodium().crypto_sign_open(signature + message, public)
-    except (nacl.exceptions.BadSignatureError, ValueError):
-        return False
-    return True
+        return True
+    return False
 
 
 class KeyPair(NamedTuple):
@@ -1002,9 +1001,8 @@ class KeyFolder:
 def write_new(path: str, text: str) -> None:
     """Writes a file that others see whole or not at all. OSError where there is one: one of two keygens wins."""
     temporary = "%s.%s.tmp" % (path, os.urandom(8).hex())
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with open(descriptor, "w") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(text)
         try:
             os.link(temporary, path)
@@ -2251,14 +2249,13 @@ class NoiseServerHandshake(NoiseHandshake):
         self._send(keys.public + bytes((suite.id,)) + instance)
         self.end = Departed, "{} during the handshake; it may not know this server's key"
         payload = yield from self._receive(32)
+        self._finish(suite)
         try:
             self._identify(payload[:32])
         except (AuthenticationError, Overloaded) as error:
             if self.peer_key:
-                self._finish(suite)
                 self._to_send += self.writer.record(ERROR, *refusal(error))
             raise
-        self._finish(suite)
         self._to_send += self.writer.record(COMPLETED, __version__)
 
 
@@ -6204,14 +6201,12 @@ exec(compile(zlib.decompress(b),"ratrod.py","exec"),m.__dict__)
 
 def own_source() -> str:
     """The text of this very module, out of a file or a .pyz; ConfigError where there is neither."""
-    try:
+    with contextlib.suppress(KeyError, AttributeError, ImportError, OSError):
         source = globals()["__loader__"].get_source(__name__)
-    except (KeyError, AttributeError, ImportError, OSError):
-        source = None
-    if not source:
-        raise ConfigError("ssh:// sends ratrod's own source to the far side, and cannot read it: run ratrod.py, or"
-                          " ratrod.pyz")
-    return str(source)
+        if source:
+            return str(source)
+    raise ConfigError("ssh:// sends ratrod's own source to the far side, and cannot read it: run ratrod.py, or"
+                      " ratrod.pyz")
 
 
 class SshLink:
