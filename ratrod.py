@@ -4646,7 +4646,7 @@ class Counters:
         self.streams: set[Stream] = set()
         self.sessions: set[UdpSession] = set()
         self.results = dict.fromkeys(("closed", "reset", "refused", "failed"), 0)  # of streams that are over
-        self.links = self.handshakes_failed = self.reconnects = self.resumed = 0
+        self.links = self.handshakes_failed = self.reconnects = self.resumed = self.dropped = 0
         self.detached: set[Stream] = set()  # streams that have lost their link, and do not go on yet
         # Streams that did not go on, by reason.
         self.given_up = dict.fromkeys(("time", "run", "limit", "ended", "refused"), 0)
@@ -5763,6 +5763,7 @@ class UdpLink(LinkUser):
         while sum(len(run) for _, run in queue) > most:
             oldest = queue[0][1]
             del oldest[:DATAGRAM_HEADER.size + DATAGRAM_HEADER.unpack_from(oldest)[1]]
+            self.owner.counters.dropped += 1
             if not oldest:
                 queue.popleft()
         self._count()
@@ -5785,7 +5786,7 @@ class UdpLink(LinkUser):
         now, limits = self.loop.now, self.limits
         is_open = link and link.state == UDP_OPEN and self.opened_at < now - limits.udp_lag
         while queue and queue[0][0] < now - (limits.udp_lag if is_open else limits.connect_timeout):
-            queue.popleft()
+            self.owner.counters.dropped += sum(1 for _ in split_datagrams(memoryview(queue.popleft()[1])))
         while queue and link and link.state != CLOSED and not link.out:
             _, run = queue.popleft()
             self.loop.payload[:len(run)] = run
@@ -9297,6 +9298,8 @@ def _families(shot: Snapshot) -> Iterator[tuple[str, str, dict[str, float]]]:
     yield ("ratrod_streams_given_up_total", "TCP connections that did not go on over another link, by reason.",
            _label("reason", counters.given_up, counters.given_up))
     yield "ratrod_udp_sessions", "UDP sessions.", {"": total["sessions"]}
+    yield ("ratrod_datagrams_dropped_total", "Datagrams that waited too long for a link, or had no room.",
+           {"": counters.dropped})
     yield ("ratrod_bytes_total", "Payload, sent to links and received from them.",
            _label("direction", total, ("sent", "received")))
     yield "ratrod_handshakes_under_way", "Connections that are being authenticated.", {"": endpoint.handshakes}

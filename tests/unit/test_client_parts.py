@@ -15,14 +15,17 @@ import ratrod
     (11, b"", 0.0, False),  # over ssh a link may be a minute away
 ])
 def test_a_datagram_that_waited_for_its_link(handshake, backlog, waits, sent):
+    early = ratrod.DATAGRAM_HEADER.pack(1, 5) + b"early"
     with contextlib.closing(ratrod.EventLoop()) as loop:
         loop.now = 100.0
-        owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), pool=types.SimpleNamespace(
-            waiting=(), take=lambda _udp: None))
+        owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS._replace(udp_backlog=23 * len(early)), memory=ratrod.Memory(1 << 20),
+                                      pool=types.SimpleNamespace(waiting=(), take=lambda _udp: None), counters=types.SimpleNamespace(dropped=0))
         udp, came = ratrod.UdpLink(owner), []
         udp.sessions[1] = types.SimpleNamespace(is_over=False)
-        loop.payload[:5] = b"early"
-        udp.send_run(ratrod.HEADROOM + 5)
+        loop.payload[:11] = early
+        for n in range(25):  # with room for 23
+            assert owner.counters.dropped == max(0, n - 23)
+            udp.send_run(ratrod.HEADROOM + len(early))
         link = types.SimpleNamespace(
             state=ratrod.UDP_OPEN, out=backlog, is_legacy=True, is_held=False, peer_key=b"",
             transport=types.SimpleNamespace(set_option=lambda *_: None),
@@ -33,7 +36,7 @@ def test_a_datagram_that_waited_for_its_link(handshake, backlog, waits, sent):
         loop.now += waits
         link.out = b""
         link.update()
-        assert came == [b"early"] * sent
+        assert came == [early * 23] * sent and owner.counters.dropped == (2 if sent else 25)
 
 
 def test_links_of_a_reverse_tunnel_that_fail_in_one_moment_are_one_try():
@@ -61,7 +64,8 @@ def test_a_folder_of_sshs_sockets_that_was_cleaned_away(tmp_path):
 def test_a_udp_link_that_held_for_datagrams_of_sessions_that_have_ended():
     """They ended between two turns: nothing is left to wait for, and what comes next on the link is read."""
     with contextlib.closing(ratrod.EventLoop()) as loop:
-        udp = ratrod.UdpLink(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20)))
+        udp = ratrod.UdpLink(types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20),
+                                                   counters=ratrod.Counters(loop)))
         udp.link = types.SimpleNamespace(state=ratrod.UDP_OPEN, out=b"", is_held=True, release=lambda: setattr(udp.link, "is_held", False),
                                          update=lambda: udp.on_update())
         udp._go_on()
