@@ -8166,7 +8166,10 @@ class Server(Endpoint):
         users = [link.user for link in links]
         for link in links:
             link.user = NOBODY
-            link.abort(error)
+            if link.is_legacy:
+                link.abort(error)
+            else:
+                link.refuse(Error(INVALID_KEY, str(error)))
         for link, user in zip(links, users):
             user.on_close(link, error)
         self.acceptor.reset_detached(error, key)

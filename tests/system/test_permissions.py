@@ -321,6 +321,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
         assert client.wait() == AUTHENTICATION_FAILED, client.output
         client.wait_for("ERROR.*" + why)
     else:
+        client.wait_for(r"ERROR .*-> `127.0.0.1:%d`: the client's key `.*` (has expired|stands in line 1 of authorized_keys)" % tcp_echo.port)
         client.wait_for("ERROR.*%s.*; trying again" % why)
         assert client.output.count("trying again") == 1, client.output
         if line:
