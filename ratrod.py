@@ -284,7 +284,8 @@ LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
 LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, and for one client's key
-EMPTY_FOR = 1.5  # seconds in which an editor may write a list of keys anew: the server looks once a second
+# Seconds in which an editor may write a list of keys anew. On Windows others cannot read meanwhile, nor during a backup.
+EMPTY_FOR = 1.5 if os.name == "posix" else 10.0
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
 RECORDS_IN_TURN = 128  # records of one link in a turn, some 10 µs each: 512 KiB may hold 23,000
@@ -814,7 +815,8 @@ class KeyLines:
             # A lack of descriptors throws nobody out while the file is the one that was read.
             if error.errno in NO_SUCH_DESCRIPTORS and signature == self._cache[0]:
                 return self._cache
-            signature, is_gone = None, isinstance(error, FileNotFoundError)  # None: the next read() looks again
+            gone = (FileNotFoundError, PermissionError) if os.name == "nt" else FileNotFoundError
+            signature, is_gone = None, isinstance(error, gone)  # None: the next read() looks again
             problems = ["`%s` cannot be read, which counts as empty: %s" % (self.path, reason(error))]
         # Editors empty a file, or rename it away (vim, emacs), before they write it anew. An empty list would throw
         # everybody out, and clients for good. One that is to be empty still is so a moment later.

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import stat
+from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -193,6 +194,24 @@ def test_a_list_that_is_being_written_is_not_empty(listed, monkeypatch, allowed,
         assert list(before) == [A] and (lines.read() is before if is_kept else not lines.read())
         write(base64url(B))
         assert list(lines.read()) == [B]
+
+
+def test_a_list_that_another_program_holds_on_windows(listed, monkeypatch):
+    """What it said before holds for a while; elsewhere nobody reads what may not be read."""
+    lines, write, _ = listed
+    write(base64url(A), when=LONG_AGO)
+    before = lines.read()
+    write(base64url(B))
+    with monkeypatch.context() as patch:
+        patch.setattr(ratrod, "read_text", mock.Mock(side_effect=PermissionError(errno.EACCES, "it is being used by another process")))
+        patch.setattr(ratrod.os, "name", "nt")
+        assert list(lines.read()) == [A] and lines.read() is before
+        patch.setattr(ratrod, "EMPTY_FOR", 0)
+        assert not lines.read()
+        patch.setattr(ratrod, "EMPTY_FOR", 60)
+        patch.setattr(ratrod.os, "name", "posix")
+        assert not lines.read()
+    assert list(lines.read()) == [B]
 
 
 @pytest.mark.parametrize("becomes", ["nothing", "a folder", "a pipe", "a loop", "dangling"])
