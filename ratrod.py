@@ -284,7 +284,7 @@ LENT_AT_ONCE = 128  # scratch buffers that links hold for long records: with 8, 
 SPARE_BUFFERS = 8  # scratch buffers that are kept when nobody needs them
 LOG_RATE, LOG_BURST = 1, 5  # failure lines of one cause a second, and at once; the rest is counted
 LOG_RATE_IN_ALL, LOG_BURST_IN_ALL = 10, 200  # the same for all sources together, and for one client's key
-# Seconds in which an editor may write a list of keys anew. On Windows others cannot read meanwhile, nor during a backup.
+# Seconds in which an editor may write a list of keys anew. On Windows nobody can read meanwhile, or during a backup.
 EMPTY_FOR = 1.5 if os.name == "posix" else 10.0
 SOURCES = 4096  # sources that a server remembers, 1 KB each
 SOURCE_TRUSTED_FOR = 3600.0  # seconds after its last authorized link in which a source goes before others
