@@ -1844,8 +1844,8 @@ class RecordWriter(CipherState):
     max_data = MAX_CONTENT
 
     def record(self, kind: int, *fields: Any) -> bytes:
-        """A whole record of any type but Data and Datagrams; an Open has the fields of the message Open."""
-        content = encode_open(Open(*fields)) if kind == OPEN else encode_content(kind, *fields)
+        """A whole record of any type but Data and Datagrams; an Open has the message Open in place of fields."""
+        content = encode_open(*fields) if kind == OPEN else encode_content(kind, *fields)
         sealed = bytearray(1 + len(content) + self.tag)
         length = _LENGTH.pack(len(sealed))
         self._seal(b"%c%b" % (kind, content), sealed, self._next_nonce(), self._key, length)
@@ -4157,7 +4157,8 @@ class Channel:
         if handshake.bare and sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
             raise LocalProtocolError("bare records are for ssh's pipes alone")
         self.owner, self.loop, self.role, self.state = owner, owner.loop, role, IDLE
-        self.transport = make_transport(owner.loop, sock, self._on_event)
+        self.transport = Transport(owner.loop, sock, self._on_event) if sock else StdioTransport(
+            owner.loop, self._on_event)
         self.reader, self.writer, self.peer_key = handshake.reader, handshake.writer, handshake.peer_key
         self.user: LinkUser = NOBODY
         self.is_held = False
@@ -4366,13 +4367,11 @@ class Link(Channel):
     # ---- records
 
     def _on_record(self, kind: int, content: Any) -> None:
-        if not self.is_completed or kind == COMPLETED:
+        if not self.is_completed:
             return self._on_first(kind, content)
-        if kind == KEEPALIVE:
-            return None
-        if self.state == BYE and (kind != ACK or self.role == OPENER):
-            return None
         if kind not in LEGAL.get((self.state, self.role), ()):
+            if kind == KEEPALIVE or self.state == BYE:
+                return None
             raise RemoteProtocolError("a record that does not belong there (type 0x%02x while %s)" % (kind, self.state))
         if self.user is NOBODY:
             return self._on_idle_record(kind, content)
@@ -4384,8 +4383,8 @@ class Link(Channel):
         """HandshakeCompletion, or Error in its place: the first record that comes from a server, once."""
         if kind == ERROR:
             return self.abort(PeerError(content.code, content.text))
-        if self.is_completed or kind != COMPLETED:
-            raise RemoteProtocolError("HandshakeCompletion is not the first record, or comes twice")
+        if kind != COMPLETED:
+            raise RemoteProtocolError("HandshakeCompletion is not the first record")
         self.is_completed = True
         if self.state == IDLE:  # otherwise it is Opened that is due
             self.due = NEVER
@@ -4460,12 +4459,12 @@ class Link(Channel):
         """Opener: sends Open, and what `user` says in the same packet. Opened has to come in time."""
         self.forget_last()
         self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + self.owner.patience
-        self.send(self.writer.record(OPEN, *open_) + user.take_early())
+        self.send(self.writer.record(OPEN, open_) + user.take_early())
 
-    def accept(self, user: LinkUser, state: str, opened: Opened, holds: bool = False) -> None:
+    def accept(self, user: LinkUser, state: str, taken: int = -1, holds: bool = False) -> None:
         """Acceptor: `user` is carried from now on; it `holds` where it takes no records yet."""
         self.user, self.state, self.due = user, state, NEVER
-        self.send_record(OPENED, *opened)
+        self.send_record(OPENED, "", taken)
         if self.user is user and not holds:
             self.release()
         else:
@@ -4769,11 +4768,11 @@ class Outgoing:
 
     def room(self, link: Link, is_stalled: bool) -> int:
         """How many bytes may be read now. `is_stalled`: this side processes no records, so no Ack will ever come."""
-        most = min(link.writer.max_data, self._loop.portion)
+        most = self._loop.portion
         if link.state != BUSY:
             most = min(most, EARLY_DATA - (self.position - self.began))
         if not self.keeps:
-            return most
+            return min(most, link.writer.max_data)
         if is_stalled:
             return min(most, BULK_READ)
         if self._memory.is_tight:
@@ -4950,7 +4949,7 @@ class Stream(LinkUser):
     __slots__ = ("owner", "loop", "keeper", "origin", "shown", "target", "id", "attempt", "peer_key",
                  "link", "local", "out", "is_over", "was_opened", "error", "give_up_at",
                  "since", "started", "received", "taken", "_link_in", "_told", "_has_end", "_pending", "_heard_at",
-                 "_asks_for_life")
+                 "_asks_for_life", "_broken")
     role = ""
     since: float  # once it waits for a link (first or another one), or its remote is being connected to: since when
     _heard_at: float  # once something came
@@ -4969,6 +4968,7 @@ class Stream(LinkUser):
         self.give_up_at = NEVER
         self.received = self.taken = self._link_in = self._told = 0
         self._pending: memoryview | None = None  # what the local socket did not take yet
+        self._broken: OSError | None = None  # what the local socket said before there was a link to tell it on
         self.started = self.loop.now
         owner.counters.streams.add(self)
         if log.isEnabledFor(logging.DEBUG):
@@ -4982,7 +4982,7 @@ class Stream(LinkUser):
 
     def join(self, sock: Any) -> None:
         """The local socket is there."""
-        self.local = make_transport(self.loop, sock, self._on_event)
+        self.local = Transport(self.loop, sock, self._on_event)
         self.local.guard(True)
         self._asks_for_life = self.role == OPENER  # inherited from the listener
 
@@ -5022,7 +5022,7 @@ class Stream(LinkUser):
         if self.taken - self._told >= ACK_AFTER:
             self.on_read()  # the Ack that a backlog has held up
         link, out = self.link, self.out
-        while out.position < out.end or out.has_eof and out.position == out.end:
+        while out.position < out.end + out.has_eof:
             if not link or link is not self.link or link.out or link.state not in (ASKED, BUSY):
                 break
             if out.position == out.end:
@@ -5144,7 +5144,6 @@ class Stream(LinkUser):
     def _on_answer(self, link: Link, kind: int, content: Any) -> None:
         """Opener: Opened, Over or Close."""
 
-    @property
     def _have_both_ends_passed(self) -> bool:
         """On this link."""
         return self._has_end and self._link_in > self.received and self.out.position > self.out.end
@@ -5153,7 +5152,7 @@ class Stream(LinkUser):
         """Acceptor, and legacy: says Over after both Ends and all bytes, in one packet with `end` (10 µs a side)."""
         if link is not self.link:
             return None
-        if self._pending is not None or not self._have_both_ends_passed:
+        if self._pending is not None or not self._have_both_ends_passed():
             return link.send(end) if end else None
         self._finish(None)
         if self.out.keeps:
@@ -5252,14 +5251,10 @@ class Stream(LinkUser):
 class OpenerStream(Stream):
     """A stream at the side that opens it."""
 
-    __slots__ = ("asked", "_broken")
+    __slots__ = ("asked",)
     role = OPENER
     keeper: Opener
-
-    def __init__(self, keeper: Keeper, origin: Any, shown: str, **more: Any):
-        super().__init__(keeper, origin, shown, **more)
-        self.asked = b""  # the instance that saw its last Open
-        self._broken: OSError | None = None  # what the local socket said before there was a link to tell it on
+    asked: bytes  # once it was opened: the instance that saw its last Open
 
     def open(self, link: Link) -> None:
         """Asks the other side, over `link`, to connect to the target, or to go on where the last link was lost."""
@@ -5317,7 +5312,7 @@ class OpenerStream(Stream):
             self._let_go()
             link.leave(b"")
             self.keeper.on_closed_to(self, link)
-        elif self._have_both_ends_passed:
+        elif self._have_both_ends_passed():
             self._finish(None)
             link.leave(link.writer.record(ACK, self.taken) if self.out.keeps else b"")
         else:
@@ -5339,7 +5334,7 @@ class OpenerStream(Stream):
         if link.state == ASKED:
             if not (self._has_end and self.out.has_eof):
                 raise RemoteProtocolError("the stream is over at the other side, and its last bytes are gone there")
-        elif not self._have_both_ends_passed:
+        elif not self._have_both_ends_passed():
             raise RemoteProtocolError("Over before both Ends")
         self.out.acked = self.out.sent
         self._finish(None)
@@ -5371,7 +5366,7 @@ class AcceptorStream(Stream):
         out.attach(link, open_.taken)
         out.on_taken(open_.taken)
         self._link_in, self._told = open_.at, self.taken
-        link.accept(self, BUSY, Opened("", self.taken), holds=self._pending is not None)
+        link.accept(self, BUSY, self.taken, self._pending is not None)
 
     def move_from(self) -> None:
         """The link that carries it ends without touching it: another one is there."""
@@ -5432,11 +5427,6 @@ class SocksStream(OpenerStream):
         if code == REMOTE_FAILED:
             return 4 if "cannot resolve" in str(error) else 5  # unreachable, refused
         return 2 if code == INVALID_HOST else 1  # not allowed; it failed
-
-
-def make_transport(loop: EventLoop, sock: socket.socket | None, callback: Callable[[int], None]) -> Transport:
-    """No socket: standard input and output."""
-    return Transport(loop, sock, callback) if sock else StdioTransport(loop, callback)
 
 
 class StdioTransport(Transport):
@@ -5526,7 +5516,7 @@ class StdioStream(OpenerStream):
     def __init__(self, keeper: Keeper, target: str, finished: Callable[[Exception | None], None]):
         self._finished = finished
         super().__init__(keeper, "stdio", target)
-        self.join(None)
+        self.local = StdioTransport(self.loop, self._on_event)
 
     def _on_local_failed(self, error: OSError) -> None:
         if error.errno != errno.EPIPE:  # a reader that went away knows by itself
@@ -5829,7 +5819,7 @@ class UdpLink(LinkUser):
     def accept(self, link: Link) -> None:
         self.link, self.next_number = link, 0
         link.transport.set_option(UNSENT, UNSENT_DATAGRAMS)
-        link.accept(self, UDP_OPEN, Opened(""))
+        link.accept(self, UDP_OPEN)
 
     def on_close(self, link: Link, error: Exception) -> None:
         self.drop_link()
@@ -7197,10 +7187,11 @@ class Acceptor(Keeper):
         self._quota.give_back(stream.peer_key)
         self._opens.pop(stream, None)
         self._forget_detached(stream)
-        number = stream.peer_key, stream.id
         keeps = stream.out.keeps
-        if (error is not None or not keeps) and self._streams.pop(number, None) is not None and keeps:
-            self._ended.add(number, True)
+        if error is not None or not keeps:
+            number = stream.peer_key, stream.id
+            if self._streams.pop(number, None) is not None and keeps:
+                self._ended.add(number, True)
 
     def on_acknowledged(self, stream: AcceptorStream, has_seen_over: bool) -> None:
         stream.out.close()

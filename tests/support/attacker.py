@@ -42,7 +42,7 @@ class HostileLink:
         self.sock.setblocking(False)
 
     def record(self, kind, *fields):
-        return self.writer.record(kind, *fields)
+        return self.writer.record(kind, *([module.Open(*fields)] if kind == module.OPEN else fields))
 
     def data(self, content, kind=module.DATA):
         self.scratch[module.HEADROOM:module.HEADROOM + len(content)] = content

@@ -323,7 +323,7 @@ def records(data):
             room = memoryview(bytearray(ratrod.HEADROOM) + what + bytes(ratrod.TAILROOM))
             written += bytes(writer.data(room, len(what), kind))
         else:
-            written += writer.record(kind, *fields_of(what))
+            written += writer.record(kind, *([what] if kind == ratrod.OPEN else fields_of(what)))
     assert wire.startswith(written) and len(written) == (ends[-1] if ends else 0)
     return (tuple(kind for kind, _ in found[:3]), kind_of(error) if error else None)
 

@@ -366,7 +366,7 @@ LEGACY_STREAM = [(ratrod.DATA, b"x"), (ratrod.DATA, b"hello" * 49), (ratrod.UDP_
 def write(writer, kind, content):
     if kind in (ratrod.DATA, ratrod.DATAGRAMS, ratrod.UDP_DATA):
         return write_data(writer, content, kind=kind)
-    return writer.record(kind, *values(content))
+    return writer.record(kind, *([content] if kind == ratrod.OPEN else values(content)))
 
 
 def write_all(writer, records):
