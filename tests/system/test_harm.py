@@ -80,19 +80,25 @@ def test_another_key_beside_one_that_does_all_it_can(serve, client, keys, tcp_ec
             program.stop()
 
 
-@pytest.mark.timeout(600 if LONG else 60)
-@pytest.mark.parametrize("half", [64 << 10, 5] if LONG else [64 << 10])
-def test_half_records_without_end(start, client, keys, tcp_echo, attack, half):
-    """Memory has a bound: one key's halves of records take half of it at most, besides what a link needs for the beginning of one."""
-    most, links = ((128 << 20), 5000) if LONG else ((4 << 20), 200)
-    with group_of(512 << 20) as words, contextlib.ExitStack() as stack:
-        server = start(*words, *RATROD, "-k", keys.server.path, "serve", *MANY, "--max-memory", most, "127.0.0.1:0")
+@contextlib.contextmanager
+def short_of_memory(start, client, keys, tcp_echo, most, *flags):
+    """(server, its port, what it takes now, an honest client's connection): a server that keeps at most so many bytes."""
+    with group_of(1 << 30) as words, contextlib.ExitStack() as stack:
+        server = start(*words, *RATROD, "-k", keys.server.path, "serve", *MANY, *flags, "--max-memory", most, "--drain", "0", "127.0.0.1:0")
         stack.callback(server.stop)
         port = int(server.wait_for(STARTED).group(1))
         honest = client(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
         sock = stack.enter_context(dial(tcp_port(honest)))
         ping(sock)
-        before = memory_before(server)
+        yield server, port, memory_before(server), sock
+
+
+@pytest.mark.timeout(600 if LONG else 60)
+@pytest.mark.parametrize("half", [64 << 10, 5] if LONG else [64 << 10])
+def test_half_records_without_end(start, client, keys, tcp_echo, attack, half):
+    """Memory has a bound: one key's halves of records take half of it at most, besides what a link needs for the beginning of one."""
+    most, links = ((128 << 20), 5000) if LONG else ((4 << 20), 200)
+    with short_of_memory(start, client, keys, tcp_echo, most) as (server, port, before, sock):
         attack(port, "half_record", links, half - 4)
         took = round_trips(sock, 300 if LONG else 50)
         grown = peak_growth(server, before)
@@ -105,20 +111,12 @@ def test_half_records_without_end(start, client, keys, tcp_echo, attack, half):
 
 def test_records_that_no_target_takes(start, client, keys, tcp_echo, attack, short):
     """What targets leave unread is a part of the same bound: before, it was up to 512 KiB for each stream beside it."""
-    most, links = (32 << 20, 1000) if LONG else (4 << 20, 200)
-    with group_of(1 << 30) as words, contextlib.ExitStack() as stack:
-        silent = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))  # its queue takes 200 kB of each
-        silent.bind(str(short / "silent.sock"))
-        silent.listen(4096)
-        server = start(*words, *RATROD, "-k", keys.server.path, "serve", *MANY, "-r", "unix:.*", "-r", ".*", "--max-memory", most,
-                       "--drain", "0", "127.0.0.1:0")
-        stack.callback(server.stop)
-        port = int(server.wait_for(STARTED).group(1))
-        honest = client(port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
-        sock = stack.enter_context(dial(tcp_port(honest)))
-        ping(sock)
-        before = memory_before(server)
-        attack(port, "bulk", links, "unix:%s" % (short / "silent.sock"))
+    most, links, path = *((32 << 20, 1000) if LONG else (4 << 20, 200)), str(short / "silent.sock")
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as silent, short_of_memory(
+            start, client, keys, tcp_echo, most, "-r", "unix:.*", "-r", ".*") as (server, port, before, sock):
+        silent.bind(path)
+        silent.listen(4096)  # its queue takes 200 kB of each
+        attack(port, "bulk", links, "unix:" + path)
         grown = -1
         while grown < peak_growth(server, before):
             grown = peak_growth(server, before)
