@@ -3558,10 +3558,11 @@ def literal(address: Address) -> tuple[int, Any]:
     return family_of(address.host), tuple(address)
 
 
-def is_joined_to_itself(sock: socket.socket) -> bool:
-    """Where nobody listens, the system may give a socket that very port: it would hear its own words."""
+def is_joined_to_itself(sock: socket.socket, port: int) -> bool:
+    """Where nobody listens at the port, the system may give it to the very socket: that would hear its own words."""
     try:
-        return bool(sock.getsockname() == sock.getpeername())
+        own = sock.getsockname()
+        return bool(own[1] == port and own == sock.getpeername())
     except OSError:  # it was reset already
         return False
 
@@ -3663,7 +3664,7 @@ class Connector:
             self._deadline.clear()
             while self._tries:
                 self._tries.popitem()[1].close()
-            if sock and not self._target.is_unix and is_joined_to_itself(sock):
+            if sock and not self._target.is_unix and is_joined_to_itself(sock, self._target.port):
                 sock.close()
                 sock, error = None, system_error(errno.ECONNREFUSED)
             self._on_close(sock, error)
