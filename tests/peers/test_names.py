@@ -432,8 +432,7 @@ def ask_for(text, port, keys, tcp_echo):
             link.handshake().send_open(peer.LISTEN, target, b"instance")
             assert [record.type for record in link.read_to_end()] == [peer.ERROR]
         with legacy_peer.Client(dial(port), legacy_peer.Identity.load(keys.client.path), target) as client:
-            with pytest.raises(legacy_peer.Refused):
-                client.handshake()
+            pytest.raises(legacy_peer.Refused, client.handshake)
     with link_to(port, keys) as link:
         link.handshake().open_udp()
         for number, target in enumerate(targets, 1):

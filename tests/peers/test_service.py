@@ -263,7 +263,6 @@ def test_checks(serve, keys, closed, tcp_echo, manager, tmp_path):
     assert READY in verbose and "Signing server challenge" in verbose
     for (_, words, _, text), output in zip(bad, said[good:]):
         assert len(output.splitlines()) == 1 and text in output, (words, output)
-    with pytest.raises(BlockingIOError):
-        heard(0)
+    pytest.raises(BlockingIOError, heard, 0)
     assert tcp_echo.accepted == 0
     assert (ignorant.path / "known_hosts").read_text() == "" and not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""Tables that one test walks through with the same programs."""
+"""Tables that one test walks through with the same programs, and errors that are awaited, in one line each."""
 
 import contextlib
 
@@ -12,3 +12,10 @@ def row(name):
         yield
     except (Exception, pytest.fail.Exception) as error:
         raise AssertionError("row %r: %s: %s" % (name, type(error).__name__, error)) from error
+
+
+def assert_raises(kind, text, act, *words, **options):
+    """act(words..., options...) raises such an error, in which `text` is found, a regular expression. Gives the error."""
+    with pytest.raises(kind, match=text) as caught:
+        act(*words, **options)
+    return caught.value

@@ -58,13 +58,11 @@ def test_a_mistake_is_found_and_its_input_kept(monkeypatch, tmp_path, mistake):
     monkeypatch.setattr(ratrod, "decode_message", wrong)
     monkeypatch.setattr(fuzz, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.5)
-    with pytest.raises(fuzz.Failed) as failed:
-        fuzz.run_plain(FUZZES["message"], 20_000, seed=1)
+    failed = pytest.raises(fuzz.Failed, fuzz.run_plain, FUZZES["message"], 20_000, seed=1)
     kept = pathlib.Path(re.search(r"--replay (\S+)", str(failed.value)).group(1))
     assert kept.name == "message-%08x" % hash_of(kept.read_bytes())
     if mistake != "a loop":
-        with pytest.raises((IndexError, AssertionError)):
-            fuzz.replay(kept)
+        pytest.raises((IndexError, AssertionError), fuzz.replay, kept)
     monkeypatch.undo()
     fuzz.replay(kept)
 

@@ -162,8 +162,7 @@ def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, k
     if mode is LEGACY:
         # What was accepted may be taken back: what known_hosts says now counts, not what was accepted an hour ago.
         known.write_text("%s 127.0.0.1:%d\n" % (strange.public, port))
-        with pytest.raises(ConnectionResetError):
-            ask(tcp_port(dialled))
+        pytest.raises(ConnectionResetError, ask, tcp_port(dialled))
         assert dialled.wait() == AUTHENTICATION_FAILED
         dialled.wait_for("%s.*line 1\\b" % CHANGED)
         known.write_text(line)

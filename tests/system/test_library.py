@@ -23,6 +23,7 @@ import ratrod
 from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.programs import CACHE, PATIENCE, ROOT, linux, missing
+from support.rows import assert_raises
 from support.sockets import ask_over, eventually, free_port, ping, receive_all, receive_exactly, say
 from support.targets import echo
 
@@ -93,10 +94,9 @@ class Ends:
 
 def assert_error(kind, text, make):
     assert issubclass(kind, ratrod.RatrodError)
-    with pytest.raises(kind, match=text) as caught:
-        make()
-    assert str(caught.value).isprintable()
-    return caught.value
+    error = assert_raises(kind, text, make)
+    assert str(error).isprintable()
+    return error
 
 
 @pytest.fixture
@@ -251,8 +251,7 @@ def test_closing_ends_what_is_carried(ends, server, target):
         with dial(tunnel.address) as connection:
             receive_exactly(connection, 1)
             (tunnel, server)[end].close()
-            with pytest.raises(ConnectionResetError):
-                connection.recv(1)
+            pytest.raises(ConnectionResetError, connection.recv, 1)
 
 
 def test_a_handler_of_the_log_that_closes_or_fails(ends, server):
@@ -435,8 +434,7 @@ def test_the_death_of_authorization(ends, server, keys, target):
         ping(connection)
         assert tunnel.error is None
         keys.server.write("authorized_keys", "# nobody\n")
-        with pytest.raises(ConnectionResetError):
-            connection.recv(1)
+        pytest.raises(ConnectionResetError, connection.recv, 1)
     eventually(lambda: is_free(tunnel.address) and tunnel.error, "the port is closed, and the error shows")
     assert server.error is None
     error = tunnel.error

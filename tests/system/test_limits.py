@@ -22,7 +22,7 @@ from support.keys import seed_of
 from support.pressure import LONG, BlackHole, figure, is_closed, megabytes, memory_before, peak_growth, scaled
 from support.programs import LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, linux, tcp_port, udp_originator, udp_port
 from support.relays import pump
-from support.rows import row
+from support.rows import assert_raises, row
 from support.sockets import ask, ask_over, dial, eventually, is_ready, outcome_of, ping, receive_all
 from support.whole_ends import Ends
 
@@ -165,8 +165,7 @@ def test_who_is_refused_gives_up_his_place(strangers, keys, second, stack):
     _, _, enter = strangers("--max-handshakes", "4")
     honest = half_way(enter("127.0.0.2"), seed_of(keys.client))
     for n in range(8):
-        with pytest.raises(peer.PeerError, match="does not know"):
-            peer.Client(enter("127.0.0.%d" % (n + 3)), bytes([n]) * 32).handshake()  # which stay
+        assert_raises(peer.PeerError, "does not know", peer.Client(enter("127.0.0.%d" % (n + 3)), bytes([n]) * 32).handshake)  # which stay
     honest.send_message(honest.client_authentication())
     honest.read_completion()
 
@@ -349,9 +348,8 @@ def test_a_link_too_many(serve, connect, keys, second, stack, flag, whose):
     client.wait_for(text + "; try again later")
     before = descriptors(server)
     for _ in range(3):
-        with pytest.raises(peer.PeerError, match=text) as refused:
-            link(stack.enter_context(dial(port)), keys.client)
-        assert refused.value.code != peer.INVALID_KEY  # which would end the client for good
+        refused = assert_raises(peer.PeerError, text, link, stack.enter_context(dial(port)), keys.client)
+        assert refused.code != peer.INVALID_KEY  # which would end the client for good
     server.wait_for(text)
     with pytest.raises(peer.PeerError, match=text) if whose == "in all" else contextlib.nullcontext():
         link(stack.enter_context(dial(port)), second)
@@ -385,8 +383,7 @@ def test_links_by_the_descriptor_limit(start, keys, stack):
     port = int(server.wait_for(STARTED).group(1))
     for _ in range((200 - 64 - 25 - 16) // 2):
         link(stack.enter_context(dial(port)), keys.client)
-    with pytest.raises(peer.PeerError, match=r"as many connections in all as it takes \(47\)"):
-        link(stack.enter_context(dial(port)), keys.client)
+    assert_raises(peer.PeerError, r"as many connections in all as it takes \(47\)", link, stack.enter_context(dial(port)), keys.client)
 
 
 # ---------------------------------------------------------------------------------------------------- streams
@@ -451,8 +448,7 @@ def test_connects_of_one_key_under_way(serve, keys, second, tcp_echo, black_hole
     stream(second, echo).wait_opened()
     assert not is_ready(third.link.sock, selectors.EVENT_READ, 0)
     for attempt in hanging:
-        with pytest.raises(peer.PeerError, match="timed out"):
-            attempt.wait_opened()
+        assert_raises(peer.PeerError, "timed out", attempt.wait_opened)
     third.wait_opened()
 
 
@@ -676,8 +672,7 @@ def test_an_old_link_is_closed_by_the_server(start, connect, keys, tcp_echo, sta
     ping(stack.enter_context(dial(tcp_port(client))))
     time.sleep(0.6)  # an age comes by no event
     old.open("127.0.0.1:%d" % tcp_echo.port)
-    with pytest.raises(peer.LinkClosed):
-        old.read_record()
+    pytest.raises(peer.LinkClosed, old.read_record)
     for _ in range(3):
         ping(stack.enter_context(dial(tcp_port(client))))
     assert "❌" not in client.output

@@ -210,8 +210,7 @@ def test_those_who_say_nothing_make_room(serve):
     for connection in silent[:4]:
         assert connection.recv(1) == b""
     silent[-1].setblocking(False)
-    with pytest.raises(BlockingIOError):
-        silent[-1].recv(1)
+    pytest.raises(BlockingIOError, silent[-1].recv, 1)
     assert server.stop() == 0
     for connection in silent:
         connection.close()
@@ -231,8 +230,7 @@ def test_workers_have_ports_one_after_the_other(ratrod, keys, client):
     bound = int(server.wait_for(r"Starting server on `127.0.0.1:(\d+)").group(1))
     program = client(bound, *("0:127.0.0.1:%d" % port for port in ports)).ready()
     for n in range(8):
-        with pytest.raises(OSError):
-            scrape(tcp_port(program, n % 2 + 1))
+        pytest.raises(OSError, scrape, tcp_port(program, n % 2 + 1))
 
 
 def test_a_new_server_beside_one_that_drains(serve, connect, tcp_echo):

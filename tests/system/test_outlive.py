@@ -19,7 +19,7 @@ from support.keys import permit
 from support.programs import PATIENCE, PYTHON, ROOT, STARTED, tcp_port
 from support.ratrod2_peer import ACK, CLOSE, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
 from support.relays import Door
-from support.rows import row
+from support.rows import assert_raises, row
 from support.scripted import Waiting
 from support.sockets import accept, assert_reset, dial, eventually, is_ready, ping, port_of, receive_all, receive_exactly, works
 
@@ -109,10 +109,9 @@ def stranger(listener, number=NUMBER):
 
 def refusal(stream):
     """The Error that answers an attach, as the link's last record."""
-    with pytest.raises(PeerError) as caught:
-        stream.wait_opened()
+    error = pytest.raises(PeerError, stream.wait_opened).value
     assert stream.link.read_to_end() == []
-    return caught.value
+    return error
 
 
 def assert_no_connect(listener):
@@ -293,15 +292,13 @@ def test_rule_09_an_attach_passes_the_limits(link, hold):
     links = [link() for _ in range(2)]
     for attempt in (1, 2):
         extra = link()
-        with pytest.raises(PeerError, match="as many connections of this client"):
-            peer.Stream(peer.Open(TCP, stream.target, b"", b"some new number.", attempt - 1)).attach(extra).wait_opened()
+        another = peer.Stream(peer.Open(TCP, stream.target, b"", b"some new number.", attempt - 1)).attach(extra)
+        assert_raises(PeerError, "as many connections of this client", another.wait_opened)
         extra.finish()
     attach(stream, link())
     talk(stream, local)
-    with pytest.raises(PeerError, match="as many connections of this client"):
-        link()
-    with pytest.raises(PeerError, match="as many streams"):
-        links[0].open(stream.target).wait_opened()
+    assert_raises(PeerError, "as many connections of this client", link)
+    assert_raises(PeerError, "as many streams", links[0].open(stream.target).wait_opened)
     live_and_end(stream, local)
     live_and_end(*hold(on=links[1]))
 
@@ -313,8 +310,7 @@ def test_rule_10_a_server_that_ends(link, hold, drain):
     stream, local = hold(is_detached=drain != "0", flags=("--drain", drain))
     link.server.process.send_signal(signal.SIGTERM)
     if drain == "0":
-        with pytest.raises(PeerError):
-            stream.receive()
+        pytest.raises(PeerError, stream.receive)
     assert was_reset(local)
     assert link.server.wait() == 0
 
@@ -361,8 +357,7 @@ def test_rule_13_a_stream_of_a_listener_moves_to_a_link_of_its_pool(link):
 def test_38_a_key_that_lost_its_permission(link, hold, keys):
     stream, local = hold(is_detached=True)
     permit(keys, 'permitopen="nowhere.example:1"')
-    with pytest.raises(PeerError):  # the server looks at authorized_keys for each link that comes
-        link().open(stream.target).wait_opened()
+    pytest.raises(PeerError, link().open(stream.target).wait_opened)  # the server looks at authorized_keys for each link that comes
     assert refusal(stream.attach(link())).code == peer.INVALID_HOST
     assert was_reset(local)
 
@@ -473,8 +468,7 @@ def test_rule_08_ends_that_do_not_wait_equally_long(serve, connect, tcp_echo, ou
 def test_rule_10_a_client_that_ends_says_error(originate):
     stream, _ = originate()
     originate.client.process.send_signal(signal.SIGTERM)
-    with pytest.raises(PeerError):
-        stream.receive()
+    pytest.raises(PeerError, stream.receive)
 
 
 def test_rule_11_a_client_abandons_what_failed_while_it_was_detached(home, originate):

@@ -11,6 +11,7 @@ import pytest
 from support import ratrod2_peer as peer
 from support.keys import base64url, seed_of
 from support.programs import AUTHENTICATION_FAILED, LEGACY, LEGACY_E, PYTHON, RATROD2, ROOT, STARTED, either_wire, tcp_port, udp_originator
+from support.rows import assert_raises
 from support.sockets import ask, ask_udp, assert_refused, dial, ping
 from support.targets import UdpEcho, echo
 
@@ -185,8 +186,7 @@ def test_keys_do_not_share_what_they_may(serve, keys, second, authorized, tcp_ec
         assert link.exchange(another, b"?") == b"?"
         authorized('KEY permitopen="%s"' % one)
         reread(server)
-        with pytest.raises(peer.PeerError, match=NOT_ALLOWED):
-            link.open(another).wait_opened()
+        assert_raises(peer.PeerError, NOT_ALLOWED, link.open(another).wait_opened)
     assert askers[0].tcp(one) == OPENED
 
 
@@ -313,8 +313,7 @@ def test_a_key_that_may_not_come_in_any_more(start, keys, client, authorized, tc
             authorized(line)
         else:
             (tmp_path / "tomorrow").touch()
-        with pytest.raises(ConnectionResetError):
-            running.recv(1)
+        pytest.raises(ConnectionResetError, running.recv, 1)
     if "--max-retry-count" in flags:
         with contextlib.suppress(OSError):  # legacy has no link that waits: a connection makes it try
             dial(port).close()

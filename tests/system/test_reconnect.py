@@ -260,8 +260,7 @@ def test_who_waits_too_long_is_reset_and_told_why(serve, connect_to, tcp_echo, m
     since = time.monotonic()
     with dial(tcp_port(client)) as connection:
         connection.sendall(b"x")
-        with pytest.raises(ConnectionResetError):
-            connection.recv(1)
+        pytest.raises(ConnectionResetError, connection.recv, 1)
         address = "127.0.0.1:%d" % port_of(connection)
     assert time.monotonic() - since > 0.4
     line = client.wait_for(r"❌ \[\w+\] `%s` -> .*" % re.escape(address)).group()

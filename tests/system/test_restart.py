@@ -98,8 +98,7 @@ def test_an_idle_link_beside_a_busy_one(link, tcp_echo):
     stream.wait_opened()
     link.server.process.send_signal(TERM)
     assert idle.read_any_record().type == peer.CLOSE
-    with pytest.raises(peer.LinkEnded) as end:
-        idle.read_any_record()
+    end = pytest.raises(peer.LinkEnded, idle.read_any_record)
     assert not isinstance(end.value, peer.LinkBroken)
     stream.send(b"still there?")
     assert stream.receive() == b"still there?"

@@ -23,7 +23,7 @@ from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, assert_start_fails, bound, descriptors, handshakes, tcp_port
 from support.proxy_headers import SIGNATURE
 from support.ratrod2_peer import CLOSE, DATA, LISTEN, OPEN, REMOTE_FAILED, TCP, LinkEnded, PeerError, encode_open
-from support.rows import row
+from support.rows import assert_raises, row
 from support.scripted import Waiting
 from support.sockets import accept, ask, dial, eventually, free_port, ping, port_of, receive_all, receive_exactly, refused, reset, say, talk, works
 from support.targets import Target, UnixTarget, echo, says
@@ -277,8 +277,7 @@ def test_a_client_that_comes_back_has_its_port_at_once(reverse, client, stage, t
         third = comes_back(b"third")
         # What a client carried that crashed is reset.
         made.client.process.kill()
-        with pytest.raises(ConnectionResetError):
-            connection.recv(1)
+        pytest.raises(ConnectionResetError, connection.recv, 1)
     assert third.process.poll() is None and greeting(made.port) == b"third"
 
 
@@ -444,8 +443,7 @@ def test_64_earlier_instances_are_remembered(listen):
     address = None
     for instance in instances:
         _, address = listen(address, instance)
-    with pytest.raises(PeerError):
-        listen(address, instances[1])
+    pytest.raises(PeerError, listen, address, instances[1])
     listen(address, instances[0])
 
 
@@ -471,12 +469,10 @@ def test_a_reset_of_either_side_reaches_the_other(listen, originate):
         receive_exactly(originator, 1)
         if is_ours:
             stream.fail(REMOTE_FAILED, "Broken pipe")
-            with pytest.raises(ConnectionResetError):
-                originator.recv(1)
+            pytest.raises(ConnectionResetError, originator.recv, 1)
         else:
             reset(originator)
-            with pytest.raises(PeerError):
-                stream.receive()
+            pytest.raises(PeerError, stream.receive)
             assert listening.read_to_end() == []
 
 
@@ -493,8 +489,7 @@ def test_21_a_listen_link_serves_no_other_client(listen, originate, second):
     at all any more."""
     (mine, address), (theirs, other) = listen(flags=("--connect-timeout", "2")), listen(who=second)
     for instance in (b"instance", b"another!"):
-        with pytest.raises(PeerError, match="."):
-            listen(address, instance, second)
+        assert_raises(PeerError, ".", listen, address, instance, second)
     for _ in range(3):
         serve_one(mine, originate(address))
         serve_one(theirs, originate(other))
@@ -509,8 +504,7 @@ def test_21_a_listen_link_serves_no_other_client(listen, originate, second):
     last = originate(address)
     assert mine.accept().target == "127.0.0.1:%d" % port_of(last)
     mine.finish()  # the whole client goes, and its last connection with it
-    with pytest.raises(ConnectionResetError):
-        last.recv(1)
+    pytest.raises(ConnectionResetError, last.recv, 1)
     serve_one(theirs, originate(other))
 
 

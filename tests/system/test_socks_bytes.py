@@ -403,8 +403,7 @@ def test_targets_that_fail_disturb_no_other(mode, proxy, udp_echo, remote):
     made.server.wait_for("refused.*127.0.0.1:%d" % remote.port)
     made.client.wait_for("not allowed by this server")
     remote.socket.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        remote.receive()
+    pytest.raises(BlockingIOError, remote.receive)
 
 
 def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
@@ -428,8 +427,7 @@ def test_datagrams_that_must_not_pass(proxy, udp_echo, remote):
             assert received == data
             remote.socket.sendto(data, source)
             assert asking.receive()[0] == data
-        with pytest.raises(BlockingIOError):
-            stranger.recv(100)
+        pytest.raises(BlockingIOError, stranger.recv, 100)
         # And from another program of its own machine, which has not given the password.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as neighbour:
             neighbour.sendto(b"\0\0\0" + encode_address("127.0.0.1", remote.port) + b"forged", asking.relay)

@@ -81,8 +81,7 @@ def test_bytes_ends_and_resets(mode, tunnel, listener, join):
             leaving, staying = join(port, first)
             talk(leaving, staying)
             reset(leaving)
-            with pytest.raises(ConnectionResetError):
-                staying.recv(1)
+            pytest.raises(ConnectionResetError, staying.recv, 1)
         with row("the %s resets in the middle of bulk" % first):
             # The other side may get less than was sent, but never a clean end.
             leaving, staying = join(port, first)
@@ -91,8 +90,7 @@ def test_bytes_ends_and_resets(mode, tunnel, listener, join):
                 for _ in range(16):
                     leaving.sendall(BLOCK)
                 reset(leaving)
-                with pytest.raises(ConnectionResetError):
-                    received.result()
+                pytest.raises(ConnectionResetError, received.result)
         with row("the %s resets after its own end" % first):
             # It is not read any more, so that only writing to it can tell that it is gone.
             leaving, staying = join(port, first)
@@ -145,8 +143,7 @@ def test_bulk_and_slow_readers(mode, forward, listener, join, tcp_echo):
             # Its reset must not turn into a clean end once reading resumes.
             reader, sender = pairs[2]
             reset(sender)
-            with pytest.raises(ConnectionResetError):
-                receive_all(reader)
+            pytest.raises(ConnectionResetError, receive_all, reader)
 
 
 @either_wire
@@ -198,8 +195,7 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
             for host in hosts:
                 ask(tcp_port(client, n), host=host)
     # Without a local host it is loopback that listens, and nothing else.
-    with pytest.raises(ConnectionRefusedError):
-        dial(port + 1, "127.0.0.2")
+    pytest.raises(ConnectionRefusedError, dial, port + 1, "127.0.0.2")
     # The IPv6 wildcard takes IPv4 too, as * does, and shows it as such.
     with dial(tcp_port(client, len(forms))) as connection:
         ping(connection, b"still there?")

@@ -102,8 +102,7 @@ def test_a_socks_client_that_reset_its_connection_before_the_reply(monkeypatch):
     stream = object.__new__(Stream)
     stream.was_opened, stream.version, stream.local = False, 5, types.SimpleNamespace(send=send)
     stream.out = types.SimpleNamespace(keeps=True)
-    with pytest.raises(ratrod.RemoteProtocolError):
-        stream._on_opened(None, ratrod.Opened(""))
+    pytest.raises(ratrod.RemoteProtocolError, stream._on_opened, None, ratrod.Opened(""))
     assert not failed
     monkeypatch.setattr(ratrod.OpenerStream, "_on_opened", lambda *_: None)
     stream._on_opened(None, ratrod.Opened("", 0))

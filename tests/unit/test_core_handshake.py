@@ -16,7 +16,7 @@ import test_core_legacy as legacy
 from ratrod import AuthenticationError, LocalProtocolError, RatrodError, RemoteProtocolError
 from support import ratrod2_peer as peer
 from support.ratrod2_peer import OPENING, SMALL_ORDER_POINTS, Identity, negative, odd_keypair
-from support.rows import row
+from support.rows import assert_raises, row
 from test_core import AEGIS, CHACHA, CLIENT, SERVER, STREAM, accept, both_suites, feed, flipped, read_records, shake, started, write_data
 
 NOISE, RATROD2 = (json.loads((pathlib.Path(__file__).resolve().parents[1] / "support" / "vectors" / name).read_text())
@@ -359,8 +359,7 @@ def test_the_server_takes_the_first_suite_that_it_offers_itself(offer, ours, cho
 
 def check_refused(end, step, error=RemoteProtocolError, match=None):
     """In this step of the independent peer's our end says no more, and is not done."""
-    with pytest.raises(error, match=match):
-        step()
+    assert_raises(error, match, step)
     assert end.data_to_send() == b"" and not end.is_done
 
 
@@ -485,8 +484,7 @@ def test_handshake_messages_of_an_allowed_length_are_read_whole_and_then_refused
         for end, before in ((client_end(), b""), (server_end(), OPENING)):
             feed(end, [before + size.to_bytes(2, "big")])
             assert end.wanted == size
-            with pytest.raises(RemoteProtocolError) as caught:
-                feed(end, [b"\x09" * size])
+            caught = pytest.raises(RemoteProtocolError, feed, end, [b"\x09" * size])
             assert "--legacy" not in str(caught.value)
 
 
@@ -494,14 +492,11 @@ def test_a_server_that_says_nothing_or_speaks_legacy_names_the_flag():
     # The original closes at `ratrod2\n`; one of ours that serves legacy only sends a legacy Error.
     # Not where the server has answered ratrod2 in this handshake or in an earlier one.
     silent, legacy, late, known = client_end(), client_end(), client_end(), client_end(is_known=True)
-    with pytest.raises(RemoteProtocolError, match="--legacy"):
-        silent.receive_eof()
-    with pytest.raises(RemoteProtocolError, match="--legacy"):
-        feed(legacy, [b"\0" + (30).to_bytes(8, "big") + bytes(30)])
+    assert_raises(RemoteProtocolError, "--legacy", silent.receive_eof)
+    assert_raises(RemoteProtocolError, "--legacy", feed, legacy, [b"\0" + (30).to_bytes(8, "big") + bytes(30)])
     PeerServer(late).answer()
     begun = client_end()
     feed(begun, [b"\0\x89" + bytes(20)])
     for end in (late, known, begun):
-        with pytest.raises(RemoteProtocolError) as caught:
-            end.receive_eof()
+        caught = pytest.raises(RemoteProtocolError, end.receive_eof)
         assert "--legacy" not in str(caught.value)

@@ -18,7 +18,7 @@ from support import legacy_peer
 from support.legacy_peer import LIMIT
 from support.legacy_peer import frame as framed
 from support.ratrod2_peer import SMALL_ORDER_POINTS, encode_datagrams
-from support.rows import row
+from support.rows import assert_raises, row
 from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, write_data
 
 # ---------------------------------------------------------------------------------------------------- 2. messages
@@ -276,8 +276,7 @@ def refused_with(server, error=AuthenticationError, keys=CLIENT, **fields):
     client = peer_client(server, keys)
     client.send_preamble()
     client.receive_preamble()
-    with pytest.raises(error) as caught:
-        client.send_authentication(**fields)
+    caught = pytest.raises(error, client.send_authentication, **fields)
     assert not server.is_done
     return [tuple(message) for message in iter(client.receive, None)], str(caught.value)
 
@@ -311,8 +310,7 @@ def test_a_peer_that_is_not_listed_or_has_the_server_s_own_key():
     told, text = refused_with(server_end(), keys=SERVER)
     assert told == [(legacy_peer.INVALID_KEY, text)] and "same key" in text
     client = client_end(keys=SERVER)
-    with pytest.raises(AuthenticationError, match="same key"):
-        peer_server(client).handshake()
+    assert_raises(AuthenticationError, "same key", peer_server(client).handshake)
 
 
 def test_identities_that_are_no_key():
@@ -326,8 +324,7 @@ def answer_with(client, error, **fields):
     """Our client refuses a ServerPreamble with these fields, and says nothing more."""
     server = peer_server(client)
     server.receive_preamble()
-    with pytest.raises(error) as caught:
-        server.send_preamble(**fields)
+    caught = pytest.raises(error, server.send_preamble, **fields)
     assert not client.is_done and client.data_to_send() == b""
     return caught.value
 
@@ -371,8 +368,7 @@ def test_an_error_in_place_of_server_preamble_is_shown_harmlessly():
     # A Rust server that forbids a remote says so there, its regex in it.
     client = client_end()
     error = legacy_peer.Error(legacy_peer.INVALID_HOST, "\x1b[2Jno\r\n" + "A" * 5000)
-    with pytest.raises(ratrod.PeerError) as caught:
-        feed(client, [framed(legacy_peer.encode(error))])
+    caught = pytest.raises(ratrod.PeerError, feed, client, [framed(legacy_peer.encode(error))])
     assert caught.value.code == ratrod.INVALID_HOST
     assert str(caught.value).isprintable() and len(str(caught.value)) <= 203 and "no" in str(caught.value)
 

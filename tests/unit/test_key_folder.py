@@ -18,6 +18,7 @@ import pytest
 import ratrod
 from ratrod import AuthenticationError, ConfigError, KeyFolder, KnownHosts
 from support.keys import base64url, make_keys
+from support.rows import assert_raises
 
 posix = pytest.mark.skipif(os.name != "posix", reason="other systems have other permissions")
 
@@ -50,8 +51,7 @@ def test_without_a_home_folder_none_is_made_up(tmp_path, monkeypatch, home):
     else:
         monkeypatch.setenv("HOME", home)
     for path in (None, "~/keys"):
-        with pytest.raises(ConfigError, match="no home folder .*-k"):
-            KeyFolder(path)
+        assert_raises(ConfigError, "no home folder .*-k", KeyFolder, path)
     ratrod.NoKeys().load()  # ssh:// needs no folder
     assert KeyFolder(str(tmp_path)).generate() and not (tmp_path / "~").exists()
 
@@ -66,14 +66,11 @@ def test_what_is_there_already_is_kept(tmp_path):
     (tmp_path / "key").unlink()
     before = snapshot(tmp_path)
     for path in (str(tmp_path), str(tmp_path / "key")):  # which is the file, though it is not there yet
-        with pytest.raises(ConfigError, match="key.pub"):
-            KeyFolder(path).generate()
+        assert_raises(ConfigError, "key.pub", KeyFolder(path).generate)
     assert snapshot(tmp_path) == before
     for path in (str(tmp_path / "notes" / "sub"), "/proc/no-such-folder"):
-        with pytest.raises(ConfigError, match=path):
-            KeyFolder(path).generate()
-    with pytest.raises(ConfigError, match="zero character"):
-        KeyFolder("a\0b")
+        assert_raises(ConfigError, path, KeyFolder(path).generate)
+    assert_raises(ConfigError, "zero character", KeyFolder, "a\0b")
 
 
 def test_a_disk_that_is_full_leaves_no_half_of_a_key(tmp_path, monkeypatch):
@@ -84,8 +81,7 @@ def test_a_disk_that_is_full_leaves_no_half_of_a_key(tmp_path, monkeypatch):
         write_new(path, text)
     with monkeypatch.context() as patch:
         patch.setattr(ratrod, "write_new", fill)
-        with pytest.raises(ConfigError, match="No space left"):
-            KeyFolder(str(tmp_path)).generate()
+        assert_raises(ConfigError, "No space left", KeyFolder(str(tmp_path)).generate)
     assert KeyFolder(str(tmp_path)).generate()
 
 
@@ -110,8 +106,7 @@ def test_a_bad_key_file(tmp_path, name):
     # It is not taken for a missing one, which would be overwritten.
     assert folder.exists()
     pytest.raises(ConfigError, folder.generate)
-    with pytest.raises(ConfigError) as raised:
-        folder.load()
+    raised = pytest.raises(ConfigError, folder.load)
     assert str(tmp_path / "key") in str(raised.value)
     assert GOOD[22:60] not in str(raised.value), "a part of a private key was shown"
     assert snapshot(tmp_path) == {"key": BAD_KEY_FILES[name]}
@@ -133,8 +128,7 @@ def test_another_file_in_the_place_of_a_key(tmp_path, place):
     path = tmp_path / place
     for what, text in ((what, text) for what, texts in other_files.items() for text in texts):
         path.write_bytes(text.encode())
-        with pytest.raises(ConfigError) as raised:
-            KeyFolder(str(tmp_path if place == "key" else path)).load()
+        raised = pytest.raises(ConfigError, KeyFolder(str(tmp_path if place == "key" else path)).load)
         said = str(raised.value)
         assert said.startswith("`%s` is no private key of ratrod's but %s" % (path, what)) and "-k takes the folder" in said, said
         assert "damaged" not in said and PUBLIC not in said
@@ -146,8 +140,7 @@ def test_what_other_systems_do_to_a_key_file(tmp_path):
                ("%s\r\n", UTF16, "utf-16"), ("\ufeff%s", UTF16, "utf-16-be"), ("%s\r\n", UTF16, "utf-16-le")]
     for around, said, encoding in foreign:
         (tmp_path / "key").write_bytes((around % GOOD).encode(encoding))
-        with pytest.raises(ConfigError, match=said):
-            KeyFolder(str(tmp_path)).load()
+        assert_raises(ConfigError, said, KeyFolder(str(tmp_path)).load)
 
 
 def test_a_good_key_file_and_white_space_around_it(tmp_path):
@@ -398,8 +391,7 @@ def test_the_first_run(tmp_path, typing, capsys):
                 ratrod.ensure_keys(folder)
                 folder.load()
         else:
-            with pytest.raises(ConfigError, match="`%s`.*ratrod -k %s keygen" % ((folder.path,) * 2)):  # what to do instead
-                ratrod.ensure_keys(folder)
+            assert_raises(ConfigError, "`%s`.*ratrod -k %s keygen" % ((folder.path,) * 2), ratrod.ensure_keys, folder)  # what to do instead
             assert not (tmp_path / str(n)).exists(), typed
         assert capsys.readouterr().out.count(ratrod.QUESTION) == 1
 
@@ -424,8 +416,7 @@ def test_a_silent_pipe_is_no_answer(tmp_path, monkeypatch):
             if typed.startswith(b"y"):
                 ratrod.ensure_keys(KeyFolder(str(tmp_path / "new")))
             else:
-                with pytest.raises(ConfigError, match="ratrod -k .* keygen"):
-                    ratrod.ensure_keys(KeyFolder(str(tmp_path / "new")))
+                assert_raises(ConfigError, "ratrod -k .* keygen", ratrod.ensure_keys, KeyFolder(str(tmp_path / "new")))
             assert not typed or os.read(reading, 100) == b"more"
 
 

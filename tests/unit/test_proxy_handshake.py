@@ -6,7 +6,7 @@ import pytest
 
 import ratrod
 from ratrod import AuthenticationError, RemoteProtocolError
-from support.rows import row
+from support.rows import assert_raises, row
 
 SERVER = ratrod.Address("db.invalid", 19000)
 REQUEST = b"\5\1\0\3\x0adb.invalid" + (19000).to_bytes(2, "big")
@@ -82,8 +82,7 @@ SOCKS = {
 def test_a_proxy_that_misbehaves(url, answers):
     for name, (answer, says) in answers.items():
         with row(name):
-            with pytest.raises(RemoteProtocolError) as error:
-                talk(url, answer)
+            error = pytest.raises(RemoteProtocolError, talk, url, answer)
             assert not isinstance(error.value, AuthenticationError)
             assert re.search(says, str(error.value)) and str(error.value).isprintable(), error.value
 
@@ -104,16 +103,14 @@ def test_a_proxy_that_wants_what_is_not_spoken():
             for answer in (offering(*values), offering(*values, name=b"pRoXy-AuThEnTiCaTe").replace(b": ", b":").replace(b"407", b"407"),
                            offering(*values, name=b"WWW-Authenticate").replace(b"407", b"401")):
                 with row((user, answer)):
-                    with pytest.raises(RemoteProtocolError) as error:
-                        talk("http://%sproxy" % user, answer)
+                    error = pytest.raises(RemoteProtocolError, talk, "http://%sproxy" % user, answer)
                     assert not isinstance(error.value, AuthenticationError)
                     assert "it takes only %s, which ratrod does not speak: run a local proxy that does" % named in str(error.value)
         for values in ((b"NTLM", b'Basic realm="x"'), (b"Negotiate, basic",), (b'Digest realm="x", BASIC realm="y"',), (b"",), (b'"NTLM"',)):
             with row((user, values)), pytest.raises(AuthenticationError, match="it (wants|takes)"):
                 talk("http://%sproxy" % user, offering(*values))
-    with pytest.raises(RemoteProtocolError, match="perhaps only GSSAPI, which ratrod does not speak") as error:
-        talk("socks5://user:p@proxy", b"\5\xff")
-    assert not isinstance(error.value, AuthenticationError)
+    error = assert_raises(RemoteProtocolError, "perhaps only GSSAPI, which ratrod does not speak", talk, "socks5://user:p@proxy", b"\5\xff")
+    assert not isinstance(error, AuthenticationError)
 
 
 def test_a_proxy_that_wants_a_user():
@@ -129,8 +126,7 @@ def test_a_proxy_that_wants_a_user():
         ("socks5://user:wrong@proxy", b"\5\2\1\1", another),
     ):
         with row((url, answer)):
-            with pytest.raises(AuthenticationError) as error:
-                talk(url, answer)
+            error = pytest.raises(AuthenticationError, talk, url, answer)
             assert str(error.value) == says
 
 
@@ -150,9 +146,8 @@ def test_urls_that_cannot_be():
                 "socks5://" + "s" * 256 + ":x@proxy", "socks5://u:" + "s" * 256 + "@proxy", "http://proxy:80/path",
                 "http://secret:secret@a b\nc:80:90"):
         with row(url):
-            with pytest.raises(ratrod.ConfigError, match="cannot understand the --proxy: ") as error:
-                ratrod.parse_proxy(url, [])
-            assert "secret" not in str(error.value) and "sss" not in str(error.value)
+            error = assert_raises(ratrod.ConfigError, "cannot understand the --proxy: ", ratrod.parse_proxy, url, [])
+            assert "secret" not in str(error) and "sss" not in str(error)
 
 
 def test_servers_that_no_proxy_can_be_asked_for():

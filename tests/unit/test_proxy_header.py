@@ -93,8 +93,6 @@ def test_the_header_of_a_reverse_tunnels_visitor():
 @pytest.mark.parametrize("data", [b"P", b"PROXY TCP4 19", b"PROXY TCP4 198.51.100.7", ratrod.PROXY_SIGNATURE, v2(addresses("198.51.100.7"))[:-1]])
 def test_a_header_that_stops_is_a_failure_and_no_health_check(data):
     header, _ = read(data)
-    with pytest.raises(ratrod.RemoteProtocolError) as caught:
-        header.receive_eof()
+    caught = pytest.raises(ratrod.RemoteProtocolError, header.receive_eof)
     assert not isinstance(caught.value, ratrod.Speechless)
-    with pytest.raises(ratrod.Speechless):
-        read(b"")[0].receive_eof()
+    pytest.raises(ratrod.Speechless, read(b"")[0].receive_eof)

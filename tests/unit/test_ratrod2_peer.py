@@ -13,6 +13,7 @@ import pytest
 from support import ratrod2_peer as peer
 from support.programs import PATIENCE
 from support.ratrod2_peer import SUITES, Client, Identity, ProtocolError, Server
+from support.rows import assert_raises
 
 CLIENT_SEED, SERVER_SEED = b"c" * 32, b"s" * 32
 
@@ -33,8 +34,7 @@ CLIENT_SEED, SERVER_SEED = b"c" * 32, b"s" * 32
 ])
 def test_contents_that_are_refused(decode, contents):
     for content in contents:
-        with pytest.raises(ProtocolError):
-            decode(content)
+        pytest.raises(ProtocolError, decode, content)
 
 
 class Joined:
@@ -74,8 +74,7 @@ def test_an_ack_that_goes_back():
         stream.ack(1)
     stream = Joined(serve).client.handshake().open("a:1")
     stream.send(b"abc")
-    with pytest.raises(ProtocolError, match="1 taken, of 3 sent and 3 acknowledged"):
-        stream.wait_acknowledged(4)
+    assert_raises(ProtocolError, "1 taken, of 3 sent and 3 acknowledged", stream.wait_acknowledged, 4)
 
 
 @pytest.mark.parametrize("wrong", [{"attempt": 1}, {"attempt": 0}, {"at": 4}, {"taken": 4}, {"target": "b:1"}], ids=str)
@@ -107,8 +106,7 @@ def test_small_order_points_really_are(point):
     unchecked = Joined(serving(peer.echo), options, {"attacker": True})
     assert unchecked.client.handshake().exchange("a:1", b"hello") == b"hello"
     checked = Joined(lambda server: server.begin_handshake(), options)
-    with pytest.raises((peer.LinkEnded, ProtocolError)):
-        checked.client.begin_handshake()
+    pytest.raises((peer.LinkEnded, ProtocolError), checked.client.begin_handshake)
     assert isinstance(checked.outcome(), ProtocolError)
 
 
@@ -133,11 +131,9 @@ def test_bad_records_are_refused(suite):
     writer, reader = peer.RecordWriter(suite, key), peer.RecordReader(suite, key)
     first, second = writer.seal(peer.DATA, b"1"), writer.seal(peer.DATA, b"2")
     for wire in (second, first[:-1] + bytes([first[-1] ^ 1]), bytes([first[0] ^ 1]) + first[1:]):
-        with pytest.raises(ProtocolError):
-            reader.open(wire)
+        pytest.raises(ProtocolError, reader.open, wire)
     assert reader.open(first).content == b"1"
-    with pytest.raises(ProtocolError):
-        reader.open(first)
+    pytest.raises(ProtocolError, reader.open, first)
     assert reader.open(second).content == b"2"
 
 

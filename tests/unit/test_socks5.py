@@ -4,7 +4,7 @@ import pytest
 
 import ratrod
 from ratrod import RemoteProtocolError, parse_target
-from support.rows import row
+from support.rows import assert_raises, row
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, encode_address, request
 
 # The corners of RFC 1929: the longest password that there can be, with a colon in it, both words beyond ASCII.
@@ -150,7 +150,6 @@ def test_users_that_are_none():
     for user in ("a:b", "a" * 255 + ":" + "b" * 255, "a::", LOGIN):
         assert len(ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)) == 1
     # And the option is the client's alone, and that of socks tunnels.
-    with pytest.raises(ratrod.ConfigError, match="--socks-user is for socks tunnels"):
-        ratrod.check_tunnels(["2000:db:80"], legacy=False, socks_user="a:b")
-    with pytest.raises(ratrod.UsageError, match="`--socks-user` does not belong to `serve`"):
-        ratrod.parse_command_line(["serve", "--socks-user", "a:b", "127.0.0.1:0"])
+    assert_raises(ratrod.ConfigError, "--socks-user is for socks tunnels", ratrod.check_tunnels, ["2000:db:80"], legacy=False, socks_user="a:b")
+    words = ["serve", "--socks-user", "a:b", "127.0.0.1:0"]
+    assert_raises(ratrod.UsageError, "`--socks-user` does not belong to `serve`", ratrod.parse_command_line, words)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 import ratrod
-from support.rows import row
+from support.rows import assert_raises, row
 
 NO_TUNNELS = [
     # Plain ones.
@@ -74,8 +74,7 @@ def test_tunnels_that_are_none():
     """What was typed is named, so that a terminal can show it, with the forms that there are."""
     for text in NO_TUNNELS:
         with row(text):
-            with pytest.raises(ratrod.ConfigError) as error:
-                ratrod.parse_tunnels(text)
+            error = pytest.raises(ratrod.ConfigError, ratrod.parse_tunnels, text)
             said = str(error.value)
             assert "`%s`" % ratrod.printable(text) in said and said.isprintable()
             without = said.replace("`%s`" % ratrod.printable(text), "")
@@ -100,5 +99,4 @@ def test_windows_names_what_a_posix_system_has_at_the_other_side(monkeypatch):
     monkeypatch.delattr(os, "readv", raising=False)
     for text in "6379:unix:/run/redis.sock", "R:9000:unix:/run/redis.sock":
         assert str(ratrod.parse_tunnels(text)[0].remote) == "unix:/run/redis.sock"
-    with pytest.raises(ratrod.ConfigError, match="stdio: needs a POSIX system"):
-        ratrod.check_tunnels(["stdio:db:80"], legacy=False)
+    assert_raises(ratrod.ConfigError, "stdio: needs a POSIX system", ratrod.check_tunnels, ["stdio:db:80"], legacy=False)

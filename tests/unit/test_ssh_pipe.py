@@ -5,7 +5,7 @@ import socket
 import pytest
 
 import ratrod
-from support.rows import row
+from support.rows import assert_raises, row
 from test_core import every_cut, feed, started, whole
 
 MARKER = b"\nratrod 00112233\n"
@@ -33,8 +33,7 @@ def test_what_a_login_shell_prints(cut):
             handshake, taken = shake(chatter + MARKER + b"a record", cut)
             assert (handshake.is_done, taken) == (True, len(chatter + MARKER))
             assert not shake(chatter + MARKER[:-1], cut)[0].is_done
-    with pytest.raises(ratrod.RemoteProtocolError, match="prints more than 65536 bytes"):
-        shake(b"x" * 100000)
+    assert_raises(ratrod.RemoteProtocolError, "prints more than 65536 bytes", shake, b"x" * 100000)
 
 
 def test_bare_records_get_on_no_network():

@@ -35,8 +35,7 @@ def listening(path):
 
 
 def assert_left_alone(path):
-    with pytest.raises(ratrod.RatrodError) as error:
-        ratrod.listen_unix(str(path)).close()
+    error = pytest.raises(ratrod.RatrodError, ratrod.listen_unix, str(path))
     assert str(error.value).startswith("cannot listen on `unix:%s`: " % path)
     return str(error.value)
 
