@@ -630,6 +630,7 @@ class Streams(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((2, 5, 25, 60)))
     def pass_time(self, seconds):
         """Where no link or remote comes in time, streams may be given up."""
+        self.world.rounds(12)  # a link that was cut a moment ago is noticed
         for connection in self.world.live:
             waits = any(stream.link is None for stream in connection.streams) or not connection.stream.was_opened
             if waits and (not self.world.client.opener.is_reachable or self.world.server.hesitates):
