@@ -3639,13 +3639,13 @@ class Connector:
                         self._tries.pop(next(iter(self._tries))).close()
                     self._tries[sock] = Transport(self._loop, sock, functools.partial(self._on_event, sock))
                     self._tries[sock].want(WRITE)
-                return self._wait()
+                break
             if sock:
                 sock.close()
             self._error = system_error(code)
-        if not self._tries:
-            self._finish(None, self._error)
-        return None
+        if self._tries or self._addresses:
+            return self._wait()
+        return self._finish(None, self._error)
 
     def _on_event(self, sock: socket.socket, _mask: int) -> None:
         if sock not in self._tries:

@@ -535,3 +535,20 @@ def test_an_address_that_says_nothing_does_not_hold_up_the_next_one(loop):
         assert error is None
         with sock:
             assert sock.getpeername() == near.getsockname()
+
+
+@linux
+@pytest.mark.parametrize("found", [1, 2], ids=["the last one", "one after a refusal"])
+def test_an_address_that_fails_at_once_leaves_those_that_are_silent_their_deadline(loop, found):
+    """A host without IPv6 and a remote that says nothing: it had lasted until the kernel gave up, after two minutes."""
+    ended = []
+    with closing(BlackHole()) as hole:
+        silent, unreachable = (socket.AF_INET, ("127.0.0.1", hole.port)), (socket.AF_INET, ("255.255.255.255", 1))
+        addresses = [silent] + [unreachable] * found
+        def on_close(*end):
+            ended.append(end)
+            loop.stop()
+        ratrod.Connector(loop, ratrod.Address("name", 1), 2 * ratrod.STAGGER, on_close).start(lambda _target, done: done(addresses, None))
+        loop.call_later(PATIENCE / 4, loop.stop)
+        loop.run()
+    assert [(sock, str(error)) for sock, error in ended] == [(None, "timed out")]
