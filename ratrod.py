@@ -5727,7 +5727,9 @@ class UdpLink(LinkUser):
 
     def end(self, session: UdpSession, error: Exception | None = None,
             tell: Error | None = Error(UNKNOWN, "")) -> None:  # noqa: B008 - a constant
-        """Forgets the session, and tells the other side why unless that was what told us."""
+        """Forgets the session, and tells the other side why unless that was what told us. May be called twice."""
+        if session.is_over:  # the link has found out that it is broken, which ended all of its sessions
+            return
         session.is_over = True
         del self.sessions[session.number], session.peers[session]
         session.take_kept()

@@ -91,6 +91,21 @@ def test_datagrams_that_are_broken_beyond_their_first_turn_end_the_link():
         assert [type(error) for error in ended] == [ratrod.RemoteProtocolError]
 
 
+def test_a_udp_link_that_is_found_broken_while_its_idle_sessions_end():
+    """The first SessionOver finds that its client has gone, which ends all of its sessions."""
+    with contextlib.closing(ratrod.EventLoop()) as loop:
+        owner = types.SimpleNamespace(loop=loop, limits=ratrod.DEFAULT_LIMITS, memory=ratrod.Memory(1 << 20), counters=ratrod.Counters(loop),
+                                      on_udp_lost=lambda udp, _link, _error: udp.close())
+        sessions, udp = ratrod.UdpSessions(owner, 9, "", -1.0), ratrod.UdpLink(owner, b"key")
+        def break_(*_record):
+            udp.on_close(udp.link, ratrod.LinkClosed("reset"))
+        udp.link = types.SimpleNamespace(is_legacy=False, send_record=break_, close=lambda: None)
+        for number in range(3):
+            sessions.add(ratrod.UdpSession(udp, number, "", ""))
+        sessions.sweep()
+        assert not udp.sessions and not owner.counters.sessions and not sessions._of_key
+
+
 def test_a_socks_client_that_reset_its_connection_before_the_reply(monkeypatch):
     """The system says it once: a read after that would find a clean end, and a cut upload would look whole. After a wrong Opened none is sent."""
     failed = []
