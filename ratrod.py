@@ -5181,10 +5181,9 @@ class Stream(LinkUser):
             if code:
                 return self._on_local_failed(system_error(code))
         link = self.link
-        if link and link.state == BUSY:
-            if self.out.keeps and self._told != self.taken and self.loop.now - self._heard_at >= 1 and not link.out:
-                self._acknowledge(link)
-            link.update()  # memory that was short may be there again
+        if (link and self.out.keeps and link.state == BUSY and not link.out
+                and self._told != self.taken and self.loop.now - self._heard_at >= 1):
+            self._acknowledge(link)
         return None
 
     def _on_local_failed(self, error: OSError) -> None:
@@ -7343,8 +7342,9 @@ class Endpoint:
         quiet, silent = self.loop.now - self.limits.keepalive, now - self.limits.silence
         for link in list(self.links):
             try:
-                if link.user is not NOBODY:
+                if link.user is not NOBODY or link.unread.size:
                     link.user.on_sweep()
+                    link.update()  # memory that was short may be there again
                 if (link.sent_at <= quiet or link.heard_at <= silent or self._has_slept) and link.state != CLOSED:
                     self._keep_alive(link, now)
             except Exception as error:  # or each sweep would end here, and nothing that waits would ever time out

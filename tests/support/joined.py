@@ -641,7 +641,8 @@ class World:
         assert not opener.waiting and not opener.detached
         assert not acceptor._detached and not acceptor._opens and not self.server.quota.total
         assert not acceptor._streams, "what was acknowledged is still kept"
-        assert (self.client.memory.total, self.server.memory.total) == (0, 0)
+        for memory in (self.client.memory, self.server.memory):
+            assert (memory.by_key, memory.unread.by_key) == ({}, {}), "not given back"
 
 
 def outcomes(connection):

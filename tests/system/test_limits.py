@@ -843,6 +843,25 @@ def test_an_honest_client_among_strangers(serve, connect, start, keys, tcp_echo,
     assert "❌" not in client.output and not server.process.poll()
 
 
+def test_half_a_record_of_udp_is_read_on_once_there_is_memory_again():
+    """Nothing else wakes its link: what local sockets did not take was another link's."""
+    with contextlib.closing(Ends("0:127.0.0.1:1")) as ends, contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        sock.sendto(b"?", ends.client.listeners[-1].sock.getsockname())
+        ends.rounds(20)
+        link, = [link for link in ends.server.links if link.state == module.UDP_OPEN]
+        memory, key = ends.server.memory, link.peer_key
+        for counts in (memory, memory.unread):
+            counts.change(key, memory.most)
+        link.reader.wanted = 5000
+        link.unread.keep(memoryview(bytearray(100)), 0, 100)
+        ends.pass_time(2)
+        assert not link.transport.events & module.READ
+        for counts in (memory, memory.unread):
+            counts.change(key, -memory.most)
+        ends.pass_time(2)
+        assert link.transport.events & module.READ
+
+
 def test_a_key_that_is_removed_after_it_was_let_in_gives_its_place_back():
     with contextlib.closing(Ends("0:127.0.0.1:1")) as ends, contextlib.closing(socket.socket()) as sock:
         server, handshake = ends.server, SimpleNamespace(peer_key=CLIENT_KEYS.public, is_done=True)
