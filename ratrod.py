@@ -295,7 +295,7 @@ BACKLOG = 1024  # connections that the system takes for a listener before they a
 JUST_NOW = 0.005  # seconds: the path of an idle link that was heard from so lately lives, and the system is not asked
 TURNS = 0.005  # seconds of callbacks before the loop looks for new events, and for which their order does not matter
 BATCH = 64  # datagrams or accepts that one event may take before others get their turn
-STEPS_AT_ONCE = min(8, os.cpu_count() or 1)  # threads for public-key steps
+STEPS_AT_ONCE = min(8, max(2, os.cpu_count() or 1))  # threads for public-key steps; a file system may hang one
 LAST_WORDS = 256  # connections that are sent a last word at once
 MOST_ADDRESSES = 64  # of a name: whoever has a zone of his own can give it 4,000
 TRIES_AT_ONCE = 8  # of one connect, each with a descriptor: the oldest has had 2 s
@@ -7420,6 +7420,8 @@ class Endpoint:
         self.folder.warnings.clear()
 
         def on_read(keys: KeyPair | None, error: Exception | None) -> None:
+            if self._on_read is not on_read:  # SIGHUP has come again: what is read after that counts
+                return
             before, self.keys = self.keys, keys or self.keys
             if error:
                 log.error("❌ %s; the key that was read before stays in use", error)
@@ -7428,6 +7430,7 @@ class Endpoint:
             self.on_reloaded(self.keys != before)
             log.info("🔄 Read again: `%s`, key `%s`", self.folder.path, encode_key(self.keys.public))
             done()
+        self._on_read = on_read
         self.threads.submit(self.read_files, on_read)
 
     def read_files(self) -> KeyPair:

@@ -1,6 +1,7 @@
 """Every limit of PROTOCOL.md's table: its flag, its default, and what happens at it. And strangers: 500, or with RATROD_LONG=1 all 4,000."""
 
 import contextlib
+import functools
 import itertools
 import math
 import re
@@ -904,3 +905,15 @@ def test_a_link_that_dies_within_a_long_record_keeps_no_turn_to_read():
         assert link.unread._lent is not None
         link.lose(module.LinkClosed("the path broke"))
         assert not memory._halves
+
+
+def test_of_two_reloads_the_later_one_counts():
+    """Where the file system is slow the first one may end last, with the key that was there before."""
+    with contextlib.closing(Ends("0:127.0.0.1:1")) as ends:
+        server, reads, done = ends.server, [], []
+        server.threads.submit = lambda _task, on_read: reads.append(on_read)
+        for n in range(2):
+            server.reload(functools.partial(done.append, n))
+        for on_read, keys in zip(reversed(reads), (CLIENT_KEYS, server.keys)):
+            on_read(keys, None)
+        assert server.keys == CLIENT_KEYS and done == [1]
