@@ -4020,6 +4020,7 @@ class Memory(KeyCounts):
 IDLE, CONNECTING, ASKED, BUSY, UDP_ASKED, UDP_OPEN, LISTEN_ASKED, BYE, CLOSED = (
     "Idle", "Connecting", "Asked", "Busy", "UdpAsked", "UdpOpen", "ListenAsked", "Bye", "Closed")
 ASKING = {TCP: ASKED, UDP: UDP_ASKED, LISTEN: LISTEN_ASKED}  # the state after an Open of each kind
+CARRYING = ASKED, BUSY  # a stream may send
 OPENER, ACCEPTOR = "opener", "acceptor"
 # The records that each state allows, besides Keepalive (PROTOCOL.md, "A stream on a link"). Any other record ends the
 # link like an Error. Over and Close while busy are legal once both Ends have passed, which the stream judges. In Bye
@@ -4195,13 +4196,13 @@ class Channel:
         if mask & self.transport.events & READ:
             self._read()
 
-    def _read(self) -> bool:
-        """Whether anything came."""
+    def _read(self) -> int | None:
+        """How many bytes came."""
         if self.is_paused:
-            return False
+            return 0
         # An incomplete record has its own buffer. Only its rest is read next, so that a read begins at a record again.
-        kept = self.unread.view
-        view, end = (self.loop.scratch_in, 0) if kept is None else (kept, self.unread.end)
+        unread = self.unread
+        view, end = (self.loop.scratch_in, 0) if unread.view is None else (unread.view, unread.end)
         # Where this key's memory is used up a little shows whether a whole record is there, as an Ack.
         memory = self.owner.memory
         portion = SHORT_READ if memory.is_tight and memory.is_out(self.peer_key) else self.loop.portion
@@ -4209,16 +4210,16 @@ class Channel:
             n = self.transport.recv_into(view[end:end + portion + HEADROOM + TAILROOM])
         except OSError as error:
             self.lose(broken(error))
-            return False
+            return 0
         if n:
-            self.unread.view = None
+            unread.view = None
             if self.state != BYE or self.role == ACCEPTOR:
                 self._process(view, 0, end + n)
-            if not end or self.unread.is_life(end, n):
+            if not end or unread.is_life(end, n):
                 self.heard_at = self.loop.awake
         elif n == 0:
             self._on_eof()
-        return bool(n)
+        return n
 
     def _process(self, view: memoryview, start: int, end: int) -> None:
         has_data = False
@@ -4398,7 +4399,9 @@ class Link(Channel):
     def _on_idle_record(self, kind: int, content: Any) -> None:
         """Nothing is carried: a new stream, or the end of the last one."""
         if kind == OPEN:
-            self.forget_last()
+            last, self.last = self.last, None
+            if last is not None:
+                last.on_acknowledged()
             self.state = CONNECTING
             self.is_held = True
             return self.owner.on_open(self, content)
@@ -4414,12 +4417,6 @@ class Link(Channel):
         if self.last is not None and self.role == OPENER:
             self.last.acknowledge_last(self)
         return self.leave(b"") if kind == CLOSE else self.close()
-
-    def forget_last(self) -> None:
-        """The stream before this one is over for both sides, and an acceptor's peer has shown that it knows."""
-        last, self.last = self.last, None
-        if last is not None and self.role == ACCEPTOR:
-            last.on_acknowledged()
 
     def _on_eof(self) -> None:
         self._eof = True
@@ -4462,7 +4459,7 @@ class Link(Channel):
 
     def ask(self, user: LinkUser, open_: Open) -> None:
         """Opener: sends Open, and what `user` says in the same packet. Opened has to come in time."""
-        self.forget_last()
+        self.last = None  # Open acknowledges it
         self.user, self.state, self.due = user, ASKING[open_.kind], self.loop.now + self.owner.patience
         self.send(self.writer.record(OPEN, open_) + user.take_early())
 
@@ -4915,7 +4912,8 @@ class Outgoing:
             self._ring, self._size = None, 0
 
     def close(self) -> None:
-        self.drop(self.end)
+        self.start = self.end
+        self._few.clear()
         self.trim()
 
 
@@ -5028,7 +5026,7 @@ class Stream(LinkUser):
             self.on_read()  # the Ack that a backlog has held up
         link, out = self.link, self.out
         while out.position < out.end + out.has_eof:
-            if not link or link is not self.link or link.out or link.state not in (ASKED, BUSY):
+            if not link or link is not self.link or link.out or link.state not in CARRYING:
                 break
             if out.position == out.end:
                 self._send_end(link)
@@ -5038,9 +5036,10 @@ class Stream(LinkUser):
                 link.send(out.next_record(link))
         link, local = self.link, self.local
         if link and local is not None:
-            reads = (not out.has_eof and not link.out and link.state in (ASKED, BUSY) and out.position == out.end
-                     and out.room(link, self._pending is not None) > 0)
-            local.want((WRITE if self._pending is not None else 0) | (READ if reads else 0))
+            is_stalled = self._pending is not None
+            reads = (not out.has_eof and not link.out and link.state in CARRYING and out.position == out.end
+                     and out.room(link, is_stalled) > 0)
+            local.want((WRITE if is_stalled else 0) | (READ if reads else 0))
 
     def _send_end(self, link: Link) -> None:
         self.out.advance(1)
@@ -5230,8 +5229,9 @@ class Stream(LinkUser):
         self.is_over, self.link, self.error = True, None, error
         if self._pending is not None:
             self._drop_pending()
-        self.owner.counters.count(error)
-        self.owner.counters.on_end(self, error)
+        counters = self.owner.counters
+        counters.count(error)
+        counters.on_end(self, error)
         self._close_local(error)
         if error is not None or self.role == OPENER:  # an acceptor's last bytes may be asked for again
             self.out.close()
@@ -5330,8 +5330,9 @@ class OpenerStream(Stream):
             self.out.on_taken(opened.taken)
         if self._pending is not None:  # of an earlier link
             link.is_held = True
+        if self.was_opened:
+            self.owner.counters.on_resumed(self)
         self.was_opened, self.give_up_at = True, NEVER
-        self.owner.counters.on_resumed(self)
         self.on_update()
 
     def _on_over(self, link: Link) -> None:
