@@ -3322,10 +3322,11 @@ class Transport:
             self._loop.watch(self.sock.fileno(), self.events, events, self._callback)
             self.events = events
 
-    def recv_into(self, view: memoryview) -> int | None:
-        """Bytes read; 0 is the end, None where nothing is there yet. OSError where the connection is broken."""
+    def recv_into(self, view: memoryview, most: int = 0) -> int | None:
+        """Bytes read, at most so many, or all that `view` takes; 0 is the end, None where nothing is there yet. OSError
+        where the connection is broken."""
         try:
-            return self.sock.recv_into(view)
+            return self.sock.recv_into(view, most)
         except (BlockingIOError, InterruptedError):
             return None
 
@@ -4206,8 +4207,9 @@ class Channel:
         # Where this key's memory is used up a little shows whether a whole record is there, as an Ack.
         memory = self.owner.memory
         portion = SHORT_READ if memory.is_tight and memory.is_out(self.peer_key) else self.loop.portion
+        most = portion + HEADROOM + TAILROOM
         try:
-            n = self.transport.recv_into(view[end:end + portion + HEADROOM + TAILROOM])
+            n = self.transport.recv_into(view[end:end + most]) if end else self.transport.recv_into(view, most)
         except OSError as error:
             self.lose(broken(error))
             return 0
@@ -4771,8 +4773,9 @@ class Outgoing:
     def room(self, link: Link, is_stalled: bool) -> int:
         """How many bytes may be read now. `is_stalled`: this side processes no records, so no Ack will ever come."""
         most = self._loop.portion
-        if link.state != BUSY:
-            most = min(most, EARLY_DATA - (self.position - self.began))
+        early = EARLY_DATA - self.position + self.began
+        if link.state != BUSY and early < most:
+            most = early
         if not self.keeps:
             return min(most, link.writer.max_data)
         if is_stalled:
@@ -4795,12 +4798,12 @@ class Outgoing:
         (`has_eof`). OSError where it is broken."""
         if self._ring is not None and self.keeps and not is_stalled:
             at = 1 + self.end % self._size
-            n = local.recv_into(self._ring[at:min(at + room, 1 + self._size)])
+            n = local.recv_into(self._ring[at:at + room])  # to the ring's end at most
             if n:
                 self.end += n
                 return self.next_record(link)
         else:
-            n = local.recv_into(self._loop.payload[:min(room, BULK_READ) if self.keeps else room])
+            n = local.recv_into(self._loop.payload, BULK_READ if self.keeps and room > BULK_READ else room)
             if n:
                 if self.keeps:
                     if is_stalled:
@@ -5472,11 +5475,11 @@ class StdioTransport(Transport):
             self._callback(events)
             self.want(self.events)
 
-    def recv_into(self, view: memoryview) -> int | None:
+    def recv_into(self, view: memoryview, most: int = 0) -> int | None:
         try:
             if 0 not in self._blocking and not select.select([0], [], [], 0)[0]:
                 return None  # a terminal where nothing has been typed
-            return os.readv(0, [view])
+            return os.readv(0, [view[:most] if most else view])
         except (BlockingIOError, InterruptedError):
             return None
 

@@ -112,8 +112,8 @@ class Source:
     def __init__(self, data):
         self.data = data
 
-    def recv_into(self, view):
-        n = min(len(view), len(self.data))
+    def recv_into(self, view, most=0):
+        n = min(most or len(view), len(self.data))
         view[:n] = self.data[:n]
         self.data = self.data[n:]
         return n
