@@ -144,25 +144,27 @@ Options:
 #
 # a half-close is forwarded              `Stream._send_end`, `Stream._on_end`
 # a slow reader costs no more memory     `Stream.on_data` has its link hold, so that TCP slows the sender down;
-#                                        `Outgoing.room` bounds what is kept, `Memory` all of it
-# one key holds up no other              `Turns`; what it keeps `Memory` bounds, and what it has `Quota`
-# a removed key is cut off               `Server._look`, once a second, and `Server._check_rules`
-# a dead path is noticed and left        `Endpoint.doubt_paths`, `Link.doubt`, `Pool.seek`
+#                                        `Outgoing.room` bounds what is kept
+# thousands of them do not either        `Memory`, the sum; `Channel._read` and `Unread.may_read_on` keep to it
+# one key holds up no other              `Turns`, `FairQueue`; what it keeps `Memory` bounds, and what it has `Quota`
+# a removed key is cut off               `Server._look`, once a second, `Server._check_rules`, `Server._end_key`
+# a dead path is noticed and left        `Endpoint.doubt_paths`, `Link.doubt`, `Endpoint.leave_dead_paths`, `Pool.seek`
 # a UDP session expires                  `UdpSessions.sweep`
-# signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`
-# exit codes                             `exit_code_of`, `EndpointRun.run`, and the error types of section 1
+# signals, and what they drain           `EndpointRun._on_end`, `Endpoint.drain`, `end_waiting`, `is_busy`
+# exit codes                             `exit_code_of`, `EndpointRun._on_end`, and the error types of section 1
 #
 # ---- What always holds
 #
-# 1. Only the loop's thread touches the sockets of links, streams and sessions. Threads do what blocks or takes long:
-#    look-ups, public-key steps, `authorize()`, starting ssh, writing the log (`LogWriter`).
-# 2. What a state of a link allows is a table, `LEGAL`. A record that is not in it ends the link.
-# 3. A link carries one user. When the link ends, its user hears of that once; a stream is then over or detached.
-# 4. While a user holds, nothing of its link is read; while a link has a backlog, its stream's local socket is not read.
-# 5. The loop's shared buffers are valid during one callback, but for those that it lends (`EventLoop.lend_scratch`).
-# 6. A quota or a grant is given back where its link or stream ends, whatever ended it.
-# 7. Only `Reach` dials.
-# 8. Nothing on the loop's thread waits for a peer, a remote, a name, a list of keys or a reader of the log.
+# (1) Only the loop's thread touches the sockets of links, streams and sessions. Threads do what blocks or takes long:
+#     look-ups, public-key steps, `authorize()`, reading lists of keys, starting ssh, writing the log (`LogWriter`).
+# (2) What a state of a link allows is a table, `LEGAL`. A record that is not in it ends the link, but for what comes
+#     after the last word (Bye).
+# (3) A link carries one user. When the link is lost, its user hears of that once; a stream is then over or detached.
+# (4) While a user holds, nothing of its link is read; while a link has a backlog, its stream's socket is not read.
+# (5) The loop's shared buffers are valid during one callback, but for those that it lends (`EventLoop.lend_scratch`).
+# (6) What counts in a quota is given back where its link or stream ends, whatever ended it.
+# (7) Only `Reach` dials.
+# (8) Nothing on the loop's thread waits for a peer, a remote, a name, a list of keys or a reader of the log.
 
 import os
 import sys
@@ -3969,13 +3971,14 @@ class Quota(KeyCounts):
 
 class Memory(KeyCounts):
     """The bytes that are kept until they are acknowledged, of half records, of datagrams that wait, and those that
-    local sockets do not take (`unread`): at most `most` in all and half of that for one key. Beyond it no window grows,
-    a stream keeps at most POOR_WINDOW, the greediest key's local sockets are not read, and of its links that hold half
-    a record only the longest waiting is read on; none where an eighth of the key's part is `unread`."""
+    local sockets do not take (`untaken`): at most `most` in all and half of that for one key, beside POOR_WINDOW for
+    each stream. Beyond it no window grows, a new stream keeps at most POOR_WINDOW, the greediest key's local sockets
+    are not read, and of its links that hold half a record only the longest waiting is read on; none where an eighth of
+    the key's part is `untaken`."""
 
     def __init__(self, most: int):
         super().__init__()
-        self.most, self.unread = most, KeyCounts()
+        self.most, self.untaken = most, KeyCounts()
         self.is_tight = False  # whether anybody may be short of memory: one look where nobody is
         # By key the links with half a record, the longest waiting first.
         self._halves: dict[bytes, dict[Any, None]] = {}
@@ -4012,7 +4015,7 @@ class Memory(KeyCounts):
         key = link.peer_key
         halves = self._halves.get(key)
         return not halves or link not in halves or not self.is_out(key) or (
-            next(iter(halves)) is link and self.unread.of(key) < self.most // 16)
+            next(iter(halves)) is link and self.untaken.of(key) < self.most // 16)
 
 # ======================================================================================================================
 # 8. Links
@@ -4452,10 +4455,15 @@ class Link(Channel):
         return self.path is not None  # not on Linux: a client can try another way, while a server waits for bytes
 
     def poll(self) -> None:
-        """Processes what has come meanwhile, and sees the FIN that may stand behind it."""
-        for _ in range(BATCH):
-            if self.state != IDLE or not self._read():
-                return
+        """Processes what has come meanwhile, and sees the FIN that may stand behind it. Not in the loop's buffer: the
+        records of another link, which asks for this one, may stand there."""
+        shared, self.loop.scratch_in = self.loop.scratch_in, memoryview(bytearray(2048))  # so few are not worth lending
+        try:
+            for _ in range(BATCH):
+                if self.state != IDLE or not self._read():
+                    return
+        finally:
+            self.loop.scratch_in = shared
 
     # ---- life
 
@@ -5080,7 +5088,7 @@ class Stream(LinkUser):
     def _count_pending(self, sign: int) -> None:
         n = sign * len(self._pending.obj)  # type: ignore[union-attr, arg-type] # all of it until the last byte is taken
         self.owner.memory.change(self.peer_key, n)
-        self.owner.memory.unread.change(self.peer_key, n)
+        self.owner.memory.untaken.change(self.peer_key, n)
 
     def _flush(self) -> None:
         assert self._pending is not None and self.local is not None
@@ -7298,7 +7306,7 @@ class Endpoint:
         self.links: set[Link] = set()
         self.listeners: list[Any] = []
         self.metrics_at: list[tuple[str, int]] = []  # of all workers: no client may have them as targets
-        self.threads = Threads(loop, STEPS_AT_ONCE)  # public-key steps
+        self.threads, self.files = Threads(loop, STEPS_AT_ONCE), Threads(loop, 1)  # public-key steps; lists and keys
         self.lookups = LookUps(loop, limits)
         self.draining = self._has_slept = False
         self._swept_at = boot_time()
@@ -7435,7 +7443,7 @@ class Endpoint:
             log.info("🔄 Read again: `%s`, key `%s`", self.folder.path, encode_key(self.keys.public))
             done()
         self._on_read = on_read
-        self.threads.submit(self.read_files, on_read)
+        self.files.submit(self.read_files, on_read)
 
     def read_files(self) -> KeyPair:
         """On a thread."""
@@ -7490,6 +7498,7 @@ class Endpoint:
 
     def close(self) -> None:
         self.threads.close()
+        self.files.close()
         self.lookups.close()
         self._sweeper.clear()
         for listener in self.listeners:
@@ -7675,7 +7684,7 @@ class Rules:
 
     def look(self) -> None:
         """Looks whether the list has changed. On a thread, once it serves: a file system may hang. Then one thread
-        waits for it, and the others take what was there before."""
+        waits for it, and the others, after a second each, take what was there before."""
         if self._lock.acquire(timeout=1):
             try:
                 self._list.read()
@@ -8145,7 +8154,7 @@ class Server(Endpoint):
             self._check_rules()
         if not self._is_looking:
             self._is_looking = True
-            self.threads.submit(self.rules.look, on_looked)
+            self.files.submit(self.rules.look, on_looked)
 
     def _check_rules(self) -> None:
         """Ends what the rules do not allow any more."""
@@ -8164,8 +8173,8 @@ class Server(Endpoint):
             self.reverse.check()
 
     def _end_key(self, key: bytes) -> None:
-        """Ends what a key has that may not come in any more. All its links are reset before what they carry is put
-        away: 5,000 UDP sessions take half a second."""
+        """Ends what a key has that may not come in any more. All its links are told, and take nothing more, before what
+        they carry is put away: 5,000 UDP sessions take half a second."""
         links = [link for link in self.links if link.peer_key == key]
         shown, fate = encode_key(key), self.rules.why_revoked(key)
         log.warning("The client's key `%s` %s: %s of it ended", shown, fate, plural(len(links), "link"))

@@ -124,6 +124,17 @@ def test_a_link_that_the_server_has_let_in_is_taken_first(world, is_last):
     end_whole(world, connection)
 
 
+def test_to_look_at_one_link_leaves_the_records_of_another_alone(world):
+    """They may stand in the loop's buffer: an Open with first bytes asks for one more link to wait."""
+    pair, shared = world.add_pair(), world.loop.scratch_in
+    for _ in range(100):
+        pair.acceptor.send_record(ratrod.KEEPALIVE)
+    pair.pipes[TO_OPENER].pump()
+    shared[:4096] = b"x" * 4096
+    pair.opener.poll()
+    assert pair.opener.is_completed and world.loop.scratch_in is shared and bytes(shared[:4096]) == b"x" * 4096
+
+
 def test_an_old_link_takes_no_new_stream():
     """What is open on it goes on. That UDP moves to another is in system/test_fuzz.py."""
     with World(limits=ratrod.DEFAULT_LIMITS._replace(link_age=100.0, idle_time=1000.0)) as world:
