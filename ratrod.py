@@ -7426,14 +7426,13 @@ class Endpoint:
         return "`%s`" % encode_key(key)
 
     def reload(self, done: Callable[[], None]) -> None:
-        """Reads everything again, and says so. Where that fails for the own key, the one before stays."""
+        """Reads everything again, on the one thread for files: of two reloads the later one counts. Where the own key
+        cannot be read, the one before stays."""
         self.folder.authorized_keys.forget()
         self.folder.known_hosts.forget()
         self.folder.warnings.clear()
 
         def on_read(keys: KeyPair | None, error: Exception | None) -> None:
-            if self._on_read is not on_read:  # SIGHUP has come again: what is read after that counts
-                return
             before, self.keys = self.keys, keys or self.keys
             if error:
                 log.error("❌ %s; the key that was read before stays in use", error)
@@ -7442,7 +7441,6 @@ class Endpoint:
             self.on_reloaded(self.keys != before)
             log.info("🔄 Read again: `%s`, key `%s`", self.folder.path, encode_key(self.keys.public))
             done()
-        self._on_read = on_read
         self.files.submit(self.read_files, on_read)
 
     def read_files(self) -> KeyPair:

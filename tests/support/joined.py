@@ -642,7 +642,7 @@ class World:
         assert not acceptor._detached and not acceptor._opens and not self.server.quota.total
         assert not acceptor._streams, "what was acknowledged is still kept"
         for memory in (self.client.memory, self.server.memory):
-            assert (memory.by_key, memory.unread.by_key) == ({}, {}), "not given back"
+            assert (memory.by_key, memory.untaken.by_key) == ({}, {}), "not given back"
 
 
 def outcomes(connection):

@@ -851,13 +851,13 @@ def test_half_a_record_of_udp_is_read_on_once_there_is_memory_again():
         ends.rounds(20)
         link, = [link for link in ends.server.links if link.state == module.UDP_OPEN]
         memory, key = ends.server.memory, link.peer_key
-        for counts in (memory, memory.unread):
+        for counts in (memory, memory.untaken):
             counts.change(key, memory.most)
         link.reader.wanted = 5000
         link.unread.keep(memoryview(bytearray(100)), 0, 100)
         ends.pass_time(2)
         assert not link.transport.events & module.READ
-        for counts in (memory, memory.unread):
+        for counts in (memory, memory.untaken):
             counts.change(key, -memory.most)
         ends.pass_time(2)
         assert link.transport.events & module.READ
