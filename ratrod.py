@@ -4457,12 +4457,15 @@ class Link(Channel):
     def poll(self) -> None:
         """Processes what has come meanwhile, and sees the FIN that may stand behind it. Not in the loop's buffer: the
         records of another link, which asks for this one, may stand there."""
-        shared, self.loop.scratch_in = self.loop.scratch_in, memoryview(bytearray(2048))  # so few are not worth lending
+        shared = self.loop.lend_scratch()
+        if shared is None:  # too many are lent: it is not looked at
+            return
         try:
             for _ in range(BATCH):
                 if self.state != IDLE or not self._read():
                     return
         finally:
+            self.loop.give_back(self.loop.scratch_in)
             self.loop.scratch_in = shared
 
     # ---- life

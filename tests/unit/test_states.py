@@ -135,6 +135,17 @@ def test_to_look_at_one_link_leaves_the_records_of_another_alone(world):
     assert pair.opener.is_completed and world.loop.scratch_in is shared and bytes(shared[:4096]) == b"x" * 4096
 
 
+def test_to_look_at_a_link_that_sends_a_record_without_end_leaves_the_loop_its_buffers(world):
+    """An idle link has no such record to send: what was lent for it must not be too short for the next one who borrows."""
+    pair, shared, lent = world.add_pair(), world.loop.scratch_in, world.loop._lent
+    world.settle()
+    pair.pipes[TO_OPENER].sink.send((500_000).to_bytes(4, "big") + bytes(20_000))
+    pair.opener.poll()
+    assert pair.opener.unread.end == 20_004 and world.loop.scratch_in is shared
+    pair.opener.lose(ratrod.LinkClosed("it is of no use"))
+    assert world.loop._lent == lent and {len(buffer) for buffer in world.loop._spare} == {len(shared)}
+
+
 def test_an_old_link_takes_no_new_stream():
     """What is open on it goes on. That UDP moves to another is in system/test_fuzz.py."""
     with World(limits=ratrod.DEFAULT_LIMITS._replace(link_age=100.0, idle_time=1000.0)) as world:
