@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import importlib.util
 import inspect
@@ -163,13 +164,15 @@ def test_a_tunnel(keys, tcp_echo, udp_echo):
 
 
 def test_a_list_on_a_file_system_that_hangs(ends, tcp_echo, monkeypatch):
-    """One thread waits for the file system. What the list said before holds, for links that are there and for new ones."""
+    """One thread waits for the file system, also where SIGHUP asks for it again and again. What the list said before holds, for links that are
+    there and for new ones."""
+    monkeypatch.setattr(ratrod, "STEPS_AT_ONCE", 2)
     server, hangs, over = ends.serve(), threading.Event(), threading.Event()
     tunnel = ends.tunnel(server, local(tcp_echo.port))
     ask(tunnel.address, b"before")
 
     def hang(path, stat=os.stat):
-        if path == str(ends.keys.server.path / "authorized_keys"):
+        if str(path).startswith(str(ends.keys.server.path)):
             hangs.set()
             assert over.wait(PATIENCE)
         return stat(path)
@@ -178,10 +181,14 @@ def test_a_list_on_a_file_system_that_hangs(ends, tcp_echo, monkeypatch):
         try:
             assert hangs.wait(PATIENCE)
             ask(tunnel.address, b"meanwhile")
+            done = threading.Semaphore(0)
+            for _ in range(2):
+                server._loop.call_soon_threadsafe(functools.partial(server._endpoint.reload, done.release))
             with peer.Client.connect(server.address[1], seed_of(ends.keys.client)) as link:
                 assert link.handshake().exchange("127.0.0.1:%d" % tcp_echo.port, b"?") == b"?"
         finally:
             over.set()
+        assert done.acquire(timeout=PATIENCE) and done.acquire(timeout=PATIENCE)
 
 
 def test_without_with(keys, tcp_echo):
