@@ -95,6 +95,12 @@ def second(keys, tmp_path):
 
 
 @pytest.fixture
+def stranger(tmp_path):
+    """Keys that nobody trusts, and which trust nobody."""
+    return make_keys(tmp_path / "stranger")
+
+
+@pytest.fixture
 def target():
     """target(handle, host="127.0.0.1") -> Target, closed at the end of the test."""
     with contextlib.ExitStack() as stack:
@@ -155,22 +161,19 @@ def short():
 
 
 @pytest.fixture
-def unix_echo(short):
-    with contextlib.closing(UnixTarget(echo, short / "echo.sock")) as made:
-        yield made
+def unix_echo(short, stack):
+    return stack.enter_context(contextlib.closing(UnixTarget(echo, short / "echo.sock")))
 
 
 @pytest.fixture
-def remote():
+def remote(stack):
     """A UDP target in the hands of the test."""
-    with contextlib.closing(UdpRemote()) as made:
-        yield made
+    return stack.enter_context(contextlib.closing(UdpRemote()))
 
 
 @pytest.fixture
-def udp_echo():
-    with contextlib.closing(UdpEcho()) as made:
-        yield made
+def udp_echo(stack):
+    return stack.enter_context(contextlib.closing(UdpEcho()))
 
 
 @pytest.fixture

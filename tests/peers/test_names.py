@@ -68,14 +68,9 @@ class NameServer:
     def __init__(self, namespace):
         self.names, self.default = {}, Answer(code=NXDOMAIN)
         self.asked = {}
-        self._socket = namespace.make(self._bind)
+        self._socket = namespace.make(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 53))
         threading.Thread(target=self._run, daemon=True).start()
-
-    @staticmethod
-    def _bind():
-        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        made.bind(("127.0.0.1", 53))
-        return made
 
     def _run(self):
         while True:
@@ -417,37 +412,31 @@ def test_what_a_client_asks_a_server_for(serve, keys, tcp_echo, shown):
     """Targets of every kind, in both protocols; its Errors; what it says of sessions. And what strangers say."""
     server, port = serve("-v", "--legacy", "--allow-listen")
     for text in (HOSTILE, LONG, SHORT):
-        ask_for(text, port, keys, tcp_echo)
+        targets = [form % text for form in ("%s:80", "a:%s", "%s", "unix:/%s", "unix:%s", "[%s]:80", "[::1%%%s]:80", "[::%s]:80", "127.0.0.1:%s")]
+        for target in targets:
+            for opening in ((peer.TCP, target), (peer.LISTEN, target, b"instance")):
+                with link_to(port, keys) as link:
+                    link.handshake().send_open(*opening)
+                    assert [record.type for record in link.read_to_end()] == [peer.ERROR]
+            with legacy_peer.Client(dial(port), legacy_peer.Identity.load(keys.client.path), target) as client:
+                pytest.raises(legacy_peer.Refused, client.handshake)
+        with link_to(port, keys) as link:
+            link.handshake().open_udp()
+            for number, target in enumerate(targets, 1):
+                link.session(number, target)
+                assert link.read_udp()[0] == peer.SESSION_OVER
+            link.session(100, "127.0.0.1:%d" % tcp_echo.port)
+            link.session_over(100, peer.REMOTE_FAILED, text)
+            link.send_record(peer.ERROR, peer.encode_error(peer.REMOTE_FAILED, text))
+        with link_to(port, keys) as link:
+            link.handshake().open("127.0.0.1:%d" % tcp_echo.port).wait_opened()
+            link.fail(peer.REMOTE_FAILED, text)
+        for number in (0, 7, 1 << 40):
+            with link_to(port, keys) as link:
+                link.handshake().send_record(peer.ERROR, peer.varint(number) + peer.encode_str(text))
+                link.read_to_end()
     strangers_speak(server, port)
     shown(server)
-
-
-def ask_for(text, port, keys, tcp_echo):
-    targets = [form % text for form in ("%s:80", "a:%s", "%s", "unix:/%s", "unix:%s", "[%s]:80", "[::1%%%s]:80", "[::%s]:80", "127.0.0.1:%s")]
-    for target in targets:
-        with link_to(port, keys) as link:
-            link.handshake().send_open(peer.TCP, target)
-            assert [record.type for record in link.read_to_end()] == [peer.ERROR]
-        with link_to(port, keys) as link:
-            link.handshake().send_open(peer.LISTEN, target, b"instance")
-            assert [record.type for record in link.read_to_end()] == [peer.ERROR]
-        with legacy_peer.Client(dial(port), legacy_peer.Identity.load(keys.client.path), target) as client:
-            pytest.raises(legacy_peer.Refused, client.handshake)
-    with link_to(port, keys) as link:
-        link.handshake().open_udp()
-        for number, target in enumerate(targets, 1):
-            link.session(number, target)
-            assert link.read_udp()[0] == peer.SESSION_OVER
-        link.session(100, "127.0.0.1:%d" % tcp_echo.port)
-        link.session_over(100, peer.REMOTE_FAILED, text)
-        link.send_record(peer.ERROR, peer.encode_error(peer.REMOTE_FAILED, text))
-    with link_to(port, keys) as link:
-        link.handshake().open("127.0.0.1:%d" % tcp_echo.port).wait_opened()
-        link.fail(peer.REMOTE_FAILED, text)
-    for number in (0, 7, 1 << 40):
-        with link_to(port, keys) as link:
-            link.handshake().send_record(peer.ERROR, peer.varint(number) + peer.encode_str(text))
-            link.read_to_end()
 
 
 def test_a_hostile_target_waits_for_nothing(link, stack, shown):
@@ -470,16 +459,15 @@ def strangers_speak(server, port):
     server.wait_for("Refused `127.0.0.2:")
 
 
-def test_comments_and_bad_lines_of_authorized_keys(serve, keys, tmp_path, shown):
+def test_comments_and_bad_lines_of_authorized_keys(serve, keys, stranger, shown):
     """Whoever asks for access sends the line that an administrator pastes. And what strangers say where there is no legacy protocol."""
-    other = make_keys(tmp_path / "other")
     text = SHORT.replace("\r", "").replace("\n", "").replace("\u2028", "")
     keys.server.write("authorized_keys", "".join(line + "\n" for line in (
-        "%s %s" % (keys.client.public, text), "%s %s" % (keys.client.public, LONG), "%s marker-before permitopen=\x1b[2J" % other.public,
-        '%s permitopen="\x1b[2J:80"' % other.public, '%s permitopen="[::1%%\x1b[2J\x07]:80"' % other.public,
-        '%s permitopen="[\x1b[2J:]:80"' % other.public,
-        '%s permitopen="unix:/\x9b"' % other.public, '%s permitopen="a:\x1b"' % other.public, '%s expires="\u202e"' % other.public,
-        "\x1b[2J", "\u202e" * 43, "%s\u202e" % other.public, "A" * 5000)), encoding="utf-8")
+        "%s %s" % (keys.client.public, text), "%s %s" % (keys.client.public, LONG), "%s marker-before permitopen=\x1b[2J" % stranger.public,
+        '%s permitopen="\x1b[2J:80"' % stranger.public, '%s permitopen="[::1%%\x1b[2J\x07]:80"' % stranger.public,
+        '%s permitopen="[\x1b[2J:]:80"' % stranger.public,
+        '%s permitopen="unix:/\x9b"' % stranger.public, '%s permitopen="a:\x1b"' % stranger.public, '%s expires="\u202e"' % stranger.public,
+        "\x1b[2J", "\u202e" * 43, "%s\u202e" % stranger.public, "A" * 5000)), encoding="utf-8")
     server, port = serve("-v")
     with link_to(port, keys) as link:
         link.handshake()

@@ -48,7 +48,7 @@ def test_a_tunnel_through_a_proxy(real_proxy, forward, tcp_echo, udp_echo, liste
             ask(tcp_port(client))
         else:  # both proxies close both directions at the first end: the legacy wire, where that is a stream's end, has no half-close there
             with dial(tcp_port(client)) as connection:
-                ping(connection, b"question")
+                ping(connection, word=b"question")
     with udp_originator(client, 2) as originator:
         ask_udp(originator, b"a datagram")
     if mode is RATROD2:

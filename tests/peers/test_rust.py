@@ -10,10 +10,9 @@ import subprocess
 import pytest
 
 from support import legacy_peer
-from support.keys import make_keys
-from support.programs import PATIENCE, READY, tcp_port, udp_originator
+from support.programs import READY, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import ask, ask_udp, dial, eventually, free_port, ping, receive_all, receive_exactly, refused, say
+from support.sockets import ask, ask_udp, dial, dial_udp, eventually, free_port, ping, receive_all, receive_exactly, refused, say
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
@@ -78,18 +77,14 @@ def mixed(request, serve):
 @pytest.fixture
 def udp_socket(stack):
     def launch(port):
-        made = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        made.settimeout(PATIENCE)
-        made.connect(("127.0.0.1", port))
-        return made
+        return stack.enter_context(dial_udp(port))
     return launch
 
 
 def assert_gets_nothing(port):
     """A connection to `port` ends or is reset; a reset may be there before connect() returns."""
-    with contextlib.suppress(ConnectionResetError):
-        with dial(port) as local:
-            assert receive_all(local) == b""
+    with contextlib.suppress(ConnectionResetError), dial(port) as local:
+        assert receive_all(local) == b""
 
 
 def test_legacy_peer_as_client(rust_serve, keys, tcp_echo, udp_echo):
@@ -116,7 +111,7 @@ def test_legacy_peer_as_server(rust_connect, keys, target, udp_socket, flags):
     client.wait_for(READY)
     with dial(port) as local:
         payload = os.urandom(60000)
-        ping(local, payload)
+        ping(local, word=payload)
     local = udp_socket(port)
     ask_udp(local, b"datagram")
 
@@ -136,7 +131,7 @@ def test_traffic(mixed, tcp_echo, target, udp_echo, udp_socket, stack, flags):
     for size in (1, 1000, 100000):
         with dial(echoing) as local:
             payload = os.urandom(size)
-            ping(local, payload)
+            ping(local, word=payload)
             local.shutdown(socket.SHUT_WR)
             assert receive_all(local) == b""
     with row("the client ends first and still receives"), dial(answering) as local:
@@ -222,12 +217,6 @@ def test_keys_of_one_serve_the_other(rust, ratrod, tmp_path, tcp_echo, mixed):
     ask(mixed([tcp_echo.port], ("-e",))[0])
 
 
-@pytest.fixture
-def stranger(tmp_path):
-    """Keys that nobody trusts, and which trust nobody."""
-    return make_keys(tmp_path / "stranger")
-
-
 def test_rust_clients_that_fail(serve, rust_connect, keys, stranger, tcp_echo, closed):
     server, port = serve("--legacy", "-r", r"127\.0\.0\.1:(%d|%d)" % (tcp_echo.port, closed))
     remote, refusing = ("127.0.0.1:%d" % number for number in (tcp_echo.port, closed))
@@ -283,7 +272,7 @@ def test_our_clients_that_fail_at_a_rust_server(rust_serve, our_connect, keys, s
     # Its kernel ends or resets the link: our local socket ends, and the client goes on and says why the next connection fails.
     client = our_connect(port, [remote], "--connect-timeout=0.3").ready()
     with dial(tcp_port(client)) as local:
-        ping(local, b"x")
+        ping(local, word=b"x")
         server.process.kill()
         with contextlib.suppress(ConnectionResetError):
             assert receive_all(local) == b""

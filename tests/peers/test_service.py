@@ -172,7 +172,7 @@ def test_what_would_break_a_line_of_it(ratrod, tmp_path):
     assert line["level"] == "ERROR" and 'a "b" \\ \n c' in line["message"]
 
 
-def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
+def test_hup_reads_the_own_key(serve, connect, keys, stranger, tcp_echo, tmp_path):
     """A client comes as who it is now; where its file is damaged it stays who it was, and says so. A drain goes on."""
     server, port = serve("-v")
     client = connect(port, "-v", "--drain", "60", "0:%d" % tcp_echo.port).ready()
@@ -190,22 +190,21 @@ def test_hup_reads_the_own_key(serve, connect, keys, tcp_echo, tmp_path):
     ask(tcp_port(client))
     server.wait_for("Accepted .*%s" % re.escape(new.public))
     with dial(tcp_port(client)) as connection:
-        ping(connection, b"1")
+        ping(connection, word=b"1")
         client.process.terminate()
         client.wait_for("Ending")
         before = client.output.count("Read again")
         client.process.send_signal(signal.SIGHUP)
         client.wait_for("Read again", before + 1)
-        ping(connection, b"2")
+        ping(connection, word=b"2")
     assert client.wait() == 0
     # The server as well: whoever knows the old key alone is warned.
-    other = make_keys(tmp_path / "other")
-    shutil.copy(other.path / "key", keys.server.path / "key")
+    shutil.copy(stranger.path / "key", keys.server.path / "key")
     server.process.send_signal(signal.SIGHUP)
     server.wait_for("WARN .*does not show this key")
-    server.wait_for("Read again: .*%s" % re.escape(other.public))
+    server.wait_for("Read again: .*%s" % re.escape(stranger.public))
     probe = connect(port, "--check")
-    assert probe.wait() == AUTHENTICATION_FAILED and other.public in probe.output
+    assert probe.wait() == AUTHENTICATION_FAILED and stranger.public in probe.output
 
 
 def test_a_check_that_is_ended_has_found_out_nothing(connect, listener):
@@ -235,7 +234,7 @@ def test_hup_ends_a_pause_between_tries(serve, client, tcp_echo):
 LETS_IN = "The server `127.0.0.1:%d` lets this client in."
 
 
-def test_checks(serve, keys, closed, tcp_echo, manager, tmp_path):
+def test_checks(serve, keys, stranger, closed, tcp_echo, manager, tmp_path):
     """A good one listens on nothing: the tunnels' ports may be in use, by the very client whose health it is about. And it is not that service.
     Each kind of failure has its exit code, and the line that connect has for it; nothing is asked, and nothing is written."""
     _, port = serve(*LEGACY.serve)
@@ -245,7 +244,7 @@ def test_checks(serve, keys, closed, tcp_echo, manager, tmp_path):
              [*LEGACY.connect, server]]
     # Of several servers, the one that lets it in.
     others = [["--log-format", "json", "127.0.0.1:%d,%s" % (closed, server)], ["-v", server]]
-    stranger, ignorant = make_keys(tmp_path / "stranger"), make_keys(tmp_path / "ignorant")
+    ignorant = make_keys(tmp_path / "ignorant")
     stranger.trust(keys.server, "known_hosts")
     bad = [(own, ["127.0.0.1:%d" % closed], 1, "Connection refused"), (own, [server, "nonsense"], 2, "cannot understand the tunnel"),
            (own, ["nonsense"], 2, "cannot understand the server"), (stranger.path, [server], 3, "does not know this client's key"),

@@ -171,9 +171,9 @@ def test_two_clients_at_once(sshd, over_ssh, tcp_echo, ground):
     for client in clients:
         client.wait_for(READY)
     with dial(tcp_port(clients[1])) as connection:
-        ping(connection, b"one")
+        ping(connection, word=b"one")
         assert clients[0].stop() == 0
-        ping(connection, b"two")
+        ping(connection, word=b"two")
         folder, = ground.folders()
         assert stat.S_IMODE(os.stat(os.path.join(ground.path, folder)).st_mode) == 0o700
         assert ground.ssh() and far.far_processes()
@@ -258,7 +258,7 @@ def test_a_drain_lets_connections_go_on(sshd, over_ssh, tcp_echo, ground):
     far = sshd()
     client = over_ssh(far, "-v", "--drain", "30", "0:127.0.0.1:%d" % tcp_echo.port, start_new_session=True).ready()
     with dial(tcp_port(client)) as connection:
-        ping(connection, b"a")
+        ping(connection, word=b"a")
         os.killpg(client.process.pid, signal.SIGINT)
         client.wait_for("may go on for 30 s")
         eventually(lambda: len(ground.ssh()) <= 2, lambda: client.output)  # a shared connection and this link's are left
@@ -300,7 +300,7 @@ def test_sshd_goes_under_load_and_comes_back(sshd, over_ssh, tcp_echo):
     far = sshd()
     client = over_ssh(far, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     with dial(tcp_port(client)) as connection:
-        ping(connection, b"a")
+        ping(connection, word=b"a")
         far.kill()
         pytest.raises(ConnectionResetError, receive_all, connection)  # cut is cut, never a clean end
     client.wait_for("Lost the server `ssh://far`: ssh to `ssh://far`: .*refused")
@@ -315,11 +315,11 @@ def test_a_shared_connection_that_is_gone_or_silent(sshd, over_ssh, tcp_echo, gr
     client = over_ssh(sshd(), "-v", "--handshake-timeout", "10", "--connect-timeout", "10", "0:127.0.0.1:%d" % tcp_echo.port).ready()
     first, = [pid for pid, (_, line) in processes().items() if ground.path in line and "ControlMaster=yes" in line]
     with dial(tcp_port(client)) as connection:  # it has the only link
-        ping(connection, b"a")
+        ping(connection, word=b"a")
         os.kill(first, how)
         for _ in range(3):
             with contextlib.suppress(ConnectionResetError), dial(tcp_port(client)) as another:
-                ping(another, b"b")
+                ping(another, word=b"b")
                 break
         ask(tcp_port(client))
     if how == signal.SIGSTOP:

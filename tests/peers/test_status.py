@@ -45,7 +45,7 @@ def test_the_table(forward, keys, target, udp_echo, table, stack):
                              serve_flags=("--allow-listen",))
     client.wait_for("` listens on")
     connection, originator = stack.enter_context(dial(tcp_port(client))), stack.enter_context(udp_originator(client, 2))
-    ping(connection, b"x" * 1000)
+    ping(connection, word=b"x" * 1000)
     ask_udp(originator, b"y" * 10)
     (head, tunnel_1, tunnel_2, _, socks, reverse, key, stream, session) = table(client)
     assert re.match(r"Client of `127.0.0.1:\d+`, connected for [\d.]+ m?s, round trip [\d.]+ m?s; 0 waiting for a link; up [\d.]+ m?s; "
@@ -63,7 +63,7 @@ def test_the_table(forward, keys, target, udp_echo, table, stack):
     assert key.startswith("key `%s` (alice): " % keys.client.public)
     assert "1000 bytes sent" in stream and "10 bytes sent" in session
     for _ in range(59):
-        ping(stack.enter_context(dial(tcp_port(client))), b"x")
+        ping(stack.enter_context(dial(tcp_port(client))), word=b"x")
     for program in (client, server):
         lines = table(program)
         assert len([line for line in lines if line.startswith("[")]) == 50 + 1  # the session is the last line

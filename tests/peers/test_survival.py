@@ -64,7 +64,7 @@ class Talk:
 def over_socket(sock):
     def question(n):
         word = b"word %9d" % n
-        ping(sock, word)
+        ping(sock, word=word)
     return question
 
 

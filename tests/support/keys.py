@@ -1,6 +1,7 @@
 """Key folders in the original's format, written by the `cryptography` package: not by the code under test."""
 
 import base64
+import hashlib
 import os
 import pathlib
 from typing import NamedTuple
@@ -29,6 +30,11 @@ class Keys(NamedTuple):
 
 def base64url(data):
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def fingerprint(public):
+    """As `ssh-keygen -l` shows one: of the 32 raw bytes of the key."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(base64.urlsafe_b64decode(public + "=")).digest()).rstrip(b"=").decode()
 
 
 def make_keys(path, seed=None):

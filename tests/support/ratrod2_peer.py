@@ -781,8 +781,7 @@ class Client(Peer):
     def begin_handshake(self):
         """Everything that does not wait for HandshakeCompletion: records may be sent after it."""
         self.send_client_preamble()
-        self.read_server_preamble()
-        self.send_message(self.client_authentication())
+        self.authenticate()
         return self
 
     def send_client_preamble(self):
@@ -805,6 +804,11 @@ class Client(Peer):
         if self.server not in (None, payload[:32]):
             raise ProtocolError("not the expected server")
         self.suite = SUITES[payload[32]]
+
+    def authenticate(self):
+        """Reads message 2 and answers it."""
+        self.read_server_preamble()
+        self.send_message(self.client_authentication())
 
     def client_authentication(self):
         """Message 3, without its length. The record keys are there after it."""
@@ -945,6 +949,7 @@ class Stream:
         """`taken` replaces what this end has taken."""
         self.said = self.taken if taken is None else taken
         self.link.write(OPENED, encode_opened(address, self.said if self.kind == TCP else None))
+        return self
 
     def fail(self, code, text):
         """Also in place of Opened: a refusal."""

@@ -19,3 +19,10 @@ def assert_raises(kind, text, act, *words, **options):
     with pytest.raises(kind, match=text) as caught:
         act(*words, **options)
     return caught.value
+
+
+def assert_each_raises(kind, text, act, rows):
+    """The same of act(row), for each row; `text` may be None."""
+    for each in rows:
+        with row(each[:60]):
+            assert_raises(kind, text, act, each)

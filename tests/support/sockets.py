@@ -60,6 +60,13 @@ def dial(port, host="127.0.0.1", source=None):
     return socket.create_connection((host, port), PATIENCE, source and (source, 0))
 
 
+def dial_udp(port, host="127.0.0.1"):
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    made.settimeout(PATIENCE)
+    made.connect((host, port))
+    return made
+
+
 def dial_unix(path):
     made = socket.socket(socket.AF_UNIX)
     made.settimeout(PATIENCE)
@@ -80,10 +87,11 @@ def ask_over(connection, question=b"anybody there?"):
         assert receive_all(connection) == question
 
 
-def ping(connection, word=b"ping"):
-    """A word to an echo, which answers at once: the connection lives."""
-    connection.sendall(word)
-    assert receive_exactly(connection, len(word)) == word
+def ping(*connections, word=b"ping"):
+    """A word to an echo over each, which answers at once: the connection lives."""
+    for connection in connections:
+        connection.sendall(word)
+        assert receive_exactly(connection, len(word)) == word
 
 
 def ask_udp(connected, question=b"anybody there?"):
@@ -104,9 +112,8 @@ def reset(connection):
 
 def assert_refused(port):
     """A connection to `port` is taken and reset at once, nothing having been sent."""
-    with pytest.raises(ConnectionResetError):
-        with dial(port) as connection:
-            connection.recv(1)
+    with pytest.raises(ConnectionResetError), dial(port) as connection:
+        connection.recv(1)
 
 
 def check_half_close(ended, other):

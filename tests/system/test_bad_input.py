@@ -332,7 +332,7 @@ def test_bad_data_from_the_server(target, connect, keys, encrypt):
                 assert bad in errors or receive_exactly(local, 4) == b"ping"
                 assert ending(local) == (b"", "reset")
             with dial(port) as local:
-                ping(local, b"alive")
+                ping(local, word=b"alive")
             expected += 1
             eventually(lambda expected=expected: len(complaints(client.lines)) >= expected, lambda: client.output)
             assert errors.get(bad, "") in complaints(client.lines)[-1]

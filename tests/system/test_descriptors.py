@@ -111,8 +111,7 @@ def test_a_server_that_ends_takes_what_waited_for_descriptors(limited, keys, sta
         link.send_client_preamble()
     server.process.send_signal(signal.SIGTERM)
     for link in waiting:
-        link.read_server_preamble()
-        link.send_message(link.client_authentication())
+        link.authenticate()
         link.read_completion()
         assert [record.type for record in link.read_to_end()] == [peer.CLOSE]
     assert server.wait() == 0
@@ -160,7 +159,7 @@ def test_a_client_without_descriptors(limited, serve, keys, tcp_echo, stack):
     def all_had_their_turn():
         while many.answered:
             local = many.answered.pop()
-            ping(local, b"still there")
+            ping(local, word=b"still there")
             local.close()
         return many.look()
     eventually(all_had_their_turn, lambda: "%d refused, %d wait:\n%s" % (many.refused, len(many.waiting), client.output))
@@ -265,8 +264,7 @@ def reset_by_the_target(port):
 
 
 def udp(port):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
-        originator.connect(("127.0.0.1", port))
+    with sockets.dial_udp(port) as originator:
         sockets.ask_until_answered(originator, WORD)
 
 

@@ -1,9 +1,7 @@
 """known_hosts: what a client does with a server's key that it does not know, or that has changed; alone, and in front of somebody at a terminal.
 What the lines of the file say, and which answers count, is in unit/test_key_folder.py."""
 
-import base64
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -15,7 +13,7 @@ import time
 
 import pytest
 
-from support.keys import make_keys
+from support.keys import fingerprint
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, LEGACY, RATROD, RATROD2, READY, STARTED, Program, either_wire, missing, tcp_port
 from support.relays import Door
@@ -38,11 +36,6 @@ def known(keys):
 
 
 @pytest.fixture
-def strange(tmp_path):
-    return make_keys(tmp_path / "strange")
-
-
-@pytest.fixture
 def clients(keys, tmp_path):
     """clients((text of known_hosts, words...)...) -> [(path of its known_hosts, Outcome)]: that end by themselves, nobody at their terminals."""
     def launch(*rows):
@@ -60,11 +53,11 @@ def clients(keys, tmp_path):
 
 
 @pytest.fixture
-def impostor(ratrod, keys, strange, tcp_echo):
+def impostor(ratrod, keys, stranger, tcp_echo):
     """impostor(client, mode, port, text) -> Program: somebody else's server takes the port, and the client says `text`, having told it nothing."""
     def launch(client, mode, port, text):
-        strange.trust(keys.client, "authorized_keys")
-        program = ratrod("-v", "-k", strange.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
+        stranger.trust(keys.client, "authorized_keys")
+        program = ratrod("-v", "-k", stranger.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
         program.wait_for(STARTED)
         accepted = tcp_echo.accepted
         def noticed():
@@ -80,11 +73,6 @@ def impostor(ratrod, keys, strange, tcp_echo):
         assert "Accepted" not in program.output and tcp_echo.accepted == accepted
         return program
     return launch
-
-
-def fingerprint(public):
-    """As `ssh-keygen -l` shows one: of the 32 raw bytes of the key."""
-    return "SHA256:" + base64.b64encode(hashlib.sha256(base64.urlsafe_b64decode(public + "=")).digest()).rstrip(b"=").decode()
 
 
 def warnings(output):
@@ -120,36 +108,36 @@ def test_the_line_to_add_is_the_one_that_works(serve, keys, clients):
         assert (done.code, warnings(done.err)) == (0, []), done
 
 
-def test_a_changed_key_is_an_error_whatever_was_asked_for(serve, keys, strange, clients):
+def test_a_changed_key_is_an_error_whatever_was_asked_for(serve, keys, stranger, clients):
     """The one case that known_hosts is for: it names where the old key stands, and changes nothing."""
     rows = []
     for mode in (RATROD2, LEGACY):
         server, port = serve("-v", *mode.serve)
-        text = "# my servers\n\n%s\n%s 127.0.0.1:%d\n%s elsewhere:1\n" % (keys.server.public, strange.public, port, keys.server.public)
+        text = "# my servers\n\n%s\n%s 127.0.0.1:%d\n%s elsewhere:1\n" % (keys.server.public, stranger.public, port, keys.server.public)
         rows += [(text, *mode.connect, *flags, "127.0.0.1:%d" % port, "0:127.0.0.1:9") for flags in ((), ("--accept-new",))]
     for (text, *words), (path, done) in zip(rows, clients(*rows)):
         assert done.code == AUTHENTICATION_FAILED and UNKNOWN not in done.err, (words, done)
         message = re.search("Z +ERROR .*%s.*" % CHANGED, done.err).group()
         assert re.search(r"line 4\b", message) and str(path) in message, message
         # Both keys, so that they can be compared with what the server's operator says.
-        assert keys.server.public in message and strange.public in message
+        assert keys.server.public in message and stranger.public in message
         assert path.read_text() == text
     assert "Accepted" not in server.output
 
 
-def test_flags_and_what_the_file_says(serve, keys, strange, clients):
+def test_flags_and_what_the_file_says(serve, keys, stranger, clients):
     """--accept-new adds a line where nothing in the file knows the server; -a accepts, warns once, and writes nothing."""
     _, port = serve()
-    line, bare = line_of(keys, port), "%s\n%s\n%s elsewhere:1\n" % (strange.public, keys.server.public, strange.public)
+    line, bare = line_of(keys, port), "%s\n%s\n%s elsewhere:1\n" % (stranger.public, keys.server.public, stranger.public)
     rows = [  # known_hosts before, flag, what is added, warnings
         ("# no newline", "--accept-new", "\n" + line, 1), (line, "--accept-new", "", 0), (bare, "--accept-new", "", 0),
-        ("", "-a", "", 1), ("%s 127.0.0.1:%d\n" % (strange.public, port), "-a", "", 1), (line, "-a", "", 1)]
+        ("", "-a", "", 1), ("%s 127.0.0.1:%d\n" % (stranger.public, port), "-a", "", 1), (line, "-a", "", 1)]
     for (before, flag, added, warned), (path, done) in zip(rows, clients(*((before, flag, "127.0.0.1:%d" % port) for before, flag, _, _ in rows))):
         assert done.code == 0 and path.read_text() == before + added and len(warnings(done.err)) == warned, (before, flag, done)
 
 
 @either_wire
-def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, keys, known, strange, client, impostor, tcp_echo):
+def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, keys, known, stranger, client, impostor, tcp_echo):
     known.unlink()
     server, port = serve("-v", *mode.serve)
     tunnels, flags = ["0:%d" % tcp_echo.port] * 2, (*mode.connect, "--accept-new")
@@ -161,7 +149,7 @@ def test_accept_new_writes_one_bound_line_and_takes_no_second_key(mode, serve, k
     assert len(warnings(dialled.output)) == 1 and keys.server.public in warnings(dialled.output)[0], dialled.output
     if mode is LEGACY:
         # What was accepted may be taken back: what known_hosts says now counts, not what was accepted an hour ago.
-        known.write_text("%s 127.0.0.1:%d\n" % (strange.public, port))
+        known.write_text("%s 127.0.0.1:%d\n" % (stranger.public, port))
         pytest.raises(ConnectionResetError, ask, tcp_port(dialled))
         assert dialled.wait() == AUTHENTICATION_FAILED
         dialled.wait_for("%s.*line 1\\b" % CHANGED)
@@ -277,9 +265,9 @@ def test_the_question_and_what_accepts(mode, answer, serve, keys, known, at_term
     assert known.read_text() == line_of(keys, port)
 
 
-def test_what_declines(serve, known, strange, at_terminal):
+def test_what_declines(serve, known, stranger, at_terminal):
     """Besides an answer: the key of a real terminal, in the middle of one; and a service manager, for which it must not hang there."""
-    before = "# mine\n%s elsewhere:1" % strange.public
+    before = "# mine\n%s elsewhere:1" % stranger.public
     known.write_text(before)
     server, port = serve("-v")
     declined, interrupted, ended = terminals = [at_terminal(port, "0:127.0.0.1:9") for _ in range(3)]
@@ -331,7 +319,7 @@ def test_while_it_asks_nothing_is_open_and_connections_wait(serve, keys, known, 
 
 
 @pytest.mark.parametrize("mode", [RATROD2, LEGACY], ids=["", "legacy"])
-def test_a_later_link_does_not_ask(mode, serve, known, strange, at_terminal, impostor, tcp_echo):
+def test_a_later_link_does_not_ask(mode, serve, known, stranger, at_terminal, impostor, tcp_echo):
     """Hours later nobody sits there: another key in the server's place is an error, not a question."""
     server, port = serve(*mode.serve)
     terminal = at_terminal(port, "0:%d" % tcp_echo.port, flags=mode.connect)
@@ -341,7 +329,7 @@ def test_a_later_link_does_not_ask(mode, serve, known, strange, at_terminal, imp
     for _ in range(3):
         ask(tcp_port(terminal))
     assert server.stop() == 0
-    impostor(terminal, mode, port, strange.public)
+    impostor(terminal, mode, port, stranger.public)
     assert len(re.findall(QUESTION, terminal.output)) == 1
 
 
@@ -354,10 +342,10 @@ def test_a_key_that_cannot_be_written_is_not_accepted(serve, known, at_terminal)
     terminal.wait_for("cannot write to `%s`.*add this line" % re.escape(str(known)))
 
 
-def test_when_nobody_is_asked(serve, keys, known, strange, at_terminal, tcp_echo):
+def test_when_nobody_is_asked(serve, keys, known, stranger, at_terminal, tcp_echo):
     _, port = serve()
     line, echo = line_of(keys, port), "0:%d" % tcp_echo.port
-    changed = "# mine\n%s 127.0.0.1:%d" % (strange.public, port)
+    changed = "# mine\n%s 127.0.0.1:%d" % (stranger.public, port)
     for before, flags, tunnels, streams, code, shown, after in (
         # A changed key is no question.
         (changed, (), (echo,), {}, AUTHENTICATION_FAILED, r"%s.*line 2\b" % CHANGED, changed),

@@ -25,7 +25,7 @@ from support import ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.programs import CACHE, PATIENCE, ROOT, linux, missing
 from support.rows import assert_raises
-from support.sockets import ask_over, eventually, free_port, ping, receive_all, receive_exactly, say
+from support.sockets import ask_over, dial_udp, eventually, free_port, ping, receive_all, receive_exactly, say
 from support.targets import echo
 
 # A wait for any of these times is a test that hangs: longer than a test's patience.
@@ -45,20 +45,17 @@ def ask(address, question=b"anybody there?"):
 
 
 def ask_by_udp(address, question=b"?"):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-        made.settimeout(PATIENCE)
-        made.connect(address)
+    with dial_udp(address[1], address[0]) as made:
         made.send(question)
         return made.recv(100) == question
 
 
 def assert_reset(address):
     """The connection is taken and then reset: what a refused target looks like."""
-    with pytest.raises((ConnectionResetError, BrokenPipeError)):
-        with dial(address) as connection:
-            connection.sendall(b"hello")
-            assert connection.recv(1) == b"", "data out of nowhere"
-            pytest.fail("a clean end")
+    with pytest.raises((ConnectionResetError, BrokenPipeError)), dial(address) as connection:
+        connection.sendall(b"hello")
+        assert connection.recv(1) == b"", "data out of nowhere"
+        pytest.fail("a clean end")
 
 
 def is_free(address):
@@ -170,7 +167,6 @@ def test_a_list_on_a_file_system_that_hangs(ends, tcp_echo, monkeypatch):
     server, hangs, over = ends.serve(), threading.Event(), threading.Event()
     tunnel = ends.tunnel(server, local(tcp_echo.port))
     ask(tunnel.address, b"before")
-
     def hang(path, stat=os.stat):
         if str(path).startswith(str(ends.keys.server.path)):
             hangs.set()
@@ -756,7 +752,6 @@ def test_authorize_refuses_a_key(ends, keys, second, tcp_echo):
 def test_authorize_refuses_a_target(ends, keys, target, udp_echo, caplog, raises):
     """As any refusal by policy: a reset at the originator, a reason in the server's log; also where it raises, of which the client learns nothing."""
     watched, good, broken = target(echo), target(echo), set()
-
     def allow(_key, asked):
         if asked in broken and raises:
             raise ZeroDivisionError("of the test")
@@ -770,8 +765,7 @@ def test_authorize_refuses_a_target(ends, keys, target, udp_echo, caplog, raises
             caplog.clear()
         assert_reset(tunnel.addresses[0])
         is_logged("127.0.0.1:%d" % watched.port)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-            made.connect(tunnel.addresses[1])
+        with dial_udp(tunnel.addresses[1][1]) as made:
             made.send(b"?")
             is_logged("udp 127.0.0.1:%d" % udp_echo.port)
         ask(tunnel.addresses[2])

@@ -143,13 +143,9 @@ def test_a_burst_of_one_source_waits_for_its_turn(strangers, keys):
     """A client that a restart has thrown out makes 16 links at once, and the new server does not know its address: none of them goes for another."""
     _, _, enter = strangers()
     burst = [peer.Client(enter("127.0.0.2"), seed_of(keys.client)) for _ in range(16)]
-    for client in burst:
-        client.send_client_preamble()
-    for client in burst:
-        client.read_server_preamble()
-        client.send_message(client.client_authentication())
-    for client in burst:
-        client.read_completion()
+    for step in (peer.Client.send_client_preamble, peer.Client.authenticate, peer.Client.read_completion):
+        for client in burst:
+            step(client)
 
 
 def half_way(sock, seed):
@@ -219,7 +215,6 @@ def test_public_key_work_in_three_classes(keys, second, stack):
     take turns, the newest first. For one more the oldest makes room, and hears why."""
     order, gate, opened = [], threading.Semaphore(0), []
     at_once = module.STEPS_AT_ONCE
-
     def authorize(key, _target):
         order.append(key)
         return not opened or gate.acquire(timeout=PATIENCE)
@@ -262,14 +257,12 @@ def test_the_oldest_makes_room_also_while_it_waits_for_its_turn(keys):
     limits = module.DEFAULT_LIMITS._replace(handshakes=16)
     with contextlib.ExitStack() as stack, module.serve(key_path=keys.server.path, limits=limits, authorize=lambda *_: gate.wait(PATIENCE)) as server:
         admission, clients = server._endpoint.admission, []
-
         def come():
             clients.append(peer.Client(stack.enter_context(dial(server.address[1], source="127.%d.3.1" % (len(clients) + 1))), bytes(32)))
             clients[-1].send_client_preamble()
         for n in range(module.STEPS_AT_ONCE):
             come()
-            clients[n].read_server_preamble()
-            clients[n].send_message(clients[n].client_authentication())
+            clients[n].authenticate()
         while len(clients) < 16:
             come()
         eventually(lambda: [stranger.is_stepping for stranger in list(admission._strangers)] == [True] * 16, "each waits for its turn")
@@ -284,9 +277,7 @@ def test_the_oldest_makes_room_also_while_it_waits_for_its_turn(keys):
 def test_a_client_is_served_whatever_these_two_are(tunnel, tcp_echo, stack, flags):
     """A burst of one source waits before it takes everybody's last places; here there are no others, but it must not wait for ever."""
     made = tunnel(tcp_echo.port, RATROD2, serve_flags=flags)
-    connections = [stack.enter_context(made.connect()) for _ in range(20)]
-    for connection in connections:
-        ping(connection)
+    ping(*(stack.enter_context(made.connect()) for _ in range(20)))
 
 
 def test_the_source_of_an_address():
@@ -398,8 +389,7 @@ def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag
     for program in (client, other):
         program.wait_for(READY)
     open_ones = [stack.enter_context(dial(tcp_port(client))) for _ in range(2)]
-    for sock in open_ones:
-        ping(sock)
+    ping(*open_ones)
     assert outcome_of(tcp_port(client)) == "reset"
     client.wait_for(r"as many .*as it takes \(2\)")
     if in_all:
@@ -407,17 +397,15 @@ def test_a_stream_too_many(serve, connect, ratrod, tcp_echo, second, stack, flag
         other.wait_for(r"as many .*as it takes \(2\)")
     else:
         assert outcome_of(tcp_port(other)) == "answered"
-    for sock in open_ones:
-        ping(sock, b"still there")
+    ping(*open_ones, word=b"still there")
     open_ones.pop().close()
     eventually(lambda: outcome_of(tcp_port(client)) == "answered", "the place of the one that left")
 
 
 # ---------------------------------------------------------------------------------------------------- connect
 @pytest.fixture
-def black_hole():
-    with contextlib.closing(BlackHole()) as made:
-        yield made
+def black_hole(stack):
+    return stack.enter_context(contextlib.closing(BlackHole()))
 
 
 @linux
@@ -529,17 +517,15 @@ def test_the_key_with_most_udp_sessions_makes_room(asking, remote, keys, second)
     assert loud[0].ask(remote) != of_loud[0]
 
 
-def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_echo, stack):
+def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_echo, remote, stack):
     """80,000 empty ones have room in one: others are served in between, and all of them before what follows it."""
     _, port = serve()
-    nobody = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-    nobody.bind(("127.0.0.1", 0))
     flood, other = link(stack.enter_context(dial(port)), keys.client), link(stack.enter_context(dial(port)), second)
     stream = other.open("127.0.0.1:%d" % tcp_echo.port)
     stream.wait_opened()
     flood.open_udp()
     assert flood.read_record().type == peer.OPENED
-    flood.session(1, "127.0.0.1:%d" % nobody.getsockname()[1])
+    flood.session(1, "127.0.0.1:%d" % remote.port)
     flood.datagrams(*[(1, b"")] * 80000)
     flood.session(2, "no target")
     for _ in range(30):  # it comes in pieces, between which all are served anyway
@@ -552,7 +538,6 @@ def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_ech
 def late_server(keys, target):
     """(port, go(), datagrams): the independent server, which closes its first connection when it is idle, and makes the others wait for go()."""
     connections, may_go, datagrams = itertools.count(), threading.Event(), []
-
     def serve(connection):
         connection.settimeout(PATIENCE)
         server = peer.Server(connection, seed_of(keys.server))
@@ -651,8 +636,7 @@ def test_idle_links(serve, start, keys, tcp_echo, flag, idle_time):
                    "127.0.0.1:%d" % port, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     for _ in range(3):
         burst = [dial(tcp_port(client)) for _ in range(12)]
-        for sock in burst:
-            ping(sock)
+        ping(*burst)
         for sock in burst:
             ask_over(sock)
     if idle_time == 60:
@@ -685,7 +669,6 @@ def test_the_udp_sessions_of_an_old_link_go_on_over_another(forward, udp_echo, s
     asking = stack.enter_context(udp_originator(client))
     asking.setblocking(False)
     numbers, after = itertools.count(1), []  # of the questions that were asked when the second link had been left
-
     def hears():
         question = b"%d" % next(numbers)
         if len(re.findall("UDP link of .* ended", server.output)) > 1:

@@ -240,7 +240,7 @@ def test_a_new_server_beside_one_that_drains(serve, connect, tcp_echo):
     old, server_port = serve(*words)
     client = connect(server_port, "0:%d" % tcp_echo.port).ready()
     with dial(tcp_port(client)) as connection:
-        ping(connection, b"1")
+        ping(connection, word=b"1")
         serve(*words, bind="127.0.0.1:%d" % server_port)
         old.process.terminate()
         old.wait_for("Ending")

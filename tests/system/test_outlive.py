@@ -16,7 +16,7 @@ import ratrod as module
 from support import ratrod2_peer as peer
 from support import sockets
 from support.keys import permit
-from support.programs import PATIENCE, PYTHON, ROOT, STARTED, tcp_port
+from support.programs import PATIENCE, PYTHON, RATROD2, ROOT, STARTED, tcp_port
 from support.ratrod2_peer import ACK, CLOSE, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError
 from support.relays import Door
 from support.rows import assert_raises, row
@@ -337,8 +337,7 @@ def test_rule_13_a_stream_of_a_listener_moves_to_a_link_of_its_pool(link):
     first = link(flags=("--allow-listen",), streams=streams)
     address = first.listen("127.0.0.1:0", b"instance")
     with dial(int(address.rpartition(":")[2])) as originator:
-        stream = first.accept()
-        stream.opened()
+        stream = first.accept().opened()
         talk(stream, originator)
         peer.reset(first.sock)
         originator.sendall(b"meanwhile")
@@ -378,9 +377,8 @@ def test_39_many_detached_streams_of_one_key(start, keys, link, hold, second):
 
 # ---------------------------------------------------------------------------------------------------- the real `connect`
 @pytest.fixture
-def home(keys, target):
-    with contextlib.closing(Waiting(keys, target)) as made:
-        yield made
+def home(keys, target, stack):
+    return stack.enter_context(contextlib.closing(Waiting(keys, target)))
 
 
 @pytest.fixture
@@ -390,8 +388,7 @@ def originate(home, connect, stack):
         if not hasattr(make, "client"):
             make.client = connect(home.port, "-v", *flags, "0:good:1").ready()
         originator = stack.enter_context(dial(tcp_port(make.client)))
-        stream = home.stream()
-        stream.opened()
+        stream = home.stream().opened()
         talk(stream, originator)
         return stream, originator
     return make
@@ -457,10 +454,9 @@ def test_rule_08_a_client_gives_up_after_resume(home, originate, resume):
 
 
 @pytest.mark.parametrize("ours, theirs", [("0", "600"), ("600", "0")])
-def test_rule_08_ends_that_do_not_wait_equally_long(serve, connect, tcp_echo, ours, theirs):
+def test_rule_08_ends_that_do_not_wait_equally_long(forward, tcp_echo, ours, theirs):
     """Either end acknowledges what it takes, whether it would wait for another link or not."""
-    _, port = serve("--resume", theirs)
-    client = connect(port, "--resume", ours, "0:%d" % tcp_echo.port).ready()
+    _, client = forward(RATROD2, "0:%d" % tcp_echo.port, serve_flags=("--resume", theirs), connect_flags=("--resume", ours))
     sockets.ask(tcp_port(client), bytes(range(256)) * (1 << 14))  # four windows
 
 
@@ -520,8 +516,7 @@ def converse(stack):
     """converse(client, n) -> n connections that have said something."""
     def make(client, n=1):
         made = [stack.enter_context(dial(tcp_port(client))) for _ in range(n)]
-        for connection in made:
-            ping(connection)
+        ping(*made)
         return made
     return make
 
@@ -532,8 +527,7 @@ def test_a_stream_finds_its_worker(serve, reach, converse):
     connections = converse(client, 8)
     for _ in range(3):
         door.cut_all()
-        for connection in connections:
-            ping(connection)
+        ping(*connections)
 
 
 def test_a_stream_finds_its_server_among_several(serve, reach, converse):
@@ -570,8 +564,7 @@ def test_a_stream_of_one_of_two_servers_behind_one_address(serve, reach, convers
     door.next = [port for _, port in servers]
     connections = converse(client, 6)
     door.cut_all()
-    for connection in connections:
-        ping(connection)
+    ping(*connections)
     servers[0][0].kill()
     eventually(lambda: "or another one answers" in client.output, "its streams are reset")
     sockets.ask(tcp_port(client))

@@ -59,10 +59,6 @@ def make_venv(place):
     return place / IN_VENV
 
 
-def site_packages(python):
-    return run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=CACHE)[1].strip()
-
-
 @pytest.fixture(scope="session")
 def bare():
     """A Python without a package."""
@@ -74,7 +70,8 @@ def bare():
 def pynacl_alone():
     """A Python with PyNaCl, in the version that the tests themselves run on, and nothing more; installed once and kept."""
     def make(folder):
-        install(site_packages(make_venv(folder)), "pynacl==" + nacl.__version__, "--only-binary", ":all:")
+        _, site_packages, _ = run(make_venv(folder), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=CACHE)
+        install(site_packages.strip(), "pynacl==" + nacl.__version__, "--only-binary", ":all:")
     name = "venv-pynacl-%s-%s" % (nacl.__version__, sys.implementation.cache_tag)
     if (CACHE / name).exists() and not (CACHE / name / IN_VENV).exists():  # it points to a Python that is gone
         shutil.rmtree(str(CACHE / name), ignore_errors=True)  # another run may be at it
@@ -183,7 +180,7 @@ def test_a_tunnel_between_two_of_them(start, no_traceback, pynacl_alone, single,
     address = "127.0.0.1:" + server.wait_for(STARTED).group(1)
     client = start(*command, "-k", keys.client.path, "connect", address, "0:127.0.0.1:%d" % tcp_echo.port, **options).ready()
     with socket.create_connection(("127.0.0.1", int(client.wait_for(LISTENING).group(1))), timeout=PATIENCE) as connection:
-        ping(connection, b"there and back" * 10000)
+        ping(connection, word=b"there and back" * 10000)
     assert (client.stop(), server.stop()) == (0, 0)
 
 

@@ -24,7 +24,7 @@ from support.programs import PATIENCE
 from support.ratrod2_peer import DATA, DATAGRAMS, END, ERROR, KEEPALIVE, OPEN, OPENED, OPENING, SESSION, TCP, UDP, PeerError, encode_session
 from support.rows import row
 from support.scripted import Scripted
-from support.sockets import ask, ask_udp, dial, eventually, is_ready, receive_all
+from support.sockets import ask, ask_udp, dial, dial_udp, eventually, is_ready, receive_all
 
 SHORT_HANDSHAKE = ("--handshake-timeout", "1")
 RESETS = ("--resume", "0")  # where a link is lost the stream on it is reset
@@ -619,9 +619,7 @@ def test_28_datagram_of_an_unknown_session_to_the_client(connected, stack):
         assert link.read_udp() == (DATAGRAMS, [(number, b"two")])
         link.datagrams((number + 1, b"stray"), (number, b"two"))
     end = connected(misbehave, is_udp=True)
-    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-    sock.settimeout(PATIENCE)
-    sock.connect(("127.0.0.1", end.evil))
+    sock = stack.enter_context(dial_udp(end.evil))
     for data in (b"one", b"two"):
         ask_udp(sock, data)
     still_serves(end)

@@ -14,7 +14,7 @@ import pytest
 import ratrod as module
 from support import programs, sockets
 from support import ratrod2_peer as peer
-from support.keys import identity_of, make_keys, seed_of
+from support.keys import identity_of, seed_of
 from support.pressure import LONG, figure, scaled
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, tcp_port
 from support.relays import Door
@@ -276,7 +276,7 @@ def wake(client, mode):
 
 
 @pytest.mark.parametrize("mode, bound", [(RATROD2, False), (LEGACY, True)], ids=["bare line", "legacy, bound line"])
-def test_a_key_that_was_removed_meanwhile_and_another_host_key(serve, ratrod, connect, keys, tmp_path, tcp_echo, mode, bound):
+def test_a_key_that_was_removed_meanwhile_and_another_host_key(serve, ratrod, connect, keys, stranger, tcp_echo, mode, bound):
     """A client that was let in once says why, and goes on trying: a list may lack its key for a moment. One whose tries are counted ends."""
     server, port = serve(*mode.serve)
     if bound:
@@ -301,11 +301,10 @@ def test_a_key_that_was_removed_meanwhile_and_another_host_key(serve, ratrod, co
     server.kill()
     if mode is RATROD2:  # what it says of a server that is away does not keep it from saying more
         client.wait_for(away, before + 1)
-    other = make_keys(tmp_path / "other")
-    other.trust(keys.client, "authorized_keys")
-    wrong = ratrod("-k", other.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
+    stranger.trust(keys.client, "authorized_keys")
+    wrong = ratrod("-k", stranger.path, "serve", *mode.serve, "127.0.0.1:%d" % port)
     wrong.wait_for(STARTED)
-    assert_told(("HAS CHANGED.*" if bound else "") + re.escape(other.public))
+    assert_told(("HAS CHANGED.*" if bound else "") + re.escape(stranger.public))
     assert ("HAS CHANGED" in client.output) == bound
     # The client never trusts what it should not, and goes on when the right server is back.
     assert not works(tcp_port(client))
@@ -343,7 +342,7 @@ def test_fail_over_with_every_kind_of_tunnel(serve, connect_to, tcp_echo, udp_ec
             connection, code, _ = ask_socks(socks_port(client), request("127.0.0.1", tcp_echo.port))
             with connection:
                 assert code == 0
-                ping(connection, b"through SOCKS")
+                ping(connection, word=b"through SOCKS")
             if reverse_port:
                 # Whoever listens there asks again in its own time.
                 eventually(lambda: not sockets.refused(reverse_port), "the reverse tunnel is there")
@@ -379,12 +378,11 @@ def test_the_one_that_worked_last_stays_in_use(serve, connect_to, tcp_echo, targ
 
 @pytest.mark.parametrize("first, mode", [("wrong", LEGACY), ("dead", RATROD2), ("killed", RATROD2), ("killed", LEGACY)],
                          ids=["wrong-legacy", "dead-ratrod2", "killed-ratrod2", "killed-legacy"])
-def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, closed, first, mode):
+def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, stranger, tcp_echo, closed, first, mode):
     """It is not passed over in silence: where it is asked first, where the good one never was there, and where the good one is no longer there."""
-    other = make_keys(tmp_path / "other")
-    other.trust(keys.client, "authorized_keys")
+    stranger.trust(keys.client, "authorized_keys")
     server, good = serve(*mode.serve)
-    bad = int(ratrod("-k", other.path, "serve", *mode.serve, "127.0.0.1:0").wait_for(STARTED).group(1))
+    bad = int(ratrod("-k", stranger.path, "serve", *mode.serve, "127.0.0.1:0").wait_for(STARTED).group(1))
     ports = {"wrong": [bad, good], "dead": [closed, bad], "killed": [good, bad]}[first]
     client = connect_to(ports, mode, *COUNTED, "0:127.0.0.1:%d" % tcp_echo.port)
     if first == "killed":
@@ -392,21 +390,20 @@ def test_one_of_them_has_a_wrong_key(serve, ratrod, connect_to, keys, tmp_path, 
         server.kill()
         wake(client, mode)
     assert client.wait() == AUTHENTICATION_FAILED
-    assert other.public in client.output
+    assert stranger.public in client.output
 
 
 @pytest.mark.parametrize("mode, why", [(RATROD2, "refused"), (RATROD2, "changed"), (LEGACY, "refused")],
                          ids=["refused-ratrod2", "changed-ratrod2", "refused-legacy"])
-def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, keys, tmp_path, tcp_echo, mode, why):
+def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, keys, stranger, tcp_echo, mode, why):
     """It does not know the client's key, or shows another key than the listed one: that is said, and the next one is asked, at the start and
     when the next one comes back. Where all turn it away its exit code is 3."""
-    other = make_keys(tmp_path / "other")
-    other.trust(keys.client if why == "changed" else other, "authorized_keys")
-    bad = int(ratrod("-k", other.path, "serve", *mode.serve, "127.0.0.1:0").wait_for(STARTED).group(1))
+    stranger.trust(keys.client if why == "changed" else stranger, "authorized_keys")
+    bad = int(ratrod("-k", stranger.path, "serve", *mode.serve, "127.0.0.1:0").wait_for(STARTED).group(1))
     server, good = serve(*mode.serve)
-    listed = keys.server if why == "changed" else other
+    listed = keys.server if why == "changed" else stranger
     keys.client.write("known_hosts", "%s 127.0.0.1:%d\n%s 127.0.0.1:%d\n" % (listed.public, bad, keys.server.public, good))
-    passed = "server `127.0.0.1:%d` is passed by: .*%s" % (bad, other.public if why == "changed" else keys.client.public)
+    passed = "server `127.0.0.1:%d` is passed by: .*%s" % (bad, stranger.public if why == "changed" else keys.client.public)
     client = connect_to([bad, good], mode, *OFTEN, "0:127.0.0.1:%d" % tcp_echo.port).ready()
     assert count(passed, client) == 1
     ask(tcp_port(client))
@@ -414,7 +411,7 @@ def test_one_that_turns_the_client_away_is_passed_by(serve, ratrod, connect_to, 
     wake(client, mode)
     serve(*mode.serve, bind="127.0.0.1:%d" % good)
     eventually(lambda: works(tcp_port(client)), "it is with the good one again")
-    keys.server.write("authorized_keys", other.public + "\n")  # an empty one, as editors leave it for a moment, would not count yet
+    keys.server.write("authorized_keys", stranger.public + "\n")  # an empty one, as editors leave it for a moment, would not count yet
     client = connect_to([bad, good], mode)
     assert client.wait() == AUTHENTICATION_FAILED
     assert all("127.0.0.1:%d" % port in client.wait_for("Test connection failed: none of .*").group() for port in (bad, good))
@@ -487,8 +484,7 @@ def test_udp_to_a_remote_that_could_not_be_reached_is_tried_again(keys, udp_echo
     monkeypatch.setattr(module.Client, "REST", 0.2)
     with module.serve(key_path=str(keys.server.path)) as server, module.tunnel(
             "127.0.0.1:%d" % server.address[1], "0:later.example:%d" % udp_echo.port, key_path=str(keys.client.path)) as tunnel:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as originator:
-            originator.connect(tunnel.address)
+        with sockets.dial_udp(tunnel.address[1]) as originator:
             ask_until_answered(originator, b"anybody there?")
     assert len(asked) == 2
 

@@ -279,8 +279,7 @@ def test_what_the_kernel_has_taken_is_served(serve, keys, tcp_echo):
         server.process.send_signal(signal.SIGCONT)
         for link in links:
             try:
-                link.read_server_preamble()
-                link.send_message(link.client_authentication())
+                link.authenticate()
                 link.read_completion()
                 outcomes["Close" if [record.type for record in link.read_to_end()] == [peer.CLOSE] else "no Close"] += 1
             except OSError as error:

@@ -175,8 +175,7 @@ def test_64_listeners_for_a_key(serve, client, second, target, tcp_echo):
     # Those that wait for a link included: who reaches the listener must not use up the server's descriptors.
     reverse = bound(client(server_port, "R:0:127.0.0.1:%d" % tcp_echo.port))
     with dial(reverse) as one, dial(reverse) as another:
-        for connection in (one, another):
-            ping(connection)
+        ping(one, another)
         sockets.assert_refused(reverse)
         server.wait_for("carries as many streams .* as it takes \\(2\\)")
     eventually(lambda: works(reverse), "there is room again")
@@ -387,8 +386,7 @@ def test_a_listener_lives_while_its_links_are_busy(listen, originate):
     """No link waits, and who connects is served once one does."""
     listening, address = listen()
     first, second = originate(address), originate(address)
-    stream = listening.accept()
-    stream.opened()
+    stream = listening.accept().opened()
     first.sendall(b"?")
     assert stream.receive() == b"?"
     another, _ = listen(address)
@@ -419,8 +417,7 @@ def test_the_next_instance_takes_over(listen, originate):
         old, address = listen()
         if busy:
             originator = originate(address)
-            stream = old.accept()
-            stream.opened()
+            stream = old.accept().opened()
         waiting, _ = listen(address)
         new, _ = listen(address, b"instanc2")
         assert waiting.accept() is None
@@ -463,8 +460,7 @@ def test_a_reset_of_either_side_reaches_the_other(listen, originate):
     for is_ours in (True, False):
         listening, address = listen()
         originator = originate(address)
-        stream = listening.accept()
-        stream.opened()
+        stream = listening.accept().opened()
         stream.send(b"!")
         receive_exactly(originator, 1)
         if is_ours:
@@ -509,10 +505,9 @@ def test_21_a_listen_link_serves_no_other_client(listen, originate, second):
 
 
 @pytest.fixture
-def grants(keys, target):
+def grants(keys, target, stack):
     """The independent server, which leaves links on which the client asks to listen to the test."""
-    with contextlib.closing(Waiting(keys, target, LISTEN)) as made:
-        yield made
+    return stack.enter_context(contextlib.closing(Waiting(keys, target, LISTEN)))
 
 
 def test_a_client_asks_and_is_granted(grants, client, tcp_echo):

@@ -16,7 +16,7 @@ import pytest
 from support.kernel import sockets_of
 from support.programs import PATIENCE, RATROD2, READY, Program, descriptors, either_wire, two_wires
 from support.rows import row
-from support.sockets import dial_unix, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
+from support.sockets import BLOCK, dial_udp, dial_unix, eventually, free_port, ping, port_of, receive_all, receive_exactly, reset, say
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, ask_socks, encode_address, greet, read_reply, request, socks_port
 from support.targets import UdpEcho, UdpRemote, says
 
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 
 # For what happens beside the wire: one mode is enough.
 ANY = RATROD2
-BLOCK = os.urandom((1 << 20) - 3)
 LOGIN = b"\5\1\2" + b"\1\5alice\6secret"
 LOGGED_IN = b"\5\2" + b"\1\0"  # this method, and right
 WITH_A_PASSWORD = "--socks-user", "alice:secret"
@@ -275,7 +274,7 @@ def test_times(proxy, tcp_echo, udp_echo):
         assert len(list(slow)) > 150
         eventually(lambda: not udp_sockets(made.server), "the session was forgotten")
         assert asking.ask("127.0.0.1", udp_echo.port, b"hello again") == b"hello again"
-        ping(through, b"still here")
+        ping(through, word=b"still here")
 
 
 class Association(NamedTuple):
@@ -318,9 +317,7 @@ def associate(made, host="127.0.0.1", claimed=("0.0.0.0", 0)):
     assert code == 0 and port
     # What is bound to every address is reached where the proxy is.
     relay = host if bound in ("0.0.0.0", "::") else bound, port
-    with connection, socket.socket(socket.AF_INET6 if ":" in relay[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(PATIENCE)
-        sock.connect(relay)  # what comes from elsewhere than where it was sent to does not count
+    with connection, dial_udp(port, relay[0]) as sock:  # what comes from elsewhere than where it was sent to does not count
         yield Association(connection, relay, sock)
 
 

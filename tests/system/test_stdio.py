@@ -16,7 +16,7 @@ import pytest
 from support.pressure import memory_before, peak_growth
 from support.programs import LEGACY, LEGACY_E, PATIENCE, RATROD, RATROD2, either_wire, every_mode, handshakes, two_wires
 from support.rows import row
-from support.sockets import accept, ask, free_port, ping, port_of, push_until_stuck, receive_all, receive_exactly, reset, say
+from support.sockets import BLOCK, accept, ask, free_port, ping, port_of, push_until_stuck, receive_all, receive_exactly, reset, say
 
 pty = pytest.importorskip("pty")
 termios = pytest.importorskip("termios")
@@ -25,14 +25,8 @@ pytestmark = pytest.mark.usefixtures("no_traceback")
 
 # For what happens beside the wire: one mode is enough.
 ANY = RATROD2
-BLOCK = os.urandom((1 << 20) - 3)
 
 PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
-
-
-def without_legacys_warning(text):
-    """The one that it always has without -e: a right one, and no test's subject."""
-    return re.sub(r"\x1b\[[0-9;]*m|\S+Z +WARN The traffic between client and server is in the clear.*\n", "", text)
 
 
 class Stdio:
@@ -53,7 +47,9 @@ class Stdio:
 
     @property
     def stderr(self):
-        return without_legacys_warning(self.log.read_text(encoding="utf-8"))
+        """But for the warning that legacy always has without -e: a right one, and no test's subject."""
+        text = self.log.read_text(encoding="utf-8")
+        return re.sub(r"\x1b\[[0-9;]*m|\S+Z +WARN The traffic between client and server is in the clear.*\n", "", text)
 
     def read(self, n):
         pieces = []
@@ -114,11 +110,6 @@ def stdio_to(stdio, listener, stack):
         assert made.read(len(first)) == first
         return made, target
     return run
-
-
-def answer_with_digest(connection):
-    """A target: takes all, and answers with its hash."""
-    connection.sendall(hashlib.sha256(receive_all(connection)).hexdigest().encode())
 
 
 @two_wires
@@ -208,7 +199,7 @@ def as_ended_pipe(content):
 
 def test_kinds_of_stdin(stdio, target):
     """A file and /dev/null are never "ready" for epoll, which does not even take the first; a pipe may be at its end before it is looked at."""
-    port = target(answer_with_digest).port
+    port = target(lambda connection: connection.sendall(hashlib.sha256(receive_all(connection)).hexdigest().encode())).port
     for make, content in ((as_file, BLOCK * 3), (as_file, b"x"), (as_file, b""), (lambda _: open(os.devnull, "rb"), b""), (as_ended_pipe, b""),
                           (as_ended_pipe, b"all of it"), (as_ended_pipe, BLOCK[:65536])):
         with row((getattr(make, "__name__", ""), len(content))), make(content) as source:
@@ -247,7 +238,7 @@ def test_one_socket_as_both(stdio, tcp_echo):
         ours.settimeout(PATIENCE)
         with theirs:
             made = stdio(ANY, tcp_echo.port, stdin=theirs, stdout=theirs)
-        ping(ours, b"hello")
+        ping(ours, word=b"hello")
         ours.shutdown(socket.SHUT_WR)
         assert receive_all(ours) == b""
     assert made.wait() == (0, "")

@@ -14,14 +14,12 @@ from support import sockets
 from support.pressure import LONG, memory_before, peak_growth
 from support.programs import PATIENCE, RATROD, RATROD2, READY, STARTED, bound, either_wire, every_mode, tcp_port, udp_originator
 from support.rows import row
-from support.sockets import accept, ask, ask_udp, assert_refused, dial, free_port, ping, port_of, receive_all, receive_exactly, reset, talk
+from support.sockets import BLOCK, accept, ask, ask_udp, assert_refused, dial, free_port, ping, port_of, receive_all, receive_exactly, reset, talk
 from support.socks5 import ask_socks, request, socks_port
 from support.targets import echo
 
 pytestmark = pytest.mark.usefixtures("no_traceback")
 
-# Random, and of a length that divides nothing: a lost, doubled or misplaced piece changes a run of these.
-BLOCK = os.urandom((1 << 20) - 3)
 SIDES = "originator", "target"
 NOT_ALLOWED = "not allowed by this server"
 
@@ -198,7 +196,7 @@ def test_tunnels_of_every_form(forward, target, tcp_echo):
     pytest.raises(ConnectionRefusedError, dial, port + 1, "127.0.0.2")
     # The IPv6 wildcard takes IPv4 too, as * does, and shows it as such.
     with dial(tcp_port(client, len(forms))) as connection:
-        ping(connection, b"still there?")
+        ping(connection, word=b"still there?")
         client.wait_for(r"127\.0\.0\.1:%d\b" % port_of(connection))
     assert "::ffff:" not in client.output
     # Each of two tunnels leads to its own target.

@@ -22,7 +22,7 @@ import ratrod
 from ratrod import HEADROOM, TAILROOM, AuthenticationError, LocalProtocolError, RemoteProtocolError
 from support import ratrod2_peer as peer
 from support.programs import PYTHON, RATROD
-from support.rows import row
+from support.rows import assert_each_raises, row
 
 unlimited = settings(deadline=None, max_examples=1000 if os.environ.get("RATROD_LONG") else 50)  # nothing here is about time
 
@@ -154,9 +154,7 @@ def test_varint_of_every_width():
         wire = bytes.fromhex(text)
         assert ratrod.encode_varint(n) == wire and ratrod._decode(None, "v", wire) == n
         wrong += [wire + b"\0", *(wire[:end] for end in range(len(wire)))]
-    for wire in wrong:
-        with row(wire):
-            pytest.raises(RemoteProtocolError, ratrod._decode, None, "v", wire)
+    assert_each_raises(RemoteProtocolError, None, functools.partial(ratrod._decode, None, "v"), wrong)
 
 
 texts = st.text(max_size=60)

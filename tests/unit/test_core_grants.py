@@ -194,7 +194,6 @@ def test_a_name_that_resolves_to_loopback(options, regex, outcomes):
     resolves = {**dict.fromkeys((INSIDE, "localhost", "127.0.0.1"), LOOPBACK), INSIDE6: ("::1",), LINK_LOCAL: ("169.254.7.7",),
                 BOTH: LOOPBACK + ELSEWHERE, OUTSIDE: ELSEWHERE}
     policy, grants = ratrod.Policy(regex), grants_of(options)
-
     def reached(host):
         try:
             return policy.check_addresses(policy.check(host + ":80", grants), resolves[host], grants)
@@ -280,7 +279,6 @@ def test_spellings_of_an_address_to_listen_on():
     bad_addresses = ["", ":", ":0", "127.0.0.1", "127.0.0.1:", "127.1:0", "0x7f000001:0", "127.0.0.1:0\n", "127.0.0.1:00", "127.0.0.1:65536",
                      "127.0.0.1:-1", "127.0.0.1:\u0660", "[::1", "[fe80::1%lo]:0", "**:0", "*.x:0", "a b:0", "unix:/tmp/x", "no.such.name.invalid:0"]
     grant, = grants_of('permitlisten="127.0.0.1:8080"')
-
     def listens(asked):
         try:
             address = ratrod.parse_bind(asked)

@@ -1,6 +1,7 @@
 """Section 3 of ratrod.py: keys and key files, addresses and policy, against PROTOCOL.md."""
 
 import errno
+import functools
 import itertools
 import os
 import re
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 import ratrod
 from ratrod import Address, ConfigError, KeyPair, KnownHosts, PolicyError
 from support.keys import base64url, make_keys
-from support.rows import row
+from support.rows import assert_each_raises, row
 from test_core import flipped, unlimited
 
 SEEDS = [bytes(32), b"\xff" * 32, bytes(range(32))]
@@ -102,9 +103,7 @@ def test_texts_that_are_no_key():
                # Padding and white space, also where they make up for a character that is missing.
                *(change.format(rest) for rest in (base64url(SEED), base64url(SEED)[1:], base64url(SEED)[:-1])
                  for change in ("{}=", "{}==", "{}\n", "\n{}", " {}", "{} ", "\ufeff{}", "{}\0"))]
-    for text in no_keys:
-        with row(text):
-            pytest.raises(ValueError, ratrod.decode_key, text)
+    assert_each_raises(ValueError, None, ratrod.decode_key, no_keys)
 
 
 def test_a_private_key_with_any_other_character_or_bit_is_refused():
@@ -278,7 +277,6 @@ def test_a_list_that_cannot_be_opened(listed, monkeypatch, number, event):
     """A server without descriptors throws nobody out, at a reload neither: the file is the one that was read. One that has changed meanwhile
     may have lost a key, and counts as empty, but only until it can be read again, whatever its times say."""
     lines, write, _ = listed
-
     def unable(*_args, **_options):
         raise OSError(number, os.strerror(number))
     write(base64url(A), when=LONG_AGO)
@@ -329,11 +327,8 @@ def test_split_host_port():
         "a:[b:c]": ["a", "b:c"],
     }
     assert {text: ratrod.split_host_port(text) for text in pieces} == pieces
-    for text in bad_brackets:
-        with row(text):
-            pytest.raises(ValueError, ratrod.split_host_port, text)
-            pytest.raises(ValueError, ratrod.parse_target, text)
-            pytest.raises(ConfigError, ratrod.parse_tunnels, text)
+    for kind, parse in ((ValueError, ratrod.split_host_port), (ValueError, ratrod.parse_target), (ConfigError, ratrod.parse_tunnels)):
+        assert_each_raises(kind, None, parse, bad_brackets)
 
 
 @unlimited
@@ -348,10 +343,8 @@ def test_ports():
                  "\uff18\uff10", "\u0665", "\u00b2", "http", "1" * 5000]
     assert [ratrod.parse_port(text) for text in ("1", "80", "65535")] == [1, 80, 65535] and ratrod.parse_port("0", lowest=0) == 0
     pytest.raises(ValueError, ratrod.parse_port, "0")
-    for text in bad_ports:
-        with row(text[:20]):
-            pytest.raises(ValueError, ratrod.parse_port, text)
-            pytest.raises(ValueError, ratrod.parse_port, text, lowest=0)
+    for lowest in (1, 0):
+        assert_each_raises(ValueError, None, functools.partial(ratrod.parse_port, lowest=lowest), bad_ports)
 
 
 def test_hosts_in_canonical_form():
@@ -397,13 +390,10 @@ def test_texts_that_are_no_host_or_no_target():
         "fe80::1%eth0", "::1%1", "::1%", "1::2::3", ":::", "::g", "::1\n", " ::1", "::1 ", "::\uff11", "1:2:3:4:5:6:7:8:9", "::1/128",
         "::ffff:127.1", "::ffff:0x7f.0.0.1", "12345::", "::ffff:127.0.0.1.", ":",
     ]
-    for text in bad_hosts:
-        with row(text[:40]):
-            pytest.raises(ValueError, ratrod.parse_host, text)
-    for text in (*bad_targets, *(form % text for text in bad_hosts for form in ("%s:80", "[%s]:80"))):
-        with row(text[:40]):
-            pytest.raises(ValueError, ratrod.parse_target, text)
-            pytest.raises(PolicyError, ratrod.Policy().check, text)
+    assert_each_raises(ValueError, None, ratrod.parse_host, bad_hosts)
+    no_targets = [*bad_targets, *(form % text for text in bad_hosts for form in ("%s:80", "[%s]:80"))]
+    assert_each_raises(ValueError, None, ratrod.parse_target, no_targets)
+    assert_each_raises(PolicyError, None, ratrod.Policy().check, no_targets)
 
 
 def test_tunnels_of_every_form():
@@ -456,18 +446,15 @@ def test_a_regex_must_match_the_whole_host_or_the_whole_target():
         policy = ratrod.Policy(regex)
         for text in allowed:
             assert policy.check(text) == ratrod.parse_target(text), regex
-        for text in forbidden:
-            with row((regex, text)), pytest.raises(PolicyError, match="does not match"):
-                policy.check(text)
+        with row(regex):
+            assert_each_raises(PolicyError, "does not match", policy.check, forbidden)
 
 
 def test_patterns_that_are_wrong_or_mean_something_else_are_refused():
     # The first ones compile, with a FutureWarning, into something else than they say: a rule that is misread lets strangers in.
     bad_patterns = ["[[:alpha:]]+", "[a--b]", "[a&&b]", "[a||b]", "[a~~b]", "(", "*", "[", "a**", "(?P<a>.)(?P<a>.)", "\\", "(?z)", "(" * 3000,
                     "a{99999999999999999999}"]
-    for regex in bad_patterns * 2:  # re keeps what it has compiled
-        with row(regex[:30]):
-            pytest.raises(ConfigError, ratrod.Policy, regex)
+    assert_each_raises(ConfigError, None, ratrod.Policy, bad_patterns * 2)  # re keeps what it has compiled
 
 
 def test_a_slow_pattern_is_refused_and_an_everyday_one_taken(monkeypatch):
@@ -483,9 +470,7 @@ def test_a_slow_pattern_is_refused_and_an_everyday_one_taken(monkeypatch):
         r".*db.*prod.*web.*internal.*", "a{99}", r"((25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(25[0-5]|2[0-4]\d|1?\d?\d):\d+",
         r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,}:443", "|".join(r"10\.0\.%d\.\d+" % n for n in range(200)),
     ]
-    for regex in slow:
-        with row(regex), pytest.raises(ConfigError, match="cannot use the remote regex `.*` *: it takes"):
-            ratrod.make_policy(["a", regex])
+    assert_each_raises(ConfigError, "cannot use the remote regex `.*` *: it takes", lambda regex: ratrod.make_policy(["a", regex]), slow)
     monkeypatch.setattr(ratrod, "PROBED", 0.1)  # what takes long is the tries that find nothing
     for regex in everyday:
         with row(regex[:30]):

@@ -18,7 +18,7 @@ from support import legacy_peer
 from support.legacy_peer import LIMIT
 from support.legacy_peer import frame as framed
 from support.ratrod2_peer import SMALL_ORDER_POINTS, encode_datagrams
-from support.rows import assert_raises, row
+from support.rows import assert_each_raises, assert_raises, row
 from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, write_data
 
 # ---------------------------------------------------------------------------------------------------- 2. messages
@@ -54,9 +54,7 @@ def test_exact_bytes_of_messages():
     for message, wire in EXACT:
         assert ratrod.encode_message(message).hex() == wire
         assert ratrod.decode_message(bytes.fromhex(wire)) == message
-    for wire in bad:
-        with row(wire):
-            pytest.raises(RemoteProtocolError, ratrod.decode_message, bytes.fromhex(wire))
+    assert_each_raises(RemoteProtocolError, None, ratrod.decode_message, list(map(bytes.fromhex, bad)))
 
 
 @unlimited

@@ -1,9 +1,7 @@
 """A key folder: what is written into a new one, what is wrong with one, known_hosts, and the two questions that are asked of a user."""
 
-import base64
 import concurrent.futures
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -17,7 +15,7 @@ import pytest
 
 import ratrod
 from ratrod import AuthenticationError, ConfigError, KeyFolder, KnownHosts
-from support.keys import base64url, make_keys
+from support.keys import base64url, fingerprint, make_keys
 from support.rows import assert_raises
 
 posix = pytest.mark.skipif(os.name != "posix", reason="other systems have other permissions")
@@ -43,7 +41,6 @@ def test_keys_are_in_the_home_folder_or_where_k_says(tmp_path, monkeypatch):
 def test_without_a_home_folder_none_is_made_up(tmp_path, monkeypatch, home):
     """As in a container with a user who is in no passwd file: a folder that is called `~` would appear where it was started."""
     import pwd
-
     monkeypatch.chdir(tmp_path)
     if home is None:
         monkeypatch.delenv("HOME")
@@ -336,7 +333,6 @@ def test_several_clients_write_at_once(tmp_path):
     path = tmp_path / "known_hosts"
     path.write_text("# no newline")
     together = threading.Barrier(8)
-
     def add(n):
         known = KnownHosts(str(path))
         together.wait()
@@ -394,11 +390,6 @@ def test_the_first_run(tmp_path, typing, capsys):
             assert_raises(ConfigError, "`%s`.*ratrod -k %s keygen" % ((folder.path,) * 2), ratrod.ensure_keys, folder)  # what to do instead
             assert not (tmp_path / str(n)).exists(), typed
         assert capsys.readouterr().out.count(ratrod.QUESTION) == 1
-
-
-def fingerprint(public):
-    """As `ssh-keygen -l` shows one: of the 32 raw bytes of the key."""
-    return "SHA256:" + base64.b64encode(hashlib.sha256(ratrod.decode_key(public)).digest()).rstrip(b"=").decode()
 
 
 RIGHT, WRONG = fingerprint(SERVER), fingerprint(OTHER)

@@ -144,7 +144,6 @@ def test_a_system_without_epoll():
 def test_the_soft_limit_is_raised_as_far_as_it_goes(monkeypatch, soft, hard, allowed, reached):
     import resource
     limits = [soft, hard]
-
     def setrlimit(_what, new):
         if new[0] > allowed:
             raise ValueError("current limit exceeds maximum limit")
@@ -207,7 +206,6 @@ def test_keys_share_the_time_and_not_the_number_of_callbacks(clock):
     turns = ratrod.Turns()
     long_one = types.SimpleNamespace(peer_key=b"long", seconds=0.01, used=0.0)
     short_ones = [types.SimpleNamespace(peer_key=b"short", seconds=0.001, used=0.0) for _ in range(50)]
-
     def run(self, _mask):
         clock.now += self.seconds
         self.used += self.seconds
@@ -250,11 +248,9 @@ def test_a_deadline_that_moves_leaves_one_entry(loop):
 
 def test_a_call_that_calls_itself_leaves_the_others_their_turn(loop):
     said = []
-
     def again():
         said.append("again")
         loop.call_later(0, again)
-
     def others():
         said.append("others")
         if said.count("others") == 3:
@@ -269,25 +265,19 @@ def test_a_call_that_calls_itself_leaves_the_others_their_turn(loop):
 def test_a_moment_without_threads(loop):
     """As with `ulimit -u`: what nobody can do fails and is told so; it is not kept for ever, and later ones are done."""
     pool, told = ratrod.Threads(loop, 2), []
-
     def done(result, error):
         told.append((result, error and str(error)))
         loop.stop()
-    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
-        pool.submit(lambda: 1, done)
-    loop.run()
-    assert told == [(None, "this system lets it start no thread for now (can't start new thread)")]
-    pool.submit(lambda: 2, done)
-    run_again(loop)
-    assert told[1:] == [(2, None)]
-    # What ends a thread of others, as sys.exit() in authorize() would, does not end these.
-    for _ in range(3):
-        pool.submit(sys.exit, done)
+    def outcome(call):
+        pool.submit(call, done)
         run_again(loop)
-    assert told[2:] == [(None, "SystemExit on a thread")] * 3
-    pool.submit(lambda: 3, done)
-    run_again(loop)
-    assert told[5:] == [(3, None)]
+        return told.pop()
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        assert outcome(int) == (None, "this system lets it start no thread for now (can't start new thread)")
+    assert outcome(lambda: 2) == (2, None)
+    # What ends a thread of others, as sys.exit() in authorize() would, does not end these.
+    assert [outcome(sys.exit) for _ in range(3)] == [(None, "SystemExit on a thread")] * 3
+    assert outcome(lambda: 3) == (3, None) and not told
     pool.close()
     pool.join(PATIENCE)
 
@@ -338,7 +328,6 @@ class Names:
 
     def run_until(self, condition):
         until = time.monotonic() + PATIENCE
-
         def look():
             if condition() or time.monotonic() > until:
                 return self.loop.stop()
@@ -361,7 +350,6 @@ class Names:
 @pytest.fixture
 def names(loop, monkeypatch):
     made = []
-
     def make(**limits):
         made.append(Names(loop, ratrod.DEFAULT_LIMITS._replace(**limits)))
         monkeypatch.setattr(ratrod, "look_up", made[0].resolve)
@@ -510,7 +498,6 @@ def test_a_bug_whose_owner_cannot_be_ended_either_ends_no_loop(caplog):
     class Owner:
         def callback(self, *_):
             raise ZeroDivisionError
-
         def abort(self, _error):
             raise IndexError
     with closing(ratrod.EventLoop()) as loop:

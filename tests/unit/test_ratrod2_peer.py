@@ -67,8 +67,7 @@ def serving(handler):
 
 def test_an_ack_that_goes_back():
     def serve(server):
-        stream = server.handshake().accept()
-        stream.opened()
+        stream = server.handshake().accept().opened()
         assert stream.receive() == b"abc"
         stream.ack()
         stream.ack(1)

@@ -211,11 +211,9 @@ def test_a_window_that_alone_held_its_sender_back_grows(after, memory, most):
     link = Carrier()
     out = outgoing(ratrod.Memory(memory * W))
     out.attach(link, 0)
-
     def fill():
         out.end = out.position = out.sent = out.start + out.most
         assert out.room(link, False) == 0
-
     def take(position, now):
         out._loop.now = now
         out.on_taken(position)

@@ -4,7 +4,7 @@ import pytest
 
 import ratrod
 from ratrod import RemoteProtocolError, parse_target
-from support.rows import assert_raises, row
+from support.rows import assert_each_raises, assert_raises, row
 from support.socks5 import ASSOCIATE, BIND, CONNECT, GREETING, encode_address, request
 
 # The corners of RFC 1929: the longest password that there can be, with a colon in it, both words beyond ASCII.
@@ -131,9 +131,7 @@ def test_datagrams():
         # RFC 1928: fragments may be dropped where reassembly is not implemented; a piece must not pass for the whole.
         *(b"\0\0" + bytes([frag]) + encode_address("127.0.0.1", 80) + b"a piece" for frag in (1, 2, 127, 128, 0x81, 255)),
     ]
-    for datagram in datagrams_that_are_none:
-        with row(datagram[:50]), pytest.raises(ValueError):
-            parse_target(ratrod.split_socks_datagram(memoryview(datagram))[0])
+    assert_each_raises(ValueError, None, lambda datagram: parse_target(ratrod.split_socks_datagram(memoryview(datagram))[0]), datagrams_that_are_none)
     for host, target in (("127.0.0.1", "127.0.0.1:80"), ("::1", "[::1]:80"), ("localhost", "localhost:80"), (b"a" * 255, "a" * 255 + ":80")):
         for data in (b"", b"x", b"x" * 65000):
             named, start = ratrod.split_socks_datagram(memoryview(b"\0\0\0" + encode_address(host, 80) + data))
@@ -144,9 +142,8 @@ def test_datagrams():
 
 def test_users_that_are_none():
     """RFC 1929 has no room for them (its lengths are 1 to 255): no client could ever give them."""
-    for user in ("alice", "", ":", ":secret", "alice:", "a" * 256 + ":b", "a:" + "b" * 256, "ä" * 128 + ":b"):
-        with row(user), pytest.raises(ratrod.ConfigError, match="--socks-user"):
-            ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)
+    assert_each_raises(ratrod.ConfigError, "--socks-user", lambda user: ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user), [
+        "alice", "", ":", ":secret", "alice:", "a" * 256 + ":b", "a:" + "b" * 256, "ä" * 128 + ":b"])
     for user in ("a:b", "a" * 255 + ":" + "b" * 255, "a::", LOGIN):
         assert len(ratrod.check_tunnels(["0:socks"], legacy=False, socks_user=user)) == 1
     # And the option is the client's alone, and that of socks tunnels.

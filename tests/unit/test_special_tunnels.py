@@ -6,7 +6,7 @@ import os
 import pytest
 
 import ratrod
-from support.rows import assert_raises, row
+from support.rows import assert_each_raises, assert_raises, row
 
 NO_TUNNELS = [
     # Plain ones.
@@ -87,9 +87,8 @@ def test_tunnels_that_do_not_go_together():
                            (["stdio:db:80"], 2)):
         with row(texts), pytest.raises(ratrod.ConfigError, match="stdio:"):
             ratrod.check_tunnels(texts, legacy=False, workers=workers)
-    for texts in ["R:5000:a:1", "R:5000:b:2"], ["R:5000:a:1", "R:localhost:5000:b:2"], ["R:1-3:a:1-3", "R:3-4:b:3-4"]:
-        with row(texts), pytest.raises(ratrod.ConfigError, match="two R: tunnels"):
-            ratrod.check_tunnels(texts, legacy=False)
+    assert_each_raises(ratrod.ConfigError, "two R: tunnels", lambda texts: ratrod.check_tunnels(texts, legacy=False), [
+        ["R:5000:a:1", "R:5000:b:2"], ["R:5000:a:1", "R:localhost:5000:b:2"], ["R:1-3:a:1-3", "R:3-4:b:3-4"]])
     assert len(ratrod.check_tunnels(["R:0:a:1", "R:0:b:2", "R:5000:a:1", "R:*:5000:b:2"], legacy=False)) == 4
 
 

@@ -22,7 +22,6 @@ def tail(monkeypatch):
             remote.write(min(100_000, 800_000 - remote.sent)) if remote.sent < 800_000 else remote.end()
             world.rounds()
         world.frozen, add_pair = True, world.add_pair
-
         def add_frozen_pair():
             made = add_pair()
             pipe = made.pipes[TO_OPENER]

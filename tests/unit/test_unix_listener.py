@@ -87,7 +87,6 @@ def test_one_whose_queue_is_full_is_left_alone(short):
 def test_what_is_no_socket_is_left_alone(short):
     path = short / "precious"
     (short / "elsewhere").write_text("of somebody")
-
     def identity():
         status = path.lstat()
         return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
