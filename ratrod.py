@@ -7852,9 +7852,6 @@ class Rules:
 class NoRules(Rules):
     """Behind ssh: a client may open everything that its user could open on that machine without ratrod."""
 
-    def look(self) -> None:
-        """There is no list."""
-
     def grants(self, key: bytes) -> tuple[Grant, ...]:
         return (Grant(),)
 
@@ -8393,7 +8390,7 @@ class PipeServer(Server):
     def __init__(self, loop: EventLoop, limits: Limits):
         options = ServerOptions(Address("", 0), Policy([".*", "unix:.*"]))
         super().__init__(loop, NoKeys(), limits, options, Callbacks(), [])
-        self.rules = NoRules(self)
+        self.rules, self._is_looking = NoRules(self), True  # for good: there is no list to look at
 
     def start(self) -> None:
         link = Link(self, None, PipeHandshake(), ACCEPTOR, "ssh")

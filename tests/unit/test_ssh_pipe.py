@@ -48,3 +48,13 @@ def test_bare_records_get_on_no_network():
     assert not server.links and not server.listeners
     server.close()
     loop.close()
+
+
+def test_the_far_side_looks_for_no_list_of_keys():
+    """It would have a thread for that, which wakes it once a second: one for each ssh:// link."""
+    loop = ratrod.EventLoop()
+    server = ratrod.PipeServer(loop, ratrod.DEFAULT_LIMITS)
+    server.sweep()
+    assert not server.files._threads
+    server.close()
+    loop.close()
