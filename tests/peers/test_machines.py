@@ -14,8 +14,7 @@ import time
 import pytest
 
 import ratrod as module
-from support import legacy_peer
-from support import ratrod2_peer as peer
+from support import legacy_peer, ratrod2_peer as peer
 from support.checked_load import Load
 from support.kernel import owner
 from support.keys import seed_of

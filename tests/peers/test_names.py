@@ -15,8 +15,7 @@ import threading
 
 import pytest
 
-from support import legacy_peer
-from support import ratrod2_peer as peer
+from support import legacy_peer, ratrod2_peer as peer
 from support.keys import make_keys, seed_of
 from support.many_lines import run_lines
 from support.pressure import BlackHole

@@ -15,8 +15,7 @@ import time
 
 import pytest
 
-from support import ratrod2_peer as peer
-from support import sockets
+from support import ratrod2_peer as peer, sockets
 from support.kernel import cpu_seconds
 from support.keys import seed_of
 from support.pressure import LONG, figure, from_address, megabytes, memory, scaled

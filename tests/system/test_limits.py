@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import ratrod as module
-from support import pressure, programs
-from support import ratrod2_peer as peer
+from support import pressure, programs, ratrod2_peer as peer
 from support.joined import CLIENT_KEYS, TO_ACCEPTOR
 from support.kernel import cpu_seconds, waiting_bytes
 from support.keys import seed_of

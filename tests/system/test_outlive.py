@@ -13,8 +13,7 @@ import pytest
 from test_ratrod2_negative import BREAKS, assert_ended, fin, send_tampered, was_reset
 
 import ratrod as module
-from support import ratrod2_peer as peer
-from support import sockets
+from support import ratrod2_peer as peer, sockets
 from support.keys import permit
 from support.programs import PATIENCE, PYTHON, RATROD2, ROOT, STARTED, tcp_port
 from support.ratrod2_peer import ACK, CLOSE, DATA, END, ERROR, KEEPALIVE, OVER, TCP, UNKNOWN, PeerError

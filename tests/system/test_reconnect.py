@@ -12,8 +12,7 @@ import time
 import pytest
 
 import ratrod as module
-from support import programs, sockets
-from support import ratrod2_peer as peer
+from support import programs, ratrod2_peer as peer, sockets
 from support.keys import identity_of, seed_of
 from support.pressure import LONG, figure, scaled
 from support.programs import AUTHENTICATION_FAILED, LEGACY, PATIENCE, RATROD, RATROD2, READY, STARTED, descriptors, either_wire, tcp_port

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from support import legacy_peer, sockets
-from support import ratrod2_peer as peer
+from support import legacy_peer, ratrod2_peer as peer, sockets
 from support.checked_load import Load, exchange
 from support.kernel import queued
 from support.keys import seed_of

@@ -16,8 +16,7 @@ import types
 
 import pytest
 
-from support import ratrod2_peer as peer
-from support import sockets
+from support import ratrod2_peer as peer, sockets
 from support.keys import permit, seed_of
 from support.many_lines import run_lines
 from support.programs import AUTHENTICATION_FAILED, PATIENCE, RATROD, assert_start_fails, bound, descriptors, handshakes, tcp_port

@@ -38,8 +38,7 @@ from fuzz_parsers import (
     tampered,
     target,
 )
-from support import legacy_peer
-from support import ratrod2_peer as peer
+from support import legacy_peer, ratrod2_peer as peer
 from support.keys import make_keys
 from support.programs import PATIENCE, RATROD, READY, STARTED, Program
 from support.sockets import is_ready, receive_exactly

@@ -13,8 +13,7 @@ import sys
 import tempfile
 from typing import Callable, NamedTuple
 
-from support import legacy_peer
-from support import ratrod2_peer as peer
+from support import legacy_peer, ratrod2_peer as peer
 from support.programs import ROOT
 
 sys.path.insert(0, str(ROOT))

@@ -15,8 +15,7 @@ from unittest import mock
 
 import nacl.bindings
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import ratrod
 from ratrod import HEADROOM, TAILROOM, AuthenticationError, LocalProtocolError, RemoteProtocolError

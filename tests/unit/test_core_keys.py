@@ -12,8 +12,7 @@ from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import ratrod
 from ratrod import Address, ConfigError, KeyPair, KnownHosts, PolicyError
@@ -244,7 +243,6 @@ def test_a_reload_while_the_list_is_read_looks_once_more(listed, monkeypatch):
     lines, write, path = listed
     write(base64url(A), when=LONG_AGO)
     read = ratrod.read_text
-
     def read_slowly(path, *most):
         text = read(path, *most)
         lines.forget()

@@ -8,15 +8,13 @@ import itertools
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import ratrod
 import test_core as core
 from ratrod import AuthenticationError, RemoteProtocolError
 from support import legacy_peer
-from support.legacy_peer import LIMIT
-from support.legacy_peer import frame as framed
+from support.legacy_peer import LIMIT, frame as framed
 from support.ratrod2_peer import SMALL_ORDER_POINTS, encode_datagrams
 from support.rows import assert_each_raises, assert_raises, row
 from test_core import CLIENT, KEY, SERVER, accept, every_cut, feed, read_one, read_records, refuse, started, unlimited, write_data

@@ -507,18 +507,24 @@ def test_a_bug_whose_owner_cannot_be_ended_either_ends_no_loop(caplog):
     assert "ZeroDivisionError" in caplog.text and "IndexError" in caplog.text
 
 
+def connect(loop, timeout, *found):
+    """[(socket, error)] of a connect to these addresses of a name; [] where it does not end."""
+    ended = []
+    def on_close(*end):
+        ended.append(end)
+        loop.stop()
+    addresses = [(socket.AF_INET, each) for each in found]
+    ratrod.Connector(loop, ratrod.Address("name", 1), timeout, on_close).start(lambda _target, done: done(addresses, None))
+    loop.call_later(PATIENCE / 3, loop.stop)
+    loop.run()
+    return ended
+
+
 @linux
 def test_an_address_that_says_nothing_does_not_hold_up_the_next_one(loop):
     """RFC 8305: it has 0.25 s for itself."""
-    ended = []
-    def on_close(sock, error):
-        ended.append((sock, error))
-        loop.stop()
     with closing(BlackHole()) as hole, socket.create_server(("127.0.0.1", 0)) as near:
-        found = [(socket.AF_INET, ("127.0.0.1", hole.port)), (socket.AF_INET, near.getsockname())]
-        ratrod.Connector(loop, ratrod.Address("name", 1), PATIENCE / 4, on_close).start(lambda _target, done: done(found, None))
-        loop.run()
-        (sock, error), = ended
+        (sock, error), = connect(loop, PATIENCE / 4, ("127.0.0.1", hole.port), near.getsockname())
         assert error is None
         with sock:
             assert sock.getpeername() == near.getsockname()
@@ -528,14 +534,6 @@ def test_an_address_that_says_nothing_does_not_hold_up_the_next_one(loop):
 @pytest.mark.parametrize("found", [1, 2], ids=["the last one", "one after a refusal"])
 def test_an_address_that_fails_at_once_leaves_those_that_are_silent_their_deadline(loop, found):
     """A host without IPv6 and a remote that says nothing: it had lasted until the kernel gave up, after two minutes."""
-    ended = []
     with closing(BlackHole()) as hole:
-        silent, unreachable = (socket.AF_INET, ("127.0.0.1", hole.port)), (socket.AF_INET, ("255.255.255.255", 1))
-        addresses = [silent] + [unreachable] * found
-        def on_close(*end):
-            ended.append(end)
-            loop.stop()
-        ratrod.Connector(loop, ratrod.Address("name", 1), 2 * ratrod.STAGGER, on_close).start(lambda _target, done: done(addresses, None))
-        loop.call_later(PATIENCE / 4, loop.stop)
-        loop.run()
-    assert [(sock, str(error)) for sock, error in ended] == [(None, "timed out")]
+        (sock, error), = connect(loop, 2 * ratrod.STAGGER, ("127.0.0.1", hole.port), *[("255.255.255.255", 1)] * found)
+    assert (sock, str(error)) == (None, "timed out")

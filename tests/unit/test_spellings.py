@@ -1,8 +1,7 @@
 """Odd spellings of hosts under every kind of rule, and texts made fit for a terminal, in memory. The programs are in peers/test_names.py."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import ratrod
 from support.rows import assert_raises
