@@ -140,9 +140,7 @@ class Place:
         """What an Open of `host` leads to: who answers, or the text of the refusal."""
         with self.link() as link:
             try:
-                stream = link.open(self.target(host))
-                stream.wait_opened()
-                return stream.receive_all()
+                return link.connect_to(self.target(host)).receive_all()
             except peer.PeerError as error:
                 return error.text
 

@@ -683,6 +683,12 @@ class Peer:
         """Starts a stream, without waiting for Opened."""
         return Stream(Open(kind, target, instance, os.urandom(16))).attach(self)
 
+    def connect_to(self, target):
+        """A stream to there, once Opened has come."""
+        stream = self.open(target)
+        stream.wait_opened()
+        return stream
+
     def accept(self):
         """The next stream that the other end opens, or attaches; None after its FIN. One that cannot be is refused: PeerError."""
         try:

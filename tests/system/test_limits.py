@@ -520,8 +520,7 @@ def test_a_record_of_many_datagrams_holds_nobody_up(serve, keys, second, tcp_ech
     """80,000 empty ones have room in one: others are served in between, and all of them before what follows it."""
     _, port = serve()
     flood, other = link(stack.enter_context(dial(port)), keys.client), link(stack.enter_context(dial(port)), second)
-    stream = other.open("127.0.0.1:%d" % tcp_echo.port)
-    stream.wait_opened()
+    stream = other.connect_to("127.0.0.1:%d" % tcp_echo.port)
     flood.open_udp()
     assert flood.read_record().type == peer.OPENED
     flood.session(1, "127.0.0.1:%d" % remote.port)

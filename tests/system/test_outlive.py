@@ -85,8 +85,7 @@ def hold(link, listener, stack):
     """hold(is_detached=False, on=None, options of link) -> (stream, the target's end of it), on this link or one of its own; both have said
     something. Where it is detached, the link has been lost since."""
     def make(is_detached=False, on=None, **options):
-        stream = (on or link(**options)).open("127.0.0.1:%d" % port_of(listener))
-        stream.wait_opened()
+        stream = (on or link(**options)).connect_to("127.0.0.1:%d" % port_of(listener))
         local = stack.enter_context(accept(listener))
         talk(stream, local)
         if is_detached:
@@ -483,8 +482,7 @@ def test_rule_13_a_stream_on_a_listen_link_of_a_client(home, connect, listener):
     """The server is the opener; the client has a new Listen link of the same instance for it, and connects once."""
     client = connect(home.port, "R:0:127.0.0.1:%d" % port_of(listener))
     link, asked = home.grant()
-    stream = link.open("203.0.113.9:5000")
-    stream.wait_opened()
+    stream = link.connect_to("203.0.113.9:5000")
     with accept(listener) as local:
         talk(stream, local)
         fin(stream.link)

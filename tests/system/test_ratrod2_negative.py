@@ -572,8 +572,7 @@ def test_25_26_a_key_removed_during_a_stream_and_a_list_that_is_unreadable(serve
     removed, staying = end.link(seed_of(second)), end.link()
     idle, udp = end.link(seed_of(second)), end.link(seed_of(second)).open_udp()
     removed.open(watched.address).wait_opened()
-    stream = staying.open(end.address)
-    stream.wait_opened()
+    stream = staying.connect_to(end.address)
     end.keys.server.write("authorized_keys", end.keys.client.public + "\n")
     for link in (removed, idle, udp):
         assert_ended(link, (ERROR, KEEPALIVE, peer.CLOSE, OPENED))
@@ -632,8 +631,7 @@ def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
     stalled = target(lambda connection: may_read.wait(10 * PATIENCE) and sizes.put(len(receive_all(connection))))
     link = end.link()
     link.sock.settimeout(10 * PATIENCE)
-    stream = link.open("127.0.0.1:%d" % stalled.port)
-    stream.wait_opened()
+    stream = link.connect_to("127.0.0.1:%d" % stalled.port)
     def flood():
         for _ in range(512):
             stream.send(bytes(peer.CHUNK))
@@ -657,8 +655,7 @@ def test_30_keepalive_flood_while_the_server_does_not_read(served, target):
 def test_32_a_look_up_that_hangs(served, resolver, second):
     names = resolver(resolved_example=["127.0.0.1"])
     end = served("--connect-timeout", "3", env=names.environment)
-    moving = end.link().open(end.address)
-    moving.wait_opened()
+    moving = end.link().connect_to(end.address)
     # More than the 32 connects that one key may have under way, and the look-up of a UDP session.
     hanging = [end.link() for _ in range(40)]
     for link in hanging:

@@ -93,8 +93,7 @@ def test_idle_links_alone_do_not_hold_it(tcp_echo, tunnel):
 def test_an_idle_link_beside_a_busy_one(link, tcp_echo):
     """The idle one hears Close and FIN, never a reset: a client that sends an Open then reads that. The busy one hears Close in place of Over."""
     idle, busy = (link(flags=("--drain", FOREVER)) for _ in range(2))
-    stream = busy.open("127.0.0.1:%d" % tcp_echo.port)
-    stream.wait_opened()
+    stream = busy.connect_to("127.0.0.1:%d" % tcp_echo.port)
     link.server.process.send_signal(TERM)
     assert idle.read_any_record().type == peer.CLOSE
     end = pytest.raises(peer.LinkEnded, idle.read_any_record)
@@ -264,8 +263,7 @@ def test_what_the_kernel_has_taken_is_served(serve, keys, tcp_echo):
     outcomes = collections.Counter()
     with contextlib.ExitStack() as stack:
         # A server that has nothing else to wait for gives handshakes 2 s, and on a busy machine 50 of them take longer: a stream holds it.
-        holder = stack.enter_context(peer.Client.connect(port, seed_of(keys.client)).handshake()).open("127.0.0.1:%d" % tcp_echo.port)
-        holder.wait_opened()
+        stack.enter_context(peer.Client.connect(port, seed_of(keys.client)).handshake()).connect_to("127.0.0.1:%d" % tcp_echo.port)
         server.process.send_signal(signal.SIGSTOP)
         links = []
         for n in range(50):

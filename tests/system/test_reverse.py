@@ -519,8 +519,7 @@ def test_a_client_asks_and_is_granted(grants, client, tcp_echo):
     for n in range(3):
         assert listening.exchange("203.0.113.9:%d" % (5000 + n), b"hello") == b"hello"
     # While it is busy there is another that waits.
-    stream = listening.open("203.0.113.9:6000")
-    stream.wait_opened()
+    stream = listening.connect_to("203.0.113.9:6000")
     another, again = grants.grant()
     assert (again.target, again.instance) == ("localhost:40123", asked.instance)
     assert another.exchange("203.0.113.9:6001", b"hello") == b"hello"
