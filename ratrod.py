@@ -2874,14 +2874,14 @@ class EventLoop:
 
     def _take_calls(self) -> Iterator[Callable[[], None]]:
         """What is due in this round; calls that these make are left for the next one."""
-        due = []
+        due, calls = [], len(self._calls)
         while self.deadlines and self.deadlines[0][0] <= self.now:
             due.append(heapq.heappop(self.deadlines))
         for when, _, deadline in due:
             call = deadline.take(when)
             if call:
                 yield call
-        for _ in range(len(self._calls)):
+        for _ in range(calls):
             yield self._calls.popleft()
 
     def stop(self) -> None:
@@ -4156,7 +4156,7 @@ class Channel:
     """Sealed records over a transport, in both directions. What they mean is Link's.
 
     Memory stays bounded from both sides: while bytes wait in `out`, the local socket is not read; while the user holds
-    (`is_held`), because bytes wait for its local socket, no record is processed and the transport is not read.
+    (`is_held`), as while bytes wait for its local socket, no record is processed and the transport is not read.
     """
 
     __slots__ = ("owner", "loop", "transport", "reader", "writer", "peer_key", "role", "state", "user", "is_held",
@@ -4653,7 +4653,7 @@ class Counters:
     """What an endpoint carries, and has carried since it began: for metrics, status table and status line alike.
 
     No byte costs anything here: each stream and session counts its own, which are added up at its end, and of those
-    that live when somebody asks. By peer key: as many as authorized_keys lists.
+    that live when somebody asks. By peer key, SOURCES of them at most.
     """
 
     def __init__(self, loop: EventLoop) -> None:
