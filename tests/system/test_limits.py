@@ -886,15 +886,3 @@ def test_a_link_that_dies_within_a_long_record_keeps_no_turn_to_read():
         assert link.unread._lent is not None
         link.lose(module.LinkClosed("the path broke"))
         assert not memory._halves
-
-
-def test_of_two_reloads_the_later_one_counts():
-    """Where the file system is slow the first one may end last, with the key that was there before."""
-    with contextlib.closing(Ends("0:127.0.0.1:1")) as ends:
-        server, reads, done = ends.server, [], []
-        server.threads.submit = lambda _task, on_read: reads.append(on_read)
-        for n in range(2):
-            server.reload(functools.partial(done.append, n))
-        for on_read, keys in zip(reversed(reads), (CLIENT_KEYS, server.keys)):
-            on_read(keys, None)
-        assert server.keys == CLIENT_KEYS and done == [1]
