@@ -1,7 +1,6 @@
 """Every limit of PROTOCOL.md's table: its flag, its default, and what happens at it. And strangers: 500, or with RATROD_LONG=1 all 4,000."""
 
 import contextlib
-import functools
 import itertools
 import math
 import re
