@@ -8157,7 +8157,8 @@ class Server(Endpoint):
     def _check_rules(self) -> None:
         """Ends what the rules do not allow any more."""
         if self.rules.have_changed():
-            for key in {link.peer_key for link in self.links} | {stream.peer_key for stream in self.counters.streams}:
+            linked = {link.peer_key for link in self.links if link.state != BYE}
+            for key in linked | {stream.peer_key for stream in self.counters.streams}:
                 if not self.rules.grants(key):
                     self._end_key(key)
             for session in list(self.counters.sessions):
@@ -8173,7 +8174,7 @@ class Server(Endpoint):
     def _end_key(self, key: bytes) -> None:
         """Ends what a key has that may not come in any more. All its links are told, and take nothing more, before what
         they carry is put away: 5,000 UDP sessions take half a second."""
-        links = [link for link in self.links if link.peer_key == key]
+        links = [link for link in self.links if link.peer_key == key and link.state != BYE]
         shown, fate = encode_key(key), self.rules.why_revoked(key)
         log.warning("The client's key `%s` %s: %s of it ended", shown, fate, plural(len(links), "link"))
         error = AuthenticationError("the client's key `%s` %s" % (shown, fate))
@@ -10239,7 +10240,8 @@ class EndpointRun:
             finally:  # Ctrl-C at a question too
                 self._endpoint.close()
                 if isinstance(self._endpoint, Endpoint):
-                    self._endpoint.threads.join(0.5)
+                    for threads in self._endpoint.threads, self._endpoint.files:
+                        threads.join(0.5)
         if self._impatient:
             self._impatient.cancel()
         result = self._outcome[0]

@@ -9,6 +9,7 @@ import errno
 import queue
 import select
 import selectors
+import signal
 import socket
 import struct
 import sys
@@ -581,6 +582,12 @@ def test_25_26_a_key_removed_during_a_stream_and_a_list_that_is_unreadable(serve
     end.program.wait_for("WARN The client's key `%s` is not in authorized_keys any more: 3 links of it ended" % second.public)
     assert not [line for line in end.program.lines if "idle link" in line and "ERROR" in line]
     assert_refused(end.client(seed_of(second)).begin_handshake())
+    # What is left of it waits for the client's FIN: another change of the list ends nothing more.
+    end.keys.server.write("authorized_keys", "# mine\n%s\n" % end.keys.client.public)
+    still_serves(end)
+    end.program.process.send_signal(signal.SIGHUP)
+    end.program.wait_for("Read again")
+    assert end.program.output.count("of it ended") == 1
     # Another key's stream was not touched.
     stream.send(b"hello")
     assert stream.receive() == b"hello"
