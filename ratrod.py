@@ -6532,7 +6532,8 @@ class Opener(Keeper):
     def _is_usable(self, link: Link) -> bool:
         """Whether it was heard from lately, and nothing on it is sent again and again: its next try may be seconds
         away, although the path is there again."""
-        link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
+        if link.heard_at < self.loop.awake:  # not in this round
+            link.poll()  # what is pending on it: a Close, a FIN, or the sign of life that makes it trusted
         silent = self.loop.awake - link.heard_at
         return (link.state == IDLE and self.loop.now - link.born < self.limits.link_age
                 and (silent < JUST_NOW or silent < self.limits.trusted
