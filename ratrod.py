@@ -8188,7 +8188,7 @@ class Server(Endpoint):
             if link.is_legacy:
                 link.abort(error)
             else:
-                link.refuse(Error(INVALID_KEY, str(error)))
+                link.leave(link.writer.record(ERROR, INVALID_KEY, str(error)), 0.5)  # until the next sweep
         for link, user in zip(links, users):
             user.on_close(link, error)
         self.acceptor.reset_detached(error, key)
