@@ -4787,9 +4787,8 @@ class Outgoing:
     def room(self, link: Link, is_stalled: bool) -> int:
         """How many bytes may be read now. `is_stalled`: this side processes no records, so no Ack will ever come."""
         most = self._loop.portion
-        early = EARLY_DATA - self.position + self.began
-        if link.state != BUSY and early < most:
-            most = early
+        if link.state != BUSY:
+            most = min(most, EARLY_DATA - self.position + self.began)
         if not self.keeps:
             return min(most, link.writer.max_data)
         if is_stalled:
@@ -10236,7 +10235,8 @@ class EndpointRun:
             self._endpoint = self._make(self._loop, Callbacks(self._on_started, self._on_finished))
             try:
                 self._endpoint.start()
-                self._loop.call_later(STATUS_INTERVAL, self._tell_state)
+                if os.environ.get("NOTIFY_SOCKET"):  # what it tells takes a client a look at each of its links
+                    self._loop.call_later(STATUS_INTERVAL, self._tell_state)
                 self._loop.call_later(1.0, give_back_heap)
                 gc.collect()
                 gc.freeze()  # what exists now stays, so later collections need not look at it
